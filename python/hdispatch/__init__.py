@@ -1,1 +1,49 @@
-"""hdispatch."""
+"""Launch compiled Helion, Triton and CuteDSL kernels from a frozen C++ table, with no Python per launch.
+
+    import hdispatch
+    hdispatch.load("bundle")
+    hdispatch.ops.rms_norm_dynamic_per_token_quant(out, x, weight, scale, 1e-6, None, residual)
+
+Importing compiles nothing, opens no bundle and touches no GPU. The build wing is `hdispatch.build`.
+"""
+
+import torch as _torch
+
+from ._build_info import TORCH_VERSION as _BUILT_WITH
+
+if _torch.__version__.split("+")[0] != _BUILT_WITH.split("+")[0]:
+    raise ImportError(
+        f"hdispatch's extension was compiled against torch {_BUILT_WITH}, but torch {_torch.__version__} is installed. "
+        "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps hdispatch (or . in a checkout)"
+    )
+
+from . import ops  # noqa: E402
+from .errors import (  # noqa: E402
+    ArgumentError,
+    BuildError,
+    BundleError,
+    DriverError,
+    HdispatchError,
+    MissError,
+)
+from .manifest import read_bundle  # noqa: E402
+from .runtime import Bundle, explain, load, loaded, stats, strict  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "BuildError",
+    "Bundle",
+    "BundleError",
+    "DriverError",
+    "HdispatchError",
+    "MissError",
+    "explain",
+    "load",
+    "loaded",
+    "ops",
+    "read_bundle",
+    "stats",
+    "strict",
+]

@@ -154,3 +154,77 @@ class Manifest(TypedDict):
     files: dict[str, FileEntry]
     records: list[Record]
     rows: list[Row]
+
+
+def read_bundle(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
+    """Read a bundle and verify all of it: checksums, schema, structure. Nothing is loaded on a GPU.
+
+    Returns the manifest and the bytes of every file that it lists. Raises `BundleError` naming the file and what is
+    wrong with it.
+    """
+    root = Path(folder)
+    text = _read(root, MANIFEST_NAME)
+    wanted = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST_NAME}\n".encode()
+    if _read(root, CHECKSUM_NAME) != wanted:
+        raise BundleError(f"{root / MANIFEST_NAME}: its SHA-256 is not what {CHECKSUM_NAME} says; build or copy the bundle again")
+    manifest = _parse(root, text)
+    contents = {name: _read_listed(root, name, entry) for name, entry in manifest["files"].items()}
+    _check_rows(root, manifest)
+    return manifest, contents
+
+
+def _read(root: Path, name: str) -> bytes:
+    try:
+        return (root / name).read_bytes()
+    except OSError as error:
+        raise BundleError(f"{root / name}: cannot be read ({error.strerror}); is {root} a bundle?") from error
+
+
+def _parse(root: Path, text: bytes) -> Manifest:
+    where = root / MANIFEST_NAME
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise BundleError(f"{where}: not JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        found = manifest.get("schema_version") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BundleError(f"{where}: schema version {found!r}; this hdispatch reads {SCHEMA_VERSION}; build the bundle again")
+    for key, kind in {"target": dict, "tools": dict, "ops": dict, "files": dict, "records": list, "rows": list}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise BundleError(f"{where}: field {key!r} is missing or not a {kind.__name__}")
+    return cast(Manifest, manifest)
+
+
+def _read_listed(root: Path, name: str, entry: Mapping[str, Any]) -> bytes:
+    path = root / name
+    inside = path.resolve().is_relative_to(root.resolve())
+    if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
+        raise BundleError(f"{root / MANIFEST_NAME}: lists {name!r}, which is outside the bundle")
+    content = _read(root, name)
+    if len(content) != entry["size"]:
+        raise BundleError(f"{path}: {len(content)} bytes; the manifest says {entry['size']}: truncated or changed")
+    if hashlib.sha256(content).hexdigest() != entry["sha256"]:
+        raise BundleError(f"{path}: its SHA-256 is not the manifest's: changed since the bundle was built")
+    return content
+
+
+def _check_rows(root: Path, manifest: Manifest) -> None:
+    """Refuse rows that repeat, or that name what is not there."""
+    where = root / MANIFEST_NAME
+    seen: dict[tuple[str, str, int, int, int], int] = {}
+    try:
+        for record in manifest["records"]:
+            for cubin in record["cubins"].values():
+                if cubin["file"] not in manifest["files"]:
+                    raise BundleError(f"{where}: kernel {record['kernel']} uses {cubin['file']}, which is not listed")
+        for index, row in enumerate(manifest["rows"]):
+            key = (row["op"], row["variant"], row["K"], row["N"], row["bucket"])
+            if key in seen:
+                raise BundleError(f"{where}: rows {seen[key]} and {index} have the same key {key}")
+            seen[key] = index
+            if row["op"] not in manifest["ops"]:
+                raise BundleError(f"{where}: row {index} is of op {row['op']!r}, which is not among the bundle's ops")
+            if not 0 <= row["record"] < len(manifest["records"]):
+                raise BundleError(f"{where}: row {index} names record {row['record']} of {len(manifest['records'])}")
+    except (KeyError, TypeError, AttributeError) as error:
+        raise BundleError(f"{where}: malformed: {type(error).__name__}: {error}") from error

@@ -1,0 +1,19 @@
+// bench.h -- what the microbenchmark cannot time from Python: the bare driver call and the table probe.
+#pragma once
+
+#include <cstdint>
+
+#include "runtime.h"
+
+namespace hdispatch {
+
+/// ns per call of a C loop of `count` bare driver calls with the function, grid and parameters of `call`, on torch's
+/// current stream: the floor that every other path is held against. `pdl` = false leaves the launch attributes out.
+/// Throws kMiss if no row serves the call.
+double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl);
+
+/// ns per `LaunchTable::find` over a table of `rows` rows, `count` random hits; each probe's key depends on the last
+/// probe's result, so that this is latency, not throughput.
+double bench_probe_ns(uint32_t rows, uint32_t count);
+
+}  // namespace hdispatch

@@ -1,0 +1,40 @@
+// call.h -- one call as the core sees it: tensors as pointers, sizes and strides; scalars; the sizes M, K, N.
+//
+// A door fills a `Call` on its stack; nothing in it is owned. The core reads it and writes only `sizes`.
+#pragma once
+
+#include <array>
+#include <cstdint>
+
+#include "dtype.h"
+
+namespace hdispatch {
+
+inline constexpr uint32_t kMaxArgs = 16;  ///< of an op; a signature is 16 nibbles
+inline constexpr uint32_t kMaxRank = 4;   ///< of a tensor argument
+
+/// The symbols that dimensions are written in. M is bucketed, K and N are exact.
+enum Symbol : uint8_t { kM = 0, kK = 1, kN = 2, kSymbols = 3 };
+
+/// Where a tensor lives. Slot 0 is the CPU, which only the null driver serves; slot 1 + i is CUDA device i.
+using DeviceSlot = uint32_t;
+inline constexpr DeviceSlot kCpuSlot = 0;
+inline constexpr DeviceSlot kMaxSlots = 65;
+inline constexpr DeviceSlot kNoSlot = ~0u;  ///< a device that no table can serve
+
+struct TensorView {
+  uintptr_t data;             ///< address of the first element
+  int64_t sizes[kMaxRank];    ///< elements; only the first `rank`
+  int64_t strides[kMaxRank];  ///< elements; of a dimension of size 0 or 1 it means nothing
+  DeviceSlot slot;
+  uint32_t rank;
+  DType dtype;                ///< kNone: the argument is absent and nothing else is set
+};
+
+struct Call {
+  TensorView tensors[kMaxArgs];  ///< by argument index; entries of scalars are not set
+  double scalars[kMaxArgs];      ///< by argument index
+  int64_t sizes[kSymbols];       ///< M, K, N; set by Op::bind
+};
+
+}  // namespace hdispatch

@@ -1,0 +1,65 @@
+// check.h -- how hdispatch reports faults: the caller's, ours, the driver's, a bundle's.
+//
+// Every failure is an `Error` with a `Fault`; the Python doors turn each fault into its own exception class
+// (errors.py). Messages hold the actual and the expected value and what to do. They are built out of line, so that a
+// check on the hot path costs one compare and one branch that is not taken.
+#pragma once
+
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace hdispatch {
+
+#define HD_COLD __attribute__((cold, noinline))
+#define HD_LIKELY(x) __builtin_expect(!!(x), 1)
+#define HD_UNLIKELY(x) __builtin_expect(!!(x), 0)
+
+enum class Fault : uint8_t {
+  kCaller,    ///< an argument of a call is wrong                      -> ArgumentError
+  kBundle,    ///< what is being loaded is wrong                       -> BundleError
+  kMiss,      ///< no row serves the call, and strict mode is on       -> MissError
+  kDriver,    ///< the CUDA driver refused                             -> DriverError
+  kInternal,  ///< hdispatch broke its own rule; please report         -> HdispatchError
+};
+
+class Error : public std::runtime_error {
+ public:
+  Error(Fault fault, const std::string& message) : std::runtime_error(message), fault_(fault) {}
+  Fault fault() const noexcept { return fault_; }
+
+ private:
+  Fault fault_;
+};
+
+/// The parts printed one after the other.
+template <typename... Parts>
+HD_COLD std::string text(Parts&&... parts) {
+  std::ostringstream out;
+  (out << ... << std::forward<Parts>(parts));
+  return out.str();
+}
+
+template <typename... Parts>
+[[noreturn]] HD_COLD void fail(Fault fault, Parts&&... parts) {
+  throw Error(fault, text(std::forward<Parts>(parts)...));
+}
+
+/// Our own rule: a failure is a bug in hdispatch.
+#define HD_CHECK(condition, ...)                                                             \
+  do {                                                                                       \
+    if (HD_UNLIKELY(!(condition)))                                                           \
+      ::hdispatch::fail(::hdispatch::Fault::kInternal, "hdispatch bug, please report: ",     \
+                        #condition, " does not hold: ", __VA_ARGS__);                        \
+  } while (0)
+
+/// What a bundle or an op's declaration must satisfy.
+#define HD_CHECK_BUNDLE(condition, ...)                                                      \
+  do {                                                                                       \
+    if (HD_UNLIKELY(!(condition)))                                                           \
+      ::hdispatch::fail(::hdispatch::Fault::kBundle, __VA_ARGS__);                           \
+  } while (0)
+
+}  // namespace hdispatch

@@ -1,0 +1,221 @@
+// cubin_launcher.cpp -- preparing a record's cubins and launching them.
+#include "cubin_launcher.h"
+
+#include <bit>
+#include <cmath>
+
+#include "check.h"
+
+namespace hdispatch {
+namespace {
+
+constexpr int64_t kMaxGridX = 0x7fffffff;
+constexpr int64_t kMaxGridYZ = 65535;
+constexpr uint32_t kPortableCluster = 8;
+constexpr uint32_t kSharedWithoutOptIn = 48 * 1024;
+
+uint64_t float_bits(ParamKind kind, double value) noexcept {
+  if (kind == ParamKind::kF64) return std::bit_cast<uint64_t>(value);
+  return std::bit_cast<uint32_t>(static_cast<float>(value));
+}
+
+bool fits_kind(ParamKind kind, int64_t value) noexcept {
+  switch (kind) {
+    case ParamKind::kI1: return value == 0 || value == 1;
+    case ParamKind::kI8: return value == static_cast<int8_t>(value);
+    case ParamKind::kI16: return value == static_cast<int16_t>(value);
+    case ParamKind::kI32: return value == static_cast<int32_t>(value);
+    default: return true;
+  }
+}
+
+}  // namespace
+
+CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl)
+    : record_(std::move(record)), launch_(driver.launch) {
+  HD_CHECK_BUNDLE(record_.params.size() + kHiddenPointers <= kMaxParams, record_.kernel, ": ", record_.params.size(),
+                  " parameters; a record takes at most ", kMaxParams - kHiddenPointers);
+  HD_CHECK_BUNDLE(record_.m_min >= 1 && record_.m_min <= record_.m_max, record_.kernel, ": valid for M in [",
+                  record_.m_min, ", ", record_.m_max, "], which is empty");
+  for (const Param& param : record_.params)
+    HD_CHECK_BUNDLE(std::has_single_bit(param.align), record_.kernel, ": alignment ", param.align,
+                    " is not a power of two");
+  bool any = false;
+  for (uint32_t i = 0; i < kMClasses; ++i) {
+    if (record_.cubins[i].file.empty()) continue;
+    any = true;
+    prepare(record_.cubins[i], codes_[i], driver, find_function, pdl);
+  }
+  HD_CHECK_BUNDLE(any, record_.kernel, ": the record has no code");
+}
+
+CubinLauncher::Slot CubinLauncher::make_slot(uint32_t index) const {
+  HD_CHECK_BUNDLE(index < record_.params.size(), record_.kernel, ": code takes param ", index, "; the record has ",
+                  record_.params.size());
+  const Param& param = record_.params[index];
+  Slot slot{param.kind, static_cast<uint8_t>(param.arg < 0 ? 0 : param.arg), false, static_cast<uint16_t>(index),
+            param.align - 1, 0, nullptr};
+  const bool is_float = param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64;
+  if (is_float) {
+    slot.is_constant = param.arg < 0;
+    slot.bits = float_bits(param.kind, param.constant);
+  } else if (param.value.is_constant()) {
+    int64_t value = 0;
+    param.value.evaluate(Call{}, value);
+    HD_CHECK_BUNDLE(param.kind == ParamKind::kPtr || fits_kind(param.kind, value), record_.kernel, ": param ", index,
+                    " is ", value, ", which does not fit ", kParamKindNames[static_cast<size_t>(param.kind)]);
+    slot.is_constant = param.kind != ParamKind::kPtr;
+    slot.bits = static_cast<uint64_t>(value);
+  } else {
+    slot.expr = &param.value;
+  }
+  return slot;
+}
+
+void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver, const FindFunction& find_function,
+                            bool pdl) {
+  HD_CHECK_BUNDLE(cubin.num_warps >= 1 && cubin.num_warps <= 32, cubin.file, ": ", cubin.num_warps,
+                  " warps per block; it takes 1 to 32");
+  const uint32_t cluster = cubin.cluster[0] * cubin.cluster[1] * cubin.cluster[2];
+  HD_CHECK_BUNDLE(cluster >= 1 && cluster <= 16 && cubin.cluster[1] == 1 && cubin.cluster[2] == 1, cubin.file,
+                  ": cluster ", cubin.cluster[0], "x", cubin.cluster[1], "x", cubin.cluster[2],
+                  "; it takes 1 to 16 blocks along the first dimension");
+  for (const uint32_t index : cubin.params) code.slots.push_back(make_slot(index));
+  std::vector<uint32_t> param_bytes;
+  for (const Slot& slot : code.slots) param_bytes.push_back(kParamBytes[static_cast<size_t>(slot.kind)]);
+  param_bytes.insert(param_bytes.end(), kHiddenPointers, sizeof(void*));
+  code.function = find_function(cubin, param_bytes);
+  code.cluster = cluster;
+  code.config = {{1, 1, 1}, {32 * cubin.num_warps, 1, 1}, cubin.shared_bytes, nullptr, nullptr, 0};
+  const auto attribute = [&code](LaunchAttributeId id) -> LaunchAttribute& {
+    LaunchAttribute& made = code.attributes[code.config.attribute_count++];
+    made.id = id;
+    return made;
+  };
+  if (cubin.pdl && pdl) attribute(kAttributeProgrammaticStreamSerialization).value.flag = 1;
+  if (cubin.cooperative) attribute(kAttributeCooperative).value.flag = 1;
+  if (cluster > 1) {
+    attribute(kAttributeClusterDimension).value.cluster = {cubin.cluster[0], cubin.cluster[1], cubin.cluster[2]};
+    attribute(kAttributeClusterSchedulingPolicy).value.flag = 1;  // spread, as Triton asks for
+  }
+  const std::string what = text(record_.kernel, " (", cubin.file, ")");
+  if (driver.function_load) HD_DRIVER(driver, driver.function_load(code.function), "cuFuncLoad", what);
+  if (cubin.shared_bytes > kSharedWithoutOptIn)
+    HD_DRIVER(driver, driver.function_set(code.function, kFunctionMaxDynamicSharedBytes, static_cast<int>(cubin.shared_bytes)),
+              "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)", what);
+  if (cluster > kPortableCluster)
+    HD_DRIVER(driver, driver.function_set(code.function, kFunctionNonPortableCluster, 1),
+              "cuFuncSetAttribute(NON_PORTABLE_CLUSTER_SIZE_ALLOWED)", what);
+  check_params(driver, code, cubin);
+}
+
+/// Holds the sizes that the loaded code declares against the record: the last defence against ABI drift.
+void CubinLauncher::check_params(const Driver& driver, const Code& code, const Cubin& cubin) {
+  if (!driver.function_param_info) return;
+  const size_t count = code.slots.size() + kHiddenPointers;
+  for (size_t i = 0; i <= count; ++i) {
+    size_t offset = 0;
+    size_t bytes = 0;
+    const CUresult result = driver.function_param_info(code.function, i, &offset, &bytes);
+    if (i == count) {
+      HD_CHECK_BUNDLE(result == kCudaInvalidValue, cubin.file, ": the code has more than the ", count,
+                      " parameters of its record; rebuild the bundle");
+      continue;
+    }
+    const uint32_t wanted = i < code.slots.size() ? kParamBytes[static_cast<size_t>(code.slots[i].kind)] : 8;
+    HD_CHECK_BUNDLE(result == kCudaSuccess, cubin.file, ": the code has ", i, " parameters; its record has ", count,
+                    "; rebuild the bundle");
+    HD_CHECK_BUNDLE(bytes == wanted, cubin.file, ": parameter ", i, " of the code has ", bytes, " bytes; its record says ",
+                    wanted, "; rebuild the bundle");
+  }
+}
+
+LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block) const noexcept {
+  const int64_t m = call.sizes[kM];
+  if (HD_UNLIKELY(m < record_.m_min || m > record_.m_max)) return {LaunchStatus::kMRange, 0};
+  const Code& code = codes_[static_cast<size_t>(class_of(m))];
+  if (HD_UNLIKELY(!code.config.block[0])) return {LaunchStatus::kClass, 0};
+  for (size_t i = 0; i < record_.guards.size(); ++i) {
+    int64_t holds = 0;
+    if (HD_UNLIKELY(!record_.guards[i].expr.evaluate(call, holds) || !holds))
+      return {LaunchStatus::kGuard, static_cast<int32_t>(i)};
+  }
+  uint32_t count = 0;
+  for (const Slot& slot : code.slots) {
+    uint64_t& value = block.values[count];
+    block.params[count++] = &value;
+    if (slot.kind == ParamKind::kPtr) {
+      uint64_t offset = slot.bits;
+      if (HD_UNLIKELY(slot.expr != nullptr)) {
+        int64_t computed = 0;
+        if (!slot.expr->evaluate(call, computed)) return {LaunchStatus::kParam, slot.param};
+        offset = static_cast<uint64_t>(computed);
+      }
+      value = call.tensors[slot.arg].data + offset;
+      if (HD_UNLIKELY(value & slot.mask)) return {LaunchStatus::kAlign, slot.param};
+    } else if (slot.is_constant) {
+      value = slot.bits;
+    } else if (slot.expr) {
+      int64_t computed = 0;
+      if (HD_UNLIKELY(!slot.expr->evaluate(call, computed) || !fits_kind(slot.kind, computed)))
+        return {LaunchStatus::kParam, slot.param};
+      value = static_cast<uint64_t>(computed);  // little-endian: the driver copies the low bytes
+    } else {
+      value = float_bits(slot.kind, call.scalars[slot.arg]);
+    }
+  }
+  for (uint32_t i = 0; i < kHiddenPointers; ++i) {
+    block.values[count] = 0;
+    block.params[count] = &block.values[count];
+    ++count;
+  }
+  block.config = code.config;
+  block.config.stream = stream;
+  block.config.attributes = code.attributes.data();
+  for (uint32_t i = 0; i < 3; ++i) {
+    int64_t size = 0;
+    if (HD_UNLIKELY(!record_.grid[i].evaluate(call, size) || size < 1 || size > (i ? kMaxGridYZ : kMaxGridX)))
+      return {LaunchStatus::kGrid, static_cast<int32_t>(i)};
+    block.config.grid[i] = static_cast<uint32_t>(size);
+  }
+  block.config.grid[0] *= code.cluster;
+  block.function = code.function;
+  return {LaunchStatus::kLaunched, 0};
+}
+
+LaunchResult CubinLauncher::launch(const Call& call, CUstream stream) const noexcept {
+  Block block;  // deliberately not initialised: `fill` writes what is read
+  const LaunchResult result = fill(call, stream, block);
+  if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
+  const CUresult answer = launch_(&block.config, block.function, block.params, nullptr);
+  if (HD_UNLIKELY(answer != kCudaSuccess)) return {LaunchStatus::kDriver, answer};
+  return result;
+}
+
+std::string CubinLauncher::reason(const LaunchResult& result) const {
+  const auto index = static_cast<size_t>(result.detail);
+  switch (result.status) {
+    case LaunchStatus::kMRange: return text("guard: ", record_.m_min, " <= M <= ", record_.m_max);
+    case LaunchStatus::kClass: return "guard: code for this class of M";
+    case LaunchStatus::kGuard: return "guard: " + record_.guards[index].text;
+    case LaunchStatus::kAlign: return text("guard: param ", index, " is ", record_.params[index].align, "-byte aligned");
+    case LaunchStatus::kParam: return text("guard: param ", index, " fits its type");
+    case LaunchStatus::kGrid: return text("guard: grid dimension ", index, " is within the GPU's limits");
+    default: return "driver";
+  }
+}
+
+std::string CubinLauncher::describe(const LaunchResult& result, const Call& call) const {
+  std::string out = text(reason(result), " does not hold in ", record_.kernel, " (M = ", call.sizes[kM], ", K = ",
+                         call.sizes[kK], ", N = ", call.sizes[kN]);
+  const auto index = static_cast<size_t>(result.detail);
+  if (result.status == LaunchStatus::kAlign) {
+    const Param& param = record_.params[index];
+    const uintptr_t address = call.tensors[param.arg].data;
+    out += text(", argument ", param.arg, " is at 0x", std::hex, address, std::dec, ", which is ",
+                address & (param.align - 1), " past a multiple of ", param.align);
+  }
+  return out + ")";
+}
+
+}  // namespace hdispatch

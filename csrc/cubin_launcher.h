@@ -1,0 +1,93 @@
+// cubin_launcher.h -- a record and a call -> argument block on the stack -> cuLaunchKernelEx.
+//
+// Generic and data-driven: one launcher serves every op and every DSL that yields a cubin. Built at load (`prepare`
+// looks the functions up, opts into large shared memory and holds the driver's own parameter sizes against the
+// record), then frozen: `launch` is const, allocates nothing, and may run on any number of threads.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "driver.h"
+#include "record.h"
+
+namespace hdispatch {
+
+/// Outcome of a launch: kLaunched; or which fact failed; or the driver's answer.
+enum class LaunchStatus : uint8_t {
+  kLaunched,
+  kMRange,   ///< M outside [m_min, m_max]
+  kClass,    ///< no code for this class of M
+  kGuard,    ///< guard number `detail` is false or has no value
+  kAlign,    ///< the pointer of param number `detail` is not aligned
+  kParam,    ///< the value of param number `detail` does not exist or does not fit its type
+  kGrid,     ///< a grid dimension is below 1 or above the GPU's limit
+  kDriver,   ///< `detail` is the CUresult
+};
+
+struct LaunchResult {
+  LaunchStatus status;
+  int32_t detail;
+};
+
+class CubinLauncher {
+ public:
+  static constexpr uint32_t kMaxParams = 64;  ///< of a kernel, the hidden ones included
+  static constexpr uint32_t kHiddenPointers = 2;  ///< Triton's global and profile scratch, passed as null
+
+  /// How the launcher gets a function: the cubin and the sizes of its parameters, hidden ones included -> handle.
+  using FindFunction = std::function<CUfunction(const Cubin&, const std::vector<uint32_t>& param_bytes)>;
+
+  /// Checks the record's limits (kBundle) and prepares every cubin. `pdl` = false leaves the PDL attribute out.
+  CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl = true);
+
+  /// Tests the guards, evaluates grid and parameters, launches. The context of `stream` is current.
+  LaunchResult launch(const Call& call, CUstream stream) const noexcept;
+
+  /// What `launch` refused, in words: the fact and the actual values.
+  std::string describe(const LaunchResult& result, const Call& call) const;
+  /// The reason alone, without values: what `stats` counts by.
+  std::string reason(const LaunchResult& result) const;
+
+  const Record& record() const noexcept { return record_; }
+
+  /// Everything that `launch` hands to the driver, for benchmarks of the bare driver call and for `explain`.
+  struct Block {
+    LaunchConfig config;
+    CUfunction function;
+    uint64_t values[kMaxParams];
+    void* params[kMaxParams];
+  };
+  LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
+
+ private:
+  struct Slot {  ///< one parameter of one cubin, ready to evaluate
+    ParamKind kind;
+    uint8_t arg;
+    bool is_constant;
+    uint16_t param;     ///< index in record_.params
+    uint64_t mask;      ///< kPtr: align - 1
+    uint64_t bits;      ///< of a constant; of a pointer: the constant byte offset
+    const Expr* expr;   ///< null where `bits` says it all
+  };
+  struct Code {  ///< one class of M, ready to launch
+    CUfunction function = nullptr;
+    uint32_t cluster = 1;  ///< blocks along the first dimension
+    std::vector<Slot> slots;
+    LaunchConfig config{};
+    std::array<LaunchAttribute, 4> attributes{};
+  };
+
+  void prepare(const Cubin& cubin, Code& code, const Driver& driver, const FindFunction& find_function, bool pdl);
+  Slot make_slot(uint32_t index) const;
+  static void check_params(const Driver& driver, const Code& code, const Cubin& cubin);
+
+  Record record_;
+  LaunchFn launch_;
+  std::array<Code, kMClasses> codes_;
+};
+
+}  // namespace hdispatch

@@ -1,0 +1,161 @@
+// driver.cpp -- finding libcuda, reporting its errors, and doing nothing in its place.
+#include "driver.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cstring>
+#include <mutex>
+
+#include "check.h"
+
+namespace hdispatch {
+namespace {
+
+struct Library {
+  Driver driver{};
+  std::string missing;
+};
+
+template <typename Function>
+void resolve(void* handle, Function& function, const char* symbol, std::string* missing) {
+  function = reinterpret_cast<Function>(dlsym(handle, symbol));
+  if (!function && missing && missing->empty())
+    *missing = text("libcuda.so.1 has no ", symbol, ": CUDA 12 or newer is needed");
+}
+
+Library open_library() {
+  Library library;
+  void* handle = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  if (!handle) {
+    library.missing = text("no CUDA driver: ", dlerror());
+    return library;
+  }
+  Driver& d = library.driver;
+  std::string* missing = &library.missing;
+  d.name = "cuda";
+  resolve(handle, d.launch, "cuLaunchKernelEx", missing);
+  resolve(handle, d.init, "cuInit", missing);
+  resolve(handle, d.driver_version, "cuDriverGetVersion", missing);
+  resolve(handle, d.error_name, "cuGetErrorName", missing);
+  resolve(handle, d.error_string, "cuGetErrorString", missing);
+  resolve(handle, d.device_get, "cuDeviceGet", missing);
+  resolve(handle, d.primary_context_retain, "cuDevicePrimaryCtxRetain", missing);
+  resolve(handle, d.context_get, "cuCtxGetCurrent", missing);
+  resolve(handle, d.context_set, "cuCtxSetCurrent", missing);
+  resolve(handle, d.context_push, "cuCtxPushCurrent_v2", missing);
+  resolve(handle, d.context_pop, "cuCtxPopCurrent_v2", missing);
+  resolve(handle, d.module_load, "cuModuleLoadData", missing);
+  resolve(handle, d.module_unload, "cuModuleUnload", missing);
+  resolve(handle, d.module_function, "cuModuleGetFunction", missing);
+  resolve(handle, d.function_get, "cuFuncGetAttribute", missing);
+  resolve(handle, d.function_set, "cuFuncSetAttribute", missing);
+  resolve(handle, d.function_param_info, "cuFuncGetParamInfo", nullptr);
+  resolve(handle, d.function_load, "cuFuncLoad", nullptr);
+  return library;
+}
+
+const Library& library() {
+  static const Library opened = open_library();
+  return opened;
+}
+
+}  // namespace
+
+const Driver& cuda_driver() {
+  if (!library().missing.empty()) fail(Fault::kDriver, library().missing);
+  return library().driver;
+}
+
+std::string cuda_driver_missing() { return library().missing; }
+
+void driver_failed(const Driver& driver, CUresult result, const char* call, const std::string& what) {
+  const char* name = nullptr;
+  const char* words = nullptr;
+  driver.error_name(result, &name);
+  driver.error_string(result, &words);
+  fail(Fault::kDriver, what, ": ", call, " failed with ", result, " ", name ? name : "(unknown)", ": ",
+       words ? words : "(no text)");
+}
+
+// ---- the null driver ----
+
+namespace {
+
+std::atomic<bool> recording{false};
+std::mutex record_mutex;  // guards `recorded`
+std::vector<NullLaunch> recorded;
+
+void record(const LaunchConfig& config, CUfunction function, void** params) {
+  const auto& null = *reinterpret_cast<const NullFunction*>(function);
+  NullLaunch launch{null.name, null.file, config, {}, {}};
+  launch.config.attributes = nullptr;
+  launch.attributes.assign(config.attributes, config.attributes + config.attribute_count);
+  for (size_t i = 0; i < null.param_bytes.size(); ++i) {
+    const auto* bytes = static_cast<const uint8_t*>(params[i]);
+    launch.params.emplace_back(bytes, bytes + null.param_bytes[i]);
+  }
+  const std::lock_guard lock(record_mutex);
+  recorded.push_back(std::move(launch));
+}
+
+CUresult null_launch(const LaunchConfig* config, CUfunction function, void** params, void**) {
+  if (HD_UNLIKELY(recording.load(std::memory_order_relaxed))) record(*config, function, params);
+  return kCudaSuccess;
+}
+
+template <typename... Args>
+CUresult accept(Args...) {
+  return kCudaSuccess;
+}
+
+template <typename Out, typename... Args>
+CUresult accept_null(Out* out, Args...) {
+  *out = Out{};
+  return kCudaSuccess;
+}
+
+CUresult null_text(CUresult, const char** out) {
+  *out = "(null driver)";
+  return kCudaSuccess;
+}
+
+}  // namespace
+
+const Driver& null_driver() {
+  static const Driver driver = {
+      .name = "null",
+      .launch = null_launch,
+      .init = accept<unsigned>,
+      .driver_version = accept_null<int>,
+      .error_name = null_text,
+      .error_string = null_text,
+      .device_get = accept_null<CUdevice, int>,
+      .primary_context_retain = accept_null<CUcontext, CUdevice>,
+      .context_get = accept_null<CUcontext>,
+      .context_set = accept<CUcontext>,
+      .context_push = accept<CUcontext>,
+      .context_pop = accept_null<CUcontext>,
+      .module_load = accept_null<CUmodule, const void*>,
+      .module_unload = accept<CUmodule>,
+      .module_function = accept_null<CUfunction, CUmodule, const char*>,
+      .function_get = accept_null<int, int, CUfunction>,
+      .function_set = accept<CUfunction, int, int>,
+      .function_param_info = nullptr,
+      .function_load = nullptr,
+  };
+  return driver;
+}
+
+void null_record(bool on) {
+  const std::lock_guard lock(record_mutex);
+  if (on) recorded.clear();
+  recording.store(on, std::memory_order_relaxed);
+}
+
+std::vector<NullLaunch> null_launches() {
+  const std::lock_guard lock(record_mutex);
+  return recorded;
+}
+
+}  // namespace hdispatch

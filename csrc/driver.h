@@ -1,0 +1,132 @@
+// driver.h -- the CUDA driver's entry points, resolved once with dlopen, and the null driver that stands in for them.
+//
+// The only file that knows libcuda. Building needs no CUDA toolkit: the few types of the driver's ABI are declared here
+// and held against cuda.h, where there is one, in tests/core/test_driver_abi.cpp.
+//
+// A `Driver` is a table of functions with the driver's own signatures. The null driver accepts everything, launches
+// nothing and, on request, records the launches: everything but the GPU's work runs on a machine without one.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace hdispatch {
+
+// ---- the driver's ABI ----
+
+using CUresult = int;
+using CUdevice = int;
+using CUcontext = struct CUctx_st*;
+using CUmodule = struct CUmod_st*;
+using CUfunction = struct CUfunc_st*;
+using CUstream = struct CUstream_st*;
+
+inline constexpr CUresult kCudaSuccess = 0;
+inline constexpr CUresult kCudaInvalidValue = 1;
+
+/// CUlaunchAttribute: an id and a 64-byte union, of which only these members are used.
+struct LaunchAttribute {
+  uint32_t id = 0;
+  char pad[4] = {};
+  union {
+    char bytes[64];
+    int32_t flag;
+    struct {
+      uint32_t x, y, z;
+    } cluster;
+  } value = {};
+};
+static_assert(sizeof(LaunchAttribute) == 72);
+
+enum LaunchAttributeId : uint32_t {
+  kAttributeCooperative = 2,
+  kAttributeClusterDimension = 4,
+  kAttributeClusterSchedulingPolicy = 5,
+  kAttributeProgrammaticStreamSerialization = 6,
+};
+
+/// CUlaunchConfig
+struct LaunchConfig {
+  uint32_t grid[3];
+  uint32_t block[3];
+  uint32_t shared_bytes;
+  CUstream stream;
+  const LaunchAttribute* attributes;
+  uint32_t attribute_count;
+};
+static_assert(sizeof(LaunchConfig) == 56 && offsetof(LaunchConfig, stream) == 32);
+
+enum FunctionAttribute : int {
+  kFunctionSharedBytes = 1,
+  kFunctionMaxDynamicSharedBytes = 8,
+  kFunctionNonPortableCluster = 14,
+};
+
+using LaunchFn = CUresult (*)(const LaunchConfig*, CUfunction, void** params, void** extra);
+
+struct Driver {
+  const char* name;  ///< "cuda" or "null"
+  LaunchFn launch;
+  CUresult (*init)(unsigned);
+  CUresult (*driver_version)(int*);
+  CUresult (*error_name)(CUresult, const char**);
+  CUresult (*error_string)(CUresult, const char**);
+  CUresult (*device_get)(CUdevice*, int);
+  CUresult (*primary_context_retain)(CUcontext*, CUdevice);
+  CUresult (*context_get)(CUcontext*);
+  CUresult (*context_set)(CUcontext);
+  CUresult (*context_push)(CUcontext);
+  CUresult (*context_pop)(CUcontext*);
+  CUresult (*module_load)(CUmodule*, const void*);
+  CUresult (*module_unload)(CUmodule);
+  CUresult (*module_function)(CUfunction*, CUmodule, const char*);
+  CUresult (*function_get)(int*, int, CUfunction);
+  CUresult (*function_set)(CUfunction, int, int);
+  /// Both may be null: CUDA 12.4 has them, older drivers do not.
+  CUresult (*function_param_info)(CUfunction, size_t, size_t*, size_t*);
+  CUresult (*function_load)(CUfunction);
+};
+
+/// libcuda's functions. Throws kDriver, with what dlopen said, where there is no driver.
+const Driver& cuda_driver();
+
+/// Why there is no CUDA driver here; empty if there is one.
+std::string cuda_driver_missing();
+
+const Driver& null_driver();
+
+/// Throws kDriver with the call, the result's number, name and text, and what it was done for.
+[[noreturn]] void driver_failed(const Driver& driver, CUresult result, const char* call,
+                                const std::string& what);
+
+#define HD_DRIVER(driver, result, call, what)                                            \
+  do {                                                                                   \
+    const ::hdispatch::CUresult hd_result_ = (result);                                   \
+    if (HD_UNLIKELY(hd_result_ != ::hdispatch::kCudaSuccess))                            \
+      ::hdispatch::driver_failed(driver, hd_result_, call, what);                        \
+  } while (0)
+
+// ---- the null driver's records ----
+
+/// What a kernel of the null driver is: enough to copy its parameters.
+struct NullFunction {
+  std::string name;
+  std::string file;
+  std::vector<uint32_t> param_bytes;
+};
+
+struct NullLaunch {
+  std::string function;
+  std::string file;
+  LaunchConfig config;  ///< `attributes` points nowhere; see the vector
+  std::vector<LaunchAttribute> attributes;
+  std::vector<std::vector<uint8_t>> params;
+};
+
+/// Starts or stops recording; starting forgets what was recorded. Any thread; launches of all threads are recorded.
+void null_record(bool on);
+std::vector<NullLaunch> null_launches();
+
+}  // namespace hdispatch

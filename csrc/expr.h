@@ -1,0 +1,70 @@
+// expr.h -- postfix expressions over a call's sizes and strides: grid dimensions, parameters, guards.
+//
+// Compiled once from the manifest's tokens (manifest.py lists leaves and operators), then evaluated per call without
+// allocation. Arithmetic is on int64 with floor division and modulo; overflow and division by zero make `evaluate`
+// return false, which the launcher treats as a failed guard.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <variant>
+#include <vector>
+
+#include "call.h"
+
+namespace hdispatch {
+
+/// One token of the manifest: an integer, a leaf's name or an operator.
+using Token = std::variant<int64_t, std::string>;
+
+/// Index of a tensor argument by name, or -1.
+using FindTensor = std::function<int(std::string_view)>;
+
+class Expr {
+ public:
+  static constexpr uint32_t kMaxDepth = 16;
+
+  Expr() = default;
+  /// Throws kBundle for an unknown token, an unbalanced expression or one deeper than kMaxDepth.
+  Expr(const std::vector<Token>& tokens, const FindTensor& find_tensor);
+
+  /// The value for this call; false if it has none.
+  bool evaluate(const Call& call, int64_t& value) const noexcept {
+    // Nearly every parameter and grid dimension is one of the first three.
+    switch (form_) {
+      case Form::kConst: value = constant_; return true;
+      case Form::kSymbol: value = call.sizes[symbol_]; return true;
+      case Form::kCeilDiv: value = (call.sizes[symbol_] + constant_ - 1) / constant_; return true;
+      default: return evaluate_code(call, value);
+    }
+  }
+
+  bool is_constant() const noexcept { return form_ == Form::kConst; }
+
+ private:
+  enum class Form : uint8_t { kConst, kSymbol, kCeilDiv, kCode };
+  enum class Code : uint8_t {
+    kPush, kSymbol, kSize, kStride,                       // leaves
+    kAdd, kSub, kMul, kDiv, kMod, kMin, kMax,             // arithmetic
+    kEq, kNe, kLt, kLe, kGt, kGe, kAnd, kOr,              // 0 or 1
+  };
+  struct Step {
+    Code code;
+    uint8_t tensor;     ///< kSize, kStride
+    uint8_t dimension;  ///< kSize, kStride; the symbol of kSymbol
+    int64_t value;      ///< kPush
+  };
+
+  bool evaluate_code(const Call& call, int64_t& value) const noexcept;
+  static bool apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept;
+  void shorten();
+
+  Form form_ = Form::kConst;
+  uint8_t symbol_ = 0;
+  int64_t constant_ = 0;
+  std::vector<Step> steps_;
+};
+
+}  // namespace hdispatch

@@ -1,0 +1,391 @@
+// op_call.cpp -- the hot door: a vectorcall object per op; the boxed torch-dispatcher door; misses.
+#include "op_call.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/library.h>
+
+#include <structmember.h>
+
+#include <cstddef>
+
+#include "tensor_view.h"
+
+namespace hdispatch {
+
+std::atomic<bool> strict_mode{false};
+
+namespace {
+
+// ---- errors ----
+
+PyObject* error_classes[5];  // by Fault; owned
+
+[[noreturn]] HD_COLD void requires_grad(const Op& op, const ArgSpec& arg) {
+  fail(Fault::kCaller, op.name(), ": ", arg.name,
+       " requires grad and grad mode is on; the op has no backward: call it under torch.no_grad() or pass ", arg.name,
+       ".detach()");
+}
+
+// ---- serving ----
+
+/// In-place writes that autograd cannot see still bump the version counters, as torch's own in-place ops do.
+void bump_version(const at::Tensor& tensor) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!impl->is_inference()) impl->bump_version();
+}
+
+/// The miss: counts it and throws in strict mode. Returns if the fallback is to run.
+HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  if (outcome == Outcome::kBadCall) op.complain(call);
+  if (outcome == Outcome::kRefused && found.result.status == LaunchStatus::kDriver)
+    Runtime::describe(op, call, outcome, found);  // throws kDriver
+  OpCounters& counters = op.counters();
+  {
+    const std::string reason = Runtime::reason(op, call, outcome, found);
+    const std::lock_guard lock(counters.mutex);
+    ++counters.misses[reason];
+  }
+  if (strict_mode.load(std::memory_order_relaxed)) fail(Fault::kMiss, Runtime::describe(op, call, outcome, found));
+  counters.fallbacks.fetch_add(1, std::memory_order_relaxed);
+}
+
+bool is_done(Outcome outcome) { return outcome == Outcome::kLaunched || outcome == Outcome::kEmpty; }
+
+// ---- the vectorcall door ----
+
+/// 0: a plain tensor, put into `call`; 1: needs the torch door.
+inline int take_tensor(PyObject* object, const ArgSpec& arg, TensorView& view, bool& grad) {
+  if (HD_UNLIKELY(!THPVariable_CheckTypeExact(Py_TYPE(object)))) {
+    if (object == Py_None) {
+      view.dtype = DType::kNone;
+      return 0;
+    }
+    return 1;
+  }
+  const at::Tensor& tensor = THPVariable_Unpack(object);
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  // A tensor on any device but CPU and CUDA (meta, …) has a key that is not plain.
+  if (HD_UNLIKELY(!is_plain(impl->key_set()))) return 1;
+  grad |= impl->requires_grad();
+  view_of(tensor, arg.is_mutated, view);
+  return 0;
+}
+
+HD_COLD double take_number(const Op& op, const ArgSpec& arg, PyObject* object) {
+  if (PyLong_Check(object) && !PyBool_Check(object)) {
+    const double value = PyLong_AsDouble(object);
+    if (value == -1.0 && PyErr_Occurred()) {
+      PyErr_Clear();
+      fail(Fault::kCaller, op.name(), ": ", arg.name, " is an int that no float holds");
+    }
+    return value;
+  }
+  fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes a float");
+}
+
+HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
+  for (size_t i = 0; i < op.args().size(); ++i)
+    if (op.args()[i].is_tensor && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
+      requires_grad(op, op.args()[i]);
+}
+
+HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
+  PyObject* result = PyObject_Vectorcall(self->fallback, args, self->op->args().size(), nullptr);
+  if (!result) return nullptr;
+  Py_DECREF(result);
+  Py_RETURN_NONE;
+}
+
+/// `args` are all arguments in order.
+PyObject* call_op(const OpObject* self, PyObject* const* args) {
+  const Op& op = *self->op;
+  Call call;  // deliberately not initialised: every entry that is read is written
+  if (HD_UNLIKELY(!no_modes() || !fill_call(op, args, call)))
+    return PyObject_Vectorcall(self->torch_op, args, op.args().size(), nullptr);
+  Dispatch found;
+  // The GIL stays held: releasing it costs 35 ns, and the driver call returns in about 3 us.
+  const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found);
+  if (HD_UNLIKELY(!is_done(outcome))) {
+    miss(op, call, outcome, found);
+    return call_fallback(self, args);
+  }
+  for (size_t i = 0; i < op.args().size(); ++i)
+    if (op.args()[i].is_mutated && args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
+  Py_RETURN_NONE;
+}
+
+PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
+  const auto* self = reinterpret_cast<const OpObject*>(callable);
+  const size_t positional = static_cast<size_t>(PyVectorcall_NARGS(flags));
+  try {
+    if (HD_LIKELY(positional == self->op->args().size() && !keyword_names)) return call_op(self, args);
+    return call_op(self, gather_arguments(*self->op, args, positional, keyword_names).data());
+  } catch (...) {
+    set_python_error();
+    return nullptr;
+  }
+}
+
+/// pick(M, K=0, N=0, variant=0) -> index of the manifest's row, or None: the key and the probe alone.
+PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
+  const Op& op = *reinterpret_cast<const OpObject*>(callable)->op;
+  int64_t given[4] = {};
+  if (count < 1 || count > 4) {
+    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0) takes 1 to 4 ints, got %zd", op.name().c_str(), count);
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    given[i] = PyLong_AsLongLong(args[i]);
+    if (given[i] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  const Runtime& runtime = Runtime::get();
+  for (DeviceSlot slot = 0; slot < kMaxSlots; ++slot) {
+    const DeviceTable* table = runtime.table(slot);
+    if (!table || op.id() >= table->ladders.size() || !table->ladders[op.id()].size()) continue;
+    if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
+    const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
+                             static_cast<uint32_t>(given[2]), static_cast<uint16_t>(table->ladders[op.id()].bucket(given[0])),
+                             kDeviceClass);
+    const Row* row = table->table.find(key);
+    if (!row) Py_RETURN_NONE;
+    return PyLong_FromUnsignedLong(row->index);
+  }
+  Py_RETURN_NONE;
+}
+
+PyObject* get_name(PyObject* self, void*) {
+  return PyUnicode_FromString(reinterpret_cast<OpObject*>(self)->op->name().c_str());
+}
+PyObject* get_schema(PyObject* self, void*) {
+  return PyUnicode_FromString(reinterpret_cast<OpObject*>(self)->op->schema().c_str());
+}
+PyObject* get_fallback(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<OpObject*>(self)->fallback); }
+PyObject* repr(PyObject* self) {
+  return PyUnicode_FromFormat("<hdispatch op %s>", reinterpret_cast<OpObject*>(self)->op->schema().c_str());
+}
+
+// ---- the torch door ----
+
+/// One op in torch's dispatcher, for one dispatch key. torch owns it.
+class BoxedOp : public c10::OperatorKernel {
+ public:
+  explicit BoxedOp(const OpObject* self) : self_(self) {}
+
+ protected:
+  const Op& op() const { return *self_->op; }
+
+  /// Serves the arguments on top of the stack, without popping them.
+  void serve(const torch::jit::Stack& stack) const {
+    const size_t count = op().args().size();
+    const c10::IValue* values = stack.data() + (stack.size() - count);
+    Call call;
+    for (size_t i = 0; i < count; ++i) {
+      const ArgSpec& arg = op().args()[i];
+      if (!arg.is_tensor)
+        call.scalars[i] = values[i].toDouble();
+      else if (values[i].isNone() || !values[i].toTensor().defined())
+        call.tensors[i].dtype = DType::kNone;
+      else
+        view_of(values[i].toTensor(), arg.is_mutated, call.tensors[i]);
+    }
+    Dispatch found;
+    const Outcome outcome = Runtime::get().dispatch(op(), call, current_stream, found);
+    if (HD_UNLIKELY(!is_done(outcome))) {
+      miss(op(), call, outcome, found);
+      fall_back(values);
+      return;
+    }
+    for (size_t i = 0; i < count; ++i)
+      if (op().args()[i].is_mutated && values[i].isTensor() && values[i].toTensor().defined())
+        bump_version(values[i].toTensor());
+  }
+
+  const OpObject* self_;
+
+ private:
+  HD_COLD void fall_back(const c10::IValue* values) const {
+    const pybind11::gil_scoped_acquire gil;
+    std::vector<pybind11::object> args;
+    std::vector<PyObject*> pointers;
+    for (size_t i = 0; i < op().args().size(); ++i) {
+      if (values[i].isTensor() && values[i].toTensor().defined())
+        args.push_back(pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(values[i].toTensor())));
+      else if (values[i].isDouble())
+        args.push_back(pybind11::float_(values[i].toDouble()));
+      else
+        args.push_back(pybind11::none());
+      pointers.push_back(args.back().ptr());
+    }
+    PyObject* result = call_fallback(self_, pointers.data());
+    if (!result) throw python_error();
+    Py_DECREF(result);
+  }
+};
+
+class BackendKernel final : public BoxedOp {
+ public:
+  using BoxedOp::BoxedOp;
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    serve(*stack);
+    torch::jit::drop(*stack, op().args().size());
+  }
+};
+
+/// Refuses tensors that require grad; otherwise torch goes on below autograd.
+class AutogradKernel final : public BoxedOp {
+ public:
+  using BoxedOp::BoxedOp;
+  void operator()(const c10::OperatorHandle& handle, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+    const size_t count = op().args().size();
+    if (c10::GradMode::is_enabled()) {
+      for (size_t i = 0; i < count; ++i) {
+        const c10::IValue& value = (*stack)[stack->size() - count + i];
+        if (value.isTensor() && value.toTensor().defined() && value.toTensor().requires_grad())
+          requires_grad(op(), op().args()[i]);
+      }
+    }
+    const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
+    const c10::DispatchKey next = below.highestPriorityTypeId();
+    if (HD_LIKELY(next == c10::DispatchKey::CUDA || next == c10::DispatchKey::CPU)) {
+      serve(*stack);  // one trip through the dispatcher less
+      torch::jit::drop(*stack, count);
+    } else {
+      handle.redispatchBoxed(below, stack);
+    }
+  }
+};
+
+/// Shapes of the results are the caller's: there is nothing to infer.
+class MetaKernel final : public BoxedOp {
+ public:
+  using BoxedOp::BoxedOp;
+  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
+    torch::jit::drop(*stack, op().args().size());
+  }
+};
+
+template <typename Kernel>
+torch::CppFunction boxed(const OpObject* self) {
+  return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(self));
+}
+
+void register_in_torch(const OpObject* self) {
+  // Never destroyed: the ops live as long as the process.
+  static auto* library = new torch::Library(torch::Library::FRAGMENT, "hdispatch", std::nullopt, __FILE__, __LINE__);
+  const char* name = self->op->name().c_str();
+  library->def(self->op->schema().c_str(), {at::Tag::pt2_compliant_tag});
+  library->impl(name, torch::dispatch(c10::DispatchKey::CUDA, boxed<BackendKernel>(self)));
+  library->impl(name, torch::dispatch(c10::DispatchKey::CPU, boxed<BackendKernel>(self)));
+  library->impl(name, torch::dispatch(c10::DispatchKey::Meta, boxed<MetaKernel>(self)));
+  library->impl(name, torch::dispatch(c10::DispatchKey::Autograd, boxed<AutogradKernel>(self)));
+}
+
+}  // namespace
+
+void load_error_classes() {
+  const auto errors = pybind11::module_::import("hdispatch.errors");
+  const char* names[] = {"ArgumentError", "BundleError", "MissError", "DriverError", "HdispatchError"};
+  for (size_t i = 0; i < std::size(names); ++i) error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
+}
+
+void set_python_error() noexcept {
+  try {
+    throw;
+  } catch (const Error& error) {
+    PyErr_SetString(error_classes[static_cast<size_t>(error.fault())], error.what());
+  } catch (python_error& error) {
+    error.restore();
+  } catch (pybind11::error_already_set& error) {
+    error.restore();
+  } catch (const c10::Error& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    PyErr_SetString(error_classes[static_cast<size_t>(Fault::kInternal)], error.what());
+  }
+}
+
+std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional, PyObject* keyword_names) {
+  const std::vector<ArgSpec>& specs = op.args();
+  if (positional > specs.size())
+    fail(Fault::kCaller, op.name(), ": got ", positional, " positional arguments; it takes ", specs.size(), ": ", op.schema());
+  std::vector<PyObject*> all(specs.size(), nullptr);
+  std::copy(args, args + positional, all.begin());
+  const Py_ssize_t keywords = keyword_names ? PyTuple_GET_SIZE(keyword_names) : 0;
+  for (Py_ssize_t k = 0; k < keywords; ++k) {
+    const char* keyword = PyUnicode_AsUTF8(PyTuple_GET_ITEM(keyword_names, k));
+    size_t i = 0;
+    while (keyword && i < specs.size() && specs[i].name != keyword) ++i;
+    if (!keyword || i == specs.size())
+      fail(Fault::kCaller, op.name(), ": has no argument \"", keyword ? keyword : "?", "\": ", op.schema());
+    if (all[i]) fail(Fault::kCaller, op.name(), ": argument \"", keyword, "\" is given twice");
+    all[i] = args[positional + static_cast<size_t>(k)];
+  }
+  for (size_t i = 0; i < specs.size(); ++i) {
+    if (!all[i] && specs[i].is_tensor && specs[i].is_optional) all[i] = Py_None;
+    if (!all[i]) fail(Fault::kCaller, op.name(), ": argument \"", specs[i].name, "\" is missing: ", op.schema());
+  }
+  return all;
+}
+
+bool fill_call(const Op& op, PyObject* const* args, Call& call) {
+  bool grad = false;
+  const std::vector<ArgSpec>& specs = op.args();
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const ArgSpec& arg = specs[i];
+    PyObject* object = args[i];
+    if (arg.is_tensor) {
+      if (HD_UNLIKELY(take_tensor(object, arg, call.tensors[i], grad))) return false;
+    } else if (HD_LIKELY(PyFloat_CheckExact(object))) {
+      call.scalars[i] = PyFloat_AS_DOUBLE(object);
+    } else if (PyFloat_Check(object)) {
+      call.scalars[i] = PyFloat_AS_DOUBLE(object);
+    } else {
+      call.scalars[i] = take_number(op, arg, object);
+    }
+  }
+  if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) refuse_grad(op, args);
+  return true;
+}
+
+PyObject* make_op_type() {
+  static PyMethodDef methods[] = {
+      {"pick", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&pick)), METH_FASTCALL,
+       "pick(M, K=0, N=0, variant=0, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None. Launches nothing."},
+      {nullptr, nullptr, 0, nullptr}};
+  static PyMemberDef members[] = {
+      {"__vectorcalloffset__", T_PYSSIZET, offsetof(OpObject, vectorcall), READONLY, nullptr},
+      {nullptr, 0, 0, 0, nullptr}};
+  static PyGetSetDef getset[] = {
+      {"name", get_name, nullptr, "The op's name.", nullptr},
+      {"__name__", get_name, nullptr, nullptr, nullptr},
+      {"schema", get_schema, nullptr, "The torch schema, without the namespace.", nullptr},
+      {"fallback", get_fallback, nullptr, "What runs on a miss: the op's torch reference.", nullptr},
+      {nullptr, nullptr, nullptr, nullptr, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&repr)},
+                                {Py_tp_methods, methods},
+                                {Py_tp_members, members},
+                                {Py_tp_getset, getset},
+                                {Py_tp_doc, const_cast<char*>("An op: call it with its arguments, positional or by name.")},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"hdispatch._C.Op", sizeof(OpObject), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+  return PyType_FromSpec(&spec);
+}
+
+OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback) {
+  OpObject* self = PyObject_New(OpObject, reinterpret_cast<PyTypeObject*>(type));
+  if (!self) throw python_error();
+  self->vectorcall = vectorcall;
+  self->op = &op;
+  self->fallback = Py_NewRef(fallback);
+  Py_INCREF(self);  // the dispatcher's kernels keep it for ever
+  register_in_torch(self);
+  const auto torch = pybind11::module_::import("torch");
+  self->torch_op = pybind11::object(torch.attr("ops").attr("hdispatch").attr(op.name().c_str())).release().ptr();
+  return self;
+}
+
+}  // namespace hdispatch

@@ -1,0 +1,65 @@
+// record.h -- a launch record: what a generated host function does on every call, as data. Plain structs.
+//
+// Filled from a bundle's manifest (manifest.py says what each field means), then frozen.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "expr.h"
+
+namespace hdispatch {
+
+enum class ParamKind : uint8_t { kPtr, kI1, kI8, kI16, kI32, kI64, kF32, kF64 };
+
+inline constexpr std::array<std::string_view, 8> kParamKindNames = {"ptr", "i1",  "i8",  "i16",
+                                                                    "i32", "i64", "f32", "f64"};
+inline constexpr std::array<uint32_t, 8> kParamBytes = {8, 1, 1, 2, 4, 8, 4, 8};
+
+struct Param {
+  ParamKind kind = ParamKind::kPtr;
+  int arg = -1;          ///< kPtr: tensor argument; kF32, kF64: scalar argument or -1 for `constant`
+  uint32_t align = 1;    ///< kPtr: the address is a multiple of this; a power of two
+  Expr value;            ///< kPtr: byte offset; integers: the value
+  double constant = 0;   ///< kF32, kF64 with arg < 0
+};
+
+struct Guard {
+  Expr expr;
+  std::string text;  ///< the fact in words, e.g. "input.stride(0) % 16 == 0"
+};
+
+/// The classes of M for which Triton compiles different code.
+enum class MClass : uint8_t { kOne, kMult16, kOther };
+inline constexpr uint32_t kMClasses = 3;
+inline constexpr std::array<std::string_view, kMClasses> kMClassNames = {"one", "mult16", "other"};
+
+constexpr MClass class_of(int64_t m) noexcept {
+  return m == 1 ? MClass::kOne : m % 16 == 0 ? MClass::kMult16 : MClass::kOther;
+}
+
+/// Code for one class of M. Not present where `file` is empty.
+struct Cubin {
+  std::string file;
+  std::string function;
+  std::vector<uint32_t> params;  ///< indices of the record's params that it takes, ascending
+  uint32_t num_warps = 0;
+  uint32_t shared_bytes = 0;  ///< dynamic
+  std::array<uint32_t, 3> cluster = {1, 1, 1};
+  bool cooperative = false;
+  bool pdl = false;  ///< the code waits for its predecessors itself: launch with the PDL attribute
+};
+
+struct Record {
+  std::string kernel;  ///< for messages
+  int64_t m_min = 1;
+  int64_t m_max = INT64_MAX;
+  std::array<Expr, 3> grid;
+  std::vector<Param> params;
+  std::vector<Guard> guards;
+  std::array<Cubin, kMClasses> cubins;
+};
+
+}  // namespace hdispatch

@@ -1,0 +1,266 @@
+// runtime.cpp -- serving calls, explaining misses, building tables.
+#include "runtime.h"
+
+#include <algorithm>
+
+#include "check.h"
+
+namespace hdispatch {
+namespace {
+
+/// The context that this thread is known to have made current; see `enter`.
+__attribute__((tls_model("initial-exec"))) thread_local CUcontext thread_context = nullptr;
+
+/// Makes the table's context current where it is not. With one GPU a thread needs this once; with several, torch may have
+/// switched devices since the last call, so the driver is asked every time. True: pop it after the launch.
+HD_COLD bool enter(const DeviceTable& table) noexcept {
+  CUcontext current = nullptr;
+  table.driver->context_get(&current);
+  if (current == table.context) {
+    thread_context = current;
+    return false;
+  }
+  if (!current && table.only_device) {
+    if (table.driver->context_set(table.context) == kCudaSuccess) thread_context = table.context;
+    return false;
+  }
+  return table.driver->context_push(table.context) == kCudaSuccess;
+}
+
+std::string print_row(const Op& op, const Row& row, const Ladder& ladder) {
+  const uint16_t bucket = key_bucket(row.key);
+  const bool last = bucket + 1u == ladder.size();
+  return text("(", op.variants()[key_variant(row.key)].name, ", K=", key_k(row.key), ", N=", key_n(row.key), ", M ",
+              ladder.first(bucket), "..", last ? "" : std::to_string(ladder.edge(bucket)), ")");
+}
+
+/// Up to three rows of the op, same variant first, then by distance in K and N, one per (variant, K, N).
+std::string nearest_rows(const Op& op, const Call& call, const Dispatch& found) {
+  std::vector<const Row*> rows;
+  for (const Row& row : found.table->table.rows())
+    if (key_op(row.key) == op.id() && key_bucket(row.key) == key_bucket(found.key)) rows.push_back(&row);
+  const auto distance = [&](const Row* row) {
+    const auto apart = [](int64_t a, int64_t b) { return a < b ? b - a : a - b; };
+    return std::make_tuple(key_variant(row->key) != key_variant(found.key),
+                           apart(key_k(row->key), call.sizes[kK]) + apart(key_n(row->key), call.sizes[kN]));
+  };
+  std::stable_sort(rows.begin(), rows.end(), [&](const Row* a, const Row* b) { return distance(a) < distance(b); });
+  if (rows.empty()) return "none: the bundle has no row of this op";
+  std::string out;
+  for (size_t i = 0; i < std::min<size_t>(rows.size(), 3); ++i)
+    out += (i ? ", " : "") + print_row(op, *rows[i], found.table->ladders[op.id()]);
+  return out;
+}
+
+std::string print_shape(const Op& op, const Call& call, const Dispatch& found) {
+  return text(op.name(), "(", op.variants()[key_variant(found.key)].name, ", M=", call.sizes[kM], ", K=", call.sizes[kK],
+              ", N=", call.sizes[kN], ")");
+}
+
+}  // namespace
+
+Runtime& Runtime::get() {
+  // Never destroyed: threads may still launch while the process ends.
+  static Runtime* runtime = new Runtime;
+  return *runtime;
+}
+
+const Op& Runtime::define_op(std::string name, std::string schema, std::vector<ArgSpec> args,
+                             std::vector<Variant> variants) {
+  HD_CHECK_BUNDLE(!find_op(name), "op ", name, " is defined already");
+  HD_CHECK_BUNDLE(ops_.size() < 0xffff, "too many ops");
+  const auto id = static_cast<uint16_t>(ops_.size());
+  ops_.push_back(std::make_unique<Op>(id, std::move(name), std::move(schema), std::move(args), std::move(variants)));
+  return *ops_.back();
+}
+
+const Op* Runtime::find_op(std::string_view name) const noexcept {
+  for (const auto& op : ops_)
+    if (op->name() == name) return op.get();
+  return nullptr;
+}
+
+Outcome Runtime::lookup(const Op& op, Call& call, Dispatch& found) const noexcept {
+  uint16_t variant = 0;
+  DeviceSlot slot = kNoSlot;
+  if (HD_UNLIKELY(!op.bind(call, variant, slot))) return Outcome::kBadCall;
+  found.key = make_key(op.id(), variant, static_cast<uint32_t>(call.sizes[kK]), static_cast<uint32_t>(call.sizes[kN]), 0,
+                       kDeviceClass);
+  if (HD_UNLIKELY(call.sizes[kM] == 0)) return Outcome::kEmpty;
+  found.table = table(slot);
+  if (HD_UNLIKELY(!found.table || op.id() >= found.table->ladders.size())) return Outcome::kNoTable;
+  const Ladder& ladder = found.table->ladders[op.id()];
+  if (HD_UNLIKELY(!ladder.size())) return Outcome::kNoTable;
+  found.key.word0 |= uint64_t{ladder.bucket(call.sizes[kM])} << 32;
+  found.row = found.table->table.find(found.key);
+  return HD_LIKELY(found.row != nullptr) ? Outcome::kLaunched : Outcome::kNoRow;
+}
+
+Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const {
+  const Outcome outcome = lookup(op, call, found);
+  if (HD_UNLIKELY(outcome != Outcome::kLaunched)) {
+    if (outcome == Outcome::kEmpty) op.counters().empty.fetch_add(1, std::memory_order_relaxed);
+    return outcome;
+  }
+  const DeviceTable& table = *found.table;
+  const bool pop = HD_UNLIKELY(thread_context != table.context || !table.only_device) && enter(table);
+  found.result = found.row->launcher->launch(call, stream_of(table.slot));
+  if (HD_UNLIKELY(pop)) {
+    CUcontext popped = nullptr;
+    table.driver->context_pop(&popped);
+  }
+  if (HD_UNLIKELY(found.result.status != LaunchStatus::kLaunched)) return Outcome::kRefused;
+  op.counters().hits.fetch_add(1, std::memory_order_relaxed);
+  return Outcome::kLaunched;
+}
+
+std::string Runtime::reason(const Op&, const Call&, Outcome outcome, const Dispatch& found) {
+  switch (outcome) {
+    case Outcome::kNoTable: return "no table";
+    case Outcome::kNoRow: return "no row";
+    case Outcome::kRefused: return found.row->launcher->reason(found.result);
+    default: return "none";
+  }
+}
+
+std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  const std::string shape = print_shape(op, call, found);
+  switch (outcome) {
+    case Outcome::kNoTable:
+      return shape + ": no bundle with this op is loaded for the tensors' device; call hdispatch.load(DIR)";
+    case Outcome::kNoRow:
+      return text(shape, ": the launch table has no row for it; nearest rows: ", nearest_rows(op, call, found),
+                  "; build a bundle with this shape, or leave strict mode to use the fallback");
+    case Outcome::kRefused:
+      if (found.result.status == LaunchStatus::kDriver)
+        driver_failed(*found.table->driver, found.result.detail, "cuLaunchKernelEx",
+                      text(shape, ", row ", found.row->index, ", ", found.row->launcher->record().kernel));
+      return text(shape, ": ", found.row->launcher->describe(found.result, call), " of row ", found.row->index, " ",
+                  print_row(op, *found.row, found.table->ladders[op.id()]));
+    default: return shape;
+  }
+}
+
+std::string Runtime::explain(const Op& op, Call& call) const {
+  Dispatch found;
+  const Outcome outcome = lookup(op, call, found);
+  if (outcome == Outcome::kBadCall) op.complain(call);
+  std::string out = text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
+                         "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN]);
+  if (outcome == Outcome::kEmpty) return out + "\nnothing to launch: M is 0";
+  if (outcome == Outcome::kNoTable) return out + "\nmiss     " + describe(op, call, outcome, found);
+  const Ladder& ladder = found.table->ladders[op.id()];
+  const uint32_t bucket = key_bucket(found.key);
+  out += text("\nbucket   ", bucket, ": M ", ladder.first(bucket), "..",
+              bucket + 1 == ladder.size() ? "" : std::to_string(ladder.edge(bucket)), "\nkey      0x", std::hex,
+              found.key.word0, " 0x", found.key.word1, std::dec);
+  if (outcome == Outcome::kNoRow) return out + "\nmiss     " + describe(op, call, outcome, found);
+  const CubinLauncher& launcher = *found.row->launcher;
+  const Record& record = launcher.record();
+  out += text("\nrow      ", found.row->index, ": ", record.kernel, "\nvalid    ", record.m_min, " <= M <= ", record.m_max);
+  for (const Guard& guard : record.guards) {
+    int64_t holds = 0;
+    const bool ok = guard.expr.evaluate(call, holds) && holds;
+    out += text("\nguard    ", guard.text, ok ? ": holds" : ": FAILS");
+  }
+  CubinLauncher::Block block;
+  found.result = launcher.fill(call, nullptr, block);
+  if (found.result.status != LaunchStatus::kLaunched)
+    return out + "\nfallback " + describe(op, call, Outcome::kRefused, found);
+  const size_t m_class = static_cast<size_t>(class_of(call.sizes[kM]));
+  const Cubin& cubin = record.cubins[m_class];
+  out += text("\nclass    ", kMClassNames[m_class], "\ncode     ", cubin.function, " in ", cubin.file, "\nlaunch   grid ",
+              block.config.grid[0], "x", block.config.grid[1], "x", block.config.grid[2], ", block ",
+              block.config.block[0], ", shared ", block.config.shared_bytes, " bytes, ", block.config.attribute_count,
+              " attribute(s)", cubin.pdl ? ", waits for its predecessors itself (PDL)" : "");
+  return out + text("\nparams   ", cubin.params.size(), " + ", CubinLauncher::kHiddenPointers, " hidden, driver \"",
+                    found.table->driver->name, "\"");
+}
+
+void Runtime::publish(DeviceSlot slot, std::unique_ptr<const DeviceTable> table) {
+  tables_[slot].store(table.get(), std::memory_order_release);
+  kept_.push_back(std::move(table));
+}
+
+void Runtime::withdraw(DeviceSlot slot) { tables_[slot].store(nullptr, std::memory_order_release); }
+
+// ---- TableBuilder ----
+
+TableBuilder::TableBuilder(int device, int device_count, bool pdl)
+    : driver_(device < 0 ? null_driver() : cuda_driver()), pdl_(pdl), made_(std::make_unique<DeviceTable>()) {
+  made_->driver = &driver_;
+  made_->slot = static_cast<DeviceSlot>(device + 1);
+  HD_CHECK_BUNDLE(made_->slot < kMaxSlots, "device ", device, "; at most ", kMaxSlots - 1, " are supported");
+  if (device < 0) return;
+  const std::string what = text("loading a bundle on device ", device);
+  CUdevice handle = 0;
+  HD_DRIVER(driver_, driver_.init(0), "cuInit", what);
+  HD_DRIVER(driver_, driver_.device_get(&handle, device), "cuDeviceGet", what);
+  HD_DRIVER(driver_, driver_.primary_context_retain(&made_->context, handle), "cuDevicePrimaryCtxRetain", what);
+  HD_DRIVER(driver_, driver_.context_push(made_->context), "cuCtxPushCurrent", what);
+  made_->only_device = device_count <= 1;
+}
+
+TableBuilder::~TableBuilder() {
+  // Only what was never published is unloaded: a captured graph may hold the rest.
+  if (made_)
+    for (const auto& [file, module] : modules_) driver_.module_unload(module);
+  if (&driver_ != &null_driver()) {
+    CUcontext popped = nullptr;
+    driver_.context_pop(&popped);
+  }
+}
+
+void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
+  if (made_->ladders.size() <= op.id()) made_->ladders.resize(op.id() + 1u);
+  made_->ladders[op.id()] = Ladder(edges);
+}
+
+void TableBuilder::add_module(const std::string& file, std::span<const char> image) {
+  HD_CHECK_BUNDLE(!modules_.contains(file), file, " is added twice");
+  CUmodule module = nullptr;
+  HD_DRIVER(driver_, driver_.module_load(&module, image.data()), "cuModuleLoadData", file);
+  modules_[file] = module;
+}
+
+CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
+  const auto module = modules_.find(cubin.file);
+  HD_CHECK_BUNDLE(module != modules_.end(), cubin.file, " is used by a record but was not added");
+  if (&driver_ == &null_driver()) {
+    made_->null_functions.push_back(std::make_unique<NullFunction>(NullFunction{cubin.function, cubin.file, param_bytes}));
+    return reinterpret_cast<CUfunction>(made_->null_functions.back().get());
+  }
+  CUfunction function = nullptr;
+  HD_DRIVER(driver_, driver_.module_function(&function, module->second, cubin.function.c_str()), "cuModuleGetFunction",
+            cubin.file + " " + cubin.function);
+  return function;
+}
+
+uint32_t TableBuilder::add_record(Record record) {
+  made_->launchers.push_back(std::make_unique<CubinLauncher>(
+      std::move(record), driver_,
+      [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) { return find_function(cubin, param_bytes); },
+      pdl_));
+  return static_cast<uint32_t>(made_->launchers.size() - 1);
+}
+
+void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record) {
+  const auto index = static_cast<uint32_t>(rows_.size());
+  HD_CHECK_BUNDLE(record < made_->launchers.size(), "row ", index, " names record ", record, "; there are ",
+                  made_->launchers.size());
+  HD_CHECK_BUNDLE(variant < op.variants().size(), "row ", index, ": ", op.name(), " has no variant ", variant);
+  HD_CHECK_BUNDLE(fits(k, n), "row ", index, ": K = ", k, ", N = ", n, "; sizes are below 2^32");
+  HD_CHECK_BUNDLE(op.id() < made_->ladders.size() && bucket < made_->ladders[op.id()].size(), "row ", index, ": ",
+                  op.name(), " has no bucket ", bucket);
+  rows_.push_back({make_key(op.id(), variant, static_cast<uint32_t>(k), static_cast<uint32_t>(n),
+                            static_cast<uint16_t>(bucket), kDeviceClass),
+                   made_->launchers[record].get(), index});
+}
+
+void TableBuilder::publish() {
+  made_->table = LaunchTable(std::move(rows_));
+  const DeviceSlot slot = made_->slot;
+  Runtime::get().publish(slot, std::move(made_));
+}
+
+}  // namespace hdispatch

@@ -1,0 +1,118 @@
+// runtime.h -- what serves calls: the ops, one frozen table per device, the fallback's reasons.
+//
+// A `DeviceTable` is made from a bundle by `TableBuilder`, which loads every module up front, and then published with one
+// atomic store. It is never changed and never freed: a thread that still holds an old one may launch from it, and a
+// captured graph keeps using its modules. Publishing another table for the same device replaces it for later calls.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "cubin_launcher.h"
+#include "ladder.h"
+#include "launch_table.h"
+#include "op.h"
+
+namespace hdispatch {
+
+/// Bits of the key for the kind of device; one table serves one device, so one class suffices until tables are shared.
+inline constexpr uint16_t kDeviceClass = 0;
+
+struct DeviceTable {
+  const Driver* driver = nullptr;
+  DeviceSlot slot = kNoSlot;
+  CUcontext context = nullptr;
+  bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
+  std::vector<Ladder> ladders;  ///< by op id; size 0 for ops that the bundle has not
+  LaunchTable table;
+  std::vector<std::unique_ptr<CubinLauncher>> launchers;
+  std::vector<std::unique_ptr<NullFunction>> null_functions;
+};
+
+/// Why a call was not launched.
+enum class Outcome : uint8_t {
+  kLaunched,
+  kEmpty,     ///< M = 0: there is nothing to do
+  kBadCall,   ///< an argument is wrong: Op::complain says which
+  kNoTable,   ///< no bundle is loaded for the device
+  kNoRow,     ///< the table has no such key
+  kRefused,   ///< the row's launcher says why in `result`
+};
+
+/// What `Runtime::dispatch` found out, kept for the cold path.
+struct Dispatch {
+  const DeviceTable* table = nullptr;
+  const Row* row = nullptr;
+  Key key;
+  LaunchResult result{LaunchStatus::kLaunched, 0};
+};
+
+/// The current stream of a device, as the door knows it. Called once per launch.
+using StreamFn = CUstream (*)(DeviceSlot slot);
+
+class Runtime {
+ public:
+  static Runtime& get();
+
+  /// Defines an op; throws kBundle if the name is taken. The reference lives as long as the process. GIL or no thread race.
+  const Op& define_op(std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
+  const Op* find_op(std::string_view name) const noexcept;
+
+  /// Serves one call: check, key, probe, guards, launch. The hot path.
+  Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const;
+
+  /// The reason of an outcome, as counted in `stats`.
+  static std::string reason(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
+  /// The same for a person: the shape, the failed fact, the nearest rows, what to do.
+  static std::string describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
+  /// Every step of one call in words, without launching.
+  std::string explain(const Op& op, Call& call) const;
+
+  const DeviceTable* table(DeviceSlot slot) const noexcept {
+    return slot < kMaxSlots ? tables_[slot].load(std::memory_order_acquire) : nullptr;
+  }
+  void publish(DeviceSlot slot, std::unique_ptr<const DeviceTable> table);
+  void withdraw(DeviceSlot slot);
+
+ private:
+  Runtime() = default;
+  Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
+
+  std::vector<std::unique_ptr<Op>> ops_;
+  std::array<std::atomic<const DeviceTable*>, kMaxSlots> tables_{};
+  std::vector<std::unique_ptr<const DeviceTable>> kept_;  ///< every table ever published
+};
+
+/// Makes one device's table. All or nothing: until `publish` nothing is served, and an abandoned builder unloads.
+class TableBuilder {
+ public:
+  /// `device` is a CUDA device index, or -1 for the null driver, which serves CPU tensors. `pdl` = false: plain launches.
+  TableBuilder(int device, int device_count, bool pdl);
+  ~TableBuilder();
+  TableBuilder(const TableBuilder&) = delete;
+  TableBuilder& operator=(const TableBuilder&) = delete;
+
+  void set_ladder(const Op& op, const std::vector<int64_t>& edges);
+  /// Loads a cubin's image under its file name.
+  void add_module(const std::string& file, std::span<const char> image);
+  uint32_t add_record(Record record);
+  void add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record);
+  void publish();
+
+ private:
+  CUfunction find_function(const Cubin& cubin, const std::vector<uint32_t>& param_bytes);
+
+  const Driver& driver_;
+  bool pdl_;
+  std::unique_ptr<DeviceTable> made_;
+  std::map<std::string, CUmodule> modules_;
+  std::vector<Row> rows_;
+};
+
+}  // namespace hdispatch

@@ -1,0 +1,63 @@
+// tensor_view.h -- at::Tensor -> TensorView; which tensors the fast path may take; a device's current stream.
+//
+// With tensor_view.cpp the only place that reads ATen's tensors. Everything here is on the hot path and inline.
+#pragma once
+
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/core/Tensor.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
+
+#include <algorithm>
+
+#include "call.h"
+#include "check.h"
+#include "driver.h"
+
+namespace hdispatch {
+
+/// ScalarType -> DType; kOther for what no op takes.
+extern const std::array<DType, static_cast<size_t>(c10::ScalarType::NumOptions)> kDTypeOf;
+
+/// Dispatch keys of a plain CPU or CUDA tensor. Any other key (Python, FuncTorch*, Functionalize, Conjugate, Negative,
+/// ZeroTensor, Sparse*, Quantized*, Nested*, …) means that torch has something to do first: the torch door.
+inline constexpr c10::DispatchKeySet kPlainKeys =
+    c10::DispatchKeySet(c10::DispatchKey::CPU) | c10::DispatchKeySet(c10::DispatchKey::CUDA) |
+    c10::DispatchKeySet(c10::DispatchKey::AutogradCPU) | c10::DispatchKeySet(c10::DispatchKey::AutogradCUDA) |
+    c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) | c10::DispatchKeySet(c10::DispatchKey::BackendSelect) |
+    c10::DispatchKeySet(c10::DispatchKey::AutocastCPU) | c10::DispatchKeySet(c10::DispatchKey::AutocastCUDA);
+
+inline bool is_plain(c10::DispatchKeySet keys) noexcept {
+  return (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0;
+}
+
+/// No dispatch mode, functorch transform or torch-function mode is active on this thread.
+inline bool no_modes() noexcept {
+  return is_plain(c10::impl::tls_local_dispatch_key_set().included_) &&
+         at::impl::PythonTorchFunctionTLS::stack_len() == 0;
+}
+
+inline DeviceSlot slot_of(c10::Device device) noexcept {
+  if (device.type() == c10::DeviceType::CUDA) return static_cast<DeviceSlot>(device.index() + 1);
+  return device.type() == c10::DeviceType::CPU ? kCpuSlot : kNoSlot;
+}
+
+/// A tensor of rank above kMaxRank keeps its rank, and no size beyond the fourth: every op refuses it.
+inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  const c10::IntArrayRef sizes = impl->sizes();
+  const c10::IntArrayRef strides = impl->strides();
+  view.rank = static_cast<uint32_t>(sizes.size());
+  for (uint32_t i = 0, n = std::min(view.rank, kMaxRank); i < n; ++i) {
+    view.sizes[i] = sizes[i];
+    view.strides[i] = strides[i];
+  }
+  view.dtype = kDTypeOf[static_cast<size_t>(c10::typeMetaToScalarType(impl->dtype()))];
+  view.slot = slot_of(impl->device());
+  // Writing through `mutable_data` ends copy-on-write sharing; reading through `data` leaves it alone.
+  view.data = reinterpret_cast<uintptr_t>(is_mutated ? impl->mutable_data() : impl->data());
+}
+
+/// torch's current stream of a device, on this thread. Slot 0 has none.
+CUstream current_stream(DeviceSlot slot);
+
+}  // namespace hdispatch

@@ -1,0 +1,76 @@
+"""The public ops: `hdispatch.ops.<op>`, and the same in torch's dispatcher as `torch.ops.hdispatch.<op>`.
+
+Every package `hdispatch.kernels.<op>` with a `spec` is defined at import; `define` adds one from elsewhere. An op may be
+called before any bundle is loaded: then each call is a miss and runs the op's torch reference.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+
+import torch
+
+from . import _C, kernels
+from .errors import HdispatchError
+from .opspec import OpSpec, TensorArg, parse_dim
+
+_SPECS: dict[str, OpSpec] = {}
+_OPS: dict[str, _C.Op] = {}
+
+
+def define(spec: OpSpec) -> _C.Op:
+    """Define an op from its declaration; it is then `hdispatch.ops.<name>` and `torch.ops.hdispatch.<name>`.
+
+    Raises `HdispatchError` if an op of that name exists.
+    """
+    if spec.name in _OPS:
+        raise HdispatchError(f"op {spec.name!r} is defined already")
+    variants = [(v.name, {arg: _dtype_name(dtype) for arg, dtype in v.dtypes.items()}) for v in spec.variants()]
+    op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, spec.reference)
+    _SPECS[spec.name], _OPS[spec.name] = spec, op
+    globals()[spec.name] = op
+    return op
+
+
+def names() -> list[str]:
+    """Names of all defined ops."""
+    return list(_OPS)
+
+
+def spec(name: str) -> OpSpec:
+    """The declaration of an op."""
+    if name not in _SPECS:
+        raise HdispatchError(f"no op {name!r}; there are {', '.join(sorted(_SPECS))}")
+    return _SPECS[name]
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _describe(spec: OpSpec, arg: object) -> dict[str, object]:
+    """An argument as the C++ door takes it."""
+    if not isinstance(arg, TensorArg):
+        return {"kind": "float", "name": arg.name, "minimum": arg.minimum}  # type: ignore[attr-defined]
+    source = next(a for a in spec.tensors() if a.name == arg.dtypes) if isinstance(arg.dtypes, str) else arg
+    return {
+        "kind": "tensor",
+        "name": arg.name,
+        "dims": [dim if isinstance(dim, int) else parse_dim(dim) for dim in arg.dims],
+        "dtypes": [_dtype_name(dtype) for dtype in source.dtypes if not isinstance(dtype, str)],
+        "mutated": arg.mutated,
+        "optional": arg.optional,
+        "row_strided": arg.row_strided,
+    }
+
+
+def __getattr__(name: str) -> _C.Op:
+    raise AttributeError(f"hdispatch has no op {name!r}; it has {', '.join(sorted(_OPS)) or 'none'}")
+
+
+for _module in pkgutil.iter_modules(kernels.__path__):
+    _name = f"{kernels.__name__}.{_module.name}.spec"
+    if _module.ispkg and importlib.util.find_spec(_name):
+        define(importlib.import_module(_name).SPEC)
