@@ -1,6 +1,7 @@
 // expr.cpp -- compiling and evaluating postfix expressions.
 #include "expr.h"
 
+#include <bit>
 #include <charconv>
 
 #include "check.h"
@@ -76,6 +77,18 @@ void Expr::shorten() {
   } else if (steps_.size() == 1 && steps_[0].code == Code::kSymbol) {
     form_ = Form::kSymbol;
     symbol_ = steps_[0].dimension;
+  } else if (steps_.size() == 1 && steps_[0].code == Code::kStride) {
+    form_ = Form::kStride;
+    tensor_ = steps_[0].tensor;
+    symbol_ = steps_[0].dimension;
+  } else if (steps_.size() == 5 && steps_[0].code == Code::kStride && steps_[1].code == Code::kPush &&
+             std::has_single_bit(static_cast<uint64_t>(steps_[1].value)) && steps_[1].value > 0 &&
+             steps_[2].code == Code::kMod && steps_[3].code == Code::kPush && steps_[3].value == 0 &&
+             steps_[4].code == Code::kEq) {
+    form_ = Form::kStrideDivisible;
+    tensor_ = steps_[0].tensor;
+    symbol_ = steps_[0].dimension;
+    constant_ = steps_[1].value - 1;
   } else if (steps_.size() == 5 && steps_[2].code == Code::kAdd && steps_[4].code == Code::kDiv &&
              steps_[3].code == Code::kPush && steps_[3].value > 0) {
     // (symbol + (c - 1)) // c, with the sum in either order

@@ -32,11 +32,13 @@ class Expr {
 
   /// The value for this call; false if it has none.
   bool evaluate(const Call& call, int64_t& value) const noexcept {
-    // Nearly every parameter and grid dimension is one of the first three.
+    // Nearly every parameter, grid dimension and guard has one of these forms.
     switch (form_) {
       case Form::kConst: value = constant_; return true;
       case Form::kSymbol: value = call.sizes[symbol_]; return true;
+      case Form::kStride: value = call.tensors[tensor_].strides[symbol_]; return true;
       case Form::kCeilDiv: value = (call.sizes[symbol_] + constant_ - 1) / constant_; return true;
+      case Form::kStrideDivisible: value = (call.tensors[tensor_].strides[symbol_] & constant_) == 0; return true;
       default: return evaluate_code(call, value);
     }
   }
@@ -44,7 +46,14 @@ class Expr {
   bool is_constant() const noexcept { return form_ == Form::kConst; }
 
  private:
-  enum class Form : uint8_t { kConst, kSymbol, kCeilDiv, kCode };
+  enum class Form : uint8_t {
+    kConst,            ///< constant_
+    kSymbol,           ///< a size
+    kStride,           ///< a stride
+    kCeilDiv,          ///< (size + constant_ - 1) // constant_
+    kStrideDivisible,  ///< stride % (constant_ + 1) == 0, a power of two
+    kCode,             ///< any other: steps_
+  };
   enum class Code : uint8_t {
     kPush, kSymbol, kSize, kStride,                       // leaves
     kAdd, kSub, kMul, kDiv, kMod, kMin, kMax,             // arithmetic
@@ -62,7 +71,8 @@ class Expr {
   void shorten();
 
   Form form_ = Form::kConst;
-  uint8_t symbol_ = 0;
+  uint8_t symbol_ = 0;  ///< or the dimension of a stride
+  uint8_t tensor_ = 0;
   int64_t constant_ = 0;
   std::vector<Step> steps_;
 };

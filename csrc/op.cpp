@@ -33,11 +33,16 @@ std::string print_slot(DeviceSlot slot) {
   return slot == kNoSlot ? "another device" : "cuda:" + std::to_string(slot - 1);
 }
 
+constexpr double kMaxFloat32 = 3.4028234663852886e38;
+
 /// Only the first dimension's stride may differ from a contiguous tensor's, and rows that are written do not overlap.
-bool is_free(const ArgSpec& arg, const TensorView& view, uint32_t dimension, int64_t contiguous) {
-  return dimension == 0 && arg.is_row_strided && view.rank > 1 &&
-         (!arg.is_mutated || view.strides[0] >= contiguous);
+template <typename Rule>
+bool is_free(const Rule& rule, const TensorView& view, uint32_t dimension, int64_t contiguous) {
+  return dimension == 0 && rule.is_row_strided && view.rank > 1 && (!rule.is_mutated || view.strides[0] >= contiguous);
 }
+
+/// False for NaN too.
+bool in_range(double value, double minimum) { return value >= minimum && std::abs(value) <= kMaxFloat32; }
 
 /// A one-element argument may have rank 0, as torch makes them.
 bool is_one_element(const std::vector<Dim>& dims) {
@@ -56,10 +61,11 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
   for (uint8_t i = 0; i < args_.size(); ++i) {
     ArgSpec& arg = args_[i];
     if (!arg.is_tensor) {
-      scalars_.push_back(i);
+      scalars_.push_back({i, arg.minimum});
       continue;
     }
-    tensors_.push_back(i);
+    if (arg.is_mutated) mutated_.push_back(i);
+    tensors_.push_back({i, static_cast<uint8_t>(arg.dims.size()), arg.is_row_strided, arg.is_mutated, is_one_element(arg.dims)});
     HD_CHECK_BUNDLE(!arg.dims.empty() && arg.dims.size() <= kMaxRank, name_, ": ", arg.name, " has rank ",
                     arg.dims.size(), "; it takes 1 to ", kMaxRank);
     for (uint8_t d = 0; d < arg.dims.size(); ++d) {
@@ -67,12 +73,12 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
       HD_CHECK_BUNDLE(dim.factor > 0, name_, ": dimension ", d, " of ", arg.name, " is ", dim.factor);
       dim.binds = dim.symbol != kSymbols && !arg.is_mutated && !arg.is_optional && !bound[dim.symbol];
       if (dim.binds) bound[dim.symbol] = true;
-      (dim.binds ? binders_ : checks_).push_back({i, d, dim});
+      (dim.binds ? binders_ : checks_).push_back({i, d, dim.symbol, dim.factor});
     }
   }
   for (const Check& check : checks_)
-    HD_CHECK_BUNDLE(check.dim.symbol == kSymbols || bound[check.dim.symbol], name_, ": no required input carries the size ",
-                    kSymbolNames[check.dim.symbol]);
+    HD_CHECK_BUNDLE(check.symbol == kSymbols || bound[check.symbol], name_, ": no required input carries the size ",
+                    kSymbolNames[check.symbol]);
   HD_CHECK_BUNDLE(bound[kM], name_, ": no required input carries the size M");
 }
 
@@ -80,58 +86,59 @@ bool Op::bind_symbols(Call& call) const noexcept {
   call.sizes[kK] = call.sizes[kN] = 0;
   for (const Check& check : binders_) {
     const int64_t size = call.tensors[check.arg].sizes[check.dimension];
-    if (HD_LIKELY(check.dim.factor == 1)) {
-      call.sizes[check.dim.symbol] = size;
+    if (HD_LIKELY(check.factor == 1)) {
+      call.sizes[check.symbol] = size;
     } else {
-      if (size % check.dim.factor) return false;
-      call.sizes[check.dim.symbol] = size / check.dim.factor;
+      if (size % check.factor) return false;
+      call.sizes[check.symbol] = size / check.factor;
     }
   }
   return true;
 }
 
+/// Strides of a contiguous tensor, but for a free first dimension; those of dimensions of size <= 1 are made so.
+bool Op::accept_strides(const TensorRule& rule, TensorView& view) noexcept {
+  int64_t contiguous = 1;
+  for (uint32_t d = view.rank; d-- > 0;) {
+    if (view.sizes[d] <= 1)
+      view.strides[d] = contiguous;
+    else if (HD_UNLIKELY(view.strides[d] != contiguous) && !is_free(rule, view, d, contiguous))
+      return false;
+    contiguous *= view.sizes[d];
+  }
+  return true;
+}
+
 bool Op::bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept {
-  // 1. dtypes and absent arguments -> variant
+  // 1. rank, device, strides
   uint64_t signature = 0;
-  for (const uint8_t i : tensors_)
-    signature |= static_cast<uint64_t>(call.tensors[i].dtype) << (4 * i);
+  slot = call.tensors[binders_[0].arg].slot;
+  for (const TensorRule& rule : tensors_) {
+    TensorView& view = call.tensors[rule.arg];
+    if (view.dtype == DType::kNone) continue;
+    signature |= static_cast<uint64_t>(view.dtype) << (4 * rule.arg);
+    if (HD_UNLIKELY(view.rank != rule.rank)) {
+      if (view.rank != 0 || !rule.is_one_element) return false;
+      view.rank = 1;
+      view.sizes[0] = view.strides[0] = 1;
+    }
+    if (HD_UNLIKELY(view.slot != slot || !accept_strides(rule, view))) return false;
+  }
+  // 2. dtypes and absent arguments -> variant
   uint16_t found = 0;
   while (variants_[found].signature != signature)
     if (HD_UNLIKELY(++found == variants_.size())) return false;
   variant = found;
-  // 2. rank, device, strides
-  slot = call.tensors[binders_[0].arg].slot;
-  for (const uint8_t i : tensors_) {
-    TensorView& view = call.tensors[i];
-    const ArgSpec& arg = args_[i];
-    if (view.dtype == DType::kNone) continue;
-    if (HD_UNLIKELY(view.rank != arg.dims.size())) {
-      if (view.rank != 0 || !is_one_element(arg.dims)) return false;
-      view.rank = 1;
-      view.sizes[0] = view.strides[0] = 1;
-    }
-    if (HD_UNLIKELY(view.slot != slot)) return false;
-    int64_t contiguous = 1;
-    for (uint32_t d = view.rank; d-- > 0;) {
-      if (view.sizes[d] <= 1)
-        view.strides[d] = contiguous;
-      else if (HD_UNLIKELY(view.strides[d] != contiguous) && !is_free(arg, view, d, contiguous))
-        return false;
-      contiguous *= view.sizes[d];
-    }
-  }
   // 3. sizes
   if (HD_UNLIKELY(!bind_symbols(call))) return false;
   for (const Check& check : checks_) {
     const TensorView& view = call.tensors[check.arg];
-    const int64_t wanted =
-        check.dim.symbol == kSymbols ? check.dim.factor : check.dim.factor * call.sizes[check.dim.symbol];
+    const int64_t wanted = check.symbol == kSymbols ? check.factor : check.factor * call.sizes[check.symbol];
     if (HD_UNLIKELY(view.sizes[check.dimension] != wanted) && view.dtype != DType::kNone) return false;
   }
-  // 4. scalars; the comparison is false for NaN
-  for (const uint8_t i : scalars_)
-    if (HD_UNLIKELY(!(call.scalars[i] >= args_[i].minimum && std::abs(call.scalars[i]) <= 3.4028234663852886e38)))
-      return false;
+  // 4. scalars
+  for (const ScalarRule& rule : scalars_)
+    if (HD_UNLIKELY(!in_range(call.scalars[rule.arg], rule.minimum))) return false;
   return HD_LIKELY(fits(call.sizes[kK], call.sizes[kN]));
 }
 
@@ -142,9 +149,9 @@ void Op::complain(const Call& given) const {
   };
   DeviceSlot slot = kNoSlot;
   const ArgSpec* first = nullptr;
-  for (const uint8_t i : tensors_) {
-    TensorView& view = call.tensors[i];
-    const ArgSpec& arg = args_[i];
+  for (const TensorRule& rule : tensors_) {
+    TensorView& view = call.tensors[rule.arg];
+    const ArgSpec& arg = args_[rule.arg];
     if (view.dtype == DType::kNone) {
       if (!arg.is_optional) refuse(arg, "is None; it takes a tensor ", print_dims(arg.dims));
       continue;
@@ -180,38 +187,40 @@ void Op::complain(const Call& given) const {
     }
   }
   uint64_t signature = 0;
-  for (const uint8_t i : tensors_) signature |= static_cast<uint64_t>(call.tensors[i].dtype) << (4 * i);
+  for (const TensorRule& rule : tensors_)
+    signature |= static_cast<uint64_t>(call.tensors[rule.arg].dtype) << (4 * rule.arg);
   bool known = false;
   for (const Variant& variant : variants_) known = known || variant.signature == signature;
   if (!known) {
     std::string got;
-    for (const uint8_t i : tensors_)
-      got += (got.empty() ? "" : ", ") + args_[i].name + " " + std::string(hdispatch::name(call.tensors[i].dtype));
+    for (const TensorRule& rule : tensors_)
+      got += (got.empty() ? "" : ", ") + args_[rule.arg].name + " " +
+             std::string(hdispatch::name(call.tensors[rule.arg].dtype));
     std::string variants;
     for (const Variant& variant : variants_) variants += (variants.empty() ? "" : ", ") + variant.name;
     fail(Fault::kCaller, name_, ": no variant takes this combination of dtypes (", got, "); variants are ", variants);
   }
   for (const Check& check : binders_) {
     const int64_t size = call.tensors[check.arg].sizes[check.dimension];
-    if (size % check.dim.factor)
-      refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ", check.dim.factor);
+    if (size % check.factor)
+      refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ", check.factor);
   }
   bind_symbols(call);
   for (const Check& check : checks_) {
     const TensorView& view = call.tensors[check.arg];
     if (view.dtype == DType::kNone) continue;
-    const bool literal = check.dim.symbol == kSymbols;
-    const int64_t wanted = literal ? check.dim.factor : check.dim.factor * call.sizes[check.dim.symbol];
+    const bool literal = check.symbol == kSymbols;
+    const int64_t wanted = literal ? check.factor : check.factor * call.sizes[check.symbol];
     if (view.sizes[check.dimension] != wanted)
       refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", view.sizes[check.dimension], "; it takes ",
              wanted, " (", print_dims(args_[check.arg].dims), literal ? "" : " with ",
-             literal ? "" : kSymbolNames[check.dim.symbol], literal ? "" : " = ",
-             literal ? "" : std::to_string(call.sizes[check.dim.symbol]), ")");
+             literal ? "" : kSymbolNames[check.symbol], literal ? "" : " = ",
+             literal ? "" : std::to_string(call.sizes[check.symbol]), ")");
   }
-  for (const uint8_t i : scalars_)
-    if (!(call.scalars[i] >= args_[i].minimum && std::abs(call.scalars[i]) <= 3.4028234663852886e38))
-      refuse(args_[i], "is ", call.scalars[i], "; it takes a finite float32",
-             std::isinf(args_[i].minimum) ? "" : text(" of at least ", args_[i].minimum));
+  for (const ScalarRule& rule : scalars_)
+    if (!in_range(call.scalars[rule.arg], rule.minimum))
+      refuse(args_[rule.arg], "is ", call.scalars[rule.arg], "; it takes a finite float32",
+             std::isinf(rule.minimum) ? "" : text(" of at least ", rule.minimum));
   if (!fits(call.sizes[kK], call.sizes[kN]))
     fail(Fault::kCaller, name_, ": K = ", call.sizes[kK], ", N = ", call.sizes[kN], "; sizes are below 2^32");
   HD_CHECK(false, name_, ": bind refused a call that breaks no rule");

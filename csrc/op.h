@@ -75,26 +75,43 @@ class Op {
   const std::string& schema() const noexcept { return schema_; }
   const std::vector<ArgSpec>& args() const noexcept { return args_; }
   const std::vector<Variant>& variants() const noexcept { return variants_; }
+  /// Indices of the arguments that the op writes.
+  const std::vector<uint8_t>& mutated() const noexcept { return mutated_; }
   OpCounters& counters() const noexcept { return counters_; }
 
  private:
+  /// What `bind` reads, packed: walking ArgSpec, which is for people, costs twice the time.
+  struct TensorRule {
+    uint8_t arg;
+    uint8_t rank;
+    bool is_row_strided;
+    bool is_mutated;
+    bool is_one_element;
+  };
   struct Check {  ///< one dimension to compare, flattened over the tensors
     uint8_t arg;
     uint8_t dimension;
-    Dim dim;
+    uint8_t symbol;  ///< kSymbols: the size is `factor`
+    int64_t factor;
+  };
+  struct ScalarRule {
+    uint8_t arg;
+    double minimum;
   };
 
   bool bind_symbols(Call& call) const noexcept;
+  static bool accept_strides(const TensorRule& rule, TensorView& view) noexcept;
 
   uint16_t id_;
   std::string name_;
   std::string schema_;
   std::vector<ArgSpec> args_;
   std::vector<Variant> variants_;
-  std::vector<uint8_t> tensors_;   ///< argument indices
-  std::vector<uint8_t> scalars_;
-  std::vector<Check> binders_;     ///< the occurrences that bind
-  std::vector<Check> checks_;      ///< all others
+  std::vector<TensorRule> tensors_;
+  std::vector<ScalarRule> scalars_;
+  std::vector<Check> binders_;   ///< the occurrences that bind
+  std::vector<Check> checks_;    ///< all others
+  std::vector<uint8_t> mutated_;
   mutable OpCounters counters_;
 };
 

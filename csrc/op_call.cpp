@@ -111,8 +111,8 @@ PyObject* call_op(const OpObject* self, PyObject* const* args) {
     miss(op, call, outcome, found);
     return call_fallback(self, args);
   }
-  for (size_t i = 0; i < op.args().size(); ++i)
-    if (op.args()[i].is_mutated && args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
+  for (const uint8_t i : op.mutated())
+    if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
   Py_RETURN_NONE;
 }
 
@@ -197,9 +197,8 @@ class BoxedOp : public c10::OperatorKernel {
       fall_back(values);
       return;
     }
-    for (size_t i = 0; i < count; ++i)
-      if (op().args()[i].is_mutated && values[i].isTensor() && values[i].toTensor().defined())
-        bump_version(values[i].toTensor());
+    for (const uint8_t i : op().mutated())
+      if (values[i].isTensor() && values[i].toTensor().defined()) bump_version(values[i].toTensor());
   }
 
   const OpObject* self_;

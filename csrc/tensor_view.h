@@ -30,7 +30,8 @@ inline bool is_plain(c10::DispatchKeySet keys) noexcept {
   return (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0;
 }
 
-/// No dispatch mode, functorch transform or torch-function mode is active on this thread.
+/// No dispatch mode, functorch transform or torch-function mode is active on this thread. Profilers are not asked for
+/// (15 ns a call): they see the kernels, and the op where it goes through torch's dispatcher.
 inline bool no_modes() noexcept {
   return is_plain(c10::impl::tls_local_dispatch_key_set().included_) &&
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;
@@ -41,6 +42,7 @@ inline DeviceSlot slot_of(c10::Device device) noexcept {
   return device.type() == c10::DeviceType::CPU ? kCpuSlot : kNoSlot;
 }
 
+/// Fills the view of a tensor whose keys are plain.
 /// A tensor of rank above kMaxRank keeps its rank, and no size beyond the fourth: every op refuses it.
 inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view) {
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
@@ -53,8 +55,11 @@ inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view)
   }
   view.dtype = kDTypeOf[static_cast<size_t>(c10::typeMetaToScalarType(impl->dtype()))];
   view.slot = slot_of(impl->device());
+  // The keys are plain, so there is a storage: TensorImpl::data would ask again, 4 ns per tensor.
   // Writing through `mutable_data` ends copy-on-write sharing; reading through `data` leaves it alone.
-  view.data = reinterpret_cast<uintptr_t>(is_mutated ? impl->mutable_data() : impl->data());
+  const c10::Storage& storage = impl->unsafe_storage();
+  const void* base = is_mutated ? storage.mutable_data() : storage.data();
+  view.data = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(impl->storage_offset()) * impl->itemsize();
 }
 
 /// torch's current stream of a device, on this thread. Slot 0 has none.
