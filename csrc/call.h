@@ -28,7 +28,7 @@ struct TensorView {
   int64_t strides[kMaxRank];  ///< elements; of a dimension of size 0 or 1 it means nothing
   DeviceSlot slot;
   uint32_t rank;
-  DType dtype;                ///< kNone: the argument is absent and nothing else is set
+  DType dtype;  ///< kNone: the argument is absent and nothing else is set
 };
 
 struct Call {

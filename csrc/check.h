@@ -48,18 +48,17 @@ template <typename... Parts>
 }
 
 /// Our own rule: a failure is a bug in hdispatch.
-#define HD_CHECK(condition, ...)                                                             \
-  do {                                                                                       \
-    if (HD_UNLIKELY(!(condition)))                                                           \
-      ::hdispatch::fail(::hdispatch::Fault::kInternal, "hdispatch bug, please report: ",     \
-                        #condition, " does not hold: ", __VA_ARGS__);                        \
+#define HD_CHECK(condition, ...)                                                                     \
+  do {                                                                                               \
+    if (HD_UNLIKELY(!(condition)))                                                                   \
+      ::hdispatch::fail(::hdispatch::Fault::kInternal, "hdispatch bug, please report: ", #condition, \
+                        " does not hold: ", __VA_ARGS__);                                            \
   } while (0)
 
 /// What a bundle or an op's declaration must satisfy.
-#define HD_CHECK_BUNDLE(condition, ...)                                                      \
-  do {                                                                                       \
-    if (HD_UNLIKELY(!(condition)))                                                           \
-      ::hdispatch::fail(::hdispatch::Fault::kBundle, __VA_ARGS__);                           \
+#define HD_CHECK_BUNDLE(condition, ...)                                                         \
+  do {                                                                                          \
+    if (HD_UNLIKELY(!(condition))) ::hdispatch::fail(::hdispatch::Fault::kBundle, __VA_ARGS__); \
   } while (0)
 
 }  // namespace hdispatch

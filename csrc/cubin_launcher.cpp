@@ -21,11 +21,16 @@ uint64_t float_bits(ParamKind kind, double value) noexcept {
 
 bool fits_kind(ParamKind kind, int64_t value) noexcept {
   switch (kind) {
-    case ParamKind::kI1: return value == 0 || value == 1;
-    case ParamKind::kI8: return value == static_cast<int8_t>(value);
-    case ParamKind::kI16: return value == static_cast<int16_t>(value);
-    case ParamKind::kI32: return value == static_cast<int32_t>(value);
-    default: return true;
+    case ParamKind::kI1:
+      return value == 0 || value == 1;
+    case ParamKind::kI8:
+      return value == static_cast<int8_t>(value);
+    case ParamKind::kI16:
+      return value == static_cast<int16_t>(value);
+    case ParamKind::kI32:
+      return value == static_cast<int32_t>(value);
+    default:
+      return true;
   }
 }
 
@@ -53,8 +58,10 @@ CubinLauncher::Slot CubinLauncher::make_slot(uint32_t index) const {
   HD_CHECK_BUNDLE(index < record_.params.size(), record_.kernel, ": code takes param ", index, "; the record has ",
                   record_.params.size());
   const Param& param = record_.params[index];
-  Slot slot{param.kind, static_cast<uint8_t>(param.arg < 0 ? 0 : param.arg), false, static_cast<uint16_t>(index),
-            param.align - 1, 0, nullptr};
+  Slot slot{param.kind,      static_cast<uint8_t>(param.arg < 0 ? 0 : param.arg),
+            false,           static_cast<uint16_t>(index),
+            param.align - 1, 0,
+            nullptr};
   const bool is_float = param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64;
   if (is_float) {
     slot.is_constant = param.arg < 0;
@@ -101,7 +108,8 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
   const std::string what = text(record_.kernel, " (", cubin.file, ")");
   if (driver.function_load) HD_DRIVER(driver, driver.function_load(code.function), "cuFuncLoad", what);
   if (cubin.shared_bytes > kSharedWithoutOptIn)
-    HD_DRIVER(driver, driver.function_set(code.function, kFunctionMaxDynamicSharedBytes, static_cast<int>(cubin.shared_bytes)),
+    HD_DRIVER(driver,
+              driver.function_set(code.function, kFunctionMaxDynamicSharedBytes, static_cast<int>(cubin.shared_bytes)),
               "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)", what);
   if (cluster > kPortableCluster)
     HD_DRIVER(driver, driver.function_set(code.function, kFunctionNonPortableCluster, 1),
@@ -125,8 +133,8 @@ void CubinLauncher::check_params(const Driver& driver, const Code& code, const C
     const uint32_t wanted = i < code.slots.size() ? kParamBytes[static_cast<size_t>(code.slots[i].kind)] : 8;
     HD_CHECK_BUNDLE(result == kCudaSuccess, cubin.file, ": the code has ", i, " parameters; its record has ", count,
                     "; rebuild the bundle");
-    HD_CHECK_BUNDLE(bytes == wanted, cubin.file, ": parameter ", i, " of the code has ", bytes, " bytes; its record says ",
-                    wanted, "; rebuild the bundle");
+    HD_CHECK_BUNDLE(bytes == wanted, cubin.file, ": parameter ", i, " of the code has ", bytes,
+                    " bytes; its record says ", wanted, "; rebuild the bundle");
   }
 }
 
@@ -195,19 +203,26 @@ LaunchResult CubinLauncher::launch(const Call& call, CUstream stream) const noex
 std::string CubinLauncher::reason(const LaunchResult& result) const {
   const auto index = static_cast<size_t>(result.detail);
   switch (result.status) {
-    case LaunchStatus::kMRange: return text("guard: ", record_.m_min, " <= M <= ", record_.m_max);
-    case LaunchStatus::kClass: return "guard: code for this class of M";
-    case LaunchStatus::kGuard: return "guard: " + record_.guards[index].text;
-    case LaunchStatus::kAlign: return text("guard: param ", index, " is ", record_.params[index].align, "-byte aligned");
-    case LaunchStatus::kParam: return text("guard: param ", index, " fits its type");
-    case LaunchStatus::kGrid: return text("guard: grid dimension ", index, " is within the GPU's limits");
-    default: return "driver";
+    case LaunchStatus::kMRange:
+      return text("guard: ", record_.m_min, " <= M <= ", record_.m_max);
+    case LaunchStatus::kClass:
+      return "guard: code for this class of M";
+    case LaunchStatus::kGuard:
+      return "guard: " + record_.guards[index].text;
+    case LaunchStatus::kAlign:
+      return text("guard: param ", index, " is ", record_.params[index].align, "-byte aligned");
+    case LaunchStatus::kParam:
+      return text("guard: param ", index, " fits its type");
+    case LaunchStatus::kGrid:
+      return text("guard: grid dimension ", index, " is within the GPU's limits");
+    default:
+      return "driver";
   }
 }
 
 std::string CubinLauncher::describe(const LaunchResult& result, const Call& call) const {
-  std::string out = text(reason(result), " does not hold in ", record_.kernel, " (M = ", call.sizes[kM], ", K = ",
-                         call.sizes[kK], ", N = ", call.sizes[kN]);
+  std::string out = text(reason(result), " does not hold in ", record_.kernel, " (M = ", call.sizes[kM],
+                         ", K = ", call.sizes[kK], ", N = ", call.sizes[kN]);
   const auto index = static_cast<size_t>(result.detail);
   if (result.status == LaunchStatus::kAlign) {
     const Param& param = record_.params[index];

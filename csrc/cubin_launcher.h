@@ -19,13 +19,13 @@ namespace hdispatch {
 /// Outcome of a launch: kLaunched; or which fact failed; or the driver's answer.
 enum class LaunchStatus : uint8_t {
   kLaunched,
-  kMRange,   ///< M outside [m_min, m_max]
-  kClass,    ///< no code for this class of M
-  kGuard,    ///< guard number `detail` is false or has no value
-  kAlign,    ///< the pointer of param number `detail` is not aligned
-  kParam,    ///< the value of param number `detail` does not exist or does not fit its type
-  kGrid,     ///< a grid dimension is below 1 or above the GPU's limit
-  kDriver,   ///< `detail` is the CUresult
+  kMRange,  ///< M outside [m_min, m_max]
+  kClass,   ///< no code for this class of M
+  kGuard,   ///< guard number `detail` is false or has no value
+  kAlign,   ///< the pointer of param number `detail` is not aligned
+  kParam,   ///< the value of param number `detail` does not exist or does not fit its type
+  kGrid,    ///< a grid dimension is below 1 or above the GPU's limit
+  kDriver,  ///< `detail` is the CUresult
 };
 
 struct LaunchResult {
@@ -35,7 +35,7 @@ struct LaunchResult {
 
 class CubinLauncher {
  public:
-  static constexpr uint32_t kMaxParams = 64;  ///< of a kernel, the hidden ones included
+  static constexpr uint32_t kMaxParams = 64;      ///< of a kernel, the hidden ones included
   static constexpr uint32_t kHiddenPointers = 2;  ///< Triton's global and profile scratch, passed as null
 
   /// How the launcher gets a function: the cubin and the sizes of its parameters, hidden ones included -> handle.
@@ -68,10 +68,10 @@ class CubinLauncher {
     ParamKind kind;
     uint8_t arg;
     bool is_constant;
-    uint16_t param;     ///< index in record_.params
-    uint64_t mask;      ///< kPtr: align - 1
-    uint64_t bits;      ///< of a constant; of a pointer: the constant byte offset
-    const Expr* expr;   ///< null where `bits` says it all
+    uint16_t param;    ///< index in record_.params
+    uint64_t mask;     ///< kPtr: align - 1
+    uint64_t bits;     ///< of a constant; of a pointer: the constant byte offset
+    const Expr* expr;  ///< null where `bits` says it all
   };
   struct Code {  ///< one class of M, ready to launch
     CUfunction function = nullptr;

@@ -98,14 +98,13 @@ std::string cuda_driver_missing();
 const Driver& null_driver();
 
 /// Throws kDriver with the call, the result's number, name and text, and what it was done for.
-[[noreturn]] void driver_failed(const Driver& driver, CUresult result, const char* call,
-                                const std::string& what);
+[[noreturn]] void driver_failed(const Driver& driver, CUresult result, const char* call, const std::string& what);
 
-#define HD_DRIVER(driver, result, call, what)                                            \
-  do {                                                                                   \
-    const ::hdispatch::CUresult hd_result_ = (result);                                   \
-    if (HD_UNLIKELY(hd_result_ != ::hdispatch::kCudaSuccess))                            \
-      ::hdispatch::driver_failed(driver, hd_result_, call, what);                        \
+#define HD_DRIVER(driver, result, call, what)                     \
+  do {                                                            \
+    const ::hdispatch::CUresult hd_result_ = (result);            \
+    if (HD_UNLIKELY(hd_result_ != ::hdispatch::kCudaSuccess))     \
+      ::hdispatch::driver_failed(driver, hd_result_, call, what); \
   } while (0)
 
 // ---- the null driver's records ----

@@ -9,12 +9,11 @@
 namespace hdispatch {
 namespace {
 
-constexpr std::string_view kOperators[] = {"+",  "-",  "*",  "//", "%",  "min", "max", "==",
-                                           "!=", "<",  "<=", ">",  ">=", "and", "or"};
+constexpr std::string_view kOperators[] = {
+    "+", "-", "*", "//", "%", "min", "max", "==", "!=", "<", "<=", ">", ">=", "and", "or"};
 
 /// `name.size(i)` or `name.stride(i)`.
-bool parse_dimension(std::string_view token, std::string_view& tensor, bool& stride,
-                     uint32_t& dimension) {
+bool parse_dimension(std::string_view token, std::string_view& tensor, bool& stride, uint32_t& dimension) {
   const size_t dot = token.rfind('.');
   if (dot == std::string_view::npos || token.back() != ')') return false;
   const std::string_view field = token.substr(dot + 1);
@@ -44,17 +43,13 @@ Expr::Expr(const std::vector<Token>& tokens, const FindTensor& find_tensor) {
         step = {Code::kSymbol, 0, static_cast<uint8_t>(word == "M" ? kM : word == "K" ? kK : kN), 0};
       } else if (parse_dimension(word, tensor, stride, dimension)) {
         const int index = find_tensor(tensor);
-        HD_CHECK_BUNDLE(index >= 0, "expression names \"", word, "\", but the op has no tensor \"",
-                        tensor, "\"");
-        HD_CHECK_BUNDLE(dimension < kMaxRank, "expression names \"", word,
-                        "\"; dimensions are below ", kMaxRank);
-        step = {stride ? Code::kStride : Code::kSize, static_cast<uint8_t>(index),
-                static_cast<uint8_t>(dimension), 0};
+        HD_CHECK_BUNDLE(index >= 0, "expression names \"", word, "\", but the op has no tensor \"", tensor, "\"");
+        HD_CHECK_BUNDLE(dimension < kMaxRank, "expression names \"", word, "\"; dimensions are below ", kMaxRank);
+        step = {stride ? Code::kStride : Code::kSize, static_cast<uint8_t>(index), static_cast<uint8_t>(dimension), 0};
       } else {
         size_t index = 0;
         while (index < std::size(kOperators) && kOperators[index] != word) ++index;
-        HD_CHECK_BUNDLE(index < std::size(kOperators), "expression holds the unknown token \"",
-                        word, "\"");
+        HD_CHECK_BUNDLE(index < std::size(kOperators), "expression holds the unknown token \"", word, "\"");
         HD_CHECK_BUNDLE(depth >= 2, "operator \"", word, "\" has ", depth, " operands; it takes 2");
         step.code = static_cast<Code>(static_cast<size_t>(Code::kAdd) + index);
         depth -= 2;
@@ -94,8 +89,7 @@ void Expr::shorten() {
     // (symbol + (c - 1)) // c, with the sum in either order
     const Step& left = steps_[0].code == Code::kSymbol ? steps_[0] : steps_[1];
     const Step& right = steps_[0].code == Code::kSymbol ? steps_[1] : steps_[0];
-    if (left.code == Code::kSymbol && right.code == Code::kPush &&
-        right.value == steps_[3].value - 1) {
+    if (left.code == Code::kSymbol && right.code == Code::kPush && right.value == steps_[3].value - 1) {
       form_ = Form::kCeilDiv;
       symbol_ = left.dimension;
       constant_ = steps_[3].value;
@@ -105,9 +99,12 @@ void Expr::shorten() {
 
 bool Expr::apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept {
   switch (code) {
-    case Code::kAdd: return !__builtin_add_overflow(a, b, &out);
-    case Code::kSub: return !__builtin_sub_overflow(a, b, &out);
-    case Code::kMul: return !__builtin_mul_overflow(a, b, &out);
+    case Code::kAdd:
+      return !__builtin_add_overflow(a, b, &out);
+    case Code::kSub:
+      return !__builtin_sub_overflow(a, b, &out);
+    case Code::kMul:
+      return !__builtin_mul_overflow(a, b, &out);
     case Code::kDiv:
     case Code::kMod: {
       if (b == 0 || (a == INT64_MIN && b == -1)) return false;
@@ -116,17 +113,38 @@ bool Expr::apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept {
       out = code == Code::kDiv ? a / b - round : remainder + (round ? b : 0);
       return true;
     }
-    case Code::kMin: out = a < b ? a : b; return true;
-    case Code::kMax: out = a > b ? a : b; return true;
-    case Code::kEq: out = a == b; return true;
-    case Code::kNe: out = a != b; return true;
-    case Code::kLt: out = a < b; return true;
-    case Code::kLe: out = a <= b; return true;
-    case Code::kGt: out = a > b; return true;
-    case Code::kGe: out = a >= b; return true;
-    case Code::kAnd: out = a && b; return true;
-    case Code::kOr: out = a || b; return true;
-    default: return false;
+    case Code::kMin:
+      out = a < b ? a : b;
+      return true;
+    case Code::kMax:
+      out = a > b ? a : b;
+      return true;
+    case Code::kEq:
+      out = a == b;
+      return true;
+    case Code::kNe:
+      out = a != b;
+      return true;
+    case Code::kLt:
+      out = a < b;
+      return true;
+    case Code::kLe:
+      out = a <= b;
+      return true;
+    case Code::kGt:
+      out = a > b;
+      return true;
+    case Code::kGe:
+      out = a >= b;
+      return true;
+    case Code::kAnd:
+      out = a && b;
+      return true;
+    case Code::kOr:
+      out = a || b;
+      return true;
+    default:
+      return false;
   }
 }
 
@@ -135,10 +153,18 @@ bool Expr::evaluate_code(const Call& call, int64_t& value) const noexcept {
   int64_t* top = stack;
   for (const Step& step : steps_) {
     switch (step.code) {
-      case Code::kPush: *top++ = step.value; break;
-      case Code::kSymbol: *top++ = call.sizes[step.dimension]; break;
-      case Code::kSize: *top++ = call.tensors[step.tensor].sizes[step.dimension]; break;
-      case Code::kStride: *top++ = call.tensors[step.tensor].strides[step.dimension]; break;
+      case Code::kPush:
+        *top++ = step.value;
+        break;
+      case Code::kSymbol:
+        *top++ = call.sizes[step.dimension];
+        break;
+      case Code::kSize:
+        *top++ = call.tensors[step.tensor].sizes[step.dimension];
+        break;
+      case Code::kStride:
+        *top++ = call.tensors[step.tensor].strides[step.dimension];
+        break;
       default:
         if (!apply(step.code, top[-2], top[-1], top[-2])) return false;
         --top;

@@ -34,12 +34,24 @@ class Expr {
   bool evaluate(const Call& call, int64_t& value) const noexcept {
     // Nearly every parameter, grid dimension and guard has one of these forms.
     switch (form_) {
-      case Form::kConst: value = constant_; return true;
-      case Form::kSymbol: value = call.sizes[symbol_]; return true;
-      case Form::kStride: value = call.tensors[tensor_].strides[symbol_]; return true;
-      case Form::kCeilDiv: value = (call.sizes[symbol_] + constant_ - 1) / constant_; return true;
-      case Form::kStrideDivisible: value = (call.tensors[tensor_].strides[symbol_] & constant_) == 0; return true;
-      default: return evaluate_code(call, value);
+      case Form::kConst:
+        value = constant_;
+        return true;
+      case Form::kSymbol:
+        value = call.sizes[symbol_];
+        return true;
+      case Form::kStride:
+        value = call.tensors[tensor_].strides[symbol_];
+        return true;
+      case Form::kCeilDiv:  // sizes are never negative, so the quotient needs no rounding down
+        if (__builtin_add_overflow(call.sizes[symbol_], constant_ - 1, &value)) return false;
+        value /= constant_;
+        return true;
+      case Form::kStrideDivisible:
+        value = (call.tensors[tensor_].strides[symbol_] & constant_) == 0;
+        return true;
+      default:
+        return evaluate_code(call, value);
     }
   }
 
@@ -55,9 +67,25 @@ class Expr {
     kCode,             ///< any other: steps_
   };
   enum class Code : uint8_t {
-    kPush, kSymbol, kSize, kStride,                       // leaves
-    kAdd, kSub, kMul, kDiv, kMod, kMin, kMax,             // arithmetic
-    kEq, kNe, kLt, kLe, kGt, kGe, kAnd, kOr,              // 0 or 1
+    kPush,
+    kSymbol,
+    kSize,
+    kStride,  // leaves
+    kAdd,
+    kSub,
+    kMul,
+    kDiv,
+    kMod,
+    kMin,
+    kMax,  // arithmetic
+    kEq,
+    kNe,
+    kLt,
+    kLe,
+    kGt,
+    kGe,
+    kAnd,
+    kOr,  // 0 or 1
   };
   struct Step {
     Code code;

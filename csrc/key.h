@@ -3,8 +3,8 @@
 //   word 0   op:16 | variant:16 | bucket:16 | device class:16
 //   word 1   K:32 | N:32
 //
-// Nothing is rounded or dropped: K = 513 and K = 512 differ. Only M is bucketed. Sizes that do not fit are refused at the
-// door (`fits`). Golden values of packing and hash are pinned in tests/core/test_key.cpp.
+// Nothing is rounded or dropped: K = 513 and K = 512 differ. Only M is bucketed. Sizes that do not fit are refused at
+// the door (`fits`). Golden values of packing and hash are pinned in tests/core/test_key.cpp.
 #pragma once
 
 #include <cstdint>
@@ -24,26 +24,20 @@ constexpr bool fits(int64_t k, int64_t n) noexcept {
 
 constexpr Key make_key(uint16_t op, uint16_t variant, uint32_t k, uint32_t n, uint16_t bucket,
                        uint16_t device_class) noexcept {
-  return {uint64_t{op} | uint64_t{variant} << 16 | uint64_t{bucket} << 32 |
-              uint64_t{device_class} << 48,
+  return {uint64_t{op} | uint64_t{variant} << 16 | uint64_t{bucket} << 32 | uint64_t{device_class} << 48,
           uint64_t{k} | uint64_t{n} << 32};
 }
 
 constexpr uint16_t key_op(const Key& key) noexcept { return static_cast<uint16_t>(key.word0); }
-constexpr uint16_t key_variant(const Key& key) noexcept {
-  return static_cast<uint16_t>(key.word0 >> 16);
-}
-constexpr uint16_t key_bucket(const Key& key) noexcept {
-  return static_cast<uint16_t>(key.word0 >> 32);
-}
+constexpr uint16_t key_variant(const Key& key) noexcept { return static_cast<uint16_t>(key.word0 >> 16); }
+constexpr uint16_t key_bucket(const Key& key) noexcept { return static_cast<uint16_t>(key.word0 >> 32); }
 constexpr uint32_t key_k(const Key& key) noexcept { return static_cast<uint32_t>(key.word1); }
 constexpr uint32_t key_n(const Key& key) noexcept { return static_cast<uint32_t>(key.word1 >> 32); }
 
 /// One widening multiplication and a fold (the mixer of wyhash). Constants: the digits of pi.
 constexpr uint64_t hash(const Key& key) noexcept {
-  const auto product =
-      static_cast<unsigned __int128>(key.word0 ^ 0x243f6a8885a308d3u) *
-      static_cast<unsigned __int128>(key.word1 ^ 0x13198a2e03707344u);
+  const auto product = static_cast<unsigned __int128>(key.word0 ^ 0x243f6a8885a308d3u) *
+                       static_cast<unsigned __int128>(key.word1 ^ 0x13198a2e03707344u);
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 

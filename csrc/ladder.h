@@ -33,8 +33,7 @@ class Ladder {
   /// Bucket of M >= 1. Branch-free binary search over the padded edges: six steps, whatever M.
   uint32_t bucket(int64_t m) const noexcept {
     uint32_t low = 0;
-    for (uint32_t step = kMaxBuckets / 2; step; step /= 2)
-      low += edges_[low + step - 1] < m ? step : 0;
+    for (uint32_t step = kMaxBuckets / 2; step; step /= 2) low += edges_[low + step - 1] < m ? step : 0;
     return low < count_ ? low : count_ - 1;
   }
 

@@ -21,11 +21,13 @@ const OpObject& as_op(const py::handle& object) {
 
 template <typename T>
 T get(const py::dict& dict, const char* key) {
-  if (!dict.contains(key)) fail(Fault::kBundle, "field \"", key, "\" is missing in ", std::string(py::repr(dict)).substr(0, 200));
+  if (!dict.contains(key))
+    fail(Fault::kBundle, "field \"", key, "\" is missing in ", std::string(py::repr(dict)).substr(0, 200));
   try {
     return dict[key].cast<T>();
   } catch (const py::cast_error&) {
-    fail(Fault::kBundle, "field \"", key, "\" is ", std::string(py::repr(dict[key])).substr(0, 200), ", of the wrong type");
+    fail(Fault::kBundle, "field \"", key, "\" is ", std::string(py::repr(dict[key])).substr(0, 200),
+         ", of the wrong type");
   }
 }
 
@@ -40,7 +42,8 @@ DType to_dtype(const std::string& name) {
 Dim to_dim(const py::handle& dim) {
   if (py::isinstance<py::int_>(dim)) return {dim.cast<int64_t>(), kSymbols, false};
   const auto [factor, symbol] = dim.cast<std::pair<int64_t, std::string>>();
-  HD_CHECK_BUNDLE(symbol == "M" || symbol == "K" || symbol == "N", "dimension symbol \"", symbol, "\" is not M, K or N");
+  HD_CHECK_BUNDLE(symbol == "M" || symbol == "K" || symbol == "N", "dimension symbol \"", symbol,
+                  "\" is not M, K or N");
   return {factor, static_cast<uint8_t>(symbol == "M" ? kM : symbol == "K" ? kK : kN), false};
 }
 
@@ -138,7 +141,8 @@ Record to_record(const py::dict& given, const Op& op) {
   const auto grid = get<py::list>(given, "grid");
   HD_CHECK_BUNDLE(grid.size() == 3, record.kernel, ": grid has ", grid.size(), " dimensions; it takes 3");
   for (size_t i = 0; i < 3; ++i) record.grid[i] = to_expr(grid[i], op);
-  for (const auto& param : get<py::list>(given, "params")) record.params.push_back(to_param(param.cast<py::dict>(), op));
+  for (const auto& param : get<py::list>(given, "params"))
+    record.params.push_back(to_param(param.cast<py::dict>(), op));
   for (const auto& item : get<py::list>(given, "guards")) {
     const auto guard = item.cast<py::dict>();
     record.guards.push_back({to_expr(get<py::list>(guard, "expr"), op), get<std::string>(guard, "text")});
@@ -181,7 +185,8 @@ void fill(const OpObject& self, const py::tuple& args, Call& call) {
   std::vector<PyObject*> given;
   for (const auto& arg : args) given.push_back(arg.ptr());
   if (!fill_call(*self.op, gather_arguments(*self.op, given.data(), given.size(), nullptr).data(), call))
-    fail(Fault::kCaller, self.op->name(), ": an argument is not a plain CPU or CUDA tensor; the torch dispatcher takes it");
+    fail(Fault::kCaller, self.op->name(),
+         ": an argument is not a plain CPU or CUDA tensor; the torch dispatcher takes it");
 }
 
 py::dict to_dict(const NullLaunch& launch) {
@@ -229,25 +234,38 @@ PYBIND11_MODULE(_C, m) {
         py::arg("fallback"));
   py::class_<TableBuilder>(m, "TableBuilder")
       .def(py::init<int, int, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"))
-      .def("set_ladder", [](TableBuilder& self, const py::object& op, const std::vector<int64_t>& edges) {
-             self.set_ladder(*as_op(op).op, edges);
-           }, py::arg("op"), py::arg("edges"))
-      .def("add_module", [](TableBuilder& self, const std::string& file, const py::bytes& image) {
-             const auto view = static_cast<std::string_view>(image);
-             self.add_module(file, std::span<const char>(view.data(), view.size()));
-           }, py::arg("file"), py::arg("image"))
-      .def("add_record", [](TableBuilder& self, const py::object& op, const py::dict& record) {
-             return self.add_record(to_record(record, *as_op(op).op));
-           }, py::arg("op"), py::arg("record"))
-      .def("add_row", [](TableBuilder& self, const py::object& object, const std::string& variant, int64_t k, int64_t n,
-                         uint32_t bucket, uint32_t record) {
-             const Op& op = *as_op(object).op;
-             const int index = op.find_variant(variant);
-             HD_CHECK_BUNDLE(index >= 0, op.name(), " has no variant \"", variant, "\"");
-             self.add_row(op, static_cast<uint16_t>(index), k, n, bucket, record);
-           }, py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))
+      .def(
+          "set_ladder",
+          [](TableBuilder& self, const py::object& op, const std::vector<int64_t>& edges) {
+            self.set_ladder(*as_op(op).op, edges);
+          },
+          py::arg("op"), py::arg("edges"))
+      .def(
+          "add_module",
+          [](TableBuilder& self, const std::string& file, const py::bytes& image) {
+            const auto view = static_cast<std::string_view>(image);
+            self.add_module(file, std::span<const char>(view.data(), view.size()));
+          },
+          py::arg("file"), py::arg("image"))
+      .def(
+          "add_record",
+          [](TableBuilder& self, const py::object& op, const py::dict& record) {
+            return self.add_record(to_record(record, *as_op(op).op));
+          },
+          py::arg("op"), py::arg("record"))
+      .def(
+          "add_row",
+          [](TableBuilder& self, const py::object& object, const std::string& variant, int64_t k, int64_t n,
+             uint32_t bucket, uint32_t record) {
+            const Op& op = *as_op(object).op;
+            const int index = op.find_variant(variant);
+            HD_CHECK_BUNDLE(index >= 0, op.name(), " has no variant \"", variant, "\"");
+            self.add_row(op, static_cast<uint16_t>(index), k, n, bucket, record);
+          },
+          py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))
       .def("publish", &TableBuilder::publish);
-  m.def("withdraw", [](int device) { Runtime::get().withdraw(static_cast<DeviceSlot>(device + 1)); }, py::arg("device"));
+  m.def(
+      "withdraw", [](int device) { Runtime::get().withdraw(static_cast<DeviceSlot>(device + 1)); }, py::arg("device"));
 
   m.def("set_strict", [](bool on) { return strict_mode.exchange(on); }, py::arg("on"));
   m.def("stats", [](const py::object& op) { return stats_of(*as_op(op).op); }, py::arg("op"));
@@ -266,15 +284,22 @@ PYBIND11_MODULE(_C, m) {
     return out;
   });
 
-  m.def("bench_launch_ns", [](const py::object& op, const py::tuple& args, uint32_t count, bool pdl) {
-    Call call;
-    fill(as_op(op), args, call);
-    return bench_launch_ns(*as_op(op).op, call, count, pdl);
-  }, py::arg("op"), py::arg("args"), py::arg("count"), py::arg("pdl"));
+  m.def(
+      "bench_launch_ns",
+      [](const py::object& op, const py::tuple& args, uint32_t count, bool pdl) {
+        Call call;
+        fill(as_op(op), args, call);
+        return bench_launch_ns(*as_op(op).op, call, count, pdl);
+      },
+      py::arg("op"), py::arg("args"), py::arg("count"), py::arg("pdl"));
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));
-  m.def("key_hash", [](uint16_t op, uint16_t variant, uint32_t k, uint32_t n, uint16_t bucket) {
-    return hash(make_key(op, variant, k, n, bucket, kDeviceClass));
-  }, py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"));
-  m.def("bucket", [](const std::vector<int64_t>& edges, int64_t m_size) { return Ladder(edges).bucket(m_size); },
-        py::arg("edges"), py::arg("m"));
+  m.def(
+      "key_hash",
+      [](uint16_t op, uint16_t variant, uint32_t k, uint32_t n, uint16_t bucket) {
+        return hash(make_key(op, variant, k, n, bucket, kDeviceClass));
+      },
+      py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"));
+  m.def(
+      "bucket", [](const std::vector<int64_t>& edges, int64_t m_size) { return Ladder(edges).bucket(m_size); },
+      py::arg("edges"), py::arg("m"));
 }

@@ -23,8 +23,7 @@ std::string print_dims(const std::vector<Dim>& dims) {
 
 std::string print_sizes(const TensorView& view) {
   std::string out = "[";
-  for (uint32_t i = 0; i < view.rank; ++i)
-    out += (i ? ", " : "") + std::to_string(view.sizes[i]);
+  for (uint32_t i = 0; i < view.rank; ++i) out += (i ? ", " : "") + std::to_string(view.sizes[i]);
   return out + "]";
 }
 
@@ -51,9 +50,11 @@ bool is_one_element(const std::vector<Dim>& dims) {
 
 }  // namespace
 
-Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args,
-       std::vector<Variant> variants)
-    : id_(id), name_(std::move(name)), schema_(std::move(schema)), args_(std::move(args)),
+Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants)
+    : id_(id),
+      name_(std::move(name)),
+      schema_(std::move(schema)),
+      args_(std::move(args)),
       variants_(std::move(variants)) {
   HD_CHECK_BUNDLE(args_.size() <= kMaxArgs, name_, ": ", args_.size(), " arguments; an op takes at most ", kMaxArgs);
   HD_CHECK_BUNDLE(!variants_.empty(), name_, ": no variants");
@@ -65,7 +66,8 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
       continue;
     }
     if (arg.is_mutated) mutated_.push_back(i);
-    tensors_.push_back({i, static_cast<uint8_t>(arg.dims.size()), arg.is_row_strided, arg.is_mutated, is_one_element(arg.dims)});
+    tensors_.push_back(
+        {i, static_cast<uint8_t>(arg.dims.size()), arg.is_row_strided, arg.is_mutated, is_one_element(arg.dims)});
     HD_CHECK_BUNDLE(!arg.dims.empty() && arg.dims.size() <= kMaxRank, name_, ": ", arg.name, " has rank ",
                     arg.dims.size(), "; it takes 1 to ", kMaxRank);
     for (uint8_t d = 0; d < arg.dims.size(); ++d) {
@@ -203,7 +205,8 @@ void Op::complain(const Call& given) const {
   for (const Check& check : binders_) {
     const int64_t size = call.tensors[check.arg].sizes[check.dimension];
     if (size % check.factor)
-      refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ", check.factor);
+      refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ",
+             check.factor);
   }
   bind_symbols(call);
   for (const Check& check : checks_) {

@@ -46,18 +46,17 @@ struct Variant {
 
 /// What one op has done since the start. Hits are counted lock-free; the rest is off the hot path.
 struct OpCounters {
-  std::atomic<uint64_t> hits{0};       ///< launches
-  std::atomic<uint64_t> empty{0};      ///< calls with M = 0: nothing to launch
-  std::atomic<uint64_t> fallbacks{0};  ///< misses that the fallback served (strict mode raises instead)
-  std::mutex mutex;                    ///< guards `misses`
+  std::atomic<uint64_t> hits{0};           ///< launches
+  std::atomic<uint64_t> empty{0};          ///< calls with M = 0: nothing to launch
+  std::atomic<uint64_t> fallbacks{0};      ///< misses that the fallback served (strict mode raises instead)
+  std::mutex mutex;                        ///< guards `misses`
   std::map<std::string, uint64_t> misses;  ///< by reason
 };
 
 class Op {
  public:
   /// Throws kBundle if the declaration cannot be dispatched. `id` is unique in the process.
-  Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args,
-     std::vector<Variant> variants);
+  Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
 
   /// Checks the call and sets call.sizes. False: something is wrong with an argument; see `complain`.
   /// `slot` is where all tensors live. Strides of dimensions of size <= 1 are made those of a contiguous tensor.
@@ -109,8 +108,8 @@ class Op {
   std::vector<Variant> variants_;
   std::vector<TensorRule> tensors_;
   std::vector<ScalarRule> scalars_;
-  std::vector<Check> binders_;   ///< the occurrences that bind
-  std::vector<Check> checks_;    ///< all others
+  std::vector<Check> binders_;  ///< the occurrences that bind
+  std::vector<Check> checks_;   ///< all others
   std::vector<uint8_t> mutated_;
   mutable OpCounters counters_;
 };

@@ -133,7 +133,8 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
   const Op& op = *reinterpret_cast<const OpObject*>(callable)->op;
   int64_t given[4] = {};
   if (count < 1 || count > 4) {
-    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0) takes 1 to 4 ints, got %zd", op.name().c_str(), count);
+    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0) takes 1 to 4 ints, got %zd", op.name().c_str(),
+                 count);
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -146,8 +147,8 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
     if (!table || op.id() >= table->ladders.size() || !table->ladders[op.id()].size()) continue;
     if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
     const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
-                             static_cast<uint32_t>(given[2]), static_cast<uint16_t>(table->ladders[op.id()].bucket(given[0])),
-                             kDeviceClass);
+                             static_cast<uint32_t>(given[2]),
+                             static_cast<uint16_t>(table->ladders[op.id()].bucket(given[0])), kDeviceClass);
     const Row* row = table->table.find(key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
@@ -286,7 +287,8 @@ void register_in_torch(const OpObject* self) {
 void load_error_classes() {
   const auto errors = pybind11::module_::import("hdispatch.errors");
   const char* names[] = {"ArgumentError", "BundleError", "MissError", "DriverError", "HdispatchError"};
-  for (size_t i = 0; i < std::size(names); ++i) error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
+  for (size_t i = 0; i < std::size(names); ++i)
+    error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
 }
 
 void set_python_error() noexcept {
@@ -305,10 +307,12 @@ void set_python_error() noexcept {
   }
 }
 
-std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional, PyObject* keyword_names) {
+std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional,
+                                        PyObject* keyword_names) {
   const std::vector<ArgSpec>& specs = op.args();
   if (positional > specs.size())
-    fail(Fault::kCaller, op.name(), ": got ", positional, " positional arguments; it takes ", specs.size(), ": ", op.schema());
+    fail(Fault::kCaller, op.name(), ": got ", positional, " positional arguments; it takes ", specs.size(), ": ",
+         op.schema());
   std::vector<PyObject*> all(specs.size(), nullptr);
   std::copy(args, args + positional, all.begin());
   const Py_ssize_t keywords = keyword_names ? PyTuple_GET_SIZE(keyword_names) : 0;
@@ -351,7 +355,8 @@ bool fill_call(const Op& op, PyObject* const* args, Call& call) {
 PyObject* make_op_type() {
   static PyMethodDef methods[] = {
       {"pick", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&pick)), METH_FASTCALL,
-       "pick(M, K=0, N=0, variant=0, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None. Launches nothing."},
+       "pick(M, K=0, N=0, variant=0, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None. Launches "
+       "nothing."},
       {nullptr, nullptr, 0, nullptr}};
   static PyMemberDef members[] = {
       {"__vectorcalloffset__", T_PYSSIZET, offsetof(OpObject, vectorcall), READONLY, nullptr},
@@ -362,15 +367,17 @@ PyObject* make_op_type() {
       {"schema", get_schema, nullptr, "The torch schema, without the namespace.", nullptr},
       {"fallback", get_fallback, nullptr, "What runs on a miss: the op's torch reference.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
-  static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-                                {Py_tp_repr, reinterpret_cast<void*>(&repr)},
-                                {Py_tp_methods, methods},
-                                {Py_tp_members, members},
-                                {Py_tp_getset, getset},
-                                {Py_tp_doc, const_cast<char*>("An op: call it with its arguments, positional or by name.")},
-                                {0, nullptr}};
+  static PyType_Slot slots[] = {
+      {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+      {Py_tp_repr, reinterpret_cast<void*>(&repr)},
+      {Py_tp_methods, methods},
+      {Py_tp_members, members},
+      {Py_tp_getset, getset},
+      {Py_tp_doc, const_cast<char*>("An op: call it with its arguments, positional or by name.")},
+      {0, nullptr}};
   static PyType_Spec spec = {"hdispatch._C.Op", sizeof(OpObject), 0,
-                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION, slots};
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+                             slots};
   return PyType_FromSpec(&spec);
 }
 

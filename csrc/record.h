@@ -20,10 +20,10 @@ inline constexpr std::array<uint32_t, 8> kParamBytes = {8, 1, 1, 2, 4, 8, 4, 8};
 
 struct Param {
   ParamKind kind = ParamKind::kPtr;
-  int arg = -1;          ///< kPtr: tensor argument; kF32, kF64: scalar argument or -1 for `constant`
-  uint32_t align = 1;    ///< kPtr: the address is a multiple of this; a power of two
-  Expr value;            ///< kPtr: byte offset; integers: the value
-  double constant = 0;   ///< kF32, kF64 with arg < 0
+  int arg = -1;         ///< kPtr: tensor argument; kF32, kF64: scalar argument or -1 for `constant`
+  uint32_t align = 1;   ///< kPtr: the address is a multiple of this; a power of two
+  Expr value;           ///< kPtr: byte offset; integers: the value
+  double constant = 0;  ///< kF32, kF64 with arg < 0
 };
 
 struct Guard {

@@ -11,8 +11,8 @@ namespace {
 /// The context that this thread is known to have made current; see `enter`.
 __attribute__((tls_model("initial-exec"))) thread_local CUcontext thread_context = nullptr;
 
-/// Makes the table's context current where it is not. With one GPU a thread needs this once; with several, torch may have
-/// switched devices since the last call, so the driver is asked every time. True: pop it after the launch.
+/// Makes the table's context current where it is not. With one GPU a thread needs this once; with several, torch may
+/// have switched devices since the last call, so the driver is asked every time. True: pop it after the launch.
 HD_COLD bool enter(const DeviceTable& table) noexcept {
   CUcontext current = nullptr;
   table.driver->context_get(&current);
@@ -53,8 +53,8 @@ std::string nearest_rows(const Op& op, const Call& call, const Dispatch& found) 
 }
 
 std::string print_shape(const Op& op, const Call& call, const Dispatch& found) {
-  return text(op.name(), "(", op.variants()[key_variant(found.key)].name, ", M=", call.sizes[kM], ", K=", call.sizes[kK],
-              ", N=", call.sizes[kN], ")");
+  return text(op.name(), "(", op.variants()[key_variant(found.key)].name, ", M=", call.sizes[kM],
+              ", K=", call.sizes[kK], ", N=", call.sizes[kN], ")");
 }
 
 }  // namespace
@@ -84,8 +84,8 @@ Outcome Runtime::lookup(const Op& op, Call& call, Dispatch& found) const noexcep
   uint16_t variant = 0;
   DeviceSlot slot = kNoSlot;
   if (HD_UNLIKELY(!op.bind(call, variant, slot))) return Outcome::kBadCall;
-  found.key = make_key(op.id(), variant, static_cast<uint32_t>(call.sizes[kK]), static_cast<uint32_t>(call.sizes[kN]), 0,
-                       kDeviceClass);
+  found.key = make_key(op.id(), variant, static_cast<uint32_t>(call.sizes[kK]), static_cast<uint32_t>(call.sizes[kN]),
+                       0, kDeviceClass);
   if (HD_UNLIKELY(call.sizes[kM] == 0)) return Outcome::kEmpty;
   found.table = table(slot);
   if (HD_UNLIKELY(!found.table || op.id() >= found.table->ladders.size())) return Outcome::kNoTable;
@@ -116,10 +116,14 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
 
 std::string Runtime::reason(const Op&, const Call&, Outcome outcome, const Dispatch& found) {
   switch (outcome) {
-    case Outcome::kNoTable: return "no table";
-    case Outcome::kNoRow: return "no row";
-    case Outcome::kRefused: return found.row->launcher->reason(found.result);
-    default: return "none";
+    case Outcome::kNoTable:
+      return "no table";
+    case Outcome::kNoRow:
+      return "no row";
+    case Outcome::kRefused:
+      return found.row->launcher->reason(found.result);
+    default:
+      return "none";
   }
 }
 
@@ -137,7 +141,8 @@ std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, c
                       text(shape, ", row ", found.row->index, ", ", found.row->launcher->record().kernel));
       return text(shape, ": ", found.row->launcher->describe(found.result, call), " of row ", found.row->index, " ",
                   print_row(op, *found.row, found.table->ladders[op.id()]));
-    default: return shape;
+    default:
+      return shape;
   }
 }
 
@@ -145,8 +150,9 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   Dispatch found;
   const Outcome outcome = lookup(op, call, found);
   if (outcome == Outcome::kBadCall) op.complain(call);
-  std::string out = text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
-                         "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN]);
+  std::string out =
+      text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
+           "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN]);
   if (outcome == Outcome::kEmpty) return out + "\nnothing to launch: M is 0";
   if (outcome == Outcome::kNoTable) return out + "\nmiss     " + describe(op, call, outcome, found);
   const Ladder& ladder = found.table->ladders[op.id()];
@@ -157,7 +163,8 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   if (outcome == Outcome::kNoRow) return out + "\nmiss     " + describe(op, call, outcome, found);
   const CubinLauncher& launcher = *found.row->launcher;
   const Record& record = launcher.record();
-  out += text("\nrow      ", found.row->index, ": ", record.kernel, "\nvalid    ", record.m_min, " <= M <= ", record.m_max);
+  out += text("\nrow      ", found.row->index, ": ", record.kernel, "\nvalid    ", record.m_min,
+              " <= M <= ", record.m_max);
   for (const Guard& guard : record.guards) {
     int64_t holds = 0;
     const bool ok = guard.expr.evaluate(call, holds) && holds;
@@ -169,10 +176,11 @@ std::string Runtime::explain(const Op& op, Call& call) const {
     return out + "\nfallback " + describe(op, call, Outcome::kRefused, found);
   const size_t m_class = static_cast<size_t>(class_of(call.sizes[kM]));
   const Cubin& cubin = record.cubins[m_class];
-  out += text("\nclass    ", kMClassNames[m_class], "\ncode     ", cubin.function, " in ", cubin.file, "\nlaunch   grid ",
-              block.config.grid[0], "x", block.config.grid[1], "x", block.config.grid[2], ", block ",
-              block.config.block[0], ", shared ", block.config.shared_bytes, " bytes, ", block.config.attribute_count,
-              " attribute(s)", cubin.pdl ? ", waits for its predecessors itself (PDL)" : "");
+  out +=
+      text("\nclass    ", kMClassNames[m_class], "\ncode     ", cubin.function, " in ", cubin.file, "\nlaunch   grid ",
+           block.config.grid[0], "x", block.config.grid[1], "x", block.config.grid[2], ", block ",
+           block.config.block[0], ", shared ", block.config.shared_bytes, " bytes, ", block.config.attribute_count,
+           " attribute(s)", cubin.pdl ? ", waits for its predecessors itself (PDL)" : "");
   return out + text("\nparams   ", cubin.params.size(), " + ", CubinLauncher::kHiddenPointers, " hidden, driver \"",
                     found.table->driver->name, "\"");
 }
@@ -227,7 +235,8 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
   const auto module = modules_.find(cubin.file);
   HD_CHECK_BUNDLE(module != modules_.end(), cubin.file, " is used by a record but was not added");
   if (&driver_ == &null_driver()) {
-    made_->null_functions.push_back(std::make_unique<NullFunction>(NullFunction{cubin.function, cubin.file, param_bytes}));
+    made_->null_functions.push_back(
+        std::make_unique<NullFunction>(NullFunction{cubin.function, cubin.file, param_bytes}));
     return reinterpret_cast<CUfunction>(made_->null_functions.back().get());
   }
   CUfunction function = nullptr;
@@ -239,7 +248,9 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
 uint32_t TableBuilder::add_record(Record record) {
   made_->launchers.push_back(std::make_unique<CubinLauncher>(
       std::move(record), driver_,
-      [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) { return find_function(cubin, param_bytes); },
+      [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
+        return find_function(cubin, param_bytes);
+      },
       pdl_));
   return static_cast<uint32_t>(made_->launchers.size() - 1);
 }

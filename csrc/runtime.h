@@ -1,7 +1,7 @@
 // runtime.h -- what serves calls: the ops, one frozen table per device, the fallback's reasons.
 //
-// A `DeviceTable` is made from a bundle by `TableBuilder`, which loads every module up front, and then published with one
-// atomic store. It is never changed and never freed: a thread that still holds an old one may launch from it, and a
+// A `DeviceTable` is made from a bundle by `TableBuilder`, which loads every module up front, and then published with
+// one atomic store. It is never changed and never freed: a thread that still holds an old one may launch from it, and a
 // captured graph keeps using its modules. Publishing another table for the same device replaces it for later calls.
 #pragma once
 
@@ -28,7 +28,7 @@ struct DeviceTable {
   const Driver* driver = nullptr;
   DeviceSlot slot = kNoSlot;
   CUcontext context = nullptr;
-  bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
+  bool only_device = true;      ///< the process sees one GPU, so a thread's context cannot be another device's
   std::vector<Ladder> ladders;  ///< by op id; size 0 for ops that the bundle has not
   LaunchTable table;
   std::vector<std::unique_ptr<CubinLauncher>> launchers;
@@ -38,11 +38,11 @@ struct DeviceTable {
 /// Why a call was not launched.
 enum class Outcome : uint8_t {
   kLaunched,
-  kEmpty,     ///< M = 0: there is nothing to do
-  kBadCall,   ///< an argument is wrong: Op::complain says which
-  kNoTable,   ///< no bundle is loaded for the device
-  kNoRow,     ///< the table has no such key
-  kRefused,   ///< the row's launcher says why in `result`
+  kEmpty,    ///< M = 0: there is nothing to do
+  kBadCall,  ///< an argument is wrong: Op::complain says which
+  kNoTable,  ///< no bundle is loaded for the device
+  kNoRow,    ///< the table has no such key
+  kRefused,  ///< the row's launcher says why in `result`
 };
 
 /// What `Runtime::dispatch` found out, kept for the cold path.
@@ -60,7 +60,8 @@ class Runtime {
  public:
   static Runtime& get();
 
-  /// Defines an op; throws kBundle if the name is taken. The reference lives as long as the process. GIL or no thread race.
+  /// Defines an op; throws kBundle if the name is taken. The reference lives as long as the process. GIL or no thread
+  /// race.
   const Op& define_op(std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
   const Op* find_op(std::string_view name) const noexcept;
 
@@ -92,7 +93,8 @@ class Runtime {
 /// Makes one device's table. All or nothing: until `publish` nothing is served, and an abandoned builder unloads.
 class TableBuilder {
  public:
-  /// `device` is a CUDA device index, or -1 for the null driver, which serves CPU tensors. `pdl` = false: plain launches.
+  /// `device` is a CUDA device index, or -1 for the null driver, which serves CPU tensors. `pdl` = false: plain
+  /// launches.
   TableBuilder(int device, int device_count, bool pdl);
   ~TableBuilder();
   TableBuilder(const TableBuilder&) = delete;

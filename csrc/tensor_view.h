@@ -26,9 +26,7 @@ inline constexpr c10::DispatchKeySet kPlainKeys =
     c10::DispatchKeySet(c10::DispatchKey::ADInplaceOrView) | c10::DispatchKeySet(c10::DispatchKey::BackendSelect) |
     c10::DispatchKeySet(c10::DispatchKey::AutocastCPU) | c10::DispatchKeySet(c10::DispatchKey::AutocastCUDA);
 
-inline bool is_plain(c10::DispatchKeySet keys) noexcept {
-  return (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0;
-}
+inline bool is_plain(c10::DispatchKeySet keys) noexcept { return (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0; }
 
 /// No dispatch mode, functorch transform or torch-function mode is active on this thread. Profilers are not asked for
 /// (15 ns a call): they see the kernels, and the op where it goes through torch's dispatcher.

@@ -17,8 +17,8 @@ if _torch.__version__.split("+")[0] != _BUILT_WITH.split("+")[0]:
         "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps hdispatch (or . in a checkout)"
     )
 
-from . import ops  # noqa: E402
-from .errors import (  # noqa: E402
+from . import ops
+from .errors import (
     ArgumentError,
     BuildError,
     BundleError,
@@ -26,8 +26,8 @@ from .errors import (  # noqa: E402
     HdispatchError,
     MissError,
 )
-from .manifest import read_bundle  # noqa: E402
-from .runtime import Bundle, explain, load, loaded, stats, strict  # noqa: E402
+from .manifest import read_bundle
+from .runtime import Bundle, explain, load, loaded, stats, strict
 
 __version__ = "0.1.0"
 

@@ -59,7 +59,7 @@ class Param(TypedDict):
 
 
 class Guard(TypedDict):
-    """A fact that the record assumes: `expr` is not 0. `text` says it in words of the call, e.g. `input.stride(0) % 16 == 0`."""
+    """A fact that the record assumes: `expr` is not 0. `text` says it in words of the call: `input.stride(0) % 16 == 0`."""
 
     expr: Expr
     text: str
@@ -166,7 +166,7 @@ def read_bundle(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, byt
     text = _read(root, MANIFEST_NAME)
     wanted = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST_NAME}\n".encode()
     if _read(root, CHECKSUM_NAME) != wanted:
-        raise BundleError(f"{root / MANIFEST_NAME}: its SHA-256 is not what {CHECKSUM_NAME} says; build or copy the bundle again")
+        raise BundleError(f"{root / MANIFEST_NAME}: its SHA-256 is not what {CHECKSUM_NAME} says; copy or build it again")
     manifest = _parse(root, text)
     contents = {name: _read_listed(root, name, entry) for name, entry in manifest["files"].items()}
     _check_rows(root, manifest)

@@ -101,10 +101,10 @@ class OpSpec:
                     parse_dim(dim)
             if isinstance(arg.dtypes, str) and arg.dtypes not in names:
                 raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, which is no argument")
-        bound = {parse_dim(d)[1] for a in self.tensors() if not a.mutated and not a.optional for d in a.dims if isinstance(d, str)}
-        used = {parse_dim(d)[1] for a in self.tensors() for d in a.dims if isinstance(d, str)}
-        if "M" not in bound or used - bound:
-            raise HdispatchError(f"{self.name}: sizes {sorted(used - bound) or ['M']} are carried by no tensor that is read and required")
+        bound = {s for arg in self.tensors() if not arg.mutated and not arg.optional for s in _symbols(arg)}
+        unbound = {s for arg in self.tensors() for s in _symbols(arg)} - bound | {"M"} - bound
+        if unbound:
+            raise HdispatchError(f"{self.name}: sizes {sorted(unbound)} are carried by no tensor that is read and required")
 
     def tensors(self) -> Iterator[TensorArg]:
         """The tensor arguments in order."""
@@ -156,6 +156,10 @@ class OpSpec:
     def tensor_sizes(self, arg: TensorArg, sizes: dict[str, int]) -> list[int]:
         """The sizes of an argument for given symbols."""
         return [dim if isinstance(dim, int) else parse_dim(dim)[0] * sizes[parse_dim(dim)[1]] for dim in arg.dims]
+
+
+def _symbols(arg: TensorArg) -> set[str]:
+    return {parse_dim(dim)[1] for dim in arg.dims if isinstance(dim, str)}
 
 
 def parse_dim(dim: str) -> tuple[int, str]:

@@ -73,7 +73,7 @@ def _cuda_device(folder: str | os.PathLike[str], device: torch.device | int | st
             f"{folder}: no CUDA device here ({_C.driver_missing() or 'torch sees none'}); "
             "hdispatch.load(DIR, driver='null') loads it without launching, hdispatch.read_bundle(DIR) reads it"
         )
-    chosen = torch.device("cuda") if device is None else torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
     if chosen.type != "cuda":
         raise HdispatchError(f"device is {chosen}; it takes a CUDA device")
     torch.cuda.init()
@@ -87,9 +87,9 @@ def check_target(folder: str | os.PathLike[str], manifest: Manifest, device: int
     # Code for sm_90a and newer runs on exactly that compute capability; persistent kernels have the SM count compiled in.
     if tuple(target["compute_capability"]) != (here.major, here.minor) or target["sm_count"] != here.multi_processor_count:
         raise BundleError(
-            f"{Path(folder) / MANIFEST_NAME}: built for {target['name']} ({target['arch']}, {target['sm_count']} SMs); cuda:{device} is "
-            f"{here.name} (compute capability {here.major}.{here.minor}, {here.multi_processor_count} SMs). Build one with "
-            "`hdispatch build --target native`; this one can be inspected, or loaded with driver='null'"
+            f"{Path(folder) / MANIFEST_NAME}: built for {target['name']} ({target['arch']}, {target['sm_count']} SMs); "
+            f"cuda:{device} is {here.name} (compute capability {here.major}.{here.minor}, {here.multi_processor_count} SMs). "
+            "Build one with `hdispatch build --target native`; this one can be inspected, or loaded with driver='null'"
         )
 
 
@@ -98,11 +98,11 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     found: dict[str, _C.Op] = {}
     for name, entry in manifest["ops"].items():
         if name not in ops.names():
-            raise BundleError(f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}")
+            raise BundleError(f"{where}: holds op {name!r}, which is not among {', '.join(sorted(ops.names()))}")
         spec = ops.spec(name)
         variants = {v.name: {a: str(d).removeprefix("torch.") for a, d in v.dtypes.items()} for v in spec.variants()}
         if entry["schema"] != spec.schema() or not entry["variants"].items() <= variants.items():
-            raise BundleError(f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} with other variants or arguments; rebuild")
+            raise BundleError(f"{where}: built for {entry['schema']}; installed is {spec.schema()}, or other variants; rebuild")
         found[name] = getattr(ops, name)
         builder.set_ladder(found[name], entry["ladder"])
     for name, content in contents.items():

@@ -1,0 +1,52 @@
+# The two commands of the README, and what a developer runs.
+#
+#   make demo      environment, extension, bundle of every row, then the dispatch microbenchmark
+#   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one)
+#   make lint      ruff, mypy --strict, clang-format
+#   make sanitize  the C++ tests under ASan + UBSan, then under TSan
+#
+# VENV is the environment to use: an active one, or .venv, which is made. What it has already is not installed again, so
+# an environment with a CUDA build of torch is used as it is. TORCH is what a new environment gets.
+PYTHON ?= python3
+VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
+TORCH ?= torch==2.13.0
+BUNDLE ?= bundle
+PY := $(VENV)/bin/python
+CTEST_BUILD := build/core
+
+.PHONY: demo test setup setup-test lint sanitize core-test clean
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+setup: $(PY)
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build
+
+setup-test: $(PY)
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,plot,test
+
+demo: setup
+	$(PY) -m hdispatch build --target auto --out $(BUNDLE)
+	$(PY) -m hdispatch doctor $(BUNDLE)
+	$(PY) -m hdispatch bench dispatch --bundle $(BUNDLE)
+
+test: setup-test core-test
+	$(PY) -m pytest tests
+
+core-test: $(PY)
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build --only-tools
+	$(PY) scripts/core_tests.py $(CTEST_BUILD)
+
+sanitize: setup
+	$(PY) scripts/core_tests.py $(CTEST_BUILD)-asan --sanitize address,undefined
+	$(PY) scripts/core_tests.py $(CTEST_BUILD)-tsan --sanitize thread
+
+lint: setup-test
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,plot,test,lint --only-tools
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'tests/core/*.h' 'tests/core/*.cpp')
+
+clean:
+	rm -rf build .venv bundle

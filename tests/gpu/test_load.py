@@ -1,0 +1,76 @@
+"""Loading on a GPU: what the driver says about wrong code, and that a refused bundle leaves the one before in place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import hdispatch
+import pytest
+from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME
+
+from .test_ops import OPS, make, run_and_check
+
+
+def rewrite(folder, change):
+    """Change a bundle's manifest and make its checksum fit again."""
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    change(manifest)
+    text = json.dumps(manifest).encode()
+    (folder / MANIFEST_NAME).write_bytes(text)
+    (folder / CHECKSUM_NAME).write_text(f"{hashlib.sha256(text).hexdigest()}  {MANIFEST_NAME}\n")
+
+
+def wrong_code(folder, manifest):
+    name = sorted(manifest["files"])[0]
+    (folder / name).write_bytes(b"not a cubin" * 10)
+    manifest["files"][name] = {"sha256": hashlib.sha256(b"not a cubin" * 10).hexdigest(), "size": 110}
+
+
+def wrong_function(folder, manifest):
+    next(iter(manifest["records"][0]["cubins"].values()))["function"] = "no_such_function"
+
+
+def wrong_params(folder, manifest):
+    param = next(p for p in manifest["records"][0]["params"] if p["kind"] == "ptr")
+    param.pop("arg"), param.pop("align", None)
+    param.update(kind="i32", value=[1])
+
+
+def other_gpu(folder, manifest):
+    manifest["target"].update(name="a100", arch="sm_80", compute_capability=[8, 0], sm_count=108)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        (wrong_code, hdispatch.DriverError, "cuModuleLoadData failed with"),
+        (wrong_function, hdispatch.DriverError, "CUDA_ERROR_NOT_FOUND"),
+        (wrong_params, hdispatch.BundleError, "rebuild"),
+        (other_gpu, hdispatch.BundleError, "built for a100"),
+    ],
+)
+def test_refused_bundles_change_nothing(bundle, bundle_dir, tmp_path, change, error, words):
+    folder = shutil.copytree(bundle_dir, tmp_path / "changed")
+    rewrite(folder, lambda manifest: change(folder, manifest))
+    with pytest.raises(error, match=words):
+        hdispatch.load(folder)
+    with hdispatch.strict():
+        run_and_check(OPS[0], make(OPS[0], "bfloat16", hdispatch.ops.spec(OPS[0]).shapes[0], 7), "after a refused load")
+
+
+def test_bundle_for_another_gpu_serves_the_null_driver(bundle_dir, tmp_path):
+    folder = shutil.copytree(bundle_dir, tmp_path / "other")
+    rewrite(folder, lambda manifest: other_gpu(folder, manifest))
+    hdispatch.load(folder, driver="null").unload()
+
+
+def test_launches_without_the_pdl_attribute(bundle_dir):
+    loaded = hdispatch.load(bundle_dir, pdl=False)
+    try:
+        with hdispatch.strict():
+            for op in OPS:
+                run_and_check(op, make(op, "bfloat16", hdispatch.ops.spec(op).shapes[0], 16), "no PDL")
+    finally:
+        loaded.unload()
