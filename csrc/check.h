@@ -5,11 +5,12 @@
 // check on the hot path costs one compare and one branch that is not taken.
 #pragma once
 
+#include <concepts>
 #include <cstdint>
-#include <sstream>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
-#include <utility>
+#include <string_view>
 
 namespace hdispatch {
 
@@ -34,17 +35,36 @@ class Error : public std::runtime_error {
   Fault fault_;
 };
 
+/// A number to print in hexadecimal.
+struct Hex {
+  uint64_t value;
+};
+
+// Not iostreams: they need one locale per process, and an extension that links its own copy of libstdc++ has a second.
+inline void append(std::string& out, std::string_view part) { out += part; }
+inline void append(std::string& out, std::integral auto part) { out += std::to_string(part); }
+inline void append(std::string& out, double part) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "%g", part);
+  out += digits;
+}
+inline void append(std::string& out, Hex part) {
+  char digits[32];
+  std::snprintf(digits, sizeof digits, "0x%llx", static_cast<unsigned long long>(part.value));
+  out += digits;
+}
+
 /// The parts printed one after the other.
 template <typename... Parts>
-HD_COLD std::string text(Parts&&... parts) {
-  std::ostringstream out;
-  (out << ... << std::forward<Parts>(parts));
-  return out.str();
+HD_COLD std::string text(const Parts&... parts) {
+  std::string out;
+  (append(out, parts), ...);
+  return out;
 }
 
 template <typename... Parts>
-[[noreturn]] HD_COLD void fail(Fault fault, Parts&&... parts) {
-  throw Error(fault, text(std::forward<Parts>(parts)...));
+[[noreturn]] HD_COLD void fail(Fault fault, const Parts&... parts) {
+  throw Error(fault, text(parts...));
 }
 
 /// Our own rule: a failure is a bug in hdispatch.

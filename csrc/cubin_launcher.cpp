@@ -87,12 +87,18 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
   HD_CHECK_BUNDLE(cluster >= 1 && cluster <= 16 && cubin.cluster[1] == 1 && cubin.cluster[2] == 1, cubin.file,
                   ": cluster ", cubin.cluster[0], "x", cubin.cluster[1], "x", cubin.cluster[2],
                   "; it takes 1 to 16 blocks along the first dimension");
-  for (const uint32_t index : cubin.params) code.slots.push_back(make_slot(index));
+  for (size_t i = 0; i < cubin.params.size(); ++i) {
+    // With kMaxParams above, this also bounds what `fill` writes.
+    HD_CHECK_BUNDLE(i == 0 || cubin.params[i] > cubin.params[i - 1], cubin.file, ": takes param ", cubin.params[i],
+                    " after ", cubin.params[i - 1], "; params ascend");
+    code.slots.push_back(make_slot(cubin.params[i]));
+  }
   std::vector<uint32_t> param_bytes;
   for (const Slot& slot : code.slots) param_bytes.push_back(kParamBytes[static_cast<size_t>(slot.kind)]);
   param_bytes.insert(param_bytes.end(), kHiddenPointers, sizeof(void*));
   code.function = find_function(cubin, param_bytes);
   code.cluster = cluster;
+  code.max_grid_x = kMaxGridX / cluster;
   code.config = {{1, 1, 1}, {32 * cubin.num_warps, 1, 1}, cubin.shared_bytes, nullptr, nullptr, 0};
   const auto attribute = [&code](LaunchAttributeId id) -> LaunchAttribute& {
     LaunchAttribute& made = code.attributes[code.config.attribute_count++];
@@ -182,11 +188,11 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
   block.config.attributes = code.attributes.data();
   for (uint32_t i = 0; i < 3; ++i) {
     int64_t size = 0;
-    if (HD_UNLIKELY(!record_.grid[i].evaluate(call, size) || size < 1 || size > (i ? kMaxGridYZ : kMaxGridX)))
+    if (HD_UNLIKELY(!record_.grid[i].evaluate(call, size) || size < 1 || size > (i ? kMaxGridYZ : code.max_grid_x)))
       return {LaunchStatus::kGrid, static_cast<int32_t>(i)};
     block.config.grid[i] = static_cast<uint32_t>(size);
   }
-  block.config.grid[0] *= code.cluster;
+  block.config.grid[0] *= code.cluster;  // max_grid_x clusters of blocks do not overflow
   block.function = code.function;
   return {LaunchStatus::kLaunched, 0};
 }
@@ -226,9 +232,11 @@ std::string CubinLauncher::describe(const LaunchResult& result, const Call& call
   const auto index = static_cast<size_t>(result.detail);
   if (result.status == LaunchStatus::kAlign) {
     const Param& param = record_.params[index];
-    const uintptr_t address = call.tensors[param.arg].data;
-    out += text(", argument ", param.arg, " is at 0x", std::hex, address, std::dec, ", which is ",
-                address & (param.align - 1), " past a multiple of ", param.align);
+    int64_t offset = 0;
+    param.value.evaluate(call, offset);
+    const uintptr_t address = call.tensors[param.arg].data + static_cast<uintptr_t>(offset);
+    out += text(", the address ", Hex{address}, " in argument ", param.arg, " is ", address & (param.align - 1),
+                " past a multiple of ", param.align);
   }
   return out + ")";
 }

@@ -44,6 +44,9 @@ class CubinLauncher {
   /// Checks the record's limits (kBundle) and prepares every cubin. `pdl` = false leaves the PDL attribute out.
   CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl = true);
 
+  CubinLauncher(const CubinLauncher&) = delete;  // `Slot::expr` points into `record_`
+  CubinLauncher& operator=(const CubinLauncher&) = delete;
+
   /// Tests the guards, evaluates grid and parameters, launches. The context of `stream` is current.
   LaunchResult launch(const Call& call, CUstream stream) const noexcept;
 
@@ -75,7 +78,8 @@ class CubinLauncher {
   };
   struct Code {  ///< one class of M, ready to launch
     CUfunction function = nullptr;
-    uint32_t cluster = 1;  ///< blocks along the first dimension
+    uint32_t cluster = 1;    ///< blocks along the first dimension
+    int64_t max_grid_x = 0;  ///< in clusters
     std::vector<Slot> slots;
     LaunchConfig config{};
     std::array<LaunchAttribute, 4> attributes{};

@@ -57,6 +57,13 @@ class Expr {
 
   bool is_constant() const noexcept { return form_ == Form::kConst; }
 
+  /// Calls visit(tensor, dimension) for every size and stride that the expression reads.
+  template <typename Visit>
+  void each_tensor(Visit visit) const {
+    for (const Step& step : steps_)
+      if (step.code == Code::kSize || step.code == Code::kStride) visit(step.tensor, step.dimension);
+  }
+
  private:
   enum class Form : uint8_t {
     kConst,            ///< constant_

@@ -1,6 +1,7 @@
 // op.cpp -- checking a call against an op's declaration.
 #include "op.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "check.h"
@@ -23,8 +24,8 @@ std::string print_dims(const std::vector<Dim>& dims) {
 
 std::string print_sizes(const TensorView& view) {
   std::string out = "[";
-  for (uint32_t i = 0; i < view.rank; ++i) out += (i ? ", " : "") + std::to_string(view.sizes[i]);
-  return out + "]";
+  for (uint32_t i = 0; i < std::min(view.rank, kMaxRank); ++i) out += (i ? ", " : "") + std::to_string(view.sizes[i]);
+  return out + (view.rank > kMaxRank ? ", ...]" : "]");
 }
 
 std::string print_slot(DeviceSlot slot) {
@@ -38,6 +39,11 @@ constexpr double kMaxFloat32 = 3.4028234663852886e38;
 template <typename Rule>
 bool is_free(const Rule& rule, const TensorView& view, uint32_t dimension, int64_t contiguous) {
   return dimension == 0 && rule.is_row_strided && view.rank > 1 && (!rule.is_mutated || view.strides[0] >= contiguous);
+}
+
+/// Wraps: sizes with a product beyond int64 are those of a tensor without elements.
+int64_t times(int64_t a, int64_t b) {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
 }
 
 /// False for NaN too.
@@ -72,7 +78,7 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
                     arg.dims.size(), "; it takes 1 to ", kMaxRank);
     for (uint8_t d = 0; d < arg.dims.size(); ++d) {
       Dim& dim = arg.dims[d];
-      HD_CHECK_BUNDLE(dim.factor > 0, name_, ": dimension ", d, " of ", arg.name, " is ", dim.factor);
+      HD_CHECK_BUNDLE(dim.factor > 0, name_, ": dimension ", int{d}, " of ", arg.name, " is ", dim.factor);
       dim.binds = dim.symbol != kSymbols && !arg.is_mutated && !arg.is_optional && !bound[dim.symbol];
       if (dim.binds) bound[dim.symbol] = true;
       (dim.binds ? binders_ : checks_).push_back({i, d, dim.symbol, dim.factor});
@@ -102,11 +108,12 @@ bool Op::bind_symbols(Call& call) const noexcept {
 bool Op::accept_strides(const TensorRule& rule, TensorView& view) noexcept {
   int64_t contiguous = 1;
   for (uint32_t d = view.rank; d-- > 0;) {
-    if (view.sizes[d] <= 1)
+    if (view.sizes[d] <= 1) {  // of size 0: torch's strides go on as if it were 1
       view.strides[d] = contiguous;
-    else if (HD_UNLIKELY(view.strides[d] != contiguous) && !is_free(rule, view, d, contiguous))
-      return false;
-    contiguous *= view.sizes[d];
+    } else {
+      if (HD_UNLIKELY(view.strides[d] != contiguous) && !is_free(rule, view, d, contiguous)) return false;
+      contiguous = times(contiguous, view.sizes[d]);
+    }
   }
   return true;
 }
@@ -135,7 +142,7 @@ bool Op::bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept {
   if (HD_UNLIKELY(!bind_symbols(call))) return false;
   for (const Check& check : checks_) {
     const TensorView& view = call.tensors[check.arg];
-    const int64_t wanted = check.symbol == kSymbols ? check.factor : check.factor * call.sizes[check.symbol];
+    const int64_t wanted = check.symbol == kSymbols ? check.factor : times(check.factor, call.sizes[check.symbol]);
     if (HD_UNLIKELY(view.sizes[check.dimension] != wanted) && view.dtype != DType::kNone) return false;
   }
   // 4. scalars
@@ -181,11 +188,12 @@ void Op::complain(const Call& given) const {
     }
     int64_t contiguous = 1;
     for (uint32_t d = view.rank; d-- > 0;) {
-      if (view.sizes[d] > 1 && view.strides[d] != contiguous && !is_free(arg, view, d, contiguous))
+      if (view.sizes[d] <= 1) continue;
+      if (view.strides[d] != contiguous && !is_free(arg, view, d, contiguous))
         refuse(arg, "has stride(", d, ") = ", view.strides[d], " with sizes ", print_sizes(view), "; it takes ",
                contiguous, arg.is_row_strided ? " (only stride(0) is free)" : " (contiguous)",
                "; call .contiguous() on it");
-      contiguous *= view.sizes[d];
+      contiguous = times(contiguous, view.sizes[d]);
     }
   }
   uint64_t signature = 0;
@@ -213,7 +221,7 @@ void Op::complain(const Call& given) const {
     const TensorView& view = call.tensors[check.arg];
     if (view.dtype == DType::kNone) continue;
     const bool literal = check.symbol == kSymbols;
-    const int64_t wanted = literal ? check.factor : check.factor * call.sizes[check.symbol];
+    const int64_t wanted = literal ? check.factor : times(check.factor, call.sizes[check.symbol]);
     if (view.sizes[check.dimension] != wanted)
       refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", view.sizes[check.dimension], "; it takes ",
              wanted, " (", print_dims(args_[check.arg].dims), literal ? "" : " with ",

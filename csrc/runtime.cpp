@@ -2,6 +2,8 @@
 #include "runtime.h"
 
 #include <algorithm>
+#include <set>
+#include <tuple>
 
 #include "check.h"
 
@@ -34,21 +36,26 @@ std::string print_row(const Op& op, const Row& row, const Ladder& ladder) {
               ladder.first(bucket), "..", last ? "" : std::to_string(ladder.edge(bucket)), ")");
 }
 
-/// Up to three rows of the op, same variant first, then by distance in K and N, one per (variant, K, N).
+/// Up to three rows of the op, same variant first, then by distance in K and N and in buckets, one per (variant, K, N).
 std::string nearest_rows(const Op& op, const Call& call, const Dispatch& found) {
   std::vector<const Row*> rows;
   for (const Row& row : found.table->table.rows())
-    if (key_op(row.key) == op.id() && key_bucket(row.key) == key_bucket(found.key)) rows.push_back(&row);
+    if (key_op(row.key) == op.id()) rows.push_back(&row);
   const auto distance = [&](const Row* row) {
     const auto apart = [](int64_t a, int64_t b) { return a < b ? b - a : a - b; };
     return std::make_tuple(key_variant(row->key) != key_variant(found.key),
-                           apart(key_k(row->key), call.sizes[kK]) + apart(key_n(row->key), call.sizes[kN]));
+                           apart(key_k(row->key), call.sizes[kK]) + apart(key_n(row->key), call.sizes[kN]),
+                           apart(key_bucket(row->key), key_bucket(found.key)));
   };
   std::stable_sort(rows.begin(), rows.end(), [&](const Row* a, const Row* b) { return distance(a) < distance(b); });
   if (rows.empty()) return "none: the bundle has no row of this op";
   std::string out;
-  for (size_t i = 0; i < std::min<size_t>(rows.size(), 3); ++i)
-    out += (i ? ", " : "") + print_row(op, *rows[i], found.table->ladders[op.id()]);
+  std::set<std::tuple<uint16_t, uint32_t, uint32_t>> named;
+  for (const Row* row : rows) {
+    if (!named.insert({key_variant(row->key), key_k(row->key), key_n(row->key)}).second) continue;
+    out += (out.empty() ? "" : ", ") + print_row(op, *row, found.table->ladders[op.id()]);
+    if (named.size() == 3) break;
+  }
   return out;
 }
 
@@ -158,8 +165,8 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   const Ladder& ladder = found.table->ladders[op.id()];
   const uint32_t bucket = key_bucket(found.key);
   out += text("\nbucket   ", bucket, ": M ", ladder.first(bucket), "..",
-              bucket + 1 == ladder.size() ? "" : std::to_string(ladder.edge(bucket)), "\nkey      0x", std::hex,
-              found.key.word0, " 0x", found.key.word1, std::dec);
+              bucket + 1 == ladder.size() ? "" : std::to_string(ladder.edge(bucket)), "\nkey      ",
+              Hex{found.key.word0}, " ", Hex{found.key.word1});
   if (outcome == Outcome::kNoRow) return out + "\nmiss     " + describe(op, call, outcome, found);
   const CubinLauncher& launcher = *found.row->launcher;
   const Record& record = launcher.record();
@@ -186,13 +193,50 @@ std::string Runtime::explain(const Op& op, Call& call) const {
 }
 
 void Runtime::publish(DeviceSlot slot, std::unique_ptr<const DeviceTable> table) {
-  tables_[slot].store(table.get(), std::memory_order_release);
+  HD_CHECK(slot < kMaxSlots, "slot ", slot);
   kept_.push_back(std::move(table));
+  tables_[slot].store(kept_.back().get(), std::memory_order_release);
 }
 
-void Runtime::withdraw(DeviceSlot slot) { tables_[slot].store(nullptr, std::memory_order_release); }
+void Runtime::withdraw(DeviceSlot slot) {
+  HD_CHECK(slot < kMaxSlots, "slot ", slot);
+  tables_[slot].store(nullptr, std::memory_order_release);
+}
 
 // ---- TableBuilder ----
+
+namespace {
+
+constexpr const char* kPublished = "the builder's table is published";
+
+/// A record may only read what every call of the row's variant has: anything else would be whatever was on the stack.
+void check_reads(const Op& op, const Variant& variant, const Record& record, uint32_t row) {
+  const auto check_tensor = [&](uint32_t arg) {
+    HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor, "row ", row, ": ", record.kernel,
+                    " reads tensor ", arg, ", which ", op.name(), " has not");
+    HD_CHECK_BUNDLE(variant.signature >> 4 * arg & 0xf, "row ", row, ": ", record.kernel, " reads ",
+                    op.args()[arg].name, ", which is None in variant ", variant.name);
+  };
+  const auto check_expr = [&](const Expr& expr) {
+    expr.each_tensor([&](uint32_t arg, uint32_t dimension) {
+      check_tensor(arg);
+      HD_CHECK_BUNDLE(dimension < op.args()[arg].dims.size(), "row ", row, ": ", record.kernel, " reads dimension ",
+                      dimension, " of ", op.args()[arg].name, ", which has rank ", op.args()[arg].dims.size());
+    });
+  };
+  for (const Expr& size : record.grid) check_expr(size);
+  for (const Guard& guard : record.guards) check_expr(guard.expr);
+  for (const Param& param : record.params) {
+    check_expr(param.value);
+    const auto arg = static_cast<uint32_t>(param.arg);
+    if (param.kind == ParamKind::kPtr) check_tensor(arg);
+    if ((param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64) && param.arg >= 0)
+      HD_CHECK_BUNDLE(arg < op.args().size() && !op.args()[arg].is_tensor, "row ", row, ": ", record.kernel,
+                      " reads float ", arg, ", which ", op.name(), " has not");
+  }
+}
+
+}  // namespace
 
 TableBuilder::TableBuilder(int device, int device_count, bool pdl)
     : driver_(device < 0 ? null_driver() : cuda_driver()), pdl_(pdl), made_(std::make_unique<DeviceTable>()) {
@@ -220,11 +264,13 @@ TableBuilder::~TableBuilder() {
 }
 
 void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
+  HD_CHECK(made_, kPublished);
   if (made_->ladders.size() <= op.id()) made_->ladders.resize(op.id() + 1u);
   made_->ladders[op.id()] = Ladder(edges);
 }
 
 void TableBuilder::add_module(const std::string& file, std::span<const char> image) {
+  HD_CHECK(made_, kPublished);
   HD_CHECK_BUNDLE(!modules_.contains(file), file, " is added twice");
   CUmodule module = nullptr;
   HD_DRIVER(driver_, driver_.module_load(&module, image.data()), "cuModuleLoadData", file);
@@ -246,6 +292,7 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
 }
 
 uint32_t TableBuilder::add_record(Record record) {
+  HD_CHECK(made_, kPublished);
   made_->launchers.push_back(std::make_unique<CubinLauncher>(
       std::move(record), driver_,
       [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
@@ -256,6 +303,7 @@ uint32_t TableBuilder::add_record(Record record) {
 }
 
 void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record) {
+  HD_CHECK(made_, kPublished);
   const auto index = static_cast<uint32_t>(rows_.size());
   HD_CHECK_BUNDLE(record < made_->launchers.size(), "row ", index, " names record ", record, "; there are ",
                   made_->launchers.size());
@@ -263,12 +311,14 @@ void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n,
   HD_CHECK_BUNDLE(fits(k, n), "row ", index, ": K = ", k, ", N = ", n, "; sizes are below 2^32");
   HD_CHECK_BUNDLE(op.id() < made_->ladders.size() && bucket < made_->ladders[op.id()].size(), "row ", index, ": ",
                   op.name(), " has no bucket ", bucket);
+  check_reads(op, op.variants()[variant], made_->launchers[record]->record(), index);
   rows_.push_back({make_key(op.id(), variant, static_cast<uint32_t>(k), static_cast<uint32_t>(n),
                             static_cast<uint16_t>(bucket), kDeviceClass),
                    made_->launchers[record].get(), index});
 }
 
 void TableBuilder::publish() {
+  HD_CHECK(made_, kPublished);
   made_->table = LaunchTable(std::move(rows_));
   const DeviceSlot slot = made_->slot;
   Runtime::get().publish(slot, std::move(made_));
