@@ -12,7 +12,7 @@ VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 TORCH ?= torch==2.13.0
 BUNDLE ?= bundle
 PY := $(VENV)/bin/python
-CTEST_BUILD := build/core
+CTEST_BUILD := build/ctest
 
 .PHONY: demo test setup setup-test lint sanitize core-test clean
 

@@ -28,7 +28,7 @@ class LaunchTable {
 
   /// The row of that key, or null.
   const Row* find(const Key& key) const noexcept {
-    for (uint64_t slot = hash(key) & mask_;; slot = (slot + 1) & mask_) {
+    for (uint64_t slot = hash(key) >> shift_;; slot = (slot + 1) & mask_) {
       const Row& row = slots_[slot];
       if (row.key == key) return &row;
       if (row.key == kEmpty) return nullptr;
@@ -42,9 +42,14 @@ class LaunchTable {
   /// No key of ours: op ids stay below 0xffff.
   static constexpr Key kEmpty = {~0ull, ~0ull};
 
+  struct Release {
+    void operator()(Row* slots) const noexcept;
+  };
+
   std::vector<Row> rows_;
-  std::vector<Row> slots_;
-  uint64_t mask_ = 0;
+  std::unique_ptr<Row[], Release> slots_;
+  uint64_t mask_ = 0;  ///< slots - 1
+  int shift_ = 0;      ///< 64 - log2(slots)
 };
 static_assert(sizeof(Row) == 32, "two rows per cache line");
 

@@ -250,7 +250,12 @@ PYBIND11_MODULE(_C, m) {
       .def(
           "add_record",
           [](TableBuilder& self, const py::object& op, const py::dict& record) {
-            return self.add_record(to_record(record, *as_op(op).op));
+            try {
+              return self.add_record(to_record(record, *as_op(op).op));
+            } catch (const py::cast_error&) {  // `get` names the field; this is something inside a list
+              fail(Fault::kBundle, "record ", std::string(py::repr(record)).substr(0, 200),
+                   " holds a value of the wrong type");
+            }
           },
           py::arg("op"), py::arg("record"))
       .def(

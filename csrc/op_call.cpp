@@ -98,12 +98,22 @@ HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
   Py_RETURN_NONE;
 }
 
+/// What is not plain is torch's to handle; what is no tensor at all does not get that far.
+HD_COLD PyObject* call_torch(const OpObject* self, PyObject* const* args) {
+  const Op& op = *self->op;
+  for (size_t i = 0; i < op.args().size(); ++i)
+    if (op.args()[i].is_tensor && args[i] != Py_None && !THPVariable_Check(args[i]) &&
+        !PyObject_HasAttrString(args[i], "__torch_function__"))
+      fail(Fault::kCaller, op.name(), ": ", op.args()[i].name, " is a ", Py_TYPE(args[i])->tp_name,
+           "; it takes a tensor");
+  return PyObject_Vectorcall(self->torch_op, args, op.args().size(), nullptr);
+}
+
 /// `args` are all arguments in order.
 PyObject* call_op(const OpObject* self, PyObject* const* args) {
   const Op& op = *self->op;
   Call call;  // deliberately not initialised: every entry that is read is written
-  if (HD_UNLIKELY(!no_modes() || !fill_call(op, args, call)))
-    return PyObject_Vectorcall(self->torch_op, args, op.args().size(), nullptr);
+  if (HD_UNLIKELY(!no_modes() || !fill_call(op, args, call))) return call_torch(self, args);
   Dispatch found;
   // The GIL stays held: releasing it costs 35 ns, and the driver call returns in about 3 us.
   const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found);
@@ -257,12 +267,42 @@ class AutogradKernel final : public BoxedOp {
   }
 };
 
-/// Shapes of the results are the caller's: there is nothing to infer.
+/// Shapes of the results are the caller's, so there is nothing to infer; but a wrong call is refused while it is
+/// traced.
 class MetaKernel final : public BoxedOp {
  public:
   using BoxedOp::BoxedOp;
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    torch::jit::drop(*stack, op().args().size());
+    const size_t count = op().args().size();
+    check(stack->data() + (stack->size() - count));
+    torch::jit::drop(*stack, count);
+  }
+
+ private:
+  void check(const c10::IValue* values) const {
+    Call call;
+    bool is_known = true;  // symbolic sizes are not
+    for (size_t i = 0; i < op().args().size(); ++i) {
+      const ArgSpec& arg = op().args()[i];
+      TensorView& view = call.tensors[i];
+      if (!arg.is_tensor) {
+        is_known = is_known && values[i].isDouble();
+        call.scalars[i] = is_known ? values[i].toDouble() : 0;
+      } else if (!values[i].isTensor() || !values[i].toTensor().defined()) {
+        view.dtype = DType::kNone;
+      } else {
+        const at::Tensor& tensor = values[i].toTensor();
+        if (!tensor.device().is_meta())  // fake tensors say that they are, here
+          fail(Fault::kCaller, op().name(), ": ", arg.name, " is on ", tensor.device().str(),
+               "; another argument is a meta tensor; all tensors are on one device");
+        is_known = is_known && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+        if (is_known) view_shape(tensor, view);
+        view.slot = kCpuSlot;
+      }
+    }
+    uint16_t variant = 0;
+    DeviceSlot slot = kNoSlot;
+    if (is_known && !op().bind(call, variant, slot)) op().complain(call);
   }
 };
 

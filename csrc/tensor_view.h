@@ -40,10 +40,10 @@ inline DeviceSlot slot_of(c10::Device device) noexcept {
   return device.type() == c10::DeviceType::CPU ? kCpuSlot : kNoSlot;
 }
 
-/// Fills the view of a tensor whose keys are plain.
+/// Sizes, strides and dtype of a tensor.
 /// A tensor of rank above kMaxRank keeps its rank, and no size beyond the fourth: every op refuses it.
-inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view) {
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+inline void view_shape(const at::Tensor& tensor, TensorView& view) {
+  const c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   const c10::IntArrayRef sizes = impl->sizes();
   const c10::IntArrayRef strides = impl->strides();
   view.rank = static_cast<uint32_t>(sizes.size());
@@ -52,6 +52,12 @@ inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view)
     view.strides[i] = strides[i];
   }
   view.dtype = kDTypeOf[static_cast<size_t>(c10::typeMetaToScalarType(impl->dtype()))];
+}
+
+/// Fills the view of a tensor whose keys are plain.
+inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view) {
+  view_shape(tensor, view);
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   view.slot = slot_of(impl->device());
   // The keys are plain, so there is a storage: TensorImpl::data would ask again, 4 ns per tensor.
   // Writing through `mutable_data` ends copy-on-write sharing; reading through `data` leaves it alone.

@@ -22,11 +22,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import stat
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, cast
 
 from .errors import BundleError
+from .typed_json import Mismatch, check
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -174,30 +175,39 @@ def read_bundle(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, byt
 
 
 def _read(root: Path, name: str) -> bytes:
+    path = root / name
     try:
-        return (root / name).read_bytes()
-    except OSError as error:
-        raise BundleError(f"{root / name}: cannot be read ({error.strerror}); is {root} a bundle?") from error
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise BundleError(f"{path}: is not a file")
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+        why = error.strerror if isinstance(error, OSError) else error
+        raise BundleError(f"{path}: cannot be read ({why}); is {root} a bundle?") from error
 
 
 def _parse(root: Path, text: bytes) -> Manifest:
     where = root / MANIFEST_NAME
     try:
         manifest = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{where}: not JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
-        found = manifest.get("schema_version") if isinstance(manifest, dict) else type(manifest).__name__
+    # The version first: another one may look different in every other way.
+    found = manifest.get("schema_version") if isinstance(manifest, dict) else type(manifest).__name__
+    if found != SCHEMA_VERSION:
         raise BundleError(f"{where}: schema version {found!r}; this hdispatch reads {SCHEMA_VERSION}; build the bundle again")
-    for key, kind in {"target": dict, "tools": dict, "ops": dict, "files": dict, "records": list, "rows": list}.items():
-        if not isinstance(manifest.get(key), kind):
-            raise BundleError(f"{where}: field {key!r} is missing or not a {kind.__name__}")
+    try:
+        check(manifest, Manifest)
+    except Mismatch as error:
+        raise BundleError(f"{where}: malformed: {str(error).lstrip('.')}") from error
     return cast(Manifest, manifest)
 
 
-def _read_listed(root: Path, name: str, entry: Mapping[str, Any]) -> bytes:
+def _read_listed(root: Path, name: str, entry: FileEntry) -> bytes:
     path = root / name
-    inside = path.resolve().is_relative_to(root.resolve())
+    try:
+        inside = path.resolve().is_relative_to(root.resolve())
+    except (OSError, ValueError, RuntimeError) as error:  # links that go round; a name that no file can have
+        raise BundleError(f"{root / MANIFEST_NAME}: lists {name!r}, which is no path: {error}") from error
     if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
         raise BundleError(f"{root / MANIFEST_NAME}: lists {name!r}, which is outside the bundle")
     content = _read(root, name)
@@ -211,20 +221,27 @@ def _read_listed(root: Path, name: str, entry: Mapping[str, Any]) -> bytes:
 def _check_rows(root: Path, manifest: Manifest) -> None:
     """Refuse rows that repeat, or that name what is not there."""
     where = root / MANIFEST_NAME
+    ops, records = manifest["ops"], manifest["records"]
+    for record in records:
+        for cubin in record["cubins"].values():
+            if cubin["file"] not in manifest["files"]:
+                raise BundleError(f"{where}: kernel {record['kernel']} uses {cubin['file']}, which is not listed")
     seen: dict[tuple[str, str, int, int, int], int] = {}
-    try:
-        for record in manifest["records"]:
-            for cubin in record["cubins"].values():
-                if cubin["file"] not in manifest["files"]:
-                    raise BundleError(f"{where}: kernel {record['kernel']} uses {cubin['file']}, which is not listed")
-        for index, row in enumerate(manifest["rows"]):
-            key = (row["op"], row["variant"], row["K"], row["N"], row["bucket"])
-            if key in seen:
-                raise BundleError(f"{where}: rows {seen[key]} and {index} have the same key {key}")
-            seen[key] = index
-            if row["op"] not in manifest["ops"]:
-                raise BundleError(f"{where}: row {index} is of op {row['op']!r}, which is not among the bundle's ops")
-            if not 0 <= row["record"] < len(manifest["records"]):
-                raise BundleError(f"{where}: row {index} names record {row['record']} of {len(manifest['records'])}")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise BundleError(f"{where}: malformed: {type(error).__name__}: {error}") from error
+    owners: dict[int, str] = {}
+    for index, row in enumerate(manifest["rows"]):
+        op, key = row["op"], (row["op"], row["variant"], row["K"], row["N"], row["bucket"])
+        if op not in ops:
+            raise BundleError(f"{where}: row {index} is of op {op!r}, which is not among the bundle's ops")
+        if seen.setdefault(key, index) != index:
+            raise BundleError(f"{where}: rows {seen[key]} and {index} have the same key {key}")
+        if row["variant"] not in ops[op]["variants"]:
+            raise BundleError(f"{where}: row {index} is of variant {row['variant']!r}, which is not among those of {op}")
+        if not 0 <= row["bucket"] < len(ops[op]["ladder"]):
+            raise BundleError(f"{where}: row {index} names bucket {row['bucket']} of {len(ops[op]['ladder'])}")
+        if not 0 <= row["record"] < len(records):
+            raise BundleError(f"{where}: row {index} names record {row['record']} of {len(records)}")
+        # A record's arguments are those of one op.
+        if owners.setdefault(row["record"], op) != op:
+            raise BundleError(
+                f"{where}: row {index} of {op} names record {row['record']}, which is one of {owners[row['record']]}"
+            )

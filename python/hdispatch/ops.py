@@ -9,10 +9,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
+from typing import Any
 
 import torch
 
-from . import _C, kernels
+from . import _C
 from .errors import HdispatchError
 from .opspec import OpSpec, TensorArg, parse_dim
 
@@ -27,6 +28,8 @@ def define(spec: OpSpec) -> _C.Op:
     """
     if spec.name in _OPS:
         raise HdispatchError(f"op {spec.name!r} is defined already")
+    if spec.name in globals():
+        raise HdispatchError(f"op {spec.name!r} would hide hdispatch.ops.{spec.name}")
     variants = [(v.name, {arg: _dtype_name(dtype) for arg, dtype in v.dtypes.items()}) for v in spec.variants()]
     op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, spec.reference)
     _shorten(op)
@@ -44,7 +47,7 @@ def _shorten(op: _C.Op) -> None:
     """
     packet = getattr(torch.ops.hdispatch, op.name)
     kind = type(packet.__name__, (type(packet),), {"__call__": op, "__doc__": op.schema})
-    fast = kind.__new__(kind)
+    fast: Any = object.__new__(kind)
     fast.__dict__.update(packet.__dict__)
     setattr(torch.ops.hdispatch, op.name, fast)
 
@@ -85,7 +88,8 @@ def __getattr__(name: str) -> _C.Op:
     raise AttributeError(f"hdispatch has no op {name!r}; it has {', '.join(sorted(_OPS)) or 'none'}")
 
 
-for _module in pkgutil.iter_modules(kernels.__path__):
-    _name = f"{kernels.__name__}.{_module.name}.spec"
+_KERNELS = importlib.import_module(f"{__package__}.kernels")  # a folder of its own in a checkout
+for _module in pkgutil.iter_modules(_KERNELS.__path__):
+    _name = f"{_KERNELS.__name__}.{_module.name}.spec"
     if _module.ispkg and importlib.util.find_spec(_name):
         define(importlib.import_module(_name).SPEC)

@@ -19,6 +19,7 @@ argument are alternatives; an argument that says `dtypes="input"` has the dtype 
 from __future__ import annotations
 
 import itertools
+import keyword
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,16 +92,22 @@ class OpSpec:
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""
         names = [arg.name for arg in self.args]
+        for name in (self.name, *names):
+            if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+                raise HdispatchError(f"{self.name}: {name!r} is not a name that Python and torch's schemas take")
         if len(set(names)) != len(names):
             raise HdispatchError(f"{self.name}: argument names repeat: {names}")
         if list(self.ladder) != sorted(set(self.ladder)) or not self.ladder or self.ladder[0] < 1:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
+        sources = {arg.name for arg in self.tensors() if not isinstance(arg.dtypes, str)}
         for arg in self.tensors():
             for dim in arg.dims:
                 if isinstance(dim, str):
                     parse_dim(dim)
-            if isinstance(arg.dtypes, str) and arg.dtypes not in names:
-                raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, which is no argument")
+            if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
+                raise HdispatchError(
+                    f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own"
+                )
         bound = {s for arg in self.tensors() if not arg.mutated and not arg.optional for s in _symbols(arg)}
         unbound = {s for arg in self.tensors() for s in _symbols(arg)} - bound | {"M"} - bound
         if unbound:
@@ -130,18 +137,15 @@ class OpSpec:
 
         A name reads `bfloat16`, or `bfloat16+residual` where optional arguments are present.
         """
-        free = [arg for arg in self.tensors() if not isinstance(arg.dtypes, str)]
+        free = [(arg.name, arg.dtypes) for arg in self.tensors() if not isinstance(arg.dtypes, str)]
         optional = [arg.name for arg in self.tensors() if arg.optional]
         found = []
         for present in itertools.product((False, True), repeat=len(optional)):
             none = frozenset(name for name, here in zip(optional, present, strict=True) if not here)
-            for choice in itertools.product(*(arg.dtypes for arg in free)):
-                chosen = {arg.name: dtype for arg, dtype in zip(free, choice, strict=True)}
-                dtypes = {
-                    arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name]  # type: ignore[index]
-                    for arg in self.tensors()
-                }
-                varied = [str(chosen[arg.name]).removeprefix("torch.") for arg in free if len(arg.dtypes) > 1]
+            for choice in itertools.product(*(alternatives for _, alternatives in free)):
+                chosen = {name: dtype for (name, _), dtype in zip(free, choice, strict=True)}
+                dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
+                varied = [str(chosen[name]).removeprefix("torch.") for name, alternatives in free if len(alternatives) > 1]
                 name = "+".join(["-".join(varied) or "any", *(o for o in optional if o not in none)])
                 found.append(Variant(name, {n: d for n, d in dtypes.items() if n not in none}, none))
         return found

@@ -76,7 +76,7 @@ def _cuda_device(folder: str | os.PathLike[str], device: torch.device | int | st
     chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
     if chosen.type != "cuda":
         raise HdispatchError(f"device is {chosen}; it takes a CUDA device")
-    torch.cuda.init()
+    torch.cuda.init()  # type: ignore[no-untyped-call]
     return torch.cuda.current_device() if chosen.index is None else chosen.index
 
 
@@ -98,18 +98,24 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     found: dict[str, _C.Op] = {}
     for name, entry in manifest["ops"].items():
         if name not in ops.names():
-            raise BundleError(f"{where}: holds op {name!r}, which is not among {', '.join(sorted(ops.names()))}")
+            raise BundleError(
+                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
+            )
         spec = ops.spec(name)
         variants = {v.name: {a: str(d).removeprefix("torch.") for a, d in v.dtypes.items()} for v in spec.variants()}
         if entry["schema"] != spec.schema() or not entry["variants"].items() <= variants.items():
-            raise BundleError(f"{where}: built for {entry['schema']}; installed is {spec.schema()}, or other variants; rebuild")
+            raise BundleError(
+                f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} "
+                "with other variants or arguments; rebuild"
+            )
         found[name] = getattr(ops, name)
-        builder.set_ladder(found[name], entry["ladder"])
-    for name, content in contents.items():
-        builder.add_module(name, content)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}
     try:
+        for name, op in found.items():
+            builder.set_ladder(op, manifest["ops"][name]["ladder"])
+        for name, content in contents.items():
+            builder.add_module(name, content)
         records = {i: builder.add_record(found[op], manifest["records"][i]) for i, op in sorted(owners.items())}
         for row in manifest["rows"]:
             builder.add_row(found[row["op"]], row["variant"], row["K"], row["N"], row["bucket"], records[row["record"]])

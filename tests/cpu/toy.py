@@ -7,9 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import hdispatch
+import torch
 from hdispatch.manifest import ARTIFACTS, CHECKSUM_NAME, MANIFEST_NAME, SCHEMA_VERSION
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
 
@@ -63,7 +62,14 @@ def arguments(m: int = 4, k: int = 64, variant: str = "bfloat16", seed: int = 0)
 
 def record(m_min: int = 1, m_max: int = 2**31 - 1) -> dict[str, Any]:
     """Grid ceil(M / 4); every kind of parameter; a guard on the row stride."""
-    code = {"function": "toy_kernel", "num_warps": 4, "shared_bytes": 0, "cluster": [1, 1, 1], "cooperative": False, "pdl": True}
+    code = {
+        "function": "toy_kernel",
+        "num_warps": 4,
+        "shared_bytes": 0,
+        "cluster": [1, 1, 1],
+        "cooperative": False,
+        "pdl": True,
+    }
     return {
         "backend": "triton",
         "kernel": "toy_kernel",
@@ -91,7 +97,9 @@ def record(m_min: int = 1, m_max: int = 2**31 - 1) -> dict[str, Any]:
     }
 
 
-def manifest(sizes: tuple[int, ...] = (64, 512), variants: tuple[str, ...] = ("bfloat16", "bfloat16+scale_ub+residual")) -> dict[str, Any]:
+def manifest(
+    sizes: tuple[int, ...] = (64, 512), variants: tuple[str, ...] = ("bfloat16", "bfloat16+scale_ub+residual")
+) -> dict[str, Any]:
     """Rows for every variant, K and bucket."""
     contents = files()
     every = {v.name: {a: str(d).removeprefix("torch.") for a, d in v.dtypes.items()} for v in SPEC.variants()}
@@ -119,10 +127,14 @@ def files() -> dict[str, bytes]:
 
 def write(folder: Path, content: dict[str, Any] | None = None) -> Path:
     """Write a bundle, with a checksum that fits whatever the manifest says."""
-    text = json.dumps(content or manifest()).encode()
     (folder / ARTIFACTS).mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST_NAME).write_bytes(text)
-    (folder / CHECKSUM_NAME).write_text(f"{hashlib.sha256(text).hexdigest()}  {MANIFEST_NAME}\n")
+    write_text(folder, json.dumps(content or manifest()).encode())
     for name, data in files().items():
         (folder / name).write_bytes(data)
     return folder
+
+
+def write_text(folder: Path, text: bytes) -> None:
+    """Write a manifest of that text, and its checksum."""
+    (folder / MANIFEST_NAME).write_bytes(text)
+    (folder / CHECKSUM_NAME).write_text(f"{hashlib.sha256(text).hexdigest()}  {MANIFEST_NAME}\n")

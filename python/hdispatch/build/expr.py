@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
+from typing import TypeAlias
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 from torch.utils._sympy import functions as torch_sympy
 
 from ..errors import BuildError
@@ -21,7 +22,7 @@ from ..manifest import Expr
 MAX_DEPTH = 16
 
 #: A host value that is known, or that depends on the call.
-Value = int | sympy.Basic
+Value: TypeAlias = int | sympy.Basic
 
 Leaves = Mapping[sympy.Symbol, str]
 
@@ -80,9 +81,9 @@ def postfix(value: Value, leaves: Leaves) -> Expr:
     BuildError for a construct that is not integer arithmetic (true division, floats), for an unnamed symbol, and for an
     expression that needs more than MAX_DEPTH values at once.
     """
-    tokens = [int(value)] if isinstance(value, int) else _tokens(value, leaves)
+    tokens: Expr = [int(value)] if isinstance(value, int) else _tokens(value, leaves)
     if (deepest := depth(tokens)) > MAX_DEPTH:
-        raise BuildError(f"expression {value} is {deepest} values deep, the launcher takes {MAX_DEPTH}; simplify it in the kernel's host code")
+        raise BuildError(f"expression {value} is {deepest} values deep, the launcher takes {MAX_DEPTH}; simplify the host code")
     return tokens
 
 
@@ -116,7 +117,8 @@ def _tokens(value: sympy.Basic, leaves: Leaves) -> Expr:
     if isinstance(value, torch_sympy.Identity):
         return _tokens(value.args[0], leaves)
     raise BuildError(
-        f"{kind.__name__} in the host expression {value} has no integer form; use + - * // % min max and comparisons of sizes and strides"
+        f"{kind.__name__} in the host expression {value} has no integer form; "
+        "use + - * // % min max and comparisons of sizes and strides"
     )
 
 
@@ -217,6 +219,15 @@ def divisor(value: Value, known: Mapping[sympy.Symbol, int]) -> int:
         by = abs(int(value.args[1]))
         return parts[0] // by if parts[0] % by == 0 else 1
     return 1
+
+
+def turns(conditions: Iterable[sympy.Basic]) -> frozenset[int]:
+    """Values at which conditions on sizes may change their truth: their constants, quotients of those, and neighbours."""
+    found: set[int] = set()
+    for condition in conditions:
+        constants = {abs(int(number)) for number in condition.atoms(sympy.Integer)}
+        found |= constants | {constant // factor for constant in constants for factor in constants - {0}}
+    return frozenset(value + step for value in found for step in (-1, 0, 1))
 
 
 def at(value: Value, values: Mapping[sympy.Symbol, int]) -> Value:

@@ -89,7 +89,9 @@ def resolve(target: str | GpuTarget) -> GpuTarget:
     if target == "native":
         return present()
     if target not in DESCRIBED:
-        raise BuildError(f"no target {target!r}; described targets are {sorted(DESCRIBED)}, and 'native' is the GPU that is here")
+        raise BuildError(
+            f"no target {target!r}; described targets are {sorted(DESCRIBED)}, and 'native' is the GPU that is here"
+        )
     return DESCRIBED[target]
 
 
@@ -107,7 +109,7 @@ def present() -> GpuTarget:
         major=properties.major,
         minor=properties.minor,
         sm_count=properties.multi_processor_count,
-        shared_memory=properties.shared_memory_per_block_optin,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin"),  # noqa: B009  (absent from torch's stubs)
         memory=properties.total_memory,
         l2=properties.L2_cache_size,
     )
@@ -140,13 +142,13 @@ def _guard_library() -> Path:
         if (library := Path(folder) / GUARD_LIBRARY).is_file():
             return library
     raise BuildError(
-        f"{GUARD_LIBRARY} is in none of {folders}; torch {torch.__version__} has no CUDA, so building needs it: reinstall hdispatch "
-        "(`pip install --no-build-isolation .`)"
+        f"{GUARD_LIBRARY} is in none of {folders}; torch {torch.__version__} has no CUDA, so building needs it: "
+        "reinstall hdispatch (`pip install --no-build-isolation .`)"
     )
 
 
 def _properties(target: GpuTarget) -> types.SimpleNamespace:
-    """What `torch.cuda.get_device_properties` returns. The clock rates and limits are those of all data-center GPUs since 2020."""
+    """What `torch.cuda.get_device_properties` returns; clock rates and limits are those of all data-center GPUs since 2020."""
     return types.SimpleNamespace(
         name=target.device_name,
         major=target.major,
@@ -200,11 +202,11 @@ def _answer_for_torch(target: GpuTarget, properties: types.SimpleNamespace) -> N
 
 
 def _answer_for_triton(target: GpuTarget) -> None:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
+    import triton  # type: ignore[import-untyped]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
+    from triton.backends.driver import DriverBase  # type: ignore[import-untyped]
 
-    def nothing_runs(self: object) -> None:
+    def nothing_runs(_self: object) -> None:
         raise BuildError("this process only compiles: there is no device to run or time anything on")
 
     # A class of its own, because DriverBase is abstract in these members, and Triton calls no others when compiling.

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-import sympy
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch._dynamo.source import ConstantSource
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -26,8 +27,11 @@ from ..errors import BuildError
 from ..opspec import FloatArg, OpSpec, TensorArg, Variant
 from .expr import Value, at
 
-#: A row stride is its width plus this many elements, where nothing else is asked for: unlike any size, a multiple of 16.
-ROW_PADDING = 16
+#: Triton compiles different code for integers that are multiples of this, and for addresses that are.
+ALIGNMENT = 16
+
+#: A row stride is its width plus this many elements, where nothing else is asked for: then it is like no size.
+ROW_PADDING = ALIGNMENT
 
 #: Floats have this value where one is needed; which one does not matter.
 FLOAT_HINT = 0.625
@@ -99,11 +103,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class Trace:
-    """A launch, what was assumed about the sizes while it was traced, and the names of the symbols in both."""
+    """A launch and what was assumed about the sizes while it was traced.
+
+    leaves      the symbols in both, by their names in the manifest
+    multiples   what row strides are taken to be multiples of; a guard tests it where it matters
+    """
 
     launch: Launch
     guards: tuple[sympy.Basic, ...]
     leaves: dict[sympy.Symbol, str]
+    multiples: dict[sympy.Symbol, int]
 
     def symbol(self, leaf: str) -> sympy.Symbol:
         """The symbol of a leaf, e.g. "M"."""
@@ -119,6 +128,7 @@ class Call:
     mode: FakeTensorMode
     env: ShapeEnv | None = None
     leaves: dict[sympy.Symbol, str] = field(default_factory=dict)
+    multiples: dict[sympy.Symbol, int] = field(default_factory=dict)
     floats: dict[sympy.Symbol, str] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -144,11 +154,17 @@ class CallMaker:
         env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
         call = Call(self._names(), (), FakeTensorMode(shape_env=env), env)
 
-        def size(name: str, value: int) -> torch.SymInt:
+        def size(name: str, value: int) -> Any:
             source = ConstantSource(name)
             symbol = env.create_symbol(value, source, dynamic_dim=DimDynamic.DYNAMIC)
             call.leaves[symbol] = name
             return env.create_symintnode(symbol, hint=value, source=source)
+
+        def row_stride(arg: TensorArg, width: int) -> Any:
+            stride = size(f"{arg.name}.stride(0)", width + ROW_PADDING)
+            # Rows that are contiguous must not fail the guard.
+            call.multiples[stride.node.expr] = ALIGNMENT if width % ALIGNMENT == 0 else 1
+            return stride
 
         def real(name: str) -> Any:
             if not floats:
@@ -158,8 +174,7 @@ class CallMaker:
             call.floats[symbol] = name
             return env.create_symfloatnode(symbol, hint=FLOAT_HINT, source=source)
 
-        m = size("M", hint)
-        call.args = self._args(call.mode, m, lambda arg, width: size(f"{arg.name}.stride(0)", width + ROW_PADDING), real)
+        call.args = self._args(call.mode, size("M", hint), row_stride, real)
         return call
 
     def concrete(self, m: int, row_padding: int = ROW_PADDING) -> Call:
@@ -178,23 +193,17 @@ class CallMaker:
 
     def width(self, arg: TensorArg) -> int:
         """Elements in one row (all dimensions but the first)."""
-        width = 1
-        for size in self.spec.tensor_sizes(arg, {**self.shape, "M": 1})[1:]:
-            width *= size
-        return width
+        return math.prod(self.spec.tensor_sizes(arg, {**self.shape, "M": 1})[1:])
 
     def rows(self, arg: TensorArg, m: Any) -> Any:
         """The size of the first dimension for M = m."""
         return self.spec.tensor_sizes(arg, {**self.shape, "M": m})[0]
 
-    def elements_per_m(self) -> int:
-        """Elements of the largest tensor that grows with M, per unit of M."""
-        totals = []
-        for arg in self.spec.tensors():
-            if arg.name not in self.variant.none:
-                one, two = (_product(self.spec.tensor_sizes(arg, {**self.shape, "M": m})) for m in (1, 2))
-                totals.append(two - one)
-        return max(totals)
+    def elements(self, m: int) -> int:
+        """Elements of the largest tensor for M = m."""
+        sizes = {**self.shape, "M": m}
+        present = [arg for arg in self.spec.tensors() if arg.name not in self.variant.none]
+        return max(math.prod(self.spec.tensor_sizes(arg, sizes)) for arg in present)
 
     def _names(self) -> tuple[str, ...]:
         return tuple(arg.name for arg in self.spec.args)
@@ -211,7 +220,9 @@ class CallMaker:
             for arg in self.spec.args
         )
 
-    def _tensor(self, mode: FakeTensorMode, arg: TensorArg, m: Any, row_stride: Callable[[TensorArg, int], Any]) -> torch.Tensor:
+    def _tensor(
+        self, mode: FakeTensorMode, arg: TensorArg, m: Any, row_stride: Callable[[TensorArg, int], Any]
+    ) -> torch.Tensor:
         sizes: list[Any] = self.spec.tensor_sizes(arg, {**self.shape, "M": m})
         strides: list[Any] = [1] * len(sizes)
         for index in reversed(range(len(sizes) - 1)):
@@ -222,11 +233,20 @@ class CallMaker:
             return torch.empty_strided(sizes, strides, dtype=self.variant.dtypes[arg.name], device="cuda")
 
 
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
+@dataclass(frozen=True)
+class HostSide:
+    """A kernel with a config, ready to trace.
+
+    host         takes the op's arguments and `_launcher`
+    agrees       whether the code is valid for M = m and rows `row_padding` elements longer than their width, as the DSL sees it
+    index_bits   width of the kernel's offsets; with 32 no tensor may have 2**31 elements
+    turns        Ms at which the code might cease to be valid, as far as the DSL can tell; `agrees` is asked there
+    """
+
+    host: Callable[..., object]
+    agrees: Callable[[int, int], bool]
+    index_bits: Literal[32, 64]
+    turns: frozenset[int]
 
 
 def trace(host: Callable[..., object], call: Call) -> Trace:
@@ -237,13 +257,13 @@ def trace(host: Callable[..., object], call: Call) -> Trace:
     """
     launches: list[Launch] = []
     recorder = _Recorder(call, launches)
-    with _host_globals(host), call.mode, _OnlyViews():
+    with _host_globals(host), call.mode, _OnlyViews():  # type: ignore[no-untyped-call]
         host(*call.args, _launcher=recorder)
     if len(launches) != 1:
         names = [launch.kernel.__name__ for launch in launches]
         raise BuildError(f"the host function launches {len(launches)} kernels {names}; a record holds exactly one")
     guards = tuple(guard.expr for guard in call.env.guards) if call.env is not None else ()
-    return Trace(launches[0], guards, call.leaves)
+    return Trace(launches[0], guards, call.leaves, call.multiples)
 
 
 class _Recorder:
@@ -257,12 +277,14 @@ class _Recorder:
     def __call__(self, kernel: Any, grid: Any, /, *args: object, **kwargs: object) -> None:
         if not hasattr(kernel, "params") or not hasattr(kernel, "fn"):
             raise BuildError(
-                f"the host function launches a {type(kernel).__name__}; it takes a plain @triton.jit function, whose options the config gives"
+                f"the host function launches a {type(kernel).__name__}; "
+                "it takes a plain @triton.jit function, whose options the config gives"
             )
         stateful = sorted(name for name in kwargs if name.startswith("_"))
         if stateful:
             raise BuildError(
-                f"{kernel.__name__} is launched with {', '.join(stateful)}: state kept between launches cannot be part of a record"
+                f"{kernel.__name__} is launched with {', '.join(stateful)}: "
+                "state kept between launches cannot be part of a record"
             )
         own = [param.name for param in kernel.params]
         bound = inspect.signature(kernel.fn).bind(*args, **{name: kwargs.pop(name) for name in own if name in kwargs})
@@ -272,7 +294,8 @@ class _Recorder:
 
     def grid(self, grid: Any) -> tuple[Value, Value, Value]:
         if callable(grid) or not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
-            raise BuildError(f"the launch grid is {grid!r}; it takes a tuple of 1 to 3 integers")
+            shown = grid if isinstance(grid, (tuple, list)) else f"a {type(grid).__name__}"
+            raise BuildError(f"the launch grid is {shown}; it takes a tuple of 1 to 3 integers")
         sizes = [self.describe(f"grid dimension {axis}", size) for axis, size in enumerate(grid)]
         for axis, size in enumerate(sizes):
             if not isinstance(size, Number):
@@ -310,7 +333,9 @@ class _Recorder:
     def real(self, name: str, value: torch.SymFloat) -> Real:
         expression = value.node.expr
         if expression not in self.call.floats:
-            raise BuildError(f"launch argument {name} is computed on the host, {value}; pass the argument itself and compute in the kernel")
+            raise BuildError(
+                f"launch argument {name} is computed on the host, {value}; pass the argument itself and compute in the kernel"
+            )
         return Real(self.call.floats[expression], FLOAT_HINT)
 
 
@@ -318,15 +343,19 @@ def _expression(value: torch.SymInt | torch.SymBool) -> Value:
     return at(value.node.expr, {})
 
 
-class _OnlyViews(TorchDispatchMode):
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses every tensor operation of a host function that is not a view, by its name."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
         if name.startswith(("aten.empty", "aten.new_empty")):
-            raise BuildError(f"the host function allocates ({name}); write the kernel as an out-variant: it takes its results as arguments")
+            raise BuildError(
+                f"the host function allocates ({name}); write the kernel as an out-variant: it takes its results as arguments"
+            )
         if not (getattr(func, "is_view", False) or func.namespace == "prim" or name.startswith("aten.sym_")):
-            raise BuildError(f"the host function runs {name}; only views and one kernel launch can become a record: do it in the kernel")
+            raise BuildError(
+                f"the host function runs {name}; only views and one kernel launch can become a record: do it in the kernel"
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -1,0 +1,49 @@
+"""dynamic_per_token_scaled_fp8_quant: each row of the input to fp8 with a scale of its own, as the op of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import OpSpec, TensorArg, Variant
+
+from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+
+NAME = "dynamic_per_token_scaled_fp8_quant"
+
+
+def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None = None) -> None:
+    """The op in torch.
+
+    result    float8_e4m3fn [M, K], written: clamp(input / scale, -448, 448)
+    input     bfloat16 or float16 [M, K], last dimension contiguous
+    scale     float32 [M, 1], written: max(min(max |row|, scale_ub) / 448, 1 / (448 * 512))
+    scale_ub  float32 with one element, or None
+
+    All arithmetic is float32. A row with a NaN or an infinity has a scale that is not finite, and unspecified codes.
+    """
+    quantize_rows(input.float(), result, scale, scale_ub)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, k = sizes["M"], sizes["K"]
+    x = random_rows(m, k, variant.dtypes["input"], device, generator)
+    result, scale = poisoned_outputs(m, k, device)
+    return [result, x, scale, None if "scale_ub" in variant.none else upper_bound(x)]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("result", ("M", "K"), (FP8,), mutated=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), row_strided=True),
+        TensorArg("scale", ("M", 1), (torch.float32,), mutated=True),
+        TensorArg("scale_ub", (1,), (torch.float32,), optional=True),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=tuple({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+)

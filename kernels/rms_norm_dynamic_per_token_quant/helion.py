@@ -1,0 +1,48 @@
+"""The Helion kernel of rms_norm_dynamic_per_token_quant: one row per program, read once."""
+
+from __future__ import annotations
+
+import helion
+import helion.language as hl
+import torch
+
+from ..device import clamp_rows, divide_rows, row_scale
+
+
+# 64-bit offsets and the place of the pdl calls: see dynamic_per_token_scaled_fp8_quant.
+@helion.kernel(static_shapes=False, index_dtype=torch.int64)
+def rms_norm_dynamic_per_token_quant(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    epsilon: float,
+    scale_ub: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    m, k = input.size()
+    k = hl.specialize(k)
+    # A row of weights per row: loaded as a matrix, they get the input's layout in registers, and no exchange is needed.
+    weights = weight.as_strided((m, k), (0, 1))
+    hl.pdl_wait()
+    hl.pdl_launch_dependents()
+    for rows in hl.tile(m):
+        x = input[rows, :].to(torch.float32)
+        if residual is not None:
+            x = x + residual[rows, :].to(torch.float32)
+        rstd = torch.rsqrt(torch.sum(x * x, dim=-1) * (1.0 / k) + epsilon)
+        y = ((x * rstd[:, None]).to(input.dtype) * weights[rows, :]).to(torch.float32)
+        absmax = torch.amax(torch.abs(y), dim=-1)
+        if scale_ub is not None:
+            absmax = torch.minimum(absmax, hl.load(scale_ub, [0]))
+        s = row_scale(absmax)
+        scale[rows, 0] = s
+        if scale_ub is not None:
+            y = clamp_rows(y, s)
+        result[rows, :] = divide_rows(y, s).to(result.dtype)
+        # Last, because a config with reduction_loops reads residual again in each of its passes.
+        if residual is not None:
+            residual[rows, :] = x.to(residual.dtype)
+
+
+KERNEL = rms_norm_dynamic_per_token_quant

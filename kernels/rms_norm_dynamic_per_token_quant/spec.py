@@ -1,0 +1,79 @@
+"""rms_norm_dynamic_per_token_quant: RMS norm, after adding a residual if given, then rows to fp8, as the op of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
+
+from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+
+NAME = "rms_norm_dynamic_per_token_quant"
+
+
+def reference(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    epsilon: float,
+    scale_ub: torch.Tensor | None = None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    """The op in torch.
+
+    result    float8_e4m3fn [M, K], written: clamp(y / scale, -448, 448)
+    input     bfloat16 or float16 [M, K], last dimension contiguous
+    weight    [K], dtype of input
+    scale     float32 [M, 1], written: max(min(max |y of the row|, scale_ub) / 448, 1 / (448 * 512))
+    epsilon   added to the mean of the squares, at least 0
+    scale_ub  float32 with one element, or None
+    residual  [M, K] contiguous, dtype of input, or None; read, and x is written to it
+
+    x = input + residual in float32, not rounded, though residual receives it rounded to its dtype. With
+    r = rsqrt(mean(x * x) + epsilon) of the row, y = (x * r rounded to the dtype of input) * weight, rounded to it again.
+    A row of y with a NaN or an infinity has a scale that is not finite, and unspecified codes.
+    """
+    x = input.float()
+    if residual is not None:
+        x = x + residual.float()
+        residual.copy_(x)
+    quantize_rows(_normalized(x, weight, epsilon), result, scale, scale_ub)
+
+
+def _normalized(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """y of `reference` in float32, of x [M, K] float32 and weight [K]."""
+    rstd = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
+    return ((x * rstd).to(weight.dtype) * weight).float()
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, k, dtype, epsilon = sizes["M"], sizes["K"], variant.dtypes["input"], 1e-6
+    x = random_rows(m, k, dtype, device, generator)
+    weight = (1 + 0.2 * torch.randn(k, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
+    residual = None if "residual" in variant.none else random_rows(m, k, dtype, device, generator)
+    total = x.float() if residual is None else x.float() + residual.float()
+    scale_ub = None if "scale_ub" in variant.none else upper_bound(_normalized(total, weight, epsilon))
+    result, scale = poisoned_outputs(m, k, device)
+    return [result, x, weight, scale, epsilon, scale_ub, residual]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("result", ("M", "K"), (FP8,), mutated=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), row_strided=True),
+        TensorArg("weight", ("K",), "input"),
+        TensorArg("scale", ("M", 1), (torch.float32,), mutated=True),
+        FloatArg("epsilon", minimum=0.0),
+        TensorArg("scale_ub", (1,), (torch.float32,), optional=True),
+        TensorArg("residual", ("M", "K"), "input", mutated=True, optional=True),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=tuple({"K": k} for k in (2048, 4096, 5120)),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+)

@@ -1,0 +1,1 @@
+"""silu_and_mul_dynamic_per_token_quant: the op's declaration and its kernels."""

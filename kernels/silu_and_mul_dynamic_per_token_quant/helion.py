@@ -1,0 +1,40 @@
+"""The Helion kernel of silu_and_mul_dynamic_per_token_quant: one row per program, read once."""
+
+from __future__ import annotations
+
+import helion
+import helion.language as hl
+import torch
+
+from ..device import clamp_rows, divide_rows, row_scale
+
+
+# 64-bit offsets and the place of the pdl calls: see dynamic_per_token_scaled_fp8_quant.
+# fast_math and exp2: the division and the exponential of silu become one instruction each, still good to a few ulp. The
+# division by the scale stays exact: see `divide_rows`.
+@helion.kernel(static_shapes=False, index_dtype=torch.int64, fast_math=True)
+def silu_and_mul_dynamic_per_token_quant(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    scale: torch.Tensor,
+    scale_ub: torch.Tensor | None = None,
+) -> None:
+    m, n = result.size()
+    n = hl.specialize(n)
+    hl.pdl_wait()
+    hl.pdl_launch_dependents()
+    for rows in hl.tile(m):
+        gate = input[rows, 0:n].to(torch.float32)
+        up = input[rows, n : 2 * n].to(torch.float32)
+        x = gate / (1.0 + torch.exp2(gate * -1.4426950408889634)) * up
+        absmax = torch.amax(torch.abs(x), dim=-1)
+        if scale_ub is not None:
+            absmax = torch.minimum(absmax, hl.load(scale_ub, [0]))
+        s = row_scale(absmax)
+        scale[rows, 0] = s
+        if scale_ub is not None:
+            x = clamp_rows(x, s)
+        result[rows, :] = divide_rows(x, s).to(result.dtype)
+
+
+KERNEL = silu_and_mul_dynamic_per_token_quant

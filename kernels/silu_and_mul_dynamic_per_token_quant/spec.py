@@ -1,0 +1,58 @@
+"""silu_and_mul_dynamic_per_token_quant: silu(gate) * up of each row to fp8 with a scale of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import OpSpec, TensorArg, Variant
+
+from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+
+NAME = "silu_and_mul_dynamic_per_token_quant"
+
+
+def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None = None) -> None:
+    """The op in torch.
+
+    result    float8_e4m3fn [M, N], written: clamp(x / scale, -448, 448)
+    input     bfloat16 or float16 [M, 2 * N], last dimension contiguous: gate in the first half of a row, up in the second
+    scale     float32 [M, 1], written: max(min(max |x of the row|, scale_ub) / 448, 1 / (448 * 512))
+    scale_ub  float32 with one element, or None
+
+    x = gate / (1 + exp(-gate)) * up in float32, and never rounded to the dtype of input: so does vLLM's
+    silu_and_mul_per_block_quant, while silu_and_mul followed by dynamic_per_token_scaled_fp8_quant rounds in between.
+    scale_ub bounds max |x|, as in dynamic_per_token_scaled_fp8_quant.
+    A row of x with a NaN or an infinity has a scale that is not finite, and unspecified codes.
+    """
+    quantize_rows(_activated(input), result, scale, scale_ub)
+
+
+def _activated(input: torch.Tensor) -> torch.Tensor:
+    """x of `reference` in float32."""
+    gate, up = input.float().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, n = sizes["M"], sizes["N"]
+    x = random_rows(m, 2 * n, variant.dtypes["input"], device, generator)
+    result, scale = poisoned_outputs(m, n, device)
+    return [result, x, scale, None if "scale_ub" in variant.none else upper_bound(_activated(x))]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("result", ("M", "N"), (FP8,), mutated=True),
+        TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16), row_strided=True),
+        TensorArg("scale", ("M", 1), (torch.float32,), mutated=True),
+        TensorArg("scale_ub", (1,), (torch.float32,), optional=True),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=tuple({"N": n} for n in (6144, 12288, 25600)),
+    config_key={"intermediate_size": "N", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+)

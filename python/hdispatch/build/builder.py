@@ -1,0 +1,237 @@
+"""The build: ops and configs -> units -> records and artifacts, from the cache or from worker processes -> a bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import pkgutil
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..opspec import OpSpec
+from . import configs, pool, store
+from .freeze import Entry, check_out, freeze
+from .target import GpuTarget, resolve
+from .unit import Unit, load_spec
+from .versions import PACKAGES, tool_versions
+
+KERNELS = "hdispatch.kernels"
+
+#: Modules outside of this package whose text decides what a record looks like.
+_CONTRACT = ("manifest.py", "opspec.py")
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    rows, records, cubins   of the bundle; cubins counts files
+    bytes                   of the bundle, all files
+    seconds                 that this build took
+    record_seconds          of each record by name, when it was built; the cache keeps them
+    cache_hits              records that were not built now
+    notes                   what a person should know: foreign configs, damaged cache files
+    """
+
+    out: Path
+    target: GpuTarget
+    rows: int = 0
+    records: int = 0
+    cubins: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    record_seconds: list[tuple[str, float]] = field(default_factory=list)
+    cache_hits: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Less than everything, for tests and tuning: what is built of an op, or None for all of it."""
+
+    shapes: Callable[[OpSpec], Iterable[dict[str, int]]] | None = None
+    buckets: Callable[[OpSpec], Iterable[int]] | None = None
+    variants: Callable[[OpSpec], Iterable[str]] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether rows may be missing."""
+        return any((self.shapes, self.buckets, self.variants))
+
+
+def build(
+    ops: Sequence[str] | None,
+    target: str | GpuTarget,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    select: Selection | None = None,
+    extra: Sequence[str] = (),
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BuildReport:
+    """Builds the bundle `out` of ops for a GPU.
+
+    ops       names, or None for all ops
+    target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
+    jobs      worker processes, one per CPU if None
+    cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
+    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and configs/<gpu>.json
+    progress  called with records done, records in all and the name of the last one
+
+    BuildError, and no bundle, if anything cannot be built.
+    """
+    start = time.monotonic()
+    gpu = resolve(target)
+    check_out(out)
+    report = BuildReport(out, gpu)
+    where = store.Store(cache if cache is not None else store.default_root())
+    packages = _packages(ops, extra)
+    chosen = select or Selection()
+    units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
+    specs = {name: load_spec(package) for name, package in packages.items()}
+    entries = _entries(units, gpu, where, jobs, report, progress)
+    frozen = freeze(specs, entries, gpu, where, out, partial=chosen.partial)
+    report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
+    report.rows = len(frozen.manifest["rows"])
+    report.records = len(frozen.manifest["records"])
+    report.cubins = len(frozen.manifest["files"])
+    report.bytes = frozen.bytes
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def available_ops() -> list[str]:
+    """Names of the ops that come with hdispatch."""
+    package = importlib.util.find_spec(KERNELS)
+    folders = list(package.submodule_search_locations or ()) if package else []
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
+
+
+def _packages(ops: Sequence[str] | None, extra: Sequence[str]) -> dict[str, str]:
+    """Op name -> dotted package, in a fixed order."""
+    known = {name: f"{KERNELS}.{name}" for name in available_ops()} | {load_spec(package).name: package for package in extra}
+    names = sorted(known) if ops is None else list(dict.fromkeys(ops))
+    if unknown := [name for name in names if name not in known]:
+        raise BuildError(f"no op {unknown[0]!r}; there are {sorted(known)}")
+    if not names:
+        raise BuildError("no ops to build")
+    for name in names:
+        if (found := load_spec(known[name]).name) != name:
+            raise BuildError(f"{known[name]}.spec declares the op {found!r}; its package is named {name!r}")
+    return {name: known[name] for name in names}
+
+
+def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
+    spec = load_spec(package)
+    folder = _folder(package)
+    where = configs.installed(spec.name) if package.startswith(f"{KERNELS}.") else folder / "configs"
+    file, note = configs.find(spec, target, where)
+    if note:
+        notes.append(note)
+    backend = next((name for name in PACKAGES if (folder / f"{name}.py").is_file()), None)
+    if backend is None:
+        raise BuildError(f"{spec.name}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
+    variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.variants()]
+    shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
+    buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
+    units = []
+    for shape in shapes:
+        served: dict[bytes, list[int]] = {}
+        for bucket in buckets:
+            served.setdefault(store.canonical(file.pick(spec, shape, spec.ladder[bucket])), []).append(bucket)
+        for group in served.values():
+            config = file.pick(spec, shape, spec.ladder[group[0]])
+            units += [Unit(package, backend, variant, shape, config, tuple(group)) for variant in variants]
+    return units
+
+
+def _entries(
+    units: Sequence[Unit],
+    target: GpuTarget,
+    where: store.Store,
+    jobs: int | None,
+    report: BuildReport,
+    progress: Callable[[int, int, str], None] | None,
+) -> list[Entry]:
+    """The records of all units: those in the cache, then those built by the workers."""
+    tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
+    sources = {package: _sources(package) for package in {unit.package for unit in units}}
+    keys = [_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
+    results: dict[int, list[dict[str, Any]]] = {}
+    for index, key in enumerate(keys):
+        if (found := where.get("record", key)) is not None and _complete(found["built"], where):
+            results[index] = found["built"]
+    report.cache_hits = sum(len(built) for built in results.values())
+    done = len(results)
+    if progress and done:
+        progress(done, len(units), "from the cache")
+    missing = [index for index in range(len(units)) if index not in results]
+    work = [(units[index], tools[units[index].backend]) for index in missing]
+    for position, built in pool.run(work, target, where.root, jobs or pool.available_cpus()) if work else ():
+        index = missing[position]
+        results[index] = built
+        where.put("record", keys[index], {"built": built})
+        done += 1
+        if progress:
+            progress(done, len(units), units[index].label)
+    entries = []
+    for index, unit in enumerate(units):
+        for one in results[index]:
+            report.record_seconds.append((unit.label, one["seconds"]))
+            entries.append(_entry(unit, one, tools[unit.backend]))
+    return entries
+
+
+def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> Entry:
+    return Entry(
+        op=load_spec(unit.package).name,
+        variant=unit.variant,
+        shape=unit.shape,
+        buckets=tuple(built["buckets"]),
+        record=built["record"],
+        tools=tools,
+        seconds=built["seconds"],
+    )
+
+
+def _complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
+    return all(where.has_blob(cubin["file"]) for one in built for cubin in one["record"]["cubins"].values())
+
+
+def _key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:
+    """Everything that the records of a unit depend on."""
+    return store.digest(
+        {
+            "unit": unit.to_json(),
+            "sources": dict(sources),
+            "target": target.to_json(),
+            "tools": dict(tools),
+            "python": platform.python_version(),
+        }
+    )
+
+
+def _sources(package: str) -> dict[str, str]:
+    """Hashes of the texts that decide a record: the op's package, the modules beside it that ops share, the build wing."""
+    folder = _folder(package)
+    here = Path(__file__).parent
+    files = {f"op/{path.name}": path for path in folder.glob("*.py")}
+    if "." in package:
+        files |= {f"shared/{path.name}": path for path in folder.parent.glob("*.py")}
+    files |= {f"build/{path.name}": path for path in here.glob("*.py")}
+    files |= {f"hdispatch/{name}": here.parent / name for name in _CONTRACT}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}
+
+
+def _folder(package: str) -> Path:
+    found = importlib.util.find_spec(package)
+    locations = list(found.submodule_search_locations or ()) if found else []
+    if not locations:
+        raise BuildError(f"{package} is not a package that can be imported here")
+    return Path(locations[0])

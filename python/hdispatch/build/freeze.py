@@ -1,0 +1,248 @@
+"""Freezing: rows, records and artifacts become a bundle folder, whole or not at all. Refuses gaps, duplicates, mixed tools."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..manifest import ARTIFACTS, CHECKSUM_NAME, MANIFEST_NAME, SCHEMA_VERSION, Cubin, FileEntry, Manifest, OpEntry, Record, Row
+from ..opspec import OpSpec
+from .store import Store, digest, sync_folder
+from .target import GpuTarget
+from .unit import bucket_bounds, class_of, classes_of, serves
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A record and the rows that it serves, as the build made it. Cubins' `file` is the SHA-256 of bytes in the store."""
+
+    op: str
+    variant: str
+    shape: dict[str, int]
+    buckets: tuple[int, ...]
+    record: Record
+    tools: dict[str, str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What was written. `bytes` counts every file of the bundle."""
+
+    manifest: Manifest
+    bytes: int
+
+
+def freeze(
+    specs: Mapping[str, OpSpec], entries: Sequence[Entry], target: GpuTarget, store: Store, out: Path, *, partial: bool = False
+) -> Frozen:
+    """Writes the bundle `out`, replacing a bundle that is there.
+
+    `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning.
+    BuildError, and nothing written, for a gap, a duplicate row, mixed tool versions, a missing artifact, or an `out` that
+    holds something else than a bundle.
+    """
+    check_out(out)
+    entries = sorted(entries, key=_order)
+    _check_rows(specs, entries, partial)
+    blobs = _blobs(entries, store)
+    files: dict[str, FileEntry] = {_artifact(sha): {"sha256": sha, "size": len(data)} for sha, data in sorted(blobs.items())}
+    manifest: Manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "hdispatch": version("hdispatch"),
+        "target": target.manifest(),
+        "tools": _tools(entries),
+        "ops": {name: op_entry(specs[name]) for name in sorted({entry.op for entry in entries})},
+        "files": files,
+        "records": [_with_files(entry.record) for entry in entries],
+        "rows": sorted((row for index, entry in enumerate(entries) for row in _rows(index, entry, files)), key=_row_order),
+    }
+    _write(out, manifest, blobs)
+    return Frozen(manifest, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
+
+
+def op_entry(spec: OpSpec) -> OpEntry:
+    """An op as a manifest has it."""
+    return {
+        "schema": spec.schema(),
+        "ladder": list(spec.ladder),
+        "variants": {
+            v.name: {arg: str(dtype).removeprefix("torch.") for arg, dtype in v.dtypes.items()} for v in spec.variants()
+        },
+    }
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes manifest.json and manifest.sha256 into a folder: equal manifests have equal bytes."""
+    data = (json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
+    _write_file(folder / MANIFEST_NAME, data)
+    _write_file(folder / CHECKSUM_NAME, f"{digest(data)}  {MANIFEST_NAME}\n".encode())
+
+
+def check_out(out: Path) -> None:
+    """BuildError unless `out` is absent, an empty folder or a bundle."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise BuildError(f"{out} is a file; name a folder to write the bundle to")
+    names = sorted(path.name for path in out.iterdir())
+    if names and MANIFEST_NAME not in names:
+        raise BuildError(
+            f"{out} is not empty and no bundle: it holds {', '.join(names[:5])}; name another folder, or remove it"
+        )
+
+
+def _order(entry: Entry) -> tuple[Any, ...]:
+    return entry.op, entry.variant, entry.shape.get("K", 0), entry.shape.get("N", 0), entry.buckets
+
+
+def _row_order(row: Row) -> tuple[Any, ...]:
+    return row["op"], row["variant"], row["K"], row["N"], row["bucket"]
+
+
+def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: bool) -> None:
+    seen: dict[tuple[Any, ...], int] = {}
+    for entry in entries:
+        for bucket in entry.buckets:
+            key = (entry.op, entry.variant, entry.shape.get("K", 0), entry.shape.get("N", 0), bucket)
+            if key in seen:
+                raise BuildError(f"two records serve {_name(key)}")
+            seen[key] = 1
+            _check_bucket(specs[entry.op], entry, bucket)
+    if partial:
+        return
+    for op in sorted({entry.op for entry in entries}):
+        spec = specs[op]
+        for variant in spec.variants():
+            for shape in spec.shapes:
+                for bucket in range(len(spec.ladder)):
+                    key = (op, variant.name, shape.get("K", 0), shape.get("N", 0), bucket)
+                    if key not in seen:
+                        raise BuildError(
+                            f"gap: no record serves {_name(key)}; build all variants, shapes and buckets of the op"
+                        )
+
+
+def _check_bucket(spec: OpSpec, entry: Entry, bucket: int) -> None:
+    record = entry.record
+    first, last = bucket_bounds(spec.ladder, bucket)
+    name = _name((entry.op, entry.variant, entry.shape.get("K", 0), entry.shape.get("N", 0), bucket))
+    if not serves(record["m_min"], record["m_max"], spec.ladder, bucket):
+        raise BuildError(
+            f"gap: {name} holds M from {first} to {last or 'any'}, "
+            f"its record is valid for {record['m_min']} to {record['m_max']} only"
+        )
+    missing = classes_of(first, last or record["m_max"]) - set(record["cubins"])
+    if missing:
+        example = next(m for m in range(first, first + 33) if class_of(m) in missing)
+        raise BuildError(
+            f"gap: {name} holds M = {example}, its record has code for the classes {sorted(record['cubins'])} only"
+        )
+
+
+def _name(key: tuple[Any, ...]) -> str:
+    op, variant, k, n, bucket = key
+    return f"{op} {variant} K={k} N={n} bucket {bucket}"
+
+
+def _tools(entries: Sequence[Entry]) -> dict[str, str]:
+    tools: dict[str, str] = {}
+    for entry in entries:
+        for tool, found in entry.tools.items():
+            if tools.setdefault(tool, found) != found:
+                raise BuildError(
+                    f"records were built with {tool} {tools[tool]} and {found}; a bundle takes one version: build it in one go"
+                )
+    return tools
+
+
+def _blobs(entries: Sequence[Entry], store: Store) -> dict[str, bytes]:
+    blobs: dict[str, bytes] = {}
+    for entry in entries:
+        for cubin in entry.record["cubins"].values():
+            data = store.blob(cubin["file"])
+            if data is None:
+                raise BuildError(
+                    f"artifact {cubin['file']} of {entry.op} is missing or damaged in the cache {store.root}; build again"
+                )
+            blobs[cubin["file"]] = data
+    return blobs
+
+
+def _artifact(sha256: str) -> str:
+    return f"{ARTIFACTS}/{sha256}.cubin"
+
+
+def _with_files(record: Record) -> Record:
+    def renamed(cubin: Cubin) -> Cubin:
+        return {**cubin, "file": _artifact(cubin["file"])}
+
+    return {**record, "cubins": {m_class: renamed(cubin) for m_class, cubin in record["cubins"].items()}}
+
+
+def _rows(index: int, entry: Entry, files: Mapping[str, FileEntry]) -> list[Row]:
+    artifacts = {_artifact(cubin["file"]) for cubin in entry.record["cubins"].values()}
+    size = sum(files[name]["size"] for name in artifacts)
+    return [
+        {
+            "op": entry.op,
+            "variant": entry.variant,
+            "K": entry.shape.get("K", 0),
+            "N": entry.shape.get("N", 0),
+            "bucket": bucket,
+            "record": index,
+            "build_seconds": entry.seconds,
+            "bytes": size,
+        }
+        for bucket in entry.buckets
+    ]
+
+
+def _write(out: Path, manifest: Manifest, blobs: Mapping[str, bytes]) -> None:
+    """Everything into a folder beside `out`, which then takes its place."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise BuildError(f"cannot write the bundle {out}: {error}") from error
+    try:
+        fresh = temporary / "new"
+        (fresh / ARTIFACTS).mkdir(parents=True)
+        for sha256, data in blobs.items():
+            _write_file(fresh / _artifact(sha256), data)
+        write_manifest(fresh, manifest)
+        sync_folder(fresh / ARTIFACTS)
+        sync_folder(fresh)
+        _swap(fresh, out, temporary / "old")
+    except OSError as error:
+        raise BuildError(f"cannot write the bundle {out}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _swap(fresh: Path, out: Path, old: Path) -> None:
+    """Puts `fresh` in the place of `out`. If that fails, what was there is back."""
+    if out.exists():
+        out.replace(old)
+    try:
+        fresh.replace(out)
+    except OSError:
+        if old.exists():
+            old.replace(out)
+        raise
+    sync_folder(out.parent)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())

@@ -1,0 +1,69 @@
+"""Helion: a kernel and a config become a host function, and Helion's own word on the sizes for which its code is valid.
+
+All use of Helion's private parts is in this file (checked with Helion 1.5): `_bind_isolated`, `_base_specialization_key`,
+`_specialize_extra`, `_guarded_input_facts`, and the alignment that a fake tensor is taken to have.
+
+Imports helion, which asks for the device: import this module after `target.install`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from types import ModuleType
+from typing import Any
+
+import helion  # type: ignore[import-untyped]
+import torch
+from helion._compiler import compile_environment  # type: ignore[import-untyped]
+
+from ..errors import BuildError
+from .expr import turns
+from .trace import ROW_PADDING, CallMaker, HostSide
+
+
+def _say_aligned() -> None:
+    """Fake tensors have no address; Helion asks for it where a config has TMA descriptors, and avoids them if not told."""
+    asked = compile_environment.tensor_descriptor_runtime_alignment_signature
+
+    def answer(value: object) -> object:
+        if isinstance(value, torch._subclasses.FakeTensor):
+            return True, value.storage_offset() == 0
+        return asked(value)
+
+    compile_environment.tensor_descriptor_runtime_alignment_signature = answer
+
+
+_say_aligned()
+
+
+def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, hint: int) -> HostSide:
+    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them."""
+    kernel = _configured(module, config)
+    bound = kernel._bind_isolated(maker.symbolic(hint, floats=False).args)
+    host = bound.compile_config(kernel.configs[0])
+    extractors = [*bound._specialize_extra(), *bound._guarded_input_facts()]
+
+    def key(m: int, row_padding: int) -> tuple[Hashable, ...]:
+        args = maker.concrete(m, row_padding).args
+        return (kernel._base_specialization_key(args), *(extract(args) for extract in extractors))
+
+    wanted = key(hint, ROW_PADDING)
+    return HostSide(
+        host=host,
+        agrees=lambda m, row_padding: key(m, row_padding) == wanted,
+        index_bits=64 if bound.env.index_dtype == torch.int64 else 32,
+        turns=turns(guard.expr for guard in bound.env.shape_env.guards),
+    )
+
+
+def _configured(module: ModuleType, config: Mapping[str, Any]) -> Any:
+    """The module's kernel with this one config: unconfigured, it would keep the guards of every config that it might choose."""
+    kernel = getattr(module, "KERNEL", None)
+    if not isinstance(kernel, helion.Kernel):
+        raise BuildError(f"{module.__name__} has no Helion kernel named KERNEL")
+    if kernel.settings.static_shapes or kernel.settings.backend != "triton" or kernel._key_fn is not None:
+        raise BuildError(
+            f"{module.__name__}.KERNEL: static_shapes is {kernel.settings.static_shapes}, backend {kernel.settings.backend!r}, "
+            f"key {kernel._key_fn}; it takes @helion.kernel(static_shapes=False) on the triton backend without a key function"
+        )
+    return helion.Kernel(kernel.fn, configs=[helion.Config(**config)], settings=kernel.settings)

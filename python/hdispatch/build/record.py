@@ -1,0 +1,285 @@
+"""From a unit of work (an op's variant, shape and config) to launch records: trace, bound, compile, write down.
+
+A record must be right for every call that it lets through. Three things make it so: the launch is symbolic in M and the
+row strides; the Ms are those for which the DSL itself agrees (`HostSide.agrees`), the assumptions of the trace hold and
+every value fits its type; and at chosen Ms the host function is run again with everything known, and must launch the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from types import ModuleType
+from typing import TypedDict
+
+import sympy  # type: ignore[import-untyped]
+
+from ..errors import BuildError
+from ..manifest import M_CLASSES, Cubin, Expr, Guard, MClass, Param, Record
+from ..opspec import OpSpec
+from . import triton_backend
+from .expr import evaluate, postfix, render, turns
+from .store import Store
+from .target import GpuTarget
+from .trace import ALIGNMENT, FLOAT_HINT, ROW_PADDING, CallMaker, Flag, HostSide, Launch, Number, Pointer, Real, Trace, trace
+from .triton_backend import Code
+from .unit import HINT, OPEN_BUCKET_M, Unit, bucket_bounds, classes_of, load_spec, serves
+
+INT32_MAX = 2**31 - 1
+MAX_GRID = (INT32_MAX, 65535, 65535)
+
+#: By the width of a kernel's offsets; with 64 bits, what torch can address in bytes.
+MAX_ELEMENTS = {32: INT32_MAX, 64: 2**59}
+
+#: Where a record is held against a concrete run, besides where the code might turn: around the classes' borders.
+_CHECKED_MS = (1, 2, 3, 15, 16, 17, 48, 127, 1000, 4096, 8192)
+_CHECKED_PADDINGS = (0, 3 * ALIGNMENT, 4096)
+
+
+class Built(TypedDict):
+    """A record, the buckets that it serves, and the seconds that it took. `file` of a cubin is the SHA-256 of its bytes."""
+
+    record: Record
+    buckets: list[int]
+    seconds: float
+
+
+def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[Built]:
+    """The records of a unit, their cubins in the store: one, or more where the code depends on M's magnitude.
+
+    BuildError, naming the construct and the reason, for what cannot become a record.
+    """
+    spec = load_spec(unit.package)
+    backend = importlib.import_module(f"{__package__}.{unit.backend}_backend")
+    remaining = list(unit.buckets)
+    built: list[Built] = []
+    for hint in _hints(spec.ladder, unit.buckets):
+        start = time.monotonic()
+        candidate = Candidate(unit, spec, backend, hint)
+        served = [bucket for bucket in remaining if serves(*candidate.interval, spec.ladder, bucket)]
+        remaining = [bucket for bucket in remaining if bucket not in served]
+        if served:
+            record = candidate.record(served, target, tools, store)
+            built.append({"record": record, "buckets": served, "seconds": round(time.monotonic() - start, 3)})
+        if not remaining:
+            return built
+    raise _gap(unit, spec, backend, remaining[0])
+
+
+def _hints(ladder: Sequence[int], buckets: Sequence[int]) -> list[int]:
+    """Ms to generate code for until every bucket is served: a common one, then one within each bucket."""
+    own = [_hint_in(ladder, bucket) for bucket in buckets]
+    return own if own == [1] else [HINT, *own]
+
+
+def _hint_in(ladder: Sequence[int], bucket: int) -> int:
+    first, last = bucket_bounds(ladder, bucket)
+    return last or first + 1
+
+
+def _gap(unit: Unit, spec: OpSpec, backend: ModuleType, bucket: int) -> BuildError:
+    first, last = bucket_bounds(spec.ladder, bucket)
+    candidate = Candidate(unit, spec, backend, _hint_in(spec.ladder, bucket))
+    low, high = candidate.interval
+    problem = candidate.objection(low - 1) if low > first else candidate.objection(high + 1)
+    return BuildError(
+        f"bucket {bucket} holds M from {first} to {last or f'at least {OPEN_BUCKET_M}'}, "
+        f"but code generated for M = {candidate.hint} is valid for {low} to {high} only: {problem}. "
+        "Choose a config with pointer indexing, or another ladder"
+    )
+
+
+class Candidate:
+    """A unit's kernel, generated and traced for one hint of M."""
+
+    def __init__(self, unit: Unit, spec: OpSpec, backend: ModuleType, hint: int) -> None:
+        self.unit = unit
+        self.hint = hint
+        self.module = importlib.import_module(f"{unit.package}.{unit.backend}")
+        self.maker = CallMaker(spec, spec.variant(unit.variant), unit.shape)
+        self.side: HostSide = backend.host_side(self.module, unit.config, self.maker, hint)
+        self.trace = trace(self.side.host, self.maker.symbolic(hint))
+
+    @cached_property
+    def interval(self) -> tuple[int, int]:
+        """First and last M that the code is valid for, around the hint. BuildError if they are not all Ms in between."""
+        if problem := self.objection(self.hint):
+            raise BuildError(f"code generated for M = {self.hint} is not valid for it: {problem}")
+        if self.hint == 1:
+            return 1, 1
+        low = _border(self.hint, 1, self.objection)
+        high = _border(self.hint, INT32_MAX, self.objection)
+        static = {
+            size for arg in self.maker.spec.tensors() for size in self.maker.spec.tensor_sizes(arg, {**self.unit.shape, "M": 1})
+        }
+        checked = static | {*_CHECKED_MS, low + 1, high - 1} | self.side.turns | turns(self.trace.guards)
+        for m in sorted(checked):
+            if low < m < high and (problem := self.objection(m)):
+                raise BuildError(f"code is valid for M = {low} and {high}, but not for {m}: {problem}")
+        return low, high
+
+    def objection(self, m: int, row_padding: int = ROW_PADDING) -> str | None:
+        """Why the traced launch is not what should happen at this M; None if it is."""
+        if (elements := self.maker.elements(m)) > MAX_ELEMENTS[self.side.index_bits]:
+            return f"a tensor has {elements} elements, too many for {self.side.index_bits}-bit offsets"
+        if not self.side.agrees(m, row_padding):
+            return f"{self.unit.backend} would generate other code for M = {m} and rows padded by {row_padding} elements"
+        sizes = {"M": m, **self.maker.row_strides(row_padding)}
+        for guard in self.assumptions:
+            # Views assume M != 1 idly; at 1 the run below decides.
+            if not evaluate(guard, sizes) and (m > 1 or _leaves(guard) != {"M"}):
+                return f"the host function assumes {render(guard)}"
+        expected = self.trace.launch.at({symbol: sizes[leaf] for symbol, leaf in self.trace.leaves.items()})
+        actual = trace(self.side.host, self.maker.concrete(m, row_padding)).launch
+        return _difference(expected, actual) or _misfit(actual, self.trace.launch)
+
+    @cached_property
+    def assumptions(self) -> list[Expr]:
+        """What the host function's branches assumed about M and the row strides. BuildError if about a float."""
+        for guard in self.trace.guards:
+            if unknown := [str(symbol) for symbol in guard.free_symbols if symbol not in self.trace.leaves]:
+                raise BuildError(
+                    f"the host function branches on a float argument ({unknown[0]} in {guard}); decide it in the kernel"
+                )
+        return [postfix(guard, self.trace.leaves) for guard in self.trace.guards]
+
+    def guards(self, classes: Sequence[MClass]) -> list[Guard]:
+        """The facts about row strides that a call is tested for; what is about M alone is in the interval."""
+        exprs = [assumption for assumption in self.assumptions if _leaves(assumption) - {"M"}]
+        assumed = {leaf for m_class in classes for leaf in triton_backend.assumed_strides(self.trace, m_class)}
+        exprs += [[leaf, ALIGNMENT, "%", 0, "=="] for leaf in sorted(assumed)]
+        if self.side.index_bits == 32:
+            exprs += [self._int32_guard(arg.name) for arg in self.maker.row_strided()]
+        self._check_paddings(all(f"{arg.name}.stride(0)" in assumed for arg in self.maker.row_strided()))
+        return [{"expr": expr, "text": render(expr)} for expr in exprs]
+
+    def _int32_guard(self, name: str) -> Expr:
+        """The last element of a row-strided tensor is within reach of 32-bit offsets: rows * stride < 2**31."""
+        m = self.trace.symbol("M")
+        arg = next(arg for arg in self.maker.row_strided() if arg.name == name)
+        rows = self.maker.rows(arg, m)
+        return [*postfix(rows, self.trace.leaves), f"{name}.stride(0)", "*", INT32_MAX, "<="]
+
+    def _check_paddings(self, aligned: bool) -> None:
+        if not self.maker.row_strided():
+            return
+        for padding in (*_CHECKED_PADDINGS, *(() if aligned else (7,))):
+            if problem := self.objection(self.hint, padding):
+                raise BuildError(f"the code is not valid for every row stride: {problem}")
+
+    def record(self, buckets: Sequence[int], target: GpuTarget, tools: Mapping[str, str], store: Store) -> Record:
+        """The record for these buckets: compiles the classes of M that occur in them."""
+        low, high = self.interval
+        ladder = self.maker.spec.ladder
+        occurring: set[MClass] = set()
+        for bucket in buckets:
+            first, last = bucket_bounds(ladder, bucket)
+            occurring |= classes_of(max(first, low), min(last or high, high))
+        classes = [m_class for m_class in M_CLASSES if m_class in occurring]
+        codes = {m_class: triton_backend.compile_class(self.trace, m_class, target, tools, store) for m_class in classes}
+        taken = [name for name in self.trace.launch.args if any(name in code["kinds"] for code in codes.values())]
+        aligned = triton_backend.samples(self.trace, classes[0])
+        leaves = self.trace.leaves
+        return {
+            "backend": self.unit.backend,
+            "kernel": self.module.__name__,
+            "config": self.unit.config,
+            "m_min": low,
+            "m_max": high,
+            "grid": [postfix(size, leaves) for size in self.trace.launch.grid],
+            "params": [_param(name, self.trace, codes, aligned[name].multiple) for name in taken],
+            "guards": self.guards(classes),
+            "cubins": {m_class: _cubin(code, taken) for m_class, code in codes.items()},
+        }
+
+
+def _leaves(expr: Expr) -> set[str]:
+    return {token for token in expr if isinstance(token, str) and (token == "M" or "." in token)}
+
+
+def _border(inside: int, outside: int, objection: Callable[[int], str | None]) -> int:
+    """The M nearest to `outside` that there is no objection to, given none to `inside`; by bisection."""
+    if objection(outside) is None:
+        return outside
+    while abs(outside - inside) > 1:
+        middle = (inside + outside) // 2
+        if objection(middle) is None:
+            inside = middle
+        else:
+            outside = middle
+    return inside
+
+
+def _difference(expected: Launch, actual: Launch) -> str | None:
+    """How two launches with everything known differ, in words."""
+    if expected.grid != actual.grid:
+        return f"the grid is {actual.grid}, the trace says {expected.grid}"
+    if expected.kernel is not actual.kernel or expected.options != actual.options:
+        return f"it launches {_described(actual)}, the trace says {_described(expected)}"
+    for name, arg in expected.args.items():
+        if (Real(None, FLOAT_HINT) if isinstance(arg, Real) and arg.arg else arg) != actual.args[name]:
+            return f"argument {name} is {actual.args[name]}, the trace says {arg}"
+    return None
+
+
+def _described(launch: Launch) -> str:
+    return f"{launch.kernel.__name__} with {launch.options}"
+
+
+def _misfit(actual: Launch, symbolic: Launch) -> str | None:
+    """What of a launch with everything known does not fit a record's types: 32 bits for what varies, the GPU's grid limits."""
+    for axis, (size, limit) in enumerate(zip(actual.grid, MAX_GRID, strict=True)):
+        if not isinstance(size, int) or not 1 <= size <= limit:
+            return f"grid dimension {axis} is {size}, a GPU takes 1 to {limit}"
+    for name, arg in actual.args.items():
+        varies = isinstance(getattr(symbolic.args[name], "value", None), sympy.Basic)
+        if varies and isinstance(arg, Number) and isinstance(arg.value, int) and not -INT32_MAX - 1 <= arg.value <= INT32_MAX:
+            return f"argument {name} is {arg.value}, which does not fit 32 bits"
+    return None
+
+
+def _param(name: str, traced: Trace, codes: Mapping[MClass, Code], aligned: bool) -> Param:
+    kinds = {code["kinds"][name] for code in codes.values() if name in code["kinds"]}
+    if len(kinds) > 1:
+        raise BuildError(
+            f"parameter {name} has the types {sorted(kinds)} in different classes of M; annotate its type in the kernel"
+        )
+    (kind,) = kinds
+    arg = traced.launch.args[name]
+    param: Param = {"kind": kind}
+    if isinstance(arg, Pointer):
+        param["arg"] = arg.arg
+        if arg.offset != 0:
+            param["offset"] = postfix(arg.offset, traced.leaves)
+        if aligned:
+            param["align"] = ALIGNMENT
+    elif isinstance(arg, Real) and kind in ("f32", "f64"):
+        if arg.arg is None:
+            if not math.isfinite(arg.value):
+                raise BuildError(
+                    f"parameter {name} gets the constant {arg.value}, which a manifest cannot hold; write it in the kernel"
+                )
+            param["const"] = arg.value
+        else:
+            param["arg"] = arg.arg
+    elif isinstance(arg, (Number, Flag)) and kind not in ("ptr", "f32", "f64"):
+        param["value"] = postfix(arg.value, traced.leaves)
+    else:
+        raise BuildError(f"parameter {name} of type {kind} gets {arg}, which a record cannot express")
+    return param
+
+
+def _cubin(code: Code, taken: Sequence[str]) -> Cubin:
+    return {
+        "file": code["sha256"],
+        "function": code["function"],
+        "params": [index for index, name in enumerate(taken) if name in code["kinds"]],
+        "num_warps": code["num_warps"],
+        "shared_bytes": code["shared_bytes"],
+        "cluster": code["cluster"],
+        "cooperative": code["cooperative"],
+        "pdl": code["pdl"],
+    }

@@ -1,0 +1,83 @@
+"""What is to be built: units of work, and the buckets and classes of M that they serve."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ..errors import BuildError
+from ..manifest import MClass
+from ..opspec import OpSpec
+
+#: M that a host function is traced with first.
+HINT = 64
+
+#: The last bucket of a ladder has no upper end, but a record has: it must reach at least this M.
+OPEN_BUCKET_M = 2**15
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What records are built from: one config for some buckets of a variant and shape. Plain data.
+
+    package   dotted name of the package with the op's spec.py and `<backend>.py`
+    buckets   indices into the op's ladder
+    """
+
+    package: str
+    backend: str
+    variant: str
+    shape: dict[str, int]
+    config: dict[str, Any]
+    buckets: tuple[int, ...]
+
+    @property
+    def label(self) -> str:
+        """For progress and messages: `op bfloat16 K=4096 buckets 0-13`."""
+        shape = " ".join(f"{name}={size}" for name, size in self.shape.items())
+        first, last = self.buckets[0], self.buckets[-1]
+        contiguous = len(self.buckets) > 1 and self.buckets == tuple(range(first, last + 1))
+        buckets = f"{first}-{last}" if contiguous else ",".join(map(str, self.buckets))
+        return f"{self.package.rpartition('.')[2]} {self.variant} {shape} buckets {buckets}"
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; `Unit.from_json` reads it back."""
+        return asdict(self) | {"buckets": list(self.buckets)}
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Unit:
+        """Reads `to_json`."""
+        return Unit(**{**data, "buckets": tuple(data["buckets"])})
+
+
+def load_spec(package: str) -> OpSpec:
+    """`SPEC` of `<package>/spec.py`. BuildError if there is none."""
+    module = importlib.import_module(f"{package}.spec")
+    spec = getattr(module, "SPEC", None)
+    if not isinstance(spec, OpSpec):
+        raise BuildError(f"{module.__name__} has no OpSpec named SPEC")
+    return spec
+
+
+def bucket_bounds(ladder: Sequence[int], bucket: int) -> tuple[int, int | None]:
+    """First and last M of a bucket; None for the last bucket, which has no end."""
+    first = 1 if bucket == 0 else ladder[bucket - 1] + 1
+    return first, (None if bucket == len(ladder) - 1 else ladder[bucket])
+
+
+def serves(m_min: int, m_max: int, ladder: Sequence[int], bucket: int) -> bool:
+    """Whether m_min..m_max holds every M of a bucket; of the open one, for its Ms up to OPEN_BUCKET_M and past its edge."""
+    first, last = bucket_bounds(ladder, bucket)
+    return m_min <= first and m_max >= (last or max(OPEN_BUCKET_M, ladder[-1] + 1))
+
+
+def class_of(m: int) -> MClass:
+    """The class of M, as the launcher tells it."""
+    return "one" if m == 1 else "mult16" if m % 16 == 0 else "other"
+
+
+def classes_of(first: int, last: int) -> set[MClass]:
+    """The classes that occur in first..last."""
+    return {class_of(m) for m in range(first, min(last, first + 33) + 1)}

@@ -1,0 +1,178 @@
+"""`hdispatch build`: kernels and configs become a bundle."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import HdispatchError
+from ..opspec import SYMBOLS, OpSpec
+from .text import Progress, count, print_json, size
+
+if TYPE_CHECKING:
+    from ..build import BuildReport
+
+DESCRIPTION = """\
+Generate, compile and freeze the kernels of ops into a bundle: a folder with a manifest and compiled kernels.
+
+No GPU is needed: targets are described. What has been compiled before comes from the cache, whose entries are named by
+everything that went into them, so a second build takes seconds. An existing bundle at DIR is replaced once the new one
+is whole; any other folder that is not empty is refused.
+
+  hdispatch build --out bundle                                        all ops, for the GPU here, else for an H200
+  hdispatch build --ops rms_norm_dynamic_per_token_quant --target h100 --out b
+  hdispatch build --shapes K=4096,N=12288 --variants bfloat16 --out b part of the shapes and variants
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser(
+        "build",
+        help="compile kernels and configs into a bundle; no GPU needed",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument("--ops", metavar="A,B", help="ops to build (default: all)")
+    parser.add_argument(
+        "--target",
+        metavar="GPU",
+        default="auto",
+        help="h100, h200, b200, a100: a described GPU; native: the one here; auto: the one here, else h200 (default)",
+    )
+    parser.add_argument("--jobs", metavar="N", type=int, help="worker processes (default: one per CPU)")
+    parser.add_argument(
+        "--cache", metavar="DIR", type=Path, help="build cache (default: $HDISPATCH_CACHE, else ~/.cache/hdispatch)"
+    )
+    parser.add_argument(
+        "--shapes",
+        metavar="K=4096,…",
+        help="only these sizes (K=…:N=… where an op has both), each for the ops that have it (default: all)",
+    )
+    parser.add_argument("--variants", metavar="V,W", help="only these variants, e.g. bfloat16,bfloat16+residual (default: all)")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Build and print the report."""
+    if arguments.jobs is not None and arguments.jobs < 1:
+        raise HdispatchError(f"--jobs is {arguments.jobs}; it takes 1 or more")
+    build, selection = build_wing()
+    shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
+    variants = _split(arguments.variants)
+    select = selection(
+        shapes=_choose_shapes(shapes) if shapes else None, variants=_choose_variants(variants) if variants else None
+    )
+    progress = Progress()
+    try:
+        report = build(
+            _split(arguments.ops),
+            default_target() if arguments.target == "auto" else arguments.target,
+            arguments.out,
+            jobs=arguments.jobs,
+            cache=arguments.cache,
+            select=select,
+            progress=progress,
+        )
+    finally:
+        progress.finish()
+    if arguments.json:
+        print_json(to_json(report))
+    else:
+        print(describe(report))
+    return 0
+
+
+def build_wing() -> tuple[Any, Any]:
+    """`build` and `Selection` of the build wing, which is imported here and not before."""
+    try:
+        from .. import build as wing
+    except ImportError as error:
+        raise HdispatchError(
+            f"the build wing cannot be imported: {error}; install it: pip install 'hdispatch[build]'"
+        ) from error
+    return wing.build, wing.Selection
+
+
+def default_target() -> str:
+    """The GPU that is here, else an H200."""
+    import torch
+
+    return "native" if torch.cuda.is_available() else "h200"
+
+
+def _split(text: str | None) -> list[str] | None:
+    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
+
+
+def parse_shapes(text: str) -> list[dict[str, int]]:
+    """`K=4096,K=2048:N=512` -> [{"K": 4096}, {"K": 2048, "N": 512}]."""
+    found = []
+    for item in _split(text) or []:
+        shape: dict[str, int] = {}
+        for part in item.split(":"):
+            symbol, _, number = part.partition("=")
+            if symbol not in SYMBOLS[1:] or not number.isdecimal() or int(number) < 1 or symbol in shape:
+                raise HdispatchError(f"--shapes: {item!r} is no shape; it takes K=4096, N=12288 or K=4096:N=6144")
+            shape[symbol] = int(number)
+        found.append(shape)
+    if not found:
+        raise HdispatchError("--shapes is empty; it takes K=4096,N=12288,…")
+    return found
+
+
+def _choose_shapes(shapes: list[dict[str, int]]) -> Callable[[OpSpec], Iterable[dict[str, int]]]:
+    def choose(spec: OpSpec) -> list[dict[str, int]]:
+        symbols = {frozenset(shape) for shape in spec.shapes}
+        chosen = [shape for shape in shapes if frozenset(shape) in symbols]
+        if not chosen:
+            wanted = sorted(":".join(f"{symbol}=…" for symbol in sorted(each)) for each in symbols)
+            raise HdispatchError(f"--shapes has none for {spec.name}, which takes {' or '.join(wanted)}")
+        return chosen
+
+    return choose
+
+
+def _choose_variants(names: list[str]) -> Callable[[OpSpec], Iterable[str]]:
+    def choose(spec: OpSpec) -> list[str]:
+        has = [variant.name for variant in spec.variants()]
+        chosen = [name for name in names if name in has]
+        if not chosen:
+            raise HdispatchError(f"--variants has none of {spec.name}, which has {', '.join(has)}")
+        return chosen
+
+    return choose
+
+
+def to_json(report: BuildReport) -> dict[str, Any]:
+    """The report as plain data."""
+    return {
+        "out": str(report.out),
+        "target": report.target.name,
+        "rows": report.rows,
+        "records": report.records,
+        "cubins": report.cubins,
+        "bytes": report.bytes,
+        "seconds": round(report.seconds, 3),
+        "seconds_per_row": round(report.seconds / max(report.rows, 1), 4),
+        "from_cache": report.cache_hits,
+        "record_seconds": [{"record": name, "seconds": round(seconds, 3)} for name, seconds in report.record_seconds],
+        "notes": report.notes,
+    }
+
+
+def describe(report: BuildReport) -> str:
+    """The report in words."""
+    made = f"{count(report.records, 'record')} ({report.cache_hits} from the cache), {count(report.cubins, 'cubin')}"
+    lines = [
+        f"{report.out}: {count(report.rows, 'row')} for {report.target.name} ({report.target.arch})",
+        f"  {made}, {size(report.bytes)}",
+        f"  {report.seconds:.1f} s, {report.seconds / max(report.rows, 1):.3f} s per row",
+        *(f"  note: {note}" for note in report.notes),
+        f"next: hdispatch inspect {report.out}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,227 @@
+"""`hdispatch doctor`: what is installed, which backends work, which bundle would be served, and why not."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _C, _build_info, ops, runtime
+from ..bench import machine
+from ..errors import HdispatchError
+from .text import count, print_json
+
+#: Names the bundle that doctor and bench take when none is given.
+BUNDLE_VARIABLE = "HDISPATCH_BUNDLE"
+
+DESCRIPTION = """\
+Say what is installed, which backends can build and why not, whether the GPU can be reached, and whether a bundle would be
+served here, down to the reason if not. Launches nothing.
+
+  hdispatch doctor                  the environment, and $HDISPATCH_BUNDLE if it is set
+  hdispatch doctor bundle           the same with this bundle
+
+Exit code 0 unless the question itself cannot be answered: an environment that cannot serve is an answer, not an error.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser(
+        "doctor",
+        help="say what works here, and why not",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="DIR", type=Path, nargs="?", help="folder of a bundle (default: $HDISPATCH_BUNDLE)")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Examine and print."""
+    found = examine(default_bundle(arguments.bundle))
+    if arguments.json:
+        print_json(found)
+    else:
+        print(describe(found))
+    return 0
+
+
+def default_bundle(given: Path | None) -> Path | None:
+    """The bundle given, else the environment's, else None."""
+    chosen = os.environ.get(BUNDLE_VARIABLE)
+    return given or (Path(chosen) if chosen else None)
+
+
+# ---- examining ----
+
+
+def examine(bundle: Path | None) -> dict[str, Any]:
+    """Everything that `describe` says, as plain data. Each part that can fail is {"ok": bool, "reason": str, …}."""
+    driver, gpu = _examine_driver(), _examine_gpu()
+    served = _examine_bundle(bundle, gpu["ok"])
+    problems = [part["reason"] for part in (driver, gpu, served) if not part["ok"]]
+    return {
+        "versions": machine.versions() | {"driver": machine.driver_version(), "cpu": machine.cpu_model()},
+        "extension": {"built_with_torch": _build_info.TORCH_VERSION, "file": _C.__file__, "ops": sorted(ops.names())},
+        "driver": driver,
+        "gpu": gpu,
+        "backends": {name: _examined(check) for name, check in BACKENDS.items()},
+        "bundle": served,
+        "serving": {"ok": not problems, "reason": "; ".join(problems)},
+    }
+
+
+def _examine_driver() -> dict[str, Any]:
+    missing = _C.driver_missing()
+    return {"ok": not missing, "reason": missing}
+
+
+def _examine_gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        why = "this torch is built without CUDA" if torch.version.cuda is None else "torch sees no CUDA device"
+        return {"ok": False, "reason": f"no GPU: {why}", "devices": []}
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    facts = [
+        {"name": each.name, "compute_capability": [each.major, each.minor], "sm_count": each.multi_processor_count}
+        for each in devices
+    ]
+    return {"ok": True, "reason": "", "devices": facts}
+
+
+def _examine_bundle(folder: Path | None, gpu: bool) -> dict[str, Any]:
+    """Verify a bundle and load all of it but the code: on the null driver."""
+    if folder is None:
+        return {"ok": False, "reason": f"no bundle is named: give DIR or set ${BUNDLE_VARIABLE}", "folder": None}
+    found: dict[str, Any] = {"ok": False, "reason": "", "folder": str(folder), "rows": None, "target": None}
+    try:
+        loaded = runtime.load(folder, driver="null")
+        loaded.unload()
+        found |= {"rows": loaded.rows, "target": loaded.manifest["target"]["name"]}
+        if gpu:
+            runtime.check_target(folder, loaded.manifest, torch.cuda.current_device())
+    except HdispatchError as error:
+        return found | {"reason": str(error)}
+    return found | {"ok": True}
+
+
+def _examined(check: Callable[[], str]) -> dict[str, Any]:
+    """A backend's check gives what it found, or raises."""
+    try:
+        return {"ok": True, "found": check(), "reason": ""}
+    except Exception as error:  # a broken install fails in any way it likes
+        reason = str(error) if isinstance(error, HdispatchError) else f"{type(error).__name__}: {error}"
+        return {"ok": False, "found": None, "reason": reason}
+
+
+def _check_helion() -> str:
+    return _check_package("helion")
+
+
+def _check_triton() -> str:
+    return _check_package("triton")
+
+
+def _check_package(name: str) -> str:
+    version = machine.package_version(name)
+    if version is None:
+        raise HdispatchError("not installed: pip install 'hdispatch[build]'")
+    wanted = required_versions().get(name, "")
+    if wanted and not _satisfies(version, wanted):
+        raise HdispatchError(f"{version} is installed; hdispatch builds with {name}{wanted}")
+    importlib.import_module(name)
+    return version
+
+
+def required_versions() -> dict[str, str]:
+    """Name -> version specifier of what the build wing needs, as hdispatch's metadata has it."""
+    found = {}
+    for line in importlib.metadata.requires("hdispatch") or ():
+        requirement, _, marker = line.partition(";")
+        if "build" in marker:
+            name = requirement.strip()
+            end = next((i for i, letter in enumerate(name) if letter in "<>=!~ "), len(name))
+            found[name[:end]] = name[end:].strip()
+    return found
+
+
+def _satisfies(version: str, wanted: str) -> bool:
+    try:
+        from packaging.specifiers import SpecifierSet
+    except ImportError:  # only the build wing needs it
+        return True
+    return SpecifierSet(wanted).contains(version, prereleases=True)
+
+
+def _check_ptxas() -> str:
+    """The assembler that Triton would use for the GPU here, else for an H200."""
+    from ..build import target, versions
+
+    wanted = target.resolve("native" if torch.cuda.is_available() else "h200")
+    path = versions.ptxas(wanted)
+    if not shutil.which(path):
+        raise HdispatchError(f"{path} cannot be executed")
+    return f"{versions.tool_versions('triton', wanted)['ptxas']}, {path}"
+
+
+def _check_configs() -> str:
+    """Kernels and their tuned configs come with the package."""
+    folders = {name: importlib.util.find_spec(f"hdispatch.{name}") for name in ("kernels", "configs")}
+    roots = {name: list(found.submodule_search_locations or ()) if found else [] for name, found in folders.items()}
+    files = {str(path.parent.name) for root in roots["configs"] for path in Path(root).glob("*/*.json")}
+    if not roots["kernels"] or not files:
+        raise HdispatchError("hdispatch is installed without its kernels or their configs; reinstall it")
+    return f"of {count(len(files), 'op')}, in {roots['configs'][0]}"
+
+
+BACKENDS: dict[str, Callable[[], str]] = {
+    "helion": _check_helion,
+    "triton": _check_triton,
+    "ptxas": _check_ptxas,
+    "configs": _check_configs,
+}
+
+
+# ---- printing ----
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What was found, in words."""
+    versions, extension, bundle = found["versions"], found["extension"], found["bundle"]
+    lines = ["versions", *(f"  {name:10} {value or 'none'}" for name, value in versions.items())]
+    lines += [
+        "extension",
+        f"  built with torch {extension['built_with_torch']}: {extension['file']}",
+        f"  ops: {', '.join(extension['ops'])}",
+        "serving",
+        f"  libcuda    {_verdict(found['driver'], 'found')}",
+        f"  GPU        {_verdict(found['gpu'], ', '.join(each['name'] for each in found['gpu']['devices']))}",
+        f"  bundle     {_verdict(bundle, _words_of_bundle(bundle))}",
+    ]
+    lines += ["building", *(f"  {name:10} {_verdict(each, each['found'])}" for name, each in found["backends"].items())]
+    lines.append(
+        "hdispatch would serve calls here" if found["serving"]["ok"] else f"hdispatch would not serve calls here: {_why(found)}"
+    )
+    return "\n".join(lines)
+
+
+def _why(found: dict[str, Any]) -> str:
+    parts = {"libcuda": found["driver"], "GPU": found["gpu"], "bundle": found["bundle"]}
+    return ", ".join(name for name, part in parts.items() if not part["ok"]) + "; see above"
+
+
+def _words_of_bundle(bundle: dict[str, Any]) -> str:
+    return f"{bundle['folder']}, {count(bundle['rows'], 'row')} for {bundle['target']}" if bundle["ok"] else ""
+
+
+def _verdict(part: dict[str, Any], found: str) -> str:
+    return f"ok: {found}" if part["ok"] else f"no: {part['reason']}"

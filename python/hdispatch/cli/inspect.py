@@ -1,0 +1,265 @@
+"""`hdispatch inspect`: what a bundle holds, on any machine."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import HdispatchError
+from ..manifest import Cubin, Expr, Manifest, Param, Record, Row, read_bundle
+from .text import count, print_json, size, table
+
+DESCRIPTION = """\
+Verify a bundle (every checksum) and print its rows. Needs no GPU and loads nothing.
+
+  hdispatch inspect bundle                          totals and every row
+  hdispatch inspect bundle --op rms_norm_dynamic_per_token_quant
+  hdispatch inspect bundle --row 17                 one row with its whole record: grid, parameters, guards, code
+
+A row serves the calls of one op and variant with exactly this K and N and an M in this range. Columns: shared is dynamic
+shared memory in bytes; pdl: the kernel waits for its predecessors itself, so that it may be launched while they still
+run; guards: facts tested on every call, besides M and alignment; bytes and seconds are those of the row's record, which
+other rows may share.
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser(
+        "inspect",
+        help="print a bundle's rows; no GPU needed",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("bundle", metavar="DIR", type=Path, help="folder of the bundle")
+    parser.add_argument("--op", metavar="NAME", help="only rows of this op")
+    parser.add_argument("--row", metavar="N", type=int, help="one row, by its number, with its whole record")
+    parser.add_argument("--json", action="store_true", help="print JSON on stdout")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print rows, or one row."""
+    manifest, _ = read_bundle(arguments.bundle)
+    if arguments.op is not None and arguments.op not in manifest["ops"]:
+        raise HdispatchError(f"{arguments.bundle} has no op {arguments.op!r}; it has {', '.join(sorted(manifest['ops']))}")
+    if arguments.row is not None:
+        return _run_row(manifest, arguments)
+    numbers = [i for i, row in enumerate(manifest["rows"]) if arguments.op in (None, row["op"])]
+    if arguments.json:
+        print_json({"bundle": str(arguments.bundle), **to_json(manifest, numbers)})
+    else:
+        print(describe(arguments.bundle, manifest, numbers))
+    return 0
+
+
+def _run_row(manifest: Manifest, arguments: argparse.Namespace) -> int:
+    count = len(manifest["rows"])
+    if not 0 <= arguments.row < count:
+        raise HdispatchError(f"{arguments.bundle} has no row {arguments.row}; it has rows 0 to {count - 1}")
+    if arguments.json:
+        row = manifest["rows"][arguments.row]
+        print_json({**_row_facts(manifest, arguments.row), "record": manifest["records"][row["record"]]})
+    else:
+        print(describe_row(manifest, arguments.row))
+    return 0
+
+
+# ---- all rows ----
+
+
+def to_json(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
+    """The bundle and these of its rows as plain data."""
+    return {
+        "target": manifest["target"],
+        "tools": {"hdispatch": manifest["hdispatch"], **manifest["tools"]},
+        "ops": manifest["ops"],
+        "rows": [_row_facts(manifest, number) for number in numbers],
+        "totals": totals(manifest, numbers),
+    }
+
+
+def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
+    """What the table shows of a row."""
+    row = manifest["rows"][number]
+    record = manifest["records"][row["record"]]
+    first, last = m_range(manifest, row)
+    cubins = list(record["cubins"].values())
+    return {
+        "row": number,
+        "op": row["op"],
+        "variant": row["variant"],
+        "K": row["K"],
+        "N": row["N"],
+        "m_first": first,
+        "m_last": last,
+        "record": row["record"],
+        "backend": record["backend"],
+        "kernel": record["kernel"],
+        "warps": sorted({cubin["num_warps"] for cubin in cubins}),
+        "shared_bytes": sorted({cubin["shared_bytes"] for cubin in cubins}),
+        "pdl": all(cubin["pdl"] for cubin in cubins),
+        "guards": [guard["text"] for guard in record["guards"]],
+        "bytes": row["bytes"],
+        "build_seconds": row["build_seconds"],
+    }
+
+
+def m_range(manifest: Manifest, row: Row) -> tuple[int, int | None]:
+    """The Ms of a row's bucket; the last bucket has no upper end."""
+    ladder = manifest["ops"][row["op"]]["ladder"]
+    first = ladder[row["bucket"] - 1] + 1 if row["bucket"] else 1
+    return first, None if row["bucket"] == len(ladder) - 1 else ladder[row["bucket"]]
+
+
+def totals(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
+    """Sums over rows; records, their code and their build time count once, however many rows share them."""
+    rows = [manifest["rows"][number] for number in numbers]
+    records = {row["record"]: row["build_seconds"] for row in rows}
+    files = {cubin["file"] for record in records for cubin in manifest["records"][record]["cubins"].values()}
+    return {
+        "rows": len(rows),
+        "records": len(records),
+        "cubins": len(files),
+        "bytes": sum(manifest["files"][name]["size"] for name in files),
+        "build_seconds": round(sum(records.values()), 3),
+    }
+
+
+def describe(folder: Path, manifest: Manifest, numbers: Sequence[int]) -> str:
+    """The bundle and these of its rows in words."""
+    target = manifest["target"]
+    tools = ", ".join(f"{name} {version}" for name, version in manifest["tools"].items())
+    counts = {op: sum(manifest["rows"][number]["op"] == op for number in numbers) for op in manifest["ops"]}
+    shared = size(target["shared_memory"])
+    lines = [
+        f"{folder}: every checksum holds",
+        f"target  {target['name']}: {target['arch']}, {target['sm_count']} SMs, {shared} shared memory per block",
+        f"tools   hdispatch {manifest['hdispatch']}, {tools}",
+        *(f"op      {manifest['ops'][op]['schema']}: {count(rows, 'row')}" for op, rows in counts.items() if rows),
+        "",
+        table(HEADER, [_cells(_row_facts(manifest, number)) for number in numbers], left=4),
+        "",
+        describe_totals(totals(manifest, numbers)),
+    ]
+    return "\n".join(lines)
+
+
+HEADER = ("row", "op", "variant", "kernel", "K", "N", "M", "warps", "shared", "pdl", "guards", "bytes", "seconds")
+
+
+def _cells(facts: dict[str, Any]) -> list[str]:
+    return [
+        str(facts["row"]),
+        facts["op"],
+        facts["variant"],
+        facts["kernel"].removeprefix(f"hdispatch.kernels.{facts['op']}."),
+        *(str(facts[symbol]) if facts[symbol] else "-" for symbol in ("K", "N")),
+        words_of_range(facts["m_first"], facts["m_last"]),
+        _each(facts["warps"]),
+        _each(facts["shared_bytes"]),
+        "yes" if facts["pdl"] else "no",
+        str(len(facts["guards"])),
+        str(facts["bytes"]),
+        f"{facts['build_seconds']:.2f}",
+    ]
+
+
+def _each(values: Sequence[int]) -> str:
+    return "/".join(map(str, values))
+
+
+def words_of_range(first: int, last: int | None) -> str:
+    """`9..16`, `1`, `4097..`."""
+    return f"{first}.." if last is None else str(first) if first == last else f"{first}..{last}"
+
+
+def describe_totals(sums: dict[str, Any]) -> str:
+    """The totals in words."""
+    counts = ", ".join(count(sums[name], name[:-1]) for name in ("rows", "records", "cubins"))
+    return f"{counts}, {size(sums['bytes'])}, {sums['build_seconds']:.1f} s of generating and compiling"
+
+
+# ---- one row ----
+
+
+def describe_row(manifest: Manifest, number: int) -> str:
+    """A row and its whole record in words."""
+    row, facts = manifest["rows"][number], _row_facts(manifest, number)
+    record = manifest["records"][row["record"]]
+    sizes = ", ".join(f"{symbol} = {facts[symbol]}" for symbol in ("K", "N") if facts[symbol])
+    config = ", ".join(f"{name}={value!r}" for name, value in record["config"].items())
+    sharing = sum(each["record"] == row["record"] for each in manifest["rows"])
+    lines = [
+        f"row {number}: {row['op']}, {row['variant']}, {sizes}, M {words_of_range(facts['m_first'], facts['m_last'])}",
+        f"record  {row['record']}, which serves {count(sharing, 'row')}",
+        f"kernel  {record['kernel']} by {record['backend']}",
+        f"config  {config or '(none)'}",
+        f"valid   {record['m_min']} <= M <= {record['m_max']}",
+        f"grid    {' x '.join(words_of(entry) for entry in record['grid'])}",
+        "params",
+        *(f"  {index:2} {_words_of_param(param)}" for index, param in enumerate(record["params"])),
+        "guards" if record["guards"] else "guards  (none)",
+        *(f"  {guard['text']}" for guard in record["guards"]),
+        "code",
+        *(
+            f"  {words}"
+            for m_class, cubin in record["cubins"].items()
+            for words in _words_of_cubin(m_class, cubin, record, manifest)
+        ),
+        f"build   {row['build_seconds']:.2f} s, {size(row['bytes'])}",
+    ]
+    return "\n".join(lines)
+
+
+def _words_of_param(param: Param) -> str:
+    kind = param["kind"]
+    if kind == "ptr":
+        offset = words_of(param["offset"]) if "offset" in param else "0"
+        where = param["arg"] + (f" + {offset} bytes" if offset != "0" else "")
+        return f"ptr  {where}" + (f", a multiple of {param['align']} bytes" if param.get("align", 1) > 1 else "")
+    if "const" in param:
+        return f"{kind:4} {param['const']}"
+    return f"{kind:4} {param['arg'] if 'arg' in param else words_of(param['value'])}"
+
+
+M_CLASS_WORDS = {"one": "M = 1", "mult16": "M a multiple of 16", "other": "any other M"}
+
+
+def _words_of_cubin(m_class: str, cubin: Cubin, record: Record, manifest: Manifest) -> list[str]:
+    dropped = sorted(set(range(len(record["params"]))) - set(cubin["params"]))
+    extras = [f"cluster {_each(cubin['cluster'])}"] if cubin["cluster"] != [1, 1, 1] else []
+    extras += ["cooperative"] if cubin["cooperative"] else []
+    extras += ["pdl"] if cubin["pdl"] else []
+    extras += [f"params {', '.join(map(str, dropped))} compiled in"] if dropped else []
+    facts = [f"{cubin['num_warps']} warps", f"{cubin['shared_bytes']} bytes shared", *extras]
+    entry = manifest["files"][cubin["file"]]
+    return [
+        f"{M_CLASS_WORDS.get(m_class, m_class)}: {cubin['function']}, {', '.join(facts)}",
+        f"  {cubin['file']}, {size(entry['size'])}",
+    ]
+
+
+def words_of(expr: Expr) -> str:
+    """A postfix expression of a verified bundle as people write it: ["M", 15, "+", 16, "//"] -> (M + 15) // 16."""
+    stack: list[str] = []
+    for token in expr:
+        if isinstance(token, str) and token in ("min", "max"):
+            right, left = stack.pop(), stack.pop()
+            stack.append(f"{token}({_bare(left)}, {_bare(right)})")
+        elif isinstance(token, str) and token in OPERATORS:
+            right, left = stack.pop(), stack.pop()
+            stack.append(f"({left} {token} {right})")
+        else:
+            stack.append(str(token))
+    return _bare(stack.pop())
+
+
+def _bare(words: str) -> str:
+    """Without the outermost parentheses: only a whole operation begins with one."""
+    return words[1:-1] if words.startswith("(") else words
+
+
+OPERATORS = ("+", "-", "*", "//", "%", "==", "!=", "<", "<=", ">", ">=", "and", "or")

@@ -1,0 +1,1 @@
+"""Support for tests and benchmarks: numeric comparison, timers, a null driver."""

@@ -1,0 +1,140 @@
+"""Holding parsed JSON against TypedDict declarations, so that a declaration is also the check.
+
+Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits. A field that is not declared is
+left alone: newer writers may add optional ones.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
+
+Checker = Callable[[Any], None]
+
+
+class Mismatch(Exception):
+    """The value is not of the declared type. The text begins with the path to it: `.rows[3].K is 'x'; …`."""
+
+
+def check(value: object, kind: Any) -> None:
+    """Raise `Mismatch` unless `value` is of `kind`: a TypedDict, list, dict, Literal, union, str, int, float, bool or Any."""
+    _checker(kind)(value)
+
+
+@functools.cache
+def _checker(kind: Any) -> Checker:
+    origin, args = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return lambda _: None
+    if is_typeddict(kind):
+        return _typed_dict(kind)
+    if origin is list:
+        return _list(_checker(args[0]))
+    if origin is dict:
+        return _dict(_checker(args[0]), _checker(args[1]))
+    if origin is Literal:
+        return _literal(args)
+    if origin in (Union, types.UnionType):
+        return _union(kind, tuple(_checker(arg) for arg in args))
+    return _plain(kind)
+
+
+def _typed_dict(kind: Any) -> Checker:
+    fields = []
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        optional = get_origin(hint) is NotRequired
+        fields.append((name, optional, _checker(get_args(hint)[0] if optional else hint)))
+
+    def check(value: Any) -> None:
+        _expect(value, dict)
+        for name, optional, inner in fields:
+            if name in value:
+                try:
+                    inner(value[name])
+                except Mismatch as error:
+                    raise Mismatch(f".{name}{error}") from None
+            elif not optional:
+                raise Mismatch(f".{name} is missing")
+
+    return check
+
+
+def _list(inner: Checker) -> Checker:
+    def check(value: Any) -> None:
+        _expect(value, list)
+        index = 0
+        try:
+            for item in value:
+                inner(item)
+                index += 1
+        except Mismatch as error:
+            raise Mismatch(f"[{index}]{error}") from None
+
+    return check
+
+
+def _dict(key_checker: Checker, inner: Checker) -> Checker:
+    def check(value: Any) -> None:
+        _expect(value, dict)
+        key = None
+        try:
+            for key, item in value.items():
+                key_checker(key)
+                inner(item)
+        except Mismatch as error:
+            raise Mismatch(f"[{key!r}]{error}") from None
+
+    return check
+
+
+def _literal(choices: tuple[object, ...]) -> Checker:
+    def check(value: Any) -> None:
+        if type(value) is not str or value not in choices:
+            raise Mismatch(f" is {_show(value)}; it takes one of {', '.join(map(str, choices))}")
+
+    return check
+
+
+def _union(kind: Any, inner: tuple[Checker, ...]) -> Checker:
+    def check(value: Any) -> None:
+        for each in inner:
+            try:
+                return each(value)
+            except Mismatch:
+                pass
+        raise Mismatch(f" is {_show(value)}; it takes {kind}")
+
+    return check
+
+
+def _plain(kind: Any) -> Checker:
+    if kind is int:
+
+        def check_int(value: Any) -> None:
+            _expect(value, int)
+            if not -(2**63) <= value < 2**63:
+                raise Mismatch(f" is {_show(value)}; integers fit 64 bits")
+
+        return check_int
+    if kind is float:
+
+        def check_float(value: Any) -> None:
+            if type(value) is not float:
+                _expect(value, int, "float")
+
+        return check_float
+    if kind not in (str, bool):
+        raise TypeError(f"{kind} is not one that a declaration may hold")
+    return lambda value: _expect(value, kind)
+
+
+def _expect(value: object, kind: type, wanted: str = "") -> None:
+    if type(value) is not kind:
+        raise Mismatch(f" is {_show(value)}, of type {type(value).__name__}; it takes {wanted or kind.__name__}")
+
+
+def _show(value: object) -> str:
+    text = repr(value) if not isinstance(value, int) or abs(value) < 2**128 else hex(value)
+    return text if len(text) <= 80 else text[:77] + "..."

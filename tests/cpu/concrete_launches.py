@@ -1,0 +1,71 @@
+"""What a generated host function passes to its launcher when everything is known; runs inside of `in_worker`.
+
+Independent of records: the host function is generated again and run with a concrete M, and Triton itself decides on each
+argument's type and which it drops.
+"""
+
+from __future__ import annotations
+
+import importlib
+import struct
+from typing import Any
+
+from hdispatch.build.trace import CallMaker, Flag, Launch, Number, Pointer, trace
+from hdispatch.build.triton_backend import _SampleTensor, samples
+from hdispatch.build.unit import class_of, load_spec
+
+BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
+
+
+def expect(
+    package: str, backend: str, variant: str, shape: dict[str, int], config: Any, hint: int, calls: list[list[int]]
+) -> Any:
+    """For each [M, row padding] the launch: {grid, params, false_hints}.
+
+    params are [name, bytes in hex], of pointers [name, argument, offset]: all that Triton would pass at this M, and those
+    that it would drop because they are 1 here, but that are not always 1 in the class of M. false_hints are arguments of
+    which the record's code for the class takes more for granted than is so.
+    """
+    spec = load_spec(package)
+    maker = CallMaker(spec, spec.variant(variant), shape)
+    module = importlib.import_module(f"{package}.{backend}")
+    side = importlib.import_module(f"hdispatch.build.{backend}_backend").host_side(module, config, maker, hint)
+    symbolic = trace(side.host, maker.symbolic(hint))
+    found = []
+    for m, row_padding in calls:
+        launch = trace(side.host, maker.concrete(m, row_padding)).launch
+        decided = _decide(launch)
+        claims = samples(symbolic, class_of(m))
+        wrong = [
+            name
+            for name, (kind, key) in decided.items()
+            if (claims[name].one and kind != "constexpr") or (claims[name].multiple and kind != "constexpr" and key != "D")
+        ]
+        declared = {param.name for param in launch.kernel.params if param.is_constexpr}
+        one_here = {name: ("i32", None) for name, arg in launch.args.items() if isinstance(arg, Number) and arg.value == 1}
+        one_here = {name: kind for name, kind in one_here.items() if name not in declared and not claims[name].one}
+        params = [_encode(name, launch, kind) for name, (kind, _) in (decided | one_here).items() if kind != "constexpr"]
+        found.append({"grid": list(launch.grid), "params": params, "false_hints": wrong})
+    return found
+
+
+def _decide(launch: Launch) -> dict[str, tuple[str, Any]]:
+    """Triton's own word on each argument: its type, "constexpr" if it is dropped, and "D" for a multiple of 16."""
+
+    def value(arg: Any) -> Any:
+        if isinstance(arg, Pointer):
+            return _SampleTensor(arg.dtype, arg.offset)
+        return bool(arg.value) if isinstance(arg, Flag) else arg.value
+
+    binder = launch.kernel.device_caches[0][4]
+    _, specialization, _ = binder(*(value(arg) for arg in launch.args.values()), **launch.options)
+    return dict(zip(launch.args, specialization, strict=True))
+
+
+def _encode(name: str, launch: Launch, kind: str) -> list[Any]:
+    arg = launch.args[name]
+    if isinstance(arg, Pointer):
+        return [name, arg.arg, arg.offset]
+    if kind in BYTES:
+        return [name, int(arg.value).to_bytes(BYTES[kind], "little", signed=kind != "u1").hex()]
+    return [name, struct.pack({"fp32": "<f", "fp64": "<d"}[kind], arg.value).hex()]

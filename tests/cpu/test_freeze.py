@@ -1,0 +1,319 @@
+"""Freezing: what a bundle holds, that it is whole or absent, and which builds are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hdispatch.build import DESCRIBED, BuildReport, Selection, available_ops, build
+from hdispatch.build.freeze import Entry, check_out, freeze
+from hdispatch.build.store import Store
+from hdispatch.errors import BuildError
+from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, read_bundle
+from hdispatch.opspec import OpSpec, TensorArg
+
+SPEC = OpSpec(
+    name="toy_freeze",
+    args=(TensorArg("input", ("M", "K"), (torch.float32, torch.float16)),),
+    reference=lambda *_args: None,
+    sample=lambda *_args: [],
+    shapes=({"K": 64}, {"K": 128}),
+    config_key={"width": "K", "rows": "M"},
+    ladder=(1, 16, 256),
+)
+SPECS = {SPEC.name: SPEC}
+H200 = DESCRIBED["h200"]
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Store(tmp_path / "cache")
+
+
+def entries(store: Store) -> list[Entry]:
+    """All rows of the toy op, one record per variant and shape."""
+
+    def record(data: bytes):
+        code = {"function": "f", "params": [], "num_warps": 1, "shared_bytes": 0, "cluster": [1, 1, 1]}
+        cubin = {**code, "cooperative": False, "pdl": False, "file": store.put_blob(data)}
+        bounds = {"m_min": 1, "m_max": 2**20}
+        fields = {
+            "backend": "triton",
+            "kernel": "f",
+            "config": {},
+            **bounds,
+            "grid": [["M"], [1], [1]],
+            "params": [],
+            "guards": [],
+        }
+        return {**fields, "cubins": dict.fromkeys(("one", "mult16", "other"), cubin)}
+
+    tools = {"triton": "3.7.1"}
+    return [
+        Entry(SPEC.name, variant.name, shape, (0, 1, 2), record(f"{variant.name}{shape}".encode()), tools, 0.25)
+        for variant in SPEC.variants()
+        for shape in SPEC.shapes
+    ]
+
+
+def test_a_bundle_is_complete_and_reads_back(tmp_path, store):
+    frozen = freeze(SPECS, entries(store), H200, store, tmp_path / "out")
+    manifest, contents = read_bundle(tmp_path / "out")
+    assert manifest == frozen.manifest
+    assert sorted(contents) == sorted(manifest["files"])
+    assert len(contents) == 4
+    assert manifest["target"]["arch"] == "sm_90a"
+    assert manifest["tools"] == {"triton": "3.7.1"}
+    assert len(manifest["rows"]) == 2 * 2 * 3
+    assert manifest["rows"][0] == {
+        "op": "toy_freeze",
+        "variant": "float16",
+        "K": 64,
+        "N": 0,
+        "bucket": 0,
+        "record": 0,
+        "build_seconds": 0.25,
+        "bytes": len("float16{'K': 64}"),
+    }
+    assert manifest["ops"]["toy_freeze"]["variants"]["float32"] == {"input": "float32"}
+    on_disk = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert frozen.bytes == sum(path.stat().st_size for path in on_disk)
+    assert len(on_disk) == 2 + 4
+    text = (tmp_path / "out" / MANIFEST_NAME).read_text()
+    assert text == json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True) + "\n"
+    assert (tmp_path / "out" / CHECKSUM_NAME).read_text().endswith(f"  {MANIFEST_NAME}\n")
+
+
+def test_the_order_of_the_build_does_not_matter(tmp_path, store):
+    freeze(SPECS, entries(store), H200, store, tmp_path / "a")
+    freeze(SPECS, entries(store)[::-1], H200, store, tmp_path / "b")
+    assert (tmp_path / "a" / MANIFEST_NAME).read_bytes() == (tmp_path / "b" / MANIFEST_NAME).read_bytes()
+
+
+def change(entry: Entry, **fields) -> Entry:
+    return replace(entry, record={**entry.record, **fields})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda e: e[1:], "gap: no record serves toy_freeze float32 K=64 N=0 bucket 0"),
+        (lambda e: [replace(e[0], buckets=(0, 2)), *e[1:]], "gap: no record serves toy_freeze float32 K=64 N=0 bucket 1"),
+        (lambda e: [*e, e[0]], "two records serve toy_freeze float32 K=64 N=0 bucket 0"),
+        (lambda e: [change(e[0], m_min=2), *e[1:]], "bucket 0 holds M from 1 to 1, its record is valid for 2 to 1048576 only"),
+        (
+            lambda e: [change(e[0], m_max=8192), *e[1:]],
+            "bucket 2 holds M from 17 to any, its record is valid for 1 to 8192 only",
+        ),
+        (
+            lambda e: [change(e[0], cubins={"one": e[0].record["cubins"]["one"]}), *e[1:]],
+            r"bucket 1 holds M = 2, its record has code for the classes \['one'\] only",
+        ),
+        (
+            lambda e: [replace(e[0], tools={"triton": "3.6.0"}), *e[1:]],
+            "records were built with triton 3.7.1 and 3.6.0|3.6.0 and 3.7.1",
+        ),
+        (
+            lambda e: [
+                change(e[0], cubins={c: {**code, "file": "ab" * 32} for c, code in e[0].record["cubins"].items()}),
+                *e[1:],
+            ],
+            "artifact abab.* is missing or damaged in the cache",
+        ),
+    ],
+)
+def test_what_is_refused(tmp_path, store, spoil, message):
+    with pytest.raises(BuildError, match=message):
+        freeze(SPECS, spoil(entries(store)), H200, store, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
+def test_a_part_can_be_frozen_if_asked_for(tmp_path, store):
+    frozen = freeze(SPECS, entries(store)[1:], H200, store, tmp_path / "out", partial=True)
+    assert len(frozen.manifest["rows"]) == 9
+
+
+def test_out_is_a_bundle_or_nothing(tmp_path, store):
+    out = tmp_path / "out"
+    out.mkdir()
+    freeze(SPECS, entries(store), H200, store, out)
+    (out / "stale").write_text("")
+    freeze(SPECS, entries(store), H200, store, out)
+    assert sorted(path.name for path in out.iterdir()) == ["artifacts", MANIFEST_NAME, CHECKSUM_NAME]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "thesis.tex").write_text("")
+    for wrong, message in (
+        (tmp_path / "data", "not empty and no bundle: it holds thesis.tex"),
+        (out / MANIFEST_NAME, "is a file"),
+    ):
+        with pytest.raises(BuildError, match=message):
+            freeze(SPECS, entries(store), H200, store, wrong)
+    assert (tmp_path / "data" / "thesis.tex").exists()
+    check_out(tmp_path / "absent")
+
+
+def test_a_failed_write_leaves_the_old_bundle(tmp_path, store, monkeypatch):
+    out = tmp_path / "out"
+    freeze(SPECS, entries(store), H200, store, out)
+    before = (out / MANIFEST_NAME).read_bytes()
+    replace_path = Path.replace
+
+    def fails(self, other):
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return replace_path(self, other)
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(BuildError, match="No space left"):
+        freeze(SPECS, entries(store), H200, store, out)
+    assert (out / MANIFEST_NAME).read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> tuple[BuildReport, Path]:
+    """The plain Triton example, whole."""
+    folder = tmp_path_factory.mktemp("built")
+    return example(folder / "a", folder / "cache"), folder
+
+
+def example(out: Path, cache: Path, **options) -> BuildReport:
+    return build(["triton_example"], "h200", out, cache=cache, extra=["triton_example"], **options)
+
+
+def test_a_build_of_plain_triton(built):
+    report, folder = built
+    manifest, _ = read_bundle(folder / "a")
+    assert (report.rows, report.records, report.cubins) == (12, 8, len(manifest["files"]))
+    assert report.bytes > sum(entry["size"] for entry in manifest["files"].values())
+    assert (report.cache_hits, len(report.record_seconds), report.notes) == (0, 8, [])
+    record = manifest["records"][manifest["rows"][0]["record"]]
+    assert record["config"] == {"ROWS": 4, "num_warps": 2}
+    assert record["grid"] == [["M", 3, "+", 4, "//"], [1], [1]]
+    assert record["params"][1] == {"kind": "ptr", "arg": "input", "align": 16, "offset": [8 * 4]}
+    # Rows of 72 elements are no multiple of 16 when they are contiguous, so the code does not assume it; of 1008 they are.
+    guards = {row["K"]: manifest["records"][row["record"]]["guards"] for row in manifest["rows"]}
+    assert [guard["text"] for guard in guards[64]] == ["M * input.stride(0) <= 2147483647"]
+    assert [guard["text"] for guard in guards[1000]] == ["input.stride(0) % 16 == 0", "M * input.stride(0) <= 2147483647"]
+    assert {"torch", "triton", "ptxas"} == set(manifest["tools"])
+
+
+def test_a_warm_build_is_byte_identical(built):
+    _, folder = built
+    seen = []
+    report = example(folder / "b", folder / "cache", progress=lambda *args: seen.append(args))
+    assert report.cache_hits == report.records == 8
+    assert seen == [(8, 8, "from the cache")]
+    assert (folder / "a" / MANIFEST_NAME).read_bytes() == (folder / "b" / MANIFEST_NAME).read_bytes()
+
+
+def test_a_cold_build_differs_in_seconds_only(built):
+    _, folder = built
+    seen = []
+    example(folder / "c", folder / "other cache", progress=lambda *args: seen.append(args), jobs=1)
+    assert [done for done, _, _ in seen] == list(range(1, 9))
+    assert all(total == 8 and label.startswith("triton_example any") for _, total, label in seen)
+    manifests = [read_bundle(folder / name)[0] for name in ("a", "c")]
+    for manifest in manifests:
+        for row in manifest["rows"]:
+            assert row["build_seconds"] > 0
+            row["build_seconds"] = 0.0
+    assert manifests[0] == manifests[1]
+
+
+def test_another_gpu_is_another_build(built):
+    _, folder = built
+    report = example(folder / "d", folder / "cache", select=Selection(buckets=lambda _spec: [1]), jobs=1)
+    assert report.rows == 4
+    report = build(["triton_example"], "a100", folder / "e", cache=folder / "cache", extra=["triton_example"], jobs=1)
+    assert report.cache_hits == 0
+    assert any("no configs for a100" in note for note in report.notes)
+    assert read_bundle(folder / "e")[0]["target"]["arch"] == "sm_80"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"ops": ["nonsense"], "target": "h200"}, "no op 'nonsense'; there are"),
+        ({"ops": [], "target": "h200"}, "no ops to build"),
+        ({"ops": None, "target": "h300"}, r"no target 'h300'; described targets are \['a100', 'b200', 'h100', 'h200'\]"),
+    ],
+)
+def test_bad_requests(tmp_path, arguments, message):
+    with pytest.raises(BuildError, match=message):
+        build(arguments["ops"], arguments["target"], tmp_path / "out", cache=tmp_path / "cache")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_native_needs_a_gpu(tmp_path):
+    with pytest.raises(BuildError, match="torch sees no CUDA device"):
+        build(None, "native", tmp_path / "out")
+
+
+def write_op(folder: Path, kernel: str) -> str:
+    """A package with a broken kernel beside the example's spec; its name."""
+    package = folder / "broken_op"
+    (package / "configs").mkdir(parents=True)
+    source = Path(__file__).parent / "triton_example"
+    (package / "__init__.py").write_text("")
+    (package / "spec.py").write_text((source / "spec.py").read_text().replace('name="triton_example"', 'name="broken_op"'))
+    (package / "triton.py").write_text(kernel)
+    (package / "configs" / "nvidia_h200.json").write_text('[{"key": {}, "config": {}}]')
+    return "broken_op"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "message"),
+    [
+        (
+            "def launch(*args, config, _launcher):\n    args[0].zero_()\n",
+            "broken_op any.* buckets 0-2: .*runs aten.zero_",
+        ),
+        ("raise ValueError('no luck')", "ValueError: no luck"),
+        (
+            "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()",
+            "ended with status -6; it said:\n.*last words",
+        ),
+    ],
+)
+def test_a_failure_names_the_record_and_leaves_nothing(tmp_path, kernel, message):
+    """In a process of its own, because modules stay imported."""
+    package = write_op(tmp_path, kernel)
+    program = (
+        f"import sys; sys.path.append({str(tmp_path)!r})\n"
+        "from pathlib import Path\n"
+        "from hdispatch.build import build\n"
+        "from hdispatch.errors import BuildError\n"
+        "try:\n"
+        f"    here = Path({str(tmp_path)!r})\n"
+        f"    build([{package!r}], 'h200', here / 'out', cache=here / 'cache', extra=[{package!r}])\n"
+        "except BuildError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert re.search(message, done.stdout, re.DOTALL), done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_the_caller_do_not_reach_the_code(built, monkeypatch):
+    """Environment variables that change what Triton and Helion generate are not passed on."""
+    _, folder = built
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setenv("HELION_INTERPRET", "1")
+    monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
+    example(folder / "f", folder / "third cache", jobs=1)
+    files = [read_bundle(folder / name)[0]["files"] for name in ("a", "f")]
+    assert files[0] == files[1]
+
+
+def test_the_installed_ops_are_known():
+    assert "rms_norm_dynamic_per_token_quant" in available_ops()
+    assert "TRITON_CACHE_DIR" not in os.environ

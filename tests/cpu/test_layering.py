@@ -1,0 +1,243 @@
+"""What may import and include what: no cycle, the serve wing without the build wing, the core without Python and torch."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "python" / "hdispatch"
+CSRC = ROOT / "csrc"
+
+#: The build wing, and what may use it: lazily, so that a serving process never has it.
+BUILD = ("hdispatch.build",)
+LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.build", "hdispatch.__main__")
+DSLS = ("helion", "triton", "cutlass", "matplotlib", "rich", "pytest", "hypothesis")
+
+
+@dataclass(frozen=True)
+class Import:
+    """`source` imports `target`, both full module names; `local`: inside a function."""
+
+    source: str
+    target: str
+    local: bool
+
+    def __str__(self) -> str:
+        return f"{self.source} imports {self.target}"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+#: What the build adds to the package.
+MODULES = {*FILES, "hdispatch._C", "hdispatch._build_info", "hdispatch.kernels", "hdispatch.configs"}
+
+
+def imports_of(name: str, path: Path) -> Iterator[Import]:
+    tree = ast.parse(path.read_text())
+    local = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    typing_only = {
+        id(node)
+        for branch in ast.walk(tree)
+        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("TYPE_CHECKING")
+        for node in ast.walk(branch)
+    }
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(name, alias.name, id(node) in local)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            base = ".".join(part for part in (base, node.module or "") if part)
+            for alias in node.names:
+                inner = f"{base}.{alias.name}"
+                yield Import(name, inner if inner in MODULES else base, id(node) in local)
+
+
+IMPORTS = [each for name, path in FILES.items() for each in imports_of(name, path)]
+OURS = [each for each in IMPORTS if each.target.split(".")[0] == "hdispatch"]
+
+
+def within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+def find_cycle(graph: Mapping[str, set[str]]) -> list[str] | None:
+    """A cycle of the graph, or None."""
+    done: set[str] = set()
+
+    def walk(node: str, path: list[str]) -> list[str] | None:
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for target in sorted(graph.get(node, ())):
+            found = walk(target, [*path, node])
+            if found:
+                return found
+        done.add(node)
+        return None
+
+    return next((cycle for node in sorted(graph) if (cycle := walk(node, []))), None)
+
+
+# ---- a fresh process ----
+
+
+def run(code: str) -> dict[str, object]:
+    """What the code prints last, as JSON, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+IMPORT = """
+import json, os, sys
+import torch
+before = set(sys.modules)
+files = []
+sys.addaudithook(lambda event, args: files.append(str(args[0])) if event == "open" else None)
+import hdispatch
+print(json.dumps({"added": sorted(set(sys.modules) - before), "all": sorted(sys.modules), "files": files,
+                  "initialized": torch.cuda.is_initialized(), "package": os.path.dirname(hdispatch.__file__)}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh() -> dict[str, object]:
+    return run(IMPORT)
+
+
+def test_importing_brings_no_dsl(fresh):
+    # What `import torch` itself brings is torch's business.
+    added = fresh["added"]
+    assert isinstance(added, list)
+    assert "hdispatch" in added
+    assert not [module for module in added if within(module, (*DSLS, *BUILD, "hdispatch.cli", "hdispatch.bench", "hdispatch.testing"))]
+
+
+def test_importing_touches_no_gpu(fresh):
+    assert fresh["initialized"] is False
+
+
+def test_importing_reads_code_only(fresh):
+    files, package = fresh["files"], fresh["package"]
+    assert isinstance(files, list)
+    assert isinstance(package, str)
+    read = [f for f in files if not re.search(r"(\.py|\.pyc|\.so|\.pyi)(\.\d+)?$", f) and not Path(f).is_dir()]
+    assert not [f for f in read if f.startswith((package, str(ROOT)))], read
+    assert not [f for f in files if re.search(r"\.(json|cubin|sha256)$|/configs/", f)]
+
+
+def test_the_command_line_starts_without_the_build_wing():
+    code = "import json, sys, hdispatch.cli.main; print(json.dumps({'all': sorted(sys.modules)}))"
+    loaded = run(code)["all"]
+    assert isinstance(loaded, list)
+    assert not [module for module in loaded if within(module, ("helion", "cutlass", "matplotlib", *BUILD))]
+
+
+# ---- Python ----
+
+
+def test_no_module_imports_in_a_circle():
+    graph: dict[str, set[str]] = {name: set() for name in FILES}
+    for each in OURS:
+        # A package's __init__ is run first, but a submodule that names it would import the half-made package.
+        if each.target != each.source:
+            graph[each.source].add(each.target)
+    assert find_cycle(graph) is None
+
+
+def test_the_serve_wing_never_imports_the_build_wing():
+    assert not [str(each) for each in OURS if within(each.target, BUILD) and not within(each.source, LAZY)]
+
+
+def test_the_serve_wing_imports_no_dsl():
+    serving = [each for each in IMPORTS if not within(each.source, LAZY)]
+    assert not [str(each) for each in serving if within(each.target, DSLS)]
+
+
+def test_the_build_wing_imports_neither_the_command_line_nor_the_benchmark():
+    above = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__")
+    assert not [str(each) for each in OURS if within(each.target, above) and not within(each.source, above)]
+
+
+def test_no_module_imports_the_package_itself():
+    assert not [str(each) for each in OURS if each.target == "hdispatch"]
+
+
+def test_imports_are_at_the_top():
+    # Lazy ones are for what must not be loaded before it is needed: the build wing and the DSLs.
+    assert not [str(each) for each in IMPORTS if each.local and not within(each.source, LAZY)]
+
+
+# ---- C++ ----
+
+
+INCLUDES = {
+    path.name: re.findall(r'^#include ([<"][^>"]+)[>"]', path.read_text(), re.MULTILINE)
+    for path in [*CSRC.glob("*.h"), *CSRC.glob("*.cpp")]
+}
+
+
+def test_no_header_includes_itself_in_a_circle():
+    graph = {name: {each[1:] for each in includes if each[0] == '"'} for name, includes in INCLUDES.items()}
+    assert find_cycle(graph) is None
+    for name, targets in graph.items():
+        assert targets <= set(INCLUDES), name
+        assert not [target for target in targets if target.endswith(".cpp")], name
+
+
+def core_files() -> set[str]:
+    """The sources of hdispatch_core as CMake has them, and every header of ours that they reach."""
+    text = (ROOT / "CMakeLists.txt").read_text()
+    reached = set(re.findall(r"csrc/(\w+\.cpp)", re.search(r"add_library\(hdispatch_core[^)]*\)", text)[0]))  # type: ignore[index]
+    todo = list(reached)
+    while todo:
+        for each in INCLUDES[todo.pop()]:
+            if each[0] == '"' and each[1:] not in reached:
+                reached.add(each[1:])
+                todo.append(each[1:])
+    return reached
+
+
+def test_the_core_includes_neither_python_nor_torch():
+    core = core_files()
+    assert {"expr.cpp", "runtime.cpp", "driver.h", "key.h"} <= core
+    for name in core:
+        for include in INCLUDES[name]:
+            assert not re.match(r"<(Python|structmember|pybind11|torch|ATen|c10|cuda)", include), f"{name} includes {include}"
+
+
+def test_the_core_knows_no_door():
+    assert not core_files() & {"op_call.h", "tensor_view.h", "bench.h"}
+
+
+def test_only_the_driver_opens_libcuda():
+    users = [path.name for path in [*CSRC.glob("*.h"), *CSRC.glob("*.cpp")] if "libcuda" in path.read_text() and "dlopen" in path.read_text()]
+    assert sorted(users) == ["driver.cpp", "driver.h"]
+
+
+def test_only_tensor_view_and_the_doors_read_aten():
+    readers = {name for name, includes in INCLUDES.items() if any(re.match(r"<(ATen|torch|c10)", each) for each in includes)}
+    assert readers <= {"tensor_view.h", "tensor_view.cpp", "op_call.cpp", "op_call.h", "noop_cuda_guard.cpp"}

@@ -1,0 +1,78 @@
+"""The wheel is complete: the extension, kernels, configs, stubs; and it works where nothing else of ours is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import hdispatch
+import pytest
+
+pytest.importorskip("scikit_build_core", reason="builds a wheel without isolation")
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    # A build folder of its own, kept: only the first build takes long.
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
+    command += [f"--config-settings=build-dir={ROOT / 'build' / 'wheel-test'}", "--wheel-dir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> set[str]:
+    return set(zipfile.ZipFile(wheel).namelist())
+
+
+def test_what_is_in_it(names):
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {f"hdispatch/_C{suffix}", "hdispatch/_noop_cuda_guard.so", "hdispatch/_build_info.py"} <= names
+    assert {"hdispatch/_C.pyi", "hdispatch/_build_info.pyi", "hdispatch/py.typed"} <= names
+    sources = [("python/hdispatch", "hdispatch"), ("kernels", "hdispatch/kernels"), ("configs", "hdispatch/configs")]
+    for folder, inside in sources:
+        for path in (ROOT / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith("."):
+                assert f"{inside}/{path.relative_to(ROOT / folder).as_posix()}" in names
+
+
+def test_what_is_not_in_it(names):
+    assert {name.split("/")[0] for name in names} == {"hdispatch", f"hdispatch-{hdispatch.__version__}.dist-info"}
+    assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc", ".cubin")) or "test_" in name]
+
+
+def test_its_metadata(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        info = f"hdispatch-{hdispatch.__version__}.dist-info"
+        metadata = archive.read(f"{info}/METADATA").decode()
+        assert "Requires-Dist: torch<2.15,>=2.11" in metadata
+        assert "License-Expression: Apache-2.0" in metadata
+        assert f"{info}/licenses/LICENSE" in archive.namelist()
+        assert "hdispatch = hdispatch.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
+
+
+def test_it_works_by_itself(wheel, tmp_path):
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    # Without site: an editable installation would be found first.
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {sysconfig.get_path("platlib")!r}, {sysconfig.get_path("purelib")!r}]
+import torch, hdispatch
+assert hdispatch.__file__.startswith({str(tmp_path)!r}), hdispatch.__file__
+name = "dynamic_per_token_scaled_fp8_quant"
+spec = hdispatch.ops.spec(name)
+args = spec.sample(spec.variants()[0], {{"M": 4, "K": 2048}}, torch.device("cpu"), torch.Generator().manual_seed(0))
+getattr(torch.ops.hdispatch, name)(*args)
+assert hdispatch.stats()[name]["fallbacks"] == 1
+print("works")
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.stdout == "works\n", done.stderr
