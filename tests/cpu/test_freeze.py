@@ -244,12 +244,13 @@ def test_another_gpu_is_another_build(built):
     [
         ({"ops": ["nonsense"], "target": "h200"}, "no op 'nonsense'; there are"),
         ({"ops": [], "target": "h200"}, "no ops to build"),
+        ({"ops": None, "target": "h200", "jobs": 0}, "jobs is 0; it takes at least 1"),
         ({"ops": None, "target": "h300"}, r"no target 'h300'; described targets are \['a100', 'b200', 'h100', 'h200'\]"),
     ],
 )
 def test_bad_requests(tmp_path, arguments, message):
     with pytest.raises(BuildError, match=message):
-        build(arguments["ops"], arguments["target"], tmp_path / "out", cache=tmp_path / "cache")
+        build(out=tmp_path / "out", cache=tmp_path / "cache", **arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")

@@ -25,6 +25,8 @@ from hdispatch.testing import null
 from in_worker import InWorker
 from triton_example.spec import SPEC as EXAMPLE
 
+pytestmark = pytest.mark.slow
+
 MS = (1, 2, 3, 15, 16, 17, 64, 127, 1000, 8192)
 FORMATS = {"i1": (1, True), "i8": (1, True), "i16": (2, True), "i32": (4, True), "i64": (8, True)}
 

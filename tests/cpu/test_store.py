@@ -103,6 +103,7 @@ def test_the_default_folder(monkeypatch):
     assert default_root() == Path("/z/hdispatch")
 
 
+@pytest.mark.slow
 def test_a_damaged_artifact_is_built_again(tmp_path):
     cache = tmp_path / "cache"
     first = build_one(tmp_path / "a", cache)
@@ -121,6 +122,7 @@ def test_a_damaged_artifact_is_built_again(tmp_path):
     assert (tmp_path / "c" / MANIFEST_NAME).read_bytes() == (tmp_path / "b" / MANIFEST_NAME).read_bytes()
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_do_no_harm(tmp_path):
     program = (
         f"import sys; sys.path.append({str(HERE)!r}); from pathlib import Path; from test_store import build_one; "

@@ -88,6 +88,8 @@ def build(
     """
     start = time.monotonic()
     gpu = resolve(target)
+    if jobs is not None and jobs < 1:
+        raise BuildError(f"jobs is {jobs}; it takes at least 1 worker process")
     check_out(out)
     report = BuildReport(out, gpu)
     where = store.Store(cache if cache is not None else store.default_root())
