@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# One visit to a GPU machine without a network: build the extension, run the GPU tests and the benchmarks, keep everything.
+# One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT [tests|bench|all]
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, dispatch, load, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
-# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C). OUT receives logs and results.
+# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C). OUT receives logs and results; the
+# end of each log is printed.
 set -uo pipefail
-carry=$(realpath "$1") out=$(realpath "$2") what=${3:-all}
+carry=$(realpath "$1") out=$(realpath "$2")
+shift 2
 cd "$(dirname "$0")/.."
 site=$(mktemp -d)
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HDISPATCH_BUNDLE="$carry/bundle"
@@ -16,14 +18,16 @@ vllm=()
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
 status=0
-if [ "$what" != bench ]; then
-  python3 -m pytest tests/gpu --maxfail=10 -q --durations=8 > "$out/tests.log" 2>&1 || status=1
-  tail -25 "$out/tests.log"
-fi
-if [ "$what" != tests ]; then
-  python3 -m hdispatch doctor "$carry/bundle" > "$out/doctor.txt" 2>&1
-  python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
-    --plot "$out/dispatch.png" > "$out/dispatch.txt" 2> "$out/dispatch.err" || { status=1; tail -30 "$out/dispatch.err"; }
-  cat "$out/dispatch.txt"
-fi
+for step in "$@"; do
+  case $step in
+    gpu-tests) python3 -m pytest tests/gpu --maxfail=10 -q --durations=5 ;;
+    cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
+    dispatch) python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
+        --plot "$out/dispatch.png" 2> "$out/dispatch.err" ;;
+    load) python3 benchmarks/load_rows.py "$carry/bundle" --rows 1000 --json "$out/load_rows.json" ;;
+    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
+    *) echo "no step $step" >&2; false ;;
+  esac > "$out/$step.txt" 2>&1 || { status=1; echo "step $step FAILED"; }
+  echo "== $step"; tail -n "${TAIL:-60}" "$out/$step.txt"
+done
 exit $status

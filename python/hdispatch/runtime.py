@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +17,7 @@ from .manifest import MANIFEST_NAME, Manifest, read_bundle
 
 #: device (index, or -1 for the null driver) -> the bundle that serves it
 _LOADED: dict[int, Bundle] = {}
+_LOADING = threading.Lock()  # keeps _LOADED and the tables in step; no call takes it
 
 
 @dataclass(frozen=True)
@@ -33,9 +35,10 @@ class Bundle:
 
     def unload(self) -> None:
         """Stop serving from this bundle; its code stays in place for graphs that were captured with it."""
-        if _LOADED.get(self.device) is self:
-            _C.withdraw(self.device)
-            del _LOADED[self.device]
+        with _LOADING:
+            if _LOADED.get(self.device) is self:
+                _C.withdraw(self.device)
+                del _LOADED[self.device]
 
 
 def load(
@@ -62,9 +65,11 @@ def load(
         check_target(folder, manifest, index)
     builder = _C.TableBuilder(index, count, pdl)
     _fill(builder, Path(folder), manifest, contents)
-    builder.publish()
-    _LOADED[index] = Bundle(Path(folder), manifest, index)
-    return _LOADED[index]
+    bundle = Bundle(Path(folder), manifest, index)
+    with _LOADING:
+        builder.publish()
+        _LOADED[index] = bundle
+    return bundle
 
 
 def _cuda_device(folder: str | os.PathLike[str], device: torch.device | int | str | None) -> int:

@@ -23,8 +23,7 @@ std::vector<Token> tokens(const Items&... items) {
 
 /// Tensors of the toy op by name.
 inline int toy_tensor(std::string_view name) {
-  constexpr std::string_view kNames[] = {"result", "input", "weight",  "scale",
-                                         "",       "scale_ub", "residual"};
+  constexpr std::string_view kNames[] = {"result", "input", "weight", "scale", "", "scale_ub", "residual"};
   for (int i = 0; i < 7; ++i)
     if (!name.empty() && kNames[i] == name) return i;
   return -1;
@@ -57,7 +56,8 @@ inline ArgSpec float_arg(std::string name, double minimum) {
   return arg;
 }
 
-/// result! [M, K], input [M, K] with free rows, weight [K], scale! [M, 1], epsilon >= 0, scale_ub [1]?, residual! [M, K]?
+/// result! [M, K], input [M, K] with free rows, weight [K], scale! [M, 1], epsilon >= 0, scale_ub [1]?, residual! [M,
+/// K]?
 inline std::vector<ArgSpec> toy_args() {
   const std::vector<DType> floats = {DType::kBFloat16, DType::kFloat16};
   std::vector<ArgSpec> args = {
@@ -86,13 +86,10 @@ inline std::vector<Variant> toy_variants() {
   std::vector<Variant> variants;
   for (const bool full : {false, true})
     for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
-      std::vector<std::pair<int, DType>> dtypes = {{kResult, DType::kFloat8E4M3FN},
-                                                   {kInput, dtype},
-                                                   {kWeight, dtype},
-                                                   {kScale, DType::kFloat32}};
+      std::vector<std::pair<int, DType>> dtypes = {
+          {kResult, DType::kFloat8E4M3FN}, {kInput, dtype}, {kWeight, dtype}, {kScale, DType::kFloat32}};
       if (full) dtypes.insert(dtypes.end(), {{kScaleUb, DType::kFloat32}, {kResidual, dtype}});
-      variants.push_back({std::string(name(dtype)) + (full ? "+scale_ub+residual" : ""),
-                          signature(dtypes)});
+      variants.push_back({std::string(name(dtype)) + (full ? "+scale_ub+residual" : ""), signature(dtypes)});
     }
   return variants;
 }

@@ -62,9 +62,7 @@ class Random {
  public:
   explicit Random(uint64_t seed) : engine_(seed) {}
   /// Uniform in [low, high].
-  int64_t in(int64_t low, int64_t high) {
-    return std::uniform_int_distribution<int64_t>(low, high)(engine_);
-  }
+  int64_t in(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine_); }
   bool one_in(int64_t n) { return in(1, n) == 1; }
   template <typename Items>
   const auto& of(const Items& items) {
@@ -85,43 +83,39 @@ class Random {
 #define TEST_MAIN() \
   int main() { return ::hdispatch::testing::run_all(); }
 
-#define CHECK(condition)                                                           \
-  do {                                                                             \
-    if (!(condition))                                                              \
-      ::hdispatch::testing::failed(__FILE__, __LINE__, #condition " does not hold"); \
+#define CHECK(condition)                                                                             \
+  do {                                                                                               \
+    if (!(condition)) ::hdispatch::testing::failed(__FILE__, __LINE__, #condition " does not hold"); \
   } while (0)
 
-#define CHECK_EQ(actual, expected)                                                           \
-  do {                                                                                       \
-    const auto actual_ = (actual);                                                           \
-    const auto expected_ = (expected);                                                       \
-    if (!(actual_ == expected_))                                                             \
-      ::hdispatch::testing::failed(                                                          \
-          __FILE__, __LINE__,                                                                \
-          ::hdispatch::text(#actual " is ", actual_, ", expected ", expected_));             \
+#define CHECK_EQ(actual, expected)                                                                        \
+  do {                                                                                                    \
+    const auto actual_ = (actual);                                                                        \
+    const auto expected_ = (expected);                                                                    \
+    if (!(actual_ == expected_))                                                                          \
+      ::hdispatch::testing::failed(__FILE__, __LINE__,                                                    \
+                                   ::hdispatch::text(#actual " is ", actual_, ", expected ", expected_)); \
   } while (0)
 
-#define CHECK_CONTAINS(actual, part)                                                          \
-  do {                                                                                        \
-    const std::string actual_ = (actual);                                                     \
-    if (actual_.find(part) == std::string::npos)                                              \
-      ::hdispatch::testing::failed(__FILE__, __LINE__,                                        \
-                                   ::hdispatch::text("no \"", part, "\" in: ", actual_));     \
+#define CHECK_CONTAINS(actual, part)                                                                          \
+  do {                                                                                                        \
+    const std::string actual_ = (actual);                                                                     \
+    if (actual_.find(part) == std::string::npos)                                                              \
+      ::hdispatch::testing::failed(__FILE__, __LINE__, ::hdispatch::text("no \"", part, "\" in: ", actual_)); \
   } while (0)
 
 /// The statement throws an Error of that fault whose message holds `part`.
-#define CHECK_FAULT(wanted, part, ...)                                                         \
-  do {                                                                                         \
-    bool threw_ = false;                                                                       \
-    try {                                                                                      \
-      __VA_ARGS__;                                                                             \
-    } catch (const ::hdispatch::Error& error_) {                                               \
-      threw_ = true;                                                                           \
-      if (error_.fault() != ::hdispatch::Fault::wanted)                                        \
-        ::hdispatch::testing::failed(                                                          \
-            __FILE__, __LINE__,                                                                \
-            ::hdispatch::text("fault ", static_cast<int>(error_.fault()), ": ", error_.what())); \
-      CHECK_CONTAINS(error_.what(), part);                                                     \
-    }                                                                                          \
-    if (!threw_) ::hdispatch::testing::failed(__FILE__, __LINE__, #__VA_ARGS__ " did not throw"); \
+#define CHECK_FAULT(wanted, part, ...)                                                                               \
+  do {                                                                                                               \
+    bool threw_ = false;                                                                                             \
+    try {                                                                                                            \
+      __VA_ARGS__;                                                                                                   \
+    } catch (const ::hdispatch::Error& error_) {                                                                     \
+      threw_ = true;                                                                                                 \
+      if (error_.fault() != ::hdispatch::Fault::wanted)                                                              \
+        ::hdispatch::testing::failed(                                                                                \
+            __FILE__, __LINE__, ::hdispatch::text("fault ", static_cast<int>(error_.fault()), ": ", error_.what())); \
+      CHECK_CONTAINS(error_.what(), part);                                                                           \
+    }                                                                                                                \
+    if (!threw_) ::hdispatch::testing::failed(__FILE__, __LINE__, #__VA_ARGS__ " did not throw");                    \
   } while (0)

@@ -774,6 +774,7 @@ def test_export():
     assert counts() == counted(hits=1)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace():
     def call(result, x, weight, scale):
         torch.ops.hdispatch.toy(result, x, weight, scale, 0.5)
@@ -782,6 +783,28 @@ def test_jit_trace():
     a = toy.arguments()
     traced = torch.jit.trace(call, tuple(a[:4]), check_trace=False)
     assert "hdispatch::toy" in str(traced.graph)
+
+
+def test_fx():
+    def call(result, x, weight, scale):
+        hdispatch.ops.toy(result, x, weight, scale, 0.5)
+        torch.ops.hdispatch.toy(result, x, weight, scale, 0.5)
+        return result
+
+    traced = torch.fx.symbolic_trace(call)
+    packet = torch.ops.hdispatch.toy
+    assert [node.target for node in traced.graph.nodes if node.op == "call_function"] == [packet, packet]
+    traced(*toy.arguments()[:4])
+    assert counts() == counted(hits=2)
+
+
+def test_the_packet_is_still_torchs():
+    packet = torch.ops.hdispatch.toy
+    assert isinstance(packet, torch._ops.OpOverloadPacket)
+    assert packet is torch.ops.hdispatch.toy
+    assert packet.overloads() == ["default"]
+    assert packet.default is packet.default
+    assert packet.default.overloadpacket is packet
 
 
 # ---- threads ----

@@ -133,7 +133,9 @@ def test_importing_brings_no_dsl(fresh):
     added = fresh["added"]
     assert isinstance(added, list)
     assert "hdispatch" in added
-    assert not [module for module in added if within(module, (*DSLS, *BUILD, "hdispatch.cli", "hdispatch.bench", "hdispatch.testing"))]
+    assert not [
+        module for module in added if within(module, (*DSLS, *BUILD, "hdispatch.cli", "hdispatch.bench", "hdispatch.testing"))
+    ]
 
 
 def test_importing_touches_no_gpu(fresh):
@@ -234,7 +236,11 @@ def test_the_core_knows_no_door():
 
 
 def test_only_the_driver_opens_libcuda():
-    users = [path.name for path in [*CSRC.glob("*.h"), *CSRC.glob("*.cpp")] if "libcuda" in path.read_text() and "dlopen" in path.read_text()]
+    users = [
+        path.name
+        for path in [*CSRC.glob("*.h"), *CSRC.glob("*.cpp")]
+        if "libcuda" in path.read_text() and "dlopen" in path.read_text()
+    ]
     assert sorted(users) == ["driver.cpp", "driver.h"]
 
 

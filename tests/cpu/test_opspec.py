@@ -1,0 +1,95 @@
+"""Declarations of ops: schemas, variants, sizes, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import pytest
+import torch
+import toy
+from hdispatch import HdispatchError
+from hdispatch.opspec import FloatArg, TensorArg, bucket_index, parse_dim
+
+SPEC = toy.SPEC
+X = TensorArg("x", ("M", "K"), (torch.float32,))
+
+
+def declare(*args: TensorArg | FloatArg, **changes: object) -> None:
+    dataclasses.replace(SPEC, name="other", args=args, **changes)
+
+
+def test_the_schema():
+    assert SPEC.schema() == (
+        "toy(Tensor(a!) result, Tensor input, Tensor weight, Tensor(b!) scale, float epsilon, "
+        "Tensor? scale_ub=None, Tensor(c!)? residual=None) -> ()"
+    )
+    # Only trailing optional arguments have a default.
+    optional = dataclasses.replace(X, name="y", optional=True)
+    assert dataclasses.replace(SPEC, args=(X, optional, FloatArg("e"))).schema() == "toy(Tensor x, Tensor? y, float e) -> ()"
+
+
+def test_the_variants():
+    variants = SPEC.variants()
+    assert [v.name for v in variants] == [
+        dtype + optional
+        for optional in ("", "+residual", "+scale_ub", "+scale_ub+residual")
+        for dtype in ("bfloat16", "float16")
+    ]
+    assert len({(tuple(sorted(map(str, v.dtypes.items()))), v.none) for v in variants}) == 8
+    some = SPEC.variant("float16+residual")
+    assert some.none == {"scale_ub"}
+    assert some.dtypes == {
+        "result": torch.float8_e4m3fn,
+        "input": torch.float16,
+        "weight": torch.float16,
+        "scale": torch.float32,
+        "residual": torch.float16,
+    }
+    with pytest.raises(HdispatchError, match="toy has no variant 'float64'; it has"):
+        SPEC.variant("float64")
+
+
+def test_sizes():
+    sizes = {"M": 3, "K": 64}
+    assert [SPEC.tensor_sizes(arg, sizes) for arg in SPEC.tensors()] == [[3, 64], [3, 64], [64], [3, 1], [1], [3, 64]]
+    assert SPEC.tensor_sizes(TensorArg("y", ("M", "2*N"), (torch.float32,)), {"M": 3, "N": 5}) == [3, 10]
+
+
+def test_dimensions():
+    assert parse_dim("M") == (1, "M")
+    assert parse_dim("2*N") == (2, "N")
+    for wrong in ("", "L", "m", "2M", "0*M", "-1*M", "2*", "M*2", "1.5*M", "2*2*M"):
+        with pytest.raises(HdispatchError, match=re.escape(f"dimension {wrong!r} is not SYMBOL or FACTOR*SYMBOL")):
+            parse_dim(wrong)
+
+
+def test_buckets():
+    assert [bucket_index((1, 4, 16), m) for m in (1, 2, 4, 5, 16, 17, 1000)] == [0, 1, 1, 2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ((X, X), "argument names repeat"),
+        ((X, TensorArg("y", ("M",), "z")), "y has the dtype of 'z', no tensor with dtypes of its own"),
+        ((X, TensorArg("y", ("M",), "y")), "y has the dtype of 'y', no tensor with dtypes of its own"),
+        ((X, FloatArg("e"), TensorArg("y", ("M",), "e")), "y has the dtype of 'e', no tensor"),
+        ((X, TensorArg("y", ("L",), "x")), "dimension 'L'"),
+        ((X, TensorArg("y", ("N",), "x", mutated=True)), r"sizes \['N'\] are carried by no tensor that is read and required"),
+        ((X, TensorArg("y", ("N",), "x", optional=True)), r"sizes \['N'\]"),
+        ((TensorArg("x", ("K",), (torch.float32,)),), r"sizes \['M'\]"),
+        ((FloatArg("e"),), r"sizes \['M'\]"),
+        ((dataclasses.replace(X, name="class"),), "'class' is not a name"),
+        ((dataclasses.replace(X, name=""),), "'' is not a name"),
+    ],
+)
+def test_refused_arguments(args, words):
+    with pytest.raises(HdispatchError, match=words):
+        declare(*args)
+
+
+@pytest.mark.parametrize("ladder", [(), (0, 1), (-1,), (4, 2), (2, 2)])
+def test_refused_ladders(ladder):
+    with pytest.raises(HdispatchError, match="is not a list of ascending edges of at least 1"):
+        declare(X, ladder=ladder)

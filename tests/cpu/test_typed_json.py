@@ -1,0 +1,73 @@
+"""Holding JSON against declarations: what is accepted, and the path and words of what is not."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NotRequired, TypedDict
+
+import pytest
+from hdispatch.typed_json import Mismatch, check
+
+
+class Point(TypedDict):
+    """A declaration of every kind."""
+
+    x: int
+    name: NotRequired[str]
+    colour: Literal["red", "blue"]
+    tokens: list[int | str]
+    free: Any
+    weights: dict[str, float]
+    on: bool
+
+
+class Shape(TypedDict):
+    """One inside another."""
+
+    points: list[Point]
+
+
+def point(**changes: Any) -> dict[str, Any]:
+    return {"x": 1, "colour": "red", "tokens": [1, "a"], "free": None, "weights": {"a": 1.5}, "on": True, **changes}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [point(), point(name="n"), point(free=[{}]), point(tokens=[]), point(weights={"a": 1}), point(x=-(2**63)), point(more=1)],
+)
+def test_accepted(value):
+    check({"points": [value, value]}, Shape)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (point(x="1"), ".x is '1', of type str; it takes int"),
+        (point(x=True), ".x is True, of type bool; it takes int"),
+        (point(x=1.0), ".x is 1.0, of type float; it takes int"),
+        (point(x=2**63), ".x is 9223372036854775808; integers fit 64 bits"),
+        (point(x=10**5000), "; integers fit 64 bits"),
+        (point(name=None), ".name is None, of type NoneType; it takes str"),
+        (point(colour="green"), ".colour is 'green'; it takes one of red, blue"),
+        (point(colour=["red"]), ".colour is ['red']; it takes one of red, blue"),
+        (point(tokens=[1, 2.5]), ".tokens[1] is 2.5; it takes int | str"),
+        (point(tokens=[True]), ".tokens[0] is True; it takes int | str"),
+        (point(tokens="ab"), ".tokens is 'ab', of type str; it takes list"),
+        (point(weights={"a": "b"}), ".weights['a'] is 'b', of type str; it takes float"),
+        (point(weights={"a": False}), ".weights['a'] is False, of type bool; it takes float"),
+        (point(weights=[]), ".weights is [], of type list; it takes dict"),
+        (point(on=1), ".on is 1, of type int; it takes bool"),
+        (None, " is None, of type NoneType; it takes dict"),
+        ({}, ".x is missing"),
+        (point(x="y" * 200), "'" + "y" * 76 + "..., of type str"),
+    ],
+)
+def test_refused(value, words):
+    with pytest.raises(Mismatch) as caught:
+        check({"points": [point(), value]}, Shape)
+    assert str(caught.value).startswith(".points[1]")
+    assert words in str(caught.value)
+
+
+def test_a_declaration_of_another_kind():
+    with pytest.raises(TypeError, match="is not one that a declaration may hold"):
+        check(1, tuple[int])
