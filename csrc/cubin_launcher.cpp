@@ -216,7 +216,7 @@ std::string CubinLauncher::reason(const LaunchResult& result) const {
     case LaunchStatus::kGuard:
       return "guard: " + record_.guards[index].text;
     case LaunchStatus::kAlign:
-      return text("guard: param ", index, " is ", record_.params[index].align, "-byte aligned");
+      return text("guard: ", record_.params[index].name, " is ", record_.params[index].align, "-byte aligned");
     case LaunchStatus::kParam:
       return text("guard: param ", index, " fits its type");
     case LaunchStatus::kGrid:
@@ -235,8 +235,8 @@ std::string CubinLauncher::describe(const LaunchResult& result, const Call& call
     int64_t offset = 0;
     param.value.evaluate(call, offset);
     const uintptr_t address = call.tensors[param.arg].data + static_cast<uintptr_t>(offset);
-    out += text(", the address ", Hex{address}, " in argument ", param.arg, " is ", address & (param.align - 1),
-                " past a multiple of ", param.align);
+    out +=
+        text(", its address ", Hex{address}, " is ", address & (param.align - 1), " past a multiple of ", param.align);
   }
   return out + ")";
 }

@@ -103,6 +103,7 @@ Param to_param(const py::dict& given, const Op& op) {
   if (param.kind == ParamKind::kPtr) {
     const auto name = get<std::string>(given, "arg");
     param.arg = op.find_tensor(name);
+    param.name = name;
     HD_CHECK_BUNDLE(param.arg >= 0, op.name(), " has no tensor argument \"", name, "\"");
     if (given.contains("align")) param.align = get<uint32_t>(given, "align");
     if (given.contains("offset")) param.value = to_expr(given["offset"], op);

@@ -256,8 +256,7 @@ class AutogradKernel final : public BoxedOp {
           requires_grad(op(), op().args()[i]);
       }
     }
-    // Versions are bumped here, so ADInplaceOrView, which nearly every tensor has, is passed over too.
-    const c10::DispatchKeySet below = keys & c10::after_ADInplaceOrView_keyset;
+    const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
     const c10::DispatchKey next = below.highestPriorityTypeId();
     if (HD_LIKELY(next == c10::DispatchKey::CUDA || next == c10::DispatchKey::CPU)) {
       serve(*stack);  // one trip through the dispatcher less

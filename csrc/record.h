@@ -24,6 +24,7 @@ struct Param {
   uint32_t align = 1;   ///< kPtr: the address is a multiple of this; a power of two
   Expr value;           ///< kPtr: byte offset; integers: the value
   double constant = 0;  ///< kF32, kF64 with arg < 0
+  std::string name;     ///< of the argument, for messages; empty where it is computed
 };
 
 struct Guard {

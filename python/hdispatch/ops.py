@@ -6,6 +6,7 @@ called before any bundle is loaded: then each call is a miss and runs the op's t
 
 from __future__ import annotations
 
+import copyreg
 import importlib
 import importlib.util
 import pkgutil
@@ -50,6 +51,16 @@ def _shorten(op: _C.Op) -> None:
     fast: Any = object.__new__(kind)
     fast.__dict__.update(packet.__dict__)
     setattr(torch.ops.hdispatch, op.name, fast)
+
+
+def get(name: str) -> _C.Op:
+    """The op of that name. Ops are pickled and copied by name: there is one of each in a process."""
+    if name not in _OPS:
+        raise HdispatchError(f"no op {name!r}; there are {', '.join(sorted(_OPS))}")
+    return _OPS[name]
+
+
+copyreg.pickle(_C.Op, lambda op: (get, (op.name,)))  # type: ignore[arg-type]
 
 
 def names() -> list[str]:

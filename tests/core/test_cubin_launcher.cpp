@@ -373,7 +373,7 @@ TEST(alignment) {
       const LaunchResult result = refused(record, call);
       CHECK(result.status == LaunchStatus::kAlign && result.detail == 0);
       const CubinLauncher launcher = make(record, make_fake());
-      CHECK_EQ(launcher.reason(result), text("guard: param 0 is ", align, "-byte aligned"));
+      CHECK_EQ(launcher.reason(result), text("guard: ", record.params[0].name, " is ", align, "-byte aligned"));
       CHECK_CONTAINS(launcher.describe(result, call), text(" is ", past % align, " past a multiple of ", align));
     }
   // What is aligned is the address that is passed, offset included.

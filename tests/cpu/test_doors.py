@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import gc
+import pickle
 import struct
 import threading
 import weakref
@@ -21,6 +23,8 @@ from hdispatch.testing import null
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
 
 Args = list[Any]
 Door = Callable[..., None]
@@ -214,9 +218,9 @@ def test_pointers_that_are_not_aligned(door):
         return torch.zeros(like.numel() + elements, dtype=like.dtype)[elements:].view(like.shape)
 
     a = toy.arguments()
-    check_fallback(door, replaced(RESULT, shifted(a[RESULT], 1)), "guard: param 0 is 16-byte aligned")
-    check_fallback(door, replaced(INPUT, shifted(a[INPUT], 1)), "guard: param 1 is 16-byte aligned")
-    check_fallback(door, replaced(SCALE, shifted(a[SCALE], 2)), "guard: param 2 is 16-byte aligned")
+    check_fallback(door, replaced(RESULT, shifted(a[RESULT], 1)), "guard: result is 16-byte aligned")
+    check_fallback(door, replaced(INPUT, shifted(a[INPUT], 1)), "guard: input is 16-byte aligned")
+    check_fallback(door, replaced(SCALE, shifted(a[SCALE], 2)), "guard: scale is 16-byte aligned")
     hdispatch.stats(reset=True)
     door(*replaced(RESULT, shifted(a[RESULT], 16)))
     door(*replaced(WEIGHT, shifted(a[WEIGHT], 1)))  # the record does not care
@@ -774,7 +778,6 @@ def test_export():
     assert counts() == counted(hits=1)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_trace():
     def call(result, x, weight, scale):
         torch.ops.hdispatch.toy(result, x, weight, scale, 0.5)
@@ -911,3 +914,11 @@ def test_python_and_the_core_agree_on_buckets():
 def test_hashes_of_neighbours_differ():
     assert _C.key_hash(0, 0, 512, 0, 3) != _C.key_hash(0, 0, 513, 0, 3)
     assert _C.key_hash(0, 0, 512, 0, 3) == _C.key_hash(op=0, variant=0, k=512, n=0, bucket=3)
+
+
+def test_copies_of_an_op_are_the_op():
+    """A module that holds one can be copied and pickled."""
+    assert copy.deepcopy(hdispatch.ops.toy) is hdispatch.ops.toy
+    assert pickle.loads(pickle.dumps(hdispatch.ops.toy)) is hdispatch.ops.toy
+    with pytest.raises(hdispatch.HdispatchError, match="no op 'nothing'"):
+        hdispatch.ops.get("nothing")
