@@ -60,7 +60,7 @@ def get(name: str) -> _C.Op:
     return _OPS[name]
 
 
-copyreg.pickle(_C.Op, lambda op: (get, (op.name,)))  # type: ignore[arg-type]
+copyreg.pickle(_C.Op, lambda op: (get, (op.name,)))
 
 
 def names() -> list[str]:
