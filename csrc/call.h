@@ -34,7 +34,7 @@ struct TensorView {
 struct Call {
   TensorView tensors[kMaxArgs];  ///< by argument index; entries of scalars are not set
   double scalars[kMaxArgs];      ///< by argument index
-  int64_t sizes[kSymbols];       ///< M, K, N; set by Op::bind
+  int64_t sizes[kSymbols + 1];   ///< M, K, N, and 1 for sizes that are literal; set by Op::bind
 };
 
 }  // namespace hdispatch

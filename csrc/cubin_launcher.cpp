@@ -54,29 +54,44 @@ CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunc
   HD_CHECK_BUNDLE(any, record_.kernel, ": the record has no code");
 }
 
-CubinLauncher::Slot CubinLauncher::make_slot(uint32_t index) const {
+/// Sorts a parameter by what is left to do per call: nothing, adding an address, or evaluating.
+void CubinLauncher::add_param(Code& code, uint32_t index) const {
   HD_CHECK_BUNDLE(index < record_.params.size(), record_.kernel, ": code takes param ", index, "; the record has ",
                   record_.params.size());
   const Param& param = record_.params[index];
-  Slot slot{param.kind,      static_cast<uint8_t>(param.arg < 0 ? 0 : param.arg),
-            false,           static_cast<uint16_t>(index),
-            param.align - 1, 0,
-            nullptr};
+  const auto value = static_cast<uint8_t>(code.start.size());
+  const auto arg = static_cast<uint8_t>(param.arg < 0 ? 0 : param.arg);
+  const auto number = static_cast<uint16_t>(index);
   const bool is_float = param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64;
-  if (is_float) {
-    slot.is_constant = param.arg < 0;
-    slot.bits = float_bits(param.kind, param.constant);
-  } else if (param.value.is_constant()) {
-    int64_t value = 0;
-    param.value.evaluate(Call{}, value);
-    HD_CHECK_BUNDLE(param.kind == ParamKind::kPtr || fits_kind(param.kind, value), record_.kernel, ": param ", index,
-                    " is ", value, ", which does not fit ", kParamKindNames[static_cast<size_t>(param.kind)]);
-    slot.is_constant = param.kind != ParamKind::kPtr;
-    slot.bits = static_cast<uint64_t>(value);
-  } else {
-    slot.expr = &param.value;
+  int64_t constant = 0;
+  if (is_float && param.arg < 0) {
+    code.start.push_back(float_bits(param.kind, param.constant));
+    return;
   }
-  return slot;
+  if (is_float || !param.value.is_constant()) {
+    code.computed.push_back({value, arg, number, param.kind, param.align - 1, is_float ? nullptr : &param.value});
+  } else {
+    param.value.evaluate(Call{}, constant);
+    if (param.kind == ParamKind::kPtr)
+      code.pointers.push_back({value, arg, number, param.align - 1});
+    else
+      HD_CHECK_BUNDLE(fits_kind(param.kind, constant), record_.kernel, ": param ", index, " is ", constant,
+                      ", which does not fit ", kParamKindNames[static_cast<size_t>(param.kind)]);
+  }
+  code.start.push_back(static_cast<uint64_t>(constant));
+}
+
+/// Constant dimensions are set once; one that is out of range is left to `fill`, which refuses it.
+void CubinLauncher::add_grid(Code& code) const {
+  for (uint32_t i = 0; i < 3; ++i) {
+    int64_t size = 0;
+    const bool set = record_.grid[i].is_constant() && record_.grid[i].evaluate(Call{}, size) && size >= 1 &&
+                     size <= (i ? kMaxGridYZ : code.max_grid_x);
+    if (set)
+      code.config.grid[i] = static_cast<uint32_t>(size) * (i ? 1 : code.cluster);
+    else
+      code.dynamic_grid |= 1u << i;
+  }
 }
 
 void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver, const FindFunction& find_function,
@@ -91,15 +106,18 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
     // With kMaxParams above, this also bounds what `fill` writes.
     HD_CHECK_BUNDLE(i == 0 || cubin.params[i] > cubin.params[i - 1], cubin.file, ": takes param ", cubin.params[i],
                     " after ", cubin.params[i - 1], "; params ascend");
-    code.slots.push_back(make_slot(cubin.params[i]));
+    add_param(code, cubin.params[i]);
   }
   std::vector<uint32_t> param_bytes;
-  for (const Slot& slot : code.slots) param_bytes.push_back(kParamBytes[static_cast<size_t>(slot.kind)]);
+  for (const uint32_t index : cubin.params)
+    param_bytes.push_back(kParamBytes[static_cast<size_t>(record_.params[index].kind)]);
   param_bytes.insert(param_bytes.end(), kHiddenPointers, sizeof(void*));
+  code.start.insert(code.start.end(), kHiddenPointers, 0);
   code.function = find_function(cubin, param_bytes);
   code.cluster = cluster;
   code.max_grid_x = kMaxGridX / cluster;
-  code.config = {{1, 1, 1}, {32 * cubin.num_warps, 1, 1}, cubin.shared_bytes, nullptr, nullptr, 0};
+  code.config = {{1, 1, 1}, {32 * cubin.num_warps, 1, 1}, cubin.shared_bytes, nullptr, code.attributes.data(), 0};
+  add_grid(code);
   const auto attribute = [&code](LaunchAttributeId id) -> LaunchAttribute& {
     LaunchAttribute& made = code.attributes[code.config.attribute_count++];
     made.id = id;
@@ -120,13 +138,14 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
   if (cluster > kPortableCluster)
     HD_DRIVER(driver, driver.function_set(code.function, kFunctionNonPortableCluster, 1),
               "cuFuncSetAttribute(NON_PORTABLE_CLUSTER_SIZE_ALLOWED)", what);
-  check_params(driver, code, cubin);
+  check_params(driver, code, cubin, param_bytes);
 }
 
 /// Holds the sizes that the loaded code declares against the record: the last defence against ABI drift.
-void CubinLauncher::check_params(const Driver& driver, const Code& code, const Cubin& cubin) {
+void CubinLauncher::check_params(const Driver& driver, const Code& code, const Cubin& cubin,
+                                 const std::vector<uint32_t>& param_bytes) {
   if (!driver.function_param_info) return;
-  const size_t count = code.slots.size() + kHiddenPointers;
+  const size_t count = param_bytes.size();
   for (size_t i = 0; i <= count; ++i) {
     size_t offset = 0;
     size_t bytes = 0;
@@ -136,12 +155,32 @@ void CubinLauncher::check_params(const Driver& driver, const Code& code, const C
                       " parameters of its record; rebuild the bundle");
       continue;
     }
-    const uint32_t wanted = i < code.slots.size() ? kParamBytes[static_cast<size_t>(code.slots[i].kind)] : 8;
     HD_CHECK_BUNDLE(result == kCudaSuccess, cubin.file, ": the code has ", i, " parameters; its record has ", count,
                     "; rebuild the bundle");
-    HD_CHECK_BUNDLE(bytes == wanted, cubin.file, ": parameter ", i, " of the code has ", bytes,
-                    " bytes; its record says ", wanted, "; rebuild the bundle");
+    HD_CHECK_BUNDLE(bytes == param_bytes[i], cubin.file, ": parameter ", i, " of the code has ", bytes,
+                    " bytes; its record says ", param_bytes[i], "; rebuild the bundle");
   }
+}
+
+/// The parameters that are neither constant nor plain pointers.
+LaunchResult CubinLauncher::compute(const Call& call, const Code& code, Block& block) const noexcept {
+  for (const Computed& item : code.computed) {
+    uint64_t& value = block.values[item.value];
+    if (!item.expr) {
+      value = float_bits(item.kind, call.scalars[item.arg]);
+      continue;
+    }
+    int64_t computed = 0;
+    if (HD_UNLIKELY(!item.expr->evaluate(call, computed))) return {LaunchStatus::kParam, item.param};
+    value = static_cast<uint64_t>(computed);  // little-endian: the driver copies the low bytes
+    if (item.kind == ParamKind::kPtr) {
+      value += call.tensors[item.arg].data;
+      if (HD_UNLIKELY(value & item.mask)) return {LaunchStatus::kAlign, item.param};
+    } else if (HD_UNLIKELY(!fits_kind(item.kind, computed))) {
+      return {LaunchStatus::kParam, item.param};
+    }
+  }
+  return {LaunchStatus::kLaunched, 0};
 }
 
 LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block) const noexcept {
@@ -149,51 +188,37 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
   if (HD_UNLIKELY(m < record_.m_min || m > record_.m_max)) return {LaunchStatus::kMRange, 0};
   const Code& code = codes_[static_cast<size_t>(class_of(m))];
   if (HD_UNLIKELY(!code.config.block[0])) return {LaunchStatus::kClass, 0};
+  // 1. guards
   for (size_t i = 0; i < record_.guards.size(); ++i) {
     int64_t holds = 0;
     if (HD_UNLIKELY(!record_.guards[i].expr.evaluate(call, holds) || !holds))
       return {LaunchStatus::kGuard, static_cast<int32_t>(i)};
   }
-  uint32_t count = 0;
-  for (const Slot& slot : code.slots) {
-    uint64_t& value = block.values[count];
-    block.params[count++] = &value;
-    if (slot.kind == ParamKind::kPtr) {
-      uint64_t offset = slot.bits;
-      if (HD_UNLIKELY(slot.expr != nullptr)) {
-        int64_t computed = 0;
-        if (!slot.expr->evaluate(call, computed)) return {LaunchStatus::kParam, slot.param};
-        offset = static_cast<uint64_t>(computed);
-      }
-      value = call.tensors[slot.arg].data + offset;
-      if (HD_UNLIKELY(value & slot.mask)) return {LaunchStatus::kAlign, slot.param};
-    } else if (slot.is_constant) {
-      value = slot.bits;
-    } else if (slot.expr) {
-      int64_t computed = 0;
-      if (HD_UNLIKELY(!slot.expr->evaluate(call, computed) || !fits_kind(slot.kind, computed)))
-        return {LaunchStatus::kParam, slot.param};
-      value = static_cast<uint64_t>(computed);  // little-endian: the driver copies the low bytes
-    } else {
-      value = float_bits(slot.kind, call.scalars[slot.arg]);
-    }
+  // 2. parameters
+  const size_t count = code.start.size();
+  for (size_t i = 0; i < count; ++i) {
+    block.values[i] = code.start[i];
+    block.params[i] = &block.values[i];
   }
-  for (uint32_t i = 0; i < kHiddenPointers; ++i) {
-    block.values[count] = 0;
-    block.params[count] = &block.values[count];
-    ++count;
+  for (const Pointer& pointer : code.pointers) {
+    uint64_t& value = block.values[pointer.value];
+    value += call.tensors[pointer.arg].data;
+    if (HD_UNLIKELY(value & pointer.mask)) return {LaunchStatus::kAlign, pointer.param};
   }
+  const LaunchResult computed = compute(call, code, block);
+  if (HD_UNLIKELY(computed.status != LaunchStatus::kLaunched)) return computed;
+  // 3. grid
   block.config = code.config;
   block.config.stream = stream;
-  block.config.attributes = code.attributes.data();
-  for (uint32_t i = 0; i < 3; ++i) {
+  block.function = code.function;
+  for (uint32_t left = code.dynamic_grid; left; left &= left - 1) {
+    const auto i = static_cast<uint32_t>(std::countr_zero(left));
     int64_t size = 0;
     if (HD_UNLIKELY(!record_.grid[i].evaluate(call, size) || size < 1 || size > (i ? kMaxGridYZ : code.max_grid_x)))
       return {LaunchStatus::kGrid, static_cast<int32_t>(i)};
-    block.config.grid[i] = static_cast<uint32_t>(size);
+    // max_grid_x clusters of blocks do not overflow
+    block.config.grid[i] = static_cast<uint32_t>(size) * (i ? 1 : code.cluster);
   }
-  block.config.grid[0] *= code.cluster;  // max_grid_x clusters of blocks do not overflow
-  block.function = code.function;
   return {LaunchStatus::kLaunched, 0};
 }
 

@@ -67,27 +67,38 @@ class CubinLauncher {
   LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
 
  private:
-  struct Slot {  ///< one parameter of one cubin, ready to evaluate
-    ParamKind kind;
+  struct Pointer {  ///< a pointer with a constant offset: nearly every pointer
+    uint8_t value;  ///< index in Block::values
     uint8_t arg;
-    bool is_constant;
-    uint16_t param;    ///< index in record_.params
-    uint64_t mask;     ///< kPtr: align - 1
-    uint64_t bits;     ///< of a constant; of a pointer: the constant byte offset
-    const Expr* expr;  ///< null where `bits` says it all
+    uint16_t param;  ///< index in record_.params
+    uint64_t mask;   ///< align - 1
+  };
+  struct Computed {  ///< any other parameter that is not constant
+    uint8_t value;
+    uint8_t arg;
+    uint16_t param;
+    ParamKind kind;
+    uint64_t mask;
+    const Expr* expr;  ///< null: the float argument itself
   };
   struct Code {  ///< one class of M, ready to launch
     CUfunction function = nullptr;
-    uint32_t cluster = 1;    ///< blocks along the first dimension
-    int64_t max_grid_x = 0;  ///< in clusters
-    std::vector<Slot> slots;
+    uint32_t cluster = 1;         ///< blocks along the first dimension
+    int64_t max_grid_x = 0;       ///< in clusters
+    uint32_t dynamic_grid = 0;    ///< bit i: grid dimension i is evaluated per call
+    std::vector<uint64_t> start;  ///< what `values` starts from: constants, pointers' offsets, hidden pointers
+    std::vector<Pointer> pointers;
+    std::vector<Computed> computed;
     LaunchConfig config{};
     std::array<LaunchAttribute, 4> attributes{};
   };
 
   void prepare(const Cubin& cubin, Code& code, const Driver& driver, const FindFunction& find_function, bool pdl);
-  Slot make_slot(uint32_t index) const;
-  static void check_params(const Driver& driver, const Code& code, const Cubin& cubin);
+  void add_param(Code& code, uint32_t index) const;
+  void add_grid(Code& code) const;
+  LaunchResult compute(const Call& call, const Code& code, Block& block) const noexcept;
+  static void check_params(const Driver& driver, const Code& code, const Cubin& cubin,
+                           const std::vector<uint32_t>& param_bytes);
 
   Record record_;
   LaunchFn launch_;

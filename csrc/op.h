@@ -86,6 +86,8 @@ class Op {
     bool is_row_strided;
     bool is_mutated;
     bool is_one_element;
+    uint8_t symbol[kMaxRank];  ///< a dimension's size is factor * sizes[symbol]; sizes[kSymbols] is 1
+    int64_t factor[kMaxRank];
   };
   struct Check {  ///< one dimension to compare, flattened over the tensors
     uint8_t arg;
@@ -99,13 +101,15 @@ class Op {
   };
 
   bool bind_symbols(Call& call) const noexcept;
-  static bool accept_strides(const TensorRule& rule, TensorView& view) noexcept;
+  template <uint32_t kRank>
+  static bool accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) noexcept;
 
   uint16_t id_;
   std::string name_;
   std::string schema_;
   std::vector<ArgSpec> args_;
   std::vector<Variant> variants_;
+  std::vector<uint64_t> signatures_;  ///< of the variants, side by side
   std::vector<TensorRule> tensors_;
   std::vector<ScalarRule> scalars_;
   std::vector<Check> binders_;  ///< the occurrences that bind
