@@ -4,13 +4,14 @@
 #   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, dispatch, load, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
-# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C). OUT receives logs and results; the
-# end of each log is printed.
+# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), revision (git's, for the results).
+# OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
 shift 2
 cd "$(dirname "$0")/.."
 site=$(mktemp -d)
+export HDISPATCH_REVISION="${HDISPATCH_REVISION:-$(cat "$carry/revision" 2>/dev/null)}"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HDISPATCH_BUNDLE="$carry/bundle"
 [ -f "$carry/helion.tar.xz" ] && tar xJf "$carry/helion.tar.xz" -C "$site" &
 vllm=()
