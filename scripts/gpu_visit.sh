@@ -15,7 +15,7 @@ export HDISPATCH_REVISION="${HDISPATCH_REVISION:-$(cat "$carry/revision" 2>/dev/
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HDISPATCH_BUNDLE="$carry/bundle"
 [ -f "$carry/helion.tar.xz" ] && tar xJf "$carry/helion.tar.xz" -C "$site" &
 vllm=()
-[ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); }
+[ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
 status=0
