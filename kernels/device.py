@@ -1,4 +1,4 @@
-"""Arithmetic that the Helion kernels share; called from device code, so every function here is inlined into the kernel.
+"""What the Helion kernels share; called from device code, so every function here is inlined into the kernel.
 
 Triton's `/` on float32 is good to 2 ulp only. The division here is IEEE's, at the price of one approximate reciprocal per
 row: with r = 1/s correctly rounded, `q = x*r; q + (x - q*s)*r` is x/s correctly rounded when each `a*b + c` rounds once.
@@ -8,7 +8,22 @@ compiler contracts to it).
 
 from __future__ import annotations
 
+import os
+
+import helion.language as hl
 import torch
+
+#: Helion's interpreter runs the kernels as plain Python on the CPU, where there is nothing to release.
+INTERPRETED = os.environ.get("HELION_INTERPRET") == "1"
+
+
+def release_dependents() -> None:
+    """Let the next kernel begin to launch: it waits for all that this one writes, but its prologue need not.
+
+    Called where a program has read its inputs. `hl.pdl_launch_dependents` stands at a kernel's entry or exit only.
+    """
+    if not INTERPRETED:
+        hl.inline_triton("tl.extra.cuda.gdc_launch_dependents()", args=(), output_like=None)
 
 
 def row_scale(absmax: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ import helion
 import helion.language as hl
 import torch
 
-from ..device import clamp_rows, divide_rows, row_scale
+from ..device import clamp_rows, divide_rows, release_dependents, row_scale
 
 
 # 64-bit offsets: Helion's own check against 2**31 counts elements and does not see a row stride; here they cost 3 registers.
@@ -19,14 +19,15 @@ def dynamic_per_token_scaled_fp8_quant(
 ) -> None:
     m, k = input.size()
     k = hl.specialize(k)
-    # At entry, the only place that Helion offers besides the exit. Whoever is launched early waits for this kernel's end.
     hl.pdl_wait()
-    hl.pdl_launch_dependents()
     for rows in hl.tile(m):
         x = input[rows, :].to(torch.float32)
+        if scale_ub is not None:
+            bound = hl.load(scale_ub, [0])
+        release_dependents()
         absmax = torch.amax(torch.abs(x), dim=-1)
         if scale_ub is not None:
-            absmax = torch.minimum(absmax, hl.load(scale_ub, [0]))
+            absmax = torch.minimum(absmax, bound)
         s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:

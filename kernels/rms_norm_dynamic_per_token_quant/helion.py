@@ -6,10 +6,10 @@ import helion
 import helion.language as hl
 import torch
 
-from ..device import clamp_rows, divide_rows, row_scale
+from ..device import clamp_rows, divide_rows, release_dependents, row_scale
 
 
-# 64-bit offsets and the place of the pdl calls: see dynamic_per_token_scaled_fp8_quant.
+# 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
 @helion.kernel(static_shapes=False, index_dtype=torch.int64)
 def rms_norm_dynamic_per_token_quant(
     result: torch.Tensor,
@@ -25,16 +25,19 @@ def rms_norm_dynamic_per_token_quant(
     # A row of weights per row: loaded as a matrix, they get the input's layout in registers, and no exchange is needed.
     weights = weight.as_strided((m, k), (0, 1))
     hl.pdl_wait()
-    hl.pdl_launch_dependents()
     for rows in hl.tile(m):
         x = input[rows, :].to(torch.float32)
         if residual is not None:
             x = x + residual[rows, :].to(torch.float32)
+        w = weights[rows, :]
+        if scale_ub is not None:
+            bound = hl.load(scale_ub, [0])
+        release_dependents()
         rstd = torch.rsqrt(torch.sum(x * x, dim=-1) * (1.0 / k) + epsilon)
-        y = ((x * rstd[:, None]).to(input.dtype) * weights[rows, :]).to(torch.float32)
+        y = ((x * rstd[:, None]).to(input.dtype) * w).to(torch.float32)
         absmax = torch.amax(torch.abs(y), dim=-1)
         if scale_ub is not None:
-            absmax = torch.minimum(absmax, hl.load(scale_ub, [0]))
+            absmax = torch.minimum(absmax, bound)
         s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:

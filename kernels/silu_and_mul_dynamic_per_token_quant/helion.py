@@ -6,10 +6,10 @@ import helion
 import helion.language as hl
 import torch
 
-from ..device import clamp_rows, divide_rows, row_scale
+from ..device import clamp_rows, divide_rows, release_dependents, row_scale
 
 
-# 64-bit offsets and the place of the pdl calls: see dynamic_per_token_scaled_fp8_quant.
+# 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
 # fast_math and exp2: the division and the exponential of silu become one instruction each, still good to a few ulp. The
 # division by the scale stays exact: see `divide_rows`.
 @helion.kernel(static_shapes=False, index_dtype=torch.int64, fast_math=True)
@@ -22,14 +22,16 @@ def silu_and_mul_dynamic_per_token_quant(
     m, n = result.size()
     n = hl.specialize(n)
     hl.pdl_wait()
-    hl.pdl_launch_dependents()
     for rows in hl.tile(m):
         gate = input[rows, 0:n].to(torch.float32)
         up = input[rows, n : 2 * n].to(torch.float32)
+        if scale_ub is not None:
+            bound = hl.load(scale_ub, [0])
+        release_dependents()
         x = gate / (1.0 + torch.exp2(gate * -1.4426950408889634)) * up
         absmax = torch.amax(torch.abs(x), dim=-1)
         if scale_ub is not None:
-            absmax = torch.minimum(absmax, hl.load(scale_ub, [0]))
+            absmax = torch.minimum(absmax, bound)
         s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:

@@ -6,15 +6,19 @@ Twice: evaluated here in Python, and by the C++ core through the null driver.
 from __future__ import annotations
 
 import queue
+import re
 import struct
+import subprocess
 import threading
 from collections import defaultdict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hdispatch
 import pytest
 import torch
+import triton
 from hdispatch.build import build, pool
 from hdispatch.build.expr import evaluate
 from hdispatch.build.trace import FLOAT_HINT
@@ -205,3 +209,17 @@ def check_launch(case: Case, m: int, expected: dict[str, Any]) -> None:
     assert (launch["block"], launch["shared"]) == ((32 * code["num_warps"], 1, 1), code["shared_bytes"]), where
     attributes = [launch[name] for name in ("pdl", "cooperative")] + [list(launch["cluster"])]
     assert attributes == [code["pdl"], code["cooperative"], code["cluster"]], where
+
+
+def test_code_waits_then_reads_then_releases(bundle):
+    """Programmatic dependent launch in the machine code: nothing is read or written before the wait, and the dependents are
+    released after the last read. (ACQBULK and PREEXIT are griddepcontrol.wait and .launch_dependents.)"""
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    manifest, _ = read_bundle(bundle)
+    names = {c["file"] for r in manifest["records"] if r["backend"] == "helion" for c in r["cubins"].values() if c["pdl"]}
+    assert names
+    for name in sorted(names):
+        listing = subprocess.run([disassembler, bundle / name], capture_output=True, text=True, check=True).stdout
+        steps = re.findall(r"\b(ACQBULK|PREEXIT|LDG|STG|LDL|STL)\b", listing)
+        order = "".join({"ACQBULK": "w", "PREEXIT": "r", "LDG": "l", "STG": "s"}.get(step, "!") for step in steps)
+        assert re.fullmatch(r"wl+rs+", order), f"{name}: {' '.join(steps)}"
