@@ -44,7 +44,7 @@ class CubinLauncher {
   /// Checks the record's limits (kBundle) and prepares every cubin. `pdl` = false leaves the PDL attribute out.
   CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl = true);
 
-  CubinLauncher(const CubinLauncher&) = delete;  // `Slot::expr` points into `record_`
+  CubinLauncher(const CubinLauncher&) = delete;  // `codes_` points into `record_` and into itself
   CubinLauncher& operator=(const CubinLauncher&) = delete;
 
   /// Tests the guards, evaluates grid and parameters, launches. The context of `stream` is current.

@@ -43,7 +43,7 @@ HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatc
     Runtime::describe(op, call, outcome, found);  // throws kDriver
   OpCounters& counters = op.counters();
   {
-    const std::string reason = Runtime::reason(op, call, outcome, found);
+    const std::string reason = Runtime::reason(outcome, found);
     const std::lock_guard lock(counters.mutex);
     ++counters.misses[reason];
   }

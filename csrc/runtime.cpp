@@ -29,6 +29,24 @@ HD_COLD bool enter(const DeviceTable& table) noexcept {
   return table.driver->context_push(table.context) == kCudaSuccess;
 }
 
+/// A table's context is current while this lives. Not as long as its builder: Python may keep that, in a traceback say,
+/// and torch would go on in the wrong context.
+class ContextScope {
+ public:
+  explicit ContextScope(const DeviceTable& table) : driver_(*table.driver) {
+    HD_DRIVER(driver_, driver_.context_push(table.context), "cuCtxPushCurrent", "loading a bundle");
+  }
+  ~ContextScope() {
+    CUcontext popped = nullptr;
+    driver_.context_pop(&popped);
+  }
+  ContextScope(const ContextScope&) = delete;
+  ContextScope& operator=(const ContextScope&) = delete;
+
+ private:
+  const Driver& driver_;
+};
+
 std::string print_row(const Op& op, const Row& row, const Ladder& ladder) {
   const uint16_t bucket = key_bucket(row.key);
   const bool last = bucket + 1u == ladder.size();
@@ -121,7 +139,7 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
   return Outcome::kLaunched;
 }
 
-std::string Runtime::reason(const Op&, const Call&, Outcome outcome, const Dispatch& found) {
+std::string Runtime::reason(Outcome outcome, const Dispatch& found) {
   switch (outcome) {
     case Outcome::kNoTable:
       return "no table";
@@ -249,18 +267,15 @@ TableBuilder::TableBuilder(int device, int device_count, bool pdl)
   HD_DRIVER(driver_, driver_.init(0), "cuInit", what);
   HD_DRIVER(driver_, driver_.device_get(&handle, device), "cuDeviceGet", what);
   HD_DRIVER(driver_, driver_.primary_context_retain(&made_->context, handle), "cuDevicePrimaryCtxRetain", what);
-  HD_DRIVER(driver_, driver_.context_push(made_->context), "cuCtxPushCurrent", what);
   made_->only_device = device_count <= 1;
 }
 
 TableBuilder::~TableBuilder() {
   // Only what was never published is unloaded: a captured graph may hold the rest.
-  if (made_)
-    for (const auto& [file, module] : modules_) driver_.module_unload(module);
-  if (&driver_ != &null_driver()) {
-    CUcontext popped = nullptr;
-    driver_.context_pop(&popped);
-  }
+  if (!made_ || driver_.context_push(made_->context) != kCudaSuccess) return;
+  for (const auto& [file, module] : modules_) driver_.module_unload(module);
+  CUcontext popped = nullptr;
+  driver_.context_pop(&popped);
 }
 
 void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
@@ -272,6 +287,7 @@ void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
 void TableBuilder::add_module(const std::string& file, std::span<const char> image) {
   HD_CHECK(made_, kPublished);
   HD_CHECK_BUNDLE(!modules_.contains(file), file, " is added twice");
+  const ContextScope scope(*made_);
   CUmodule module = nullptr;
   HD_DRIVER(driver_, driver_.module_load(&module, image.data()), "cuModuleLoadData", file);
   modules_[file] = module;
@@ -293,6 +309,7 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
 
 uint32_t TableBuilder::add_record(Record record) {
   HD_CHECK(made_, kPublished);
+  const ContextScope scope(*made_);
   made_->launchers.push_back(std::make_unique<CubinLauncher>(
       std::move(record), driver_,
       [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {

@@ -16,7 +16,7 @@ import torch
 
 from . import _C
 from .errors import HdispatchError
-from .opspec import OpSpec, TensorArg, parse_dim
+from .opspec import OpSpec, TensorArg, dtype_name, parse_dim
 
 _SPECS: dict[str, OpSpec] = {}
 _OPS: dict[str, _C.Op] = {}
@@ -31,7 +31,7 @@ def define(spec: OpSpec) -> _C.Op:
         raise HdispatchError(f"op {spec.name!r} is defined already")
     if spec.name in globals():
         raise HdispatchError(f"op {spec.name!r} would hide hdispatch.ops.{spec.name}")
-    variants = [(v.name, {arg: _dtype_name(dtype) for arg, dtype in v.dtypes.items()}) for v in spec.variants()]
+    variants = list(spec.variant_dtypes().items())
     op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, spec.reference)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
@@ -75,10 +75,6 @@ def spec(name: str) -> OpSpec:
     return _SPECS[name]
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _describe(spec: OpSpec, arg: object) -> dict[str, object]:
     """An argument as the C++ door takes it."""
     if not isinstance(arg, TensorArg):
@@ -88,7 +84,7 @@ def _describe(spec: OpSpec, arg: object) -> dict[str, object]:
         "kind": "tensor",
         "name": arg.name,
         "dims": [dim if isinstance(dim, int) else parse_dim(dim) for dim in arg.dims],
-        "dtypes": [_dtype_name(dtype) for dtype in source.dtypes if not isinstance(dtype, str)],
+        "dtypes": [dtype_name(dtype) for dtype in source.dtypes if not isinstance(dtype, str)],
         "mutated": arg.mutated,
         "optional": arg.optional,
         "row_strided": arg.row_strided,

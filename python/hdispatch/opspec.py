@@ -145,10 +145,14 @@ class OpSpec:
             for choice in itertools.product(*(alternatives for _, alternatives in free)):
                 chosen = {name: dtype for (name, _), dtype in zip(free, choice, strict=True)}
                 dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
-                varied = [str(chosen[name]).removeprefix("torch.") for name, alternatives in free if len(alternatives) > 1]
+                varied = [dtype_name(chosen[name]) for name, alternatives in free if len(alternatives) > 1]
                 name = "+".join(["-".join(varied) or "any", *(o for o in optional if o not in none)])
                 found.append(Variant(name, {n: d for n, d in dtypes.items() if n not in none}, none))
         return found
+
+    def variant_dtypes(self) -> dict[str, dict[str, str]]:
+        """Every variant as manifests and the C++ door have it: name -> argument -> dtype name, absent arguments missing."""
+        return {v.name: {arg: dtype_name(dtype) for arg, dtype in v.dtypes.items()} for v in self.variants()}
 
     def variant(self, name: str) -> Variant:
         """The variant of that name."""
@@ -164,6 +168,11 @@ class OpSpec:
 
 def _symbols(arg: TensorArg) -> set[str]:
     return {parse_dim(dim)[1] for dim in arg.dims if isinstance(dim, str)}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`torch.bfloat16` -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def parse_dim(dim: str) -> tuple[int, str]:

@@ -107,13 +107,12 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
                 f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
             )
         spec = ops.spec(name)
-        variants = {v.name: {a: str(d).removeprefix("torch.") for a, d in v.dtypes.items()} for v in spec.variants()}
-        if entry["schema"] != spec.schema() or not entry["variants"].items() <= variants.items():
+        if entry["schema"] != spec.schema() or not entry["variants"].items() <= spec.variant_dtypes().items():
             raise BundleError(
                 f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} "
                 "with other variants or arguments; rebuild"
             )
-        found[name] = getattr(ops, name)
+        found[name] = ops.get(name)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}
     try:
@@ -139,10 +138,10 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. `reset` starts again from zero after reading.
     """
-    found = {name: _C.stats(getattr(ops, name)) for name in ops.names()}
+    found = {name: _C.stats(ops.get(name)) for name in ops.names()}
     if reset:
         for name in found:
-            _C.reset_stats(getattr(ops, name))
+            _C.reset_stats(ops.get(name))
     return found
 
 

@@ -66,10 +66,7 @@ Served dispatch(const Op& op, Call call) {
 
 std::string reason(const Op& op, Call call) {
   const Served served = dispatch(op, call);
-  uint16_t variant = 0;
-  DeviceSlot slot = kNoSlot;
-  CHECK(op.bind(call, variant, slot));
-  return Runtime::reason(op, call, served.outcome, served.found);
+  return Runtime::reason(served.outcome, served.found);
 }
 
 std::string described(const Op& op, Call call) {

@@ -102,7 +102,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Rows for every variant, K and bucket."""
     contents = files()
-    every = {v.name: {a: str(d).removeprefix("torch.") for a, d in v.dtypes.items()} for v in SPEC.variants()}
+    every = SPEC.variant_dtypes()
     return {
         "schema_version": SCHEMA_VERSION,
         "hdispatch": hdispatch.__version__,

@@ -8,6 +8,7 @@ import shutil
 
 import hdispatch
 import pytest
+import torch
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME
 
 from .test_ops import OPS, make, run_and_check
@@ -58,6 +59,20 @@ def test_refused_bundles_change_nothing(bundle, bundle_dir, tmp_path, change, er
         hdispatch.load(folder)
     with hdispatch.strict():
         run_and_check(OPS[0], make(OPS[0], "bfloat16", hdispatch.ops.spec(OPS[0]).shapes[0], 7), "after a refused load")
+
+
+def test_a_refused_load_leaves_the_thread_on_its_device(bundle_dir, tmp_path):
+    """Also while the error, and with it everything that was on the way, is still held."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two CUDA devices, there is {torch.cuda.device_count()}")
+    folder = shutil.copytree(bundle_dir, tmp_path / "changed")
+    rewrite(folder, lambda manifest: wrong_function(folder, manifest))
+    with torch.cuda.device(0):
+        with pytest.raises(hdispatch.DriverError) as held:
+            hdispatch.load(folder, device=1)
+        assert torch.cuda.current_device() == 0
+        assert torch.ones(4, device="cuda").device.index == 0
+        assert "CUDA_ERROR_NOT_FOUND" in str(held.value)
 
 
 def test_bundle_for_another_gpu_serves_the_null_driver(bundle_dir, tmp_path):

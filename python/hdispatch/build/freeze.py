@@ -71,13 +71,7 @@ def freeze(
 
 def op_entry(spec: OpSpec) -> OpEntry:
     """An op as a manifest has it."""
-    return {
-        "schema": spec.schema(),
-        "ladder": list(spec.ladder),
-        "variants": {
-            v.name: {arg: str(dtype).removeprefix("torch.") for arg, dtype in v.dtypes.items()} for v in spec.variants()
-        },
-    }
+    return {"schema": spec.schema(), "ladder": list(spec.ladder), "variants": spec.variant_dtypes()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
