@@ -13,6 +13,8 @@ namespace hdispatch {
 inline constexpr uint32_t kMaxArgs = 16;  ///< of an op; a signature is 16 nibbles
 inline constexpr uint32_t kMaxRank = 4;   ///< of a tensor argument
 
+inline constexpr uint32_t kMaxDerived = 4;  ///< quotients of symbols among an op's dimensions
+
 /// The symbols that dimensions are written in. M is bucketed, K and N are exact.
 enum Symbol : uint8_t { kM = 0, kK = 1, kN = 2, kSymbols = 3 };
 
@@ -33,8 +35,10 @@ struct TensorView {
 
 struct Call {
   TensorView tensors[kMaxArgs];  ///< by argument index; entries of scalars are not set
-  double scalars[kMaxArgs];      ///< by argument index
-  int64_t sizes[kSymbols + 1];   ///< M, K, N, and 1 for sizes that are literal; set by Op::bind
+  double scalars[kMaxArgs];      ///< by argument index; floats
+  int64_t integers[kMaxArgs];    ///< by argument index; integers and flags; 1 for a given argument that is served as None only
+  /// M, K, N; 1 for sizes that are literal; then the op's quotients. Set by Op::bind.
+  int64_t sizes[kSymbols + 1 + kMaxDerived];
 };
 
 }  // namespace hdispatch

@@ -45,6 +45,10 @@ CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunc
   for (const Param& param : record_.params)
     HD_CHECK_BUNDLE(std::has_single_bit(param.align), record_.kernel, ": alignment ", param.align,
                     " is not a power of two");
+  for (const Param& param : record_.params)
+    makers_.push_back(param.kind == ParamKind::kTensorMap
+                          ? std::make_unique<const TensorMapMaker>(record_.kernel, param, driver)
+                          : nullptr);
   bool any = false;
   for (uint32_t i = 0; i < kMClasses; ++i) {
     if (record_.cubins[i].file.empty()) continue;
@@ -64,6 +68,11 @@ void CubinLauncher::add_param(Code& code, uint32_t index) const {
   const auto number = static_cast<uint16_t>(index);
   const bool is_float = param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64;
   int64_t constant = 0;
+  if (param.kind == ParamKind::kTensorMap) {
+    code.maps.push_back({value, number, makers_[index].get()});
+    code.start.push_back(0);  // its place among the parameters; `make_maps` points it at the map
+    return;
+  }
   if (is_float && param.arg < 0) {
     code.start.push_back(float_bits(param.kind, param.constant));
     return;
@@ -108,6 +117,8 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
                     " after ", cubin.params[i - 1], "; params ascend");
     add_param(code, cubin.params[i]);
   }
+  HD_CHECK_BUNDLE(code.maps.size() <= kMaxTensorMaps, cubin.file, ": takes ", code.maps.size(),
+                  " tensor maps; a kernel takes at most ", kMaxTensorMaps);
   std::vector<uint32_t> param_bytes;
   for (const uint32_t index : cubin.params)
     param_bytes.push_back(kParamBytes[static_cast<size_t>(record_.params[index].kind)]);
@@ -183,6 +194,21 @@ LaunchResult CubinLauncher::compute(const Call& call, const Code& code, Block& b
   return {LaunchStatus::kLaunched, 0};
 }
 
+/// The parameters that are TMA descriptors.
+LaunchResult CubinLauncher::make_maps(const Call& call, const Code& code, Block& block) const noexcept {
+  TensorMap* out = block.maps;
+  for (const Map& map : code.maps) {
+    block.params[map.value] = out;
+    if (HD_LIKELY(map.maker->make(call, *out++))) continue;
+    const Param& param = record_.params[map.param];
+    int64_t offset = 0;
+    const bool misaligned = param.value.evaluate(call, offset) &&
+                            ((call.tensors[param.arg].data + static_cast<uintptr_t>(offset)) & (param.align - 1));
+    return {misaligned ? LaunchStatus::kAlign : LaunchStatus::kMap, map.param};
+  }
+  return {LaunchStatus::kLaunched, 0};
+}
+
 LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block) const noexcept {
   const int64_t m = call.sizes[kM];
   if (HD_UNLIKELY(m < record_.m_min || m > record_.m_max)) return {LaunchStatus::kMRange, 0};
@@ -207,6 +233,10 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
   }
   const LaunchResult computed = compute(call, code, block);
   if (HD_UNLIKELY(computed.status != LaunchStatus::kLaunched)) return computed;
+  if (HD_UNLIKELY(!code.maps.empty())) {
+    const LaunchResult made = make_maps(call, code, block);
+    if (made.status != LaunchStatus::kLaunched) return made;
+  }
   // 3. grid
   block.config = code.config;
   block.config.stream = stream;
@@ -244,6 +274,8 @@ std::string CubinLauncher::reason(const LaunchResult& result) const {
       return text("guard: ", record_.params[index].name, " is ", record_.params[index].align, "-byte aligned");
     case LaunchStatus::kParam:
       return text("guard: param ", index, " fits its type");
+    case LaunchStatus::kMap:
+      return text("guard: ", record_.params[index].name, " fits a TMA descriptor");
     case LaunchStatus::kGrid:
       return text("guard: grid dimension ", index, " is within the GPU's limits");
     default:
@@ -263,6 +295,7 @@ std::string CubinLauncher::describe(const LaunchResult& result, const Call& call
     out +=
         text(", its address ", Hex{address}, " is ", address & (param.align - 1), " past a multiple of ", param.align);
   }
+  if (result.status == LaunchStatus::kMap) out += ", " + makers_[index]->objection(call);
   return out + ")";
 }
 

@@ -8,11 +8,13 @@
 #include <array>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "driver.h"
 #include "record.h"
+#include "tensor_map.h"
 
 namespace hdispatch {
 
@@ -24,6 +26,7 @@ enum class LaunchStatus : uint8_t {
   kGuard,   ///< guard number `detail` is false or has no value
   kAlign,   ///< the pointer of param number `detail` is not aligned
   kParam,   ///< the value of param number `detail` does not exist or does not fit its type
+  kMap,     ///< param number `detail` is a TMA descriptor that cannot be
   kGrid,    ///< a grid dimension is below 1 or above the GPU's limit
   kDriver,  ///< `detail` is the CUresult
 };
@@ -36,6 +39,7 @@ struct LaunchResult {
 class CubinLauncher {
  public:
   static constexpr uint32_t kMaxParams = 64;      ///< of a kernel, the hidden ones included
+  static constexpr uint32_t kMaxTensorMaps = 8;   ///< among them
   static constexpr uint32_t kHiddenPointers = 2;  ///< Triton's global and profile scratch, passed as null
 
   /// How the launcher gets a function: the cubin and the sizes of its parameters, hidden ones included -> handle.
@@ -63,6 +67,7 @@ class CubinLauncher {
     CUfunction function;
     uint64_t values[kMaxParams];
     void* params[kMaxParams];
+    TensorMap maps[kMaxTensorMaps];
   };
   LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
 
@@ -81,6 +86,11 @@ class CubinLauncher {
     uint64_t mask;
     const Expr* expr;  ///< null: the float argument itself
   };
+  struct Map {  ///< a TMA descriptor
+    uint8_t value;
+    uint16_t param;
+    const TensorMapMaker* maker;
+  };
   struct Code {  ///< one class of M, ready to launch
     CUfunction function = nullptr;
     uint32_t cluster = 1;         ///< blocks along the first dimension
@@ -89,6 +99,7 @@ class CubinLauncher {
     std::vector<uint64_t> start;  ///< what `values` starts from: constants, pointers' offsets, hidden pointers
     std::vector<Pointer> pointers;
     std::vector<Computed> computed;
+    std::vector<Map> maps;
     LaunchConfig config{};
     std::array<LaunchAttribute, 4> attributes{};
   };
@@ -97,11 +108,13 @@ class CubinLauncher {
   void add_param(Code& code, uint32_t index) const;
   void add_grid(Code& code) const;
   LaunchResult compute(const Call& call, const Code& code, Block& block) const noexcept;
+  LaunchResult make_maps(const Call& call, const Code& code, Block& block) const noexcept;
   static void check_params(const Driver& driver, const Code& code, const Cubin& cubin,
                            const std::vector<uint32_t>& param_bytes);
 
   Record record_;
   LaunchFn launch_;
+  std::vector<std::unique_ptr<const TensorMapMaker>> makers_;  ///< by param; null for those that are no map
   std::array<Code, kMClasses> codes_;
 };
 

@@ -50,6 +50,7 @@ Library open_library() {
   resolve(handle, d.module_function, "cuModuleGetFunction", missing);
   resolve(handle, d.function_get, "cuFuncGetAttribute", missing);
   resolve(handle, d.function_set, "cuFuncSetAttribute", missing);
+  resolve(handle, d.tensor_map_encode, "cuTensorMapEncodeTiled", missing);
   resolve(handle, d.function_param_info, "cuFuncGetParamInfo", nullptr);
   resolve(handle, d.function_load, "cuFuncLoad", nullptr);
   return library;
@@ -115,6 +116,43 @@ CUresult accept_null(Out* out, Args...) {
   return kCudaSuccess;
 }
 
+/// The documented rules of cuTensorMapEncodeTiled without interleaving, except those between sizes and strides.
+bool is_encodable(int type, uint32_t rank, uintptr_t address, const uint64_t* dims, const uint64_t* strides,
+                  const uint32_t* box, const uint32_t* element_strides, int swizzle) {
+  constexpr uint64_t kBytes[] = {1, 2, 4, 4, 8, 8, 2, 4, 8, 2, 4, 4, 4};
+  if (type < 0 || static_cast<size_t>(type) >= std::size(kBytes) || rank < 1 || rank > kMaxMapRank || address % 16)
+    return false;
+  for (uint32_t i = 0; i < rank; ++i) {
+    if (dims[i] < 1 || dims[i] > uint64_t{1} << 32 || box[i] < 1 || box[i] > 256 || element_strides[i] != 1)
+      return false;
+    if (i + 1 < rank && (strides[i] % 16 || strides[i] >= uint64_t{1} << 40)) return false;
+  }
+  const uint64_t inner = box[0] * kBytes[type];
+  return swizzle >= 0 && swizzle <= 3 && inner % 16 == 0 && (!swizzle || inner <= uint64_t{16} << swizzle);
+}
+
+CUresult null_encode(TensorMap* out, int type, uint32_t rank, void* address, const uint64_t* dims,
+                     const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides, int interleave,
+                     int swizzle, int l2_promotion, int fill) {
+  NullTensorMap map{};
+  map.magic = NullTensorMap::kMagic;
+  map.address = reinterpret_cast<uintptr_t>(address);
+  if (interleave != kMapInterleaveNone || l2_promotion != kMapL2Promotion128 ||
+      !is_encodable(type, rank, map.address, dims, strides, box, element_strides, swizzle))
+    return kCudaInvalidValue;
+  for (uint32_t i = 0; i < rank; ++i) {
+    map.dims[i] = dims[i];
+    map.box[i] = static_cast<uint16_t>(box[i]);
+    if (i + 1 < rank) map.strides[i] = strides[i];
+  }
+  map.type = static_cast<uint8_t>(type);
+  map.rank = static_cast<uint8_t>(rank);
+  map.swizzle = static_cast<uint8_t>(swizzle);
+  map.fill = static_cast<uint8_t>(fill);
+  std::memcpy(out, &map, sizeof map);
+  return kCudaSuccess;
+}
+
 CUresult null_text(CUresult, const char** out) {
   *out = "(null driver)";
   return kCudaSuccess;
@@ -141,6 +179,7 @@ const Driver& null_driver() {
       .module_function = accept_null<CUfunction, CUmodule, const char*>,
       .function_get = accept_null<int, int, CUfunction>,
       .function_set = accept<CUfunction, int, int>,
+      .tensor_map_encode = null_encode,
       .function_param_info = nullptr,
       .function_load = nullptr,
   };

@@ -64,6 +64,33 @@ enum FunctionAttribute : int {
   kFunctionNonPortableCluster = 14,
 };
 
+/// CUtensorMap: what a TMA descriptor says, in a form that only the driver and the GPU know.
+struct alignas(64) TensorMap {
+  uint64_t words[16];
+};
+static_assert(sizeof(TensorMap) == 128);
+
+/// CUtensorMapDataType
+enum TensorMapType : int {
+  kMapUInt8,
+  kMapUInt16,
+  kMapUInt32,
+  kMapInt32,
+  kMapUInt64,
+  kMapInt64,
+  kMapFloat16,
+  kMapFloat32,
+  kMapFloat64,
+  kMapBFloat16,
+  kMapFloat32Ftz,
+  kMapTFloat32,
+  kMapTFloat32Ftz,
+};
+
+/// Further constants of cuTensorMapEncodeTiled. Its swizzles of 0, 32, 64 and 128 bytes are 0, 1, 2, 3.
+enum TensorMapConstant : int { kMapInterleaveNone = 0, kMapL2Promotion128 = 2, kMapFillZero = 0, kMapFillNan = 1 };
+inline constexpr uint32_t kMaxMapRank = 5;
+
 using LaunchFn = CUresult (*)(const LaunchConfig*, CUfunction, void** params, void** extra);
 
 struct Driver {
@@ -84,6 +111,10 @@ struct Driver {
   CUresult (*module_function)(CUfunction*, CUmodule, const char*);
   CUresult (*function_get)(int*, int, CUfunction);
   CUresult (*function_set)(CUfunction, int, int);
+  /// cuTensorMapEncodeTiled. Dimensions innermost first; strides in bytes, one fewer.
+  CUresult (*tensor_map_encode)(TensorMap*, int type, uint32_t rank, void* address, const uint64_t* dims,
+                                const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
+                                int interleave, int swizzle, int l2_promotion, int fill);
   /// Both may be null: CUDA 12.4 has them, older drivers do not.
   CUresult (*function_param_info)(CUfunction, size_t, size_t*, size_t*);
   CUresult (*function_load)(CUfunction);
@@ -123,6 +154,22 @@ struct NullLaunch {
   std::vector<LaunchAttribute> attributes;
   std::vector<std::vector<uint8_t>> params;
 };
+
+/// What the null driver encodes: the arguments, readable. Unused entries are 0.
+struct NullTensorMap {
+  static constexpr uint64_t kMagic = 0x70616d2d6c6c756e;  ///< "null-map"
+  uint64_t magic;
+  uint64_t address;
+  uint64_t dims[kMaxMapRank];
+  uint64_t strides[kMaxMapRank - 1];
+  uint16_t box[kMaxMapRank];
+  uint8_t type;
+  uint8_t rank;
+  uint8_t swizzle;
+  uint8_t fill;
+  uint8_t reserved[26];
+};
+static_assert(sizeof(NullTensorMap) == sizeof(TensorMap));
 
 /// Starts or stops recording; starting forgets what was recorded. Any thread; launches of all threads are recorded.
 void null_record(bool on);

@@ -28,7 +28,7 @@ bool parse_dimension(std::string_view token, std::string_view& tensor, bool& str
 
 }  // namespace
 
-Expr::Expr(const std::vector<Token>& tokens, const FindTensor& find_tensor) {
+Expr::Expr(const std::vector<Token>& tokens, const FindArg& find_tensor, const FindArg& find_integer) {
   uint32_t depth = 0;
   for (const Token& token : tokens) {
     Step step{};
@@ -46,6 +46,8 @@ Expr::Expr(const std::vector<Token>& tokens, const FindTensor& find_tensor) {
         HD_CHECK_BUNDLE(index >= 0, "expression names \"", word, "\", but the op has no tensor \"", tensor, "\"");
         HD_CHECK_BUNDLE(dimension < kMaxRank, "expression names \"", word, "\"; dimensions are below ", kMaxRank);
         step = {stride ? Code::kStride : Code::kSize, static_cast<uint8_t>(index), static_cast<uint8_t>(dimension), 0};
+      } else if (const int argument = find_integer ? find_integer(word) : -1; argument >= 0) {
+        step = {Code::kInteger, static_cast<uint8_t>(argument), 0, 0};
       } else {
         size_t index = 0;
         while (index < std::size(kOperators) && kOperators[index] != word) ++index;
@@ -164,6 +166,9 @@ bool Expr::evaluate_code(const Call& call, int64_t& value) const noexcept {
         break;
       case Code::kStride:
         *top++ = call.tensors[step.tensor].strides[step.dimension];
+        break;
+      case Code::kInteger:
+        *top++ = call.integers[step.tensor];
         break;
       default:
         if (!apply(step.code, top[-2], top[-1], top[-2])) return false;

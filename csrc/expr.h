@@ -19,8 +19,8 @@ namespace hdispatch {
 /// One token of the manifest: an integer, a leaf's name or an operator.
 using Token = std::variant<int64_t, std::string>;
 
-/// Index of a tensor argument by name, or -1.
-using FindTensor = std::function<int(std::string_view)>;
+/// Index of an argument by name, or -1.
+using FindArg = std::function<int(std::string_view)>;
 
 class Expr {
  public:
@@ -28,7 +28,7 @@ class Expr {
 
   Expr() = default;
   /// Throws kBundle for an unknown token, an unbalanced expression or one deeper than kMaxDepth.
-  Expr(const std::vector<Token>& tokens, const FindTensor& find_tensor);
+  Expr(const std::vector<Token>& tokens, const FindArg& find_tensor, const FindArg& find_integer = nullptr);
 
   /// The value for this call; false if it has none.
   bool evaluate(const Call& call, int64_t& value) const noexcept {
@@ -64,6 +64,13 @@ class Expr {
       if (step.code == Code::kSize || step.code == Code::kStride) visit(step.tensor, step.dimension);
   }
 
+  /// Calls visit(argument) for every integer argument that the expression reads.
+  template <typename Visit>
+  void each_integer(Visit visit) const {
+    for (const Step& step : steps_)
+      if (step.code == Code::kInteger) visit(step.tensor);
+  }
+
  private:
   enum class Form : uint8_t {
     kConst,            ///< constant_
@@ -77,7 +84,8 @@ class Expr {
     kPush,
     kSymbol,
     kSize,
-    kStride,  // leaves
+    kStride,
+    kInteger,  // leaves
     kAdd,
     kSub,
     kMul,
@@ -96,7 +104,7 @@ class Expr {
   };
   struct Step {
     Code code;
-    uint8_t tensor;     ///< kSize, kStride
+    uint8_t tensor;     ///< kSize, kStride; the argument of kInteger
     uint8_t dimension;  ///< kSize, kStride; the symbol of kSymbol
     int64_t value;      ///< kPush
   };

@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "bench.h"
 #include "op_call.h"
+#include "override.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -39,45 +42,126 @@ DType to_dtype(const std::string& name) {
 
 // ---- ops ----
 
-Dim to_dim(const py::handle& dim) {
-  if (py::isinstance<py::int_>(dim)) return {dim.cast<int64_t>(), kSymbols, false};
-  const auto [factor, symbol] = dim.cast<std::pair<int64_t, std::string>>();
+uint8_t to_symbol(const std::string& symbol) {
   HD_CHECK_BUNDLE(symbol == "M" || symbol == "K" || symbol == "N", "dimension symbol \"", symbol,
                   "\" is not M, K or N");
-  return {factor, static_cast<uint8_t>(symbol == "M" ? kM : symbol == "K" ? kK : kN), false};
+  return static_cast<uint8_t>(symbol == "M" ? kM : symbol == "K" ? kK : kN);
 }
 
-ArgSpec to_arg(const py::dict& given) {
+/// (factor, symbol or None or "*", divisor: a number or an argument's name), as `opspec.parse_dim` gives it.
+Dim to_dim(const py::handle& given, const std::vector<std::string>& names) {
+  const auto [factor, symbol, divisor] = given.cast<std::tuple<int64_t, py::object, py::object>>();
+  Dim dim;
+  dim.factor = factor;
+  if (symbol.is_none()) return dim;
+  if (symbol.cast<std::string>() == "*") {
+    dim.any = true;
+    return dim;
+  }
+  dim.symbol = to_symbol(symbol.cast<std::string>());
+  if (py::isinstance<py::int_>(divisor)) {
+    dim.divisor = divisor.cast<int64_t>();
+    return dim;
+  }
+  const auto found = std::find(names.begin(), names.end(), divisor.cast<std::string>());
+  HD_CHECK_BUNDLE(found != names.end(), "a dimension is divided by ", divisor.cast<std::string>(),
+                  ", which is no argument");
+  dim.divisor_arg = static_cast<int>(found - names.begin());
+  return dim;
+}
+
+Layout to_layout(const std::string& name) {
+  constexpr std::string_view kNames[] = {"contiguous", "rows", "columns", "any"};
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  HD_CHECK_BUNDLE(found != std::end(kNames), "layout \"", name, "\" is not known");
+  return static_cast<Layout>(found - std::begin(kNames));
+}
+
+ArgKind to_kind(const std::string& name) {
+  constexpr std::string_view kNames[] = {"tensor", "float", "int", "bool", "none"};
+  const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
+  HD_CHECK_BUNDLE(found != std::end(kNames), "argument kind \"", name, "\" is not known");
+  return static_cast<ArgKind>(found - std::begin(kNames));
+}
+
+ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
   ArgSpec arg;
   arg.name = get<std::string>(given, "name");
-  arg.is_tensor = get<std::string>(given, "kind") == "tensor";
-  if (!arg.is_tensor) {
-    arg.minimum = get<double>(given, "minimum");
-    return arg;
+  arg.kind = to_kind(get<std::string>(given, "kind"));
+  if (arg.kind == ArgKind::kFloat) arg.minimum = get<double>(given, "minimum");
+  if (arg.kind == ArgKind::kInteger || arg.kind == ArgKind::kBool) {
+    arg.values = get<std::vector<int64_t>>(given, "values");
+    arg.least = get<int64_t>(given, "minimum");
+    arg.has_default = !given["default"].is_none();
+    if (arg.has_default) arg.default_value = get<int64_t>(given, "default");
   }
-  for (const auto& dim : get<py::list>(given, "dims")) arg.dims.push_back(to_dim(dim));
+  if (!arg.is_tensor()) return arg;
+  for (const auto& dim : get<py::list>(given, "dims")) arg.dims.push_back(to_dim(dim, names));
   for (const auto& dtype : get<std::vector<std::string>>(given, "dtypes")) arg.dtypes.push_back(to_dtype(dtype));
   arg.is_mutated = get<bool>(given, "mutated");
   arg.is_optional = get<bool>(given, "optional");
-  arg.is_row_strided = get<bool>(given, "row_strided");
+  arg.layout = to_layout(get<std::string>(given, "layout"));
+  arg.is_flat = get<bool>(given, "flat");
+  arg.is_broadcast = get<bool>(given, "broadcast");
+  arg.is_padded = get<bool>(given, "pad");
   return arg;
+}
+
+/// Nibble of argument `i` in a variant's signature: a dtype's name, or one of the argument's values.
+uint64_t to_nibble(const ArgSpec& arg, const py::handle& given) {
+  if (arg.is_tensor()) return static_cast<uint64_t>(to_dtype(given.cast<std::string>()));
+  const auto found = std::find(arg.values.begin(), arg.values.end(), given.cast<int64_t>());
+  HD_CHECK_BUNDLE(found != arg.values.end(), arg.name, " has no value ", given.cast<int64_t>());
+  return static_cast<uint64_t>(found - arg.values.begin()) + 1;
 }
 
 py::object define_op(const std::string& name, const std::string& schema, const py::list& args, const py::list& variants,
                      const py::object& fallback) {
+  std::vector<std::string> names;
+  for (const auto& arg : args) names.push_back(get<std::string>(arg.cast<py::dict>(), "name"));
   std::vector<ArgSpec> specs;
-  for (const auto& arg : args) specs.push_back(to_arg(arg.cast<py::dict>()));
+  for (const auto& arg : args) specs.push_back(to_arg(arg.cast<py::dict>(), names));
   std::vector<Variant> made;
   for (const auto& item : variants) {
-    const auto [variant_name, dtypes] = item.cast<std::pair<std::string, std::map<std::string, std::string>>>();
+    const auto [variant_name, given] = item.cast<std::pair<std::string, py::dict>>();
     Variant variant{variant_name, 0};
     for (size_t i = 0; i < specs.size(); ++i)
-      if (const auto dtype = dtypes.find(specs[i].name); dtype != dtypes.end())
-        variant.signature |= static_cast<uint64_t>(to_dtype(dtype->second)) << (4 * i);
+      if (given.contains(specs[i].name.c_str()))
+        variant.signature |= to_nibble(specs[i], given[specs[i].name.c_str()]) << (4 * i);
     made.push_back(std::move(variant));
   }
   const Op& op = Runtime::get().define_op(name, schema, std::move(specs), std::move(made));
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr())));
+}
+
+// ---- overrides ----
+
+/// The index of an argument; -1 for None.
+int find_arg(const Op& op, const std::optional<std::string>& name) {
+  if (!name) return -1;
+  for (size_t i = 0; i < op.args().size(); ++i)
+    if (op.args()[i].name == *name) return static_cast<int>(i);
+  fail(Fault::kInternal, op.name(), " has no argument ", *name);
+}
+
+/// (op, [(argument, form, flag or None)])
+Route to_route(const py::handle& given) {
+  const auto [op, rules] = given.cast<std::pair<py::object, py::list>>();
+  Route route{as_op(op).op, {}};
+  for (const auto& item : rules) {
+    const auto [arg, form, flag] = item.cast<std::tuple<std::string, std::string, std::optional<std::string>>>();
+    const auto* found = std::find(std::begin(kFormNames), std::end(kFormNames), form);
+    HD_CHECK(found != std::end(kFormNames), form);
+    route.rules.push_back({static_cast<uint8_t>(find_arg(*route.op, arg)), static_cast<Form>(found - kFormNames),
+                           find_arg(*route.op, flag)});
+  }
+  return route;
+}
+
+Override* override_op(const std::string& name, bool cuda, const py::list& routes, size_t given, size_t required) {
+  std::vector<Route> made;
+  for (const auto& route : routes) made.push_back(to_route(route));
+  return Override::make(name, cuda, std::move(made), given, required);
 }
 
 // ---- records ----
@@ -90,7 +174,30 @@ Expr to_expr(const py::handle& given, const Op& op) {
     else
       tokens.emplace_back(token.cast<std::string>());
   }
-  return Expr(tokens, [&op](std::string_view name) { return op.find_tensor(name); });
+  return Expr(
+      tokens, [&op](std::string_view name) { return op.find_tensor(name); },
+      [&op](std::string_view name) { return op.find_integer(name); });
+}
+
+std::vector<Expr> to_exprs(const py::list& given, const Op& op) {
+  std::vector<Expr> made;
+  for (const auto& tokens : given) made.push_back(to_expr(tokens, op));
+  return made;
+}
+
+TensorMapSpec to_tensor_map(const py::dict& given, const Op& op) {
+  const auto type = get<std::string>(given, "type");
+  const auto named = std::ranges::find(kTensorMapTypeNames, type);
+  HD_CHECK_BUNDLE(named != kTensorMapTypeNames.end(), "TMA descriptor of \"", type,
+                  "\", which is no type of its elements");
+  const auto fill = get<std::string>(given, "fill");
+  HD_CHECK_BUNDLE(fill == "zero" || fill == "nan", "TMA descriptor filled with \"", fill, "\"; it takes zero or nan");
+  return {static_cast<TensorMapType>(named - kTensorMapTypeNames.begin()),
+          to_exprs(get<py::list>(given, "shape"), op),
+          to_exprs(get<py::list>(given, "strides"), op),
+          get<std::vector<uint32_t>>(given, "box"),
+          get<uint32_t>(given, "swizzle"),
+          fill == "nan"};
 }
 
 Param to_param(const py::dict& given, const Op& op) {
@@ -100,19 +207,22 @@ Param to_param(const py::dict& given, const Op& op) {
   while (index < kParamKindNames.size() && kParamKindNames[index] != kind) ++index;
   HD_CHECK_BUNDLE(index < kParamKindNames.size(), "param kind \"", kind, "\" is not known");
   param.kind = static_cast<ParamKind>(index);
-  if (param.kind == ParamKind::kPtr) {
+  if (param.kind == ParamKind::kPtr || param.kind == ParamKind::kTensorMap) {
     const auto name = get<std::string>(given, "arg");
     param.arg = op.find_tensor(name);
     param.name = name;
     HD_CHECK_BUNDLE(param.arg >= 0, op.name(), " has no tensor argument \"", name, "\"");
     if (given.contains("align")) param.align = get<uint32_t>(given, "align");
     if (given.contains("offset")) param.value = to_expr(given["offset"], op);
+    if (param.kind == ParamKind::kPtr) return param;
+    param.align = 16;
+    param.map = to_tensor_map(get<py::dict>(given, "map"), op);
   } else if (param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64) {
     if (given.contains("const")) {
       param.constant = get<double>(given, "const");
     } else {
       const auto name = get<std::string>(given, "arg");
-      param.arg = op.find_scalar(name);
+      param.arg = op.find_float(name);
       HD_CHECK_BUNDLE(param.arg >= 0, op.name(), " has no float argument \"", name, "\"");
     }
   } else {
@@ -233,6 +343,16 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
         py::arg("fallback"));
+  py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
+      .def("undo", &Override::undo)
+      .def(
+          "make_door",
+          [](const Override& self, const py::object& otherwise) {
+            return py::reinterpret_steal<py::object>(self.make_door(otherwise.ptr()));
+          },
+          py::arg("otherwise"));
+  m.def("override_op", &override_op, py::arg("name"), py::arg("cuda"), py::arg("routes"), py::arg("given"),
+        py::arg("required"), py::return_value_policy::reference);
   py::class_<TableBuilder>(m, "TableBuilder")
       .def(py::init<int, int, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"))
       .def(

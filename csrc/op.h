@@ -5,6 +5,7 @@
 // false, `complain` walks the same rules in words and throws.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <limits>
@@ -18,30 +19,54 @@
 
 namespace hdispatch {
 
-/// One dimension of a tensor argument: `factor * symbol`, or exactly `factor` where symbol is kSymbols.
+/// One dimension of a tensor argument: `factor * symbol / divisor` rounded up; exactly `factor` where symbol is kSymbols.
 struct Dim {
   int64_t factor = 1;
   uint8_t symbol = kSymbols;
-  bool binds = false;  ///< this occurrence gives the symbol its value; all others are checked against it
+  bool binds = false;     ///< this occurrence gives the symbol its value; all others are checked against it
+  bool any = false;       ///< any size; nothing else is set
+  int64_t divisor = 1;    ///< or, with divisor_arg,
+  int divisor_arg = -1;   ///< the value of that integer argument
+};
+
+enum class ArgKind : uint8_t { kTensor, kFloat, kInteger, kBool, kNone };
+
+/// Which strides of a tensor are free. Those of dimensions of size <= 1 mean nothing.
+enum class Layout : uint8_t {
+  kContiguous,
+  kRows,     ///< the first dimension's; of a tensor that is written at least a row's width
+  kColumns,  ///< rank 2: the first dimension is contiguous, the second one's is free likewise
+  kAny,      ///< all
 };
 
 struct ArgSpec {
   std::string name;
-  bool is_tensor = true;
+  ArgKind kind = ArgKind::kTensor;
   // tensors
   std::vector<Dim> dims;
   std::vector<DType> dtypes;  ///< accepted by themselves; which combinations exist say the variants
   bool is_mutated = false;
   bool is_optional = false;
-  bool is_row_strided = false;  ///< the first dimension's stride is free; otherwise contiguous
-  // scalars: a finite float of at least
+  Layout layout = Layout::kContiguous;
+  bool is_flat = false;       ///< rank 1: a contiguous tensor of any rank with as many elements
+  bool is_broadcast = false;  ///< with is_flat: one element serves too, as a tensor of stride 0
+  bool is_padded = false;     ///< lower ranks get dimensions of size 1 after the first
+  // floats: finite and at least
   double minimum = -std::numeric_limits<double>::infinity();
+  // integers and flags
+  int64_t least = INT64_MIN;
+  std::vector<int64_t> values;  ///< compiled in: any other is a miss; empty: all are served
+  int64_t default_value = 0;
+  bool has_default = false;
+
+  bool is_tensor() const noexcept { return kind == ArgKind::kTensor; }
 };
 
 /// One combination of dtypes and absent optional arguments. Its index in Op::variants is the key's.
 struct Variant {
   std::string name;
-  uint64_t signature = 0;  ///< DType of argument i in bits 4i..4i+3; 0 for scalars and absent tensors
+  /// Nibble i is of argument i: the DType of a tensor, 0 if it is absent; 1 + the position of a compiled-in value; else 0.
+  uint64_t signature = 0;
 };
 
 /// What one op has done since the start. Hits are counted lock-free; the rest is off the hot path.
@@ -53,21 +78,34 @@ struct OpCounters {
   std::map<std::string, uint64_t> misses;  ///< by reason
 };
 
+/// What `Op::bind` finds.
+enum class Bound : uint8_t {
+  kYes,
+  kWrong,     ///< an argument breaks a rule: Op::complain says which
+  kUnserved,  ///< nothing is wrong, but no variant has the values that are given
+};
+
 class Op {
  public:
   /// Throws kBundle if the declaration cannot be dispatched. `id` is unique in the process.
   Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
 
-  /// Checks the call and sets call.sizes. False: something is wrong with an argument; see `complain`.
-  /// `slot` is where all tensors live. Strides of dimensions of size <= 1 are made those of a contiguous tensor.
-  bool bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept;
+  /// Checks the call and sets call.sizes. `slot` is where all tensors live. Views become what the declaration says:
+  /// flattened, padded, broadcast; strides of dimensions of size <= 1 are made those of a contiguous tensor.
+  Bound bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept;
 
   /// Throws kCaller with the first rule that the call breaks: the argument, what it got and what it takes.
   [[noreturn]] void complain(const Call& call) const;
+  /// The values that no variant has, in words.
+  std::string unserved(const Call& call) const;
 
   int find_tensor(std::string_view name) const noexcept;  ///< argument index or -1
-  int find_scalar(std::string_view name) const noexcept;
+  int find_float(std::string_view name) const noexcept;
+  int find_integer(std::string_view name) const noexcept;
   int find_variant(std::string_view name) const noexcept;
+
+  /// Whether a tensor carries the size; if none does it is 0 in every key.
+  bool has(Symbol symbol) const noexcept { return has_[symbol]; }
 
   uint16_t id() const noexcept { return id_; }
   const std::string& name() const noexcept { return name_; }
@@ -83,24 +121,43 @@ class Op {
   struct TensorRule {
     uint8_t arg;
     uint8_t rank;
-    bool is_row_strided;
+    uint8_t free_strides;  ///< bit d: dimension d's
+    uint8_t any_sizes;     ///< bit d: dimension d's
     bool is_mutated;
     bool is_one_element;
+    bool is_columns;
+    bool is_broadcast;
     uint8_t symbol[kMaxRank];  ///< a dimension's size is factor * sizes[symbol]; sizes[kSymbols] is 1
     int64_t factor[kMaxRank];
   };
   struct Check {  ///< one dimension to compare, flattened over the tensors
     uint8_t arg;
     uint8_t dimension;
-    uint8_t symbol;  ///< kSymbols: the size is `factor`
+    uint8_t symbol;  ///< index in Call::sizes
     int64_t factor;
+  };
+  struct Derived {  ///< Call::sizes[kSymbols + 1 + i] = factor * sizes[symbol] / divisor, rounded up
+    uint8_t symbol;
+    int64_t factor;
+    int64_t divisor;
+    int divisor_arg;
   };
   struct ScalarRule {
     uint8_t arg;
     double minimum;
   };
+  struct Reshape {  ///< a tensor that is flattened, or padded to `rank`
+    uint8_t arg;
+    uint8_t rank;
+    bool is_flat;
+  };
 
+  void add_tensor(uint8_t index, const std::array<int, kSymbols>& binders);
+  uint8_t derive(const Dim& dim);
+  bool reshape(Call& call) const noexcept;
   bool bind_symbols(Call& call) const noexcept;
+  bool bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const noexcept;
+  bool bind_scalars(const Call& call, uint64_t& signature) const noexcept;
   template <uint32_t kRank>
   static bool accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) noexcept;
 
@@ -109,9 +166,13 @@ class Op {
   std::string schema_;
   std::vector<ArgSpec> args_;
   std::vector<Variant> variants_;
+  std::array<bool, kSymbols> has_{};
   std::vector<uint64_t> signatures_;  ///< of the variants, side by side
   std::vector<TensorRule> tensors_;
+  std::vector<Reshape> reshapes_;
+  std::vector<Derived> derived_;
   std::vector<ScalarRule> scalars_;
+  std::vector<uint8_t> integers_;  ///< integers, flags and what is served as None only
   std::vector<Check> binders_;  ///< the occurrences that bind
   std::vector<Check> checks_;   ///< all others
   std::vector<uint8_t> mutated_;

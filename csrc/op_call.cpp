@@ -4,6 +4,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
 
 #include <structmember.h>
@@ -30,28 +31,13 @@ PyObject* error_classes[5];  // by Fault; owned
 
 // ---- serving ----
 
-/// In-place writes that autograd cannot see still bump the version counters, as torch's own in-place ops do.
-void bump_version(const at::Tensor& tensor) {
-  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
-  if (!impl->is_inference()) impl->bump_version();
-}
-
 /// The miss: counts it and throws in strict mode. Returns if the fallback is to run.
 HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome == Outcome::kRefused && found.result.status == LaunchStatus::kDriver)
     Runtime::describe(op, call, outcome, found);  // throws kDriver
-  OpCounters& counters = op.counters();
-  {
-    const std::string reason = Runtime::reason(outcome, found);
-    const std::lock_guard lock(counters.mutex);
-    ++counters.misses[reason];
-  }
-  if (strict_mode.load(std::memory_order_relaxed)) fail(Fault::kMiss, Runtime::describe(op, call, outcome, found));
-  counters.fallbacks.fetch_add(1, std::memory_order_relaxed);
+  count_miss(op, Runtime::reason(outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
 }
-
-bool is_done(Outcome outcome) { return outcome == Outcome::kLaunched || outcome == Outcome::kEmpty; }
 
 // ---- the vectorcall door ----
 
@@ -85,9 +71,23 @@ HD_COLD double take_number(const Op& op, const ArgSpec& arg, PyObject* object) {
   fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes a float");
 }
 
+/// An integer, a flag, or whether an argument that is served as None only is given.
+int64_t take_integer(const Op& op, const ArgSpec& arg, PyObject* object) {
+  if (arg.kind == ArgKind::kNone) return object != Py_None;
+  if (HD_LIKELY(PyBool_Check(object)) && arg.kind == ArgKind::kBool) return object == Py_True;
+  if (HD_LIKELY(arg.kind == ArgKind::kInteger && PyLong_Check(object) && !PyBool_Check(object))) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    if (overflow) fail(Fault::kCaller, op.name(), ": ", arg.name, " is an int that 64 bits do not hold");
+    return value;
+  }
+  fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes ",
+       arg.kind == ArgKind::kBool ? "a bool" : "an int");
+}
+
 HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
   for (size_t i = 0; i < op.args().size(); ++i)
-    if (op.args()[i].is_tensor && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
+    if (op.args()[i].is_tensor() && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
       requires_grad(op, op.args()[i]);
 }
 
@@ -102,7 +102,7 @@ HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
 HD_COLD PyObject* call_torch(const OpObject* self, PyObject* const* args) {
   const Op& op = *self->op;
   for (size_t i = 0; i < op.args().size(); ++i)
-    if (op.args()[i].is_tensor && args[i] != Py_None && !THPVariable_Check(args[i]) &&
+    if (op.args()[i].is_tensor() && args[i] != Py_None && !THPVariable_Check(args[i]) &&
         !PyObject_HasAttrString(args[i], "__torch_function__"))
       fail(Fault::kCaller, op.name(), ": ", op.args()[i].name, " is a ", Py_TYPE(args[i])->tp_name,
            "; it takes a tensor");
@@ -154,12 +154,13 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
   const Runtime& runtime = Runtime::get();
   for (DeviceSlot slot = 0; slot < kMaxSlots; ++slot) {
     const DeviceTable* table = runtime.table(slot);
-    if (!table || op.id() >= table->ladders.size() || !table->ladders[op.id()].size()) continue;
+    const OpRows* rows = table ? table->rows_of(op) : nullptr;
+    if (!rows) continue;
     if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
     const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
                              static_cast<uint32_t>(given[2]),
-                             static_cast<uint16_t>(table->ladders[op.id()].bucket(given[0])), kDeviceClass);
-    const Row* row = table->table.find(key);
+                             static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
+    const Row* row = table->find(*rows, key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
   }
@@ -179,6 +180,16 @@ PyObject* repr(PyObject* self) {
 
 // ---- the torch door ----
 
+/// A scalar as torch's dispatcher has it.
+inline void take_value(const ArgSpec& arg, const c10::IValue& value, Call& call, size_t i) {
+  if (arg.kind == ArgKind::kFloat)
+    call.scalars[i] = value.toDouble();
+  else if (arg.kind == ArgKind::kNone)
+    call.integers[i] = !value.isNone();
+  else
+    call.integers[i] = value.isBool() ? value.toBool() : value.toInt();
+}
+
 /// One op in torch's dispatcher, for one dispatch key. torch owns it.
 class BoxedOp : public c10::OperatorKernel {
  public:
@@ -192,15 +203,7 @@ class BoxedOp : public c10::OperatorKernel {
     const size_t count = op().args().size();
     const c10::IValue* values = stack.data() + (stack.size() - count);
     Call call;
-    for (size_t i = 0; i < count; ++i) {
-      const ArgSpec& arg = op().args()[i];
-      if (!arg.is_tensor)
-        call.scalars[i] = values[i].toDouble();
-      else if (values[i].isNone() || !values[i].toTensor().defined())
-        call.tensors[i].dtype = DType::kNone;
-      else
-        view_of(values[i].toTensor(), arg.is_mutated, call.tensors[i]);
-    }
+    fill_call(op(), values, count, call);
     Dispatch found;
     const Outcome outcome = Runtime::get().dispatch(op(), call, current_stream, found);
     if (HD_UNLIKELY(!is_done(outcome))) {
@@ -208,8 +211,7 @@ class BoxedOp : public c10::OperatorKernel {
       fall_back(values);
       return;
     }
-    for (const uint8_t i : op().mutated())
-      if (values[i].isTensor() && values[i].toTensor().defined()) bump_version(values[i].toTensor());
+    bump_versions(op(), values);
   }
 
   const OpObject* self_;
@@ -220,12 +222,7 @@ class BoxedOp : public c10::OperatorKernel {
     std::vector<pybind11::object> args;
     std::vector<PyObject*> pointers;
     for (size_t i = 0; i < op().args().size(); ++i) {
-      if (values[i].isTensor() && values[i].toTensor().defined())
-        args.push_back(pybind11::reinterpret_steal<pybind11::object>(THPVariable_Wrap(values[i].toTensor())));
-      else if (values[i].isDouble())
-        args.push_back(pybind11::float_(values[i].toDouble()));
-      else
-        args.push_back(pybind11::none());
+      args.push_back(pybind11::reinterpret_steal<pybind11::object>(torch::jit::toPyObject(values[i]).release()));
       pointers.push_back(args.back().ptr());
     }
     PyObject* result = call_fallback(self_, pointers.data());
@@ -285,9 +282,9 @@ class MetaKernel final : public BoxedOp {
     for (size_t i = 0; i < op().args().size(); ++i) {
       const ArgSpec& arg = op().args()[i];
       TensorView& view = call.tensors[i];
-      if (!arg.is_tensor) {
-        is_known = is_known && values[i].isDouble();
-        call.scalars[i] = is_known ? values[i].toDouble() : 0;
+      if (!arg.is_tensor()) {
+        is_known = is_known && !values[i].isSymInt() && !values[i].isSymFloat() && !values[i].isSymBool();
+        if (is_known) take_value(arg, values[i], call, i);
       } else if (!values[i].isTensor() || !values[i].toTensor().defined()) {
         view.dtype = DType::kNone;
       } else {
@@ -302,7 +299,7 @@ class MetaKernel final : public BoxedOp {
     }
     uint16_t variant = 0;
     DeviceSlot slot = kNoSlot;
-    if (is_known && !op().bind(call, variant, slot)) op().complain(call);
+    if (is_known && op().bind(call, variant, slot) == Bound::kWrong) op().complain(call);
   }
 };
 
@@ -347,6 +344,24 @@ void set_python_error() noexcept {
   }
 }
 
+namespace {
+/// A Python int that is never freed, for defaults: the arguments of a call are borrowed.
+PyObject* small_int(int64_t value) {
+  static auto* made = new std::map<int64_t, PyObject*>;
+  PyObject*& object = (*made)[value];
+  if (!object) object = PyLong_FromLongLong(value);
+  if (!object) throw python_error();
+  return object;
+}
+}  // namespace
+
+PyObject* default_argument(const ArgSpec& arg) {
+  if (arg.kind == ArgKind::kNone || (arg.is_tensor() && arg.is_optional)) return Py_None;
+  if (!arg.has_default) return nullptr;
+  if (arg.kind == ArgKind::kBool) return arg.default_value ? Py_True : Py_False;
+  return small_int(arg.default_value);
+}
+
 std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional,
                                         PyObject* keyword_names) {
   const std::vector<ArgSpec>& specs = op.args();
@@ -366,20 +381,21 @@ std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, siz
     all[i] = args[positional + static_cast<size_t>(k)];
   }
   for (size_t i = 0; i < specs.size(); ++i) {
-    if (!all[i] && specs[i].is_tensor && specs[i].is_optional) all[i] = Py_None;
+    if (!all[i]) all[i] = default_argument(specs[i]);
     if (!all[i]) fail(Fault::kCaller, op.name(), ": argument \"", specs[i].name, "\" is missing: ", op.schema());
   }
   return all;
 }
 
-bool fill_call(const Op& op, PyObject* const* args, Call& call) {
-  bool grad = false;
+bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad) {
   const std::vector<ArgSpec>& specs = op.args();
   for (size_t i = 0; i < specs.size(); ++i) {
     const ArgSpec& arg = specs[i];
     PyObject* object = args[i];
-    if (arg.is_tensor) {
+    if (arg.is_tensor()) {
       if (HD_UNLIKELY(take_tensor(object, arg, call.tensors[i], grad))) return false;
+    } else if (arg.kind != ArgKind::kFloat) {
+      call.integers[i] = take_integer(op, arg, object);
     } else if (HD_LIKELY(PyFloat_CheckExact(object))) {
       call.scalars[i] = PyFloat_AS_DOUBLE(object);
     } else if (PyFloat_Check(object)) {
@@ -388,8 +404,46 @@ bool fill_call(const Op& op, PyObject* const* args, Call& call) {
       call.scalars[i] = take_number(op, arg, object);
     }
   }
+  return true;
+}
+
+bool fill_call(const Op& op, PyObject* const* args, Call& call) {
+  bool grad = false;
+  if (HD_UNLIKELY(!read_arguments(op, args, call, grad))) return false;
   if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) refuse_grad(op, args);
   return true;
+}
+
+void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call) {
+  const std::vector<ArgSpec>& specs = op.args();
+  for (size_t i = 0; i < specs.size(); ++i) {
+    const ArgSpec& arg = specs[i];
+    if (HD_UNLIKELY(i >= given)) {  // absent
+      call.integers[i] = arg.default_value;
+      call.tensors[i].dtype = DType::kNone;
+    } else if (!arg.is_tensor()) {
+      take_value(arg, values[i], call, i);
+    } else if (values[i].isNone() || !values[i].toTensor().defined()) {
+      call.tensors[i].dtype = DType::kNone;
+    } else {
+      view_of(values[i].toTensor(), arg.is_mutated, call.tensors[i]);
+    }
+  }
+}
+
+void bump_versions(const Op& op, const c10::IValue* values) {
+  for (const uint8_t i : op.mutated())
+    if (values[i].isTensor() && values[i].toTensor().defined()) bump_version(values[i].toTensor());
+}
+
+void count_miss(const Op& op, const std::string& reason, const std::function<std::string()>& describe) {
+  OpCounters& counters = op.counters();
+  {
+    const std::lock_guard lock(counters.mutex);
+    ++counters.misses[reason];
+  }
+  if (strict_mode.load(std::memory_order_relaxed)) fail(Fault::kMiss, describe());
+  counters.fallbacks.fetch_add(1, std::memory_order_relaxed);
 }
 
 PyObject* make_op_type() {

@@ -12,9 +12,15 @@
 #include <Python.h>
 
 #include <atomic>
+#include <functional>
+#include <string>
 #include <vector>
 
 #include "runtime.h"
+
+namespace c10 {
+struct IValue;
+}
 
 namespace hdispatch {
 
@@ -44,7 +50,23 @@ void load_error_classes();
 std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional,
                                         PyObject* keyword_names);
 
-/// Fills a Call from Python arguments; false if one of them needs the torch door. Throws kCaller for a wrong type.
+/// What an argument is where it is left out, borrowed; null if it must be given.
+PyObject* default_argument(const ArgSpec& arg);
+
+/// Fills a Call from all arguments, as Python gives them; false if one of them needs the torch door. Throws kCaller for a
+/// wrong type. `grad` becomes true if a tensor requires grad.
+bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad);
+/// The same; throws kCaller for a tensor that requires grad while grad mode is on.
 bool fill_call(const Op& op, PyObject* const* args, Call& call);
+/// The same from the first `given` arguments, as torch's dispatcher has them; the others have defaults.
+void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call);
+
+/// Writes that autograd cannot see still bump the version counters, as torch's own in-place ops do.
+void bump_versions(const Op& op, const c10::IValue* values);
+
+inline bool is_done(Outcome outcome) noexcept { return outcome == Outcome::kLaunched || outcome == Outcome::kEmpty; }
+
+/// Counts a miss. In strict mode throws kMiss with `describe()`; else the fallback is to run.
+void count_miss(const Op& op, const std::string& reason, const std::function<std::string()>& describe);
 
 }  // namespace hdispatch

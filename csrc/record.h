@@ -8,22 +8,39 @@
 #include <string>
 #include <vector>
 
+#include "driver.h"
 #include "expr.h"
 
 namespace hdispatch {
 
-enum class ParamKind : uint8_t { kPtr, kI1, kI8, kI16, kI32, kI64, kF32, kF64 };
+enum class ParamKind : uint8_t { kPtr, kI1, kI8, kI16, kI32, kI64, kF32, kF64, kTensorMap };
 
-inline constexpr std::array<std::string_view, 8> kParamKindNames = {"ptr", "i1",  "i8",  "i16",
-                                                                    "i32", "i64", "f32", "f64"};
-inline constexpr std::array<uint32_t, 8> kParamBytes = {8, 1, 1, 2, 4, 8, 4, 8};
+inline constexpr std::array<std::string_view, 9> kParamKindNames = {"ptr", "i1",  "i8",  "i16",       "i32",
+                                                                    "i64", "f32", "f64", "tensor_map"};
+inline constexpr std::array<uint32_t, 9> kParamBytes = {8, 1, 1, 2, 4, 8, 4, 8, sizeof(TensorMap)};
+
+/// The manifest's names of element types, by TensorMapType.
+inline constexpr std::array<std::string_view, 13> kTensorMapTypeNames = {
+    "uint8",   "uint16",  "uint32",   "int32",       "uint64",   "int64",       "float16",
+    "float32", "float64", "bfloat16", "float32_ftz", "tfloat32", "tfloat32_ftz"};
+
+/// What a TMA descriptor says besides the address. Outermost dimension first; the innermost one's stride is 1.
+struct TensorMapSpec {
+  TensorMapType type = kMapUInt8;
+  std::vector<Expr> shape;    ///< elements
+  std::vector<Expr> strides;  ///< elements; one fewer
+  std::vector<uint32_t> box;  ///< elements
+  uint32_t swizzle = 0;       ///< bytes: 0, 32, 64 or 128
+  bool fill_nan = false;      ///< what is outside reads as NaN, else as 0
+};
 
 struct Param {
   ParamKind kind = ParamKind::kPtr;
-  int arg = -1;         ///< kPtr: tensor argument; kF32, kF64: scalar argument or -1 for `constant`
-  uint32_t align = 1;   ///< kPtr: the address is a multiple of this; a power of two
-  Expr value;           ///< kPtr: byte offset; integers: the value
+  int arg = -1;         ///< kPtr, kTensorMap: tensor argument; kF32, kF64: scalar argument or -1 for `constant`
+  uint32_t align = 1;   ///< kPtr: the address is a multiple of this; a power of two; kTensorMap: always 16
+  Expr value;           ///< kPtr, kTensorMap: byte offset; integers: the value
   double constant = 0;  ///< kF32, kF64 with arg < 0
+  TensorMapSpec map;    ///< kTensorMap
   std::string name;     ///< of the argument, for messages; empty where it is computed
 };
 

@@ -50,7 +50,11 @@ class ContextScope {
 std::string print_row(const Op& op, const Row& row, const Ladder& ladder) {
   const uint16_t bucket = key_bucket(row.key);
   const bool last = bucket + 1u == ladder.size();
-  return text("(", op.variants()[key_variant(row.key)].name, ", K=", key_k(row.key), ", N=", key_n(row.key), ", M ",
+  const auto size = [&op](uint32_t value, Symbol symbol) {
+    return value || !op.has(symbol) ? std::to_string(value) : std::string("any");
+  };
+  return text("(", op.variants()[key_variant(row.key)].name, ", K=", size(key_k(row.key), kK),
+              ", N=", size(key_n(row.key), kN), ", M ",
               ladder.first(bucket), "..", last ? "" : std::to_string(ladder.edge(bucket)), ")");
 }
 
@@ -71,7 +75,7 @@ std::string nearest_rows(const Op& op, const Call& call, const Dispatch& found) 
   std::set<std::tuple<uint16_t, uint32_t, uint32_t>> named;
   for (const Row* row : rows) {
     if (!named.insert({key_variant(row->key), key_k(row->key), key_n(row->key)}).second) continue;
-    out += (out.empty() ? "" : ", ") + print_row(op, *row, found.table->ladders[op.id()]);
+    out += (out.empty() ? "" : ", ") + print_row(op, *row, found.table->ops[op.id()].ladder);
     if (named.size() == 3) break;
   }
   return out;
@@ -108,16 +112,16 @@ const Op* Runtime::find_op(std::string_view name) const noexcept {
 Outcome Runtime::lookup(const Op& op, Call& call, Dispatch& found) const noexcept {
   uint16_t variant = 0;
   DeviceSlot slot = kNoSlot;
-  if (HD_UNLIKELY(!op.bind(call, variant, slot))) return Outcome::kBadCall;
+  const Bound bound = op.bind(call, variant, slot);
+  if (HD_UNLIKELY(bound != Bound::kYes)) return bound == Bound::kWrong ? Outcome::kBadCall : Outcome::kUnserved;
   found.key = make_key(op.id(), variant, static_cast<uint32_t>(call.sizes[kK]), static_cast<uint32_t>(call.sizes[kN]),
                        0, kDeviceClass);
   if (HD_UNLIKELY(call.sizes[kM] == 0)) return Outcome::kEmpty;
   found.table = table(slot);
-  if (HD_UNLIKELY(!found.table || op.id() >= found.table->ladders.size())) return Outcome::kNoTable;
-  const Ladder& ladder = found.table->ladders[op.id()];
-  if (HD_UNLIKELY(!ladder.size())) return Outcome::kNoTable;
-  found.key.word0 |= uint64_t{ladder.bucket(call.sizes[kM])} << 32;
-  found.row = found.table->table.find(found.key);
+  const OpRows* rows = HD_LIKELY(found.table != nullptr) ? found.table->rows_of(op) : nullptr;
+  if (HD_UNLIKELY(!rows)) return Outcome::kNoTable;
+  found.key.word0 |= uint64_t{rows->ladder.bucket(call.sizes[kM])} << 32;
+  found.row = found.table->find(*rows, found.key);
   return HD_LIKELY(found.row != nullptr) ? Outcome::kLaunched : Outcome::kNoRow;
 }
 
@@ -145,6 +149,8 @@ std::string Runtime::reason(Outcome outcome, const Dispatch& found) {
       return "no table";
     case Outcome::kNoRow:
       return "no row";
+    case Outcome::kUnserved:
+      return "no variant";
     case Outcome::kRefused:
       return found.row->launcher->reason(found.result);
     default:
@@ -153,6 +159,8 @@ std::string Runtime::reason(Outcome outcome, const Dispatch& found) {
 }
 
 std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  if (outcome == Outcome::kUnserved)
+    return text(op.name(), ": no variant has these values: ", op.unserved(call), "; leave strict mode to use the fallback");
   const std::string shape = print_shape(op, call, found);
   switch (outcome) {
     case Outcome::kNoTable:
@@ -165,7 +173,7 @@ std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, c
         driver_failed(*found.table->driver, found.result.detail, "cuLaunchKernelEx",
                       text(shape, ", row ", found.row->index, ", ", found.row->launcher->record().kernel));
       return text(shape, ": ", found.row->launcher->describe(found.result, call), " of row ", found.row->index, " ",
-                  print_row(op, *found.row, found.table->ladders[op.id()]));
+                  print_row(op, *found.row, found.table->ops[op.id()].ladder));
     default:
       return shape;
   }
@@ -175,12 +183,13 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   Dispatch found;
   const Outcome outcome = lookup(op, call, found);
   if (outcome == Outcome::kBadCall) op.complain(call);
+  if (outcome == Outcome::kUnserved) return "miss     " + describe(op, call, outcome, found);
   std::string out =
       text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
            "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN]);
   if (outcome == Outcome::kEmpty) return out + "\nnothing to launch: M is 0";
   if (outcome == Outcome::kNoTable) return out + "\nmiss     " + describe(op, call, outcome, found);
-  const Ladder& ladder = found.table->ladders[op.id()];
+  const Ladder& ladder = found.table->ops[op.id()].ladder;
   const uint32_t bucket = key_bucket(found.key);
   out += text("\nbucket   ", bucket, ": M ", ladder.first(bucket), "..",
               bucket + 1 == ladder.size() ? "" : std::to_string(ladder.edge(bucket)), "\nkey      ",
@@ -230,7 +239,7 @@ constexpr const char* kPublished = "the builder's table is published";
 /// A record may only read what every call of the row's variant has: anything else would be whatever was on the stack.
 void check_reads(const Op& op, const Variant& variant, const Record& record, uint32_t row) {
   const auto check_tensor = [&](uint32_t arg) {
-    HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor, "row ", row, ": ", record.kernel,
+    HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor(), "row ", row, ": ", record.kernel,
                     " reads tensor ", arg, ", which ", op.name(), " has not");
     HD_CHECK_BUNDLE(variant.signature >> 4 * arg & 0xf, "row ", row, ": ", record.kernel, " reads ",
                     op.args()[arg].name, ", which is None in variant ", variant.name);
@@ -242,14 +251,23 @@ void check_reads(const Op& op, const Variant& variant, const Record& record, uin
                       dimension, " of ", op.args()[arg].name, ", which has rank ", op.args()[arg].dims.size());
     });
   };
-  for (const Expr& size : record.grid) check_expr(size);
-  for (const Guard& guard : record.guards) check_expr(guard.expr);
+  const auto check_all = [&](const Expr& expr) {
+    check_expr(expr);
+    expr.each_integer([&](uint32_t arg) {
+      HD_CHECK_BUNDLE(arg < op.args().size() && !op.args()[arg].is_tensor() && op.args()[arg].kind != ArgKind::kFloat,
+                      "row ", row, ": ", record.kernel, " reads integer ", arg, ", which ", op.name(), " has not");
+    });
+  };
+  for (const Expr& size : record.grid) check_all(size);
+  for (const Guard& guard : record.guards) check_all(guard.expr);
   for (const Param& param : record.params) {
-    check_expr(param.value);
+    check_all(param.value);
     const auto arg = static_cast<uint32_t>(param.arg);
-    if (param.kind == ParamKind::kPtr) check_tensor(arg);
+    if (param.kind == ParamKind::kPtr || param.kind == ParamKind::kTensorMap) check_tensor(arg);
+    for (const Expr& expr : param.map.shape) check_all(expr);
+    for (const Expr& expr : param.map.strides) check_all(expr);
     if ((param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64) && param.arg >= 0)
-      HD_CHECK_BUNDLE(arg < op.args().size() && !op.args()[arg].is_tensor, "row ", row, ": ", record.kernel,
+      HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].kind == ArgKind::kFloat, "row ", row, ": ", record.kernel,
                       " reads float ", arg, ", which ", op.name(), " has not");
   }
 }
@@ -280,8 +298,9 @@ TableBuilder::~TableBuilder() {
 
 void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
   HD_CHECK(made_, kPublished);
-  if (made_->ladders.size() <= op.id()) made_->ladders.resize(op.id() + 1u);
-  made_->ladders[op.id()] = Ladder(edges);
+  if (made_->ops.size() <= op.id()) made_->ops.resize(op.id() + 1u);
+  made_->ops[op.id()].op = &op;
+  made_->ops[op.id()].ladder = Ladder(edges);
 }
 
 void TableBuilder::add_module(const std::string& file, std::span<const char> image) {
@@ -326,7 +345,7 @@ void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n,
                   made_->launchers.size());
   HD_CHECK_BUNDLE(variant < op.variants().size(), "row ", index, ": ", op.name(), " has no variant ", variant);
   HD_CHECK_BUNDLE(fits(k, n), "row ", index, ": K = ", k, ", N = ", n, "; sizes are below 2^32");
-  HD_CHECK_BUNDLE(op.id() < made_->ladders.size() && bucket < made_->ladders[op.id()].size(), "row ", index, ": ",
+  HD_CHECK_BUNDLE(op.id() < made_->ops.size() && bucket < made_->ops[op.id()].ladder.size(), "row ", index, ": ",
                   op.name(), " has no bucket ", bucket);
   check_reads(op, op.variants()[variant], made_->launchers[record]->record(), index);
   rows_.push_back({make_key(op.id(), variant, static_cast<uint32_t>(k), static_cast<uint32_t>(n),
@@ -334,8 +353,25 @@ void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n,
                    made_->launchers[record].get(), index});
 }
 
+/// Which sizes the rows of each op leave open: a probe for each pattern that occurs, the exact one first.
+void TableBuilder::set_masks() {
+  constexpr uint64_t kLow = 0xffffffff;
+  constexpr uint64_t kMasks[] = {~0ull, kLow, ~kLow, 0};  // exact; any N; any K; any of both
+  std::vector<uint32_t> patterns(made_->ops.size());
+  for (const Row& row : rows_) {
+    const Op& op = *made_->ops[key_op(row.key)].op;
+    const uint32_t any_n = !key_n(row.key) && op.has(kN);
+    const uint32_t any_k = !key_k(row.key) && op.has(kK);
+    patterns[key_op(row.key)] |= 1u << (any_n + 2 * any_k);
+  }
+  for (size_t op = 0; op < patterns.size(); ++op)
+    for (uint32_t i = 0; i < 4; ++i)
+      if (patterns[op] >> i & 1) made_->ops[op].masks[made_->ops[op].mask_count++] = kMasks[i];
+}
+
 void TableBuilder::publish() {
   HD_CHECK(made_, kPublished);
+  set_masks();
   made_->table = LaunchTable(std::move(rows_));
   const DeviceSlot slot = made_->slot;
   Runtime::get().publish(slot, std::move(made_));

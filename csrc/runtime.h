@@ -24,15 +24,35 @@ namespace hdispatch {
 /// Bits of the key for the kind of device; one table serves one device, so one class suffices until tables are shared.
 inline constexpr uint16_t kDeviceClass = 0;
 
+/// How the rows of one op are found: its ladder, and which sizes of the key its rows leave open.
+struct OpRows {
+  const Op* op = nullptr;
+  Ladder ladder;            ///< size 0 for ops that the bundle has not
+  uint32_t mask_count = 0;  ///< 1 for an op whose rows are all exact
+  /// For the key's second word, K and N: the most exact first. A row with K = 0 serves every K.
+  std::array<uint64_t, 4> masks{};
+};
+
 struct DeviceTable {
   const Driver* driver = nullptr;
   DeviceSlot slot = kNoSlot;
   CUcontext context = nullptr;
-  bool only_device = true;      ///< the process sees one GPU, so a thread's context cannot be another device's
-  std::vector<Ladder> ladders;  ///< by op id; size 0 for ops that the bundle has not
+  bool only_device = true;   ///< the process sees one GPU, so a thread's context cannot be another device's
+  std::vector<OpRows> ops;  ///< by op id
   LaunchTable table;
   std::vector<std::unique_ptr<CubinLauncher>> launchers;
   std::vector<std::unique_ptr<NullFunction>> null_functions;
+
+  /// The rows of an op; null if the table has none.
+  const OpRows* rows_of(const Op& op) const noexcept {
+    return op.id() < ops.size() && ops[op.id()].ladder.size() ? &ops[op.id()] : nullptr;
+  }
+  /// The row that serves a key: an exact one, else one that leaves K or N open.
+  const Row* find(const OpRows& rows, const Key& key) const noexcept {
+    for (uint32_t i = 0; i < rows.mask_count; ++i)
+      if (const Row* row = table.find({key.word0, key.word1 & rows.masks[i]})) return row;
+    return nullptr;
+  }
 };
 
 /// Why a call was not launched.
@@ -40,6 +60,7 @@ enum class Outcome : uint8_t {
   kLaunched,
   kEmpty,    ///< M = 0: there is nothing to do
   kBadCall,  ///< an argument is wrong: Op::complain says which
+  kUnserved,  ///< nothing is wrong, but no variant has the values that are given: Op::unserved says which
   kNoTable,  ///< no bundle is loaded for the device
   kNoRow,    ///< the table has no such key
   kRefused,  ///< the row's launcher says why in `result`
@@ -109,6 +130,7 @@ class TableBuilder {
 
  private:
   CUfunction find_function(const Cubin& cubin, const std::vector<uint32_t>& param_bytes);
+  void set_masks();
 
   const Driver& driver_;
   bool pdl_;

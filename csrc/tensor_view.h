@@ -66,6 +66,11 @@ inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view)
   view.data = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(impl->storage_offset()) * impl->itemsize();
 }
 
+inline void bump_version(const at::Tensor& tensor) {
+  c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
+  if (!impl->is_inference()) impl->bump_version();
+}
+
 /// torch's current stream of a device, on this thread. Slot 0 has none.
 CUstream current_stream(DeviceSlot slot);
 

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, dispatch, load, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, load, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
-# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), revision (git's, for the results).
+# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates.tar.xz (hdispatch tune
+# candidates --archive) and timings.jsonl (of a tune that was cut short), revision (git's, for the results).
+# TUNE and OPS are more arguments of `hdispatch tune measure` and `hdispatch bench ops`, TESTS of pytest.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -21,10 +23,15 @@ wait
 status=0
 for step in "$@"; do
   case $step in
-    gpu-tests) python3 -m pytest tests/gpu --maxfail=10 -q --durations=5 ;;
+    gpu-tests) python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" 2> "$out/dispatch.err" ;;
+    tune) mkdir -p "$site/candidates" && tar xJf "$carry/candidates.tar.xz" -C "$site/candidates" &&
+        cp "$carry/timings.jsonl" "$out/" 2>/dev/null
+        python3 -m hdispatch tune measure "$site/candidates" --out "$out/timings.jsonl" ${TUNE:-} ;;
+    ops) python3 -m hdispatch bench ops --bundle "$carry/bundle" "${vllm[@]}" --json "$out/ops.json" \
+        --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
     load) python3 benchmarks/load_rows.py "$carry/bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
     *) echo "no step $step" >&2; false ;;

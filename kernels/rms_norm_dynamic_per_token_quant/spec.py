@@ -64,7 +64,7 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("result", ("M", "K"), (FP8,), mutated=True),
-        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), row_strided=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), layout="rows"),
         TensorArg("weight", ("K",), "input"),
         TensorArg("scale", ("M", 1), (torch.float32,), mutated=True),
         FloatArg("epsilon", minimum=0.0),
@@ -73,7 +73,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=tuple({"K": k} for k in (2048, 4096, 5120)),
+    shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     doc=reference.__doc__ or "",
+    hints={"K": 48},  # below every block, so that configs for few columns can be traced too
 )

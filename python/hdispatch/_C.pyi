@@ -22,6 +22,18 @@ class TableBuilder:
     def add_row(self, op: Op, variant: str, k: int, n: int, bucket: int, record: int) -> None: ...
     def publish(self) -> None: ...
 
+@final
+class Override:
+    def undo(self) -> None: ...
+    def make_door(self, otherwise: Callable[..., Any]) -> Callable[..., Any]: ...
+
+def override_op(
+    name: str,
+    cuda: bool,
+    routes: list[tuple[Op, list[tuple[str, str, str | None]]]],
+    given: int,
+    required: int,
+) -> Override | None: ...
 def define_op(
     name: str,
     schema: str,

@@ -26,6 +26,7 @@ from .errors import (
     HdispatchError,
     MissError,
 )
+from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
 from .runtime import Bundle, explain, load, loaded, stats, strict
 
@@ -43,6 +44,7 @@ __all__ = [
     "load",
     "loaded",
     "ops",
+    "override_vllm_ops",
     "read_bundle",
     "stats",
     "strict",

@@ -13,7 +13,7 @@ Changing a field's meaning, adding a required field or an operator raises `SCHEM
 version only.
 
 Expressions are postfix lists over integers, e.g. `["M", 15, "+", 16, "//"]`. Leaves: an int; a symbol `M`, `K`, `N`;
-`<arg>.size(i)` or `<arg>.stride(i)` of a tensor argument (elements, not bytes). Operators, on 64-bit integers, floor
+`<arg>.size(i)` or `<arg>.stride(i)` of a tensor argument (elements, not bytes); the name of an integer argument. Operators, on 64-bit integers, floor
 division and modulo as Python's: `+ - * // % min max == != < <= > >= and or`. Comparisons and logic give 0 or 1.
 """
 
@@ -29,7 +29,7 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from .errors import BundleError
 from .typed_json import Mismatch, check
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.sha256"
 ARTIFACTS = "artifacts"
@@ -40,23 +40,62 @@ MClass = Literal["one", "mult16", "other"]
 M_CLASSES: tuple[MClass, ...] = ("one", "mult16", "other")
 
 
+#: Element types of a TMA descriptor, in the order of the driver's CUtensorMapDataType.
+TENSOR_MAP_TYPES = (
+    "uint8",
+    "uint16",
+    "uint32",
+    "int32",
+    "uint64",
+    "int64",
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "float32_ftz",
+    "tfloat32",
+    "tfloat32_ftz",
+)
+
+
+class TensorMap(TypedDict):
+    """A TMA descriptor of a tensor argument. Outermost dimension first, the innermost one's stride is 1.
+
+    type     one of TENSOR_MAP_TYPES
+    shape    elements in each dimension
+    strides  elements between neighbours in each dimension but the last; a multiple of 16 bytes, else the guard fails
+    box      elements in each dimension that one copy moves, 1 to 256
+    swizzle  bytes: 0, 32, 64 or 128
+    fill     what is read outside of the tensor: zero or nan
+    """
+
+    type: str
+    shape: list[Expr]
+    strides: list[Expr]
+    box: list[int]
+    swizzle: int
+    fill: Literal["zero", "nan"]
+
+
 class Param(TypedDict):
     """One parameter of the kernel, in the order of its signature, before a class drops any.
 
-    kind   ptr; i1 i8 i16 i32 i64 (signed two's complement, i1 is one byte 0 or 1); f32 f64
-    arg    ptr: the tensor argument; f32, f64: the float argument, unless `const` is given
-    offset ptr only: bytes past the tensor's data pointer, default 0
+    kind   ptr; i1 i8 i16 i32 i64 (signed two's complement, i1 is one byte 0 or 1); f32 f64; tensor_map (128 bytes)
+    arg    ptr, tensor_map: the tensor argument; f32, f64: the float argument, unless `const` is given
+    offset ptr, tensor_map: bytes past the tensor's data pointer, default 0
     align  ptr only: the address that is passed is a multiple of this many bytes, else the guard fails; 1 if not assumed
     value  integers only
     const  f32, f64 only: a compile-time constant
+    map    tensor_map only; the address is a multiple of 16 bytes, else the guard fails
     """
 
-    kind: Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64"]
+    kind: Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64", "tensor_map"]
     arg: NotRequired[str]
     offset: NotRequired[Expr]
     align: NotRequired[int]
     value: NotRequired[Expr]
     const: NotRequired[float]
+    map: NotRequired[TensorMap]
 
 
 class Guard(TypedDict):
@@ -104,6 +143,8 @@ class Record(TypedDict):
 class Row(TypedDict):
     """One row of the launch table: a key and the record that serves it. `bucket` is an index into the op's ladder.
 
+    A K or N of 0 stands for every size of it, where the op has that size: such a row serves what no exact one does.
+
     build_seconds is what generating and compiling the row's record took (shared with the rows of the same record),
     bytes the size of its artifacts.
     """
@@ -123,8 +164,8 @@ class OpEntry(TypedDict):
 
     schema: str
     ladder: list[int]
-    #: variant name -> argument name -> dtype name, `float8_e4m3fn`; absent optional arguments are missing
-    variants: dict[str, dict[str, str]]
+    #: variant name -> argument name -> dtype name, `float8_e4m3fn`, or compiled-in value; absent arguments are missing
+    variants: dict[str, dict[str, str | int]]
 
 
 class Target(TypedDict):

@@ -16,7 +16,7 @@ import torch
 
 from . import _C
 from .errors import HdispatchError
-from .opspec import OpSpec, TensorArg, dtype_name, parse_dim
+from .opspec import Arg, BoolArg, FloatArg, NoneArg, OpSpec, TensorArg, dtype_name, parse_dim
 
 _SPECS: dict[str, OpSpec] = {}
 _OPS: dict[str, _C.Op] = {}
@@ -31,7 +31,7 @@ def define(spec: OpSpec) -> _C.Op:
         raise HdispatchError(f"op {spec.name!r} is defined already")
     if spec.name in globals():
         raise HdispatchError(f"op {spec.name!r} would hide hdispatch.ops.{spec.name}")
-    variants = list(spec.variant_dtypes().items())
+    variants = list(spec.variant_arguments().items())
     op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, spec.reference)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
@@ -75,19 +75,32 @@ def spec(name: str) -> OpSpec:
     return _SPECS[name]
 
 
-def _describe(spec: OpSpec, arg: object) -> dict[str, object]:
+def _describe(spec: OpSpec, arg: Arg) -> dict[str, object]:
     """An argument as the C++ door takes it."""
+    if isinstance(arg, FloatArg):
+        return {"kind": "float", "name": arg.name, "minimum": arg.minimum}
+    if isinstance(arg, NoneArg):
+        return {"kind": "none", "name": arg.name}
     if not isinstance(arg, TensorArg):
-        return {"kind": "float", "name": arg.name, "minimum": arg.minimum}  # type: ignore[attr-defined]
+        return {
+            "kind": "bool" if isinstance(arg, BoolArg) else "int",
+            "name": arg.name,
+            "values": [int(value) for value in arg.values or ()],
+            "minimum": 0 if isinstance(arg, BoolArg) else arg.minimum,
+            "default": None if arg.default is None else int(arg.default),
+        }
     source = next(a for a in spec.tensors() if a.name == arg.dtypes) if isinstance(arg.dtypes, str) else arg
     return {
         "kind": "tensor",
         "name": arg.name,
-        "dims": [dim if isinstance(dim, int) else parse_dim(dim) for dim in arg.dims],
+        "dims": [tuple(parse_dim(dim)) for dim in arg.dims],
         "dtypes": [dtype_name(dtype) for dtype in source.dtypes if not isinstance(dtype, str)],
         "mutated": arg.mutated,
         "optional": arg.optional,
-        "row_strided": arg.row_strided,
+        "layout": arg.layout,
+        "flat": arg.flat,
+        "broadcast": arg.broadcast,
+        "pad": arg.pad,
     }
 
 

@@ -4,25 +4,28 @@ An op is declared once, in `kernels/<op>/spec.py`, as an `OpSpec` named `SPEC`. 
 argument checks and the key of the C++ doors, the torch schema and the fake implementation, the fallback, the variants
 that the build wing compiles, the inputs of tests, benchmarks and tuning. Adding an op adds no C++.
 
-Sizes. `TensorArg.dims` gives one entry per dimension: an int (the size is exactly that), or a symbol with an optional
-integer factor, `"M"` or `"2*N"`. The symbols are `M` (the dynamic one, bucketed), `K` and `N` (exact, part of the key).
-A symbol is bound by the first tensor that is not mutated and not optional and carries it, in argument order; every
-other occurrence is checked against it. A symbol that no argument carries is 0 in the key.
+Sizes. `TensorArg.dims` gives one entry per dimension:
 
-Strides. The last dimension is contiguous, always. A tensor is contiguous unless `row_strided` is set: then the stride
-of its first dimension is free (at least its width).
+    4, "M", "2*N"          the size is exactly that; symbols are `M` (the dynamic one, bucketed), `K` and `N`
+    "K/128", "K/group"     K divided by a number, or by the static integer argument of that name, rounded up
+    "*"                    any size
 
-Variants. The dtypes of the tensors and the pattern of absent optional arguments are compiled in. `dtypes` of an
-argument are alternatives; an argument that says `dtypes="input"` has the dtype of the argument of that name.
+A symbol is bound by the first tensor that carries it plainly, in argument order: among those that are required and only
+read, else among the required ones, else among the optional ones (then it is 0 where that one is absent). Every other
+occurrence is checked against it. A symbol that no argument carries is 0 in the key.
+
+Variants. What is compiled in: the dtypes of the tensors, the pattern of absent optional arguments, and the values of
+integers and flags that list their `values`. `dtypes` of an argument are alternatives; an argument that says
+`dtypes="input"` has the dtype of the argument of that name. A value that is not listed is a miss, not an error.
 """
 
 from __future__ import annotations
 
 import itertools
 import keyword
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -31,17 +34,40 @@ from .errors import HdispatchError
 #: Symbols that `TensorArg.dims` may use, in the order of the C++ `Symbol` enumeration.
 SYMBOLS = ("M", "K", "N")
 
+#: Sizes to think of where a symbol is traced without a value; distinct, and multiples of all that kernels divide by.
+HINTS = {"K": 4096, "N": 6144}
+
+Layout = Literal["contiguous", "rows", "columns", "any"]
+
 
 @dataclass(frozen=True)
 class TensorArg:
-    """A tensor argument. `dims` and `dtypes` as in the module's text; `mutated` means that the op writes it."""
+    """A tensor argument. `dims` and `dtypes` as in the module's text; `mutated` means that the op writes it.
+
+    layout     "contiguous"
+               "rows"      the stride of the first dimension is free, at least a row's width if the op writes it
+               "columns"   rank 2, the first dimension contiguous and the second one's stride free likewise
+               "any"       every stride is free
+    flat       one entry in dims; a contiguous tensor of any rank with that many elements is taken as 1-D
+    broadcast  with flat: a tensor with one element serves too, as one of stride 0
+    pad        a tensor of lower rank gets dimensions of size 1 after its first one: [M, K] for ("M", "N", "K")
+    """
 
     name: str
     dims: tuple[str | int, ...]
     dtypes: tuple[torch.dtype, ...] | str
     mutated: bool = False
     optional: bool = False
-    row_strided: bool = False
+    layout: Layout = "contiguous"
+    flat: bool = False
+    broadcast: bool = False
+    pad: bool = False
+
+    def free_strides(self) -> tuple[int, ...]:
+        """The dimensions whose stride differs from call to call."""
+        if self.broadcast:
+            return (0,)
+        return {"contiguous": (), "rows": (0,), "columns": (1,), "any": tuple(range(len(self.dims)))}[self.layout]
 
 
 @dataclass(frozen=True)
@@ -52,18 +78,63 @@ class FloatArg:
     minimum: float = float("-inf")
 
 
-Arg = TensorArg | FloatArg
+@dataclass(frozen=True)
+class IntArg:
+    """An integer. With `values` it is compiled in, part of the variant; without, any of at least `minimum` at run time."""
+
+    name: str
+    values: tuple[int, ...] | None = None
+    default: int | None = None
+    minimum: int = -(2**31)
+
+
+@dataclass(frozen=True)
+class BoolArg:
+    """A flag. With `values` it is compiled in; without (`values=None`) it is accepted and no variant depends on it."""
+
+    name: str
+    values: tuple[bool, ...] | None = (False, True)
+    default: bool | None = None
+
+
+@dataclass(frozen=True)
+class NoneArg:
+    """An argument of a torch `type` (such as "int[]?") of which only None is served; anything else is a miss."""
+
+    name: str
+    type: str = "int[]?"
+
+
+Arg = TensorArg | FloatArg | IntArg | BoolArg | NoneArg
+
+
+class Dim(NamedTuple):
+    """A dimension: `factor * symbol / divisor` rounded up; `symbol` None: exactly `factor`; "*": any size.
+
+    divisor is a number or the name of a static integer argument.
+    """
+
+    factor: int
+    symbol: str | None
+    divisor: int | str = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether it can give its symbol a value."""
+        return self.symbol in SYMBOLS and self.divisor == 1
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One combination of dtypes and absent optional arguments. `name` is unique within its op."""
+    """One combination of dtypes, absent optional arguments and static values. `name` is unique within its op."""
 
     name: str
     #: dtype of each tensor argument by name; absent optional arguments are not in it.
     dtypes: dict[str, torch.dtype] = field(hash=False)
     #: names of the optional arguments that are None.
     none: frozenset[str]
+    #: value of each argument that is compiled in, by name.
+    static: dict[str, int | bool] = field(hash=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,10 +145,13 @@ class OpSpec:
                                 same arguments and order as the op.
     sample(variant, sizes, device, generator) -> list
                                 random arguments of a variant, `sizes` like {"M": 16, "K": 4096}; mutated arguments
-                                that are not read are poisoned. `row_strided` inputs come contiguous.
-    shapes                      the (K, N) combinations that are built, as {"K": 4096} or {"N": 12288}.
+                                that are not read are poisoned. Inputs with free strides come contiguous.
+    shapes                      the (K, N) combinations that get rows, as {"K": 4096}. A symbol that is left out makes rows
+                                that serve every size of it; the kernel's module then says that it is GENERIC in it.
     ladder                      upper edges of the buckets of M, ascending; the last bucket has no upper end.
     config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}.
+    served                      which variants a bundle holds; all if None.
+    hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     """
 
     name: str
@@ -88,6 +162,8 @@ class OpSpec:
     config_key: dict[str, str]
     ladder: tuple[int, ...] = tuple(2**i for i in range(14))
     doc: str = ""
+    served: Callable[[Variant], bool] | None = None
+    hints: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""
@@ -99,60 +175,117 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: argument names repeat: {names}")
         if list(self.ladder) != sorted(set(self.ladder)) or not self.ladder or self.ladder[0] < 1:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
-        sources = {arg.name for arg in self.tensors() if not isinstance(arg.dtypes, str)}
         for arg in self.tensors():
-            for dim in arg.dims:
-                if isinstance(dim, str):
-                    parse_dim(dim)
-            if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
-                raise HdispatchError(
-                    f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own"
-                )
-        bound = {s for arg in self.tensors() if not arg.mutated and not arg.optional for s in _symbols(arg)}
-        unbound = {s for arg in self.tensors() for s in _symbols(arg)} - bound | {"M"} - bound
+            self._check_tensor(arg)
+        unbound = {s for arg in self.tensors() for s in _symbols(arg)} | {"M"}
+        unbound -= {s for s in SYMBOLS if self.binder(s) is not None}
         if unbound:
-            raise HdispatchError(f"{self.name}: sizes {sorted(unbound)} are carried by no tensor that is read and required")
+            raise HdispatchError(f"{self.name}: no tensor carries the sizes {sorted(unbound)} plainly")
+        binder = self.binder("M")
+        if binder is not None and binder[0].optional:
+            raise HdispatchError(f"{self.name}: only {binder[0].name}, which may be None, carries M")
+
+    def _check_tensor(self, arg: TensorArg) -> None:
+        sources = {other.name for other in self.tensors() if not isinstance(other.dtypes, str)}
+        if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
+            raise HdispatchError(
+                f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own"
+            )
+        static = {other.name for other in self.static_args()}
+        for dim in arg.dims:
+            divisor = parse_dim(dim).divisor
+            if isinstance(divisor, str) and divisor not in static:
+                raise HdispatchError(
+                    f"{self.name}: {arg.name} has the dimension {dim!r}, but {divisor!r} is no integer argument with values"
+                )
+        if (arg.flat and len(arg.dims) != 1) or (arg.broadcast and not arg.flat):
+            raise HdispatchError(f"{self.name}: {arg.name}: flat takes one dimension, and broadcast takes flat")
+        if arg.layout == "columns" and len(arg.dims) != 2:
+            raise HdispatchError(f"{self.name}: {arg.name} has {len(arg.dims)} dimensions; the layout 'columns' takes 2")
 
     def tensors(self) -> Iterator[TensorArg]:
         """The tensor arguments in order."""
         return (arg for arg in self.args if isinstance(arg, TensorArg))
 
+    def static_args(self) -> list[IntArg | BoolArg]:
+        """The arguments whose values are compiled in, in order."""
+        return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg)) and arg.values is not None]
+
+    def binder(self, symbol: str) -> tuple[TensorArg, int] | None:
+        """The tensor and the dimension that give a symbol its value; None if nothing carries it."""
+        for accept in (lambda a: not a.optional and not a.mutated, lambda a: not a.optional, lambda _: True):
+            for arg in filter(accept, self.tensors()):
+                for index, dim in enumerate(arg.dims):
+                    if parse_dim(dim).plain and parse_dim(dim).symbol == symbol and not arg.broadcast:
+                        return arg, index
+        return None
+
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols that the op has, in the order of SYMBOLS."""
+        return tuple(symbol for symbol in SYMBOLS if self.binder(symbol) is not None)
+
     def schema(self) -> str:
         """The torch schema, without the namespace: `name(Tensor(a!) result, …, Tensor? scale_ub=None) -> ()`.
 
-        Optional arguments default to None where no required one follows them.
+        Optional tensors default to None where only arguments with defaults follow them.
         """
-        parts, alias = [], iter("abcdefghijklmnopqrstuvwxyz")
+        parts: list[str] = []
+        aliases = iter("abcdefghijklmnopqrstuvwxyz")
         for index, arg in enumerate(self.args):
-            if isinstance(arg, FloatArg):
-                parts.append(f"float {arg.name}")
-                continue
-            mark = "Tensor" + (f"({next(alias)}!)" if arg.mutated else "") + ("?" if arg.optional else "")
-            trailing = all(isinstance(rest, TensorArg) and rest.optional for rest in self.args[index:])
-            parts.append(f"{mark} {arg.name}" + ("=None" if trailing else ""))
+            parts.append(_declare(arg, aliases, all(_has_default(rest) for rest in self.args[index:])))
         return f"{self.name}({', '.join(parts)}) -> ()"
 
     def variants(self) -> list[Variant]:
-        """Every variant: the product of the dtype alternatives and of the presence of each optional argument.
+        """Every variant: the product of dtype alternatives, presence of each optional argument and static values.
 
-        A name reads `bfloat16`, or `bfloat16+residual` where optional arguments are present.
+        A name reads `bfloat16`, `bfloat16+residual` where optional arguments are present, `bfloat16+group_size=64`,
+        `bfloat16+is_neox` where a flag is set.
         """
         free = [(arg.name, arg.dtypes) for arg in self.tensors() if not isinstance(arg.dtypes, str)]
         optional = [arg.name for arg in self.tensors() if arg.optional]
+        static = [(arg.name, arg.values) for arg in self.static_args() if arg.values is not None]
         found = []
         for present in itertools.product((False, True), repeat=len(optional)):
             none = frozenset(name for name, here in zip(optional, present, strict=True) if not here)
-            for choice in itertools.product(*(alternatives for _, alternatives in free)):
-                chosen = {name: dtype for (name, _), dtype in zip(free, choice, strict=True)}
-                dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
-                varied = [dtype_name(chosen[name]) for name, alternatives in free if len(alternatives) > 1]
-                name = "+".join(["-".join(varied) or "any", *(o for o in optional if o not in none)])
-                found.append(Variant(name, {n: d for n, d in dtypes.items() if n not in none}, none))
+            for values in itertools.product(*(alternatives for _, alternatives in static)):
+                fixed = dict(zip((name for name, _ in static), values, strict=True))
+                for choice in itertools.product(*(alternatives for _, alternatives in free)):
+                    chosen = {name: dtype for (name, _), dtype in zip(free, choice, strict=True)}
+                    found.append(self._variant(chosen, none, fixed))
         return found
 
-    def variant_dtypes(self) -> dict[str, dict[str, str]]:
-        """Every variant as manifests and the C++ door have it: name -> argument -> dtype name, absent arguments missing."""
-        return {v.name: {arg: dtype_name(dtype) for arg, dtype in v.dtypes.items()} for v in self.variants()}
+    def _variant(self, chosen: dict[str, torch.dtype], none: frozenset[str], static: dict[str, int | bool]) -> Variant:
+        dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
+        varied = [
+            dtype_name(chosen[arg.name])
+            for arg in self.tensors()
+            if not isinstance(arg.dtypes, str) and len(arg.dtypes) > 1 and arg.name not in none
+        ]
+        present = [arg.name for arg in self.tensors() if arg.optional and arg.name not in none]
+        values = [
+            name if value is True else f"{name}={value}"
+            for name, value in static.items()
+            if value is not False and len(next(a.values or () for a in self.static_args() if a.name == name)) > 1
+        ]
+        name = "+".join(["-".join(varied) or "any", *present, *values])
+        return Variant(name, {n: d for n, d in dtypes.items() if n not in none}, none, static)
+
+    def served_variants(self) -> list[Variant]:
+        """The variants that a bundle holds."""
+        return [variant for variant in self.variants() if self.served is None or self.served(variant)]
+
+    def variant_arguments(self) -> dict[str, dict[str, str | int]]:
+        """Every variant as manifests and the C++ door have it: name -> argument -> dtype name, or static value.
+
+        Absent arguments are missing; flags are 0 and 1.
+        """
+        return {
+            v.name: {
+                **{arg: dtype_name(dtype) for arg, dtype in v.dtypes.items()},
+                **{arg: int(value) for arg, value in v.static.items()},
+            }
+            for v in self.variants()
+        }
 
     def variant(self, name: str) -> Variant:
         """The variant of that name."""
@@ -161,13 +294,46 @@ class OpSpec:
                 return variant
         raise HdispatchError(f"{self.name} has no variant {name!r}; it has {[v.name for v in self.variants()]}")
 
-    def tensor_sizes(self, arg: TensorArg, sizes: dict[str, int]) -> list[int]:
-        """The sizes of an argument for given symbols."""
-        return [dim if isinstance(dim, int) else parse_dim(dim)[0] * sizes[parse_dim(dim)[1]] for dim in arg.dims]
+    def tensor_sizes(self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None) -> list[Any]:
+        """The sizes of an argument for given symbols and static values; -1 where any size will do."""
+
+        def size(dim: Dim) -> Any:
+            if dim.symbol is None:
+                return dim.factor
+            if dim.symbol == "*":
+                return -1
+            whole = dim.factor * sizes[dim.symbol]
+            by = dim.divisor if isinstance(dim.divisor, int) else (static or {})[dim.divisor]
+            return whole if by == 1 else (whole + (by - 1)) // by
+
+        return [size(parse_dim(dim)) for dim in arg.dims]
+
+    def hint(self, symbol: str) -> int:
+        """The size to think of where a symbol is traced without a value."""
+        return self.hints.get(symbol, HINTS[symbol])
+
+
+def _declare(arg: Arg, aliases: Iterator[str], trailing: bool) -> str:
+    """An argument in a torch schema; `trailing`: it and all after it may have defaults."""
+    if isinstance(arg, TensorArg):
+        mark = "Tensor" + (f"({next(aliases)}!)" if arg.mutated else "") + ("?" if arg.optional else "")
+        return f"{mark} {arg.name}" + ("=None" if trailing else "")
+    if isinstance(arg, FloatArg):
+        return f"float {arg.name}"
+    if isinstance(arg, NoneArg):
+        return f"{arg.type} {arg.name}" + ("=None" if trailing else "")
+    kind = "bool" if isinstance(arg, BoolArg) else "int"
+    return f"{kind} {arg.name}" + (f"={arg.default}" if arg.default is not None and trailing else "")
+
+
+def _has_default(arg: Arg) -> bool:
+    if isinstance(arg, TensorArg):
+        return arg.optional
+    return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg)) and arg.default is not None)
 
 
 def _symbols(arg: TensorArg) -> set[str]:
-    return {parse_dim(dim)[1] for dim in arg.dims if isinstance(dim, str)}
+    return {symbol for dim in arg.dims if (symbol := parse_dim(dim).symbol) in SYMBOLS and symbol is not None}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -175,12 +341,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def parse_dim(dim: str) -> tuple[int, str]:
-    """`"M"` -> (1, "M"); `"2*N"` -> (2, "N")."""
-    factor, _, symbol = dim.rpartition("*")
-    if symbol not in SYMBOLS or (factor and not (factor.isdigit() and int(factor) > 0)):
-        raise HdispatchError(f"dimension {dim!r} is not SYMBOL or FACTOR*SYMBOL with SYMBOL one of {SYMBOLS}")
-    return int(factor or 1), symbol
+def parse_dim(dim: str | int) -> Dim:
+    """4 -> (4, None); "M" -> (1, "M"); "2*N" -> (2, "N"); "K/128" -> (1, "K", 128); "*" -> any size."""
+    if isinstance(dim, int):
+        return Dim(dim, None)
+    if dim == "*":
+        return Dim(1, "*")
+    whole, slash, by = dim.partition("/")
+    factor, _, symbol = whole.rpartition("*")
+    good = symbol in SYMBOLS and not (factor and not (factor.isdigit() and int(factor) > 0))
+    if not good or (slash and not (by.isidentifier() or (by.isdigit() and int(by) > 0))):
+        raise HdispatchError(
+            f"dimension {dim!r} is not SYMBOL, FACTOR*SYMBOL, either of them /DIVISOR, or *, with SYMBOL one of {SYMBOLS}"
+        )
+    return Dim(int(factor or 1), symbol, (int(by) if by.isdigit() else by) if slash else 1)
 
 
 def bucket_index(ladder: Sequence[int], m: int) -> int:

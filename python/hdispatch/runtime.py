@@ -107,7 +107,7 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
                 f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
             )
         spec = ops.spec(name)
-        if entry["schema"] != spec.schema() or not entry["variants"].items() <= spec.variant_dtypes().items():
+        if entry["schema"] != spec.schema() or not entry["variants"].items() <= spec.variant_arguments().items():
             raise BundleError(
                 f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} "
                 "with other variants or arguments; rebuild"

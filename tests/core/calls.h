@@ -51,7 +51,7 @@ inline ArgSpec tensor_arg(std::string name, std::vector<Dim> dims, std::vector<D
 inline ArgSpec float_arg(std::string name, double minimum) {
   ArgSpec arg;
   arg.name = std::move(name);
-  arg.is_tensor = false;
+  arg.kind = ArgKind::kFloat;
   arg.minimum = minimum;
   return arg;
 }
@@ -71,7 +71,7 @@ inline std::vector<ArgSpec> toy_args() {
   };
   for (const ToyArg i : {kResult, kScale, kResidual}) args[i].is_mutated = true;
   for (const ToyArg i : {kScaleUb, kResidual}) args[i].is_optional = true;
-  args[kInput].is_row_strided = true;
+  args[kInput].layout = Layout::kRows;
   return args;
 }
 

@@ -64,6 +64,27 @@ static_assert(int{kFunctionSharedBytes} == toolkit::CU_FUNC_ATTRIBUTE_SHARED_SIZ
 static_assert(int{kFunctionMaxDynamicSharedBytes} == toolkit::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES);
 static_assert(int{kFunctionNonPortableCluster} == toolkit::CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED);
 
+static_assert(sizeof(TensorMap) == sizeof(toolkit::CUtensorMap));
+static_assert(int{kMapUInt8} == toolkit::CU_TENSOR_MAP_DATA_TYPE_UINT8);
+static_assert(int{kMapUInt16} == toolkit::CU_TENSOR_MAP_DATA_TYPE_UINT16);
+static_assert(int{kMapUInt32} == toolkit::CU_TENSOR_MAP_DATA_TYPE_UINT32);
+static_assert(int{kMapInt32} == toolkit::CU_TENSOR_MAP_DATA_TYPE_INT32);
+static_assert(int{kMapUInt64} == toolkit::CU_TENSOR_MAP_DATA_TYPE_UINT64);
+static_assert(int{kMapInt64} == toolkit::CU_TENSOR_MAP_DATA_TYPE_INT64);
+static_assert(int{kMapFloat16} == toolkit::CU_TENSOR_MAP_DATA_TYPE_FLOAT16);
+static_assert(int{kMapFloat32} == toolkit::CU_TENSOR_MAP_DATA_TYPE_FLOAT32);
+static_assert(int{kMapFloat64} == toolkit::CU_TENSOR_MAP_DATA_TYPE_FLOAT64);
+static_assert(int{kMapBFloat16} == toolkit::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16);
+static_assert(int{kMapFloat32Ftz} == toolkit::CU_TENSOR_MAP_DATA_TYPE_FLOAT32_FTZ);
+static_assert(int{kMapTFloat32} == toolkit::CU_TENSOR_MAP_DATA_TYPE_TFLOAT32);
+static_assert(int{kMapTFloat32Ftz} == toolkit::CU_TENSOR_MAP_DATA_TYPE_TFLOAT32_FTZ);
+static_assert(int{kMapInterleaveNone} == toolkit::CU_TENSOR_MAP_INTERLEAVE_NONE);
+static_assert(int{kMapL2Promotion128} == toolkit::CU_TENSOR_MAP_L2_PROMOTION_L2_128B);
+static_assert(int{kMapFillZero} == toolkit::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+static_assert(int{kMapFillNan} == toolkit::CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQUEST_ZERO_FMA);
+static_assert(toolkit::CU_TENSOR_MAP_SWIZZLE_NONE == 0 && toolkit::CU_TENSOR_MAP_SWIZZLE_32B == 1 &&
+              toolkit::CU_TENSOR_MAP_SWIZZLE_64B == 2 && toolkit::CU_TENSOR_MAP_SWIZZLE_128B == 3);
+
 static_assert(kCudaSuccess == toolkit::CUDA_SUCCESS);
 static_assert(kCudaInvalidValue == toolkit::CUDA_ERROR_INVALID_VALUE);
 static_assert(sizeof(CUresult) == sizeof(toolkit::CUresult));
@@ -96,6 +117,7 @@ SAME_FUNCTION(module_unload, cuModuleUnload);
 SAME_FUNCTION(module_function, cuModuleGetFunction);
 SAME_FUNCTION(function_get, cuFuncGetAttribute);
 SAME_FUNCTION(function_set, cuFuncSetAttribute);
+SAME_FUNCTION(tensor_map_encode, cuTensorMapEncodeTiled);
 #if CUDA_VERSION >= 12040
 SAME_FUNCTION(function_param_info, cuFuncGetParamInfo);
 SAME_FUNCTION(function_load, cuFuncLoad);

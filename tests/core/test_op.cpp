@@ -16,15 +16,15 @@ const Op& toy() {
   return op;
 }
 
-struct Bound {
+struct Found {
   bool ok;
   uint16_t variant;
   DeviceSlot slot;
 };
 
-Bound bind(const Op& op, Call& call) {
-  Bound out{false, 0xffff, kNoSlot};
-  out.ok = op.bind(call, out.variant, out.slot);
+Found bind(const Op& op, Call& call) {
+  Found out{false, 0xffff, kNoSlot};
+  out.ok = op.bind(call, out.variant, out.slot) == Bound::kYes;
   return out;
 }
 
@@ -41,7 +41,7 @@ std::string complaint(Call call, const Op& op = toy()) {
 }
 
 void check_bound(Call call, int64_t m, int64_t k, uint16_t variant) {
-  const Bound bound = bind(toy(), call);
+  const Found bound = bind(toy(), call);
   CHECK(bound.ok);
   CHECK_EQ(bound.variant, variant);
   CHECK_EQ(call.sizes[kM], m);
@@ -64,7 +64,7 @@ TEST(valid_calls) {
 TEST(slot_is_the_tensors_device) {
   for (const DeviceSlot slot : {kCpuSlot, DeviceSlot{1}, DeviceSlot{8}, kNoSlot}) {
     Call call = toy_call(4, 64, true, DType::kBFloat16, slot);
-    const Bound bound = bind(toy(), call);
+    const Found bound = bind(toy(), call);
     CHECK(bound.ok);
     CHECK_EQ(bound.slot, slot);
   }
@@ -73,7 +73,7 @@ TEST(slot_is_the_tensors_device) {
 TEST(a_one_element_tensor_may_have_rank_0) {
   Call call = toy_call(4, 64, true);
   call.tensors[kScaleUb].rank = 0;
-  const Bound bound = bind(toy(), call);
+  const Found bound = bind(toy(), call);
   CHECK(bound.ok);
   CHECK_EQ(call.tensors[kScaleUb].rank, 1u);
   CHECK_EQ(call.tensors[kScaleUb].sizes[0], 1);
@@ -103,7 +103,7 @@ TEST(free_rows_and_strides_that_mean_nothing) {
 
 TEST(rows_that_are_written_do_not_overlap) {
   std::vector<ArgSpec> args = toy_args();
-  args[kResult].is_row_strided = true;
+  args[kResult].layout = Layout::kRows;
   const Op op(0, "strided", "", args, toy_variants());
   for (const int64_t stride : {64, 65, 1000}) {
     Call call = toy_call(4, 64);
@@ -245,8 +245,8 @@ TEST(bad_declarations_are_refused) {
 TEST(names) {
   CHECK_EQ(toy().find_tensor("residual"), int{kResidual});
   CHECK_EQ(toy().find_tensor("epsilon"), -1);
-  CHECK_EQ(toy().find_scalar("epsilon"), int{kEpsilon});
-  CHECK_EQ(toy().find_scalar("input"), -1);
+  CHECK_EQ(toy().find_float("epsilon"), int{kEpsilon});
+  CHECK_EQ(toy().find_float("input"), -1);
   CHECK_EQ(toy().find_variant("float16+scale_ub+residual"), 3);
   CHECK_EQ(toy().find_variant(""), -1);
   CHECK((toy().mutated() == std::vector<uint8_t>{kResult, kScale, kResidual}));
@@ -263,7 +263,7 @@ Op random_op(Random& random) {
   std::vector<Dim> all;
   for (uint32_t s = 0; s < count; ++s) all.push_back(symbol(static_cast<Symbol>(s), random.one_in(4) ? 2 : 1));
   args.push_back(tensor_arg("a0", all, {random.of(kDTypes)}));
-  args[0].is_row_strided = random.one_in(2);
+  args[0].layout = random.one_in(2) ? Layout::kRows : Layout::kContiguous;
   for (int64_t i = 1, n = random.in(2, 7); i < n; ++i) {
     const std::string name = "a" + std::to_string(i);
     if (random.one_in(4)) {
@@ -277,7 +277,7 @@ Op random_op(Random& random) {
     ArgSpec arg = tensor_arg(name, dims, {random.of(kDTypes)});
     arg.is_mutated = random.one_in(2);
     arg.is_optional = random.one_in(3);
-    arg.is_row_strided = random.one_in(2);
+    arg.layout = random.one_in(2) ? Layout::kRows : Layout::kContiguous;
     args.push_back(arg);
   }
   // All optional tensors present, and all absent.
@@ -285,7 +285,7 @@ Op random_op(Random& random) {
   for (const bool present : {true, false}) {
     uint64_t bits = 0;
     for (size_t i = 0; i < args.size(); ++i)
-      if (args[i].is_tensor && (present || !args[i].is_optional))
+      if (args[i].is_tensor() && (present || !args[i].is_optional))
         bits |= static_cast<uint64_t>(args[i].dtypes[0]) << 4 * i;
     variants.push_back({present ? "present" : "absent", bits});
   }
@@ -296,7 +296,7 @@ Call valid_call(const Op& op, bool present, const int64_t (&sizes)[kSymbols], De
   Call call{};
   for (size_t i = 0; i < op.args().size(); ++i) {
     const ArgSpec& arg = op.args()[i];
-    if (!arg.is_tensor) {
+    if (!arg.is_tensor()) {
       call.scalars[i] = 0.5;
     } else if (arg.is_optional && !present) {
       call.tensors[i] = absent();
@@ -313,7 +313,7 @@ Call valid_call(const Op& op, bool present, const int64_t (&sizes)[kSymbols], De
 /// Changes one thing at random; often, but not always, for the worse.
 void disturb(const Op& op, Call& call, Random& random) {
   const auto i = static_cast<size_t>(random.in(0, static_cast<int64_t>(op.args().size()) - 1));
-  if (!op.args()[i].is_tensor) {
+  if (!op.args()[i].is_tensor()) {
     constexpr double kValues[] = {0,
                                   -0.0,
                                   1,
@@ -367,7 +367,7 @@ TEST(bind_and_complain_agree) {
       const int64_t changes = random.in(0, 3);
       for (int64_t n = changes; n > 0; --n) disturb(op, call, random);
       const Call given = call;
-      const Bound result = bind(op, call);
+      const Found result = bind(op, call);
       std::optional<Fault> fault;
       try {
         op.complain(given);

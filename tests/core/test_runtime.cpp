@@ -337,8 +337,8 @@ void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag
   table->slot = slot;
   table->context = context_of(slot);
   table->only_device = only_device;
-  table->ladders.resize(op.id() + 1u);
-  table->ladders[op.id()] = Ladder(kEdges);
+  table->ops.resize(op.id() + 1u);
+  table->ops[op.id()] = {&op, Ladder(kEdges), 1, {~0ull}};
   table->launchers.push_back(std::make_unique<CubinLauncher>(
       tagged(tag), device_driver(), [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
   std::vector<Row> rows;

@@ -10,8 +10,8 @@ import importlib
 import struct
 from typing import Any
 
-from hdispatch.build.trace import CallMaker, Flag, Launch, Number, Pointer, trace
-from hdispatch.build.triton_backend import _SampleTensor, samples
+from hdispatch.build.trace import CallMaker, Descriptor, Flag, Launch, Number, Pointer, trace
+from hdispatch.build.triton_backend import Sample, _SampleTensor, samples
 from hdispatch.build.unit import class_of, load_spec
 
 BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
@@ -22,7 +22,8 @@ def expect(
 ) -> Any:
     """For each [M, row padding] the launch: {grid, params, false_hints}.
 
-    params are [name, bytes in hex], of pointers [name, argument, offset]: all that Triton would pass at this M, and those
+    params are [name, bytes in hex], of pointers [name, argument, offset], of TMA descriptors [name, argument, offset, sizes,
+    strides but the last], followed by these as parameters of their own: all that Triton would pass at this M, and those
     that it would drop because they are 1 here, but that are not always 1 in the class of M. false_hints are arguments of
     which the record's code for the class takes more for granted than is so.
     """
@@ -44,7 +45,8 @@ def expect(
         declared = {param.name for param in launch.kernel.params if param.is_constexpr}
         one_here = {name: ("i32", None) for name, arg in launch.args.items() if isinstance(arg, Number) and arg.value == 1}
         one_here = {name: kind for name, kind in one_here.items() if name not in declared and not claims[name].one}
-        params = [_encode(name, launch, kind) for name, (kind, _) in (decided | one_here).items() if kind != "constexpr"]
+        kept = {name: kind for name, (kind, _) in (decided | one_here).items() if kind != "constexpr"}
+        params = [param for name, kind in kept.items() for param in _encode(name, launch.args[name], kind)]
         found.append({"grid": list(launch.grid), "params": params, "false_hints": wrong})
     return found
 
@@ -55,6 +57,8 @@ def _decide(launch: Launch) -> dict[str, tuple[str, Any]]:
     def value(arg: Any) -> Any:
         if isinstance(arg, Pointer):
             return _SampleTensor(arg.dtype, arg.offset)
+        if isinstance(arg, Descriptor):
+            return Sample(arg).value()
         return bool(arg.value) if isinstance(arg, Flag) else arg.value
 
     binder = launch.kernel.device_caches[0][4]
@@ -62,10 +66,13 @@ def _decide(launch: Launch) -> dict[str, tuple[str, Any]]:
     return dict(zip(launch.args, specialization, strict=True))
 
 
-def _encode(name: str, launch: Launch, kind: str) -> list[Any]:
-    arg = launch.args[name]
+def _encode(name: str, arg: Any, kind: str) -> list[list[Any]]:
+    if isinstance(arg, Descriptor):
+        values = [_encode(f"{name}.{i}", Number(value), "i32")[0] for i, value in enumerate(arg.shape)]
+        values += [_encode(f"{name}.{i}", Number(value), "i64")[0] for i, value in enumerate(arg.strides)]
+        return [[name, arg.arg, arg.offset, list(arg.shape), list(arg.strides[:-1])], *values]
     if isinstance(arg, Pointer):
-        return [name, arg.arg, arg.offset]
+        return [[name, arg.arg, arg.offset]]
     if kind in BYTES:
-        return [name, int(arg.value).to_bytes(BYTES[kind], "little", signed=kind != "u1").hex()]
-    return [name, struct.pack({"fp32": "<f", "fp64": "<d"}[kind], arg.value).hex()]
+        return [[name, int(arg.value).to_bytes(BYTES[kind], "little", signed=kind != "u1").hex()]]
+    return [[name, struct.pack({"fp32": "<f", "fp64": "<d"}[kind], arg.value).hex()]]

@@ -55,7 +55,7 @@ SPEC = OpSpec(
     name="toy_helion",
     args=(
         TensorArg("result", ("M", "K"), (torch.float32,), mutated=True),
-        TensorArg("input", ("M", "K"), (torch.float32,), row_strided=True),
+        TensorArg("input", ("M", "K"), (torch.float32,), layout="rows"),
     ),
     reference=lambda *_args: None,
     sample=lambda *_args: [],

@@ -24,7 +24,7 @@ SPEC = OpSpec(
     name="toy_host",
     args=(
         TensorArg("result", ("M", "K"), (torch.float32,), mutated=True),
-        TensorArg("input", ("M", "2*K"), (torch.float32,), row_strided=True),
+        TensorArg("input", ("M", "2*K"), (torch.float32,), layout="rows"),
         FloatArg("eps"),
     ),
     reference=lambda *_args: None,
@@ -84,12 +84,13 @@ def two_launches(result, input, eps, *, _launcher):
     good(result, input, eps, _launcher=_launcher)
 
 
-def descriptor(result, input, eps, *, _launcher):
-    TensorDescriptor(input, list(input.shape), list(input.stride()), [1, 64])
+def describing(make: Callable[..., Any]) -> Callable[..., None]:
+    """A host function that passes a TMA descriptor of its input."""
 
+    def host(result, input, eps, *, _launcher):
+        _launcher(copy, (1,), result, make(input), eps, 1, 1, 1, 64, num_warps=1)
 
-def descriptor_factory(result, input, eps, *, _launcher):
-    TensorDescriptor.from_tensor(input, [1, 64])
+    return host
 
 
 def branching(result, input, eps, *, _launcher):
@@ -127,8 +128,9 @@ HOSTS: dict[str, Callable[..., None]] = {
     "good": good,
     "no_launch": no_launch,
     "two_launches": two_launches,
-    "descriptor": descriptor,
-    "descriptor_factory": descriptor_factory,
+    "descriptor_of_columns": describing(lambda i: TensorDescriptor(i, list(i.shape), [1, i.stride(0)], [1, 64])),
+    "descriptor_of_ranks": describing(lambda i: TensorDescriptor(i, [64], list(i.stride()), [1, 64])),
+    "descriptor_in_rows": describing(lambda i: TensorDescriptor.from_tensor(i, [i.shape[0], 64])),
     "branching": branching,
     "odd": odd,
     "at_seven": at_one_size(7),

@@ -47,13 +47,13 @@ def write(folder: Path, content: object, name: str = "nvidia_h200.json") -> Path
 )
 def test_pick_as_vllm_does(tmp_path, hidden, edge, picked):
     file = configs.read(write(tmp_path, [entry(2048, 64), entry(2048, 1), entry(2048, 16), entry(4096, 8)]), SPEC)
-    assert file.pick(SPEC, {"K": hidden}, edge)["name"] == picked
+    assert file.pick(SPEC, {"K": hidden}, edge).config["name"] == picked
 
 
 def test_the_default_serves_only_where_nothing_else_is(tmp_path):
     default = {"key": {}, "config": {"name": "default"}}
-    assert configs.read(write(tmp_path, [default]), SPEC).pick(SPEC, {"K": 1}, 1)["name"] == "default"
-    assert configs.read(write(tmp_path, [default, entry(2048, 1)]), SPEC).pick(SPEC, {"K": 9}, 9)["name"] == "2048/1"
+    assert configs.read(write(tmp_path, [default]), SPEC).pick(SPEC, {"K": 1}, 1).config["name"] == "default"
+    assert configs.read(write(tmp_path, [default, entry(2048, 1)]), SPEC).pick(SPEC, {"K": 9}, 9).config["name"] == "2048/1"
     with pytest.raises(BuildError, match="has no entry"):
         configs.read(write(tmp_path, []), SPEC).pick(SPEC, {"K": 1}, 1)
 
@@ -96,6 +96,6 @@ def test_another_gpus_file_is_used_but_not_silently(tmp_path):
 
 def test_vllms_keys_of_several_sizes():
     spec = OpSpec(**{**vars(SPEC), "config_key": {"hidden_size": "K", "groups": "N", "num_tokens": "M"}})
-    entries = tuple(({"K": k, "N": n, "M": m}, {"at": [k, n, m]}) for k in (64, 128) for n in (1, 8) for m in (1, 4))
+    entries = tuple(configs.ConfigEntry({"K": k, "N": n, "M": m}, {"at": [k, n, m]}) for k in (64, 128) for n in (1, 8) for m in (1, 4))
     file = configs.ConfigFile(Path("x"), entries)
-    assert file.pick(spec, {"K": 120, "N": 3}, 2)["at"] == [128, 1, 4]
+    assert file.pick(spec, {"K": 120, "N": 3}, 2).config["at"] == [128, 1, 4]

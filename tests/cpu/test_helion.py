@@ -56,7 +56,11 @@ def test_persistent_kernels_have_a_grid_of_the_targets_sms(build):
             {**TILES, "indexing": "tensor_descriptor"},
             "holds M from 2 to 16, but .* valid for 16 to 31 only",
         ),
-        ("double", {**TILES, "indexing": "tensor_descriptor", "host_tensor_descriptors": True}, "host-made TMA descriptors"),
+        (
+            "double",
+            {**TILES, "indexing": "tensor_descriptor", "host_tensor_descriptors": True},
+            "holds M from 2 to 16, but .* valid for 16 to 31 only",
+        ),
         ("specialized", {"block_sizes": [4]}, "valid for 16 to 16 only: helion would generate other code for M = 15"),
         ("on_row_stride", {"block_sizes": [4]}, "not valid for every row stride: helion would generate other code"),
         ("allocating", {"block_sizes": [4]}, r"allocates \(aten.empty_like.default\); write the kernel as an out-variant"),

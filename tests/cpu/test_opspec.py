@@ -57,10 +57,14 @@ def test_sizes():
 
 
 def test_dimensions():
-    assert parse_dim("M") == (1, "M")
-    assert parse_dim("2*N") == (2, "N")
-    for wrong in ("", "L", "m", "2M", "0*M", "-1*M", "2*", "M*2", "1.5*M", "2*2*M"):
-        with pytest.raises(HdispatchError, match=re.escape(f"dimension {wrong!r} is not SYMBOL or FACTOR*SYMBOL")):
+    assert parse_dim(4) == (4, None, 1)
+    assert parse_dim("M") == (1, "M", 1)
+    assert parse_dim("2*N") == (2, "N", 1)
+    assert parse_dim("K/128") == (1, "K", 128)
+    assert parse_dim("2*K/group_size") == (2, "K", "group_size")
+    assert parse_dim("*") == (1, "*", 1)
+    for wrong in ("", "L", "m", "2M", "0*M", "-1*M", "2*", "M*2", "1.5*M", "2*2*M", "K/", "K/0", "K/-1", "*/2", "K/1.5"):
+        with pytest.raises(HdispatchError, match=re.escape(f"dimension {wrong!r} is not SYMBOL, FACTOR*SYMBOL")):
             parse_dim(wrong)
 
 
@@ -76,8 +80,9 @@ def test_buckets():
         ((X, TensorArg("y", ("M",), "y")), "y has the dtype of 'y', no tensor with dtypes of its own"),
         ((X, FloatArg("e"), TensorArg("y", ("M",), "e")), "y has the dtype of 'e', no tensor"),
         ((X, TensorArg("y", ("L",), "x")), "dimension 'L'"),
-        ((X, TensorArg("y", ("N",), "x", mutated=True)), r"sizes \['N'\] are carried by no tensor that is read and required"),
-        ((X, TensorArg("y", ("N",), "x", optional=True)), r"sizes \['N'\]"),
+        ((X, TensorArg("y", ("N/2",), "x")), r"no tensor carries the sizes \['N'\] plainly"),
+        ((X, TensorArg("y", ("K/group",), "x")), "'group' is no integer argument with values"),
+        ((TensorArg("x", ("M",), (torch.float32,), optional=True),), "only x, which may be None, carries M"),
         ((TensorArg("x", ("K",), (torch.float32,)),), r"sizes \['M'\]"),
         ((FloatArg("e"),), r"sizes \['M'\]"),
         ((dataclasses.replace(X, name="class"),), "'class' is not a name"),

@@ -131,6 +131,9 @@ def evaluated(param: dict[str, Any], sizes: dict[str, int]) -> list[Any]:
     """A parameter as `concrete_launches` has it, without its name."""
     if param["kind"] == "ptr":
         return [param["arg"], evaluate(param.get("offset", [0]), sizes)]
+    if param["kind"] == "tensor_map":
+        listed = ([evaluate(value, sizes) for value in param["map"][name]] for name in ("shape", "strides"))
+        return [param["arg"], evaluate(param.get("offset", [0]), sizes), *listed]
     if param["kind"] in FORMATS:
         size, signed = FORMATS[param["kind"]]
         return [evaluate(param["value"], sizes).to_bytes(size, "little", signed=signed).hex()]
@@ -199,16 +202,30 @@ def check_launch(case: Case, m: int, expected: dict[str, Any]) -> None:
     (launch,) = null.launches()
     code = case.record["cubins"][class_of(m)]
     tensors = {arg.name: value for arg, value in zip(case.spec.args, args, strict=True) if isinstance(value, torch.Tensor)}
-    wanted = [
-        (tensors[param[1]].data_ptr() + param[2]).to_bytes(8, "little") if len(param) == 3 else bytes.fromhex(param[1])
-        for param in expected["params"]
-    ]
-    assert list(launch["params"]) == [*wanted, bytes(8), bytes(8)], where
+    passed = [described(param) for param in launch["params"]]
+    assert passed == [*(wanted(param, tensors) for param in expected["params"]), bytes(8), bytes(8)], where
     assert list(launch["grid"]) == expected["grid"], where
     assert (launch["file"], launch["function"]) == (code["file"], code["function"]), where
     assert (launch["block"], launch["shared"]) == ((32 * code["num_warps"], 1, 1), code["shared_bytes"]), where
     attributes = [launch[name] for name in ("pdl", "cooperative")] + [list(launch["cluster"])]
     assert attributes == [code["pdl"], code["cooperative"], code["cluster"]], where
+
+
+def described(param: bytes) -> Any:
+    """A parameter's bytes; of a TMA descriptor the address, sizes and strides."""
+    if len(param) != 128:
+        return param
+    found = null.tensor_map(param)
+    return [found["address"], found["shape"], found["strides"]]
+
+
+def wanted(param: list[Any], tensors: dict[str, torch.Tensor]) -> Any:
+    if len(param) == 2:
+        return bytes.fromhex(param[1])
+    tensor, address = tensors[param[1]], tensors[param[1]].data_ptr() + param[2]
+    if len(param) == 3:
+        return address.to_bytes(8, "little")
+    return [address, param[3], [stride * tensor.itemsize for stride in param[4]]]
 
 
 def test_code_waits_then_reads_then_releases(bundle):

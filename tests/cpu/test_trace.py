@@ -47,8 +47,9 @@ def test_a_known_call_has_a_known_launch(worker):
     [
         ("no_launch", r"launches 0 kernels"),
         ("two_launches", r"launches 2 kernels \['copy', 'copy'\]; a record holds exactly one"),
-        ("descriptor", "host-made TMA descriptors are not supported yet"),
-        ("descriptor_factory", "host-made TMA descriptors are not supported yet"),
+        ("descriptor_of_columns", r"input is a TMA descriptor whose last stride is \S+; it takes 1: transpose"),
+        ("descriptor_of_ranks", "input is a TMA descriptor of 1 sizes, 2 strides and 2 block sizes; it takes 1 to 5"),
+        ("descriptor_in_rows", r"input is a TMA descriptor with the block \[\S+, 64\], which is not known"),
         ("zeros", "runs aten.zeros"),
         ("clone", "runs aten.clone"),
         ("item", "runs aten._local_scalar_dense"),

@@ -39,7 +39,7 @@ SPEC = OpSpec(
     name="toy",
     args=(
         TensorArg("result", ("M", "K"), (torch.float8_e4m3fn,), mutated=True),
-        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), row_strided=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), layout="rows"),
         TensorArg("weight", ("K",), "input"),
         TensorArg("scale", ("M", 1), (torch.float32,), mutated=True),
         FloatArg("epsilon", minimum=0.0),
@@ -102,7 +102,7 @@ def manifest(
 ) -> dict[str, Any]:
     """Rows for every variant, K and bucket."""
     contents = files()
-    every = SPEC.variant_dtypes()
+    every = SPEC.variant_arguments()
     return {
         "schema_version": SCHEMA_VERSION,
         "hdispatch": hdispatch.__version__,

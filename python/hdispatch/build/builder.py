@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.util
 import pkgutil
@@ -136,21 +137,41 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     file, note = configs.find(spec, target, where)
     if note:
         notes.append(note)
-    backend = next((name for name in PACKAGES if (folder / f"{name}.py").is_file()), None)
-    if backend is None:
+    backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
+    if not backends:
         raise BuildError(f"{spec.name}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
-    variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.variants()]
+    variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
-    units = []
+    rows: dict[bytes, list[tuple[dict[str, int], int]]] = {}
+    picked: dict[bytes, tuple[str, dict[str, int], dict[str, Any]]] = {}
     for shape in shapes:
-        served: dict[bytes, list[int]] = {}
         for bucket in buckets:
-            served.setdefault(store.canonical(file.pick(spec, shape, spec.ladder[bucket])), []).append(bucket)
-        for group in served.values():
-            config = file.pick(spec, shape, spec.ladder[group[0]])
-            units += [Unit(package, backend, variant, shape, config, tuple(group)) for variant in variants]
-    return units
+            entry = file.pick(spec, shape, spec.ladder[bucket])
+            backend = entry.backend or backends[0]
+            if backend not in backends:
+                raise BuildError(f"{file.path}: an entry is for the backend {backend!r}; {spec.name} has {backends}")
+            known = {symbol: size for symbol, size in shape.items() if symbol not in _generic(folder, backend)}
+            key = store.canonical([backend, known, entry.config])
+            picked[key] = backend, known, entry.config
+            rows.setdefault(key, []).append((shape, bucket))
+    return [
+        Unit(package, backend, variant, known, config, tuple(sorted({bucket for _, bucket in rows[key]})), _plain(rows[key]))
+        for key, (backend, known, config) in picked.items()
+        for variant in variants
+    ]
+
+
+def _plain(rows: Sequence[tuple[dict[str, int], int]]) -> tuple[tuple[tuple[tuple[str, int], ...], int], ...]:
+    return tuple((tuple(sorted(shape.items())), bucket) for shape, bucket in rows)
+
+
+def _generic(folder: Path, backend: str) -> frozenset[str]:
+    """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
+    for node in ast.parse((folder / f"{backend}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
 
 
 def _entries(
@@ -186,20 +207,28 @@ def _entries(
     for index, unit in enumerate(units):
         for one in results[index]:
             report.record_seconds.append((unit.label, one["seconds"]))
-            entries.append(_entry(unit, one, tools[unit.backend]))
+            entries += _entry(unit, one, tools[unit.backend])
     return entries
 
 
-def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> Entry:
-    return Entry(
-        op=load_spec(unit.package).name,
-        variant=unit.variant,
-        shape=unit.shape,
-        buckets=tuple(built["buckets"]),
-        record=built["record"],
-        tools=tools,
-        seconds=built["seconds"],
-    )
+def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[Entry]:
+    """One for each shape whose rows the record serves."""
+    served: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for shape, bucket in unit.rows:
+        if bucket in built["buckets"]:
+            served.setdefault(shape, []).append(bucket)
+    return [
+        Entry(
+            op=load_spec(unit.package).name,
+            variant=unit.variant,
+            shape=dict(shape),
+            buckets=tuple(buckets),
+            record=built["record"],
+            tools=tools,
+            seconds=built["seconds"],
+        )
+        for shape, buckets in served.items()
+    ]
 
 
 def _complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
@@ -210,7 +239,7 @@ def _key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mappi
     """Everything that the records of a unit depend on."""
     return store.digest(
         {
-            "unit": unit.to_json(),
+            "unit": {**unit.to_json(), "rows": []},
             "sources": dict(sources),
             "target": target.to_json(),
             "tools": dict(tools),

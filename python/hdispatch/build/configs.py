@@ -1,7 +1,9 @@
 """Config files and which of their entries serves a bucket: vLLM's format and vLLM's rule.
 
 A file is a JSON list of `{"key": {...}, "config": {...}}`, e.g. with the key `{"hidden_size": 4096, "num_tokens": 16}`;
-the op's `config_key` says which size each name stands for. The empty key is the default, used where nothing else is.
+the op's `config_key` says which size each name stands for. A key without a size's name is for the rows that serve every
+size of it; the empty key is the default, used where nothing else is. `"backend": "triton"` beside the key says which of
+the op's kernels the config is for, if not the first.
 """
 
 from __future__ import annotations
@@ -22,29 +24,49 @@ FALLBACK = "nvidia_h200.json"
 
 
 @dataclass(frozen=True)
+class ConfigEntry:
+    """One entry of a file. `sizes` of its key are by symbol: {"K": 4096, "M": 16}; empty for the default.
+
+    backend is that of the kernel that the config is for, None for the op's first one.
+    """
+
+    sizes: dict[str, int]
+    config: dict[str, Any]
+    backend: str | None = None
+
+
+@dataclass(frozen=True)
 class ConfigFile:
-    """The entries of one file. `sizes` of an entry are by symbol: {"K": 4096, "M": 16}; empty for the default."""
+    """The entries of one file."""
 
     path: Path
-    entries: tuple[tuple[dict[str, int], dict[str, Any]], ...]
+    entries: tuple[ConfigEntry, ...]
 
-    def pick(self, spec: OpSpec, shape: Mapping[str, int], edge: int) -> dict[str, Any]:
-        """The config for a bucket of M up to `edge`.
+    def pick(self, spec: OpSpec, shape: Mapping[str, int], edge: int) -> ConfigEntry:
+        """The entry for a bucket of M up to `edge`.
 
-        Among all entries the ones with the nearest sizes other than M (earlier names of `config_key` first, and the
-        earlier entry of two equally near); among those the smallest M of at least `edge`, or else the largest.
-        BuildError if the file has no entry.
+        For a shape with all its sizes: among the entries with sizes the ones with the nearest ones (earlier names of
+        `config_key` first, and the earlier entry of two equally near). For a shape that leaves sizes out: the entries that
+        leave out the same. Among those the smallest M of at least `edge`, or else the largest. Where there are none: the
+        default, and of a file without one any entry. BuildError if the file has no entry.
         """
+        if not self.entries:
+            raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
         symbols = [symbol for symbol in spec.config_key.values() if symbol != "M"]
-        keyed = [(sizes, config) for sizes, config in self.entries if sizes]
-        if not keyed:
-            if not self.entries:
-                raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
-            return self.entries[0][1]
-        nearest = min((sizes for sizes, _ in keyed), key=lambda sizes: [abs(sizes[s] - shape[s]) for s in symbols])
-        same = [(sizes, config) for sizes, config in keyed if all(sizes[s] == nearest[s] for s in symbols)]
-        same.sort(key=lambda entry: entry[0].get("M", 0))
-        return next((config for sizes, config in same if sizes.get("M", edge) >= edge), same[-1][1])
+        given = [symbol for symbol in symbols if symbol in shape]
+        # Sizes that a file's keys never name are served by all of its entries.
+        like = [e for e in self.entries if e.sizes and {s for s in e.sizes if s != "M"} == set(given)]
+        default = next((entry for entry in self.entries if not entry.sizes), None)
+        if not like:
+            return default or self.pick(spec, self._complete(symbols), edge)
+        nearest = min((e.sizes for e in like), key=lambda sizes: [abs(sizes[s] - shape[s]) for s in given])
+        same = [entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)]
+        same.sort(key=lambda entry: entry.sizes.get("M", 0))
+        return next((entry for entry in same if entry.sizes.get("M", edge) >= edge), same[-1])
+
+    def _complete(self, symbols: list[str]) -> dict[str, int]:
+        """The sizes of the entry that has the largest ones."""
+        return max(({s: e.sizes[s] for s in symbols if s in e.sizes} for e in self.entries), key=lambda sizes: [*sizes.values()])
 
 
 def read(path: Path, spec: OpSpec) -> ConfigFile:
@@ -57,14 +79,14 @@ def read(path: Path, spec: OpSpec) -> ConfigFile:
         raise BuildError(f'{path} holds a JSON {type(data).__name__}; it takes a list of {{"key": {{...}}, "config": {{...}}}}')
     entries = [_entry(path, index, entry, spec) for index, entry in enumerate(data)]
     seen: list[dict[str, int]] = []
-    for index, (sizes, _) in enumerate(entries):
-        if sizes in seen:
-            raise BuildError(f"{path}: entry {index} repeats the key of entry {seen.index(sizes)}: {data[index]['key']}")
-        seen.append(sizes)
+    for index, entry in enumerate(entries):
+        if entry.sizes in seen:
+            raise BuildError(f"{path}: entry {index} repeats the key of entry {seen.index(entry.sizes)}: {data[index]['key']}")
+        seen.append(entry.sizes)
     return ConfigFile(path, tuple(entries))
 
 
-def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str, Any]]:
+def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> ConfigEntry:
     if not isinstance(entry, dict) or not {"key", "config"} <= set(entry) or not isinstance(entry["config"], dict):
         raise BuildError(f'{path}: entry {index} is {entry!r:.80}; it takes {{"key": {{...}}, "config": {{...}}}}')
     key = entry["key"]
@@ -73,12 +95,18 @@ def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> tuple[dict[str, 
         raise BuildError(
             f"{path}: entry {index} has the key {key!r}; it takes an object with {expected}, or {{}} for the default"
         )
-    if key and sorted(key) != expected:
-        raise BuildError(f"{path}: entry {index} has the key {key}; {spec.name} takes {expected}, or {{}} for the default")
+    if not set(key) <= set(expected):
+        raise BuildError(
+            f"{path}: entry {index} has the key {key}; {spec.name} takes {expected}, fewer for sizes that are left open, "
+            "or {} for the default"
+        )
     for name, size in key.items():
         if type(size) is not int or size < 1:
             raise BuildError(f"{path}: entry {index} has {name} {size!r}; it takes an integer of at least 1")
-    return {spec.config_key[name]: size for name, size in key.items()}, entry["config"]
+    backend = entry.get("backend")
+    if backend is not None and not isinstance(backend, str):
+        raise BuildError(f"{path}: entry {index} has the backend {backend!r}; it takes a name such as \"triton\"")
+    return ConfigEntry({spec.config_key[name]: size for name, size in key.items()}, entry["config"], backend)
 
 
 def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None]:

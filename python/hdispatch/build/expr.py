@@ -26,7 +26,8 @@ Value: TypeAlias = int | sympy.Basic
 
 Leaves = Mapping[sympy.Symbol, str]
 
-_OPERATORS: dict[str, Callable[[int, int], int]] = {
+#: What stands between values in a postfix list.
+OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,
     "*": operator.mul,
@@ -150,7 +151,7 @@ def depth(tokens: Expr) -> int:
     """How many values an evaluation holds at once, at most."""
     now = deepest = 0
     for token in tokens:
-        now += -1 if token in _OPERATORS else 1
+        now += -1 if token in OPERATORS else 1
         deepest = max(deepest, now)
     return deepest
 
@@ -164,11 +165,11 @@ def evaluate(tokens: Expr, sizes: Mapping[str, int]) -> int:
     for token in tokens:
         if isinstance(token, int):
             stack.append(token)
-        elif token in _OPERATORS:
+        elif token in OPERATORS:
             right, left = stack.pop(), stack.pop()
             if token in ("//", "%") and right == 0:
                 raise BuildError(f"{render(tokens)} divides by zero for {dict(sizes)}")
-            stack.append(_OPERATORS[token](left, right))
+            stack.append(OPERATORS[token](left, right))
         elif token in sizes:
             stack.append(sizes[token])
         else:
@@ -183,7 +184,7 @@ def render(tokens: Expr) -> str:
     """The expression in infix, for messages and guards: `(M + 15) // 16`."""
     stack: list[tuple[str, int]] = []
     for token in tokens:
-        if token not in _OPERATORS:
+        if token not in OPERATORS:
             stack.append((str(token), _ATOM))
             continue
         (right, right_binds), (left, left_binds) = stack.pop(), stack.pop()

@@ -22,7 +22,10 @@ from .unit import bucket_bounds, class_of, classes_of, serves
 
 @dataclass(frozen=True)
 class Entry:
-    """A record and the rows that it serves, as the build made it. Cubins' `file` is the SHA-256 of bytes in the store."""
+    """A record and the rows of one shape that it serves, as the build made it.
+
+    Cubins' `file` is the SHA-256 of bytes in the store. Equal records of several entries become one.
+    """
 
     op: str
     variant: str
@@ -55,6 +58,9 @@ def freeze(
     _check_rows(specs, entries, partial)
     blobs = _blobs(entries, store)
     files: dict[str, FileEntry] = {_artifact(sha): {"sha256": sha, "size": len(data)} for sha, data in sorted(blobs.items())}
+    records = {digest(entry.record): entry.record for entry in entries}
+    places = {key: index for index, key in enumerate(records)}
+    rows = [row for entry in entries for row in _rows(places[digest(entry.record)], entry, files)]
     manifest: Manifest = {
         "schema_version": SCHEMA_VERSION,
         "hdispatch": version("hdispatch"),
@@ -62,8 +68,8 @@ def freeze(
         "tools": _tools(entries),
         "ops": {name: op_entry(specs[name]) for name in sorted({entry.op for entry in entries})},
         "files": files,
-        "records": [_with_files(entry.record) for entry in entries],
-        "rows": sorted((row for index, entry in enumerate(entries) for row in _rows(index, entry, files)), key=_row_order),
+        "records": [_with_files(record) for record in records.values()],
+        "rows": sorted(rows, key=_row_order),
     }
     _write(out, manifest, blobs)
     return Frozen(manifest, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
@@ -71,7 +77,7 @@ def freeze(
 
 def op_entry(spec: OpSpec) -> OpEntry:
     """An op as a manifest has it."""
-    return {"schema": spec.schema(), "ladder": list(spec.ladder), "variants": spec.variant_dtypes()}
+    return {"schema": spec.schema(), "ladder": list(spec.ladder), "variants": spec.variant_arguments()}
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -115,7 +121,7 @@ def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: 
         return
     for op in sorted({entry.op for entry in entries}):
         spec = specs[op]
-        for variant in spec.variants():
+        for variant in spec.served_variants():
             for shape in spec.shapes:
                 for bucket in range(len(spec.ladder)):
                     key = (op, variant.name, shape.get("K", 0), shape.get("N", 0), bucket)

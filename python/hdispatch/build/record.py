@@ -21,11 +21,25 @@ from ..errors import BuildError
 from ..manifest import M_CLASSES, Cubin, Expr, Guard, MClass, Param, Record
 from ..opspec import OpSpec
 from . import triton_backend
-from .expr import evaluate, postfix, render, turns
+from .expr import OPERATORS, evaluate, postfix, render, turns
 from .store import Store
 from .target import GpuTarget
-from .trace import ALIGNMENT, FLOAT_HINT, ROW_PADDING, CallMaker, Flag, HostSide, Launch, Number, Pointer, Real, Trace, trace
-from .triton_backend import Code
+from .trace import (
+    ALIGNMENT,
+    FLOAT_HINT,
+    ROW_PADDING,
+    CallMaker,
+    Descriptor,
+    Flag,
+    HostSide,
+    Launch,
+    Number,
+    Pointer,
+    Real,
+    Trace,
+    trace,
+)
+from .triton_backend import Code, MapCode
 from .unit import HINT, OPEN_BUCKET_M, Unit, bucket_bounds, classes_of, load_spec, serves
 
 INT32_MAX = 2**31 - 1
@@ -112,28 +126,30 @@ class Candidate:
             return 1, 1
         low = _border(self.hint, 1, self.objection)
         high = _border(self.hint, INT32_MAX, self.objection)
-        static = {
-            size for arg in self.maker.spec.tensors() for size in self.maker.spec.tensor_sizes(arg, {**self.unit.shape, "M": 1})
-        }
-        checked = static | {*_CHECKED_MS, low + 1, high - 1} | self.side.turns | turns(self.trace.guards)
+        checked = self.maker.dims() | {*_CHECKED_MS, low + 1, high - 1} | self.side.turns | turns(self.trace.guards)
         for m in sorted(checked):
             if low < m < high and (problem := self.objection(m)):
                 raise BuildError(f"code is valid for M = {low} and {high}, but not for {m}: {problem}")
         return low, high
 
-    def objection(self, m: int, row_padding: int = ROW_PADDING) -> str | None:
-        """Why the traced launch is not what should happen at this M; None if it is."""
-        if (elements := self.maker.elements(m)) > MAX_ELEMENTS[self.side.index_bits]:
+    def objection(self, m: int, row_padding: int = ROW_PADDING, other: Mapping[str, int] | None = None) -> str | None:
+        """Why the traced launch is not what should happen at this M (and `other` generic sizes); None if it is.
+
+        Calls that a guard of the record refuses are none of its business.
+        """
+        if (elements := self.maker.elements(m, other)) > MAX_ELEMENTS[self.side.index_bits]:
             return f"a tensor has {elements} elements, too many for {self.side.index_bits}-bit offsets"
-        if not self.side.agrees(m, row_padding):
+        sizes = self.maker.leaf_values(m, row_padding, other)
+        if (other or row_padding not in (0, ROW_PADDING)) and self.is_refused(sizes):
+            return None
+        if not other and not self.side.agrees(m, row_padding):
             return f"{self.unit.backend} would generate other code for M = {m} and rows padded by {row_padding} elements"
-        sizes = {"M": m, **self.maker.row_strides(row_padding)}
         for guard in self.assumptions:
             # Views assume M != 1 idly; at 1 the run below decides.
             if not evaluate(guard, sizes) and (m > 1 or _leaves(guard) != {"M"}):
                 return f"the host function assumes {render(guard)}"
         expected = self.trace.launch.at({symbol: sizes[leaf] for symbol, leaf in self.trace.leaves.items()})
-        actual = trace(self.side.host, self.maker.concrete(m, row_padding)).launch
+        actual = trace(self.side.host, self.maker.concrete(m, row_padding, other)).launch
         return _difference(expected, actual) or _misfit(actual, self.trace.launch)
 
     @cached_property
@@ -146,14 +162,28 @@ class Candidate:
                 )
         return [postfix(guard, self.trace.leaves) for guard in self.trace.guards]
 
+    def is_refused(self, sizes: Mapping[str, int]) -> bool:
+        """Whether a guard about anything but M fails for these leaves, or a TMA descriptor cannot be."""
+        launch = self.trace.launch.at({symbol: sizes[leaf] for symbol, leaf in self.trace.leaves.items()})
+        return any(_leaves(guard) - {"M"} and not evaluate(guard, sizes) for guard in self.assumptions) or any(
+            isinstance(arg, Descriptor) and arg.odd_strides() for arg in launch.args.values()
+        )
+
     def guards(self, classes: Sequence[MClass]) -> list[Guard]:
         """The facts about row strides that a call is tested for; what is about M alone is in the interval."""
         exprs = [assumption for assumption in self.assumptions if _leaves(assumption) - {"M"}]
         assumed = {leaf for m_class in classes for leaf in triton_backend.assumed_strides(self.trace, m_class)}
         exprs += [[leaf, ALIGNMENT, "%", 0, "=="] for leaf in sorted(assumed)]
+        exprs += [[symbol, 1, ">="] for symbol in self.maker.generic()]
         if self.side.index_bits == 32:
+            if free := [*self.maker.generic(), *(arg.name for arg in self.maker.freely_strided())]:
+                raise BuildError(f"{free[0]} is known per call only, which takes 64-bit offsets; set INDEX_BITS = 64")
             exprs += [self._int32_guard(arg.name) for arg in self.maker.row_strided()]
         self._check_paddings(all(f"{arg.name}.stride(0)" in assumed for arg in self.maker.row_strided()))
+        for other in self.maker.other_sizes():
+            for m in (1, 2, 16, 33):
+                if self.interval[0] <= m <= self.interval[1] and (problem := self.objection(m, 0, other)):
+                    raise BuildError(f"the code is not valid for {other} and M = {m}: {problem}")
         return [{"expr": expr, "text": render(expr)} for expr in exprs]
 
     def _int32_guard(self, name: str) -> Expr:
@@ -164,8 +194,6 @@ class Candidate:
         return [*postfix(rows, self.trace.leaves), f"{name}.stride(0)", "*", INT32_MAX, "<="]
 
     def _check_paddings(self, aligned: bool) -> None:
-        if not self.maker.row_strided():
-            return
         for padding in (*_CHECKED_PADDINGS, *(() if aligned else (7,))):
             if problem := self.objection(self.hint, padding):
                 raise BuildError(f"the code is not valid for every row stride: {problem}")
@@ -180,7 +208,7 @@ class Candidate:
             occurring |= classes_of(max(first, low), min(last or high, high))
         classes = [m_class for m_class in M_CLASSES if m_class in occurring]
         codes = {m_class: triton_backend.compile_class(self.trace, m_class, target, tools, store) for m_class in classes}
-        taken = [name for name in self.trace.launch.args if any(name in code["kinds"] for code in codes.values())]
+        taken = [name for name in self.trace.launch.parameters() if any(name in code["kinds"] for code in codes.values())]
         aligned = triton_backend.samples(self.trace, classes[0])
         leaves = self.trace.leaves
         return {
@@ -190,14 +218,14 @@ class Candidate:
             "m_min": low,
             "m_max": high,
             "grid": [postfix(size, leaves) for size in self.trace.launch.grid],
-            "params": [_param(name, self.trace, codes, aligned[name].multiple) for name in taken],
+            "params": [_param(name, self.trace, codes, name in aligned and aligned[name].multiple) for name in taken],
             "guards": self.guards(classes),
             "cubins": {m_class: _cubin(code, taken) for m_class, code in codes.items()},
         }
 
 
 def _leaves(expr: Expr) -> set[str]:
-    return {token for token in expr if isinstance(token, str) and (token == "M" or "." in token)}
+    return {token for token in expr if isinstance(token, str) and token not in OPERATORS}
 
 
 def _border(inside: int, outside: int, objection: Callable[[int], str | None]) -> int:
@@ -234,8 +262,10 @@ def _misfit(actual: Launch, symbolic: Launch) -> str | None:
     for axis, (size, limit) in enumerate(zip(actual.grid, MAX_GRID, strict=True)):
         if not isinstance(size, int) or not 1 <= size <= limit:
             return f"grid dimension {axis} is {size}, a GPU takes 1 to {limit}"
-    for name, arg in actual.args.items():
-        varies = isinstance(getattr(symbolic.args[name], "value", None), sympy.Basic)
+    traced = symbolic.parameters()
+    for name, arg in actual.parameters().items():
+        # A descriptor's strides are 64 bits wide.
+        varies = isinstance(getattr(traced[name], "value", None), sympy.Basic) and ".strides[" not in name
         if varies and isinstance(arg, Number) and isinstance(arg.value, int) and not -INT32_MAX - 1 <= arg.value <= INT32_MAX:
             return f"argument {name} is {arg.value}, which does not fit 32 bits"
     return None
@@ -248,9 +278,11 @@ def _param(name: str, traced: Trace, codes: Mapping[MClass, Code], aligned: bool
             f"parameter {name} has the types {sorted(kinds)} in different classes of M; annotate its type in the kernel"
         )
     (kind,) = kinds
-    arg = traced.launch.args[name]
+    arg = traced.launch.parameters()[name]
     param: Param = {"kind": kind}
-    if isinstance(arg, Pointer):
+    if isinstance(arg, Descriptor):
+        param |= _tensor_map(name, arg, traced, [code["maps"][name] for code in codes.values() if name in code["kinds"]])
+    elif isinstance(arg, Pointer):
         param["arg"] = arg.arg
         if arg.offset != 0:
             param["offset"] = postfix(arg.offset, traced.leaves)
@@ -269,6 +301,29 @@ def _param(name: str, traced: Trace, codes: Mapping[MClass, Code], aligned: bool
         param["value"] = postfix(arg.value, traced.leaves)
     else:
         raise BuildError(f"parameter {name} of type {kind} gets {arg}, which a record cannot express")
+    return param
+
+
+def _tensor_map(name: str, arg: Descriptor, traced: Trace, choices: Sequence[MapCode]) -> Param:
+    if any(choice != choices[0] for choice in choices):
+        raise BuildError(f"the TMA descriptor {name} is {choices} in the classes of M; a record holds one for all")
+    if odd := arg.odd_strides():
+        raise BuildError(
+            f"the TMA descriptor {name} has a stride of {odd[0]} elements of {arg.dtype.itemsize} bytes; "
+            f"it takes multiples of {ALIGNMENT} bytes"
+        )
+    param: Param = {
+        "kind": "tensor_map",
+        "arg": arg.arg,
+        "map": {
+            **choices[0],
+            "shape": [postfix(size, traced.leaves) for size in arg.shape],
+            "strides": [postfix(stride, traced.leaves) for stride in arg.strides[:-1]],
+            "fill": "nan" if arg.fill_nan else "zero",
+        },
+    }
+    if arg.offset != 0:
+        param["offset"] = postfix(arg.offset, traced.leaves)
     return param
 
 

@@ -20,18 +20,19 @@ import sympy  # type: ignore[import-untyped]
 import torch
 import triton  # type: ignore[import-untyped]
 from triton.runtime.jit import MockTensor  # type: ignore[import-untyped]
+from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
 from ..errors import BuildError
-from ..manifest import MClass
+from ..manifest import TENSOR_MAP_TYPES, MClass
 from .expr import divisor
 from .store import Store, digest
 from .target import GpuTarget
-from .trace import ALIGNMENT, CallMaker, Constant, Flag, HostArg, HostSide, Launch, Number, Pointer, Real, Trace
+from .trace import ALIGNMENT, CallMaker, Constant, Descriptor, Flag, HostArg, HostSide, Launch, Number, Pointer, Real, Trace
 
-Kind = Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64"]
+Kind = Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64", "tensor_map"]
 
 #: Raised when what is stored about an artifact, or how it is compiled, changes.
-CODE_FORMAT = 1
+CODE_FORMAT = 2
 
 _KINDS: dict[str, Kind] = {
     "i1": "i1",
@@ -43,19 +44,45 @@ _KINDS: dict[str, Kind] = {
     "fp32": "f32",
     "fp64": "f64",
 }
-_BITS: dict[Kind, int] = {"ptr": 64, "i1": 8, "i8": 8, "i16": 16, "i32": 32, "i64": 64, "f32": 32, "f64": 64}
+#: A parameter's type in PTX, as `_check_ptx` reads it.
+_PTX_TYPES: dict[Kind, str] = {
+    "ptr": "64",
+    "i1": "8",
+    "i8": "8",
+    "i16": "16",
+    "i32": "32",
+    "i64": "64",
+    "f32": "f32",
+    "f64": "f64",
+    "tensor_map": "8[128]",
+}
+
+#: Triton's numbers for TMA's element types are the driver's, but for three.
+_MAP_TYPE_NUMBERS = {8: 10, 9: 8, 10: 9}
 
 #: Samples for Triton's own specialisation: an integer that is no multiple of 16, one that is; addresses likewise.
 _PLAIN, _MULTIPLE = 7, 16
 
 
+class MapCode(TypedDict):
+    """What the code wants to be in a TMA descriptor: element type, box in elements (outermost first), swizzle in bytes."""
+
+    type: str
+    box: list[int]
+    swizzle: int
+
+
 class Code(TypedDict):
-    """One artifact and how it is launched. `kinds` are the types of the parameters that it takes, by name."""
+    """One artifact and how it is launched. `kinds` are the types of the parameters that it takes, by name.
+
+    A descriptor is several parameters: see `Descriptor.parameters`. `maps` are by the descriptors' names.
+    """
 
     sha256: str
     size: int
     function: str
     kinds: dict[str, Kind]
+    maps: dict[str, MapCode]
     num_warps: int
     shared_bytes: int
     cluster: list[int]
@@ -74,6 +101,11 @@ class Sample:
     def value(self) -> object:
         """An argument for Triton's specialisation."""
         arg = self.arg
+        if isinstance(arg, Descriptor):
+            # Triton looks at the type and the block alone.
+            base, rank = _SampleTensor(arg.dtype, 0), len(arg.shape)
+            strides = [ALIGNMENT] * (rank - 1) + [1]
+            return TensorDescriptor(base, [ALIGNMENT] * rank, strides, list(arg.block_shape))
         if isinstance(arg, Pointer):
             return _SampleTensor(arg.dtype, 0 if self.multiple else arg.dtype.itemsize)
         if isinstance(arg, (Number, Flag)):
@@ -84,6 +116,8 @@ class Sample:
 
     def key(self) -> list[object]:
         """What of this sample the code depends on, as plain data."""
+        if isinstance(self.arg, Descriptor):
+            return [repr(self.arg.dtype), len(self.arg.shape), list(self.arg.block_shape), self.arg.tf32]
         value = self.value()
         shown = repr(value.dtype) if isinstance(value, _SampleTensor) else f"{type(value).__name__} {value!r}"
         return [shown, self.one, self.multiple]
@@ -121,7 +155,8 @@ def assumed_strides(trace: Trace, m_class: MClass) -> set[str]:
     assumed: set[str] = set()
     for name, sample in samples(trace, m_class).items():
         if sample.multiple and not blind[name].multiple:
-            value: Any = sample.arg.offset if isinstance(sample.arg, Pointer) else sample.arg.value
+            arg: Any = sample.arg
+            value: Any = arg.offset if isinstance(arg, Pointer) else arg.value
             assumed |= {trace.leaves[symbol] for symbol in value.free_symbols if symbol in trace.multiples}
     return assumed
 
@@ -172,6 +207,7 @@ def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget) ->
         raise BuildError(f"{name}: Triton compiled nothing; is a JIT hook installed (triton.knobs.runtime.jit_cache_hook)?")
     metadata = compiled.metadata
     kinds = _kinds(name, compiled.src, wanted)
+    maps = _maps(name, metadata, wanted)
     ptx = compiled.asm["ptx"]
     _check_metadata(name, metadata, ptx, target)
     _check_ptx(name, metadata.name, ptx, kinds, metadata.num_warps)
@@ -181,6 +217,7 @@ def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget) ->
         size=len(cubin),
         function=metadata.name,
         kinds=kinds,
+        maps=maps,
         num_warps=metadata.num_warps,
         shared_bytes=metadata.shared,
         cluster=[metadata.num_ctas, 1, 1],
@@ -202,7 +239,10 @@ def _kinds(name: str, source: Any, wanted: Mapping[str, Sample]) -> dict[str, Ki
         hints = {hint for hint, _ in source.attrs.get((index,), ())}
         if hints - {"tt.divisibility"} or (hints and not sample.multiple):
             raise BuildError(f"{name}: Triton compiled {param} for {sorted(hints)}, which is not proved for all calls")
-        if kind.startswith("*"):
+        if isinstance(sample.arg, Descriptor) and kind.startswith("tensordesc<"):
+            whole, *values = sample.arg.parameters(param)
+            kinds |= {whole: "tensor_map", **{value: "i32" if ".shape[" in value else "i64" for value in values}}
+        elif kind.startswith("*"):
             kinds[param] = "ptr"
         elif kind in _KINDS:
             kinds[param] = _KINDS[kind]
@@ -211,6 +251,27 @@ def _kinds(name: str, source: Any, wanted: Mapping[str, Sample]) -> dict[str, Ki
                 f"{name}: parameter {param} has Triton's type {kind}; a record takes pointers and {sorted(_KINDS)}"
             )
     return kinds
+
+
+def _maps(name: str, metadata: Any, wanted: Mapping[str, Sample]) -> dict[str, MapCode]:
+    """What Triton chose for each descriptor, in their order."""
+    descriptors = {param: sample.arg for param, sample in wanted.items() if isinstance(sample.arg, Descriptor)}
+    found = getattr(metadata, "tensordesc_meta", None) or []
+    if len(found) != len(descriptors):
+        raise BuildError(
+            f"{name}: Triton's metadata has {len(found)} TMA descriptors, the launch has {list(descriptors)}; "
+            "they need compute capability 9.0"
+        )
+    maps: dict[str, MapCode] = {}
+    for (param, arg), choice in zip(descriptors.items(), found, strict=True):
+        number = _MAP_TYPE_NUMBERS.get(choice["elem_type"], choice["elem_type"])
+        supported = 0 <= number < len(TENSOR_MAP_TYPES) and choice["swizzle"] in (0, 1, 2, 3)
+        if not supported or choice["fp4_padded"] or choice["elem_size"] != arg.dtype.itemsize or choice.get("is_im2col"):
+            raise BuildError(f"{name}: Triton wants the TMA descriptor {param} to be {choice}, which a record cannot express")
+        swizzle = 16 << choice["swizzle"] if choice["swizzle"] else 0
+        kind = "tfloat32" if arg.tf32 else TENSOR_MAP_TYPES[number]
+        maps[param] = {"type": kind, "box": [int(size) for size in choice["block_size"]], "swizzle": swizzle}
+    return maps
 
 
 def _check_metadata(name: str, metadata: Any, ptx: str, target: GpuTarget) -> None:
@@ -242,7 +303,7 @@ def _check_ptx(name: str, function: str, ptx: str, kinds: Mapping[str, Kind], nu
     if [entry for entry, _ in entries] != [function]:
         raise BuildError(f"{name}: the PTX has entries {[entry for entry, _ in entries]}; expected {[function]}")
     found = [("f" if letter == "f" else "") + bits + array for letter, bits, array in _PARAM.findall(entries[0][1])]
-    expected = [f"{'f' if kind in ('f32', 'f64') else ''}{_BITS[kind]}" for kind in kinds.values()] + ["64", "64"]
+    expected = [_PTX_TYPES[kind] for kind in kinds.values()] + ["64", "64"]
     if found != expected:
         raise BuildError(
             f"{name}: the PTX entry takes parameters of {found} bits; expected {expected}, that is {dict(kinds)} "

@@ -23,7 +23,9 @@ class Unit:
     """What records are built from: one config for some buckets of a variant and shape. Plain data.
 
     package   dotted name of the package with the op's spec.py and `<backend>.py`
+    shape     the sizes that are compiled in
     buckets   indices into the op's ladder
+    rows      which rows the records serve: (shape of the row, bucket)
     """
 
     package: str
@@ -32,6 +34,7 @@ class Unit:
     shape: dict[str, int]
     config: dict[str, Any]
     buckets: tuple[int, ...]
+    rows: tuple[tuple[tuple[tuple[str, int], ...], int], ...] = ()
 
     @property
     def label(self) -> str:
@@ -40,7 +43,7 @@ class Unit:
         first, last = self.buckets[0], self.buckets[-1]
         contiguous = len(self.buckets) > 1 and self.buckets == tuple(range(first, last + 1))
         buckets = f"{first}-{last}" if contiguous else ",".join(map(str, self.buckets))
-        return f"{self.package.rpartition('.')[2]} {self.variant} {shape} buckets {buckets}"
+        return f"{self.package.rpartition('.')[2]} {self.variant} {shape or 'any size'} buckets {buckets}"
 
     def to_json(self) -> dict[str, Any]:
         """As plain data; `Unit.from_json` reads it back."""
@@ -49,7 +52,8 @@ class Unit:
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Unit:
         """Reads `to_json`."""
-        return Unit(**{**data, "buckets": tuple(data["buckets"])})
+        rows = tuple((tuple((name, size) for name, size in shape), bucket) for shape, bucket in data["rows"])
+        return Unit(**{**data, "buckets": tuple(data["buckets"]), "rows": rows})
 
 
 def load_spec(package: str) -> OpSpec:

@@ -1,4 +1,4 @@
-"""`hdispatch bench dispatch`: what a call costs on the host, beside floors and peers."""
+"""`hdispatch bench`; and `bench dispatch`: what a call costs on the host, beside floors and peers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
+from .bench_ops import add_ops_parser
 from .build import build_wing, default_target
 from .doctor import default_bundle
 from .text import Progress, duration, table
@@ -54,9 +55,10 @@ M is fixed, cycles over 2, 3, 7, 16, or is one never seen before in each call (2
 
 def add_parser(commands: Any) -> None:
     """Declare the subcommand and its own."""
-    parser = commands.add_parser("bench", help="measure what a call costs", description="Measure; see bench dispatch --help.")
+    parser = commands.add_parser("bench", help="measure calls and ops", description="Measure; see bench BENCHMARK --help.")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark", required=True)
     add_dispatch_parser(kinds)
+    add_ops_parser(kinds)
 
 
 def add_dispatch_parser(kinds: Any) -> None:

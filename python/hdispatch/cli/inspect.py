@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
-from ..manifest import Cubin, Expr, Manifest, Param, Record, Row, read_bundle
+from ..manifest import Cubin, Expr, Manifest, Param, Record, Row, TensorMap, read_bundle
 from .text import count, print_json, size, table
 
 DESCRIPTION = """\
@@ -216,13 +216,21 @@ def describe_row(manifest: Manifest, number: int) -> str:
 
 def _words_of_param(param: Param) -> str:
     kind = param["kind"]
-    if kind == "ptr":
+    if kind in ("ptr", "tensor_map"):
         offset = words_of(param["offset"]) if "offset" in param else "0"
         where = param["arg"] + (f" + {offset} bytes" if offset != "0" else "")
+        if kind == "tensor_map":
+            return f"map  {where}: {_words_of_map(param['map'])}"
         return f"ptr  {where}" + (f", a multiple of {param['align']} bytes" if param.get("align", 1) > 1 else "")
     if "const" in param:
         return f"{kind:4} {param['const']}"
     return f"{kind:4} {param['arg'] if 'arg' in param else words_of(param['value'])}"
+
+
+def _words_of_map(made: TensorMap) -> str:
+    shape, strides = (", ".join(map(words_of, made[name])) for name in ("shape", "strides"))
+    box = " x ".join(map(str, made["box"]))
+    return f"{made['type']} [{shape}], strides [{strides + ', ' if strides else ''}1], box {box}, swizzle {made['swizzle']}"
 
 
 M_CLASS_WORDS = {"one": "M = 1", "mult16": "M a multiple of 16", "other": "any other M"}

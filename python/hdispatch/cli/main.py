@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..bench.machine import package_version
 from ..errors import HdispatchError
-from . import bench, build, doctor, inspect
+from . import bench, build, doctor, inspect, tune
 
 #: Set to 1: an error shows its traceback.
 TRACEBACK_VARIABLE = "HDISPATCH_TRACEBACK"
@@ -24,6 +24,7 @@ A build turns kernels and their tuned configs into a bundle, on any machine; ser
   hdispatch inspect bundle                       what is in it
   hdispatch doctor bundle                        would it be served here, and if not, why
   hdispatch bench dispatch --bundle bundle       what a call costs, beside floors and peers
+  hdispatch tune --help                          choosing the configs: candidates, measure, select
 
   >>> import hdispatch
   >>> hdispatch.load("bundle")
@@ -53,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"hdispatch {package_version('hdispatch')}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (build, inspect, doctor, bench):
+    for module in (build, inspect, doctor, bench, tune):
         module.add_parser(commands)
     return top
 

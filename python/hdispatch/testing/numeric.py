@@ -5,7 +5,12 @@ Every function raises `MismatchError`, an `AssertionError`, whose message holds 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
+
+from ..opspec import OpSpec, Variant
 
 #: (rtol, atol) of `assert_close_by_dtype`: a few units in the last place of each dtype.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
@@ -138,3 +143,50 @@ def _first(where: torch.Tensor, *values: torch.Tensor) -> str:
     found, expected, *codes = (value[at].item() for value in values)
     text = f"first at {at}: found {found:.9g}, expected {expected:.9g}"
     return text + (f" (codes {codes[0]:#04x}, {codes[1]:#04x})" if codes else "")
+
+
+def compare_outputs(spec: OpSpec, variant: Variant, got: Sequence[Any], want: Sequence[Any]) -> None:
+    """Check every tensor that an op writes, in two lists of its arguments after the call: `want` is the reference's.
+
+    fp8 codes: `compare_fp8`. float32: `compare_scale`, a thousandth of them (at least one) allowed to be outliers where
+    the inputs have 16 bits. 16-bit floats: within two roundings, or where sums cancel within as much of the tensor's
+    root mean square; and the whole within 4e-3 in the Frobenius norm. Everything else is equal.
+    """
+    narrow = any(dtype.itemsize == 2 and dtype.is_floating_point for dtype in variant.dtypes.values())
+    for arg, actual, expected in zip(spec.args, got, want, strict=True):
+        if getattr(arg, "mutated", False) and expected is not None:
+            try:
+                _compare_output(actual, expected, narrow)
+            except MismatchError as error:
+                raise MismatchError(f"{arg.name}: {error}") from None
+
+
+def _compare_output(actual: torch.Tensor, expected: torch.Tensor, narrow: bool) -> None:
+    if not expected.numel():
+        _check_alike(actual, expected)
+    elif expected.dtype == torch.float8_e4m3fn:
+        compare_fp8(actual, expected)
+    elif expected.dtype == torch.float32:
+        compare_scale(actual, expected, outliers=max(1e-3, 1 / expected.numel()) if narrow else 0.0)
+    elif expected.dtype in (torch.float16, torch.bfloat16):
+        _compare_16_bits(actual, expected)
+    else:
+        assert_close_by_dtype(actual, expected)
+
+
+def _compare_16_bits(actual: torch.Tensor, expected: torch.Tensor, norm_error: float = 4e-3) -> None:
+    _check_alike(actual, expected)
+    got, want = (t.detach().float() for t in (actual, expected))
+    size = float(torch.linalg.vector_norm(want, dtype=torch.float64))
+    error = (got - want).abs_()
+    rtol, _ = TOLERANCES[expected.dtype]
+    over = error > rtol * want.abs() + rtol * size / want.numel() ** 0.5
+    over |= got.isfinite() != want.isfinite()
+    if over.any():
+        raise MismatchError(
+            f"{int(over.sum())} of {got.numel()} elements of {actual.dtype} differ by more than two roundings, "
+            f"the worst by {float(error.nan_to_num(float('inf')).max()):.6g}; " + _first(over, got, want)
+        )
+    relative = float(torch.linalg.vector_norm(error, dtype=torch.float64)) / max(size, 1e-30)
+    if not relative <= norm_error:
+        raise MismatchError(f"the relative error in the Frobenius norm is {relative:.3g}; at most {norm_error:g} is allowed")

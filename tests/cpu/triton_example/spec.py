@@ -30,7 +30,7 @@ SPEC = OpSpec(
     name="triton_example",
     args=(
         TensorArg("result", ("M", "K"), (torch.float32,), mutated=True),
-        TensorArg("input", ("M", "N"), (torch.float32,), row_strided=True),
+        TensorArg("input", ("M", "N"), (torch.float32,), layout="rows"),
         TensorArg("other", ("M", "K"), (torch.float32,)),
         FloatArg("alpha"),
         TensorArg("bias", ("K",), (torch.float32,), optional=True),

@@ -1,0 +1,113 @@
+"""The Triton kernel of dynamic_per_token_scaled_fp8_quant, for every K: a block of columns of each row stays in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+from ..triton_device import clamp_rows, divide_rows, row_scale
+
+GENERIC = ("K",)
+INDEX_BITS = 64
+
+
+@triton.jit
+def dynamic_per_token_scaled_fp8_quant(
+    result,
+    input,
+    scale,
+    scale_ub,
+    m,
+    k,
+    row_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """LOOP: k may exceed BLOCK; then the rest of a row is read twice."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    source = input + row[:, None] * row_stride
+    target = result + row[:, None] * k
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (row < m)[:, None]
+    first = inside & (columns < k)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)
+    largest = tl.abs(x)
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            more = tl.load(source + start + columns, mask=inside & (start + columns < k), other=0.0)
+            largest = tl.maximum(largest, tl.abs(more.to(tl.float32)))
+    if scale_ub is not None:
+        bound = tl.load(scale_ub)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    absmax = tl.max(largest, axis=1)
+    if scale_ub is not None:
+        absmax = tl.minimum(absmax, bound)
+    s = row_scale(absmax)
+    tl.store(scale + row, s, mask=row < m)
+    if scale_ub is not None:
+        x = clamp_rows(x, s)
+    tl.store(target + columns, divide_rows(x, s).to(tl.float8e4nv), mask=first)
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            rest = inside & (start + columns < k)
+            x = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
+            if scale_ub is not None:
+                x = clamp_rows(x, s)
+            tl.store(target + start + columns, divide_rows(x, s).to(tl.float8e4nv), mask=rest)
+
+
+def launch(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    scale: torch.Tensor,
+    scale_ub: torch.Tensor | None,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
+    m, k = input.size(0), input.size(1)
+    if not config["loop"] and k > config["block"]:
+        raise ValueError(f"rows of {k} elements do not fit the config's block of {config['block']}")
+    pdl = config.get("pdl", True)
+    _launcher(
+        dynamic_per_token_scaled_fp8_quant,
+        ((m + config["rows"] - 1) // config["rows"],),
+        result,
+        input,
+        scale,
+        scale_ub,
+        m,
+        k,
+        input.stride(0),
+        ROWS=config["rows"],
+        BLOCK=config["block"],
+        LOOP=config["loop"],
+        PDL=pdl,
+        num_warps=config["num_warps"],
+        num_stages=1,
+        launch_pdl=pdl,
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring. `sizes` without K: for every K."""
+    k, many = sizes.get("K"), sizes["M"] >= 256
+    if k is None:
+        shapes = [(8192, 8), (4096, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4)]
+        return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
+    block = triton.next_power_of_2(k)
+    # With `most` warps a thread has one vector of 8 elements.
+    most = block // 256
+    found = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most) if r <= w <= 32]
+    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in found or [(1, 1)]]

@@ -1,0 +1,1 @@
+"""fused_add_rms_norm: the op's declaration and its kernels."""

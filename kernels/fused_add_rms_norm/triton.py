@@ -1,0 +1,119 @@
+"""The Triton kernel of fused_add_rms_norm: a block of columns of each row stays in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+GENERIC = ("K",)
+INDEX_BITS = 64
+
+
+@triton.jit
+def fused_add_rms_norm(
+    input,
+    residual,
+    weight,
+    epsilon,
+    m,
+    k,
+    row_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """LOOP: k may exceed BLOCK; then the rest of the residual is read again after the sum of squares is known."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    x_row = input + row[:, None] * row_stride
+    r_row = residual + row[:, None] * k
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (row < m)[:, None]
+    first = inside & (columns < k)
+    if weight is not None:
+        # As a matrix it gets the input's layout in registers; and it is a constant, so it need not wait.
+        w = tl.load(weight + columns + tl.zeros([ROWS, 1], tl.int32), mask=first, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(x_row + columns, mask=first, other=0.0).to(tl.float32)
+    rounded = (x + tl.load(r_row + columns, mask=first, other=0.0).to(tl.float32)).to(residual.dtype.element_ty)
+    tl.store(r_row + columns, rounded, mask=first)
+    x = rounded.to(tl.float32)
+    squares = x * x
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            rest = inside & (start + columns < k)
+            more = tl.load(x_row + start + columns, mask=rest, other=0.0).to(tl.float32)
+            more += tl.load(r_row + start + columns, mask=rest, other=0.0).to(tl.float32)
+            rounded = more.to(residual.dtype.element_ty)
+            tl.store(r_row + start + columns, rounded, mask=rest)
+            more = rounded.to(tl.float32)
+            squares += more * more
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
+    y = x * rstd
+    if weight is not None:
+        y *= w.to(tl.float32)
+    tl.store(x_row + columns, y.to(input.dtype.element_ty), mask=first)
+    if LOOP:
+        # The residual that is read here was written above, perhaps by another thread.
+        tl.debug_barrier()
+        for start in range(BLOCK, k, BLOCK):
+            rest = inside & (start + columns < k)
+            y = tl.load(r_row + start + columns, mask=rest, other=0.0).to(tl.float32) * rstd
+            if weight is not None:
+                y *= tl.load(weight + start + columns + tl.zeros([ROWS, 1], tl.int32), mask=rest, other=0.0).to(tl.float32)
+            tl.store(x_row + start + columns, y.to(input.dtype.element_ty), mask=rest)
+
+
+def launch(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
+    m, k = input.size(0), input.size(1)
+    if not config["loop"] and k > config["block"]:
+        raise ValueError(f"fused_add_rms_norm: rows of {k} elements do not fit the config's block of {config['block']}")
+    pdl = config.get("pdl", True)
+    _launcher(
+        fused_add_rms_norm,
+        ((m + config["rows"] - 1) // config["rows"],),
+        input,
+        residual,
+        weight,
+        epsilon,
+        m,
+        k,
+        input.stride(0),
+        ROWS=config["rows"],
+        BLOCK=config["block"],
+        LOOP=config["loop"],
+        PDL=pdl,
+        num_warps=config["num_warps"],
+        num_stages=1,
+        launch_pdl=pdl,
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring. `sizes` without K: for every K."""
+    k, many = sizes.get("K"), sizes["M"] >= 256
+    if k is None:
+        shapes = [(4096, 8), (8192, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4)]
+        return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
+    block = triton.next_power_of_2(k)
+    # With `most` warps a thread has one vector of 8 elements.
+    most = block // 256
+    found = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most) if r <= w <= 32]
+    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in dict.fromkeys(found)]

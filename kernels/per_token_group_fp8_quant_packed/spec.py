@@ -1,0 +1,74 @@
+"""per_token_group_fp8_quant_packed: groups of 128 elements to fp8, four UE8M0 scales to a 32-bit word, as the op of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
+
+from ..groups import absmax_scale, poisoned_outputs, power_of_two, quantize_groups, split_groups
+from ..numerics import FP8, FP8_MAX, random_rows
+
+NAME = "per_token_group_fp8_quant_packed"
+
+
+def reference(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s_packed: torch.Tensor,
+    group_size: int,
+    eps: float,
+    fp8_min: float,
+    fp8_max: float,
+) -> None:
+    """The op in torch.
+
+    input            bfloat16 or float16 [M, K]
+    output_q         float8_e4m3fn [M, K], written: clamp(input / scale, fp8_min, fp8_max)
+    output_s_packed  int32 [M, ceil(K / 512)] of any strides, written; vLLM's has the strides (1, M rounded up to 4)
+    group_size       128 elements of a row share a scale
+    eps              at least 0; vLLM passes 1e-10
+    fp8_min/max      vLLM passes -448 and 448
+
+    The scale is that of per_token_group_fp8_quant with scale_ue8m0, a power of two. Byte i of word j of a row, the lowest
+    being byte 0, is the float32 exponent of the scale of group 4 j + i, with its bias of 127; 0 where a row has no such
+    group. Nothing is written between the columns of output_s_packed.
+
+    A group with an infinity has the exponent 255; the codes of groups with a NaN or an infinity are unspecified.
+    """
+    groups = split_groups(input.float(), group_size)
+    scale = power_of_two(absmax_scale(groups.abs().amax(dim=-1).clamp(min=eps), fp8_max))
+    exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
+    padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
+    output_s_packed.copy_(padded.contiguous().view(torch.int32))
+    quantize_groups(groups, scale, output_q, fp8_min, fp8_max)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments, the scales laid out as vLLM's op takes them; `OpSpec` says the rest."""
+    m, k, size = sizes["M"], sizes["K"], int(variant.static["group_size"])
+    x = random_rows(m, k, variant.dtypes["input"], device, generator)
+    output_q, _ = poisoned_outputs(m, k, size, device)
+    rows, words = (m + 3) // 4 * 4, -(-k // (4 * size))
+    packed = torch.full((words, rows), torch.iinfo(torch.int32).min, dtype=torch.int32, device=device).t()[:m]
+    return [x, output_q, packed, size, 1e-10, -FP8_MAX, FP8_MAX]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16)),
+        TensorArg("output_q", ("M", "K"), (FP8,), mutated=True),
+        TensorArg("output_s_packed", ("M", "K/512"), (torch.int32,), mutated=True, layout="any"),
+        IntArg("group_size", values=(128,)),
+        FloatArg("eps", minimum=0.0),
+        FloatArg("fp8_min"),
+        FloatArg("fp8_max"),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+)

@@ -1,0 +1,113 @@
+"""The Triton kernel of per_token_group_fp8_quant_packed: some neighbouring groups per program.
+
+Groups are numbered through all rows, with each row filled up to a multiple of four: a missing group is a byte of 0.
+Configs are those of per_token_group_fp8_quant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+from ..per_token_group_fp8_quant import triton as shared
+from ..per_token_group_fp8_quant.triton import (
+    absmax_scale,
+    clamp_codes,
+    divide_groups,
+    power_of_two,
+    reciprocal,
+    row_of,
+    store_codes,
+)
+
+GENERIC = ("K",)
+INDEX_BITS = 64
+
+
+@triton.jit
+def per_token_group_fp8_quant_packed(
+    input,
+    output_q,
+    output_s_packed,
+    eps,
+    fp8_min,
+    fp8_max,
+    groups,
+    groups_of_row,
+    words_of_row,
+    row_stride,
+    word_stride,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """GROUPS groups of GROUP elements per program; groups counts the missing ones too."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    row = row_of(group, words_of_row * 4)
+    group_in_row = group - row * (words_of_row * 4)
+    here = (group < groups) & (group_in_row < groups_of_row)
+    inside = here[:, None]
+    offset = (row.to(tl.int64) * groups_of_row + group_in_row)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    place = row.to(tl.int64) * row_stride + (group_in_row // 4).to(tl.int64) * word_stride
+    inverse = reciprocal(fp8_max)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(input + offset, inside, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)
+    scale = power_of_two(tl.maximum(scale, 1e-10))
+    quotient = clamp_codes(divide_groups(x, scale, True), fp8_min, fp8_max)
+    store_codes(output_q, offset, quotient, inside, VECTOR)
+    exponent = tl.where(here, scale.to(tl.int32, bitcast=True) >> 23, 0).to(tl.uint8)
+    byte = output_s_packed.to(tl.pointer_type(tl.uint8), bitcast=True) + place * 4 + group_in_row % 4
+    tl.store(byte, exponent, group < groups)
+
+
+def launch(
+    input: torch.Tensor,
+    output_q: torch.Tensor,
+    output_s_packed: torch.Tensor,
+    group_size: int,
+    eps: float,
+    fp8_min: float,
+    fp8_max: float,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program for every `elements` elements."""
+    m, groups_of_row = input.size(0), shared.whole_groups(input.size(1), group_size)
+    words_of_row = (groups_of_row + 3) // 4
+    groups = m * words_of_row * 4
+    tile = config["elements"] // group_size
+    _launcher(
+        per_token_group_fp8_quant_packed,
+        ((groups + tile - 1) // tile,),
+        input,
+        output_q,
+        output_s_packed,
+        eps,
+        fp8_min,
+        fp8_max,
+        groups,
+        groups_of_row,
+        words_of_row,
+        output_s_packed.stride(0),
+        output_s_packed.stride(1),
+        GROUP=group_size,
+        GROUPS=tile,
+        VECTOR=config["vector"],
+        **shared.launch_options(config),
+    )
+
+
+def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring for some sizes; the first is a safe default."""
+    return shared.candidates(sizes, variant)

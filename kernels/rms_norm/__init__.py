@@ -1,0 +1,1 @@
+"""rms_norm: the op's declaration and its kernels."""

@@ -1,0 +1,69 @@
+"""rms_norm: RMS norm of the last dimension, as the op of vLLM; rows may lie apart, as heads in a row of q, k and v do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
+
+from ..numerics import random_rows
+
+NAME = "rms_norm"
+
+
+def reference(result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> None:
+    """The op in torch.
+
+    result    [M, K] or [M, N, K] contiguous, dtype of input, written: input * r * weight, rounded once
+    input     bfloat16 or float16 [M, K] or [M, N, K], last dimension contiguous
+    weight    [K], dtype of input, or None for ones
+    epsilon   added to the mean of the squares, at least 0
+
+    r = rsqrt(mean(input * input) + epsilon) of each row; all arithmetic is float32.
+    """
+    result.copy_(normalized(input.float(), weight, epsilon))
+
+
+def normalized(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
+    """x * rsqrt(mean(x * x) + epsilon) * weight in float32, for x float32 [..., K] and weight [K] of any dtype, or None."""
+    y = x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
+    return y if weight is None else y * weight.float()
+
+
+def random_weight(columns: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Weights [columns] around 1."""
+    return (1 + 0.2 * torch.randn(columns, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, n, k, dtype = sizes["M"], sizes["N"], sizes["K"], variant.dtypes["input"]
+    x = random_rows(m * n, k, dtype, device, generator).view(m, n, k)
+    weight = None if "weight" in variant.none else random_weight(k, dtype, device, generator)
+    return [torch.full_like(x, float("nan")), x, weight, 1e-6]
+
+
+def served(variant: Variant) -> bool:
+    """Models without weights are rare, and in bfloat16."""
+    return "weight" not in variant.none or variant.dtypes["input"] == torch.bfloat16
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("result", ("M", "N", "K"), "input", mutated=True, pad=True),
+        TensorArg("input", ("M", "N", "K"), (torch.bfloat16, torch.float16), layout="any", pad=True),
+        TensorArg("weight", ("K",), "input", optional=True),
+        FloatArg("epsilon", minimum=0.0),
+    ),
+    reference=reference,
+    sample=sample,
+    # Hidden states have one row per token, heads have any number.
+    shapes=(*({"K": k, "N": 1} for k in (2048, 4096, 5120)), *({"K": k} for k in (128, 64, 256)), {}),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+    served=served,
+    # K is below every block, so that configs for few columns can be traced too.
+    hints={"K": 48, "N": 8},
+)

@@ -1,0 +1,124 @@
+"""The Triton kernel of rms_norm: rows are (token, head) pairs, a block of columns of each stays in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+GENERIC = ("K", "N")
+INDEX_BITS = 64
+
+
+@triton.jit
+def rms_norm(
+    result,
+    input,
+    weight,
+    epsilon,
+    m,
+    last_head,
+    k,
+    token_stride,
+    head_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Strides are in units of 8 elements, so that rows are seen to be 16-byte aligned. LOOP: k may exceed BLOCK."""
+    # Unsigned: twice the rows before an overflow, and a cheaper division.
+    row = tl.program_id(0).to(tl.uint32) * ROWS + tl.arange(0, ROWS).to(tl.uint32)
+    heads = tl.cast(last_head + 1, tl.uint32)
+    token = row // heads
+    head = row - token * heads
+    source = input + (token.to(tl.int64) * token_stride + head.to(tl.int64) * head_stride)[:, None] * 8
+    target = result + row.to(tl.int64)[:, None] * k
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (token < tl.cast(m, tl.uint32))[:, None]
+    first = inside & (columns < k)
+    if weight is not None:
+        # As a matrix it gets the input's layout in registers; and it is a constant, so it need not wait.
+        w = tl.load(weight + columns + tl.zeros([ROWS, 1], tl.int32), mask=first, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)
+    squares = x * x
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            more = tl.load(source + start + columns, mask=inside & (start + columns < k), other=0.0).to(tl.float32)
+            squares += more * more
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
+    y = x * rstd
+    if weight is not None:
+        y *= w.to(tl.float32)
+    tl.store(target + columns, y.to(result.dtype.element_ty), mask=first)
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            rest = inside & (start + columns < k)
+            y = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32) * rstd
+            if weight is not None:
+                y *= tl.load(weight + start + columns + tl.zeros([ROWS, 1], tl.int32), mask=rest, other=0.0).to(tl.float32)
+            tl.store(target + start + columns, y.to(result.dtype.element_ty), mask=rest)
+
+
+def launch(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    epsilon: float,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
+    m, n, k = input.size(0), input.size(1), input.size(2)
+    if input.stride(2) != 1 or input.stride(1) % 8 != 0 or input.stride(0) % 8 != 0:
+        raise ValueError(f"rms_norm: strides {input.stride()} of input; the kernel takes rows that are 16-byte aligned")
+    if not config["loop"] and k > config["block"]:
+        raise ValueError(f"rms_norm: rows of {k} elements do not fit the config's block of {config['block']}")
+    pdl = config.get("pdl", True)
+    _launcher(
+        rms_norm,
+        ((m * n + config["rows"] - 1) // config["rows"],),
+        result,
+        input,
+        weight,
+        epsilon,
+        m,
+        n - 1,  # as n itself it would be taken for a multiple of 16
+        k,
+        input.stride(0) // 8,
+        input.stride(1) // 8,
+        ROWS=config["rows"],
+        BLOCK=config["block"],
+        LOOP=config["loop"],
+        PDL=pdl,
+        num_warps=config["num_warps"],
+        num_stages=1,
+        launch_pdl=pdl,
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring. `sizes` without K: for every K."""
+    k, many = sizes.get("K"), sizes["M"] >= 256
+    if k is None:
+        shapes = [(1, 4096, 8), (1, 8192, 8), (1, 4096, 4), (1, 2048, 4), (1, 8192, 16), (1, 1024, 4), (2, 2048, 8)]
+        return [{"rows": r, "block": b, "loop": True, "num_warps": w} for r, b, w in shapes]
+    block = triton.next_power_of_2(k)
+    if block <= 512:
+        # Vectors of 8 elements per thread and warps.
+        tiles = [(1, 4), (1, 2), (1, 1), (1, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 8)]
+        found = [(v * 256 * w // block, w) for v, w in tiles if v == 1 or many]
+    else:
+        # With `most` warps a thread has one vector of 8 elements.
+        most = block // 256
+        found = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most) if r <= w <= 32]
+    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in dict.fromkeys(found) if r >= 1]

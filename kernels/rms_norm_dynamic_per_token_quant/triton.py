@@ -1,0 +1,157 @@
+"""The Triton kernel of rms_norm_dynamic_per_token_quant, for every K: a block of columns of each row stays in registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+from ..triton_device import clamp_rows, divide_rows, row_scale
+
+GENERIC = ("K",)
+INDEX_BITS = 64
+
+
+@triton.jit
+def _sum(source, residual, columns, mask):
+    """input, plus residual if there is one, in float32."""
+    x = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        x += tl.load(residual + columns, mask=mask, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _weighted(x, rstd, w):
+    """(x * rstd rounded to the weights' dtype) * w, rounded again, in float32."""
+    return ((x * rstd).to(w.dtype).to(tl.float32) * w.to(tl.float32)).to(w.dtype).to(tl.float32)
+
+
+@triton.jit
+def rms_norm_dynamic_per_token_quant(
+    result,
+    input,
+    weight,
+    scale,
+    epsilon,
+    scale_ub,
+    residual,
+    m,
+    k,
+    row_stride,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LOOP: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """LOOP: k may exceed BLOCK; then the rest of a row is read three times, and the residual written in the last."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    source = input + row[:, None] * row_stride
+    target = result + row[:, None] * k
+    old = None
+    if residual is not None:
+        old = residual + row[:, None] * k
+    # As a matrix the weights get the input's layout in registers.
+    weights = weight + tl.zeros([ROWS, 1], tl.int32)
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (row < m)[:, None]
+    first = inside & (columns < k)
+    w = tl.load(weights + columns, mask=first, other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x = _sum(source, old, columns, first)
+    squares = x * x
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            more = _sum(source, old, start + columns, inside & (start + columns < k))
+            squares += more * more
+    if scale_ub is not None:
+        bound = tl.load(scale_ub)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
+    y = _weighted(x, rstd, w)
+    largest = tl.abs(y)
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            rest = inside & (start + columns < k)
+            more = _sum(source, old, start + columns, rest)
+            more = _weighted(more, rstd, tl.load(weights + start + columns, mask=rest, other=0.0))
+            largest = tl.maximum(largest, tl.abs(more))
+    absmax = tl.max(largest, axis=1)
+    if scale_ub is not None:
+        absmax = tl.minimum(absmax, bound)
+    s = row_scale(absmax)
+    tl.store(scale + row, s, mask=row < m)
+    if scale_ub is not None:
+        y = clamp_rows(y, s)
+    tl.store(target + columns, divide_rows(y, s).to(tl.float8e4nv), mask=first)
+    if residual is not None:
+        tl.store(old + columns, x.to(residual.dtype.element_ty), mask=first)
+    if LOOP:
+        for start in range(BLOCK, k, BLOCK):
+            rest = inside & (start + columns < k)
+            x = _sum(source, old, start + columns, rest)
+            y = _weighted(x, rstd, tl.load(weights + start + columns, mask=rest, other=0.0))
+            if scale_ub is not None:
+                y = clamp_rows(y, s)
+            tl.store(target + start + columns, divide_rows(y, s).to(tl.float8e4nv), mask=rest)
+            if residual is not None:
+                tl.store(old + start + columns, x.to(residual.dtype.element_ty), mask=rest)
+
+
+def launch(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    epsilon: float,
+    scale_ub: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
+    m, k = input.size(0), input.size(1)
+    if not config["loop"] and k > config["block"]:
+        raise ValueError(f"rows of {k} elements do not fit the config's block of {config['block']}")
+    pdl = config.get("pdl", True)
+    _launcher(
+        rms_norm_dynamic_per_token_quant,
+        ((m + config["rows"] - 1) // config["rows"],),
+        result,
+        input,
+        weight,
+        scale,
+        epsilon,
+        scale_ub,
+        residual,
+        m,
+        k,
+        input.stride(0),
+        ROWS=config["rows"],
+        BLOCK=config["block"],
+        LOOP=config["loop"],
+        PDL=pdl,
+        num_warps=config["num_warps"],
+        num_stages=1,
+        launch_pdl=pdl,
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring. `sizes` without K: for every K."""
+    k = sizes.get("K")
+    if k is None:
+        shapes = [(8192, 8), (4096, 8), (8192, 16), (4096, 4), (2048, 4)]
+        return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
+    block = triton.next_power_of_2(k)
+    # With `most` warps a thread has one vector of 8 elements.
+    most = block // 256
+    found = [w for w in (most // 2, most // 4, most) if 1 <= w <= 32]
+    return [{"rows": 1, "block": block, "loop": False, "num_warps": w} for w in found or [1]]

@@ -1,0 +1,109 @@
+"""rms_norm_per_block_quant: RMS norm, after adding a residual if given, then groups of a row to fp8, as the op of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+
+from ..groups import absmax_scale, bounded_scale, poisoned_outputs, quantize_groups, split_groups
+from ..numerics import FP8, random_rows, upper_bound
+
+NAME = "rms_norm_per_block_quant"
+
+
+def reference(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    epsilon: float,
+    scale_ub: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    group_size: int,
+    is_scale_transposed: bool = False,  # noqa: ARG001
+    scale_ue8m0: bool = False,
+) -> None:
+    """The op in torch.
+
+    result               float8_e4m3fn [M, K], written: clamp(y / scale, -448, 448)
+    input                bfloat16 or float16 [M, K], last dimension contiguous
+    weight               [K], dtype of input
+    scale                float32 [M, ceil(K / group_size)] of any strides, written:
+                         max(min(max |y of the group|, scale_ub) / 448, 1 / (448 * 512))
+    epsilon              added to the mean of the squares of a row, at least 0
+    scale_ub             float32 with one element, or None
+    residual             [M, K] contiguous, dtype of input, or None; read, and x is written to it
+    group_size           elements of a row that share a scale
+    is_scale_transposed  ignored: the strides of scale say how it lies
+    scale_ue8m0          not in vLLM's op: that scale, bounded from below as it is, is then rounded up to a power of two,
+                         exp2(ceil(log2(scale))); so it is at least 2**-17
+
+    x = input + residual in float32, not rounded, though residual receives it rounded to its dtype. With
+    r = rsqrt(mean(x * x) + epsilon) of the row, y = (x * r rounded to the dtype of input) * weight, rounded to it again.
+    A row with a NaN or an infinity has unspecified scales and codes.
+    """
+    x = input.float()
+    if residual is not None:
+        x = x + residual.float()
+        residual.copy_(x)
+    groups = split_groups(_normalized(x, weight, epsilon), group_size)
+    absmax = groups.abs().amax(dim=-1)
+    if scale_ub is not None:
+        absmax = torch.minimum(absmax, scale_ub.reshape(()))
+    scales = bounded_scale(absmax_scale(absmax), scale_ue8m0)
+    scale.copy_(scales)
+    quantize_groups(groups, scales, result)
+
+
+def _normalized(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """y of `reference` in float32, of x [M, K] float32 and weight [K]."""
+    rstd = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
+    return ((x * rstd).to(weight.dtype) * weight).float()
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, k, dtype, size, epsilon = sizes["M"], sizes["K"], variant.dtypes["input"], int(variant.static["group_size"]), 1e-6
+    x = random_rows(m, k, dtype, device, generator)
+    weight = (1 + 0.2 * torch.randn(k, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
+    residual = None if "residual" in variant.none else random_rows(m, k, dtype, device, generator)
+    scale_ub = None
+    if "scale_ub" not in variant.none:
+        total = x.float() if residual is None else x.float() + residual.float()
+        scale_ub = upper_bound(split_groups(_normalized(total, weight, epsilon), size).flatten(0, 1))
+    result, scale = poisoned_outputs(m, k, size, device)
+    ue8m0 = bool(variant.static["scale_ue8m0"])
+    return [result, x, weight, scale, epsilon, scale_ub, residual, size, False, ue8m0]
+
+
+def served(variant: Variant) -> bool:
+    """Both dtypes, and of bfloat16 either scale_ub or scale_ue8m0."""
+    extras = ("scale_ub" not in variant.none) + int(variant.static["scale_ue8m0"])
+    return extras == 0 or (extras == 1 and variant.dtypes["input"] == torch.bfloat16)
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("result", ("M", "K"), (FP8,), mutated=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), layout="rows"),
+        TensorArg("weight", ("K",), "input"),
+        TensorArg("scale", ("M", "K/group_size"), (torch.float32,), mutated=True, layout="any"),
+        FloatArg("epsilon", minimum=0.0),
+        TensorArg("scale_ub", (1,), (torch.float32,), optional=True, flat=True),
+        TensorArg("residual", ("M", "K"), "input", mutated=True, optional=True),
+        IntArg("group_size", values=(64, 128)),
+        BoolArg("is_scale_transposed", values=None),
+        BoolArg("scale_ue8m0", default=False),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    served=served,
+    # The least of the shapes: a config for rows of that size takes no longer ones.
+    hints={"K": 2048},
+    doc=reference.__doc__ or "",
+)

@@ -1,0 +1,166 @@
+"""The Triton kernel of rms_norm_per_block_quant: one row per program, read once, in registers until it is written.
+
+Configs have
+
+    chunk, chunks  a row is `chunks` pieces of `chunk` elements, a power of two, at most: 5120 is 5 times 1024, where one
+                   piece of 8192 would leave three threads of eight without work
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+from ..per_token_group_fp8_quant.triton import (
+    absmax_scale,
+    divide_groups,
+    launch_options,
+    power_of_two,
+    store_codes,
+    whole_groups,
+)
+from ..triton_device import clamp_rows
+
+GENERIC = ("K",)
+INDEX_BITS = 64
+
+
+@triton.jit
+def load_row(pointer, groups_of_row, GROUP: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr):
+    """A row of groups_of_row groups as CHUNKS tiles [GROUPS, GROUP], zeros behind its end."""
+    tiles = ()
+    for chunk in tl.static_range(CHUNKS):
+        group = chunk * GROUPS + tl.arange(0, GROUPS)[:, None]
+        place = pointer + group * GROUP + tl.arange(0, GROUP)[None, :]
+        tiles += (tl.load(place, group < groups_of_row, other=0.0),)
+    return tiles
+
+
+@triton.jit
+def rms_norm_per_block_quant(
+    result,
+    input,
+    weight,
+    scale,
+    scale_ub,
+    residual,
+    epsilon,
+    groups_of_row,
+    input_stride,
+    row_stride,
+    group_stride,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    UE8M0: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """A row of at most CHUNKS * GROUPS groups of GROUP elements."""
+    dtype: tl.constexpr = input.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    start = row * groups_of_row * GROUP
+    # A constant, which need not wait.
+    weights = load_row(weight, groups_of_row, GROUP, GROUPS, CHUNKS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    rounded = load_row(input + row * input_stride, groups_of_row, GROUP, GROUPS, CHUNKS)
+    if residual is not None:
+        added = load_row(residual + start, groups_of_row, GROUP, GROUPS, CHUNKS)
+    if scale_ub is not None:
+        bound = tl.load(scale_ub)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+    tiles = ()
+    squares = tl.zeros((GROUPS, GROUP), tl.float32)
+    for chunk in tl.static_range(CHUNKS):
+        x = rounded[chunk].to(tl.float32)
+        if residual is not None:
+            group = chunk * GROUPS + tl.arange(0, GROUPS)[:, None]
+            x += added[chunk].to(tl.float32)
+            place = residual + start + group * GROUP + tl.arange(0, GROUP)[None, :]
+            tl.store(place, x.to(dtype), group < groups_of_row)
+        squares += x * x
+        tiles += (x,)
+    rstd = tl.rsqrt(tl.sum(squares) / (groups_of_row * GROUP) + epsilon)
+
+    for chunk in tl.static_range(CHUNKS):
+        group = chunk * GROUPS + tl.arange(0, GROUPS)
+        y = ((tiles[chunk] * rstd).to(dtype).to(tl.float32) * weights[chunk].to(tl.float32)).to(dtype).to(tl.float32)
+        absmax = tl.max(tl.abs(y), 1)
+        if scale_ub is not None:
+            absmax = tl.minimum(absmax, bound)
+        s = tl.maximum(absmax_scale(absmax, 448.0, 1.0 / 448.0), 1.0 / (448.0 * 512.0))
+        if UE8M0:
+            s = power_of_two(s)
+        if scale_ub is not None:
+            y = clamp_rows(y, s)
+        offset = start + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+        # 8 bytes, because that is what a thread has of each 16-byte load of the inputs.
+        store_codes(result, offset, divide_groups(y, s, UE8M0), (group < groups_of_row)[:, None], 8)
+        tl.store(scale + row * row_stride + group.to(tl.int64) * group_stride, s, group < groups_of_row)
+
+
+def launch(
+    result: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    epsilon: float,
+    scale_ub: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    group_size: int,
+    is_scale_transposed: bool,  # noqa: ARG001
+    scale_ue8m0: bool,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program per row of at most `chunk` * `chunks` elements."""
+    m, k = input.size(0), input.size(1)
+    if k > config["chunk"] * config["chunks"]:
+        raise ValueError(f"a row has {k} elements; the config takes up to {config['chunk']} * {config['chunks']}")
+    _launcher(
+        rms_norm_per_block_quant,
+        (m,),
+        result,
+        input,
+        weight,
+        scale,
+        scale_ub,
+        residual,
+        epsilon,
+        whole_groups(k, group_size),
+        input.stride(0),
+        scale.stride(0),
+        scale.stride(1),
+        GROUP=group_size,
+        GROUPS=config["chunk"] // group_size,
+        CHUNKS=config["chunks"],
+        UE8M0=scale_ue8m0,
+        **launch_options(config),
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring for some sizes; the first is a safe default. Without a K, those that serve up to 16384."""
+    if "K" not in sizes:
+        return [{"chunk": 16384, "chunks": 1, "num_warps": warps} for warps in (16, 32)]
+    whole = triton.next_power_of_2(sizes["K"])
+    pieces = [(whole, 1)]
+    # The largest power of two of which a row is a few pieces.
+    chunk = sizes["K"] & -sizes["K"]
+    if chunk < whole and sizes["K"] // chunk <= 8:
+        pieces.append((chunk, sizes["K"] // chunk))
+    configs = [
+        {"chunk": chunk, "chunks": chunks, "num_warps": warps}
+        for chunk, chunks in pieces
+        for warps in (chunk // 512, chunk // 256, chunk // 1024, chunk // 2048, chunk // 128)
+        if 1 <= warps <= 32 and 64 * 32 * warps >= chunk * chunks
+    ]
+    return configs or [{"chunk": whole, "chunks": 1, "num_warps": 32}]

@@ -1,0 +1,1 @@
+"""rotary_embedding: the op's declaration and its kernels."""

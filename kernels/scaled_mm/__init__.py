@@ -1,0 +1,1 @@
+"""scaled_mm: the op's declaration and its kernels."""

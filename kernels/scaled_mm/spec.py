@@ -1,0 +1,101 @@
+"""scaled_mm: a product of fp8 matrices with a scale per row and per column, and a bias, as cutlass_scaled_mm of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.testing.numeric import poison
+
+from ..numerics import FP8, FP8_MAX
+
+NAME = "scaled_mm"
+
+#: (K, N) of qkv, out, gate_up and down of Qwen3 1.7B, 8B and 32B.
+SHAPES = (
+    (2048, 4096),
+    (2048, 2048),
+    (2048, 12288),
+    (6144, 2048),
+    (4096, 6144),
+    (4096, 4096),
+    (4096, 24576),
+    (12288, 4096),
+    (5120, 10240),
+    (5120, 5120),
+    (5120, 51200),
+    (25600, 5120),
+)
+
+
+def reference(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scales: torch.Tensor,
+    b_scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> None:
+    """The op in torch.
+
+    out       bfloat16 or float16 [M, N], written: a_scales * (b_scales * (a @ b)) + bias, rounded once
+    a         float8_e4m3fn [M, K], rows contiguous
+    b         float8_e4m3fn [K, N], columns contiguous: the transpose of the weights [N, K]
+    a_scales  float32, M elements of any shape, or one for all rows
+    b_scales  float32, N elements of any shape, or one for all columns
+    bias      [N], dtype of out, or None
+
+    Products are exact, all else is float32; the kernels add the products as the tensor core does, to fewer bits.
+    """
+    sums = a.float() @ b.float()
+    sums.mul_(b_scales.reshape(1, b_scales.numel())).mul_(a_scales.reshape(a_scales.numel(), 1))
+    out.copy_(sums if bias is None else sums.add_(bias))
+
+
+def random_fp8(
+    rows: int, columns: int, device: torch.device, generator: torch.Generator, spread: float = 100.0
+) -> torch.Tensor:
+    """Normal numbers [rows, columns] in fp8, `spread` being their standard deviation: as quantized rows are, up to 448."""
+    x = torch.randn(rows, columns, generator=generator, device=generator.device, dtype=torch.float32)
+    return x.mul_(spread).clamp_(-FP8_MAX, FP8_MAX).to(device=device, dtype=FP8)
+
+
+def random_scales(shape: tuple[int, ...], device: torch.device, generator: torch.Generator) -> torch.Tensor:
+    """Scales [*shape] in float32 around 1 / 1000."""
+    return (torch.rand(shape, generator=generator, device=generator.device) * 1.5e-3 + 2.5e-4).to(device)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, k, n, dtype = sizes["M"], sizes["K"], sizes["N"], variant.dtypes["out"]
+    a, b = random_fp8(m, k, device, generator), random_fp8(n, k, device, generator).t()
+    scales = (random_scales((m,), device, generator), random_scales((n,), device, generator))
+    bias = None
+    if "bias" not in variant.none:
+        bias = torch.randn(n, generator=generator, device=generator.device).to(device=device, dtype=dtype)
+    return [poison(torch.empty(m, n, dtype=dtype, device=device)), a, b, *scales, bias]
+
+
+def served(variant: Variant) -> bool:
+    """Linear layers with a bias are served in bfloat16."""
+    return "bias" in variant.none or variant.dtypes["out"] == torch.bfloat16
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("out", ("M", "N"), (torch.bfloat16, torch.float16), mutated=True, layout="rows"),
+        TensorArg("a", ("M", "K"), (FP8,), layout="rows"),
+        TensorArg("b", ("K", "N"), (FP8,), layout="columns"),
+        TensorArg("a_scales", ("M",), (torch.float32,), flat=True, broadcast=True),
+        TensorArg("b_scales", ("N",), (torch.float32,), flat=True, broadcast=True),
+        TensorArg("bias", ("N",), "out", optional=True),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
+    config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+    served=served,
+)

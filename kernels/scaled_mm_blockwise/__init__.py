@@ -1,0 +1,1 @@
+"""scaled_mm_blockwise: the op's declaration and its kernels."""

@@ -1,0 +1,1 @@
+"""silu_and_mul: the op's declaration and its kernels."""

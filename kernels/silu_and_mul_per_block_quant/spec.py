@@ -1,0 +1,90 @@
+"""silu_and_mul_per_block_quant: silu(gate) * up, each group of 64 or 128 elements to fp8 with a scale of its own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
+
+from ..groups import absmax_scale, bounded_scale, poisoned_outputs, quantize_groups, split_groups
+from ..numerics import FP8, FP8_MAX, random_rows, upper_bound
+
+NAME = "silu_and_mul_per_block_quant"
+
+
+def reference(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    scale_ub: torch.Tensor | None = None,
+    is_scale_transposed: bool = False,  # noqa: ARG001
+    scale_ue8m0: bool = False,
+) -> None:
+    """The op in torch.
+
+    out                  float8_e4m3fn [M, N], written: clamp(x / scale, -448, 448)
+    input                bfloat16 or float16 [M, 2 * N]: gate in the first half of a row, up in the second
+    scales               float32 [M, ceil(N / group_size)] of any strides, written:
+                         scale = max(min(max |x of the group| / 448, scale_ub), 1 / (448 * 512))
+    group_size           elements of a row that share a scale
+    scale_ub             float32 with one element, or None: bounds the scale itself, unlike in the other ops
+    is_scale_transposed  ignored: the strides of scales say how they lie
+    scale_ue8m0          not in vLLM's op: that scale, bounded from below as it is, is then rounded up to a power of two,
+                         exp2(ceil(log2(scale))); so it is at least 2**-17
+
+    x = gate / (1 + exp(-gate)) * up in float32, never rounded to the dtype of input.
+    A group with an infinity has an infinite scale without scale_ub; the codes of groups with a NaN or an infinity are
+    unspecified.
+    """
+    groups = split_groups(_activated(input), group_size)
+    scale = absmax_scale(groups.abs().amax(dim=-1))
+    if scale_ub is not None:
+        scale = torch.minimum(scale, scale_ub.reshape(()))
+    scale = bounded_scale(scale, scale_ue8m0)
+    scales.copy_(scale)
+    quantize_groups(groups, scale, out)
+
+
+def _activated(input: torch.Tensor) -> torch.Tensor:
+    """x of `reference` in float32."""
+    gate, up = input.float().chunk(2, dim=-1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, n, size = sizes["M"], sizes["N"], int(variant.static["group_size"])
+    x = random_rows(m, 2 * n, variant.dtypes["input"], device, generator)
+    scale_ub = None
+    if "scale_ub" not in variant.none:
+        scale_ub = upper_bound(split_groups(_activated(x), size).flatten(0, 1)) / FP8_MAX
+    out, scales = poisoned_outputs(m, n, size, device)
+    return [out, x, scales, size, scale_ub, False, bool(variant.static["scale_ue8m0"])]
+
+
+def served(variant: Variant) -> bool:
+    """Both dtypes, and of bfloat16 either scale_ub or scale_ue8m0."""
+    extras = ("scale_ub" not in variant.none) + int(variant.static["scale_ue8m0"])
+    return extras == 0 or (extras == 1 and variant.dtypes["input"] == torch.bfloat16)
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("out", ("M", "N"), (FP8,), mutated=True),
+        TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16)),
+        TensorArg("scales", ("M", "N/group_size"), (torch.float32,), mutated=True, layout="any"),
+        IntArg("group_size", values=(64, 128)),
+        TensorArg("scale_ub", (1,), (torch.float32,), optional=True, flat=True),
+        BoolArg("is_scale_transposed", values=None, default=False),
+        BoolArg("scale_ue8m0", default=False),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
+    config_key={"intermediate_size": "N", "num_tokens": "M"},
+    served=served,
+    doc=reference.__doc__ or "",
+)

@@ -1,0 +1,119 @@
+"""The Triton kernel of silu_and_mul_per_block_quant: some neighbouring groups per program.
+
+Groups are numbered through all rows. Configs are those of per_token_group_fp8_quant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+from ..per_token_group_fp8_quant import triton as shared
+from ..per_token_group_fp8_quant.triton import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
+from ..triton_device import clamp_rows, silu
+
+GENERIC = ("N",)
+INDEX_BITS = 64
+
+
+@triton.jit
+def silu_and_mul_per_block_quant(
+    out,
+    input,
+    scales,
+    scale_ub,
+    groups,
+    groups_of_row,
+    row_stride,
+    group_stride,
+    GROUP: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VECTOR: tl.constexpr,
+    UE8M0: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """GROUPS groups of GROUP elements per program."""
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    inside = (group < groups)[:, None]
+    column = tl.arange(0, GROUP)[None, :]
+    # A row of the input is twice as long: its first half lies where that many groups more come before it.
+    half = tl.cast(groups_of_row, tl.int64)
+    gate_at = (group + row_of(group, groups_of_row) * half)[:, None] * GROUP + column
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    gate = tl.load(input + gate_at, inside, other=0.0).to(tl.float32)
+    up = tl.load(input + half * GROUP + gate_at, inside, other=0.0).to(tl.float32)
+    if scale_ub is not None:
+        bound = tl.load(scale_ub)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    x = silu(gate) * up
+    scale = absmax_scale(tl.max(tl.abs(x), 1), 448.0, 1.0 / 448.0)
+    if scale_ub is not None:
+        scale = tl.minimum(scale, bound)
+    scale = tl.maximum(scale, 1.0 / (448.0 * 512.0))
+    if UE8M0:
+        scale = power_of_two(scale)
+    if scale_ub is not None:
+        x = clamp_rows(x, scale)
+    quotient = divide_groups(x, scale, UE8M0)
+    offset = group.to(tl.int64)[:, None] * GROUP + column
+    store_codes(out, offset, quotient, inside, VECTOR)
+    # Last: the scales change hands between threads, which waits for all of them.
+    store_scales(scales, scale, group, groups, groups_of_row, row_stride, group_stride)
+
+
+def launch(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    scales: torch.Tensor,
+    group_size: int,
+    scale_ub: torch.Tensor | None,
+    is_scale_transposed: bool,  # noqa: ARG001
+    scale_ue8m0: bool,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """One program for every `elements` elements."""
+    m, groups_of_row = out.size(0), shared.whole_groups(out.size(1), group_size)
+    groups = m * groups_of_row
+    tile = config["elements"] // group_size
+    _launcher(
+        silu_and_mul_per_block_quant,
+        ((groups + tile - 1) // tile,),
+        out,
+        input,
+        scales,
+        scale_ub,
+        groups,
+        groups_of_row,
+        scales.stride(0),
+        scales.stride(1),
+        GROUP=group_size,
+        GROUPS=tile,
+        VECTOR=config["vector"],
+        UE8M0=scale_ue8m0,
+        **shared.launch_options(config),
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring for some sizes; the first is a safe default."""
+    tiles = (
+        (2048, 4, 16),
+        (256, 1, 8),
+        (512, 2, 8),
+        (1024, 4, 8),
+        (1024, 2, 16),
+        (2048, 8, 8),
+        (4096, 8, 16),
+        (4096, 4, 16),
+        (4096, 8, 8),
+    )
+    return shared.tile_configs(tiles, sizes, sizes.get("N", 6144))

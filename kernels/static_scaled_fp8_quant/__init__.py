@@ -1,0 +1,1 @@
+"""static_scaled_fp8_quant: the op's declaration and its kernels."""

@@ -1,0 +1,76 @@
+"""static_scaled_fp8_quant: the input to fp8 with one scale that is given, as the op of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant
+
+from ..numerics import FP8, FP8_MAX, random_rows
+
+NAME = "static_scaled_fp8_quant"
+
+
+def reference(
+    result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None = None
+) -> None:
+    """The op in torch.
+
+    result       float8_e4m3fn [M, K], written: clamp(input * (1 / scale), -448, 448); a NaN becomes 448
+    input        bfloat16 or float16 [M, K], last dimension contiguous
+    scale        float32 with one element
+    group_shape  None, or what a scale with more elements needs
+
+    All arithmetic is float32, and the reciprocal is rounded before it is multiplied by. What else vLLM's op
+    takes has no kernel: a scale for each block of group_shape (rows, columns; -1 for all) elements, 2-D, or 1-D where the
+    blocks lie in one row or column.
+    """
+    inverse = torch.ones_like(scale) / scale
+    result.copy_(to_fp8(input.float() * _spread(inverse, input.shape, group_shape)))
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """clamp(x, -448, 448) in fp8 of x float32; NaN becomes 448, as minimum and maximum of CUDA C make it."""
+    return torch.fmax(torch.fmin(x, x.new_full((), FP8_MAX)), x.new_full((), -FP8_MAX)).to(FP8)
+
+
+def _spread(scale: torch.Tensor, shape: torch.Size, group_shape: list[int] | None) -> torch.Tensor:
+    """The scale of each element, as a tensor that broadcasts to `shape`."""
+    if scale.numel() == 1:
+        return scale.reshape(())
+    m, k = shape[:-1].numel(), shape[-1]
+    if scale.dim() == 1:
+        if group_shape is None:
+            raise ValueError(
+                f"{NAME}: scale has {scale.numel()} elements in one dimension, which may be rows or columns; "
+                "pass group_shape: (1, -1) for a scale per row, (-1, 1) for a scale per column"
+            )
+        rows, columns = (whole if part == -1 else part for part, whole in zip(group_shape, (m, k), strict=True))
+        scale = scale.reshape(m // rows, k // columns)
+    rows, columns = m // scale.shape[0], k // scale.shape[1]
+    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1).reshape(shape)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; the scale clamps a few elements. `OpSpec` says the rest."""
+    m, k = sizes["M"], sizes["K"]
+    x = random_rows(m, k, variant.dtypes["input"], device, generator)
+    result = torch.full((m, k), 0x7F, dtype=torch.uint8, device=device).view(FP8)
+    return [result, x, torch.full((1,), 24.0 / FP8_MAX, device=device), None]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("result", ("M", "K"), (FP8,), mutated=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), layout="rows"),
+        TensorArg("scale", ("*",), (torch.float32,), flat=True),
+        NoneArg("group_shape", "int[]?"),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    doc=reference.__doc__ or "",
+)

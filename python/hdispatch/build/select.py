@@ -1,0 +1,440 @@
+"""From timings to config files: the fewest configs of an op that are nearly the best everywhere, and where each is used.
+
+An op's *slots* are what its config file has keys for: a shape and a bucket. In a slot, a config's *regret* is how much
+slower it is than the best config measured there (the worst over variants, and over sizes that the key does not tell apart).
+A config *fits* a slot if its regret is within the limit; where none is, the one with the least regret fits.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..opspec import SYMBOLS, OpSpec
+from ..tuning.timings import ConfigKey, Timing, config_key
+from .store import write_atomic
+from .target import short_name
+
+#: A change of config between neighbouring buckets must gain this share of the limit: fewer edges are easier to read.
+CHANGE = 0.25
+#: Branches of the exact search before it settles for what it has.
+MAX_BRANCHES = 200_000
+#: The regret that drawing takes for a slot that no config of a set was measured in.
+UNSERVED = 1.0
+
+#: Sizes of a key as sorted items, without M: (("K", 4096),); and a bucket.
+Shape = tuple[tuple[str, int], ...]
+Slot = tuple[Shape, int]
+Regrets = Mapping[Slot, Mapping[ConfigKey, float]]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The config of a slot: µs (the slowest variant's), the best config's µs there, and the regret."""
+
+    config: ConfigKey
+    us: float
+    best_us: float
+    regret: float
+
+
+@dataclass
+class OpReport:
+    """What was selected for an op.
+
+    candidates     configs that were measured; of them `wrong` gave wrong results somewhere and are out
+    before         configs if each slot had its best one; kept: configs that were chosen
+    entries        of the config file
+    worst, mean    regret over the slots
+    curve          (configs, worst regret, mean regret) for growing sets of configs, for drawing
+    """
+
+    op: str
+    path: Path
+    slots: int
+    candidates: int
+    wrong: int
+    before: int
+    kept: int
+    entries: int
+    worst: float
+    mean: float
+    compile_seconds: float
+    device_seconds: float
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def select(
+    timings: Sequence[Timing],
+    specs: Mapping[str, OpSpec],
+    folder_of: Callable[[str], Path],
+    *,
+    backends_of: Callable[[str], Sequence[str]],
+    limit: float = 0.02,
+    write: bool = True,
+) -> list[OpReport]:
+    """Selects for every op that has timings, and writes `<folder_of(op)>/nvidia_<gpu>.json` and `….tuned.json`.
+
+    backends_of   the backends of an op, its default first
+    limit         the regret that is allowed, 0.02 being 2 %
+
+    Entries of a file for sizes that the timings do not have are kept. BuildError for timings of several GPUs or of an op
+    that there is not, for an op without one right candidate, or a limit that is negative.
+    """
+    if limit < 0:
+        raise BuildError(f"the regret is {limit}; it takes 0 or more, 0.02 being 2 %")
+    if not timings:
+        raise BuildError("there are no timings; make some with `hdispatch tune measure`")
+    gpus = sorted({timing["gpu"] for timing in timings})
+    if len(gpus) > 1:
+        raise BuildError(f"the timings are of {gpus}; select for one GPU at a time")
+    if unknown := sorted({timing["op"] for timing in timings} - set(specs)):
+        raise BuildError(f"the timings are of {unknown[0]!r}, which is no op here; there are {sorted(specs)}")
+    reports = []
+    for op in sorted({timing["op"] for timing in timings}):
+        own = [timing for timing in timings if timing["op"] == op]
+        path = folder_of(op) / f"nvidia_{short_name(gpus[0])}.json"
+        reports.append(_select_op(specs[op], own, path, backends_of(op)[0], limit, write))
+    return reports
+
+
+def _select_op(
+    spec: OpSpec, timings: Sequence[Timing], path: Path, default_backend: str, limit: float, write: bool
+) -> OpReport:
+    measured = Measured(spec, timings)
+    if not measured.regrets:
+        raise BuildError(f"{spec.name}: no candidate gave a right result; see the timings' lines with status wrong or refused")
+    kept = cover(measured.regrets, limit)
+    choices = assign(measured.regrets, kept, limit)
+    open_choices, notes = measured.open_rows(kept, limit)
+    chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
+    entries = _entries(spec, {**choices, **open_choices}, default_backend)
+    keys = [{k: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
+    others = [entry for entry in _present(path) if not _replaced(spec, entry, keys)]
+    if others:
+        notes.append(f"{len(others)} entries for sizes without timings are kept as they were")
+    regrets = [choice.regret for choice in chosen.values()]
+    used = {*choices.values(), *open_choices.values()}
+    report = OpReport(
+        op=spec.name,
+        path=path,
+        slots=len(choices),
+        candidates=len({config_key(timing) for timing in timings}),
+        wrong=len(measured.wrong),
+        before=len({min(found, key=lambda c: found[c]) for found in measured.regrets.values()}),
+        kept=len(used),
+        entries=len(entries) + len(others),
+        worst=max(regrets),
+        mean=statistics.fmean(regrets),
+        compile_seconds=_compile_seconds(timings),
+        device_seconds=sum(timing["device_seconds"] for timing in timings),
+        curve=curve(measured.regrets),
+        notes=notes + [f"wrong results: {config.backend} {config.config}" for config in sorted(measured.wrong)],
+    )
+    if write:
+        write_atomic(path, _text([*entries, *others]).encode())
+        tuned = json.dumps(_companion(spec, timings, chosen, report, limit), indent=1, ensure_ascii=False) + "\n"
+        write_atomic(path.with_suffix(".tuned.json"), tuned.encode())
+    return report
+
+
+def _compile_seconds(timings: Sequence[Timing]) -> float:
+    """Of each code once."""
+    return sum({tuple(timing["artifacts"]): timing["compile_seconds"] for timing in timings}.values())
+
+
+# ---- what was measured ----
+
+
+class Measured:
+    """An op's timings by slot."""
+
+    def __init__(self, spec: OpSpec, timings: Sequence[Timing]) -> None:
+        self.spec = spec
+        #: Wrong at one place is wrong: nobody knows where else.
+        self.wrong = {config_key(timing) for timing in timings if timing["status"] in ("wrong", "fatal")}
+        self.generic = {config_key(timing): frozenset(timing["generic"]) for timing in timings}
+        self.times: dict[Slot, dict[tuple[str, int, int], dict[ConfigKey, float]]] = {}
+        for timing in timings:
+            if "us" in timing and config_key(timing) not in self.wrong:
+                slot = self._shape(timing), timing["bucket"]
+                cell = timing["variant"], timing["K"], timing["N"]
+                self.times.setdefault(slot, {}).setdefault(cell, {})[config_key(timing)] = timing["us"]
+        self.regrets: Regrets = {slot: found for slot, cells in self.times.items() if (found := _regrets(cells.values()))}
+
+    def _shape(self, timing: Timing) -> Shape:
+        """The sizes that the file's key has: all of them; or, for sizes tried on behalf of an open row, that row's."""
+        sizes = {"K": timing["K"], "N": timing["N"]}
+        named = _named(self.spec)
+        exact = {symbol: size for symbol, size in sizes.items() if symbol in named}
+        rows = [row for row in self.spec.shapes if all(sizes[symbol] == size for symbol, size in row.items())]
+        row = max(rows, key=len, default=sizes)
+        return tuple(sorted((symbol, size) for symbol, size in exact.items() if symbol in row))
+
+    def choice(self, slot: Slot, config: ConfigKey) -> Choice:
+        """A config in a slot, as measured."""
+        cells = self.times[slot].values()
+        us = max(cell[config] for cell in cells)
+        return Choice(config, us, max(min(cell.values()) for cell in cells), self.regrets[slot][config])
+
+    def open_rows(self, kept: Sequence[ConfigKey], limit: float) -> tuple[dict[Slot, ConfigKey], list[str]]:
+        """Configs for the rows that leave sizes open while others have them: the best on average over those others.
+
+        Of the kept configs, or else of all that are generic in the open sizes; a note for a row that has none.
+        """
+        chosen: dict[Slot, ConfigKey] = {}
+        notes = []
+        named = _named(self.spec)
+        for row in self.spec.shapes:
+            missing = {symbol for symbol in named if symbol not in row}
+            shape: Shape = tuple(sorted((symbol, size) for symbol, size in row.items() if symbol in named))
+            if not missing or any(slot[0] == shape for slot in self.regrets):
+                continue
+            averages = self._averages(dict(shape), missing)
+            near = {slot: {c: r for c, r in found.items() if c in kept} for slot, found in averages.items()}
+            near = {slot: found or averages[slot] for slot, found in near.items()}
+            if not near:
+                notes.append(f"no measured config is generic in {sorted(missing)}: the row for any size keeps its entry")
+            chosen |= {(shape, slot[1]): config for slot, config in assign(near, None, limit).items()}
+        return chosen, notes
+
+    def _averages(self, row: Mapping[str, int], missing: set[str]) -> dict[Slot, dict[ConfigKey, float]]:
+        """Mean regret over the shapes that a row would serve too, by bucket; of configs measured in most of them."""
+        gathered: dict[int, dict[ConfigKey, list[float]]] = {}
+        for (shape, bucket), found in self.regrets.items():
+            if all(dict(shape).get(symbol) == size for symbol, size in row.items()):
+                for config, regret in found.items():
+                    if self.generic[config] >= missing:
+                        gathered.setdefault(bucket, {}).setdefault(config, []).append(regret)
+        averages: dict[Slot, dict[ConfigKey, float]] = {}
+        for bucket, lists in gathered.items():
+            most = max(len(each) for each in lists.values())
+            averages[(), bucket] = {c: statistics.fmean(each) for c, each in lists.items() if len(each) == most}
+        return averages
+
+
+def _named(spec: OpSpec) -> list[str]:
+    """The sizes besides M that the op's config keys name."""
+    return [symbol for symbol in SYMBOLS[1:] if symbol in spec.config_key.values()]
+
+
+def _regrets(cells: Iterable[Mapping[ConfigKey, float]]) -> dict[ConfigKey, float]:
+    """The worst regret of each config that was measured in all cells of a slot."""
+    cells = list(cells)
+    common = set.intersection(*(set(cell) for cell in cells)) if cells else set()
+    return {config: max(cell[config] / min(cell.values()) - 1 for cell in cells) for config in sorted(common)}
+
+
+# ---- which configs ----
+
+
+def fitting(found: Mapping[ConfigKey, float], limit: float) -> list[ConfigKey]:
+    """The configs that fit a slot."""
+    least = min(found.values())
+    return [config for config, regret in found.items() if regret <= max(limit, least)]
+
+
+def cover(regrets: Regrets, limit: float) -> list[ConfigKey]:
+    """The fewest configs of which one fits each slot; among those sets, one of little regret.
+
+    Exact, unless the search takes more than MAX_BRANCHES branches: then as few as were found.
+    """
+    fits = {slot: frozenset(fitting(found, limit)) for slot, found in regrets.items()}
+    best = _greedy(fits)
+    search = _Search(fits, len(best) - 1)
+    while search.size > 0 and (smaller := search.run()) is not None:
+        best = smaller
+        search = _Search(fits, len(best) - 1)
+    return sorted(_improve(best, fits, regrets))
+
+
+def _greedy(fits: Mapping[Slot, frozenset[ConfigKey]]) -> list[ConfigKey]:
+    left, chosen = dict(fits), []
+    while left:
+        counts: dict[ConfigKey, int] = {}
+        for options in left.values():
+            for config in options:
+                counts[config] = counts.get(config, 0) + 1
+        config = min(counts, key=lambda c: (-counts[c], c))
+        chosen.append(config)
+        left = {slot: options for slot, options in left.items() if config not in options}
+    return chosen
+
+
+class _Search:
+    """Looks for a cover of `size` configs by branching on the slot with the fewest options."""
+
+    def __init__(self, fits: Mapping[Slot, frozenset[ConfigKey]], size: int) -> None:
+        # A slot whose options include all of another's is covered with it.
+        distinct = sorted(set(fits.values()), key=lambda options: (len(options), sorted(options)))
+        self.fits: list[frozenset[ConfigKey]] = []
+        for options in distinct:
+            if not any(other <= options for other in self.fits):
+                self.fits.append(options)
+        self.size = size
+        self.branches = 0
+
+    def run(self) -> list[ConfigKey] | None:
+        """A cover, or None if there is none or it was not found in time."""
+        return self._extend([], self.fits, self.size)
+
+    def _extend(self, chosen: list[ConfigKey], left: list[frozenset[ConfigKey]], more: int) -> list[ConfigKey] | None:
+        if not left:
+            return chosen
+        self.branches += 1
+        if more == 0 or self.branches > MAX_BRANCHES or _disjoint(left) > more:
+            return None
+        fewest = min(left, key=lambda options: len(options))
+        for config in sorted(fewest, key=lambda c: (-sum(c in options for options in left), c)):
+            found = self._extend([*chosen, config], [options for options in left if config not in options], more - 1)
+            if found is not None:
+                return found
+        return None
+
+
+def _disjoint(slots: Sequence[frozenset[ConfigKey]]) -> int:
+    """Slots of which no two share an option: each needs a config of its own."""
+    seen: set[ConfigKey] = set()
+    count = 0
+    for options in slots:
+        if seen.isdisjoint(options):
+            seen |= options
+            count += 1
+    return count
+
+
+def _improve(chosen: list[ConfigKey], fits: Mapping[Slot, frozenset[ConfigKey]], regrets: Regrets) -> list[ConfigKey]:
+    """Swaps single configs for others as long as every slot stays covered and the sum of regrets falls."""
+
+    def total(configs: Sequence[ConfigKey]) -> float:
+        own = set(configs)
+        if any(not options & own for options in fits.values()):
+            return float("inf")
+        return sum(min(regrets[slot][config] for config in options & own) for slot, options in fits.items())
+
+    every = sorted({config for options in fits.values() for config in options})
+    current, better = total(chosen), True
+    while better:
+        better = False
+        for index in range(len(chosen)):
+            for config in every:
+                if config in chosen:
+                    continue
+                changed = [*chosen[:index], config, *chosen[index + 1 :]]
+                if (value := total(changed)) < current - 1e-9:
+                    chosen, current, better = changed, value, True
+    return chosen
+
+
+def assign(regrets: Regrets, kept: Sequence[ConfigKey] | None, limit: float) -> dict[Slot, ConfigKey]:
+    """A config that fits for every slot, of those kept (None: of all): little regret and few changes along the buckets."""
+    chosen: dict[Slot, ConfigKey] = {}
+    change = CHANGE * limit
+    for shape in sorted({slot[0] for slot in regrets}):
+        slots = sorted(slot for slot in regrets if slot[0] == shape)
+        # config of the last slot so far -> (cost, the configs up to it)
+        paths: dict[ConfigKey, tuple[float, list[ConfigKey]]] = {}
+        for slot in slots:
+            options = [c for c in fitting(regrets[slot], limit) if kept is None or c in kept]
+            extended: dict[ConfigKey, tuple[float, list[ConfigKey]]] = {}
+            for config in sorted(options):
+                before = [(cost + (change if last != config else 0.0), path) for last, (cost, path) in paths.items()]
+                cost, path = min(before, key=lambda entry: entry[0], default=(0.0, []))
+                extended[config] = cost + regrets[slot][config], [*path, config]
+            paths = extended
+        _, path = min(paths.values(), key=lambda entry: entry[0])
+        chosen |= dict(zip(slots, path, strict=True))
+    return chosen
+
+
+def curve(regrets: Regrets) -> list[tuple[int, float, float]]:
+    """(configs, worst, mean regret) as configs are added one by one, each the one that lowers the mean most, to the end."""
+    best = dict.fromkeys(regrets, UNSERVED)
+    left = sorted({config for found in regrets.values() for config in found})
+    points: list[tuple[int, float, float]] = []
+    while left and (not points or points[-1][1] > 1e-9):
+        sums = {c: sum(min(best[slot], found.get(c, UNSERVED)) for slot, found in regrets.items()) for c in left}
+        config = min(left, key=lambda c: (sums[c], c))
+        left.remove(config)
+        best = {slot: min(regret, regrets[slot].get(config, UNSERVED)) for slot, regret in best.items()}
+        points.append((len(points) + 1, max(best.values()), statistics.fmean(best.values())))
+    return points
+
+
+# ---- the files ----
+
+
+def _entries(spec: OpSpec, choices: Mapping[Slot, ConfigKey], default_backend: str) -> list[dict[str, Any]]:
+    """Entries of the config file: of neighbouring buckets with one config the last one's edge serves them all."""
+    entries = []
+    slots = sorted(choices, key=lambda slot: (not slot[0], slot))  # the row for any size last
+    for slot, following in zip(slots, [*slots[1:], None], strict=True):
+        config = choices[slot]
+        if following is not None and following[0] == slot[0] and choices[following] == config:
+            continue
+        sizes = {**dict(slot[0]), "M": spec.ladder[slot[1]]}
+        entry: dict[str, Any] = {"key": {name: sizes[symbol] for name, symbol in spec.config_key.items() if symbol in sizes}}
+        if config.backend != default_backend:
+            entry["backend"] = config.backend
+        entries.append({**entry, "config": json.loads(config.config)})
+    return entries
+
+
+def _replaced(spec: OpSpec, entry: Mapping[str, Any], keys: Sequence[Mapping[str, int]]) -> bool:
+    """Whether an entry that was there is for sizes that have new entries; the default is, if there is a row for any size."""
+    key = entry["key"]
+    return {name: size for name, size in key.items() if spec.config_key.get(name) != "M"} in keys
+
+
+def _present(path: Path) -> list[dict[str, Any]]:
+    """The entries that a file has now, if there is one."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise BuildError(f"cannot read the configs in {path}: {error}; move it away") from error
+    if not isinstance(data, list) or not all(isinstance(e, dict) and isinstance(e.get("key"), dict) for e in data):
+        raise BuildError(f'{path} is no list of {{"key": {{...}}, "config": {{...}}}}; move it away')
+    return data
+
+
+def _text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """One entry per line."""
+    lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
+    return "[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n"
+
+
+def _companion(
+    spec: OpSpec, timings: Sequence[Timing], chosen: Mapping[Slot, Choice], report: OpReport, limit: float
+) -> dict[str, Any]:
+    """What measured the configs, and what it found: times in µs per launch."""
+    versions = {json.dumps(timing["versions"], sort_keys=True) for timing in timings}
+    names = {symbol: name for name, symbol in spec.config_key.items()}
+    return {
+        "op": spec.name,
+        "gpu": timings[0]["gpu"],
+        "variants": sorted({timing["variant"] for timing in timings}),
+        "regret": {"limit": limit, "worst": round(report.worst, 4), "mean": round(report.mean, 4)},
+        "configs": {"candidates": report.candidates, "best_everywhere": report.before, "kept": report.kept},
+        "seconds": {"compile": round(report.compile_seconds, 1), "device": round(report.device_seconds, 1)},
+        "measured": {"from": min(t["time"] for t in timings), "to": max(t["time"] for t in timings)},
+        "versions": [json.loads(text) for text in sorted(versions)],
+        "times": [
+            {
+                "key": {names.get(symbol, symbol): size for symbol, size in (*shape, ("M", spec.ladder[bucket]))},
+                "backend": choice.config.backend,
+                "config": json.loads(choice.config.config),
+                "us": round(choice.us, 3),
+                "best_us": round(choice.best_us, 3),
+                "regret": round(choice.regret, 4),
+            }
+            for (shape, bucket), choice in sorted(chosen.items())
+        ],
+    }

@@ -1,0 +1,1 @@
+"""Drop-ins for programs that call other libraries' ops."""

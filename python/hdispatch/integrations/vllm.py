@@ -1,0 +1,259 @@
+"""The drop-in for vLLM: its CUDA ops, `torch.ops._C.<op>`, served from the launch table.
+
+`override_vllm_ops` puts one C++ kernel over each op's CUDA kernel in torch's dispatcher, so that every caller is served:
+eager code, code that Inductor compiled, graph capture, C++. What the table does not serve runs vLLM's own kernel and is
+counted in `hdispatch.stats()`. Calls from Python are also spared torch's argument parser. vLLM itself is not imported.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+
+from .. import _C, ops
+from ..errors import HdispatchError
+
+
+@dataclass(frozen=True)
+class Form:
+    """Where vLLM's kernel presumes how a matrix lies in memory, and ours reads its strides.
+
+    "rows": contiguous. "columns": columns contiguous, with any distance between them; "packed": with none. "either": as the
+    strides say. With `flag`, the name of a flag: `form` where it is set, rows where it is not. Other calls are misses.
+    """
+
+    arg: str
+    form: Literal["rows", "columns", "packed", "either"]
+    flag: str | None = None
+
+
+@dataclass(frozen=True)
+class Route:
+    """An op of ours that serves calls of vLLM's: the same arguments in the same order; the last may be in one of them only."""
+
+    op: str
+    forms: tuple[Form, ...] = ()
+
+
+#: vLLM's op -> our ops, the first of which that takes the arguments serves a call.
+ROUTES: dict[str, tuple[Route, ...]] = {
+    **{
+        name: (Route(name),)
+        for name in (
+            "static_scaled_fp8_quant",
+            "dynamic_scaled_fp8_quant",
+            "dynamic_per_token_scaled_fp8_quant",
+            "rms_norm_dynamic_per_token_quant",
+            "per_token_group_fp8_quant_packed",
+            "fused_qk_norm_rope",
+            "rms_norm",
+            "fused_add_rms_norm",
+            "silu_and_mul",
+            "rotary_embedding",
+        )
+    },
+    "per_token_group_fp8_quant": (Route("per_token_group_fp8_quant", (Form("output_s", "either"),)),),
+    "rms_norm_per_block_quant": (Route("rms_norm_per_block_quant", (Form("scale", "columns", flag="is_scale_transposed"),)),),
+    "silu_and_mul_per_block_quant": (
+        Route("silu_and_mul_per_block_quant", (Form("scales", "packed", flag="is_scale_transposed"),)),
+    ),
+    "cutlass_scaled_mm": (
+        Route("scaled_mm"),
+        Route(
+            "scaled_mm_blockwise",
+            (
+                Form("out", "rows"),
+                Form("a", "rows"),
+                Form("b", "packed"),
+                Form("a_scales", "packed"),
+                Form("b_scales", "packed"),
+            ),
+        ),
+    ),
+}
+
+
+def override_vllm_ops(only: Iterable[str] | None = None) -> Override:
+    """Serve vLLM's CUDA ops from the launch table, until `undo` or, as a context manager, the end of the block.
+
+        hdispatch.load("bundle")
+        hdispatch.override_vllm_ops()
+
+    only    names of the ops; all of `hdispatch.integrations.vllm.ROUTES` if None.
+
+    vLLM's library may be loaded before or after. An op whose schema is not the expected one stays as it is, with a warning.
+    Overrides may nest; an op is vLLM's again after the last `undo`. As all registrations in torch, this and `undo` are not
+    for moments at which other threads call these ops. Where something else overrides an op after this, calls of
+    `torch.ops._C.<op>` still try the table first; `undo` before that.
+
+    Raises `HdispatchError` for a name that is not in ROUTES.
+    """
+    names = list(ROUTES) if only is None else list(only)
+    unknown = [name for name in names if name not in ROUTES]
+    if unknown:
+        raise HdispatchError(f"no such ops of vLLM are served: {', '.join(unknown)}; there are {', '.join(sorted(ROUTES))}")
+    return Override("_C", "CUDA", {name: ROUTES[name] for name in names})
+
+
+@dataclass
+class _Active:
+    """An op that is overridden, by `users` overrides."""
+
+    users: int
+    kernel: _C.Override
+    packet: Any
+    former_class: type
+
+
+_LOCK = threading.RLock()
+_ACTIVE: dict[tuple[str, str, str], _Active] = {}
+_WAITING: dict[str, list[Override]] = {}  # by namespace
+
+
+class Override:
+    """Ops of one namespace that are served from the table. Make it with `override_vllm_ops`.
+
+    served      names of the ops that are overridden
+    waiting     names of those that their library has not defined yet; each is overridden when it is first looked up
+    refused     names of those whose schema is another than expected -> what differs
+    """
+
+    def __init__(self, namespace: str, key: Literal["CUDA", "CPU"], routes: Mapping[str, Sequence[Route]]) -> None:
+        self._namespace, self._key, self._routes = namespace, key, dict(routes)
+        self.served: list[str] = []
+        self.waiting: list[str] = list(routes)
+        self.refused: dict[str, str] = {}
+        with _LOCK:
+            for name in routes:
+                self._take(name)
+            if self.waiting:
+                _WAITING.setdefault(namespace, []).append(self)
+                getattr(torch.ops, namespace).__class__ = _WatchedNamespace
+
+    def undo(self) -> None:
+        """Put the former kernels back. Nothing happens the second time."""
+        with _LOCK:
+            for name in self.served:
+                _release((self._namespace, name, self._key))
+            self.served, self.waiting = [], []
+            self._stop_waiting()
+
+    def __enter__(self) -> Override:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return (
+            f"<override of torch.ops.{self._namespace}: served {self.served}, waiting {self.waiting}, refused {self.refused}>"
+        )
+
+    def _take(self, name: str) -> None:
+        """Override an op that waits, if it is there by now."""
+        packet = getattr(getattr(torch.ops, self._namespace), name, None)
+        if name not in self.waiting or packet is None:
+            return
+        routes = self._routes[name]
+        differs = next(filter(None, (_difference(packet, route) for route in routes)), None)
+        if differs:
+            self.waiting.remove(name)
+            self.refused[name] = differs
+            warnings.warn(f"hdispatch does not override torch.ops.{self._namespace}.{name}: {differs}", stacklevel=4)
+        elif _acquire((self._namespace, name, self._key), packet, routes):
+            self.waiting.remove(name)
+            self.served.append(name)
+
+    def _look(self, name: str) -> None:
+        with _LOCK:
+            self._take(name)
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        others = _WAITING.get(self._namespace, [])
+        if not self.waiting and self in others:
+            others.remove(self)
+            if not others:
+                getattr(torch.ops, self._namespace).__class__ = torch._ops._OpNamespace
+
+
+class _WatchedNamespace(torch._ops._OpNamespace):
+    """A namespace of torch.ops while ops of it are waited for: their first look-up comes here, those after it do not."""
+
+    __module__ = torch._ops._OpNamespace.__module__
+
+    def __getattr__(self, op_name: str) -> Any:
+        packet = super().__getattr__(op_name)  # AttributeError as long as the op is not defined
+        for override in list(_WAITING.get(self.name, ())):
+            override._look(op_name)
+        return packet
+
+
+def _acquire(key: tuple[str, str, str], packet: Any, routes: Sequence[Route]) -> bool:
+    """Override an op, or share an override that there is. False if the op has no kernel yet."""
+    active = _ACTIVE.get(key)
+    if active:
+        active.users += 1
+        return True
+    arguments = packet.default._schema.arguments
+    kernel = _C.override_op(
+        "::".join(key[:2]),
+        key[2] == "CUDA",
+        [(ops.get(route.op), [(form.arg, form.form, form.flag) for form in route.forms]) for route in routes],
+        len(arguments),
+        sum(not argument.has_default_value() for argument in arguments),
+    )
+    if kernel is None:
+        return False
+    _ACTIVE[key] = _Active(1, kernel, packet, type(packet))
+    if type(packet) is torch._ops.OpOverloadPacket and not _is_wrapped("::".join(key[:2])):
+        # The packet stays the object that others hold, and its overloads; only the call takes the shorter way.
+        body = {"__call__": kernel.make_door(packet.op), "__doc__": packet.__doc__, "__module__": packet.__module__}
+        packet.__class__ = type(type(packet).__name__, (type(packet),), body)
+    return True
+
+
+def _is_wrapped(name: str) -> bool:
+    """Whether torch's dispatcher has kernels to call before those of the device, which the shorter way would leave out."""
+    keys = ("Autograd", "AutogradCUDA", "AutogradCPU", "AutocastCUDA", "AutocastCPU", "ADInplaceOrView", "BackendSelect")
+    return any(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for key in keys)
+
+
+def _release(key: tuple[str, str, str]) -> None:
+    active = _ACTIVE[key]
+    active.users -= 1
+    if not active.users:
+        del _ACTIVE[key]
+        active.packet.__class__ = active.former_class
+        active.kernel.undo()
+
+
+def _difference(packet: Any, route: Route) -> str | None:
+    """How the op's schema differs from what our op can stand for; None if it does not."""
+    if packet.overloads() != ["default"]:
+        return f"it has the overloads {packet.overloads()}; expected one without a name"
+    theirs, ours = packet.default._schema, getattr(torch.ops.hdispatch, route.op).default._schema
+    common = min(len(theirs.arguments), len(ours.arguments))
+    same = not theirs.returns and all(map(_is_same, theirs.arguments, ours.arguments))
+    same = same and all(str(argument.type).startswith("Optional") for argument in theirs.arguments[common:])
+    if same and all(argument.has_default_value() for argument in ours.arguments[common:]):
+        return None
+    return f"its schema is {theirs}; expected that of {ours}, of which the last arguments may be left out"
+
+
+def _is_same(theirs: Any, ours: Any) -> bool:
+    """The same name, type and mutability; our default where it has one."""
+
+    def facts(argument: Any) -> tuple[object, ...]:
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        return argument.name, str(argument.type), written, argument.kwarg_only
+
+    if facts(theirs) != facts(ours):
+        return False
+    return not theirs.has_default_value() or (ours.has_default_value() and theirs.default_value == ours.default_value)

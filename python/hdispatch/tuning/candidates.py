@@ -1,0 +1,106 @@
+"""What a candidate bundle holds beside its manifest: which records compete for which rows.
+
+A candidate bundle is a bundle, so its records, artifacts and checksums are read and verified as usual; its rows are the
+first candidate of each cell. `candidates.json` adds the others. It names the manifest's SHA-256: the two belong together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypedDict, cast
+
+from ..errors import BundleError
+from ..manifest import MANIFEST_NAME, Manifest, read_bundle
+from ..typed_json import Mismatch, check
+
+CANDIDATES_NAME = "candidates.json"
+CANDIDATES_VERSION = 1
+
+
+class Cell(TypedDict):
+    """What one config is chosen for: an op's variant at sizes and a bucket. Records compete for it, by their index.
+
+    K, N   the sizes that are measured; 0 for one that the op has not
+    M      the upper edge of the bucket: where it is measured
+    """
+
+    op: str
+    variant: str
+    K: int
+    N: int
+    bucket: int
+    M: int
+    records: list[int]
+
+
+class Origin(TypedDict):
+    """Of one record: the sizes that are not compiled in, and the seconds that generating and compiling it took."""
+
+    generic: list[str]
+    seconds: float
+
+
+class Dropped(TypedDict):
+    """A config that could not become a record, or one with the same code as another."""
+
+    op: str
+    variant: str
+    backend: str
+    config: dict[str, Any]
+    why: str
+
+
+class Candidates(TypedDict):
+    """The whole of candidates.json. `origins` are by index of the record."""
+
+    version: int
+    manifest: str
+    cells: list[Cell]
+    origins: list[Origin]
+    dropped: list[Dropped]
+
+
+class CandidateBundle(TypedDict):
+    """A candidate bundle that was read: the manifest, the bytes of its artifacts by name, the cells."""
+
+    manifest: Manifest
+    contents: dict[str, bytes]
+    candidates: Candidates
+
+
+def read_candidates(folder: str | os.PathLike[str]) -> CandidateBundle:
+    """Read a candidate bundle and verify all of it. `BundleError` naming the file and what is wrong with it."""
+    manifest, contents = read_bundle(folder)
+    path = Path(folder) / CANDIDATES_NAME
+    try:
+        data = json.loads(path.read_bytes())
+        check(data, Candidates)
+    except OSError as error:
+        raise BundleError(
+            f"{path}: cannot be read ({error.strerror}); a bundle of candidates is made by `hdispatch tune candidates`"
+        ) from error
+    except (ValueError, Mismatch) as error:
+        raise BundleError(f"{path}: malformed: {error}; make the candidates again") from error
+    candidates = cast(Candidates, data)
+    if candidates["version"] != CANDIDATES_VERSION:
+        raise BundleError(f"{path}: version {candidates['version']}; this hdispatch reads {CANDIDATES_VERSION}")
+    if candidates["manifest"] != hashlib.sha256((Path(folder) / MANIFEST_NAME).read_bytes()).hexdigest():
+        raise BundleError(f"{path}: made for another {MANIFEST_NAME} than the one beside it; make the candidates again")
+    _check_cells(path, manifest, candidates)
+    return {"manifest": manifest, "contents": contents, "candidates": candidates}
+
+
+def _check_cells(path: Path, manifest: Manifest, candidates: Candidates) -> None:
+    records, ops = len(manifest["records"]), manifest["ops"]
+    if len(candidates["origins"]) != records:
+        raise BundleError(f"{path}: tells of {len(candidates['origins'])} records; the manifest has {records}")
+    for index, cell in enumerate(candidates["cells"]):
+        known = cell["op"] in ops and cell["variant"] in ops[cell["op"]]["variants"]
+        if not known or not 0 <= cell["bucket"] < len(ops[cell["op"]]["ladder"]):
+            name = f"{cell['op']} {cell['variant']} bucket {cell['bucket']}"
+            raise BundleError(f"{path}: cell {index} is of {name}, which the manifest does not have")
+        if not cell["records"] or any(not 0 <= record < records for record in cell["records"]):
+            raise BundleError(f"{path}: cell {index} names records {cell['records']} of {records}")

@@ -1,0 +1,478 @@
+"""Measuring candidates: each cell's candidates against the reference first, then against each other, through the C++ launcher.
+
+A launch table has one row per key, so each candidate gets a table of its own: one row, one class of M, published while the
+candidate is called or captured. Tables are never unloaded, so a captured graph keeps its code when the next is published.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NotRequired, Protocol, TypedDict
+
+import torch
+
+from .. import _C, ops
+from ..errors import BundleError, HdispatchError
+from ..manifest import MANIFEST_NAME, MClass, Record
+from ..opspec import OpSpec
+from ..runtime import check_target, strict
+from ..testing.device_timer import Replay, Timed, interleave, rotation_count, timing_event
+from ..testing.numeric import MismatchError, compare_outputs
+from . import timings
+from .candidates import CandidateBundle, Cell, read_candidates
+from .timings import CellKey, ConfigKey, Status, Timing
+
+#: Rounds in which every candidate is timed once, and after how many of them those slower than the best by which factor go.
+ROUNDS = 9
+EARLY_STOP = {2: 1.25, 4: 1.05}
+#: Candidates further behind than this, by a first estimate, are not timed in a graph at all.
+HOPELESS = 3.0
+#: What one replay takes, in µs, and the fewest and most launches in it.
+REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 8, 256
+#: Calls that the estimate is taken over.
+ESTIMATE_CALLS = 4
+#: Tensors with more elements than this are checked with fewer rows, if the bucket has fewer: the reference is slow.
+CHECKED_ELEMENTS = 2**26
+
+Call = Callable[[], object]
+
+
+class Timeable(Timed, Protocol):
+    """What `device_timer.Replay` is."""
+
+    def close(self) -> None:
+        """Free it."""
+
+
+class Device:
+    """The CUDA device that candidates are measured on."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self.torch_device = torch.device("cuda", index)
+
+    def publish(self, rows: OneRow) -> None:
+        """Serve that one row, and nothing else."""
+        builder = _C.TableBuilder(self.index, self.device_count(), True)
+        builder.set_ladder(rows.op, rows.ladder)
+        for name, content in rows.modules.items():
+            builder.add_module(name, content)
+        builder.add_row(rows.op, rows.variant, rows.k, rows.n, rows.bucket, builder.add_record(rows.op, rows.record))
+        builder.publish()
+
+    def device_count(self) -> int:
+        """GPUs of this process."""
+        return torch.cuda.device_count()
+
+    def launch(self, op: _C.Op, arguments: Sequence[Any]) -> None:
+        """One call, waited for."""
+        op(*arguments)
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        """Wait; raises if the GPU has failed."""
+        torch.cuda.synchronize(self.torch_device)
+
+    def estimate(self, calls: Sequence[Call]) -> float:
+        """Microseconds per call, at least what the host takes to make one."""
+        start, end = timing_event(), timing_event()
+        start.record()
+        for index in range(ESTIMATE_CALLS):
+            calls[index % len(calls)]()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) * 1e3 / ESTIMATE_CALLS
+
+    def replay(self, calls: Sequence[Call], launches: int) -> Timeable:
+        """A graph of launches."""
+        return Replay(calls, launches)
+
+    def describe(self) -> str:
+        """What results are filed under."""
+        return torch.cuda.get_device_name(self.torch_device)
+
+
+@dataclass(frozen=True)
+class OneRow:
+    """The launch table of one candidate in one cell."""
+
+    op: _C.Op
+    ladder: list[int]
+    variant: str
+    k: int
+    n: int
+    bucket: int
+    record: Record
+    modules: dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of a bundle is measured, and how long. None: all of it.
+
+    ops      names of ops
+    limit    cells
+    seconds  after which no further cell is begun
+    seed     of the arguments and of the order
+    """
+
+    ops: Sequence[str] | None = None
+    limit: int | None = None
+    seconds: float | None = None
+    seed: int = 0
+
+
+@dataclass
+class Report:
+    """What a run did: cells done now, cells done before, cells left; seconds; the candidates that gave no time, in words."""
+
+    measured: int = 0
+    before: int = 0
+    left: int = 0
+    seconds: float = 0.0
+    failures: list[str] = field(default_factory=list)
+
+
+def measure(
+    folder: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    device: Device | None = None,
+    versions: Mapping[str, Any] | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Report:
+    """Measure the cells of a candidate bundle that `out` has not whole, and append what is found to `out`.
+
+    device    a CUDA device; the current one if None
+    versions  goes into every line
+    progress  called before each cell with candidates done, candidates in all and the cell's name
+
+    Raises `BundleError` for a bundle that cannot be read or is for another GPU or other ops than the installed ones,
+    `HdispatchError` if `out` holds another GPU's timings or cannot be written, or when a candidate broke the GPU context:
+    it is noted in `out`, and the next run leaves it out.
+    """
+    chosen = options or Options()
+    bundle = read_candidates(folder)
+    _check_ops(folder, bundle)
+    if device is None:
+        device = _current_device()
+        check_target(folder, bundle["manifest"], device.index)
+    known = _read_known(out, device.describe())
+    report = Report()
+    cells = [cell for cell in bundle["candidates"]["cells"] if chosen.ops is None or cell["op"] in chosen.ops]
+    todo = [cell for cell in cells if not _complete(bundle, cell, known)]
+    report.before, report.left = len(cells) - len(todo), len(todo)
+    bench = _Bench(bundle, device, random.Random(chosen.seed), dict(versions or {}))
+    start = time.monotonic()
+    done, total = 0, sum(len(cell["records"]) for cell in todo[: chosen.limit])
+    try:
+        for cell in todo[: chosen.limit]:
+            if chosen.seconds is not None and time.monotonic() - start >= chosen.seconds:
+                break
+            if progress:
+                progress(done, total, str(_cell_key(cell)))
+            found = bench.measure(cell, _fatal(bundle, cell, known), chosen.seed)
+            timings.append(out, found)
+            report.failures += [_failure(timing) for timing in found if timing["status"] != "ok"]
+            _check_alive(found)
+            report.measured, report.left = report.measured + 1, report.left - 1
+            done += len(cell["records"])
+    finally:
+        _C.withdraw(device.index)
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
+    """Refuse a bundle whose ops are not the installed ones."""
+    for name, entry in bundle["manifest"]["ops"].items():
+        spec = ops.spec(name)
+        if entry["schema"] != spec.schema() or not entry["variants"].items() <= spec.variant_arguments().items():
+            raise BundleError(
+                f"{folder / MANIFEST_NAME}: made for {entry['schema']}; the installed op is {spec.schema()}, with other "
+                "variants or arguments; make the candidates again"
+            )
+
+
+def _current_device() -> Device:
+    if not torch.cuda.is_available():
+        raise HdispatchError(
+            f"candidates are measured on a GPU, and there is none here ({_C.driver_missing() or 'torch sees none'}); "
+            "take the candidate bundle to one"
+        )
+    torch.cuda.init()  # type: ignore[no-untyped-call]
+    return Device(torch.cuda.current_device())
+
+
+def _read_known(out: Path, gpu: str) -> dict[tuple[CellKey, ConfigKey], Timing]:
+    if not out.exists():
+        timings.append(out, [])  # whether it can be written shows now
+        return {}
+    lines = timings.read(out)
+    if other := next((line["gpu"] for line in lines if line["gpu"] != gpu), None):
+        raise HdispatchError(f"{out} holds timings of {other!r}; this is {gpu!r}: name another file")
+    return {(timings.cell_key(line), timings.config_key(line)): line for line in lines}
+
+
+def _cell_key(cell: Cell) -> CellKey:
+    return CellKey(cell["op"], cell["variant"], cell["K"], cell["N"], cell["bucket"])
+
+
+def _config_key(record: Record) -> ConfigKey:
+    return ConfigKey(record["backend"], timings.canonical(record["config"]))
+
+
+def _artifacts(bundle: CandidateBundle, record: Record) -> list[str]:
+    files = bundle["manifest"]["files"]
+    return sorted({files[cubin["file"]]["sha256"] for cubin in record["cubins"].values()})
+
+
+def _complete(bundle: CandidateBundle, cell: Cell, known: Mapping[tuple[CellKey, ConfigKey], Timing]) -> bool:
+    """Whether every candidate of a cell has a line, made with the code that it has now."""
+    records = [bundle["manifest"]["records"][index] for index in cell["records"]]
+    lines = [known.get((_cell_key(cell), _config_key(record))) for record in records]
+    return all(
+        line is not None and line["artifacts"] == _artifacts(bundle, record)
+        for line, record in zip(lines, records, strict=True)
+    )
+
+
+def _fatal(bundle: CandidateBundle, cell: Cell, known: Mapping[tuple[CellKey, ConfigKey], Timing]) -> set[int]:
+    """The candidates of a cell that broke the context before, by index of their records."""
+    records = bundle["manifest"]["records"]
+    lines = {index: known.get((_cell_key(cell), _config_key(records[index]))) for index in cell["records"]}
+    return {
+        index
+        for index, line in lines.items()
+        if line is not None and line["status"] == "fatal" and line["artifacts"] == _artifacts(bundle, records[index])
+    }
+
+
+def _failure(timing: Timing) -> str:
+    config = timings.config_key(timing).config
+    return f"{timings.cell_key(timing)}: {timing['backend']} {config} is {timing['status']}: {timing['why']}"
+
+
+def _check_alive(found: Sequence[Timing]) -> None:
+    broken = next((timing for timing in found if timing["status"] == "fatal"), None)
+    if broken is not None:
+        raise HdispatchError(
+            f"a candidate broke the GPU context: {_failure(broken)}. "
+            "It is noted; run the same command again to go on without it"
+        )
+
+
+@dataclass
+class _Outcome:
+    """What came of one candidate of a cell."""
+
+    status: Status = "ok"
+    why: str = ""
+    estimate: float | None = None
+    replay: Timeable | None = None
+    times: list[float] = field(default_factory=list)
+
+
+class _Bench:
+    """Measures cells, one at a time."""
+
+    def __init__(self, bundle: CandidateBundle, device: Device, order: random.Random, versions: dict[str, Any]) -> None:
+        self.bundle = bundle
+        self.device = device
+        self.order = order
+        self.versions = versions
+
+    def measure(self, cell: Cell, skip: set[int], seed: int) -> list[Timing]:
+        """A line for each candidate but those to skip. If one breaks the context, its line alone: the others say nothing."""
+        start = time.monotonic()
+        outcomes = {index: _Outcome() for index in cell["records"] if index not in skip}
+        with strict(), contextlib.ExitStack() as stack:
+            subject = _Subject(cell, self.device, seed)
+            for index, outcome in outcomes.items():
+                self._prepare(cell, index, subject, outcome, _best(outcomes))
+                if outcome.replay is not None:
+                    stack.callback(outcome.replay.close)
+                if outcome.status == "fatal":
+                    outcomes = {index: outcome}
+                    stack.pop_all()  # nothing can be freed in a broken context
+                    break
+            self._time(outcomes)
+        seconds = (time.monotonic() - start) / max(len(outcomes), 1)
+        return [self._line(cell, index, outcome, seconds) for index, outcome in outcomes.items()]
+
+    def _prepare(self, cell: Cell, index: int, subject: _Subject, outcome: _Outcome, best: float) -> None:
+        """Check a candidate; if it is right and not hopelessly behind, capture it."""
+        row = self._row(cell, index)
+        try:
+            self.device.publish(row)
+            subject.check()
+            calls = subject.calls()
+            outcome.estimate = self.device.estimate(calls)
+            if outcome.estimate <= HOPELESS * best:
+                launches = round(REPLAY_US / max(outcome.estimate, 1e-3))
+                launches = max(LEAST_LAUNCHES, len(calls), min(launches, MOST_LAUNCHES))
+                outcome.replay = self.device.replay(calls, launches)
+        except MismatchError as error:
+            outcome.status, outcome.why = "wrong", str(error)
+        except torch.OutOfMemoryError:  # says nothing about the candidate
+            raise
+        except RuntimeError as error:  # ours, the driver's, torch's: this candidate is out, the others are not
+            outcome.status, outcome.why = "refused", str(error)
+            try:
+                self.device.synchronize()
+            except RuntimeError:
+                outcome.status = "fatal"
+
+    def _row(self, cell: Cell, index: int) -> OneRow:
+        manifest = self.bundle["manifest"]
+        record = manifest["records"][index]
+        only = class_of(cell["M"])
+        if only not in record["cubins"]:
+            raise BundleError(f"record {index} has no code for M = {cell['M']}; make the candidates again")
+        cubin = record["cubins"][only]
+        narrowed: Record = {**record, "cubins": {only: cubin}}
+        return OneRow(
+            op=ops.get(cell["op"]),
+            ladder=manifest["ops"][cell["op"]]["ladder"],
+            variant=cell["variant"],
+            k=cell["K"],
+            n=cell["N"],
+            bucket=cell["bucket"],
+            record=narrowed,
+            modules={cubin["file"]: self.bundle["contents"][cubin["file"]]},
+        )
+
+    def _time(self, outcomes: Mapping[int, _Outcome]) -> None:
+        replays = {str(index): outcome.replay for index, outcome in outcomes.items() if outcome.replay is not None}
+        for name, times in interleave(replays, ROUNDS, self.order, EARLY_STOP).items():
+            outcomes[int(name)].times = times
+
+    def _line(self, cell: Cell, index: int, outcome: _Outcome, seconds: float) -> Timing:
+        record = self.bundle["manifest"]["records"][index]
+        origin = self.bundle["candidates"]["origins"][index]
+        return {
+            "op": cell["op"],
+            "variant": cell["variant"],
+            "K": cell["K"],
+            "N": cell["N"],
+            "bucket": cell["bucket"],
+            "M": cell["M"],
+            "backend": record["backend"],
+            "config": record["config"],
+            "generic": origin["generic"],
+            "artifacts": _artifacts(self.bundle, record),
+            "status": outcome.status,
+            "why": outcome.why,
+            **_times(outcome),
+            "rounds": len(outcome.times),
+            "compile_seconds": origin["seconds"],
+            "device_seconds": round(seconds, 4),
+            "gpu": self.device.describe(),
+            "versions": {**self.versions, "tools": self.bundle["manifest"]["tools"]},
+            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        }
+
+
+class _Times(TypedDict):
+    us: NotRequired[float]
+    q1: NotRequired[float]
+    q3: NotRequired[float]
+
+
+def _times(outcome: _Outcome) -> _Times:
+    """The figures of an outcome, as a line has them."""
+    if outcome.status != "ok" or outcome.estimate is None:
+        return {}
+    if not outcome.times:
+        return {"us": round(outcome.estimate, 4)}
+    q1, us, q3 = statistics.quantiles(outcome.times, n=4, method="inclusive")
+    return {"us": round(us, 4), "q1": round(q1, 4), "q3": round(q3, 4)}
+
+
+def _best(outcomes: Mapping[int, _Outcome]) -> float:
+    return min((outcome.estimate for outcome in outcomes.values() if outcome.estimate is not None), default=float("inf"))
+
+
+class _Subject:
+    """What the candidates of one cell are given: arguments to be checked with, and sets of them to rotate through."""
+
+    def __init__(self, cell: Cell, device: Device, seed: int) -> None:
+        self.op = ops.get(cell["op"])
+        self.device = device
+        spec = self.spec = ops.spec(cell["op"])
+        self.variant = spec.variant(cell["variant"])
+        every = {"K": cell["K"], "N": cell["N"]}
+        sizes = {symbol: every[symbol] for symbol in spec.symbols() if symbol != "M"}
+        generator = torch.Generator(device.torch_device).manual_seed(seed)
+
+        def sample(m: int) -> list[Any]:
+            return spec.sample(self.variant, {**sizes, "M": m}, device.torch_device, generator)
+
+        arguments = sample(cell["M"])
+        checked_m = checked_rows(spec.ladder, cell["bucket"], max((t.numel() for t in _tensors(arguments)), default=0))
+        self.checked = arguments if checked_m == cell["M"] else sample(checked_m)
+        self.want = copied(self.checked)
+        spec.reference(*self.want)
+        self.right: list[Any] | None = None
+        moved = sum(t.numel() * t.element_size() for t in _tensors(arguments))
+        self.sets = [copied(arguments) for _ in range(rotation_count(moved))]
+
+    def check(self) -> None:
+        """Call the published candidate once. `MismatchError` if it is not right, `MissError` if it is not launched."""
+        got = copied(self.checked)
+        self.device.launch(self.op, got)
+        if self.right is None or not _equal(self.spec, got, self.right):
+            compare_outputs(self.spec, self.variant, got, self.want)
+            self.right = got
+
+    def calls(self) -> list[Call]:
+        """Calls of the op that cycle through the sets."""
+        return [_bind(self.op, arguments) for arguments in self.sets]
+
+
+def _bind(op: _C.Op, arguments: Sequence[Any]) -> Call:
+    return lambda: op(*arguments)
+
+
+def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
+    return (value for value in arguments if isinstance(value, torch.Tensor))
+
+
+def copied(arguments: Sequence[Any]) -> list[Any]:
+    """The same values in other memory, with the same strides."""
+    return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
+
+
+def _equal(spec: OpSpec, got: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Whether everything that the op writes has the same bits: what one candidate got right need not be compared again."""
+    written = [
+        (a, b) for arg, a, b in zip(spec.args, got, right, strict=True) if getattr(arg, "mutated", False) and a is not None
+    ]
+    return all(torch.equal(_bits(a), _bits(b)) for a, b in written)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.view(kinds[tensor.element_size()])
+
+
+def checked_rows(ladder: Sequence[int], bucket: int, elements: int) -> int:
+    """The M to check with: the bucket's edge; for a call with a tensor of very many elements its smallest M of that class."""
+    edge = ladder[bucket]
+    first = ladder[bucket - 1] + 1 if bucket else 1
+    if elements <= CHECKED_ELEMENTS or edge % 16:
+        return edge
+    return min(edge, (first + 15) // 16 * 16)
+
+
+def class_of(m: int) -> MClass:
+    """The class of M, as the launcher tells it."""
+    return "one" if m == 1 else "mult16" if m % 16 == 0 else "other"

@@ -1,0 +1,150 @@
+"""Measured times, one JSON line per candidate and cell, appended to one file that survives being killed.
+
+A cell's lines are written together when the cell is done, and are on disk before the next one begins: a run that is killed
+loses at most the cell that it was at. A line that was cut off is left out when the file is read, and ended when more is
+appended. A later line for the same candidate and cell replaces an earlier one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
+
+from ..errors import HdispatchError
+from ..typed_json import Mismatch, check
+
+#: ok; a wrong result; not launched (a guard, the driver); took the whole process's GPU context with it.
+Status = Literal["ok", "wrong", "refused", "fatal"]
+
+
+class CellKey(NamedTuple):
+    """An op's variant at sizes and a bucket."""
+
+    op: str
+    variant: str
+    k: int
+    n: int
+    bucket: int
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.variant} K={self.k} N={self.n} bucket {self.bucket}"
+
+
+class ConfigKey(NamedTuple):
+    """A backend and a config as canonical JSON."""
+
+    backend: str
+    config: str
+
+
+class Timing(TypedDict):
+    """One line: a candidate in a cell. Times are µs per launch in a replayed graph; absent where it was not timed.
+
+    M               where it was timed, the bucket's edge
+    generic         sizes that are not compiled into the candidate's code
+    artifacts       SHA-256 of the candidate's cubins
+    why             what is wrong with it, if its status is not ok
+    us, q1, q3      median and quartiles over `rounds`; a loser has fewer rounds than the winner, one far behind has none
+                    and its us is an estimate
+    compile_seconds what generating and compiling the record took, once for all of its cells
+    device_seconds  this candidate's share of the time that its cell took on the GPU machine
+    """
+
+    op: str
+    variant: str
+    K: int
+    N: int
+    bucket: int
+    M: int
+    backend: str
+    config: dict[str, Any]
+    generic: list[str]
+    artifacts: list[str]
+    status: Status
+    why: str
+    us: NotRequired[float]
+    q1: NotRequired[float]
+    q3: NotRequired[float]
+    rounds: int
+    compile_seconds: float
+    device_seconds: float
+    gpu: str
+    versions: dict[str, Any]
+    time: str
+
+
+def canonical(config: dict[str, Any]) -> str:
+    """A config as text: equal configs have equal texts."""
+    return json.dumps(config, sort_keys=True, separators=(",", ":"))
+
+
+def cell_key(timing: Timing) -> CellKey:
+    """The cell of a line."""
+    return CellKey(timing["op"], timing["variant"], timing["K"], timing["N"], timing["bucket"])
+
+
+def config_key(timing: Timing) -> ConfigKey:
+    """The candidate of a line."""
+    return ConfigKey(timing["backend"], canonical(timing["config"]))
+
+
+def append(path: Path, timings: Sequence[Timing]) -> None:
+    """Append lines; they are on disk when this returns. `HdispatchError` if they cannot be written."""
+    text = "".join(json.dumps(timing, ensure_ascii=False) + "\n" for timing in timings)
+    try:
+        with path.open("ab+") as file:
+            if file.tell() and _last_byte(file) != b"\n":
+                file.write(b"\n")  # a line that was cut off
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise HdispatchError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _last_byte(file: Any) -> bytes:
+    file.seek(-1, os.SEEK_END)
+    return cast(bytes, file.read(1))
+
+
+def read(path: Path) -> list[Timing]:
+    """Every whole line, the latest of each candidate and cell, in the order in which they were written.
+
+    `HdispatchError` naming the line if one is whole and yet no timing, or if the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise HdispatchError(f"cannot read the timings in {path}: {error.strerror}") from error
+    found: dict[tuple[CellKey, ConfigKey], Timing] = {}
+    for number, line in enumerate(lines, 1):
+        timing = _parse(path, number, line)
+        if timing is not None:
+            key = cell_key(timing), config_key(timing)
+            found.pop(key, None)  # in the order of the latest
+            found[key] = timing
+    return list(found.values())
+
+
+def _parse(path: Path, number: int, line: bytes) -> Timing | None:
+    """The timing of a line; None for an empty one or one that was cut off."""
+    if not line.strip():
+        return None
+    try:
+        data = json.loads(line)
+    except ValueError:
+        return None
+    try:
+        check(data, Timing)
+    except Mismatch as error:
+        raise HdispatchError(f"{path}: line {number} is no timing: {str(error).lstrip('.')}") from error
+    return cast(Timing, data)
+
+
+def read_all(paths: Iterable[Path]) -> list[Timing]:
+    """The lines of several files; a later file's line replaces an earlier one's."""
+    found = {(cell_key(timing), config_key(timing)): timing for path in paths for timing in read(path)}
+    return list(found.values())

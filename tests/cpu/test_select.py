@@ -1,0 +1,342 @@
+"""Selecting configs from timings: fewest configs, edges, rows for any size, the files; and the file of timings itself."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hdispatch.build import configs, select
+from hdispatch.cli import tune
+from hdispatch.cli.main import main
+from hdispatch.errors import BuildError, HdispatchError
+from hdispatch.opspec import OpSpec, TensorArg
+from hdispatch.tuning import timings
+
+SPEC = OpSpec(
+    name="toy_select",
+    args=(TensorArg("input", ("M", "K"), (torch.float32,)),),
+    reference=lambda *_args: None,
+    sample=lambda *_args: [],
+    shapes=({"K": 64}, {"K": 512}, {}),
+    config_key={"hidden_size": "K", "num_tokens": "M"},
+    ladder=(1, 2, 4, 8),
+)
+
+
+def line(k: int, bucket: int, name: str, us: float | None, **changes: Any) -> timings.Timing:
+    content: dict[str, Any] = {
+        "op": "toy_select",
+        "variant": "any",
+        "K": k,
+        "N": 0,
+        "bucket": bucket,
+        "M": SPEC.ladder[bucket],
+        "backend": "triton",
+        "config": {"name": name},
+        "generic": [],
+        "artifacts": [name],
+        "status": "ok",
+        "why": "",
+        **({"us": us, "q1": us, "q3": us} if us is not None else {}),
+        "rounds": 9,
+        "compile_seconds": 2.0,
+        "device_seconds": 0.5,
+        "gpu": "NVIDIA H200",
+        "versions": {"torch": "2"},
+        "time": "2026-01-01T00:00:00+00:00",
+    }
+    return {**content, **changes}  # type: ignore[typeddict-item]
+
+
+def table(k: int, **columns: list[float | None]) -> list[timings.Timing]:
+    """Lines of one K: by config its time in each bucket, None where it is not a candidate."""
+    return [line(k, bucket, name, us) for name, column in columns.items() for bucket, us in enumerate(column) if us is not None]
+
+
+def run(lines: list[timings.Timing], folder: Path, **options: Any) -> select.OpReport:
+    options = {"backends_of": lambda _op: ["triton"], **options}
+    (report,) = select.select(lines, {"toy_select": SPEC}, lambda op: folder / op, **options)
+    return report
+
+
+def picks(folder: Path, shape: dict[str, int]) -> list[str]:
+    file = configs.read(folder / "toy_select" / "nvidia_h200.json", SPEC)
+    return [file.pick(SPEC, shape, edge).config["name"] for edge in SPEC.ladder]
+
+
+def test_the_fewest_configs_and_their_edges(tmp_path):
+    # a is best in places, but b is within 2 % of the best wherever a is, and alone elsewhere.
+    lines = table(64, a=[100, 100, 200, 200], b=[101, 101.5, 100, 100], c=[300, 300, 300, 99.9])
+    report = run(lines, tmp_path)
+    assert (report.candidates, report.before, report.kept, report.entries, report.slots) == (3, 3, 1, 1, 4)
+    assert report.worst == pytest.approx(0.015)
+    assert report.compile_seconds == 6
+    assert report.device_seconds == 6
+    assert json.loads(report.path.read_text()) == [{"key": {"hidden_size": 64, "num_tokens": 8}, "config": {"name": "b"}}]
+    assert picks(tmp_path, {"K": 64}) == ["b"] * 4
+
+
+def test_with_no_regret_everything_is_best(tmp_path):
+    report = run(table(64, a=[100, 100, 200, 200], b=[101, 101.5, 100, 100], c=[300, 300, 300, 99]), tmp_path, limit=0.0)
+    assert (report.kept, report.worst) == (3, 0)
+    assert picks(tmp_path, {"K": 64}) == ["a", "a", "b", "c"]
+    assert [entry["key"]["num_tokens"] for entry in json.loads(report.path.read_text())] == [2, 4, 8]
+
+
+def test_configs_are_shared_across_sizes(tmp_path):
+    lines = table(64, a=[100] * 4, both=[101] * 4) + table(512, b=[100] * 4, both=[101] * 4)
+    report = run(lines, tmp_path)
+    assert report.kept == 1
+    assert picks(tmp_path, {"K": 512}) == ["both"] * 4
+
+
+def brute_force(fits: dict[Any, list[Any]], every: list[Any]) -> int:
+    for size in range(1, len(every) + 1):
+        for chosen in itertools.combinations(every, size):
+            if all(set(options) & set(chosen) for options in fits.values()):
+                return size
+    raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_covers_are_the_smallest(seed):
+    order = random.Random(seed)
+    every = [timings.ConfigKey("triton", str(index)) for index in range(8)]
+    regrets = {
+        ((("K", k),), bucket): {config: order.random() for config in order.sample(every, 5)}
+        for k in (1, 2)
+        for bucket in range(6)
+    }
+    for found in regrets.values():
+        found[min(found, key=lambda c: found[c])] = 0.0
+    limit = order.choice([0.0, 0.1, 0.3])
+    fits = {slot: select.fitting(found, limit) for slot, found in regrets.items()}
+    kept = select.cover(regrets, limit)
+    assert len(kept) == brute_force(fits, every)
+    chosen = select.assign(regrets, kept, limit)
+    assert all(chosen[slot] in fits[slot] for slot in regrets)
+
+
+def test_a_large_cover_ends():
+    order = random.Random(1)
+    every = [timings.ConfigKey("triton", str(index)) for index in range(60)]
+    regrets = {((("K", k),), b): dict.fromkeys(order.sample(every, 6), 0.0) for k in range(20) for b in range(14)}
+    kept = select.cover(regrets, 0.02)
+    assert 10 < len(kept) < 40
+
+
+def test_fewer_changes_along_the_buckets(tmp_path):
+    # Both are needed, both fit the buckets between; the gain of changing twice would be 0.1 %.
+    lines = table(64, a=[100, 100, 100.1, 200], b=[200, 100.1, 100, 100])
+    report = run(lines, tmp_path)
+    assert report.kept == 2
+    names = picks(tmp_path, {"K": 64})
+    assert names == sorted(names)
+    assert report.entries == 2
+
+
+def test_wrong_is_out_everywhere_and_refused_only_there(tmp_path):
+    lines = table(64, a=[10, 10, 10, 10], b=[20, 20, 20, 20], c=[30, 15, 30, 30])
+    for index, status in ((0, "wrong"), (5, "refused")):  # a in bucket 0, b in bucket 1
+        del lines[index]["us"]
+        lines[index]["status"] = status
+    report = run(lines, tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["b", "c", "b", "b"]
+    assert report.wrong == 1
+    assert 'wrong results: triton {"name":"a"}' in report.notes
+
+
+def test_the_worst_variant_counts(tmp_path):
+    lines = table(64, a=[100] * 4, b=[101] * 4)
+    lines += [{**each, "variant": "other", "us": 200.0 if each["config"] == {"name": "a"} else 100.0} for each in lines]
+    report = run(lines, tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["b"] * 4
+    assert report.worst == pytest.approx(0.01)
+    companion = json.loads(report.path.with_suffix(".tuned.json").read_text())
+    assert companion["variants"] == ["any", "other"]
+
+
+def test_where_nothing_fits_the_nearest_is_taken(tmp_path):
+    # a misses in one variant, b in the other
+    lines = [
+        line(64, 0, "a", 100),
+        line(64, 0, "b", 110),
+        line(64, 0, "a", 130, variant="v"),
+        line(64, 0, "b", 100, variant="v"),
+    ]
+    report = run(lines, tmp_path)
+    assert report.worst == pytest.approx(0.1)
+    assert picks(tmp_path, {"K": 64})[0] == "b"
+
+
+def opened(lines: list[timings.Timing], *names: str) -> list[timings.Timing]:
+    return [{**each, "generic": ["K"] if each["config"]["name"] in names else []} for each in lines]
+
+
+def test_the_row_for_any_size_gets_what_is_best_on_average(tmp_path):
+    lines = table(64, a=[100] * 4, b=[150] * 4, g=[200] * 4, h=[300] * 4)
+    lines += table(512, a=[200] * 4, b=[100] * 4, g=[150] * 4, h=[100] * 4)
+    report = run(opened(lines, "g", "h"), tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["a"] * 4
+    assert picks(tmp_path, {"K": 512}) == ["b"] * 4
+    assert picks(tmp_path, {}) == ["g"] * 4
+    assert report.kept == 3
+    assert {"key": {"num_tokens": 8}, "config": {"name": "g"}} in json.loads(report.path.read_text())
+
+
+def test_the_row_for_any_size_prefers_a_config_that_is_kept(tmp_path):
+    lines = table(64, a=[100] * 4, b=[101] * 4) + table(512, a=[102] * 4, b=[101] * 4)
+    assert run(opened(lines, "a", "b"), tmp_path).kept == 1
+    assert picks(tmp_path, {}) == picks(tmp_path, {"K": 64})
+
+
+def test_an_op_with_open_sizes_only_is_measured_at_a_hint(tmp_path):
+    spec = OpSpec(**{**vars(SPEC), "shapes": ({},)})
+    lines = opened(table(4096, a=[1, 1, 1, 9], b=[9, 9, 9, 1]), "a", "b")
+    select.select(lines, {"toy_select": spec}, lambda op: tmp_path / op, backends_of=lambda _op: ["triton"])
+    file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
+    assert [entry.sizes for entry in file.entries] == [{"M": 4}, {"M": 8}]
+
+
+def test_entries_of_other_sizes_stay(tmp_path):
+    path = tmp_path / "toy_select" / "nvidia_h200.json"
+    path.parent.mkdir()
+    old = [
+        {"key": {"hidden_size": 64, "num_tokens": 1}, "config": {"name": "old"}},
+        {"key": {"hidden_size": 99, "num_tokens": 1}, "config": {"name": "kept"}},
+        {"key": {}, "config": {"name": "default"}},
+    ]
+    path.write_text(json.dumps(old))
+    report = run(table(64, a=[1] * 4), tmp_path)
+    assert json.loads(path.read_text())[1:] == old[1:]
+    assert report.entries == 3
+    assert any("2 entries for sizes without timings are kept" in note for note in report.notes)
+    assert any("no measured config is generic in ['K']" in note for note in report.notes)
+    run(opened(table(64, a=[1] * 4), "a"), tmp_path)
+    names = [entry["config"]["name"] for entry in json.loads(path.read_text())]
+    assert names == ["a", "a", "kept"]
+
+
+def test_the_backend_is_named_where_it_is_not_the_first(tmp_path):
+    lines = table(64, a=[1, 1, 2, 2]) + [{**each, "backend": "helion"} for each in table(64, b=[2, 2, 1, 1])]
+    run(lines, tmp_path, backends_of=lambda _op: ["helion", "triton"])
+    entries = json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text())
+    assert [entry.get("backend") for entry in entries] == ["triton", None]
+
+
+def test_the_companion_says_what_was_measured(tmp_path):
+    report = run(table(64, a=[100] * 4, b=[101] * 4), tmp_path, limit=0.05)
+    companion = json.loads((tmp_path / "toy_select" / "nvidia_h200.tuned.json").read_text())
+    assert companion["gpu"] == "NVIDIA H200"
+    assert companion["versions"] == [{"torch": "2"}]
+    assert companion["regret"] == {"limit": 0.05, "worst": round(report.worst, 4), "mean": round(report.mean, 4)}
+    assert companion["configs"] == {"candidates": 2, "best_everywhere": 1, "kept": 1}
+    assert len(companion["times"]) == 4
+    assert companion["times"][0] == {
+        "key": {"hidden_size": 64, "num_tokens": 1},
+        "backend": "triton",
+        "config": {"name": "a"},
+        "us": 100,
+        "best_us": 100,
+        "regret": 0,
+    }
+
+
+def test_nothing_is_written_if_not_asked_to(tmp_path):
+    run(table(64, a=[1] * 4), tmp_path, write=False)
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_curve_falls(tmp_path):
+    order = random.Random(0)
+    lines = [line(64, b, str(c), 100 + 50 * order.random()) for b in range(4) for c in range(10)]
+    curve = run(lines, tmp_path).curve
+    assert [number for number, _, _ in curve] == list(range(1, len(curve) + 1))
+    assert all(a[2] >= b[2] for a, b in itertools.pairwise(curve))
+    assert curve[-1][1] == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ([], {}, "there are no timings; make some with `hdispatch tune measure`"),
+        ([line(64, 0, "a", 1.0)], {"limit": -0.1}, "the regret is -0.1"),
+        (
+            [line(64, 0, "a", 1.0), line(64, 1, "a", 1.0, gpu="NVIDIA B200")],
+            {},
+            r"timings are of \['NVIDIA B200', 'NVIDIA H200'\]",
+        ),
+        ([line(64, 0, "a", 1.0, op="nonsense")], {}, "'nonsense', which is no op here"),
+        ([line(64, 0, "a", None, status="wrong")], {}, "no candidate gave a right result"),
+    ],
+)
+def test_refused(tmp_path, lines, options, message):
+    with pytest.raises(BuildError, match=message):
+        run(lines, tmp_path, **options)
+
+
+# ---- the file of timings ----
+
+
+def test_lines_come_back_and_later_ones_replace(tmp_path):
+    path = tmp_path / "t.jsonl"
+    timings.append(path, [line(64, 0, "a", 1.0), line(64, 1, "a", 2.0)])
+    timings.append(path, [line(64, 0, "a", 3.0)])
+    assert [each["us"] for each in timings.read(path)] == [2.0, 3.0]
+    other = tmp_path / "u.jsonl"
+    timings.append(other, [line(64, 1, "a", 4.0)])
+    assert sorted(each["us"] for each in timings.read_all([path, other])) == [3.0, 4.0]  # type: ignore[type-var]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path):
+    path = tmp_path / "t.jsonl"
+    timings.append(path, [line(64, 0, "a", 1.0)])
+    with path.open("ab") as file:
+        file.write('{"op": "µ'.encode()[:-1])
+    assert [each["us"] for each in timings.read(path)] == [1.0]
+    timings.append(path, [line(64, 1, "a", 2.0)])
+    assert [each["us"] for each in timings.read(path)] == [1.0, 2.0]
+
+
+def test_what_is_no_timing_is_named(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"op": 1}\n')
+    with pytest.raises(HdispatchError, match=r"t.jsonl: line 1 is no timing: op is 1"):
+        timings.read(path)
+    with pytest.raises(HdispatchError, match="cannot read the timings"):
+        timings.read(tmp_path / "absent")
+    with pytest.raises(HdispatchError, match="cannot write"):
+        timings.append(tmp_path / "absent" / "t.jsonl", [])
+
+
+# ---- the command line ----
+
+
+def real(k: int, bucket: int, name: str, us: float) -> timings.Timing:
+    return line(k, bucket, name, us, op="dynamic_per_token_scaled_fp8_quant", variant="bfloat16", backend="helion")
+
+
+def test_the_command_writes_and_draws(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    timings.append(tmp_path / "t.jsonl", [real(4096, b, n, us) for b in range(4) for n, us in (("a", 1.0), ("b", 1.5))])
+    command = ["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out"), "--plot", str(tmp_path / "p.png")]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "dynamic_per_token_scaled_fp8_quant" in out
+    assert "best everywhere" in out
+    written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"
+    assert json.loads(written.read_text())[0]["config"] == {"name": "a"}
+    assert (tmp_path / "p.png").stat().st_size > 1000
+    assert main([*command[:-2], "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["kept"] == 1
+
+
+def test_time_left():
+    assert tune.time_left(10, 0, 5) == ""
+    assert tune.time_left(10, 1, 5) == ", 40 s left"
+    assert tune.time_left(60, 1, 5) == ", 4 min 0 s left"

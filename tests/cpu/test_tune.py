@@ -1,0 +1,538 @@
+"""Tuning: what is collected and compiled; measuring's control flow, with the null driver and a fake timer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hdispatch
+import pytest
+import torch
+import toy
+from hdispatch.cli.main import main
+from hdispatch.errors import BundleError, HdispatchError
+from hdispatch.manifest import MANIFEST_NAME
+from hdispatch.opspec import OpSpec, TensorArg
+from hdispatch.testing import device_timer, numeric
+from hdispatch.tuning import measure, timings
+from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
+
+# ---- measuring: a toy bundle, the null driver, a fake timer ----
+
+#: config -> µs
+TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.0, "loser": 20.0, "hopeless": 50.0}
+
+
+def toy_record(name: str, **changes: Any) -> dict[str, Any]:
+    record = toy.record()
+    return {**record, "config": {"name": name}, **changes}
+
+
+def write_candidates(folder: Path, records: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]] | None = None) -> Path:
+    """A candidate bundle of the toy op: every record competes in two cells, M = 4 and M = 16 of K = 64."""
+    manifest = {**toy.manifest(), "records": list(records), "rows": []}
+    toy.write(folder, manifest)
+    indices = list(range(len(records)))
+    common = {"op": "toy", "variant": "bfloat16", "K": 64, "N": 0, "records": indices}
+    content = {
+        "version": 1,
+        "manifest": hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest(),
+        "cells": cells or [{**common, "bucket": 2, "M": 4}, {**common, "bucket": 4, "M": 16}],
+        "origins": [{"generic": [], "seconds": 1.5} for _ in records],
+        "dropped": [],
+    }
+    (folder / CANDIDATES_NAME).write_text(json.dumps(content))
+    return folder
+
+
+class FakeReplay:
+    """Takes the time that it is told."""
+
+    def __init__(self, us: float) -> None:
+        self.us, self.open, self.timed = us, True, 0
+
+    def time(self, _replays: int = 1) -> float:
+        """One replay."""
+        assert self.open
+        self.timed += 1
+        return self.us
+
+    def close(self) -> None:
+        """No more of it."""
+        self.open = False
+
+
+class FakeDevice(measure.Device):
+    """The null driver, which checks and counts a launch as the real one; then the reference writes what a kernel would."""
+
+    def __init__(self, broken: dict[str, str] | None = None) -> None:
+        self.index = -1
+        self.torch_device = torch.device("cpu")
+        self.broken = broken or {}
+        self.current = ""
+        self.order: list[tuple[str, int]] = []
+        self.replays: list[FakeReplay] = []
+        self.dead = False
+
+    def device_count(self) -> int:
+        """None: the null driver."""
+        return 0
+
+    def publish(self, row: measure.OneRow) -> None:
+        """Remembers whose row it is."""
+        self.current = row.record["config"]["name"]
+        assert list(row.record["cubins"]) == ["mult16" if row.bucket == 4 else "other"]
+        super().publish(row)
+
+    def launch(self, op: Any, arguments: Sequence[Any]) -> None:
+        """The null driver's launch, then what the candidate is said to do."""
+        super().launch(op, arguments)
+        self.order.append((self.current, arguments[0].size(0)))
+        how = self.broken.get(self.current, "")
+        if how == "fatal":
+            self.dead = True
+            raise RuntimeError("illegal memory access")
+        op.fallback(*arguments)
+        if how == "wrong":
+            arguments[3][0] += 1
+
+    def synchronize(self) -> None:
+        """Fails once the context is broken."""
+        if self.dead:
+            raise RuntimeError("illegal memory access")
+
+    def estimate(self, calls: Sequence[measure.Call]) -> float:
+        """As told."""
+        assert len(calls) == 64
+        return TIMES[self.current]
+
+    def replay(self, calls: Sequence[measure.Call], launches: int) -> FakeReplay:
+        """As told."""
+        assert launches >= len(calls)
+        self.replays.append(FakeReplay(TIMES[self.current]))
+        return self.replays[-1]
+
+    def describe(self) -> str:
+        """A GPU that is not."""
+        return "NVIDIA Toy"
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    return write_candidates(tmp_path / "cand", [toy_record(name) for name in TIMES])
+
+
+def by_cell(path: Path) -> dict[int, dict[str, timings.Timing]]:
+    found: dict[int, dict[str, timings.Timing]] = {}
+    for each in timings.read(path):
+        found.setdefault(each["bucket"], {})[each["config"]["name"]] = each
+    return found
+
+
+def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
+    device, seen = FakeDevice(), []
+    report = measure.measure(
+        bundle, tmp_path / "t.jsonl", device=device, versions={"torch": "x"}, progress=lambda *step: seen.append(step)
+    )
+    assert (report.measured, report.before, report.left, report.failures) == (2, 0, 0, [])
+    assert device.order == [(name, 4) for name in TIMES] + [(name, 16) for name in TIMES]
+    found = by_cell(tmp_path / "t.jsonl")
+    assert sorted(found) == [2, 4]
+    for cell in found.values():
+        assert {name: each["us"] for name, each in cell.items()} == TIMES
+        rounds = {"fast": 9, "near": 9, "slow": 4, "loser": 2, "hopeless": 0}
+        assert {name: each["rounds"] for name, each in cell.items()} == rounds
+    one = found[4]["fast"]
+    assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
+    assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())
+    assert (one["compile_seconds"], one["gpu"], one["M"], one["status"]) == (1.5, "NVIDIA Toy", 16, "ok")
+    assert "q1" not in found[4]["hopeless"]
+    assert not any(replay.open for replay in device.replays)
+    assert [(done, total) for done, total, _ in seen] == [(0, 10), (5, 10)]
+    assert "toy bfloat16 K=64 N=0 bucket 2" in seen[0][2]
+    with hdispatch.strict(), pytest.raises(hdispatch.MissError, match="no bundle"):
+        toy.OP(*toy.arguments())
+
+
+def test_a_second_run_does_the_rest(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    first = measure.measure(bundle, out, measure.Options(limit=1), device=FakeDevice())
+    assert (first.measured, first.left) == (1, 1)
+    before = out.read_bytes()
+    second = measure.measure(bundle, out, device=FakeDevice())
+    assert (second.measured, second.before, second.left) == (1, 1, 0)
+    assert out.read_bytes().startswith(before)
+    third = measure.measure(bundle, out, device=FakeDevice())
+    assert (third.measured, third.before) == (0, 2)
+    assert len(out.read_bytes().splitlines()) == 10
+
+
+def test_a_cell_that_was_cut_off_is_measured_again(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    out.write_bytes(out.read_bytes()[:-100])
+    report = measure.measure(bundle, out, device=FakeDevice())
+    assert (report.measured, report.before) == (1, 1)
+    assert all(len(cell) == 5 for cell in by_cell(out).values())
+
+
+def test_no_time_no_cell(bundle, tmp_path):
+    report = measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(seconds=0), device=FakeDevice())
+    assert (report.measured, report.left) == (0, 2)
+
+
+def test_ops_that_are_not_asked_for_are_left(bundle, tmp_path):
+    report = measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(ops=["other"]), device=FakeDevice())
+    assert (report.measured, report.left) == (0, 0)
+
+
+def test_other_code_is_measured_again(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    record = toy_record("fast")
+    record["cubins"] = {name: {**cubin, "file": record["cubins"]["other"]["file"]} for name, cubin in record["cubins"].items()}
+    shutil.rmtree(bundle)
+    write_candidates(bundle, [record, toy_record("near")])
+    assert measure.measure(bundle, out, device=FakeDevice()).measured == 2
+
+
+def test_what_is_wrong_is_told_and_never_timed(bundle, tmp_path):
+    device = FakeDevice({"near": "wrong"})
+    report = measure.measure(bundle, tmp_path / "t.jsonl", device=device)
+    assert len(report.failures) == 2
+    assert 'toy bfloat16 K=64 N=0 bucket 2: triton {"name":"near"} is wrong: scale: 1 of 4 scales differ' in report.failures[0]
+    near = by_cell(tmp_path / "t.jsonl")[2]["near"]
+    assert (near["status"], near["rounds"]) == ("wrong", 0)
+    assert "us" not in near
+    assert measure.measure(bundle, tmp_path / "t.jsonl", device=device).measured == 0
+
+
+def test_what_is_not_launched_is_refused(tmp_path):
+    guard = {"expr": ["input.stride(0)", 128, "%", 0, "=="], "text": "input.stride(0) % 128 == 0"}
+    bundle = write_candidates(tmp_path / "cand", [toy_record("fast", guards=[guard]), toy_record("near")])
+    report = measure.measure(bundle, tmp_path / "t.jsonl", device=FakeDevice())
+    assert all("is refused: toy" in failure for failure in report.failures)
+    cell = by_cell(tmp_path / "t.jsonl")[2]
+    assert (cell["fast"]["status"], cell["near"]["status"]) == ("refused", "ok")
+    assert "input.stride(0) % 128 == 0" in cell["fast"]["why"]
+
+
+def test_a_broken_context_ends_the_run_and_the_next_goes_on_without_the_culprit(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    with pytest.raises(HdispatchError, match=r'"near".* is fatal: illegal memory access.* run the same command again'):
+        measure.measure(bundle, out, device=FakeDevice({"near": "fatal"}))
+    assert [each["status"] for each in timings.read(out)] == ["fatal"]
+    device = FakeDevice()
+    report = measure.measure(bundle, out, device=device)
+    assert (report.measured, report.before) == (2, 0)
+    assert ("near", 4) not in device.order
+    assert ("near", 16) in device.order
+    assert by_cell(out)[2]["near"]["status"] == "fatal"
+    assert measure.measure(bundle, out, device=FakeDevice()).before == 2
+
+
+def test_timings_of_another_gpu_are_refused(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    other = FakeDevice()
+    other.describe = lambda: "NVIDIA Else"  # type: ignore[method-assign]
+    with pytest.raises(HdispatchError, match="holds timings of 'NVIDIA Toy'; this is 'NVIDIA Else'"):
+        measure.measure(bundle, out, device=other)
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / CANDIDATES_NAME
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "version 2; this hdispatch reads 1"),
+        (lambda c: c.update(manifest="0"), "made for another manifest.json"),
+        (lambda c: c.pop("cells"), "malformed: .cells is missing"),
+        (lambda c: c["origins"].pop(), "tells of 4 records; the manifest has 5"),
+        (lambda c: c["cells"][0].update(records=[5]), r"cell 0 names records \[5\] of 5"),
+        (lambda c: c["cells"][0].update(records=[]), r"cell 0 names records \[\] of 5"),
+        (lambda c: c["cells"][1].update(bucket=5), "cell 1 is of toy bfloat16 bucket 5"),
+        (lambda c: c["cells"][1].update(op="x"), "cell 1 is of x bfloat16 bucket 4"),
+    ],
+)
+def test_malformed_candidates(bundle, change, message):
+    edit(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        read_candidates(bundle)
+
+
+def test_an_ordinary_bundle_is_no_candidate_bundle(tmp_path):
+    with pytest.raises(BundleError, match="made by `hdispatch tune candidates`"):
+        read_candidates(toy.write(tmp_path / "b"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_measuring_needs_a_gpu(bundle, tmp_path, capsys):
+    assert main(["tune", "measure", str(bundle), "--out", str(tmp_path / "t.jsonl")]) == 1
+    assert "candidates are measured on a GPU, and there is none here" in capsys.readouterr().err
+
+
+def test_fewer_rows_are_checked_of_large_tensors():
+    ladder = [1, 2, 16, 32, 8192]
+    assert [measure.checked_rows(ladder, bucket, 1000) for bucket in range(5)] == ladder
+    assert [measure.checked_rows(ladder, bucket, 2**27) for bucket in range(5)] == [1, 2, 16, 32, 48]
+
+
+# ---- the timer ----
+
+
+def test_rotation_exceeds_twice_l2():
+    assert device_timer.rotation_count(2**30) == 1
+    assert device_timer.rotation_count(10 * 2**20) == 13
+    assert device_timer.rotation_count(1) == 64
+    assert device_timer.rotation_count(0) == 64
+    assert device_timer.rotation_count(50 * 2**20, cap_bytes=100 * 2**20) == 2
+    assert device_timer.rotation_count(2**40) == 1
+
+
+def test_interleaving_is_in_random_order_and_drops_losers():
+    calls: list[str] = []
+
+    class Named(FakeReplay):
+        def __init__(self, name: str, us: float) -> None:
+            super().__init__(us)
+            self.name = name
+
+        def time(self, _replays: int = 1) -> float:
+            calls.append(self.name)
+            return super().time()
+
+    replays = {name: Named(name, us) for name, us in (("a", 1.0), ("b", 1.04), ("c", 1.2), ("d", 3.0))}
+    times = device_timer.interleave(replays, 6, random.Random(0), {2: 1.25, 4: 1.05})
+    assert {name: len(each) for name, each in times.items()} == {"a": 6, "b": 6, "c": 4, "d": 2}
+    assert sorted(calls[:4]) == sorted(calls[4:8]) == ["a", "b", "c", "d"]
+    assert calls[:4] != calls[4:8]
+    assert {len(each) for each in device_timer.interleave(replays, 3, random.Random(0)).values()} == {3}
+    assert device_timer.interleave({}, 3, random.Random(0)) == {}
+
+
+# ---- comparing outputs ----
+
+
+def outputs(dtype: torch.dtype) -> tuple[OpSpec, torch.Tensor]:
+    spec = OpSpec(
+        name="toy_compare",
+        args=(TensorArg("out", ("M", "K"), (dtype,), mutated=True), TensorArg("x", ("M", "K"), (torch.bfloat16,))),
+        reference=lambda *_args: None,
+        sample=lambda *_args: [],
+        shapes=({"K": 64},),
+        config_key={"width": "K", "rows": "M"},
+    )
+    return spec, torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def compare(spec: OpSpec, got: torch.Tensor, want: torch.Tensor) -> None:
+    numeric.compare_outputs(spec, spec.variants()[0], [got, None], [want, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_compared_by_roundings_and_norm(dtype):
+    spec, want = outputs(dtype)
+    eps = torch.finfo(dtype).eps
+    other = want.clone()
+    other[::4] = (want[::4].float() * (1 + eps / 2)).to(dtype)
+    compare(spec, other, want)
+    small = want.clone()
+    small[0, 0] += 0.5 * eps  # cancelled to nearly nothing: what counts is the tensor's magnitude
+    compare(spec, small, want)
+    for index, value in (((3, 4), 1.0), ((0, 0), float("nan"))):
+        bad = want.clone()
+        bad[index] += value
+        with pytest.raises(numeric.MismatchError, match="out: 1 of 4096 elements"):
+            compare(spec, bad, want)
+    if dtype == torch.bfloat16:
+        with pytest.raises(numeric.MismatchError, match="relative error in the Frobenius norm"):
+            compare(spec, (want.float() * 1.01).to(dtype), want)
+
+
+def test_scales_may_have_a_few_outliers():
+    spec, want = outputs(torch.float32)
+    want = want.abs() + 1
+    one = want.clone()
+    one[0, 0] *= 1 + 2**-8
+    compare(spec, one, want)
+    one[:2] *= 1 + 2**-8
+    with pytest.raises(numeric.MismatchError, match="scales differ"):
+        compare(spec, one, want)
+
+
+def test_integers_are_equal():
+    spec, want = outputs(torch.float32)
+    spec = OpSpec(**{**vars(spec), "args": (TensorArg("out", ("M", "K"), (torch.int32,), mutated=True), spec.args[1])})
+    want = want.to(torch.int32)
+    compare(spec, want.clone(), want)
+    with pytest.raises(numeric.MismatchError, match="out: "):
+        compare(spec, want + 1, want)
+
+
+# ---- candidates: real kernels, compiled ----
+
+KERNEL = """
+import triton
+import triton.language as tl
+
+GENERIC = ("K",)
+INDEX_BITS = 64
+
+@triton.jit
+def kernel(result, x, elements, SIZE: tl.constexpr, SHARE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    tl.store(result + at, tl.load(x + at, at < elements) * 2, at < elements)
+
+def launch(result, x, *, config, _launcher):
+    if config["size"] < 0:
+        raise ValueError("no such size")
+    elements = x.size(0) * x.size(1)
+    size = config["size"]
+    _launcher(kernel, ((elements + size - 1) // size,), result, x, elements, SIZE=size, SHARE=config["share"], num_warps=1)
+
+def candidates(sizes, variant):
+    if "K" not in sizes:
+        return [{"size": 128, "share": 0}, {"size": 512, "share": 0}]
+    # The second has the code of the first, the third does not compile.
+    return [{"size": 256, "share": 0}, {"size": 256, "share": 1}, {"size": -1, "share": 0}] + (
+        [{"size": 1024, "share": 0}] if sizes["M"] > 16 else [])
+"""
+
+SPEC = """
+import torch
+from hdispatch.opspec import OpSpec, TensorArg
+def reference(result, x):
+    result.copy_(x * 2)
+def sample(variant, sizes, device, generator):
+    shape = sizes["M"], sizes["K"]
+    return [torch.empty(shape, device=device), torch.randn(shape, generator=generator, device=device)]
+SPEC = OpSpec(
+    name="tuned_op",
+    args=(TensorArg("result", ("M", "K"), (torch.float32,), mutated=True), TensorArg("x", ("M", "K"), (torch.float32,))),
+    reference=reference, sample=sample, shapes=({"K": 64}, {"K": 4096}, {}),
+    config_key={"width": "K", "rows": "M"}, ladder=(1, 16, 256),
+)
+"""
+
+PROGRAM = """
+import sys
+sys.path.append(FOLDER)
+from pathlib import Path
+from hdispatch.build import tune
+here = Path(FOLDER)
+report = tune.candidates(["tuned_op"], "h200", here / OUT, cache=here / "cache", extra=["tuned_op"], jobs=1,
+                         scope=tune.Scope(more=(here / "more",)))
+tune.archive(here / OUT, here / (OUT + ".tar.xz"))
+op = report.ops["tuned_op"]
+print(op.options, op.units, op.from_cache, op.records, op.cells, op.pairs, op.same_code, len(op.dropped))
+"""
+
+
+def make(folder: Path, out: str) -> list[int]:
+    """In a process of its own, because modules stay imported; the report's counts."""
+    program = PROGRAM.replace("FOLDER", repr(str(folder))).replace("OUT", repr(out))
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return [int(number) for number in done.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, list[int]]:
+    folder = tmp_path_factory.mktemp("tune")
+    package = folder / "tuned_op"
+    (package / "configs").mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "spec.py").write_text(SPEC)
+    (package / "triton.py").write_text(KERNEL)
+    present = {"key": {"width": 64, "rows": 1}, "config": {"size": 32, "share": 0}}
+    (package / "configs" / "nvidia_h200.json").write_text(json.dumps([present]))
+    (folder / "more" / "tuned_op").mkdir(parents=True)
+    (folder / "more" / "tuned_op" / "x.json").write_text(
+        '[{"key": {"width": 1, "rows": 1}, "config": {"size": 64, "share": 0}}]'
+    )
+    return folder, make(folder, "a")
+
+
+def test_candidates_come_from_lists_files_open_rows_and_neighbours(made):
+    folder, counts = made
+    bundle = read_candidates(folder / "a")
+    candidates, records = bundle["candidates"], bundle["manifest"]["records"]
+    sizes = {
+        (cell["K"], cell["M"]): [(records[r]["config"]["size"], records[r]["config"]["share"]) for r in cell["records"]]
+        for cell in candidates["cells"]
+    }
+    own = [256, 32, 64, 128, 512]  # the list, the present file, the other file, what is offered for any K
+    everything = {(s, 0) for s in [*own, 1024]}
+    assert sizes[64, 1] == [(s, 0) for s in own]
+    assert sizes[64, 16] == [*((s, 0) for s in own), (1024, 0)]  # from the next bucket
+    assert set(sizes[4096, 256]) == everything
+    assert len(sizes) == 6
+    assert counts == [8, 8, 0, 6, 6, 34, 6, 1]
+    generic = {records[r]["config"]["size"]: candidates["origins"][r]["generic"] for r in range(len(records))}
+    assert generic == {256: [], 32: [], 64: [], 1024: [], 128: ["K"], 512: ["K"]}
+    (dropped,) = candidates["dropped"]
+    assert dropped["config"] == {"size": -1, "share": 0}
+    assert "no such size" in dropped["why"]
+
+
+def test_the_first_candidates_are_rows(made):
+    folder, _ = made
+    bundle = hdispatch.read_bundle(folder / "a")[0]
+    rows = {(row["K"], row["bucket"]): bundle["records"][row["record"]]["config"]["size"] for row in bundle["rows"]}
+    assert rows == {**{(k, b): 256 for k in (64, 4096) for b in range(3)}, **{(0, b): 128 for b in range(3)}}
+
+
+def test_a_second_time_comes_from_the_cache(made):
+    folder, counts = made
+    again = make(folder, "b")
+    assert again == [*counts[:2], 7, *counts[3:]]
+    texts = [(folder / name / CANDIDATES_NAME).read_text() for name in "ab"]
+    assert texts[0] == texts[1]
+
+
+def test_the_archive_holds_the_bundle(made, tmp_path):
+    folder, _ = made
+    with tarfile.open(folder / "a.tar.xz") as packed:
+        packed.extractall(tmp_path, filter="data")
+    assert read_candidates(tmp_path / "a")["candidates"] == read_candidates(folder / "a")["candidates"]
+
+
+@pytest.mark.slow
+def test_helions_own_space_and_the_command_line(tmp_path, capsys):
+    command = ["tune", "candidates", "--ops", "silu_and_mul_dynamic_per_token_quant", "--out", str(tmp_path / "cand")]
+    command += ["--shapes", "N=6144", "--buckets", "16", "--radius", "0", "--cache", str(tmp_path / "cache"), "--json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = read_candidates(tmp_path / "cand")
+    assert report["ops"]["silu_and_mul_dynamic_per_token_quant"]["cells"] == 1
+    assert {record["backend"] for record in found["manifest"]["records"]} == {"helion", "triton"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ops", "nonsense"], "no op 'nonsense'"),
+        (["--ops", "silu_and_mul", "--buckets", "3"], "'3' is no upper edge of silu_and_mul"),
+        (["--ops", "silu_and_mul", "--shapes", "N=7"], "--shapes has none of silu_and_mul"),
+        (["--configs", "/nowhere"], "--configs /nowhere is not a folder"),
+        (["--archive", "/nowhere/x"], "cannot write /nowhere/x"),
+        (["--jobs", "0", "--ops", "silu_and_mul"], "jobs is 0"),
+    ],
+)
+def test_bad_requests(tmp_path, capsys, arguments, message):
+    assert main(["tune", "candidates", "--out", str(tmp_path / "out"), *arguments]) == 1
+    assert message in capsys.readouterr().err
