@@ -143,12 +143,14 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
   for (uint8_t i = 0; i < args_.size(); ++i) {
     const ArgSpec& arg = args_[i];
     HD_CHECK_BUNDLE(arg.values.size() < kUnlisted - 1, name_, ": ", arg.name, " lists ", arg.values.size(), " values");
-    if (arg.is_tensor())
+    if (arg.is_tensor()) {
       add_tensor(i, binders);
-    else if (arg.kind == ArgKind::kFloat)
+    } else if (arg.kind == ArgKind::kFloat) {
       scalars_.push_back({i, arg.minimum});
-    else
+    } else {
       integers_.push_back(i);
+      integer_bits_ |= uint64_t{15} << (4 * i);
+    }
   }
   for (uint8_t symbol = 0; symbol < kSymbols; ++symbol) {
     has_[symbol] = binders[symbol] >= 0;
@@ -160,6 +162,7 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
   }
   HD_CHECK_BUNDLE(binders[kM] >= 0 && !args_[static_cast<size_t>(binders[kM])].is_optional, name_,
                   ": no required tensor carries the size M plainly");
+  first_ = static_cast<uint8_t>(binders[kM]);
 }
 
 void Op::add_tensor(uint8_t index, const std::array<int, kSymbols>& binders) {
@@ -334,19 +337,25 @@ bool Op::bind_scalars(const Call& call, uint64_t& signature) const noexcept {
 
 Bound Op::bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept {
   if (HD_UNLIKELY(!reshape(call) || !bind_symbols(call))) return Bound::kWrong;
-  slot = call.tensors[binders_[0].arg].slot;
+  slot = call.tensors[first_].slot;
   uint64_t signature = 0;
   if (HD_UNLIKELY(!bind_tensors(call, slot, signature))) return Bound::kWrong;
   if (HD_UNLIKELY(!bind_scalars(call, signature))) return Bound::kWrong;
   uint16_t found = 0;
   while (signatures_[found] != signature) {
     if (HD_LIKELY(++found != signatures_.size())) continue;
-    for (const uint8_t i : integers_)
-      if ((signature >> 4 * i & 15) == kUnlisted) return Bound::kUnserved;
-    return Bound::kWrong;
+    return is_unlisted(signature) ? Bound::kUnserved : Bound::kWrong;
   }
   variant = found;
   return HD_LIKELY(fits(call.sizes[kK], call.sizes[kN])) ? Bound::kYes : Bound::kWrong;
+}
+
+/// Whether a signature that no variant has would have one but for the values that are not listed.
+bool Op::is_unlisted(uint64_t signature) const noexcept {
+  const auto has_value = [&](uint8_t i) { return (signature >> 4 * i & 15) == kUnlisted; };
+  const auto has_dtypes = [&](uint64_t other) { return ((signature ^ other) & ~integer_bits_) == 0; };
+  return std::any_of(integers_.begin(), integers_.end(), has_value) &&
+         std::any_of(signatures_.begin(), signatures_.end(), has_dtypes);
 }
 
 std::string Op::unserved(const Call& call) const {
@@ -391,6 +400,8 @@ void Op::complain(const Call& given) const {
       view.rank = 1;
       view.sizes[0] = view.strides[0] = 1;
     }
+    if (arg.is_flat && view.rank > kMaxRank)
+      refuse(arg, "has rank ", view.rank, " (sizes ", print_sizes(view), "); it takes at most ", kMaxRank);
     if (arg.is_flat && view.rank != 1 && !flatten(view))
       refuse(arg, "with sizes ", print_sizes(view), " is not contiguous; it takes a contiguous tensor of ",
              print_dims(arg, args_), " elements; call .contiguous() on it");

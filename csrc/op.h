@@ -158,6 +158,7 @@ class Op {
   bool bind_symbols(Call& call) const noexcept;
   bool bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const noexcept;
   bool bind_scalars(const Call& call, uint64_t& signature) const noexcept;
+  bool is_unlisted(uint64_t signature) const noexcept;
   template <uint32_t kRank>
   static bool accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) noexcept;
 
@@ -167,12 +168,14 @@ class Op {
   std::vector<ArgSpec> args_;
   std::vector<Variant> variants_;
   std::array<bool, kSymbols> has_{};
+  uint8_t first_ = 0;                 ///< the argument that gives M, which every call has
   std::vector<uint64_t> signatures_;  ///< of the variants, side by side
   std::vector<TensorRule> tensors_;
   std::vector<Reshape> reshapes_;
   std::vector<Derived> derived_;
   std::vector<ScalarRule> scalars_;
   std::vector<uint8_t> integers_;  ///< integers, flags and what is served as None only
+  uint64_t integer_bits_ = 0;      ///< their nibbles of a signature
   std::vector<Check> binders_;  ///< the occurrences that bind
   std::vector<Check> checks_;   ///< all others
   std::vector<uint8_t> mutated_;

@@ -4,7 +4,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <new>
+#include <atomic>
 
 #include "check.h"
 
@@ -16,22 +16,82 @@ constexpr uint32_t kMaxBox = 256;
 constexpr int64_t kMaxSize = int64_t{1} << 32;
 constexpr int64_t kMaxStrideBytes = int64_t{1} << 40;
 constexpr uint64_t kAlignment = 16;
-constexpr uint32_t kLineWords = 8;
 
 /// Drivers up to this version set bit 85 of small maps, where it makes a Blackwell GPU read outside the tensor; Hopper
 /// ignores it.
 constexpr int kLastWithBit85 = 13010;
 constexpr int64_t kSmallBytes = 128 * 1024;
 
-// A slot is read while another thread may write it. Its words are atomics, and each acquire and release orders them
-// against the sequence number: a fence would do on fewer words, but ThreadSanitizer does not know fences.
-uint64_t load(uint64_t* word) noexcept { return std::atomic_ref(*word).load(std::memory_order_acquire); }
-void store(uint64_t* word, uint64_t value) noexcept { std::atomic_ref(*word).store(value, std::memory_order_release); }
+constexpr uint32_t kMaxKeyWords = 2 + kMaxMapRank + kMaxMapRank - 1;
+
+// ---- the thread's cache ----
+
+constexpr uint32_t kSetBits = 8;
+constexpr uint32_t kWayBits = 2;
+
+struct alignas(64) Slot {
+  uint64_t key[16];  ///< empty where key[0] is 0
+  TensorMap map;
+};
+static_assert(kMaxKeyWords <= std::size(Slot{}.key));
+
+constexpr size_t kCacheBytes = sizeof(Slot) << (kSetBits + kWayBits);
+
+/// 256 KiB of zeros that take no memory until they are written; null before the thread's first map.
+thread_local Slot* slots = nullptr;
+
+struct Owner {
+  ~Owner() {
+    if (slots) munmap(slots, kCacheBytes);
+    slots = nullptr;
+  }
+};
+
+bool open_cache() noexcept {
+  static thread_local Owner owner;  // touched here alone: `slots` is read on every call and needs no guard
+  (void)owner;
+  void* pages = mmap(nullptr, kCacheBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) return false;
+  slots = static_cast<Slot*>(pages);
+  return true;
+}
+
+Slot* set_of(const uint64_t* key, uint32_t words) noexcept {
+  uint64_t hash = 0;
+  for (uint32_t i = 0; i < words; ++i) hash = (hash ^ key[i]) * 0x9e3779b97f4a7c15;
+  return slots + (hash >> (64 - kSetBits) << kWayBits);
+}
+
+const Slot* find(const uint64_t* key, uint32_t words) noexcept {
+  const Slot* set = set_of(key, words);
+  for (const Slot* slot = set; slot < set + (1 << kWayBits); ++slot) {
+    uint32_t same = 0;
+    while (same < words && slot->key[same] == key[same]) ++same;
+    if (same == words) return slot;
+  }
+  return nullptr;
+}
+
+void insert(const uint64_t* key, uint32_t words, const TensorMap& map) noexcept {
+  // At random: in turn, five maps of one set that are used in turn would drive each other out for ever.
+  static thread_local uint64_t random = 1;
+  random = random * 6364136223846793005u + 1442695040888963407u;
+  Slot* set = set_of(key, words);
+  Slot* empty = std::find_if(set, set + (1 << kWayBits), [](const Slot& slot) { return !slot.key[0]; });
+  Slot* slot = empty < set + (1 << kWayBits) ? empty : set + (random >> (64 - kWayBits));
+  std::copy(key, key + words, slot->key);
+  slot->map = map;
+}
+
+uint64_t next_id() {
+  static std::atomic<uint64_t> last{0};
+  return ++last;
+}
 
 }  // namespace
 
 TensorMapMaker::TensorMapMaker(const std::string& kernel, const Param& param, const Driver& driver)
-    : param_(param), encode_(driver.tensor_map_encode) {
+    : param_(param), id_(next_id()), encode_(driver.tensor_map_encode) {
   const TensorMapSpec& spec = param.map;
   const auto type = static_cast<size_t>(spec.type);
   HD_CHECK_BUNDLE(param.kind == ParamKind::kTensorMap && param.align == kAlignment && type < std::size(kTypeBytes),
@@ -60,17 +120,8 @@ TensorMapMaker::TensorMapMaker(const std::string& kernel, const Param& param, co
   }
   int version = 0;
   if (driver.driver_version(&version) == kCudaSuccess) clear_bit_85_ = version > 0 && version <= kLastWithBit85;
-  key_words_ = static_cast<uint32_t>(1 + computed_.size());
-  map_offset_ = (1 + key_words_ + kLineWords - 1) / kLineWords * kLineWords;
-  slot_words_ = map_offset_ + kMapWords;
-  // Pages of zeros that take no memory until they are written: of a bundle's many records few are ever launched.
-  const size_t bytes = kSets * kWays * slot_words_ * sizeof(uint64_t);
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) throw std::bad_alloc();
-  slots_ = {static_cast<uint64_t*>(pages), Unmap{bytes}};
+  key_words_ = static_cast<uint32_t>(2 + computed_.size());
 }
-
-void TensorMapMaker::Unmap::operator()(uint64_t* slots) const noexcept { munmap(slots, bytes); }
 
 void TensorMapMaker::add_value(const Expr& expr, uint8_t place) {
   int64_t& constant = place < kMaxMapRank ? constants_.dims[place] : constants_.strides[place - kMaxMapRank];
@@ -80,10 +131,11 @@ void TensorMapMaker::add_value(const Expr& expr, uint8_t place) {
 bool TensorMapMaker::read_key(const Call& call, uint64_t* key) const noexcept {
   int64_t value = 0;
   if (!param_.value.evaluate(call, value)) return false;
-  *key = call.tensors[param_.arg].data + static_cast<uint64_t>(value);
+  *key++ = id_;
+  *key++ = call.tensors[param_.arg].data + static_cast<uint64_t>(value);
   for (const Computed& item : computed_) {
     if (!item.expr->evaluate(call, value)) return false;
-    *++key = static_cast<uint64_t>(value);
+    *key++ = static_cast<uint64_t>(value);
   }
   return true;
 }
@@ -91,69 +143,24 @@ bool TensorMapMaker::read_key(const Call& call, uint64_t* key) const noexcept {
 bool TensorMapMaker::make(const Call& call, TensorMap& out) const noexcept {
   uint64_t key[kMaxKeyWords];
   if (HD_UNLIKELY(!read_key(call, key))) return false;
-  uint64_t* set = set_of(key);
-  return HD_LIKELY(find(set, key, out)) || make_new(set, key, out);
-}
-
-// ---- the cache ----
-
-uint64_t* TensorMapMaker::set_of(const uint64_t* key) const noexcept {
-  // Begins with the pages' own address: a tensor that several makers map would else have the same place in each one's
-  // pages, and lines of the same place drive each other out of the CPU's first cache.
-  auto hash = reinterpret_cast<uintptr_t>(slots_.get());
-  for (uint32_t i = 0; i < key_words_; ++i) hash = (hash ^ key[i]) * 0x9e3779b97f4a7c15;
-  static_assert(kSets == 32);
-  return slots_.get() + (hash >> 59) * kWays * slot_words_;
-}
-
-bool TensorMapMaker::find(uint64_t* set, const uint64_t* key, TensorMap& out) const noexcept {
-  for (uint32_t way = 0; way < kWays; ++way) {
-    uint64_t* slot = set + way * slot_words_;
-    const uint64_t sequence = load(slot);
-    if (!sequence || sequence % 2) continue;
-    uint32_t same = 0;
-    while (same < key_words_ && load(slot + 1 + same) == key[same]) ++same;
-    if (same < key_words_) continue;
-#pragma GCC unroll 16
-    for (uint32_t i = 0; i < kMapWords; ++i) out.words[i] = load(slot + map_offset_ + i);
-    if (HD_LIKELY(load(slot) == sequence)) return true;
-  }
-  return false;
-}
-
-HD_COLD bool TensorMapMaker::make_new(uint64_t* set, const uint64_t* key, TensorMap& out) const noexcept {
-  const Values values = values_of(key);
-  if (!follows_rules(values) || encode(values, out) != kCudaSuccess) return false;
-  // Where another thread is changing slots the map goes uncached; the next call caches it.
-  if (!writing_.test_and_set(std::memory_order_acquire)) {
-    insert(set, key, out);
-    writing_.clear(std::memory_order_release);
-  }
+  const Slot* slot = HD_LIKELY(slots != nullptr) ? find(key, key_words_) : nullptr;
+  if (HD_UNLIKELY(!slot)) return make_new(key, out);
+  out = slot->map;
   return true;
 }
 
-void TensorMapMaker::insert(uint64_t* set, const uint64_t* key, const TensorMap& map) const noexcept {
-  // At random: in turn, five maps that are used in turn would drive each other out for ever.
-  random_ = random_ * 6364136223846793005u + 1442695040888963407u;
-  uint64_t* slot = set + (random_ >> 62) * slot_words_;
-  static_assert(kWays == 4);
-  for (uint32_t way = 0; way < kWays; ++way)
-    if (!load(set + way * slot_words_)) {
-      slot = set + way * slot_words_;
-      break;
-    }
-  const uint64_t sequence = load(slot);
-  store(slot, sequence + 1);
-  for (uint32_t i = 0; i < key_words_; ++i) store(slot + 1 + i, key[i]);
-  for (uint32_t i = 0; i < kMapWords; ++i) store(slot + map_offset_ + i, map.words[i]);
-  store(slot, sequence + 2);
+HD_COLD bool TensorMapMaker::make_new(const uint64_t* key, TensorMap& out) const noexcept {
+  const Values values = values_of(key);
+  if (!follows_rules(values) || encode(values, out) != kCudaSuccess) return false;
+  if (slots || open_cache()) insert(key, key_words_, out);
+  return true;
 }
 
 // ---- encoding ----
 
 TensorMapMaker::Values TensorMapMaker::values_of(const uint64_t* key) const noexcept {
   Values values = constants_;
-  values.address = *key;
+  values.address = *++key;
   for (const Computed& item : computed_) {
     const auto value = static_cast<int64_t>(*++key);
     if (item.place < kMaxMapRank)
@@ -196,13 +203,8 @@ std::string TensorMapMaker::objection(const Call& call) const {
   uint64_t key[kMaxKeyWords];
   if (!read_key(call, key)) return "a size or stride has no value";
   const Values values = values_of(key);
-  if (const std::string rule = broken_rule(values); !rule.empty()) return rule;
   TensorMap map;
-  return text("cuTensorMapEncodeTiled answers ", encode(values, map));
-}
-
-std::string TensorMapMaker::broken_rule(const Values& values) const {
-  if (follows_rules(values)) return "";
+  if (follows_rules(values)) return text("cuTensorMapEncodeTiled answers ", encode(values, map));
   std::string out = text("address ", Hex{values.address}, ", sizes [");
   for (uint32_t i = rank_; i-- > 0;) out += text(values.dims[i], i ? ", " : "], strides [");
   for (uint32_t i = rank_ - 1; i-- > 0;) out += text(values.strides[i], ", ");

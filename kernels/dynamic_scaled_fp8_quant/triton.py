@@ -24,7 +24,9 @@ LIMIT = 2**18
 
 
 @triton.jit
-def dynamic_scaled_fp8_quant(result, input, scale, m, k, row_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def dynamic_scaled_fp8_quant(
+    result, input, scale, m, k, row_stride, ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """Tiles of ROWS x BLOCK elements."""
     rows = tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]

@@ -113,7 +113,8 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
         shapes = [(4096, 8), (8192, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4)]
         return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
     block = triton.next_power_of_2(k)
-    # With `most` warps a thread has one vector of 8 elements.
+    # With `most` warps a thread has one vector of 8 elements; with more than 4, registers run out.
     most = block // 256
-    found = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most) if r <= w <= 32]
-    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in dict.fromkeys(found)]
+    tiles = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most)]
+    found = [(r, w) for r, w in tiles if r <= w <= 32 and r * block <= 1024 * w]
+    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in found]

@@ -61,7 +61,7 @@ SPEC = OpSpec(
         TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16)),
         TensorArg("output_q", ("M", "K"), (FP8,), mutated=True),
         TensorArg("output_s", ("M", "K/group_size"), (torch.float32,), mutated=True, layout="any"),
-        IntArg("group_size", values=(64, 128)),
+        IntArg("group_size", values=(128, 64)),
         FloatArg("eps", minimum=0.0),
         FloatArg("fp8_min"),
         FloatArg("fp8_max"),

@@ -115,10 +115,11 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     block = triton.next_power_of_2(k)
     if block <= 512:
         # Vectors of 8 elements per thread and warps.
-        tiles = [(1, 4), (1, 2), (1, 1), (1, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 8)]
-        found = [(v * 256 * w // block, w) for v, w in tiles if v == 1 or many]
+        vectors = [(1, 4), (1, 2), (1, 1), (1, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 8)]
+        found = [(v * 256 * w // block, w) for v, w in vectors if (v == 1 or many) and v * 256 * w >= block]
     else:
-        # With `most` warps a thread has one vector of 8 elements.
+        # With `most` warps a thread has one vector of 8 elements; with more than 4, registers run out.
         most = block // 256
-        found = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most) if r <= w <= 32]
-    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in dict.fromkeys(found) if r >= 1]
+        tiles = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most)]
+        found = [(r, w) for r, w in tiles if r <= w <= 32 and r * block <= 1024 * w]
+    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in found]

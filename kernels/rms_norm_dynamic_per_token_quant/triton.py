@@ -148,7 +148,7 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     """Configs worth measuring. `sizes` without K: for every K."""
     k = sizes.get("K")
     if k is None:
-        shapes = [(8192, 8), (4096, 8), (8192, 16), (4096, 4), (2048, 4)]
+        shapes = [(4096, 8), (8192, 16), (4096, 4), (2048, 4), (8192, 8)]
         return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
     block = triton.next_power_of_2(k)
     # With `most` warps a thread has one vector of 8 elements.

@@ -94,7 +94,7 @@ SPEC = OpSpec(
         FloatArg("epsilon", minimum=0.0),
         TensorArg("scale_ub", (1,), (torch.float32,), optional=True, flat=True),
         TensorArg("residual", ("M", "K"), "input", mutated=True, optional=True),
-        IntArg("group_size", values=(64, 128)),
+        IntArg("group_size", values=(128, 64)),
         BoolArg("is_scale_transposed", values=None),
         BoolArg("scale_ue8m0", default=False),
     ),

@@ -112,7 +112,7 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     """Configs worth measuring. `sizes` without N: for every N."""
     n = sizes.get("N")
     if n is None:
-        shapes = [(8192, 8), (8192, 16), (4096, 8), (4096, 4), (2048, 4), (16384, 16)]
+        shapes = [(4096, 8), (8192, 16), (8192, 8), (4096, 4), (2048, 4), (16384, 32)]
         return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
     block = triton.next_power_of_2(n)
     # With `most` warps a thread has one vector of 8 elements.

@@ -76,7 +76,7 @@ SPEC = OpSpec(
         TensorArg("out", ("M", "N"), (FP8,), mutated=True),
         TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16)),
         TensorArg("scales", ("M", "N/group_size"), (torch.float32,), mutated=True, layout="any"),
-        IntArg("group_size", values=(64, 128)),
+        IntArg("group_size", values=(128, 64)),
         TensorArg("scale_ub", (1,), (torch.float32,), optional=True, flat=True),
         BoolArg("is_scale_transposed", values=None, default=False),
         BoolArg("scale_ue8m0", default=False),

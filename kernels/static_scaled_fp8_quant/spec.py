@@ -12,9 +12,7 @@ from ..numerics import FP8, FP8_MAX, random_rows
 NAME = "static_scaled_fp8_quant"
 
 
-def reference(
-    result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None = None
-) -> None:
+def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, group_shape: list[int] | None = None) -> None:
     """The op in torch.
 
     result       float8_e4m3fn [M, K], written: clamp(input * (1 / scale), -448, 448); a NaN becomes 448

@@ -39,6 +39,9 @@ enum ToyArg { kResult, kInput, kWeight, kScale, kEpsilon, kScaleUb, kResidual, k
 
 inline Dim symbol(Symbol which, int64_t factor = 1) { return {factor, which, false}; }
 inline Dim exactly(int64_t size) { return {size, kSymbols, false}; }
+inline Dim any_size() { return {.any = true}; }
+inline Dim quotient(Symbol which, int64_t divisor) { return {.symbol = which, .divisor = divisor}; }
+inline Dim quotient_by(Symbol which, int argument) { return {.symbol = which, .divisor_arg = argument}; }
 
 inline ArgSpec tensor_arg(std::string name, std::vector<Dim> dims, std::vector<DType> dtypes) {
   ArgSpec arg;
@@ -53,6 +56,28 @@ inline ArgSpec float_arg(std::string name, double minimum) {
   arg.name = std::move(name);
   arg.kind = ArgKind::kFloat;
   arg.minimum = minimum;
+  return arg;
+}
+
+inline ArgSpec int_arg(std::string name, std::vector<int64_t> values, int64_t least = INT64_MIN) {
+  ArgSpec arg;
+  arg.name = std::move(name);
+  arg.kind = ArgKind::kInteger;
+  arg.values = std::move(values);
+  arg.least = least;
+  return arg;
+}
+
+inline ArgSpec flag_arg(std::string name, std::vector<int64_t> values) {
+  ArgSpec arg = int_arg(std::move(name), std::move(values), 0);
+  arg.kind = ArgKind::kBool;
+  return arg;
+}
+
+inline ArgSpec none_arg(std::string name) {
+  ArgSpec arg;
+  arg.name = std::move(name);
+  arg.kind = ArgKind::kNone;
   return arg;
 }
 

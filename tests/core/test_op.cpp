@@ -235,11 +235,385 @@ TEST(bad_declarations_are_refused) {
   CHECK_FAULT(kBundle, "weight has rank 0", make([](auto& args, auto&) { args[kWeight].dims.clear(); }));
   CHECK_FAULT(kBundle, "weight has rank 5", make([](auto& args, auto&) { args[kWeight].dims.resize(5); }));
   CHECK_FAULT(kBundle, "dimension 1 of scale is 0", make([](auto& args, auto&) { args[kScale].dims[1] = exactly(0); }));
-  CHECK_FAULT(kBundle, "no required input carries the size N",
-              make([](auto& args, auto&) { args[kScale].dims[1] = symbol(kN); }));
-  CHECK_FAULT(kBundle, "no required input carries the size M", make([](auto& args, auto&) {
+  CHECK_FAULT(kBundle, "no tensor carries the size N plainly",
+              make([](auto& args, auto&) { args[kScale].dims[1] = quotient(kN, 128); }));
+  CHECK_FAULT(kBundle, "dimension N/0 is no quotient of a size",
+              make([](auto& args, auto&) { args[kScale].dims[1] = quotient(kN, 0); }));
+  CHECK_FAULT(kBundle, "more than 4 quotients of sizes", make([](auto& args, auto&) {
+                for (int64_t i = 0; i < 5; ++i)
+                  args.push_back(tensor_arg("more" + std::to_string(i), {quotient(kK, 2 + i)}, {DType::kFloat32}));
+              }));
+  CHECK_FAULT(kBundle, "weight is flat and has rank 2", make([](auto& args, auto&) {
+                args[kWeight].is_flat = true;
+                args[kWeight].dims.push_back(exactly(2));
+              }));
+  CHECK_FAULT(kBundle, "weight is column-major and has rank 1",
+              make([](auto& args, auto&) { args[kWeight].layout = Layout::kColumns; }));
+  CHECK_FAULT(kBundle, "more lists 14 values", make([](auto& args, auto&) {
+                args.push_back(int_arg("more", {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13}));
+              }));
+  CHECK_FAULT(kBundle, "no required tensor carries the size M plainly", make([](auto& args, auto&) {
+                for (const ToyArg i : {kResult, kInput, kScale}) args[i].dims[0] = exactly(1);
+              }));
+  CHECK_FAULT(kBundle, "no required tensor carries the size M plainly", make([](auto& args, auto&) {
                 for (const ToyArg i : {kResult, kInput, kScale, kResidual}) args[i].dims[0] = exactly(1);
               }));
+}
+
+// ---- one tensor of every kind: `x` gives M and K, `y` is what is looked at ----
+
+/// An op of `x` [M, K] and of `y`, which may have any strides and sizes in `x`'s place, and those more.
+struct OneTensor {
+  explicit OneTensor(ArgSpec y, std::vector<ArgSpec> more = {}) : op(make(std::move(y), std::move(more))) {}
+
+  static Op make(ArgSpec y, std::vector<ArgSpec> more) {
+    std::vector<ArgSpec> args = {tensor_arg("x", {symbol(kM), symbol(kK)}, {DType::kFloat32}), std::move(y)};
+    args.insert(args.end(), more.begin(), more.end());
+    return Op(0, "one", "", args, {{"any", signature({{0, DType::kFloat32}, {1, DType::kFloat32}})}});
+  }
+
+  Call call(int64_t m, int64_t k, const TensorView& y) const {
+    Call out{};
+    out.tensors[0] = contiguous(1, DType::kFloat32, {m, k});
+    out.tensors[1] = y;
+    return out;
+  }
+  /// `y` as the kernel sees it; nothing if the call is refused.
+  std::optional<TensorView> bound(int64_t m, int64_t k, const TensorView& y) const {
+    Call made = call(m, k, y);
+    if (!bind(op, made).ok) return std::nullopt;
+    CHECK_EQ(made.sizes[kM], m);
+    CHECK_EQ(made.sizes[kK], k);
+    return made.tensors[1];
+  }
+  std::string refusal(int64_t m, int64_t k, const TensorView& y) const { return complaint(call(m, k, y), op); }
+
+  Op op;
+};
+
+ArgSpec y_arg(std::vector<Dim> dims, Layout layout = Layout::kContiguous) {
+  ArgSpec arg = tensor_arg("y", std::move(dims), {DType::kFloat32});
+  arg.layout = layout;
+  return arg;
+}
+
+ArgSpec written(ArgSpec arg) {
+  arg.is_mutated = true;
+  return arg;
+}
+
+TensorView strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides) {
+  TensorView view = contiguous(2, DType::kFloat32, sizes);
+  for (size_t d = 0; d < strides.size(); ++d) view.strides[d] = strides[d];
+  return view;
+}
+
+TensorView plain(const std::vector<int64_t>& sizes) { return strided(sizes, {}); }
+
+/// `[sizes] [strides]` of what a call is bound to.
+std::string shown(const std::optional<TensorView>& view) {
+  if (!view) return "refused";
+  std::string out;
+  for (const int64_t* items : {view->sizes, view->strides}) {
+    out += out.empty() ? "" : " ";
+    for (uint32_t d = 0; d < view->rank; ++d) out += (d ? "," : "") + std::to_string(items[d]);
+  }
+  return out;
+}
+
+TEST(quotients_round_up) {
+  const OneTensor one(y_arg({symbol(kM), quotient(kK, 128)}));
+  for (const auto& [k, blocks] : {std::pair{1, 1}, {127, 1}, {128, 1}, {129, 2}, {256, 2}, {257, 3}, {0, 0}}) {
+    CHECK(one.bound(4, k, plain({4, blocks})));
+    CHECK(!one.bound(4, k, plain({4, blocks + 1})));
+  }
+  CHECK_CONTAINS(one.refusal(4, 129, plain({4, 1})), "one: y has size(1) = 1; it takes 2 ([M, K/128] with K = 129)");
+  Dim twice = quotient(kK, 3);
+  twice.factor = 2;
+  const OneTensor doubled(y_arg({twice}));
+  for (const auto& [k, thirds] : {std::pair{1, 1}, {2, 2}, {3, 2}, {4, 3}, {0, 0}})
+    CHECK(doubled.bound(1, k, plain({thirds})));
+  CHECK_CONTAINS(doubled.refusal(1, 4, plain({2})), "it takes 3 ([2*K/3] with K = 4)");
+}
+
+TEST(quotients_by_an_argument) {
+  const OneTensor one(y_arg({symbol(kM), quotient_by(kK, 2)}), {int_arg("group", {64, 128})});
+  const auto bound = [&](int64_t k, int64_t blocks, int64_t group) {
+    Call call = one.call(4, k, plain({4, blocks}));
+    call.integers[2] = group;
+    uint16_t variant = 0;
+    DeviceSlot slot = kNoSlot;
+    const Bound found = one.op.bind(call, variant, slot);
+    if (found == Bound::kWrong) {
+      try {
+        one.op.complain(call);
+      } catch (const Error& error) {
+        return std::string(error.what());
+      }
+    }
+    // The toy variant has no nibble for the argument: a listed value has no variant either.
+    return std::string(found == Bound::kYes ? "yes" : "unserved");
+  };
+  CHECK_CONTAINS(bound(129, 2, 128), "no variant takes this combination of dtypes");
+  CHECK_EQ(bound(129, 5, 32), "unserved");
+  CHECK_EQ(bound(129, 1, INT64_MAX), "unserved");
+  CHECK_EQ(bound(0, 0, 1), "unserved");
+  CHECK_CONTAINS(bound(129, 4, 32), "y has size(1) = 4; it takes 5 ([M, K/group] with K = 129)");
+  for (const int64_t group : {int64_t{0}, int64_t{-1}, INT64_MIN})
+    CHECK_CONTAINS(bound(129, 2, group), text("group is ", group, "; it takes at least 1"));
+}
+
+TEST(any_sizes) {
+  const OneTensor one(y_arg({any_size(), any_size()}));
+  for (const std::vector<int64_t>& sizes : std::vector<std::vector<int64_t>>{{0, 0}, {1, 7}, {9, 0}, {100, 3}})
+    CHECK(one.bound(4, 64, plain(sizes)));
+  CHECK(!one.bound(4, 64, strided({100, 3}, {4, 1})));
+  CHECK_CONTAINS(one.refusal(4, 64, plain({100})), "y has rank 1 (sizes [100]); it takes rank 2, [*, *]");
+  CHECK(OneTensor(y_arg({any_size(), symbol(kK)}, Layout::kRows)).bound(4, 64, strided({9, 64}, {65, 1})));
+  CHECK(!OneTensor(y_arg({any_size(), symbol(kK)})).bound(4, 64, plain({9, 65})));
+}
+
+TEST(flat_tensors) {
+  ArgSpec arg = y_arg({symbol(kM)});
+  arg.is_flat = true;
+  const OneTensor one(arg);
+  for (const std::vector<int64_t>& sizes :
+       std::vector<std::vector<int64_t>>{{6}, {6, 1}, {1, 6}, {2, 3}, {1, 2, 3}, {6, 1, 1, 1}, {1, 1, 1, 6}})
+    CHECK_EQ(shown(one.bound(6, 64, plain(sizes))), "6 1");
+  CHECK_EQ(shown(one.bound(0, 64, plain({3, 0}))), "0 1");
+  CHECK_EQ(shown(one.bound(1, 64, strided({}, {}))), "1 1");
+  CHECK_EQ(shown(one.bound(1, 64, strided({1, 1}, {7, 9}))), "1 1");  // strides that mean nothing
+  CHECK_EQ(shown(one.bound(6, 64, strided({6, 1}, {1, 9}))), "6 1");
+  CHECK_EQ(shown(one.bound(6, 64, strided({6}, {2}))), "refused");
+  CHECK_EQ(shown(one.bound(6, 64, strided({6, 1}, {2, 1}))), "refused");  // a column of a wider tensor
+  CHECK_EQ(shown(one.bound(6, 64, strided({2, 3}, {1, 2}))), "refused");  // transposed
+  CHECK_EQ(shown(one.bound(6, 64, strided({2, 3}, {0, 1}))), "refused");
+  CHECK_EQ(shown(one.bound(6, 64, plain({1}))), "refused");
+  CHECK_CONTAINS(one.refusal(6, 64, strided({6, 1}, {2, 1})), "y with sizes [6, 1] is not contiguous");
+  CHECK_CONTAINS(one.refusal(6, 64, strided({6}, {2})), "y has stride(0) = 2");
+  CHECK_CONTAINS(one.refusal(6, 64, plain({5, 1})), "y has size(0) = 5; it takes 6 ([M] with M = 6)");
+  TensorView deep = plain({1, 1, 1, 1});
+  deep.rank = 5;
+  CHECK_CONTAINS(one.refusal(1, 64, deep), "y has rank 5 (sizes [1, 1, 1, 1, ...]); it takes at most 4");
+}
+
+TEST(broadcast_tensors) {
+  ArgSpec arg = y_arg({symbol(kM)});
+  arg.is_flat = arg.is_broadcast = true;
+  const OneTensor one(arg);
+  for (const std::vector<int64_t>& sizes : std::vector<std::vector<int64_t>>{{}, {1}, {1, 1}, {1, 1, 1, 1}}) {
+    CHECK_EQ(shown(one.bound(6, 64, plain(sizes))), "6 0");
+    CHECK_EQ(shown(one.bound(1, 64, plain(sizes))), "1 1");
+    CHECK_EQ(shown(one.bound(0, 64, plain(sizes))), "0 1");
+  }
+  CHECK_EQ(shown(one.bound(6, 64, plain({6, 1}))), "6 1");
+  CHECK_EQ(shown(one.bound(0, 64, plain({0}))), "0 1");
+  CHECK_EQ(shown(one.bound(6, 64, plain({2}))), "refused");
+  CHECK_EQ(shown(one.bound(6, 64, plain({0}))), "refused");
+  CHECK_EQ(shown(one.bound(6, 64, strided({6}, {0}))), "refused");
+  CHECK_CONTAINS(one.refusal(6, 64, plain({2})), "y has size(0) = 2; it takes 6");
+  CHECK_CONTAINS(one.refusal(6, 64, strided({6}, {0})), "y has stride(0) = 0");
+}
+
+TEST(a_broadcast_tensor_gives_no_size) {
+  ArgSpec first = tensor_arg("scales", {symbol(kM)}, {DType::kFloat32});
+  first.is_flat = first.is_broadcast = true;
+  const Op op(0, "scaled", "", {first, tensor_arg("x", {symbol(kM)}, {DType::kFloat32})},
+              {{"any", signature({{0, DType::kFloat32}, {1, DType::kFloat32}})}});
+  Call call{};
+  call.tensors[0] = plain({1});
+  call.tensors[1] = plain({5});
+  CHECK(bind(op, call).ok);
+  CHECK_EQ(call.sizes[kM], 5);
+  CHECK_EQ(call.tensors[0].strides[0], 0);
+  CHECK_FAULT(kBundle, "scaled: no tensor carries the size M plainly",
+              Op(0, "scaled", "", {first}, {{"any", signature({{0, DType::kFloat32}})}}));
+}
+
+TEST(padded_tensors) {
+  const auto padded = [](std::vector<Dim> dims, Layout layout = Layout::kContiguous) {
+    ArgSpec arg = y_arg(std::move(dims), layout);
+    arg.is_padded = true;
+    return OneTensor(arg);
+  };
+  const OneTensor one = padded({symbol(kM), any_size(), symbol(kK)});
+  CHECK_EQ(shown(one.bound(4, 64, plain({4, 64}))), "4,1,64 64,64,1");
+  CHECK_EQ(shown(one.bound(4, 64, plain({4, 3, 64}))), "4,3,64 192,64,1");
+  CHECK_EQ(shown(one.bound(1, 64, strided({1, 64}, {5, 1}))), "1,1,64 64,64,1");
+  CHECK_EQ(shown(one.bound(0, 64, plain({0, 64}))), "0,1,64 64,64,1");
+  CHECK_EQ(shown(one.bound(4, 64, strided({4, 64}, {80, 1}))), "refused");
+  CHECK_CONTAINS(one.refusal(4, 64, plain({64})), "y has rank 1 (sizes [64]); it takes rank 3, [M, *, K]");
+  CHECK_CONTAINS(one.refusal(4, 64, plain({4, 1, 1, 64})), "y has rank 4");
+  CHECK_CONTAINS(one.refusal(4, 64, plain({4, 65})), "y has size(2) = 65; it takes 64");
+  const OneTensor rows = padded({symbol(kM), any_size(), symbol(kK)}, Layout::kRows);
+  CHECK_EQ(shown(rows.bound(4, 64, strided({4, 64}, {80, 1}))), "4,1,64 80,64,1");
+  CHECK_EQ(shown(rows.bound(4, 64, strided({4, 64}, {80, 2}))), "refused");
+  const OneTensor any = padded({symbol(kM), any_size(), symbol(kK)}, Layout::kAny);
+  CHECK_EQ(shown(any.bound(4, 64, strided({4, 64}, {1, 4}))), "4,1,64 1,64,4");
+  const OneTensor deep = padded({symbol(kM), any_size(), any_size(), symbol(kK)}, Layout::kAny);
+  CHECK_EQ(shown(deep.bound(4, 64, strided({4, 64}, {100, 1}))), "4,1,1,64 100,64,64,1");
+  CHECK_EQ(shown(deep.bound(4, 64, strided({4, 3, 64}, {1000, 100, 1}))), "4,1,3,64 1000,192,100,1");
+}
+
+TEST(columns) {
+  const OneTensor one(y_arg({symbol(kK), symbol(kM)}, Layout::kColumns));
+  CHECK_EQ(shown(one.bound(4, 64, strided({64, 4}, {1, 64}))), "64,4 1,64");
+  CHECK_EQ(shown(one.bound(4, 64, strided({64, 4}, {1, 80}))), "64,4 1,80");
+  CHECK_EQ(shown(one.bound(4, 64, strided({64, 4}, {1, 0}))), "64,4 1,0");
+  CHECK_EQ(shown(one.bound(4, 64, plain({64, 4}))), "refused");  // row-major
+  CHECK_EQ(shown(one.bound(4, 64, strided({64, 4}, {2, 128}))), "refused");
+  // Of a dimension of size 1 the stride is that of a packed tensor: row-major or not is the same then.
+  CHECK_EQ(shown(one.bound(1, 64, plain({64, 1}))), "64,1 1,64");
+  CHECK_EQ(shown(one.bound(1, 64, strided({64, 1}, {1, 7}))), "64,1 1,64");
+  CHECK_EQ(shown(one.bound(1, 64, strided({64, 1}, {2, 1}))), "refused");
+  CHECK_EQ(shown(one.bound(4, 1, plain({1, 4}))), "1,4 1,1");
+  CHECK_EQ(shown(one.bound(4, 1, strided({1, 4}, {9, 32}))), "1,4 1,32");
+  CHECK_EQ(shown(one.bound(4, 0, strided({0, 4}, {1, 1}))), "0,4 1,1");
+  CHECK_EQ(shown(one.bound(0, 64, strided({64, 0}, {1, 64}))), "64,0 1,64");
+  CHECK_CONTAINS(one.refusal(4, 64, plain({64, 4})),
+                 "y has stride(0) = 4 with sizes [64, 4]; it takes 1 (column-major: only stride(1) is free)");
+  const OneTensor target(written(y_arg({symbol(kK), symbol(kM)}, Layout::kColumns)));
+  CHECK(target.bound(4, 64, strided({64, 4}, {1, 64})));
+  CHECK(target.bound(4, 64, strided({64, 4}, {1, 65})));
+  CHECK_CONTAINS(target.refusal(4, 64, strided({64, 4}, {1, 63})),
+                 "y has stride(1) = 63 with sizes [64, 4]; it is written and takes at least 64");
+}
+
+TEST(any_strides) {
+  const OneTensor one(y_arg({symbol(kM), symbol(kK)}, Layout::kAny));
+  for (const auto& strides : std::vector<std::vector<int64_t>>{{64, 1}, {1, 4}, {0, 0}, {1000, 7}, {1, 1}})
+    CHECK_EQ(shown(one.bound(4, 64, strided({4, 64}, strides))), text("4,64 ", strides[0], ",", strides[1]));
+  CHECK_EQ(shown(one.bound(1, 64, strided({1, 64}, {0, 5}))), "1,64 64,5");
+  const OneTensor target(written(y_arg({symbol(kM), symbol(kK)}, Layout::kAny)));
+  for (const auto& strides : std::vector<std::vector<int64_t>>{{64, 1}, {1, 4}, {1000, 7}})
+    CHECK(target.bound(4, 64, strided({4, 64}, strides)));
+  for (const auto& strides : std::vector<std::vector<int64_t>>{{0, 1}, {64, 0}, {-64, 1}, {64, -1}})
+    CHECK_CONTAINS(target.refusal(4, 64, strided({4, 64}, strides)), "it is written and takes at least 1");
+  CHECK(target.bound(1, 64, strided({1, 64}, {0, 1})));  // one row cannot overlap itself
+}
+
+// ---- integers, flags, what is None ----
+
+enum ChoosingArg { kX, kGroup, kHeads, kRound, kQuiet, kShape };
+
+/// x [M], group 64 or 128, heads >= 2 at run time, round (False only), quiet (ignored), shape (None only).
+Op choosing() {
+  std::vector<ArgSpec> args = {tensor_arg("x", {symbol(kM)}, {DType::kFloat32, DType::kFloat16}),
+                               int_arg("group", {64, 128}),
+                               int_arg("heads", {}, 2),
+                               flag_arg("round", {0}),
+                               flag_arg("quiet", {}),
+                               none_arg("shape")};
+  std::vector<Variant> variants;
+  for (const uint64_t group : {1, 2})
+    variants.push_back({"group" + std::to_string(group),
+                        static_cast<uint64_t>(DType::kFloat32) | group << (4 * kGroup) | uint64_t{1} << (4 * kRound)});
+  return Op(0, "choosing", "", args, variants);
+}
+
+Call choice(int64_t group, int64_t heads, int64_t round = 0, int64_t quiet = 0, int64_t shape = 0) {
+  Call call{};
+  call.tensors[kX] = plain({4});
+  for (const auto& [arg, value] :
+       {std::pair{kGroup, group}, {kHeads, heads}, {kRound, round}, {kQuiet, quiet}, {kShape, shape}})
+    call.integers[arg] = value;
+  return call;
+}
+
+Bound bind_choice(const Op& op, Call call, uint16_t& variant) {
+  DeviceSlot slot = kNoSlot;
+  return op.bind(call, variant, slot);
+}
+
+TEST(compiled_in_values) {
+  const Op op = choosing();
+  uint16_t variant = 9;
+  CHECK(bind_choice(op, choice(64, 2), variant) == Bound::kYes);
+  CHECK_EQ(variant, 0);
+  CHECK(bind_choice(op, choice(128, INT64_MAX, 0, 1), variant) == Bound::kYes);
+  CHECK_EQ(variant, 1);
+  const std::pair<Call, const char*> unserved[] = {
+      {choice(32, 2), "group is 32, served are 64 128"},
+      {choice(INT64_MIN, 2), "group is -9223372036854775808, served are 64 128"},
+      {choice(64, 2, 1), "round is 1, served are 0"},
+      {choice(64, 2, 0, 0, 1), "shape is given, None is served"},
+      {choice(0, 2, 1, 1, 1),
+       "group is 0, served are 64 128; round is 1, served are 0; shape is given, None is served"},
+  };
+  for (const auto& [call, words] : unserved) {
+    CHECK(bind_choice(op, call, variant) == Bound::kUnserved);
+    CHECK_EQ(op.unserved(call), std::string(words));
+  }
+  CHECK_CONTAINS(complaint(choice(64, 1), op), "choosing: heads is 1; it takes at least 2");
+  CHECK_CONTAINS(complaint(choice(32, -7), op), "choosing: heads is -7; it takes at least 2");
+}
+
+TEST(a_value_that_is_not_served_excuses_nothing) {
+  const Op op = choosing();
+  uint16_t variant = 0;
+  Call call = choice(32, 2, 0, 0, 1);
+  call.tensors[kX].dtype = DType::kInt64;
+  CHECK(bind_choice(op, call, variant) == Bound::kWrong);
+  CHECK_CONTAINS(complaint(call, op), "choosing: x has dtype int64; it takes float32 or float16");
+  call.tensors[kX].dtype = DType::kFloat16;  // accepted by itself, but of no variant
+  CHECK_CONTAINS(complaint(call, op), "no variant takes this combination of dtypes (x float16)");
+  call.tensors[kX].dtype = DType::kFloat32;
+  CHECK(bind_choice(op, call, variant) == Bound::kUnserved);
+  call.tensors[kX].strides[0] = 2;
+  CHECK_CONTAINS(complaint(call, op), "x has stride(0) = 2");
+}
+
+TEST(finding_integers) {
+  const Op op = choosing();
+  CHECK_EQ(op.find_integer("heads"), int{kHeads});
+  CHECK_EQ(op.find_integer("group"), int{kGroup});
+  CHECK_EQ(op.find_integer("round"), int{kRound});
+  CHECK_EQ(op.find_integer("shape"), -1);
+  CHECK_EQ(op.find_integer("x"), -1);
+  CHECK_EQ(op.find_integer("nobody"), -1);
+}
+
+// ---- sizes of optional tensors ----
+
+TEST(a_size_of_an_absent_tensor_is_0) {
+  // The optional tensor comes first, so what binds K does before what binds M.
+  std::vector<ArgSpec> args = {tensor_arg("weight", {symbol(kK), symbol(kN)}, {DType::kFloat32}),
+                               tensor_arg("x", {symbol(kM)}, {DType::kFloat32}),
+                               tensor_arg("bias", {symbol(kK)}, {DType::kFloat32})};
+  args[0].is_optional = args[2].is_optional = true;
+  constexpr auto kF32 = DType::kFloat32;
+  const Op op(0, "maybe", "", args,
+              {{"any", signature({{1, kF32}})},
+               {"weight", signature({{0, kF32}, {1, kF32}})},
+               {"bias", signature({{1, kF32}, {2, kF32}})}});
+  for (const DeviceSlot where : {kCpuSlot, DeviceSlot{3}}) {
+    Call call{};
+    // What an absent tensor's view holds besides its dtype is whatever was on the stack.
+    call.tensors[0] = contiguous(1, DType::kNone, {7, 9}, 5);
+    call.tensors[1] = contiguous(1, kF32, {4}, where);
+    call.tensors[2] = contiguous(1, DType::kNone, {7}, 5);
+    Call given = call;
+    Found found = bind(op, call);
+    CHECK(found.ok);
+    CHECK_EQ(found.variant, 0);
+    CHECK_EQ(found.slot, where);
+    CHECK_EQ(call.sizes[kM], 4);
+    CHECK_EQ(call.sizes[kK], 0);
+    CHECK_EQ(call.sizes[kN], 0);
+    call = given;
+    call.tensors[0] = contiguous(1, kF32, {64, 8}, where);
+    found = bind(op, call);
+    CHECK(found.ok);
+    CHECK_EQ(found.variant, 1);
+    CHECK_EQ(call.sizes[kK], 64);
+    CHECK_EQ(call.sizes[kN], 8);
+    call = given;
+    call.tensors[2] = contiguous(1, kF32, {64}, where);  // held against the absent one, which gives 0
+    CHECK_CONTAINS(complaint(call, op), "bias has size(0) = 64; it takes 0 ([K] with K = 0)");
+    call = given;
+    call.tensors[1].dtype = DType::kNone;
+    CHECK_CONTAINS(complaint(call, op), "x is None; it takes a tensor [M]");
+  }
 }
 
 TEST(names) {
@@ -256,64 +630,132 @@ TEST(names) {
 
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kFloat8E4M3FN, DType::kInt64};
 
+/// Layout and reshaping that go with the dimensions that the argument has.
+void vary(ArgSpec& arg, Random& random) {
+  arg.is_mutated = random.one_in(2);
+  arg.is_optional = random.one_in(3);
+  const int64_t kind = random.in(0, 9);
+  arg.layout = kind < 3 ? Layout::kRows : kind < 5 ? Layout::kAny : Layout::kContiguous;
+  if (kind == 5 && arg.dims.size() == 2) arg.layout = Layout::kColumns;
+  arg.is_flat = kind > 6 && arg.dims.size() == 1;
+  arg.is_broadcast = kind > 7 && arg.is_flat;
+  arg.is_padded = kind > 6 && arg.dims.size() > 2;
+}
+
 Op random_op(Random& random) {
   std::vector<ArgSpec> args;
-  // The first input carries every symbol that is used.
+  // The first tensor carries every symbol that is used.
   const auto count = static_cast<uint32_t>(random.in(1, 3));
   std::vector<Dim> all;
   for (uint32_t s = 0; s < count; ++s) all.push_back(symbol(static_cast<Symbol>(s), random.one_in(4) ? 2 : 1));
   args.push_back(tensor_arg("a0", all, {random.of(kDTypes)}));
   args[0].layout = random.one_in(2) ? Layout::kRows : Layout::kContiguous;
-  for (int64_t i = 1, n = random.in(2, 7); i < n; ++i) {
+  args.push_back(int_arg("by", {1, 2, 3}));
+  int64_t quotients = 0;
+  for (int64_t i = 2, n = random.in(3, 9); i < n; ++i) {
     const std::string name = "a" + std::to_string(i);
-    if (random.one_in(4)) {
+    if (random.one_in(6)) {
       args.push_back(float_arg(name, random.one_in(2) ? 0.0 : -std::numeric_limits<double>::infinity()));
       continue;
     }
+    if (random.one_in(6)) {
+      args.push_back(random.one_in(3)   ? none_arg(name)
+                     : random.one_in(2) ? flag_arg(name, {1})
+                                        : int_arg(name, {}, random.in(-2, 2)));
+      continue;
+    }
     std::vector<Dim> dims;
-    for (int64_t d = random.in(1, 4); d > 0; --d)
-      dims.push_back(random.one_in(4) ? exactly(random.in(1, 3))
-                                      : symbol(static_cast<Symbol>(random.in(0, count - 1)), random.in(1, 2)));
+    for (int64_t d = random.in(1, 4); d > 0; --d) {
+      const auto which = static_cast<Symbol>(random.in(0, count - 1));
+      const bool divides = random.one_in(4) && quotients < 4;
+      quotients += divides;
+      dims.push_back(random.one_in(4)   ? exactly(random.in(1, 3))
+                     : random.one_in(6) ? any_size()
+                     : !divides         ? symbol(which, random.in(1, 2))
+                     : random.one_in(2) ? quotient_by(which, 1)
+                                        : quotient(which, random.in(1, 4)));
+    }
     ArgSpec arg = tensor_arg(name, dims, {random.of(kDTypes)});
-    arg.is_mutated = random.one_in(2);
-    arg.is_optional = random.one_in(3);
-    arg.layout = random.one_in(2) ? Layout::kRows : Layout::kContiguous;
+    vary(arg, random);
     args.push_back(arg);
   }
-  // All optional tensors present, and all absent.
+  // All optional tensors present, and all absent; the quotients are by 1 or by 2, and 3 has no variant.
   std::vector<Variant> variants;
-  for (const bool present : {true, false}) {
-    uint64_t bits = 0;
-    for (size_t i = 0; i < args.size(); ++i)
-      if (args[i].is_tensor() && (present || !args[i].is_optional))
-        bits |= static_cast<uint64_t>(args[i].dtypes[0]) << 4 * i;
-    variants.push_back({present ? "present" : "absent", bits});
-  }
+  for (const bool present : {true, false})
+    for (const uint64_t by : {1, 2}) {
+      uint64_t bits = by << 4;
+      for (size_t i = 0; i < args.size(); ++i) {
+        if (args[i].is_tensor() && (present || !args[i].is_optional))
+          bits |= static_cast<uint64_t>(args[i].dtypes[0]) << 4 * i;
+        if (args[i].kind == ArgKind::kBool) bits |= uint64_t{1} << 4 * i;
+      }
+      variants.push_back({std::string(present ? "present" : "absent") + std::to_string(by), bits});
+    }
   return Op(0, "random", "", args, variants);
 }
 
-Call valid_call(const Op& op, bool present, const int64_t (&sizes)[kSymbols], DeviceSlot slot) {
+int64_t size_of(const Dim& dim, const int64_t (&sizes)[kSymbols], int64_t by) {
+  if (dim.any) return 3;
+  if (dim.symbol == kSymbols) return dim.factor;
+  const int64_t divisor = dim.divisor_arg < 0 ? dim.divisor : by;
+  return (dim.factor * sizes[dim.symbol] + divisor - 1) / divisor;
+}
+
+/// Every dimension of size 1 where that is allowed is left out or added, one element for a tensor that is broadcast.
+Call valid_call(const Op& op, bool present, const int64_t (&sizes)[kSymbols], int64_t by, DeviceSlot slot,
+                Random& random) {
   Call call{};
   for (size_t i = 0; i < op.args().size(); ++i) {
     const ArgSpec& arg = op.args()[i];
     if (!arg.is_tensor()) {
       call.scalars[i] = 0.5;
+      call.integers[i] = i == 1 ? by : arg.kind == ArgKind::kNone ? 0 : arg.kind == ArgKind::kBool ? 1 : 2;
     } else if (arg.is_optional && !present) {
       call.tensors[i] = absent();
     } else {
       std::vector<int64_t> dims;
-      for (const Dim& dim : arg.dims)
-        dims.push_back(dim.symbol == kSymbols ? dim.factor : dim.factor * sizes[dim.symbol]);
+      for (const Dim& dim : arg.dims) dims.push_back(size_of(dim, sizes, by));
+      if (arg.is_broadcast && random.one_in(2)) dims[0] = 1;
+      if (arg.is_flat && random.one_in(2)) dims.insert(random.one_in(2) ? dims.begin() : dims.end(), 1);
+      // Left out is a dimension after the first that any size fits, or that is 1 anyway.
+      if (arg.is_padded && random.one_in(2) && (arg.dims[1].any || dims[1] == 1)) dims.erase(dims.begin() + 1);
       call.tensors[i] = contiguous(i + 1, arg.dtypes[0], dims, slot);
+      if (arg.layout == Layout::kColumns) {
+        call.tensors[i].strides[0] = 1;
+        call.tensors[i].strides[1] = std::max<int64_t>(dims[0], 1) + 16 * random.in(0, 1);
+      }
     }
   }
   return call;
+}
+
+/// What a kernel may rely on once a call is bound.
+void check_views(const Op& op, const Call& call, const int64_t (&sizes)[kSymbols], int64_t by) {
+  for (size_t i = 0; i < op.args().size(); ++i) {
+    const ArgSpec& arg = op.args()[i];
+    const TensorView& view = call.tensors[i];
+    if (!arg.is_tensor() || view.dtype == DType::kNone) continue;
+    CHECK_EQ(size_t{view.rank}, arg.dims.size());
+    int64_t packed = 1;
+    for (size_t n = view.rank; n-- > 0;) {
+      const size_t d = arg.layout == Layout::kColumns ? 1 - n : n;
+      if (!arg.dims[d].any) CHECK_EQ(view.sizes[d], size_of(arg.dims[d], sizes, by));
+      const bool is_free = arg.layout == Layout::kAny || (arg.layout == Layout::kRows && d == 0 && view.rank > 1) ||
+                           (arg.layout == Layout::kColumns && d == 1);
+      const bool means_nothing = view.sizes[d] <= 1;
+      const bool repeats = arg.is_broadcast && view.strides[d] == 0 && view.sizes[d] > 1;
+      if (means_nothing || (!is_free && !repeats)) CHECK_EQ(view.strides[d], packed);
+      packed *= std::max<int64_t>(view.sizes[d], 1);
+    }
+  }
 }
 
 /// Changes one thing at random; often, but not always, for the worse.
 void disturb(const Op& op, Call& call, Random& random) {
   const auto i = static_cast<size_t>(random.in(0, static_cast<int64_t>(op.args().size()) - 1));
   if (!op.args()[i].is_tensor()) {
+    constexpr int64_t kIntegers[] = {INT64_MIN, -1, 0, 1, 2, 3, 4, INT64_MAX};
+    call.integers[i] = op.args()[i].kind == ArgKind::kInteger ? random.of(kIntegers) : random.in(0, 1);
     constexpr double kValues[] = {0,
                                   -0.0,
                                   1,
@@ -356,18 +798,27 @@ void disturb(const Op& op, Call& call, Random& random) {
 
 TEST(bind_and_complain_agree) {
   Random random(6);
-  int bound = 0, refused = 0;
-  for (int i = 0; i < 400; ++i) {
+  int bound = 0, refused = 0, unserved = 0;
+  for (int i = 0; i < 500; ++i) {
     const Op op = random_op(random);
     for (int j = 0; j < 100; ++j) {
       int64_t sizes[kSymbols];
       for (int64_t& size : sizes) size = random.in(0, 5);
       const bool present = random.one_in(2);
-      Call call = valid_call(op, present, sizes, 1);
+      const int64_t by = random.in(1, 3);
+      Call call = valid_call(op, present, sizes, by, 1, random);
       const int64_t changes = random.in(0, 3);
       for (int64_t n = changes; n > 0; --n) disturb(op, call, random);
       const Call given = call;
-      const Found result = bind(op, call);
+      uint16_t variant = 0xffff;
+      DeviceSlot slot = kNoSlot;
+      const Bound result = op.bind(call, variant, slot);
+      if (result == Bound::kUnserved) {
+        CHECK(!op.unserved(given).empty());
+        CHECK(changes > 0 || by == 3);
+        unserved++;
+        continue;
+      }
       std::optional<Fault> fault;
       try {
         op.complain(given);
@@ -375,17 +826,22 @@ TEST(bind_and_complain_agree) {
         fault = error.fault();
         CHECK_CONTAINS(error.what(), "random: ");
       }
-      CHECK(fault == (result.ok ? Fault::kInternal : Fault::kCaller));
-      (result.ok ? bound : refused)++;
+      CHECK(fault == (result == Bound::kYes ? Fault::kInternal : Fault::kCaller));
+      (result == Bound::kYes ? bound : refused)++;
       if (changes == 0) {
-        CHECK(result.ok);
-        CHECK_EQ(result.variant, present || op.variants()[0].signature == op.variants()[1].signature ? 0 : 1);
+        CHECK(result == Bound::kYes);
+        const Variant& found = op.variants()[variant];
+        const Variant& wanted = op.variants()[static_cast<size_t>(present ? by - 1 : by + 1)];
+        CHECK_EQ(found.signature, wanted.signature);
+        CHECK_EQ(slot, DeviceSlot{1});
         for (size_t s = 0; s < op.args()[0].dims.size(); ++s) CHECK_EQ(call.sizes[s], sizes[s]);
+        check_views(op, call, sizes, by);
       }
     }
   }
   CHECK(bound > 10'000);
   CHECK(refused > 10'000);
+  CHECK(unserved > 1'000);
 }
 
 }  // namespace

@@ -2,7 +2,6 @@
 #include "tensor_map.h"
 
 #include <cstring>
-#include <set>
 #include <thread>
 
 #include "calls.h"
@@ -135,6 +134,8 @@ TEST(the_same_numbers_cost_one_driver_call) {
   const NullTensorMap first = made(maker, call);
   for (int i = 0; i < 10; ++i) CHECK(!std::memcmp(&first, std::array{made(maker, call)}.data(), sizeof first));
   CHECK_EQ(encoded.load(), 1);
+  std::thread([&] { made(maker, call); }).join();  // a thread begins with nothing
+  CHECK_EQ(encoded.load(), 2);
   // The same pointer with another M, another stride, another K; another pointer; and each of them again.
   Call others[4] = {bound(8, 640), call, bound(7, 704), call};
   others[1].tensors[kInput].strides[0] = 1024;
@@ -146,7 +147,7 @@ TEST(the_same_numbers_cost_one_driver_call) {
     CHECK_EQ(made(maker, others[3]).address, call.tensors[kInput].data + 4096);
     CHECK_EQ(made(maker, call).dims[1], 7u);
   }
-  CHECK_EQ(encoded.load(), 5);
+  CHECK_EQ(encoded.load(), 6);
 }
 
 TEST(many_weights_stay_and_no_number_of_maps_is_wrong) {
@@ -162,14 +163,27 @@ TEST(many_weights_stay_and_no_number_of_maps_is_wrong) {
       CHECK_EQ(made(maker, call).address, call.tensors[kInput].data);
     }
   };
-  use(48);  // as many layers as a model may have
+  use(200);  // a large model has a hundred layers
   encoded = 0;
-  for (int round = 0; round < 10; ++round) use(48);
-  CHECK(encoded < 240);  // of 480: a set of the cache may have more than its share
+  for (int round = 0; round < 10; ++round) use(200);
+  CHECK(encoded < 200);  // of 2000: a set of the cache may have more than its share
   for (int round = 0; round < 3; ++round) use(5000);
 }
 
-TEST(threads_never_see_a_map_that_is_half_of_another) {
+TEST(makers_do_not_share_maps) {
+  const Driver driver = counting();
+  const Param wide = input_map();
+  Param tall = wide;
+  tall.map.box = {64, 32};
+  const Call call = bound(7, 640);
+  for (int i = 0; i < 100; ++i) {  // one after the other in the same memory
+    CHECK_EQ(made(TensorMapMaker("kernel", wide, driver), call).box[1], 128u);
+    CHECK_EQ(made(TensorMapMaker("kernel", tall, driver), call).box[1], 64u);
+  }
+  CHECK_EQ(encoded.load(), 200);
+}
+
+TEST(threads_do_not_mix_their_maps) {
   const Driver driver = counting();
   const Param param = input_map();
   const TensorMapMaker maker("kernel", param, driver);
@@ -179,9 +193,9 @@ TEST(threads_never_see_a_map_that_is_half_of_another) {
     threads.emplace_back([&maker, t] {
       Random random(static_cast<uint64_t>(t));
       for (int i = 0; i < 20000; ++i) {
-        // Thrice as many maps as the cache holds, in ever changing order.
-        Call call = bound(random.in(1, 16), 64 * random.in(1, 4));
-        call.tensors[kInput].data = 4096 * static_cast<uintptr_t>(random.in(1, 6));
+        // Thrice as many maps as a cache holds, in ever changing order.
+        Call call = bound(random.in(1, 64), 64 * random.in(1, 4));
+        call.tensors[kInput].data = 4096 * static_cast<uintptr_t>(random.in(1, 12));
         const NullTensorMap map = made(maker, call);
         CHECK_EQ(map.address, call.tensors[kInput].data);
         CHECK_EQ(map.dims[1], static_cast<uint64_t>(call.sizes[kM]));
@@ -190,7 +204,7 @@ TEST(threads_never_see_a_map_that_is_half_of_another) {
       }
     });
   for (std::thread& thread : threads) thread.join();
-  CHECK(encoded > 384);
+  CHECK(encoded > 3072);
 }
 
 TEST(what_tma_cannot_do_is_refused) {

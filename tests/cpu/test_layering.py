@@ -134,7 +134,9 @@ def test_importing_brings_no_dsl(fresh):
     assert isinstance(added, list)
     assert "hdispatch" in added
     assert not [
-        module for module in added if within(module, (*DSLS, *BUILD, "hdispatch.cli", "hdispatch.bench", "hdispatch.testing"))
+        module
+        for module in added
+        if within(module, (*DSLS, *BUILD, "hdispatch.cli", "hdispatch.bench", "hdispatch.testing", "hdispatch.tuning"))
     ]
 
 
@@ -156,6 +158,15 @@ def test_the_command_line_starts_without_the_build_wing():
     loaded = run(code)["all"]
     assert isinstance(loaded, list)
     assert not [module for module in loaded if within(module, ("helion", "cutlass", "matplotlib", *BUILD))]
+
+
+def test_measuring_needs_neither_the_build_wing_nor_a_dsl():
+    # torch may import triton by itself, where it is installed.
+    code = "import json, sys, hdispatch.tuning.measure; print(json.dumps({'all': sorted(sys.modules)}))"
+    loaded = run(code)["all"]
+    assert isinstance(loaded, list)
+    wanted = ("helion", "cutlass", "matplotlib", "rich", "hdispatch.cli", "hdispatch.bench", *BUILD)
+    assert not [module for module in loaded if within(module, wanted)]
 
 
 # ---- Python ----

@@ -17,8 +17,9 @@ import hdispatch
 import pytest
 import torch
 import toy
+from hdispatch.build import DESCRIBED, autotune, configs, tune
 from hdispatch.cli.main import main
-from hdispatch.errors import BundleError, HdispatchError
+from hdispatch.errors import BuildError, BundleError, HdispatchError
 from hdispatch.manifest import MANIFEST_NAME
 from hdispatch.opspec import OpSpec, TensorArg
 from hdispatch.testing import device_timer, numeric
@@ -386,6 +387,7 @@ def test_integers_are_equal():
 # ---- candidates: real kernels, compiled ----
 
 KERNEL = """
+import os
 import triton
 import triton.language as tl
 
@@ -398,6 +400,8 @@ def kernel(result, x, elements, SIZE: tl.constexpr, SHARE: tl.constexpr):
     tl.store(result + at, tl.load(x + at, at < elements) * 2, at < elements)
 
 def launch(result, x, *, config, _launcher):
+    if config["size"] == -2:
+        os.abort()
     if config["size"] < 0:
         raise ValueError("no such size")
     elements = x.size(0) * x.size(1)
@@ -407,8 +411,8 @@ def launch(result, x, *, config, _launcher):
 def candidates(sizes, variant):
     if "K" not in sizes:
         return [{"size": 128, "share": 0}, {"size": 512, "share": 0}]
-    # The second has the code of the first, the third does not compile.
-    return [{"size": 256, "share": 0}, {"size": 256, "share": 1}, {"size": -1, "share": 0}] + (
+    # The second has the code of the first, the third does not compile, the fourth takes the compiler along.
+    return [{"size": size, "share": share} for size, share in ((256, 0), (256, 1), (-1, 0), (-2, 0))] + (
         [{"size": 1024, "share": 0}] if sizes["M"] > 16 else [])
 """
 
@@ -481,12 +485,13 @@ def test_candidates_come_from_lists_files_open_rows_and_neighbours(made):
     assert sizes[64, 16] == [*((s, 0) for s in own), (1024, 0)]  # from the next bucket
     assert set(sizes[4096, 256]) == everything
     assert len(sizes) == 6
-    assert counts == [8, 8, 0, 6, 6, 34, 6, 1]
+    assert counts == [9, 9, 0, 6, 6, 34, 6, 2]
     generic = {records[r]["config"]["size"]: candidates["origins"][r]["generic"] for r in range(len(records))}
     assert generic == {256: [], 32: [], 64: [], 1024: [], 128: ["K"], 512: ["K"]}
-    (dropped,) = candidates["dropped"]
-    assert dropped["config"] == {"size": -1, "share": 0}
-    assert "no such size" in dropped["why"]
+    dropped = {each["config"]["size"]: each["why"] for each in candidates["dropped"]}
+    assert sorted(dropped) == [-2, -1]
+    assert "no such size" in dropped[-1]
+    assert "the worker process ended with status -6" in dropped[-2]
 
 
 def test_the_first_candidates_are_rows(made):
@@ -509,6 +514,30 @@ def test_the_archive_holds_the_bundle(made, tmp_path):
     with tarfile.open(folder / "a.tar.xz") as packed:
         packed.extractall(tmp_path, filter="data")
     assert read_candidates(tmp_path / "a")["candidates"] == read_candidates(folder / "a")["candidates"]
+
+
+def test_helions_autotuner_writes_as_it_goes(tmp_path, monkeypatch):
+    autotuned: list[int] = []
+
+    def best(_point: Any, _spec: OpSpec, sizes: dict[str, int], _effort: str) -> dict[str, Any]:
+        autotuned.append(sizes["M"])
+        if sizes["M"] == 2:
+            raise ValueError("no luck")
+        return {"block_sizes": [sizes["M"]]}
+
+    monkeypatch.setattr(autotune, "_best", best)
+    monkeypatch.setattr(autotune, "present", lambda: DESCRIBED["h200"])
+    scope = tune.Scope(shapes=lambda _spec: [{"N": 6144}], buckets=lambda _spec: [0, 1, 2])
+    op = "silu_and_mul_dynamic_per_token_quant"
+    failed = autotune.autotune([op], tmp_path, scope=scope)
+    assert failed == [f"{op} {{'intermediate_size': 6144, 'num_tokens': 2}}: ValueError: no luck"]
+    file = configs.read(tmp_path / op / "nvidia_h200.json", hdispatch.ops.spec(op))
+    assert [(entry.sizes["M"], entry.config["block_sizes"]) for entry in file.entries] == [(1, [1]), (4, [4])]
+    autotune.autotune([op], tmp_path, scope=scope, seconds=1000)
+    assert autotuned == [1, 2, 4, 2]
+    assert autotune.autotune([op], tmp_path, scope=scope, seconds=0) == []
+    with pytest.raises(BuildError, match="none of the ops has a Helion kernel"):
+        autotune.autotune(["silu_and_mul"], tmp_path, scope=scope)
 
 
 @pytest.mark.slow

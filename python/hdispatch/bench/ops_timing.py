@@ -134,10 +134,12 @@ def launch_count(moved: int, flops: int, sets: int) -> int:
 
 
 def copy_bandwidth(device: torch.device, size: int = 2**31, repeats: int = 15) -> float:
-    """Bytes per second, read and written, of a device-to-device copy of `size` bytes: the median of `repeats`."""
-    source, target = (torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2))
-    source.random_()
-    copy = _Replay([functools.partial(target.copy_, source)], 3)
+    """Bytes per second, read and written, of an element-wise kernel over `size` bytes: the median of `repeats`.
+
+    A kernel, not `copy_`: in a graph that is a copy engine's, which on an H200 reaches 2.7 TB/s of 4.3.
+    """
+    source, target = (torch.zeros(size // 4, dtype=torch.float32, device=device) for _ in range(2))
+    copy = _Replay([functools.partial(torch.neg, source, out=target)], 3)
     seconds = statistics.median(copy.time() for _ in range(repeats)) * 1e-6
     copy.close()
     return 2 * size / seconds

@@ -23,7 +23,8 @@ from ..opspec import OpSpec
 from . import builder
 from .store import write_atomic
 from .target import present
-from .tune import Options, Point, Scope
+from .tune import Point, Scope, points_of, sizes_of
+from .unit import load_spec
 
 #: What a launch record can hold: descriptors made on the device need scratch memory.
 OVERRIDES = {"indexing": "pointer"}
@@ -51,25 +52,24 @@ def autotune(
     packages = {name: package for name, package in builder._packages(ops, extra).items() if _has_helion(package)}
     if not packages:
         raise BuildError("none of the ops has a Helion kernel")
-    names = {package: name for name, package in packages.items()}
-    options = Options(packages.values(), Scope(scope.variants, scope.shapes, scope.buckets, (), -1, 0), gpu)
+    points = [point for package in packages.values() for point in points_of(package, scope)]
     failed = []
-    for done, point in enumerate(options.points):
+    for done, point in enumerate(points):
         if seconds is not None and time.monotonic() - start >= seconds:
             break
-        spec, name = options.specs[point.package], names[point.package]
-        sizes, path = options.sizes(point), out / name / gpu.config_file
-        key = {named: dict(point.row, M=sizes["M"]).get(symbol) for named, symbol in spec.config_key.items()}
-        key = {named: size for named, size in key.items() if size is not None}
+        spec, sizes = load_spec(point.package), sizes_of(point)
+        path = out / spec.name / gpu.config_file
+        given = {**dict(point.row), "M": sizes["M"]}
+        key = {named: given[symbol] for named, symbol in spec.config_key.items() if symbol in given}
         entries = json.loads(path.read_text()) if path.is_file() else []
         if any(entry["key"] == key for entry in entries):
             continue
         if progress:
-            progress(done, len(options.points), f"{name} {key}")
+            progress(done, len(points), f"{spec.name} {key}")
         try:
             config = _best(point, spec, sizes, effort)
         except Exception as error:  # Helion may raise anything; the other points do not depend on it
-            failed.append(f"{name} {key}: {type(error).__name__}: {error}")
+            failed.append(f"{spec.name} {key}: {type(error).__name__}: {error}")
             continue
         lines = ",\n".join(json.dumps(entry) for entry in [*entries, {"key": key, "config": config}])
         write_atomic(path, f"[\n{lines}\n]\n".encode())

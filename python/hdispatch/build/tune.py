@@ -132,6 +132,23 @@ class Point:
     bucket: int
 
 
+def points_of(package: str, scope: Scope, *, measured: bool = True) -> list[Point]:
+    """The points of an op that are measured; or those that are not, because others have the same sizes and more."""
+    spec = load_spec(package)
+    variants = list(scope.variants(spec)) if scope.variants else [spec.served_variants()[0].name]
+    rows = list(scope.shapes(spec)) if scope.shapes else list(spec.shapes)
+    rows = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
+    buckets = list(scope.buckets(spec)) if scope.buckets else list(range(len(spec.ladder)))
+    return [Point(package, variant, _items(row), bucket) for variant in variants for row in rows for bucket in buckets]
+
+
+def sizes_of(point: Point) -> dict[str, int]:
+    """All sizes to measure a point at, M included: open ones as the spec hints."""
+    spec = load_spec(point.package)
+    hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
+    return {**hinted, **dict(point.row), "M": spec.ladder[point.bucket]}
+
+
 #: Which unit makes an option's record for a point; sizes that are not compiled in do not tell units apart.
 UnitKey = tuple[str, str, ConfigKey, tuple[tuple[str, int], ...]]
 
@@ -150,8 +167,8 @@ class Options:
         }
         self.files = {package: _config_files(package, scope, target) for package in self.specs}
         #: What is measured; and the rows that are not, because others have the same sizes and more.
-        self.points = [point for package in self.specs for point in self._points(package, measured=True)]
-        self.open_points = [point for package in self.specs for point in self._points(package, measured=False)]
+        self.points = [point for package in self.specs for point in points_of(package, scope)]
+        self.open_points = [point for package in self.specs for point in points_of(package, scope, measured=False)]
         #: The sizes that an option is offered for any value of.
         self.opens: dict[tuple[str, ConfigKey], frozenset[str]] = {}
         own = self._collect(target)
@@ -162,20 +179,6 @@ class Options:
         for point, options in own.items():
             for option in options:
                 self.own_buckets.setdefault(self.unit_key(point, option), set()).add(point.bucket)
-
-    def _points(self, package: str, measured: bool) -> list[Point]:
-        spec, scope = self.specs[package], self.scope
-        variants = list(scope.variants(spec)) if scope.variants else [spec.served_variants()[0].name]
-        rows = list(scope.shapes(spec)) if scope.shapes else list(spec.shapes)
-        rows = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
-        buckets = list(scope.buckets(spec)) if scope.buckets else list(range(len(spec.ladder)))
-        return [Point(package, variant, _items(row), bucket) for variant in variants for row in rows for bucket in buckets]
-
-    def sizes(self, point: Point) -> dict[str, int]:
-        """All sizes to measure a point at, M included: open ones as the spec hints."""
-        spec = self.specs[point.package]
-        hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
-        return {**hinted, **dict(point.row), "M": spec.ladder[point.bucket]}
 
     def unit_key(self, point: Point, option: ConfigKey) -> UnitKey:
         """Of an option at a point."""
@@ -248,7 +251,7 @@ class Options:
             backend=backend,
             variant=points[0].variant,
             points=[{**dict(point.row), "M": spec.ladder[point.bucket]} for point in points],
-            full=[self.sizes(point) if point in measured else None for point in points],
+            full=[sizes_of(point) if point in measured else None for point in points],
             shapes=[{symbol: size for symbol, size in point.row if symbol not in generic} for point in points],
             radius=self.scope.radius,
         )
@@ -433,7 +436,7 @@ class _Bundle:
         }
 
     def _cell(self, point: Point, records: list[int]) -> Cell:
-        sizes = self.found.sizes(point)
+        sizes = sizes_of(point)
         return {
             "op": self.found.specs[point.package].name,
             "variant": point.variant,

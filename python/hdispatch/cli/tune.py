@@ -317,6 +317,9 @@ def draw_curves(reports: Sequence[Any], limit: float, file: Path) -> None:
         panel.axvline(report.kept, color="#333333", lw=0.8, ls=":")
         panel.set_yscale("symlog", linthresh=1)
         panel.set_ylim(0, 100)
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.set_xlim(0.5, len(report.curve) + 0.5)
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_title(report.op, fontsize=8, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(reports) :]:

@@ -35,7 +35,7 @@ EARLY_STOP = {2: 1.25, 4: 1.05}
 #: Candidates further behind than this, by a first estimate, are not timed in a graph at all.
 HOPELESS = 3.0
 #: What one replay takes, in µs, and the fewest and most launches in it.
-REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 8, 256
+REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
 #: Calls that the estimate is taken over.
 ESTIMATE_CALLS = 4
 #: Tensors with more elements than this are checked with fewer rows, if the bucket has fewer: the reference is slow.

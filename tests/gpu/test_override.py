@@ -1,0 +1,216 @@
+"""The drop-in over vLLM's own library, $HDISPATCH_VLLM_OPS: the same results through torch.ops._C with and without it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import hdispatch
+import pytest
+import torch
+from hdispatch.integrations.vllm import ROUTES
+
+from .test_ops import bits, check, copy, make, sizes_of, spec_of, written
+
+LIBRARY = os.environ.get("HDISPATCH_VLLM_OPS")
+pytestmark = pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
+
+CASES = [pytest.param(name, route.op, id=f"{name}-{route.op}") for name, routes in ROUTES.items() for route in routes]
+
+
+@pytest.fixture(autouse=True)
+def library():
+    torch.ops.load_library(LIBRARY)
+
+
+@pytest.fixture
+def override():
+    with hdispatch.override_vllm_ops() as made:
+        assert sorted(made.served) == sorted(ROUTES), made
+        yield made
+
+
+def packet(name):
+    return getattr(torch.ops._C, name)
+
+
+def theirs(name, args):
+    """The arguments that vLLM's op has."""
+    count = len(packet(name).default._schema.arguments)
+    return [*args[:count], *([None] * (count - len(args)))]
+
+
+def variants(op):
+    """Those that vLLM's op has too: ours may have a flag more."""
+    own = "scale_ue8m0" if op.endswith("per_block_quant") else ""
+    return [v for v in spec_of(op).served_variants() if not v.static.get(own)]
+
+
+def results(name, op, variant, shape, m, seed=0):
+    """(arguments before, after vLLM's kernel, after ours through the packet, after ours through the dispatcher)"""
+    inputs = make(op, variant.name, shape, m, seed=seed)
+    lists = [copy(inputs) for _ in range(3)]
+    packet(name).default(*theirs(name, lists[0]))
+    with hdispatch.override_vllm_ops(), hdispatch.strict(), torch.inference_mode():
+        packet(name)(*theirs(name, lists[1]))
+        packet(name).default(*theirs(name, lists[2]))
+    torch.cuda.synchronize()
+    return inputs, *lists
+
+
+@pytest.mark.parametrize(("name", "op"), CASES)
+def test_same_results(bundle, name, op):
+    """Every variant and shape at a few M, through the packet and through torch's dispatcher."""
+    calls = 0
+    for variant in variants(op):
+        for shape in spec_of(op).shapes:
+            sizes = sizes_of(spec_of(op), shape)
+            for m in (4, 16, 64) if op == "scaled_mm_blockwise" else (1, 16, 17, 64):  # blockwise, vLLM takes M % 4 == 0
+                inputs, wanted, got, dispatched = results(name, op, variant, sizes, m, seed=m)
+                check(op, variant.name, got, wanted, f"{variant.name} {sizes} M={m}", inputs)
+                for i in written(op):
+                    assert got[i] is None or torch.equal(bits(got[i]), bits(dispatched[i]))
+                calls += 2
+    assert hdispatch.stats()[op] == {"hits": calls, "empty": 0, "fallbacks": 0, "misses": {}}
+
+
+def columns(tensor, pitch):
+    """An empty matrix of the same shape with contiguous columns, `pitch` elements apart."""
+    return torch.empty_strided(tensor.shape, (1, pitch), dtype=tensor.dtype, device="cuda").fill_(float("nan"))
+
+
+@pytest.mark.parametrize("m", [1, 6, 16])
+@pytest.mark.parametrize(
+    ("name", "scale", "flag"),
+    [
+        ("per_token_group_fp8_quant", 2, None),
+        ("rms_norm_per_block_quant", 3, 8),
+        ("silu_and_mul_per_block_quant", 2, 5),
+    ],
+)
+def test_scales_in_columns(bundle, override, name, scale, flag, m):
+    """Where vLLM's kernel writes scales by a flag and ours by the strides, both do the same or the call is vLLM's."""
+    variant = variants(name)[0]
+    sizes = sizes_of(spec_of(name), spec_of(name).shapes[0])
+    override.undo()
+    for transposed in (False, True) if flag else (True,):
+        for pitch in (None, m, (m + 3) // 4 * 4):
+            inputs = make(name, variant.name, sizes, m)
+            if pitch:
+                inputs[scale] = columns(inputs[scale], pitch)
+            if flag:
+                inputs[flag] = transposed
+            got, wanted = copy(inputs), copy(inputs)
+            try:
+                packet(name).default(*theirs(name, wanted))
+            except RuntimeError:
+                continue  # vLLM refuses columns without the flag
+            with hdispatch.override_vllm_ops():
+                packet(name)(*theirs(name, got))
+            torch.cuda.synchronize()
+            assert torch.equal(got[scale].isnan(), wanted[scale].isnan())
+            got[scale], wanted[scale] = got[scale].nan_to_num(1.0), wanted[scale].nan_to_num(1.0)
+            check(name, variant.name, got, wanted, f"M={m} pitch {pitch} transposed {transposed}", inputs)
+    found = hdispatch.stats()[name]
+    assert found["hits"] >= (3 if flag is None else 2), found
+    assert set(found["misses"]) <= {"override: strides that the overridden op does not read"}
+
+
+@pytest.mark.parametrize(("name", "op"), CASES)
+def test_capture_and_replay(bundle, override, name, op):
+    variant = variants(op)[0]
+    sizes = sizes_of(spec_of(op), spec_of(op).shapes[0])
+    args = make(op, variant.name, sizes, 16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), hdispatch.strict():
+        packet(name)(*theirs(name, args))
+    override.undo()  # the graph keeps what it captured
+    for seed in range(1, 4):
+        fresh = make(op, variant.name, sizes, 16, seed=seed)
+        for held, new in zip(args, fresh, strict=True):
+            if isinstance(held, torch.Tensor):
+                held.copy_(new)
+        inputs, wanted = copy(args), copy(args)
+        graph.replay()
+        packet(name).default(*theirs(name, wanted))
+        torch.cuda.synchronize()
+        check(op, variant.name, args, wanted, f"replay {seed}", inputs)
+
+
+@pytest.mark.parametrize(("name", "op"), CASES)
+def test_compiled_code(bundle, name, op):
+    variant = variants(op)[0]
+    sizes = sizes_of(spec_of(op), spec_of(op).shapes[0])
+    at = written(op)[0]
+
+    def program(*args):
+        packet(name)(*args)
+        return args[at].float() + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(program, fullgraph=True, dynamic=False)
+    inputs = make(op, variant.name, sizes, 16)
+    got, wanted = copy(inputs), copy(inputs)
+    with torch.no_grad(), hdispatch.override_vllm_ops(), hdispatch.strict():
+        out = compiled(*theirs(name, got))
+    assert hdispatch.stats()[op]["hits"] == 1
+    packet(name).default(*theirs(name, wanted))
+    torch.cuda.synchronize()
+    check(op, variant.name, got, wanted, "compiled", inputs)
+    assert torch.equal(out, got[at].float() + 1)
+
+
+def test_misses_run_vllms_kernel(bundle, override):
+    """float32 is a dtype that vLLM's ops take and ours do not; the results are vLLM's to the bit."""
+    x = torch.randn(16, 4096, device="cuda")
+    weight = torch.randn(4096, device="cuda")
+    out = [torch.empty(16, 4096, device="cuda") for _ in range(3)]
+    torch.ops._C.rms_norm(out[0], x, weight, 1e-6)
+    torch.ops._C.rms_norm.default(out[1], x, weight, 1e-6)
+    assert hdispatch.stats()["rms_norm"]["misses"] == {"override: arguments that the op does not take": 2}
+    override.undo()
+    torch.ops._C.rms_norm(out[2], x, weight, 1e-6)
+    assert torch.equal(out[0], out[2])
+    assert torch.equal(out[1], out[2])
+
+
+def test_without_a_bundle_nothing_changes(override):
+    x = torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16)
+    out = [torch.empty(16, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    hdispatch.stats(reset=True)
+    torch.ops._C.silu_and_mul(out[0], x)
+    assert hdispatch.stats()["silu_and_mul"]["misses"] == {"no table": 1}
+    override.undo()
+    torch.ops._C.silu_and_mul(out[1], x)
+    assert torch.equal(out[0], out[1])
+
+
+def test_vllms_errors_are_vllms(bundle, override):
+    x = torch.randn(16, 8192, device="cuda", dtype=torch.bfloat16)
+    for call in (torch.ops._C.static_scaled_fp8_quant, torch.ops._C.static_scaled_fp8_quant.default):
+        with pytest.raises(RuntimeError, match="1D scale requires explicit group_shape"):
+            call(torch.empty_like(x, dtype=torch.float8_e4m3fn), x, torch.ones(16, device="cuda"))
+
+
+LATER = """
+import sys, torch, hdispatch
+override = hdispatch.override_vllm_ops()
+assert len(override.waiting) == {count} and not override.served, override
+torch.ops.load_library({library!r})
+hdispatch.load({bundle!r})
+x = torch.randn(16, 12288, device="cuda", dtype=torch.bfloat16)
+out = torch.empty(16, 6144, device="cuda", dtype=torch.bfloat16)
+with hdispatch.strict():
+    torch.ops._C.silu_and_mul(out, x)
+torch.cuda.synchronize()
+assert override.served == ["silu_and_mul"], override
+print(hdispatch.stats()["silu_and_mul"]["hits"])
+"""
+
+
+def test_library_that_is_loaded_later(bundle_dir):
+    code = LATER.format(count=len(ROUTES), library=LIBRARY, bundle=str(bundle_dir))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["1"]
