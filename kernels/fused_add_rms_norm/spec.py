@@ -53,5 +53,6 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     doc=reference.__doc__ or "",
     served=served,
+    typical="bfloat16+weight",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
 )

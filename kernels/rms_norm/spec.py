@@ -64,6 +64,7 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     doc=reference.__doc__ or "",
     served=served,
+    typical="bfloat16+weight",
     # K is below every block, so that configs for few columns can be traced too.
     hints={"K": 48, "N": 8},
 )

@@ -99,5 +99,6 @@ SPEC = OpSpec(
     config_key={"query_size": "K", "key_size": "N", "num_tokens": "M"},
     doc=reference.__doc__ or "",
     served=served,
+    typical="bfloat16-bfloat16+key+head_size=128+is_neox",
     hints={"N": 1024},
 )

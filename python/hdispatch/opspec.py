@@ -151,6 +151,8 @@ class OpSpec:
     ladder                      upper edges of the buckets of M, ascending; the last bucket has no upper end.
     config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}.
     served                      which variants a bundle holds; all if None.
+    typical                     the variant that servers call most: what is tuned and benchmarked unless told otherwise; the
+                                first served one if None.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     """
 
@@ -163,6 +165,7 @@ class OpSpec:
     ladder: tuple[int, ...] = tuple(2**i for i in range(14))
     doc: str = ""
     served: Callable[[Variant], bool] | None = None
+    typical: str | None = None
     hints: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -188,9 +191,7 @@ class OpSpec:
     def _check_tensor(self, arg: TensorArg) -> None:
         sources = {other.name for other in self.tensors() if not isinstance(other.dtypes, str)}
         if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
-            raise HdispatchError(
-                f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own"
-            )
+            raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own")
         static = {other.name for other in self.static_args()}
         for dim in arg.dims:
             divisor = parse_dim(dim).divisor
@@ -274,6 +275,16 @@ class OpSpec:
         """The variants that a bundle holds."""
         return [variant for variant in self.variants() if self.served is None or self.served(variant)]
 
+    def typical_variant(self) -> Variant:
+        """The variant that is tuned and benchmarked unless told otherwise."""
+        served = self.served_variants()
+        if self.typical is None:
+            return served[0]
+        for variant in served:
+            if variant.name == self.typical:
+                return variant
+        raise HdispatchError(f"{self.name}: typical is {self.typical!r}; bundles hold {[v.name for v in served]}")
+
     def variant_arguments(self) -> dict[str, dict[str, str | int]]:
         """Every variant as manifests and the C++ door have it: name -> argument -> dtype name, or static value.
 
@@ -294,7 +305,9 @@ class OpSpec:
                 return variant
         raise HdispatchError(f"{self.name} has no variant {name!r}; it has {[v.name for v in self.variants()]}")
 
-    def tensor_sizes(self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None) -> list[Any]:
+    def tensor_sizes(
+        self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None
+    ) -> list[Any]:
         """The sizes of an argument for given symbols and static values; -1 where any size will do."""
 
         def size(dim: Dim) -> Any:

@@ -31,13 +31,13 @@ SMALL = {"M": 5, "K": 1024, "N": 512}
 
 
 def cell(op: str = QUANT, m: int = 16, label: str = "hidden", model: str = "Qwen3-8B", mode: str = "warm", **sizes) -> Cell:
-    variant = ops_grid.default_variant(hdispatch.ops.spec(op)).name if op in hdispatch.ops.names() else "bfloat16"
+    variant = hdispatch.ops.spec(op).typical_variant().name if op in hdispatch.ops.names() else "bfloat16"
     return {"op": op, "variant": variant, "model": model, "label": label, "K": 64, "N": 0, "m": m, "mode": mode, **sizes}
 
 
 def arguments_of(op: str, sizes: dict[str, int] = SMALL) -> list:
     spec = hdispatch.ops.spec(op)
-    variant = ops_grid.default_variant(spec)
+    variant = spec.typical_variant()
     return peers.arrange(spec, spec.sample(variant, sizes, CPU, torch.Generator().manual_seed(1)))
 
 
@@ -67,7 +67,7 @@ def test_shapes_of_the_models():
 @pytest.mark.parametrize("op", MEASURED)
 def test_every_model_has_shapes_of_every_op(op):
     spec = hdispatch.ops.spec(op)
-    shapes = ops_grid.op_shapes(spec, ops_grid.default_variant(spec))
+    shapes = ops_grid.op_shapes(spec, spec.typical_variant())
     assert {shape.model for shape in shapes} == {model.name for model in MODELS}
 
 
@@ -99,11 +99,10 @@ def test_where_every_shape_is_generic_the_models_sizes_are_measured():
     assert {("hidden", 4096, 1), ("q heads", 128, 32)} <= found
 
 
-def test_default_variant_is_what_vllm_calls():
-    assert ops_grid.default_variant(hdispatch.ops.spec("rms_norm_dynamic_per_token_quant")).name == "bfloat16"
-    assert ops_grid.default_variant(spec_with(({},))).name == "bfloat16"
+def test_typical_variant_is_what_vllm_calls():
+    assert hdispatch.ops.spec("rms_norm_dynamic_per_token_quant").typical_variant().name == "bfloat16"
     for op in MEASURED:
-        variant = ops_grid.default_variant(hdispatch.ops.spec(op))
+        variant = hdispatch.ops.spec(op).typical_variant()
         assert "residual" not in variant.dtypes or op == "fused_add_rms_norm"
         assert "scale_ub" not in variant.dtypes
         assert torch.float16 not in variant.dtypes.values()
@@ -111,7 +110,7 @@ def test_default_variant_is_what_vllm_calls():
         assert variant.static.get("is_neox", True) is True
         assert not variant.static.get("scale_ue8m0", False)
     if "rotary_embedding" in MEASURED:
-        assert "key" in ops_grid.default_variant(hdispatch.ops.spec("rotary_embedding")).dtypes
+        assert "key" in hdispatch.ops.spec("rotary_embedding").typical_variant().dtypes
 
 
 def test_variants_by_name():

@@ -96,6 +96,8 @@ def test_another_gpus_file_is_used_but_not_silently(tmp_path):
 
 def test_vllms_keys_of_several_sizes():
     spec = OpSpec(**{**vars(SPEC), "config_key": {"hidden_size": "K", "groups": "N", "num_tokens": "M"}})
-    entries = tuple(configs.ConfigEntry({"K": k, "N": n, "M": m}, {"at": [k, n, m]}) for k in (64, 128) for n in (1, 8) for m in (1, 4))
+    entries = tuple(
+        configs.ConfigEntry({"K": k, "N": n, "M": m}, {"at": [k, n, m]}) for k in (64, 128) for n in (1, 8) for m in (1, 4)
+    )
     file = configs.ConfigFile(Path("x"), entries)
     assert file.pick(spec, {"K": 120, "N": 3}, 2).config["at"] == [128, 1, 4]

@@ -129,32 +129,9 @@ def sizes_of(cell: Cell) -> dict[str, int]:
 
 # ---- variants ----
 
-#: Optional arguments that vLLM's forward pass gives.
-GIVEN = frozenset({"key", "weight"})
-#: Static arguments as vLLM's forward pass has them; flags that are not named are off.
-STATIC: dict[str, int | bool] = {"group_size": 128, "is_neox": True, "head_size": 128, "head_dim": 128}
-
-
-def default_variant(spec: OpSpec) -> Variant:
-    """The variant that vLLM's forward calls: bfloat16, nothing optional but what it always gives, groups of 128."""
-
-    def strangeness(variant: Variant) -> int:
-        optional = {arg.name for arg in spec.tensors() if arg.optional}
-        given = optional - variant.none
-        unusual = len(given ^ (GIVEN & optional))
-        unusual += sum(value != STATIC.get(name, False) for name, value in variant.static.items())
-        return unusual + sum(
-            variant.dtypes[arg.name] != torch.bfloat16
-            for arg in spec.tensors()
-            if arg.name in variant.dtypes and not isinstance(arg.dtypes, str) and torch.bfloat16 in arg.dtypes
-        )
-
-    return min(spec.served_variants(), key=strangeness)
-
-
 def chosen_variants(spec: OpSpec, names: Sequence[str]) -> list[Variant]:
-    """Those of the op's variants that are named, `default` being one; the default one if it has none of them."""
-    default = default_variant(spec)
+    """Those of the op's variants that are named, `default` being the typical one; that one if it has none of them."""
+    default = spec.typical_variant()
     served = {variant.name: variant for variant in spec.served_variants()}
     found = {(default if name == "default" else served[name]).name: None for name in names if name in {"default", *served}}
     return [served[name] for name in found] or [default]

@@ -66,7 +66,9 @@ class ConfigFile:
 
     def _complete(self, symbols: list[str]) -> dict[str, int]:
         """The sizes of the entry that has the largest ones."""
-        return max(({s: e.sizes[s] for s in symbols if s in e.sizes} for e in self.entries), key=lambda sizes: [*sizes.values()])
+        return max(
+            ({s: e.sizes[s] for s in symbols if s in e.sizes} for e in self.entries), key=lambda sizes: [*sizes.values()]
+        )
 
 
 def read(path: Path, spec: OpSpec) -> ConfigFile:
@@ -105,7 +107,7 @@ def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> ConfigEntry:
             raise BuildError(f"{path}: entry {index} has {name} {size!r}; it takes an integer of at least 1")
     backend = entry.get("backend")
     if backend is not None and not isinstance(backend, str):
-        raise BuildError(f"{path}: entry {index} has the backend {backend!r}; it takes a name such as \"triton\"")
+        raise BuildError(f'{path}: entry {index} has the backend {backend!r}; it takes a name such as "triton"')
     return ConfigEntry({spec.config_key[name]: size for name, size in key.items()}, entry["config"], backend)
 
 

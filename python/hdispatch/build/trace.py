@@ -257,7 +257,9 @@ class CallMaker:
 
     def generic(self) -> tuple[str, ...]:
         """The sizes other than M that are not known."""
-        return tuple(symbol for symbol in self.spec.symbols() if symbol != "M" and symbol not in self.shape and self._has(symbol))
+        return tuple(
+            symbol for symbol in self.spec.symbols() if symbol != "M" and symbol not in self.shape and self._has(symbol)
+        )
 
     def integers(self) -> list[IntArg]:
         """The integers that are not compiled in."""
@@ -350,8 +352,10 @@ class CallMaker:
         return tuple(value(arg) for arg in self.spec.args)
 
     def _tensor(self, mode: FakeTensorMode, arg: TensorArg, leaf: Callable[[str], Any]) -> torch.Tensor:
-        whole = {symbol: leaf(symbol) if symbol == "M" or symbol in self.generic() else self.shape.get(symbol, 0)
-                 for symbol in self.spec.symbols()}
+        whole = {
+            symbol: leaf(symbol) if symbol == "M" or symbol in self.generic() else self.shape.get(symbol, 0)
+            for symbol in self.spec.symbols()
+        }
         sizes = self.spec.tensor_sizes(arg, whole, self.variant.static)
         sizes = [leaf(f"{arg.name}.size({i})") if arg.dims[i] == "*" else size for i, size in enumerate(sizes)]
         strides: list[Any] = [1] * len(sizes)

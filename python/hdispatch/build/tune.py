@@ -34,7 +34,7 @@ from .versions import PACKAGES
 class Scope:
     """Which candidates are collected.
 
-    variants          of an op; its first served one if None: a config is chosen for all variants alike
+    variants          of an op; its typical one if None: a config is chosen for all variants alike
     shapes, buckets   of an op; all if None
     more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
     radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion
@@ -135,7 +135,7 @@ class Point:
 def points_of(package: str, scope: Scope, *, measured: bool = True) -> list[Point]:
     """The points of an op that are measured; or those that are not, because others have the same sizes and more."""
     spec = load_spec(package)
-    variants = list(scope.variants(spec)) if scope.variants else [spec.served_variants()[0].name]
+    variants = list(scope.variants(spec)) if scope.variants else [spec.typical_variant().name]
     rows = list(scope.shapes(spec)) if scope.shapes else list(spec.shapes)
     rows = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
     buckets = list(scope.buckets(spec)) if scope.buckets else list(range(len(spec.ladder)))

@@ -68,7 +68,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
-    parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the first that is served, of each op)")
+    parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the typical one of each op)")
     parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes, each for the ops that have it (default: all)")
     parser.add_argument("--buckets", metavar="1,16,…", help="only the buckets with these upper edges (default: all)")
 
