@@ -24,8 +24,10 @@ double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl) {
   const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found);
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome != Outcome::kLaunched) fail(Fault::kMiss, Runtime::describe(op, call, outcome, found));
+  const auto* launcher = dynamic_cast<const CubinLauncher*>(found.row->launcher);
+  if (!launcher) fail(Fault::kCaller, op.name(), ": row ", found.row->index, " is no cubin; the bare launch is of one");
   CubinLauncher::Block block;
-  found.row->launcher->fill(call, current_stream(found.table->slot), block);
+  launcher->fill(call, current_stream(found.table->slot), block);
   if (!pdl) block.config.attribute_count = 0;
   const Driver& driver = *found.table->driver;
   CUresult result = kCudaSuccess;

@@ -37,11 +37,10 @@ bool fits_kind(ParamKind kind, int64_t value) noexcept {
 }  // namespace
 
 CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl)
-    : record_(std::move(record)), launch_(driver.launch) {
+    : record_(std::move(record)), driver_(driver), launch_(driver.launch) {
   HD_CHECK_BUNDLE(record_.params.size() + kHiddenPointers <= kMaxParams, record_.kernel, ": ", record_.params.size(),
                   " parameters; a record takes at most ", kMaxParams - kHiddenPointers);
-  HD_CHECK_BUNDLE(record_.m_min >= 1 && record_.m_min <= record_.m_max, record_.kernel, ": valid for M in [",
-                  record_.m_min, ", ", record_.m_max, "], which is empty");
+  set_head(record_);
   for (const Param& param : record_.params)
     HD_CHECK_BUNDLE(std::has_single_bit(param.align), record_.kernel, ": alignment ", param.align,
                     " is not a power of two");
@@ -215,11 +214,8 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
   const Code& code = codes_[static_cast<size_t>(class_of(m))];
   if (HD_UNLIKELY(!code.config.block[0])) return {LaunchStatus::kClass, 0};
   // 1. guards
-  for (size_t i = 0; i < record_.guards.size(); ++i) {
-    int64_t holds = 0;
-    if (HD_UNLIKELY(!record_.guards[i].expr.evaluate(call, holds) || !holds))
-      return {LaunchStatus::kGuard, static_cast<int32_t>(i)};
-  }
+  const int32_t failed = record_.failed_guard(call);
+  if (HD_UNLIKELY(failed >= 0)) return {LaunchStatus::kGuard, failed};
   // 2. parameters
   const size_t count = code.start.size();
   for (size_t i = 0; i < count; ++i) {
@@ -264,12 +260,8 @@ LaunchResult CubinLauncher::launch(const Call& call, CUstream stream) const noex
 std::string CubinLauncher::reason(const LaunchResult& result) const {
   const auto index = static_cast<size_t>(result.detail);
   switch (result.status) {
-    case LaunchStatus::kMRange:
-      return text("guard: ", record_.m_min, " <= M <= ", record_.m_max);
     case LaunchStatus::kClass:
       return "guard: code for this class of M";
-    case LaunchStatus::kGuard:
-      return "guard: " + record_.guards[index].text;
     case LaunchStatus::kAlign:
       return text("guard: ", record_.params[index].name, " is ", record_.params[index].align, "-byte aligned");
     case LaunchStatus::kParam:
@@ -279,13 +271,12 @@ std::string CubinLauncher::reason(const LaunchResult& result) const {
     case LaunchStatus::kGrid:
       return text("guard: grid dimension ", index, " is within the GPU's limits");
     default:
-      return "driver";
+      return common_reason(result);
   }
 }
 
 std::string CubinLauncher::describe(const LaunchResult& result, const Call& call) const {
-  std::string out = text(reason(result), " does not hold in ", record_.kernel, " (M = ", call.sizes[kM],
-                         ", K = ", call.sizes[kK], ", N = ", call.sizes[kN]);
+  std::string out = place(result, call);
   const auto index = static_cast<size_t>(result.detail);
   if (result.status == LaunchStatus::kAlign) {
     const Param& param = record_.params[index];
@@ -297,6 +288,39 @@ std::string CubinLauncher::describe(const LaunchResult& result, const Call& call
   }
   if (result.status == LaunchStatus::kMap) out += ", " + makers_[index]->objection(call);
   return out + ")";
+}
+
+std::string CubinLauncher::explain(const Call& call, LaunchResult& result) const {
+  Block block;
+  result = fill(call, nullptr, block);
+  if (result.status != LaunchStatus::kLaunched) return {};
+  const auto m_class = static_cast<size_t>(class_of(call.sizes[kM]));
+  const Cubin& cubin = record_.cubins[m_class];
+  const LaunchConfig& config = block.config;
+  return text("class    ", kMClassNames[m_class], "\ncode     ", cubin.function, " in ", cubin.file, "\nlaunch   grid ",
+              config.grid[0], "x", config.grid[1], "x", config.grid[2], ", block ", config.block[0], ", shared ",
+              config.shared_bytes, " bytes, ", config.attribute_count, " attribute(s)",
+              cubin.pdl ? ", waits for its predecessors itself (PDL)" : "", "\nparams   ", cubin.params.size(), " + ",
+              kHiddenPointers, " hidden");
+}
+
+void CubinLauncher::raise(const LaunchResult& result, const std::string& what) const {
+  driver_failed(driver_, result.detail, "cuLaunchKernelEx", what);
+}
+
+Reads CubinLauncher::reads() const {
+  Reads reads;
+  for (const Expr& size : record_.grid) reads.add(size);
+  for (const Guard& guard : record_.guards) reads.add(guard.expr);
+  for (const Param& param : record_.params) {
+    reads.add(param.value);
+    for (const Expr& expr : param.map.shape) reads.add(expr);
+    for (const Expr& expr : param.map.strides) reads.add(expr);
+    const auto arg = static_cast<uint32_t>(param.arg);
+    if (param.kind == ParamKind::kPtr || param.kind == ParamKind::kTensorMap) reads.tensors.push_back(arg);
+    if ((param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64) && param.arg >= 0) reads.floats.push_back(arg);
+  }
+  return reads;
 }
 
 }  // namespace hdispatch

@@ -13,30 +13,12 @@
 #include <vector>
 
 #include "driver.h"
-#include "record.h"
+#include "launcher.h"
 #include "tensor_map.h"
 
 namespace hdispatch {
 
-/// Outcome of a launch: kLaunched; or which fact failed; or the driver's answer.
-enum class LaunchStatus : uint8_t {
-  kLaunched,
-  kMRange,  ///< M outside [m_min, m_max]
-  kClass,   ///< no code for this class of M
-  kGuard,   ///< guard number `detail` is false or has no value
-  kAlign,   ///< the pointer of param number `detail` is not aligned
-  kParam,   ///< the value of param number `detail` does not exist or does not fit its type
-  kMap,     ///< param number `detail` is a TMA descriptor that cannot be
-  kGrid,    ///< a grid dimension is below 1 or above the GPU's limit
-  kDriver,  ///< `detail` is the CUresult
-};
-
-struct LaunchResult {
-  LaunchStatus status;
-  int32_t detail;
-};
-
-class CubinLauncher {
+class CubinLauncher final : public Launcher {
  public:
   static constexpr uint32_t kMaxParams = 64;      ///< of a kernel, the hidden ones included
   static constexpr uint32_t kMaxTensorMaps = 8;   ///< among them
@@ -48,16 +30,12 @@ class CubinLauncher {
   /// Checks the record's limits (kBundle) and prepares every cubin. `pdl` = false leaves the PDL attribute out.
   CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl = true);
 
-  CubinLauncher(const CubinLauncher&) = delete;  // `codes_` points into `record_` and into itself
-  CubinLauncher& operator=(const CubinLauncher&) = delete;
-
-  /// Tests the guards, evaluates grid and parameters, launches. The context of `stream` is current.
-  LaunchResult launch(const Call& call, CUstream stream) const noexcept;
-
-  /// What `launch` refused, in words: the fact and the actual values.
-  std::string describe(const LaunchResult& result, const Call& call) const;
-  /// The reason alone, without values: what `stats` counts by.
-  std::string reason(const LaunchResult& result) const;
+  LaunchResult launch(const Call& call, CUstream stream) const noexcept override;
+  std::string describe(const LaunchResult& result, const Call& call) const override;
+  std::string reason(const LaunchResult& result) const override;
+  std::string explain(const Call& call, LaunchResult& result) const override;
+  [[noreturn]] void raise(const LaunchResult& result, const std::string& what) const override;
+  Reads reads() const override;
 
   const Record& record() const noexcept { return record_; }
 
@@ -112,7 +90,8 @@ class CubinLauncher {
   static void check_params(const Driver& driver, const Code& code, const Cubin& cubin,
                            const std::vector<uint32_t>& param_bytes);
 
-  Record record_;
+  const Record record_;  // `codes_` points into it
+  const Driver& driver_;
   LaunchFn launch_;
   std::vector<std::unique_ptr<const TensorMapMaker>> makers_;  ///< by param; null for those that are no map
   std::array<Code, kMClasses> codes_;

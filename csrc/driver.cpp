@@ -53,6 +53,9 @@ Library open_library() {
   resolve(handle, d.tensor_map_encode, "cuTensorMapEncodeTiled", missing);
   resolve(handle, d.function_param_info, "cuFuncGetParamInfo", nullptr);
   resolve(handle, d.function_load, "cuFuncLoad", nullptr);
+  resolve(handle, d.library_kernel_count, "cuLibraryGetKernelCount", nullptr);
+  resolve(handle, d.library_kernels, "cuLibraryEnumerateKernels", nullptr);
+  resolve(handle, d.kernel_function, "cuKernelGetFunction", nullptr);
   return library;
 }
 
@@ -96,12 +99,11 @@ void record(const LaunchConfig& config, CUfunction function, void** params) {
     const auto* bytes = static_cast<const uint8_t*>(params[i]);
     launch.params.emplace_back(bytes, bytes + null.param_bytes[i]);
   }
-  const std::lock_guard lock(record_mutex);
-  recorded.push_back(std::move(launch));
+  null_add(std::move(launch));
 }
 
 CUresult null_launch(const LaunchConfig* config, CUfunction function, void** params, void**) {
-  if (HD_UNLIKELY(recording.load(std::memory_order_relaxed))) record(*config, function, params);
+  if (HD_UNLIKELY(null_recording())) record(*config, function, params);
   return kCudaSuccess;
 }
 
@@ -182,6 +184,9 @@ const Driver& null_driver() {
       .tensor_map_encode = null_encode,
       .function_param_info = nullptr,
       .function_load = nullptr,
+      .library_kernel_count = nullptr,
+      .library_kernels = nullptr,
+      .kernel_function = nullptr,
   };
   return driver;
 }
@@ -190,6 +195,13 @@ void null_record(bool on) {
   const std::lock_guard lock(record_mutex);
   if (on) recorded.clear();
   recording.store(on, std::memory_order_relaxed);
+}
+
+bool null_recording() noexcept { return recording.load(std::memory_order_relaxed); }
+
+void null_add(NullLaunch launch) {
+  const std::lock_guard lock(record_mutex);
+  if (null_recording()) recorded.push_back(std::move(launch));
 }
 
 std::vector<NullLaunch> null_launches() {

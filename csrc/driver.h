@@ -22,6 +22,8 @@ using CUcontext = struct CUctx_st*;
 using CUmodule = struct CUmod_st*;
 using CUfunction = struct CUfunc_st*;
 using CUstream = struct CUstream_st*;
+using CUlibrary = struct CUlib_st*;
+using CUkernel = struct CUkern_st*;
 
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr CUresult kCudaInvalidValue = 1;
@@ -115,9 +117,13 @@ struct Driver {
   CUresult (*tensor_map_encode)(TensorMap*, int type, uint32_t rank, void* address, const uint64_t* dims,
                                 const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int fill);
-  /// Both may be null: CUDA 12.4 has them, older drivers do not.
+  /// May be null: CUDA 12.4 has them, older drivers do not.
   CUresult (*function_param_info)(CUfunction, size_t, size_t*, size_t*);
   CUresult (*function_load)(CUfunction);
+  /// These too: what makes the kernels of a library that somebody else loaded resident.
+  CUresult (*library_kernel_count)(unsigned*, CUlibrary);
+  CUresult (*library_kernels)(CUkernel*, unsigned, CUlibrary);
+  CUresult (*kernel_function)(CUfunction*, CUkernel);
 };
 
 /// libcuda's functions. Throws kDriver, with what dlopen said, where there is no driver.
@@ -147,6 +153,7 @@ struct NullFunction {
   std::vector<uint32_t> param_bytes;
 };
 
+/// A launch, or a call of a function with TVM FFI's ABI: then `config` is zero and each param is one argument.
 struct NullLaunch {
   std::string function;
   std::string file;
@@ -173,6 +180,9 @@ static_assert(sizeof(NullTensorMap) == sizeof(TensorMap));
 
 /// Starts or stops recording; starting forgets what was recorded. Any thread; launches of all threads are recorded.
 void null_record(bool on);
+bool null_recording() noexcept;
+/// Adds to what is recorded, if anything is.
+void null_add(NullLaunch launch);
 std::vector<NullLaunch> null_launches();
 
 }  // namespace hdispatch

@@ -11,12 +11,12 @@
 
 namespace hdispatch {
 
-class CubinLauncher;
+class Launcher;
 
 /// One row. `launcher` is owned by the table's owner and outlives it.
 struct Row {
   Key key;
-  const CubinLauncher* launcher = nullptr;
+  const Launcher* launcher = nullptr;
   uint32_t index = 0;  ///< position in the manifest
 };
 

@@ -21,7 +21,7 @@ namespace {
 
 // ---- errors ----
 
-PyObject* error_classes[5];  // by Fault; owned
+PyObject* error_classes[6];  // by Fault; owned
 
 [[noreturn]] HD_COLD void requires_grad(const Op& op, const ArgSpec& arg) {
   fail(Fault::kCaller, op.name(), ": ", arg.name,
@@ -34,8 +34,8 @@ PyObject* error_classes[5];  // by Fault; owned
 /// The miss: counts it and throws in strict mode. Returns if the fallback is to run.
 HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
   if (outcome == Outcome::kBadCall) op.complain(call);
-  if (outcome == Outcome::kRefused && found.result.status == LaunchStatus::kDriver)
-    Runtime::describe(op, call, outcome, found);  // throws kDriver
+  if (outcome == Outcome::kRefused && is_failure(found.result.status))
+    Runtime::describe(op, call, outcome, found);  // throws
   count_miss(op, Runtime::reason(outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
 }
 
@@ -323,7 +323,7 @@ void register_in_torch(const OpObject* self) {
 
 void load_error_classes() {
   const auto errors = pybind11::module_::import("hdispatch.errors");
-  const char* names[] = {"ArgumentError", "BundleError", "MissError", "DriverError", "HdispatchError"};
+  const char* names[] = {"ArgumentError", "BundleError", "MissError", "DriverError", "FunctionError", "HdispatchError"};
   for (size_t i = 0; i < std::size(names); ++i)
     error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
 }

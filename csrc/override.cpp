@@ -154,8 +154,8 @@ bool Override::serve(const c10::IValue* values) const {
 
 HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& found) const {
   const Op& op = *route.op;
-  if (outcome == Outcome::kRefused && found.dispatch.result.status == LaunchStatus::kDriver)
-    Runtime::describe(op, found.call, outcome, found.dispatch);  // throws kDriver
+  if (outcome == Outcome::kRefused && is_failure(found.dispatch.result.status))
+    Runtime::describe(op, found.call, outcome, found.dispatch);  // throws
   if (outcome != Outcome::kBadCall)
     return count_miss(op, Runtime::reason(outcome, found.dispatch),
                       [&] { return Runtime::describe(op, found.call, outcome, found.dispatch); });

@@ -1,4 +1,4 @@
-// record.h -- a launch record: what a generated host function does on every call, as data. Plain structs.
+// record.h -- a launch record: how a row's artifact is launched for any call, as data. Plain structs.
 //
 // Filled from a bundle's manifest (manifest.py says what each field means), then frozen.
 #pragma once
@@ -70,14 +70,53 @@ struct Cubin {
   bool pdl = false;  ///< the code waits for its predecessors itself: launch with the PDL attribute
 };
 
-struct Record {
+/// What every record has: where it is valid.
+struct RecordHead {
   std::string kernel;  ///< for messages
   int64_t m_min = 1;
   int64_t m_max = INT64_MAX;
+  std::vector<Guard> guards;
+
+  /// The first guard that does not hold for this call, or -1.
+  int32_t failed_guard(const Call& call) const noexcept {
+    for (size_t i = 0; i < guards.size(); ++i) {
+      int64_t holds = 0;
+      if (__builtin_expect(!guards[i].expr.evaluate(call, holds) || !holds, 0)) return static_cast<int32_t>(i);
+    }
+    return -1;
+  }
+};
+
+/// A kernel in cubins.
+struct Record : RecordHead {
   std::array<Expr, 3> grid;
   std::vector<Param> params;
-  std::vector<Guard> guards;
   std::array<Cubin, kMClasses> cubins;
+};
+
+enum class FfiArgKind : uint8_t { kTensor, kNone, kInt, kBool, kFloat, kStream, kPdl };
+inline constexpr std::array<std::string_view, 7> kFfiArgKindNames = {"tensor", "none",   "int", "bool",
+                                                                     "float",  "stream", "pdl"};
+
+/// One argument of a function with TVM FFI's ABI.
+struct FfiArg {
+  FfiArgKind kind = FfiArgKind::kNone;
+  int arg = -1;                ///< kTensor: tensor argument; kFloat: float argument or -1 for `constant`
+  uint32_t align = 1;          ///< kTensor: the address is a multiple of this; a power of two
+  std::vector<uint8_t> dims;   ///< kTensor: which of the tensor's dimensions it gets, in this order; empty: all
+  DType dtype = DType::kNone;  ///< kTensor: as which type of the same size it is passed; kNone: its own
+  Expr value;                  ///< kInt, kBool
+  double constant = 0;         ///< kFloat with arg < 0
+  std::string name;            ///< of the argument, for messages
+};
+
+/// A host function with TVM FFI's ABI, which launches kernels itself.
+struct FfiRecord : RecordHead {
+  std::string file;      ///< the bundle's library; empty for a function that is registered in process
+  std::string function;  ///< its symbol is __tvm_ffi_<function>
+  std::vector<FfiArg> args;
+  bool pdl = false;         ///< its kernels wait for their predecessors themselves: kPdl arguments may be 1
+  bool env_stream = false;  ///< it takes the stream from TVMFFIEnvGetStream
 };
 
 }  // namespace hdispatch

@@ -169,9 +169,9 @@ std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, c
       return text(shape, ": the launch table has no row for it; nearest rows: ", nearest_rows(op, call, found),
                   "; build a bundle with this shape, or leave strict mode to use the fallback");
     case Outcome::kRefused:
-      if (found.result.status == LaunchStatus::kDriver)
-        driver_failed(*found.table->driver, found.result.detail, "cuLaunchKernelEx",
-                      text(shape, ", row ", found.row->index, ", ", found.row->launcher->record().kernel));
+      if (is_failure(found.result.status))
+        found.row->launcher->raise(found.result,
+                                   text(shape, ", row ", found.row->index, ", ", found.row->launcher->head().kernel));
       return text(shape, ": ", found.row->launcher->describe(found.result, call), " of row ", found.row->index, " ",
                   print_row(op, *found.row, found.table->ops[op.id()].ladder));
     default:
@@ -195,8 +195,8 @@ std::string Runtime::explain(const Op& op, Call& call) const {
               bucket + 1 == ladder.size() ? "" : std::to_string(ladder.edge(bucket)), "\nkey      ",
               Hex{found.key.word0}, " ", Hex{found.key.word1});
   if (outcome == Outcome::kNoRow) return out + "\nmiss     " + describe(op, call, outcome, found);
-  const CubinLauncher& launcher = *found.row->launcher;
-  const Record& record = launcher.record();
+  const Launcher& launcher = *found.row->launcher;
+  const RecordHead& record = launcher.head();
   out += text("\nrow      ", found.row->index, ": ", record.kernel, "\nvalid    ", record.m_min,
               " <= M <= ", record.m_max);
   for (const Guard& guard : record.guards) {
@@ -204,25 +204,20 @@ std::string Runtime::explain(const Op& op, Call& call) const {
     const bool ok = guard.expr.evaluate(call, holds) && holds;
     out += text("\nguard    ", guard.text, ok ? ": holds" : ": FAILS");
   }
-  CubinLauncher::Block block;
-  found.result = launcher.fill(call, nullptr, block);
+  const std::string launch = launcher.explain(call, found.result);
   if (found.result.status != LaunchStatus::kLaunched)
     return out + "\nfallback " + describe(op, call, Outcome::kRefused, found);
-  const size_t m_class = static_cast<size_t>(class_of(call.sizes[kM]));
-  const Cubin& cubin = record.cubins[m_class];
-  out +=
-      text("\nclass    ", kMClassNames[m_class], "\ncode     ", cubin.function, " in ", cubin.file, "\nlaunch   grid ",
-           block.config.grid[0], "x", block.config.grid[1], "x", block.config.grid[2], ", block ",
-           block.config.block[0], ", shared ", block.config.shared_bytes, " bytes, ", block.config.attribute_count,
-           " attribute(s)", cubin.pdl ? ", waits for its predecessors itself (PDL)" : "");
-  return out + text("\nparams   ", cubin.params.size(), " + ", CubinLauncher::kHiddenPointers, " hidden, driver \"",
-                    found.table->driver->name, "\"");
+  return text(out, "\n", launch, ", driver \"", found.table->driver->name, "\"");
 }
 
-void Runtime::publish(DeviceSlot slot, std::unique_ptr<const DeviceTable> table) {
-  HD_CHECK(slot < kMaxSlots, "slot ", slot);
+const DeviceTable& Runtime::keep(std::unique_ptr<const DeviceTable> table) {
   kept_.push_back(std::move(table));
-  tables_[slot].store(kept_.back().get(), std::memory_order_release);
+  return *kept_.back();
+}
+
+void Runtime::publish(const DeviceTable& table) {
+  HD_CHECK(table.slot < kMaxSlots, "slot ", table.slot);
+  tables_[table.slot].store(&table, std::memory_order_release);
 }
 
 void Runtime::withdraw(DeviceSlot slot) {
@@ -237,39 +232,27 @@ namespace {
 constexpr const char* kPublished = "the builder's table is published";
 
 /// A record may only read what every call of the row's variant has: anything else would be whatever was on the stack.
-void check_reads(const Op& op, const Variant& variant, const Record& record, uint32_t row) {
+void check_reads(const Op& op, const Variant& variant, const Launcher& launcher, uint32_t row) {
+  const std::string& kernel = launcher.head().kernel;
   const auto check_tensor = [&](uint32_t arg) {
-    HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor(), "row ", row, ": ", record.kernel,
-                    " reads tensor ", arg, ", which ", op.name(), " has not");
-    HD_CHECK_BUNDLE(variant.signature >> 4 * arg & 0xf, "row ", row, ": ", record.kernel, " reads ",
-                    op.args()[arg].name, ", which is None in variant ", variant.name);
+    HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor(), "row ", row, ": ", kernel, " reads tensor ",
+                    arg, ", which ", op.name(), " has not");
+    HD_CHECK_BUNDLE(variant.signature >> 4 * arg & 0xf, "row ", row, ": ", kernel, " reads ", op.args()[arg].name,
+                    ", which is None in variant ", variant.name);
   };
-  const auto check_expr = [&](const Expr& expr) {
-    expr.each_tensor([&](uint32_t arg, uint32_t dimension) {
-      check_tensor(arg);
-      HD_CHECK_BUNDLE(dimension < op.args()[arg].dims.size(), "row ", row, ": ", record.kernel, " reads dimension ",
-                      dimension, " of ", op.args()[arg].name, ", which has rank ", op.args()[arg].dims.size());
-    });
-  };
-  const auto check_all = [&](const Expr& expr) {
-    check_expr(expr);
-    expr.each_integer([&](uint32_t arg) {
-      HD_CHECK_BUNDLE(arg < op.args().size() && !op.args()[arg].is_tensor() && op.args()[arg].kind != ArgKind::kFloat,
-                      "row ", row, ": ", record.kernel, " reads integer ", arg, ", which ", op.name(), " has not");
-    });
-  };
-  for (const Expr& size : record.grid) check_all(size);
-  for (const Guard& guard : record.guards) check_all(guard.expr);
-  for (const Param& param : record.params) {
-    check_all(param.value);
-    const auto arg = static_cast<uint32_t>(param.arg);
-    if (param.kind == ParamKind::kPtr || param.kind == ParamKind::kTensorMap) check_tensor(arg);
-    for (const Expr& expr : param.map.shape) check_all(expr);
-    for (const Expr& expr : param.map.strides) check_all(expr);
-    if ((param.kind == ParamKind::kF32 || param.kind == ParamKind::kF64) && param.arg >= 0)
-      HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].kind == ArgKind::kFloat, "row ", row, ": ", record.kernel,
-                      " reads float ", arg, ", which ", op.name(), " has not");
+  const Reads reads = launcher.reads();
+  for (const uint32_t arg : reads.tensors) check_tensor(arg);
+  for (const auto& [arg, dimension] : reads.dimensions) {
+    check_tensor(arg);
+    HD_CHECK_BUNDLE(dimension < op.args()[arg].dims.size(), "row ", row, ": ", kernel, " reads dimension ", dimension,
+                    " of ", op.args()[arg].name, ", which has rank ", op.args()[arg].dims.size());
   }
+  for (const uint32_t arg : reads.integers)
+    HD_CHECK_BUNDLE(arg < op.args().size() && !op.args()[arg].is_tensor() && op.args()[arg].kind != ArgKind::kFloat,
+                    "row ", row, ": ", kernel, " reads integer ", arg, ", which ", op.name(), " has not");
+  for (const uint32_t arg : reads.floats)
+    HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].kind == ArgKind::kFloat, "row ", row, ": ", kernel,
+                    " reads float ", arg, ", which ", op.name(), " has not");
 }
 
 }  // namespace
@@ -294,6 +277,14 @@ TableBuilder::~TableBuilder() {
   for (const auto& [file, module] : modules_) driver_.module_unload(module);
   CUcontext popped = nullptr;
   driver_.context_pop(&popped);
+}
+
+void TableBuilder::extend(const DeviceTable& base) {
+  HD_CHECK(made_, kPublished);
+  HD_CHECK_BUNDLE(base.slot == made_->slot, "a table of device ", static_cast<int>(base.slot) - 1,
+                  " cannot become one of device ", static_cast<int>(made_->slot) - 1);
+  made_->ops = base.ops;
+  base_ = base.table.rows();  // their launchers live as long as the process, as every finished table does
 }
 
 void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
@@ -326,28 +317,54 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
   return function;
 }
 
+void TableBuilder::add_library(const std::string& file, std::span<const char> image) {
+  HD_CHECK(made_, kPublished);
+  HD_CHECK_BUNDLE(!libraries_.contains(file), file, " is added twice");
+  libraries_[file] = &driver_ == &null_driver() ? nullptr : &FfiLibrary::open(file, image);
+}
+
+uint32_t TableBuilder::add_launcher(std::unique_ptr<Launcher> launcher) {
+  made_->launchers.push_back(std::move(launcher));
+  return static_cast<uint32_t>(made_->launchers.size() - 1);
+}
+
 uint32_t TableBuilder::add_record(Record record) {
   HD_CHECK(made_, kPublished);
   const ContextScope scope(*made_);
-  made_->launchers.push_back(std::make_unique<CubinLauncher>(
-      std::move(record), driver_,
-      [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
-        return find_function(cubin, param_bytes);
-      },
-      pdl_));
-  return static_cast<uint32_t>(made_->launchers.size() - 1);
+  const auto find = [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
+    return find_function(cubin, param_bytes);
+  };
+  return add_launcher(std::make_unique<CubinLauncher>(std::move(record), driver_, find, pdl_));
+}
+
+uint32_t TableBuilder::add_record(FfiRecord record) {
+  HD_CHECK(made_, kPublished);
+  const auto library = libraries_.find(record.file);
+  HD_CHECK_BUNDLE(library != libraries_.end(), record.file, " is used by a record but was not added");
+  if (!library->second) {
+    made_->null_functions.push_back(std::make_unique<NullFunction>(NullFunction{record.function, record.file, {}}));
+    return add_record(std::move(record), {null_function, made_->null_functions.back().get(), nullptr, nullptr});
+  }
+  const ContextScope scope(*made_);
+  const FfiFunction function = library->second->find(record.function, static_cast<int>(made_->slot) - 1, driver_);
+  return add_record(std::move(record), function);
+}
+
+uint32_t TableBuilder::add_record(FfiRecord record, const FfiFunction& function) {
+  HD_CHECK(made_, kPublished);
+  return add_launcher(std::make_unique<FfiLauncher>(std::move(record), function, made_->slot, pdl_));
 }
 
 void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record) {
   HD_CHECK(made_, kPublished);
-  const auto index = static_cast<uint32_t>(rows_.size());
+  const auto index = static_cast<uint32_t>(base_.size() + rows_.size());
   HD_CHECK_BUNDLE(record < made_->launchers.size(), "row ", index, " names record ", record, "; there are ",
                   made_->launchers.size());
   HD_CHECK_BUNDLE(variant < op.variants().size(), "row ", index, ": ", op.name(), " has no variant ", variant);
   HD_CHECK_BUNDLE(fits(k, n), "row ", index, ": K = ", k, ", N = ", n, "; sizes are below 2^32");
   HD_CHECK_BUNDLE(op.id() < made_->ops.size() && bucket < made_->ops[op.id()].ladder.size(), "row ", index, ": ",
                   op.name(), " has no bucket ", bucket);
-  check_reads(op, op.variants()[variant], made_->launchers[record]->record(), index);
+  check_reads(op, op.variants()[variant], *made_->launchers[record], index);
   rows_.push_back({make_key(op.id(), variant, static_cast<uint32_t>(k), static_cast<uint32_t>(n),
                             static_cast<uint16_t>(bucket), kDeviceClass),
                    made_->launchers[record].get(), index});
@@ -357,6 +374,7 @@ void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n,
 void TableBuilder::set_masks() {
   constexpr uint64_t kLow = 0xffffffff;
   constexpr uint64_t kMasks[] = {~0ull, kLow, ~kLow, 0};  // exact; any N; any K; any of both
+  for (OpRows& rows : made_->ops) rows.mask_count = 0;
   std::vector<uint32_t> patterns(made_->ops.size());
   for (const Row& row : rows_) {
     const Op& op = *made_->ops[key_op(row.key)].op;
@@ -369,12 +387,15 @@ void TableBuilder::set_masks() {
       if (patterns[op] >> i & 1) made_->ops[op].masks[made_->ops[op].mask_count++] = kMasks[i];
 }
 
-void TableBuilder::publish() {
+const DeviceTable& TableBuilder::finish() {
   HD_CHECK(made_, kPublished);
+  std::set<std::pair<uint64_t, uint64_t>> taken;
+  for (const Row& row : rows_) taken.emplace(row.key.word0, row.key.word1);
+  std::erase_if(base_, [&taken](const Row& row) { return taken.contains({row.key.word0, row.key.word1}); });
+  rows_.insert(rows_.begin(), base_.begin(), base_.end());
   set_masks();
-  made_->table = LaunchTable(std::move(rows_));
-  const DeviceSlot slot = made_->slot;
-  Runtime::get().publish(slot, std::move(made_));
+  made_->table = LaunchTable(rows_);
+  return Runtime::get().keep(std::move(made_));
 }
 
 }  // namespace hdispatch

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cubin_launcher.h"
+#include "ffi_launcher.h"
 #include "ladder.h"
 #include "launch_table.h"
 #include "op.h"
@@ -37,10 +38,10 @@ struct DeviceTable {
   const Driver* driver = nullptr;
   DeviceSlot slot = kNoSlot;
   CUcontext context = nullptr;
-  bool only_device = true;   ///< the process sees one GPU, so a thread's context cannot be another device's
+  bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
   std::vector<OpRows> ops;  ///< by op id
   LaunchTable table;
-  std::vector<std::unique_ptr<CubinLauncher>> launchers;
+  std::vector<std::unique_ptr<Launcher>> launchers;
   std::vector<std::unique_ptr<NullFunction>> null_functions;
 
   /// The rows of an op; null if the table has none.
@@ -99,7 +100,10 @@ class Runtime {
   const DeviceTable* table(DeviceSlot slot) const noexcept {
     return slot < kMaxSlots ? tables_[slot].load(std::memory_order_acquire) : nullptr;
   }
-  void publish(DeviceSlot slot, std::unique_ptr<const DeviceTable> table);
+  /// Keeps a table for ever, without publishing it.
+  const DeviceTable& keep(std::unique_ptr<const DeviceTable> table);
+  /// Publishes a table that is kept.
+  void publish(const DeviceTable& table);
   void withdraw(DeviceSlot slot);
 
  private:
@@ -111,7 +115,8 @@ class Runtime {
   std::vector<std::unique_ptr<const DeviceTable>> kept_;  ///< every table ever published
 };
 
-/// Makes one device's table. All or nothing: until `publish` nothing is served, and an abandoned builder unloads.
+/// Makes one device's table. All or nothing: until `publish` nothing is served, and a builder that is abandoned before
+/// `finish` unloads.
 class TableBuilder {
  public:
   /// `device` is a CUDA device index, or -1 for the null driver, which serves CPU tensors. `pdl` = false: plain
@@ -121,14 +126,26 @@ class TableBuilder {
   TableBuilder(const TableBuilder&) = delete;
   TableBuilder& operator=(const TableBuilder&) = delete;
 
+  /// Begins with the ladders and rows of a finished table of the same device; rows of the same key take their place.
+  void extend(const DeviceTable& base);
+
   void set_ladder(const Op& op, const std::vector<int64_t>& edges);
   /// Loads a cubin's image under its file name.
   void add_module(const std::string& file, std::span<const char> image);
+  /// Opens a shared library's image under its file name; the null driver only notes it.
+  void add_library(const std::string& file, std::span<const char> image);
   uint32_t add_record(Record record);
+  /// A function of a library that was added.
+  uint32_t add_record(FfiRecord record);
+  /// A function of this process. It is called with the null driver too.
+  uint32_t add_record(FfiRecord record, const FfiFunction& function);
   void add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record);
-  void publish();
+  /// The table, frozen and kept for ever, but not published yet.
+  const DeviceTable& finish();
+  void publish() { Runtime::get().publish(finish()); }
 
  private:
+  uint32_t add_launcher(std::unique_ptr<Launcher> launcher);
   CUfunction find_function(const Cubin& cubin, const std::vector<uint32_t>& param_bytes);
   void set_masks();
 
@@ -136,6 +153,8 @@ class TableBuilder {
   bool pdl_;
   std::unique_ptr<DeviceTable> made_;
   std::map<std::string, CUmodule> modules_;
+  std::map<std::string, const FfiLibrary*> libraries_;  ///< null with the null driver
+  std::vector<Row> base_;
   std::vector<Row> rows_;
 };
 

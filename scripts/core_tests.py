@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -31,6 +32,9 @@ def main() -> None:
     ninja = tool("ninja")
     configure = [tool("cmake"), "-S", str(ROOT), "-B", str(folder), "-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
     configure += ["-DHDISPATCH_MODULE=OFF", "-DHDISPATCH_TESTS=ON", f"-DHDISPATCH_SANITIZE={options.sanitize}"]
+    tvm_ffi = importlib.util.find_spec("tvm_ffi")
+    if tvm_ffi and tvm_ffi.origin:
+        configure.append(f"-DHDISPATCH_TVM_FFI={Path(tvm_ffi.origin).parent}")
     subprocess.run(configure, check=True, stdout=subprocess.DEVNULL)
     subprocess.run([tool("cmake"), "--build", str(folder), "--parallel", str(os.cpu_count())], check=True)
     status = subprocess.run([tool("ctest"), "--test-dir", str(folder), "--output-on-failure", "-j", str(os.cpu_count())])

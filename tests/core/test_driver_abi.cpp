@@ -121,6 +121,9 @@ SAME_FUNCTION(tensor_map_encode, cuTensorMapEncodeTiled);
 #if CUDA_VERSION >= 12040
 SAME_FUNCTION(function_param_info, cuFuncGetParamInfo);
 SAME_FUNCTION(function_load, cuFuncLoad);
+SAME_FUNCTION(library_kernel_count, cuLibraryGetKernelCount);
+SAME_FUNCTION(library_kernels, cuLibraryEnumerateKernels);
+SAME_FUNCTION(kernel_function, cuKernelGetFunction);
 #endif
 
 TEST(the_abi_is_the_toolkits) { CHECK(CUDA_VERSION >= 12000); }

@@ -196,18 +196,20 @@ TEST(explanations) {
 TEST(replacing_and_withdrawing) {
   const Op& op = new_op();
   publish(op, {64}, tagged(1));
-  CHECK_EQ(dispatch(op, toy_call(4, 64)).found.row->launcher->record().kernel, "kernel1");
+  CHECK_EQ(dispatch(op, toy_call(4, 64)).found.row->launcher->head().kernel, "kernel1");
   publish(op, {512}, tagged(2));
   CHECK(dispatch(op, toy_call(4, 64)).outcome == Outcome::kNoRow);
-  CHECK_EQ(dispatch(op, toy_call(4, 512)).found.row->launcher->record().kernel, "kernel2");
+  CHECK_EQ(dispatch(op, toy_call(4, 512)).found.row->launcher->head().kernel, "kernel2");
   runtime().withdraw(kCpuSlot);
   CHECK(dispatch(op, toy_call(4, 512)).outcome == Outcome::kNoTable);
   runtime().withdraw(kCpuSlot);
   publish(op, {512}, tagged(3));
-  CHECK_EQ(dispatch(op, toy_call(4, 512)).found.row->launcher->record().kernel, "kernel3");
+  CHECK_EQ(dispatch(op, toy_call(4, 512)).found.row->launcher->head().kernel, "kernel3");
   CHECK_FAULT(kInternal, "slot 65", runtime().withdraw(kMaxSlots));
   CHECK_FAULT(kInternal, "slot ", runtime().withdraw(kNoSlot));
-  CHECK_FAULT(kInternal, "slot 65", runtime().publish(kMaxSlots, nullptr));
+  DeviceTable nowhere;
+  nowhere.slot = kMaxSlots;
+  CHECK_FAULT(kInternal, "slot 65", runtime().publish(nowhere));
 }
 
 TEST(an_abandoned_or_refused_builder_changes_nothing) {
@@ -222,7 +224,7 @@ TEST(an_abandoned_or_refused_builder_changes_nothing) {
     CHECK_FAULT(kBundle, "rows 0 and 1 have the same key", builder.publish());
   }
   CHECK(dispatch(op, toy_call(1, 512)).outcome == Outcome::kNoRow);
-  CHECK_EQ(dispatch(op, toy_call(4, 64)).found.row->launcher->record().kernel, "kernel1");
+  CHECK_EQ(dispatch(op, toy_call(4, 64)).found.row->launcher->head().kernel, "kernel1");
 }
 
 TEST(what_a_builder_refuses) {
@@ -345,7 +347,7 @@ void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag
   for (uint16_t bucket = 0; bucket < kEdges.size(); ++bucket)
     rows.push_back({make_key(op.id(), 0, 64, 0, bucket, kDeviceClass), table->launchers[0].get(), bucket});
   table->table = LaunchTable(rows);
-  runtime().publish(slot, std::move(table));
+  runtime().publish(runtime().keep(std::move(table)));
 }
 
 Call call_on(DeviceSlot slot) { return toy_call(4, 64, false, DType::kBFloat16, slot); }
@@ -356,7 +358,7 @@ TEST(each_device_has_its_table) {
   for (const DeviceSlot slot : {1u, 2u, 64u, 2u, 1u}) {
     const Served served = dispatch(op, call_on(slot));
     CHECK(served.outcome == Outcome::kLaunched);
-    CHECK_EQ(served.found.row->launcher->record().kernel, "kernel" + std::to_string(slot));
+    CHECK_EQ(served.found.row->launcher->head().kernel, "kernel" + std::to_string(slot));
     CHECK(launched_in == context_of(slot));
     CHECK_EQ(context_stack.size(), 1u);  // what was current is current again
     CHECK(context_stack.back() == nullptr);

@@ -1,0 +1,74 @@
+// ffi_launcher.h -- a record and a call -> arguments on the stack -> a host function with TVM FFI's ABI.
+//
+// The function launches kernels itself, on the stream that it is given. It checks its arguments too, but an error of
+// its costs 4 to 60 us: what may fail in routine is a guard of the record, an alignment or the key.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "ffi_library.h"
+#include "launcher.h"
+
+namespace hdispatch {
+
+class FfiLauncher final : public Launcher {
+ public:
+  static constexpr uint32_t kMaxFfiArgs = 24;  ///< of a function
+  static constexpr uint32_t kMaxTensors = 12;  ///< among them
+
+  /// Checks the record's limits (kBundle). The tensors of its calls live in `slot`. `pdl` = false passes 0 for kPdl.
+  FfiLauncher(FfiRecord record, const FfiFunction& function, DeviceSlot slot, bool pdl = true);
+
+  LaunchResult launch(const Call& call, CUstream stream) const noexcept override;
+  std::string describe(const LaunchResult& result, const Call& call) const override;
+  std::string reason(const LaunchResult& result) const override;
+  std::string explain(const Call& call, LaunchResult& result) const override;
+  [[noreturn]] void raise(const LaunchResult& result, const std::string& what) const override;
+  Reads reads() const override;
+
+  const FfiRecord& record() const noexcept { return record_; }
+
+  /// Everything that `launch` hands to the function.
+  struct Block {
+    ffi::Any args[kMaxFfiArgs];
+    ffi::Tensor tensors[kMaxTensors];
+    int64_t shapes[kMaxTensors][kMaxRank];  ///< of tensors whose dimensions are chosen
+    int64_t strides[kMaxTensors][kMaxRank];
+  };
+  /// Tests the guards and fills the block, which points into `call`.
+  LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
+  /// Calls the function with a filled block, with the stream in its environment where the record says so.
+  int invoke(const Block& block, CUstream stream) const noexcept;
+
+ private:
+  struct TensorPlan {
+    uint8_t at;  ///< index in Block::args
+    uint8_t arg;
+    DType dtype;  ///< kNone: the tensor's own
+    uintptr_t mask;
+    std::vector<uint8_t> dims;  ///< empty: all
+  };
+  struct ValuePlan {
+    uint8_t at;
+    uint8_t arg;
+    const Expr* expr;  ///< null: the float argument itself
+    bool is_flag;
+  };
+
+  void add(uint32_t index, bool pdl);
+
+  const FfiRecord record_;
+  const FfiFunction function_;
+  const ffi::Device device_;
+  std::vector<ffi::Any> start_;  ///< what `args` starts from: constants, flags, None
+  std::vector<TensorPlan> tensors_;
+  std::vector<ValuePlan> values_;
+  int stream_ = -1;  ///< index of the stream argument
+};
+
+/// What the null driver's table calls in the place of a bundle's function; `self` is a NullFunction. Records the call:
+/// of a tensor the ffi::Tensor without pointers but `data`, then shape and strides; of anything else the ffi::Any.
+int null_function(void* self, const ffi::Any* args, int32_t count, ffi::Any* result);
+
+}  // namespace hdispatch

@@ -1,0 +1,87 @@
+// launcher.h -- what a row of the launch table points to: something that tests a record's guards and puts it on a
+// stream.
+//
+// There are two kinds: cubins, through the driver (cubin_launcher.h), and host functions with TVM FFI's ABI
+// (ffi_launcher.h). Launchers are made when a table is built, then frozen: any number of threads may launch.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "record.h"
+
+namespace hdispatch {
+
+/// Outcome of a launch: kLaunched; or which fact failed; or what the driver or the function answered.
+enum class LaunchStatus : uint8_t {
+  kLaunched,
+  kMRange,  ///< M outside [m_min, m_max]
+  kClass,   ///< no code for this class of M
+  kGuard,   ///< guard number `detail` is false or has no value
+  kAlign,   ///< the pointer of param number `detail` is not aligned
+  kParam,   ///< the value of param number `detail` does not exist or does not fit its type
+  kMap,     ///< param number `detail` is a TMA descriptor that cannot be
+  kGrid,    ///< a grid dimension is below 1 or above the GPU's limit
+  kDriver,  ///< `detail` is the CUresult
+  kRaised,  ///< the function returned `detail`, and raised an error
+};
+
+struct LaunchResult {
+  LaunchStatus status;
+  int32_t detail;
+};
+
+/// The launch was tried and failed: an error to raise, not a reason to fall back.
+constexpr bool is_failure(LaunchStatus status) noexcept { return status >= LaunchStatus::kDriver; }
+
+/// What of a call a record reads, by argument index: whoever adds a row checks that its calls have it.
+struct Reads {
+  std::vector<uint32_t> tensors;
+  std::vector<std::pair<uint32_t, uint32_t>> dimensions;  ///< tensor, dimension
+  std::vector<uint32_t> integers;
+  std::vector<uint32_t> floats;
+
+  void add(const Expr& expr) {
+    expr.each_tensor([this](uint32_t arg, uint32_t dimension) { dimensions.emplace_back(arg, dimension); });
+    expr.each_integer([this](uint32_t arg) { integers.push_back(arg); });
+  }
+};
+
+class Launcher {
+ public:
+  virtual ~Launcher() = default;
+  Launcher(const Launcher&) = delete;
+  Launcher& operator=(const Launcher&) = delete;
+
+  /// Tests the guards, evaluates what the record says, launches. The context of `stream` is current.
+  virtual LaunchResult launch(const Call& call, CUstream stream) const noexcept = 0;
+
+  /// Why `launch` refused, without values: what `stats` counts by.
+  virtual std::string reason(const LaunchResult& result) const = 0;
+  /// The same with the actual values.
+  virtual std::string describe(const LaunchResult& result, const Call& call) const = 0;
+  /// What would be launched, in lines; `result` is what `launch` would refuse. Launches nothing.
+  virtual std::string explain(const Call& call, LaunchResult& result) const = 0;
+  /// Throws what a failure has left to say, for `what`; on the thread that launched.
+  [[noreturn]] virtual void raise(const LaunchResult& result, const std::string& what) const = 0;
+  virtual Reads reads() const = 0;
+
+  const RecordHead& head() const noexcept { return *head_; }
+
+ protected:
+  Launcher() = default;
+  /// What the derived class's record begins with; throws kBundle if it is valid for no M.
+  void set_head(const RecordHead& head);
+
+  /// The reasons that both kinds of launcher have; empty for any other.
+  std::string common_reason(const LaunchResult& result) const;
+  /// `reason(result)`, where it does not hold.
+  std::string place(const LaunchResult& result, const Call& call) const;
+
+ private:
+  const RecordHead* head_ = nullptr;
+};
+
+}  // namespace hdispatch
