@@ -10,11 +10,14 @@ Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: import this module
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import cutlass
 from cutlass import BFloat16, Boolean, Constexpr, Float8E4M3FN, Float16, Float32, Int32, Int64, Numeric, cute
+from cutlass._mlir import ir
 from cutlass.cute.nvgpu import cpasync, warp
+from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from cutlass.utils import SmemAllocator
 
 #: Bytes that a thread copies at once, and bytes of a row that the four threads which share it copy at once.
@@ -32,25 +35,38 @@ class Gemm:
 
     element  BFloat16 or Float8E4M3FN, of x and w
     k        the size of K that is compiled in, or None
-    piece    elements of K that a thread's warp or block takes at once, of which this form's threads begin `spread` apart
-    depth    pieces that are under way while one is multiplied
+    stride   elements of K that all threads which share outputs take in one turn
+    depth    turns whose copies are under way while one is multiplied
+    trigger  when the next kernel may begin: 0 at once, 1 when the one before this has ended, 2 when all is loaded
+
+    Rows of x and w begin at multiples of 16 bytes, and K is a multiple of 16 bytes.
     """
 
     threads: int
     cluster = 1
 
-    def __init__(self, element: type[Numeric], k: int | None, stride: int, depth: int) -> None:
+    def __init__(self, element: type[Numeric], k: int | None, stride: int, depth: int, trigger: int) -> None:
         self.element, self.k = element, k
         self.size = element.width // 8
         self.vector = VECTOR // self.size
-        #: Elements of K that all threads which share outputs take in one turn.
         self.stride = stride
+        self.trigger = trigger
         self.turns = None if k is None else -(-k // stride)
         self.depth = depth if self.turns is None else min(depth, self.turns)
         #: A piece is copied where none has been read since the last turn.
         self.slots = self.depth + 1 if self.turns is None else min(self.depth + 1, self.turns)
         #: Whether the last turn is past the end of a row for some threads.
         self.ragged = k is None or k % stride != 0
+
+    @property
+    def largest_m(self) -> int:
+        """The most tokens that it takes."""
+        raise NotImplementedError
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block."""
+        raise NotImplementedError
 
     def grid(self, n: Int32) -> list[Any]:
         """Blocks for n outputs."""
@@ -91,30 +107,48 @@ class Gemm:
             use_pdl=pdl,
         )
 
-    def ring(self, shared: SmemAllocator, vectors: int) -> cute.Tensor:
-        """Shared memory for pieces of `vectors` vectors: the calling thread's elements [in a vector, vector, slot]."""
+    def ring(self, shared: SmemAllocator, vectors: int, slots: int) -> cute.Tensor:
+        """Shared memory for `slots` pieces of `vectors` vectors: the calling thread's elements [in a vector, vector, slot]."""
         tid, _, _ = cute.arch.thread_idx()
-        start = shared.allocate_array(self.element, self.vector * self.threads * vectors * self.slots, byte_alignment=VECTOR)
+        start = shared.allocate_array(self.element, self.vector * self.threads * vectors * slots, byte_alignment=VECTOR)
         # Threads side by side have their vectors side by side: no bank is asked twice.
         whole = self.vector * self.threads
-        layout = cute.make_layout((self.vector, vectors, self.slots), stride=(1, whole, whole * vectors))
+        layout = cute.make_layout((self.vector, vectors, slots), stride=(1, whole, whole * vectors))
         return cute.make_tensor((start + tid * self.vector).align(VECTOR), layout)
 
     @cute.jit
-    def fetch(self, row: Any, at: Int32, k: Int32, into: cute.Tensor, check: Constexpr) -> None:
-        """Begins to copy the vector at an offset of a row; zeros where `check` and it is past the row's end."""
+    def fetch(self, row: Any, at: Int32, into: cute.Tensor, within: Any) -> None:
+        """Begins to copy the vector at an offset of a row; zeros where `within` is given and false."""
         atom = cute.make_copy_atom(
             cpasync.CopyG2SOp(cache_mode=cpasync.LoadCacheMode.GLOBAL), self.element, num_bits_per_copy=8 * VECTOR
         )
         source = cute.make_tensor((row + at).align(VECTOR), cute.make_layout((self.vector, 1)))
         target = cute.make_tensor(into.iterator.align(VECTOR), cute.make_layout((self.vector, 1)))
-        if cutlass.const_expr(check):
-            within = cute.make_rmem_tensor((1,), Boolean)
-            within[0] = at < k
-            whole = cute.make_tensor(within.iterator, cute.make_layout((self.vector, 1), stride=(0, 0)))
-            cute.copy(atom, source, target, pred=whole)
-        else:
+        if cutlass.const_expr(within is None):
             cute.copy(atom, source, target)
+        else:
+            flag = cute.make_rmem_tensor((1,), Boolean)
+            flag[0] = within
+            whole = cute.make_tensor(flag.iterator, cute.make_layout((self.vector, 1), stride=(0, 0)))
+            cute.copy(atom, source, target, pred=whole)
+
+    @cute.jit
+    def await_predecessor(self) -> None:
+        """Waits for the kernel before this one to end, and lets the one after this begin, in the order that `trigger` says.
+
+        That one waits for all of this kernel anyway; begun early, it can load weights of its own.
+        """
+        if cutlass.const_expr(self.trigger == 0):
+            cute.arch.griddepcontrol_launch_dependents()
+        cute.arch.griddepcontrol_wait()
+        if cutlass.const_expr(self.trigger == 1):
+            cute.arch.griddepcontrol_launch_dependents()
+
+    @cute.jit
+    def release_successor(self) -> None:
+        """See `await_predecessor`."""
+        if cutlass.const_expr(self.trigger == 2):
+            cute.arch.griddepcontrol_launch_dependents()
 
 
 class Split(Gemm):
@@ -140,9 +174,10 @@ class Split(Gemm):
         cluster: int,
         steps: int,
         depth: int,
+        trigger: int = 1,
     ) -> None:
         self.step = 8 * STEP // element.width
-        super().__init__(element, k, self.step * steps * warps * cluster, depth)
+        super().__init__(element, k, self.step * steps * warps * cluster, depth, trigger)
         self.rows, self.columns, self.warps, self.cluster, self.steps = rows, columns, warps, cluster, steps
         self.threads = 32 * warps
         if ROWS * rows % cluster:
@@ -153,6 +188,15 @@ class Split(Gemm):
         self.pitch = self.own + 4 if self.own >= ROWS else self.own
         self.tokens = COLUMNS * columns
         self.parts = warps * cluster
+
+    @property
+    def largest_m(self) -> int:
+        return self.tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        copied = VECTOR * (2 * self.rows + self.columns) * self.steps * self.threads * self.slots
+        return copied + 4 * self.parts * self.tokens * self.pitch + 8
 
     def grid(self, n: Int32) -> list[Any]:
         return [cute.ceil_div(n, ROWS * self.rows), self.cluster, 1]
@@ -174,7 +218,8 @@ class Split(Gemm):
         m, n, k = x.shape[0], w.shape[0], w.shape[1]
         first_n = tile * (ROWS * self.rows)
         shared = SmemAllocator()
-        elements = self.ring(shared, (2 * self.rows + self.columns) * self.steps)
+        weights = self.ring(shared, 2 * self.rows * self.steps, self.slots)
+        tokens = self.ring(shared, self.columns * self.steps, self.slots)
         parts = shared.allocate_array(Int32, self.parts * self.tokens * self.pitch, byte_alignment=VECTOR)
         arrived = shared.allocate_array(Int64, 1, byte_alignment=8)
         if cutlass.const_expr(self.cluster > 1):
@@ -185,12 +230,10 @@ class Split(Gemm):
         x_rows = [x[(cutlass.min(group + 8 * row, m - 1), None)].iterator for row in range(self.columns)]
         begin = (rank * self.warps + warp_index) * (self.step * self.steps) + quad * self.vector
         for turn in cutlass.range_constexpr(self.depth):
-            self.fetch_rows(w_rows, begin + turn * self.stride, k, elements[(None, None, turn)], 0, turn)
-        cute.arch.griddepcontrol_wait()
-        # Dependents wait for all of this kernel anyway; started now, they can copy weights of their own.
-        cute.arch.griddepcontrol_launch_dependents()
+            self.fetch_rows(w_rows, begin + turn * self.stride, k, weights[(None, None, turn)], turn)
+        self.await_predecessor()
         for turn in cutlass.range_constexpr(self.depth):
-            self.fetch_rows(x_rows, begin + turn * self.stride, k, elements[(None, None, turn)], len(w_rows), turn)
+            self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn)
             cute.arch.cp_async_commit_group()
 
         # Scales are asked for now: after the sum there would be nothing to hide the wait behind.
@@ -209,49 +252,67 @@ class Split(Gemm):
         if cutlass.const_expr(self.turns is not None and self.turns <= UNROLLED):
             for turn in cutlass.range_constexpr(self.turns):
                 cute.arch.cp_async_wait_group(self.depth - 1)
-                self.multiply(acc, elements[(None, None, turn % self.slots)])
+                self.multiply(acc, weights[(None, None, turn % self.slots)], tokens[(None, None, turn % self.slots)])
                 ahead = turn + self.depth
                 if cutlass.const_expr(ahead < self.turns):
-                    slot = elements[(None, None, ahead % self.slots)]
-                    self.fetch_rows(w_rows, begin + ahead * self.stride, k, slot, 0, ahead)
-                    self.fetch_rows(x_rows, begin + ahead * self.stride, k, slot, len(w_rows), ahead)
+                    slot = (None, None, ahead % self.slots)
+                    self.fetch_rows(w_rows, begin + ahead * self.stride, k, weights[slot], ahead)
+                    self.fetch_rows(x_rows, begin + ahead * self.stride, k, tokens[slot], ahead)
                 cute.arch.cp_async_commit_group()
         else:
             for turn in cutlass.range(cute.ceil_div(k, self.stride), unroll=1):
                 cute.arch.cp_async_wait_group(self.depth - 1)
-                self.multiply(acc, elements[(None, None, turn % self.slots)])
+                self.multiply(acc, weights[(None, None, turn % self.slots)], tokens[(None, None, turn % self.slots)])
                 ahead = turn + self.depth
-                slot = elements[(None, None, ahead % self.slots)]
-                self.fetch_rows(w_rows, begin + ahead * self.stride, k, slot, 0, None)
-                self.fetch_rows(x_rows, begin + ahead * self.stride, k, slot, len(w_rows), None)
+                slot = (None, None, ahead % self.slots)
+                self.fetch_rows(w_rows, begin + ahead * self.stride, k, weights[slot], None)
+                self.fetch_rows(x_rows, begin + ahead * self.stride, k, tokens[slot], None)
                 cute.arch.cp_async_commit_group()
 
         acc[0].store(acc[0].load() + acc[1].load())
-        self.share(acc[0], parts, arrived, group, quad, rank * self.warps + warp_index, m)
-        sums = cute.make_tensor(
-            cute.recast_ptr(parts, dtype=Float32),
-            cute.make_layout((self.tokens, self.own, self.parts), stride=(self.pitch, 1, self.tokens * self.pitch)),
-        )
-        for i in cutlass.range_constexpr(cute.size(scales)):
+        self.release_successor()
+        if cutlass.const_expr(self.cluster > 1):
+            cute.arch.cluster_wait()
+        self.share(acc[0], parts, arrived, group, quad, rank * self.warps + warp_index, m, 0)
+        ones = cute.make_rmem_tensor(scales.layout, Float32)
+        ones.fill(1.0)
+        self.store(out, parts, scales, ones, tid, first_n + rank * self.own, m, n)
+
+    @cute.jit
+    def store(
+        self,
+        out: cute.Tensor,
+        parts: Any,
+        x_scales: cute.Tensor,
+        w_scales: cute.Tensor,
+        tid: Int32,
+        first: Int32,
+        m: Int32,
+        n: Int32,
+    ) -> None:
+        """Sums up this block's own outputs, from the first on, and stores them."""
+        layout = cute.make_layout((self.tokens, self.own, self.parts), stride=(self.pitch, 1, self.tokens * self.pitch))
+        sums = cute.make_tensor(cute.recast_ptr(parts, dtype=Float32), layout)
+        for i in cutlass.range_constexpr(cute.size(x_scales)):
             token, column = (tid + i * self.threads) // self.own, (tid + i * self.threads) % self.own
-            row = first_n + rank * self.own + column
-            if token < m and row < n and token < self.tokens:
+            if token < m and first + column < n and token < self.tokens:
                 total = sums[token, column, 0]
                 for part in cutlass.range_constexpr(1, self.parts):
                     total = total + sums[token, column, part]
-                out[token, row] = (total * scales[i]).to(out.element_type)
+                out[token, first + column] = (total * x_scales[i] * w_scales[i]).to(out.element_type)
 
     @cute.jit
-    def fetch_rows(self, rows: list, begin: Int32, k: Int32, slot: cute.Tensor, first: Constexpr, turn: Constexpr) -> None:
-        """Begins to copy a piece of these rows to a slot's vectors from the first * steps-th on."""
+    def fetch_rows(self, rows: list, begin: Int32, k: Int32, slot: cute.Tensor, turn: Constexpr) -> None:
+        """Begins to copy a piece of these rows: [in a vector, step of a row]."""
         check = self.may_pass(turn)
         for row in cutlass.range_constexpr(len(rows)):
             for step in cutlass.range_constexpr(self.steps):
-                vector = slot[(None, (first + row) * self.steps + step)]
-                self.fetch(rows[row], begin + step * self.step, k, vector, check)
+                vector = slot[(None, row * self.steps + step)]
+                at = begin + step * self.step
+                self.fetch(rows[row], at, vector, at < k if check else None)
 
     @cute.jit
-    def multiply(self, acc: list, slot: cute.Tensor) -> None:
+    def multiply(self, acc: list, some_weights: cute.Tensor, some_tokens: cute.Tensor) -> None:
         """Adds the products of a piece. Hopper has no tensor core for fp8 in registers: fp8 becomes float16, exactly."""
         kind = BFloat16 if self.element is BFloat16 else Float16
         atom = cute.make_mma_atom(warp.MmaF16BF16Op(kind, Float32, (16, 8, 16)))
@@ -261,11 +322,11 @@ class Split(Gemm):
             weights = cute.make_rmem_tensor((4, self.rows, products), Int32)
             tokens = cute.make_rmem_tensor((2, self.columns, products), Int32)
             for row in cutlass.range_constexpr(2 * self.rows):
-                words = self.halves(slot[(None, row * self.steps + step)], kind)
+                words = self.halves(some_weights[(None, row * self.steps + step)], kind)
                 for word in cutlass.range_constexpr(2 * products):
                     weights[word % 2 * 2 + row % 2, row // 2, word // 2] = words[word]
             for column in cutlass.range_constexpr(self.columns):
-                words = self.halves(slot[(None, (2 * self.rows + column) * self.steps + step)], kind)
+                words = self.halves(some_tokens[(None, column * self.steps + step)], kind)
                 for word in cutlass.range_constexpr(2 * products):
                     tokens[word % 2, column, word // 2] = words[word]
             a, b = cute.recast_tensor(weights, kind), cute.recast_tensor(tokens, kind)
@@ -289,10 +350,10 @@ class Split(Gemm):
         cute.arch.cluster_arrive_relaxed()
 
     @cute.jit
-    def share(self, acc: cute.Tensor, parts: Any, arrived: Any, group: Int32, quad: Int32, part: Int32, m: Int32) -> None:
+    def share(
+        self, acc: cute.Tensor, parts: Any, arrived: Any, group: Int32, quad: Int32, part: Int32, m: Int32, phase: Int32
+    ) -> None:
         """Gives each sum of a piece to the block that owns the output, and waits for what is given to this one."""
-        if cutlass.const_expr(self.cluster > 1):
-            cute.arch.cluster_wait()
         words = cute.recast_tensor(acc, Int32)
         for column in cutlass.range_constexpr(self.columns):
             for pair in cutlass.range_constexpr(2):
@@ -307,23 +368,182 @@ class Split(Gemm):
                         else:
                             cute.arch.store(place, value, ss="cta")
         if cutlass.const_expr(self.cluster > 1):
-            cute.arch.mbarrier_wait(arrived, 0)
+            cute.arch.mbarrier_wait(arrived, phase)
         else:
             cute.arch.sync_threads()
 
 
+class Stream(Split):
+    """`Split` with blocks that stay: each takes every so manieth tile, and its copies never pause between two of them.
+
+    The tokens stay in shared memory. K is compiled in.
+
+    blocks  blocks that there are at once
+    """
+
+    def __init__(self, element: type[Numeric], k: int | None, blocks: int, **options: int) -> None:
+        if k is None:
+            raise ValueError("the stream form takes a K that is compiled in")
+        depth = options.pop("depth")
+        super().__init__(element, k, depth=1, **options)
+        self.depth, self.slots, self.blocks = depth, depth + 1, blocks
+        #: Outputs that a thread sums up, and tiles whose scales are there or on their way.
+        self.mine = -(-self.tokens * self.own // self.threads)
+        self.tiles_ahead = -(-depth // self.turns) + 1
+
+    @property
+    def shared_bytes(self) -> int:
+        tokens = VECTOR * self.columns * self.steps * self.turns * self.threads
+        weights = VECTOR * 2 * self.rows * self.steps * self.threads * self.slots
+        scales = 4 * self.threads * self.mine * self.tiles_ahead
+        return tokens + weights + scales + 2 * 4 * self.parts * self.tokens * self.pitch + 16
+
+    def grid(self, n: Int32) -> list[Any]:
+        return [cutlass.min(cute.ceil_div(n, ROWS * self.rows), self.blocks // self.cluster), self.cluster, 1]
+
+    @cute.kernel
+    def kernel(
+        self,
+        out: cute.Tensor,
+        x: cute.Tensor,
+        w: cute.Tensor,
+        x_scale: cute.Tensor | None,
+        w_scale: cute.Tensor | None,
+    ) -> None:
+        """The kernel: see the class."""
+        tid, _, _ = cute.arch.thread_idx()
+        first, rank, _ = cute.arch.block_idx()
+        every, _, _ = cute.arch.grid_dim()
+        warp_index = cute.arch.warp_idx()
+        group, quad = cute.arch.lane_idx() // 4, cute.arch.lane_idx() % 4
+        m, n, k = x.shape[0], w.shape[0], w.shape[1]
+        shared = SmemAllocator()
+        tokens = self.ring(shared, self.columns * self.steps, self.turns)
+        weights = self.ring(shared, 2 * self.rows * self.steps, self.slots)
+        parts = shared.allocate_array(Int32, 2 * self.parts * self.tokens * self.pitch, byte_alignment=VECTOR)
+        arrived = shared.allocate_array(Int64, 2, byte_alignment=8)
+        if cutlass.const_expr(self.cluster > 1):
+            if tid == 0:
+                cute.arch.mbarrier_init(arrived, 1)
+                cute.arch.mbarrier_init(arrived + 1, 1)
+                cute.arch.mbarrier_init_fence()
+            cute.arch.cluster_arrive_relaxed()
+
+        begin = (rank * self.warps + warp_index) * (self.step * self.steps) + quad * self.vector
+        tiles = cute.ceil_div(n, ROWS * self.rows)
+        w_scales = shared.allocate_array(Float32, self.threads * self.mine * self.tiles_ahead, byte_alignment=4)
+        w_scales = cute.make_tensor(
+            w_scales + tid,
+            cute.make_layout((self.mine, self.tiles_ahead), stride=(self.threads, self.threads * self.mine)),
+        )
+        for ahead in cutlass.range_constexpr(self.depth):
+            tile = first + ahead // self.turns * every
+            if cutlass.const_expr(w_scale is not None and ahead % self.turns == 0):
+                self.fetch_scales(w_scale, tile, rank, tid, w_scales[(None, ahead // self.turns)])
+            self.fetch_tile(w, tile, begin, group, weights[(None, None, ahead)], ahead % self.turns)
+            cute.arch.cp_async_commit_group()
+        self.await_predecessor()
+        x_rows = [x[(cutlass.min(group + 8 * row, m - 1), None)].iterator for row in range(self.columns)]
+        for turn in cutlass.range_constexpr(self.turns):
+            self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn)
+        cute.arch.cp_async_commit_group()
+        x_scales = cute.make_rmem_tensor((self.mine,), Float32)
+        ones = cute.make_rmem_tensor((self.mine,), Float32)
+        x_scales.fill(1.0)
+        ones.fill(1.0)
+        if cutlass.const_expr(x_scale is not None):
+            for i in cutlass.range_constexpr(self.mine):
+                x_scales[i] = x_scale[cutlass.min((tid + i * self.threads) // self.own, m - 1)]
+        # The tokens, and with them the first weights.
+        cute.arch.cp_async_wait_group(0)
+        if cutlass.const_expr(self.cluster > 1):
+            cute.arch.cluster_wait()
+
+        acc = [cute.make_rmem_tensor((4, self.rows, self.columns), Float32) for _ in range(2)]
+        bytes_per_tile = cutlass.min(m, self.tokens) * (4 * self.own * self.parts)
+        for round in cutlass.range(cute.ceil_div(tiles - first, every), unroll=1):
+            tile = first + round * every
+            acc[0].fill(0.0)
+            acc[1].fill(0.0)
+            for turn in cutlass.range_constexpr(self.turns):
+                count = round * self.turns + turn
+                cute.arch.cp_async_wait_group(self.depth - 1)
+                self.multiply(acc, weights[(None, None, count % self.slots)], tokens[(None, None, turn)])
+                ahead = turn + self.depth
+                if cutlass.const_expr(w_scale is not None and ahead % self.turns == 0):
+                    scales = w_scales[(None, (round + ahead // self.turns) % self.tiles_ahead)]
+                    self.fetch_scales(w_scale, tile + ahead // self.turns * every, rank, tid, scales)
+                slot = weights[(None, None, (count + self.depth) % self.slots)]
+                self.fetch_tile(w, tile + ahead // self.turns * every, begin, group, slot, ahead % self.turns)
+                cute.arch.cp_async_commit_group()
+            acc[0].store(acc[0].load() + acc[1].load())
+            # Two buffers in turn: who writes the next sums cannot be two tiles ahead of who still reads.
+            side = parts + round % 2 * (self.parts * self.tokens * self.pitch)
+            bell = arrived + round % 2
+            if cutlass.const_expr(self.cluster > 1):
+                if tid == 0:
+                    cute.arch.mbarrier_arrive_and_expect_tx(bell, bytes_per_tile)
+            self.share(acc[0], side, bell, group, quad, rank * self.warps + warp_index, m, round // 2 % 2)
+            scales = ones
+            if cutlass.const_expr(w_scale is not None):
+                scales = w_scales[(None, round % self.tiles_ahead)]
+            self.store(out, side, x_scales, scales, tid, tile * (ROWS * self.rows) + rank * self.own, m, n)
+        self.release_successor()
+
+    @cute.jit
+    def fetch_scales(self, w_scale: cute.Tensor, tile: Int32, rank: Int32, tid: Int32, into: cute.Tensor) -> None:
+        """Begins to copy a tile's scales: those of the outputs that this thread will sum up."""
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
+        for i in cutlass.range_constexpr(self.mine):
+            column = tile * (ROWS * self.rows) + rank * self.own + (tid + i * self.threads) % self.own
+            source = w_scale.iterator + cutlass.min(column, w_scale.shape[0] - 1) * w_scale.stride[0]
+            one = cute.make_layout((1, 1))
+            cute.copy(atom, cute.make_tensor(source, one), cute.make_tensor(into.iterator + i * self.threads, one))
+
+    @cute.jit
+    def fetch_tile(self, w: cute.Tensor, tile: Int32, begin: Int32, group: Int32, slot: cute.Tensor, turn: Constexpr) -> None:
+        """Begins to copy a piece of a tile's weights. Nothing where there is no such tile."""
+        n, k = w.shape[0], w.shape[1]
+        for row in cutlass.range_constexpr(2 * self.rows):
+            index = tile * (ROWS * self.rows) + group + 8 * row
+            start = w[(cutlass.min(index, n - 1), None)].iterator
+            for step in cutlass.range_constexpr(self.steps):
+                at = begin + turn * self.stride + step * self.step
+                within = index < n
+                if cutlass.const_expr(self.may_pass(turn)):
+                    within = within and at < k
+                self.fetch(start, at, slot[(None, row * self.steps + step)], within)
+
+
 class Dot(Gemm):
     """The form without the tensor core: a block has a few outputs and all of K, a thread a vector of every `threads`.
+
+    Everything goes into registers at once: K is compiled in, and a few vectors per thread.
 
     outputs   rows of weights per block
     tokens    the largest M; it is cheap up to 4
     warps     warps of a block
     """
 
-    def __init__(self, element: type[Numeric], k: int | None, outputs: int, tokens: int, warps: int, depth: int) -> None:
+    def __init__(
+        self, element: type[Numeric], k: int | None, outputs: int, tokens: int, warps: int, trigger: int = 2, staged: int = 0
+    ) -> None:
+        if k is None:
+            raise ValueError("the dot form takes a K that is compiled in")
         self.threads = 32 * warps
-        super().__init__(element, k, 8 * VECTOR // element.width * self.threads, depth)
-        self.outputs, self.tokens, self.warps = outputs, tokens, warps
+        super().__init__(element, k, 8 * VECTOR // element.width * self.threads, 1, trigger)
+        self.outputs, self.tokens, self.warps, self.staged = outputs, tokens, warps, staged
+        if outputs * tokens > self.threads:
+            raise ValueError(f"{outputs} outputs of {tokens} tokens are more than {self.threads} threads")
+
+    @property
+    def largest_m(self) -> int:
+        return self.tokens
+
+    @property
+    def shared_bytes(self) -> int:
+        copied = VECTOR * self.threads * self.tokens * self.turns if self.staged else 0
+        return copied + 4 * self.outputs * self.tokens * self.warps
 
     def grid(self, n: Int32) -> list[Any]:
         return [cute.ceil_div(n, self.outputs), 1, 1]
@@ -341,48 +561,49 @@ class Dot(Gemm):
         tid, _, _ = cute.arch.thread_idx()
         tile, _, _ = cute.arch.block_idx()
         warp_index = cute.arch.warp_idx()
-        m, n, k = x.shape[0], w.shape[0], w.shape[1]
+        m, n = x.shape[0], w.shape[0]
         first_n = tile * self.outputs
-        shared = SmemAllocator()
-        elements = self.ring(shared, self.outputs + self.tokens)
-        w_rows = [w[(cutlass.min(first_n + row, n - 1), None)].iterator for row in range(self.outputs)]
-        x_rows = [x[(cutlass.min(row, m - 1), None)].iterator for row in range(self.tokens)]
-        begin = tid * self.vector
-        for turn in cutlass.range_constexpr(self.depth):
-            self.fetch_rows(w_rows, begin + turn * self.stride, k, elements[(None, None, turn)], 0, turn)
-        cute.arch.griddepcontrol_wait()
-        cute.arch.griddepcontrol_launch_dependents()
-        for turn in cutlass.range_constexpr(self.depth):
-            self.fetch_rows(x_rows, begin + turn * self.stride, k, elements[(None, None, turn)], self.outputs, turn)
-            cute.arch.cp_async_commit_group()
+        weights = cute.make_rmem_tensor((4, self.turns, self.outputs), Int32)
+        tokens = cute.make_rmem_tensor((4, self.turns, self.tokens), Int32)
+        # Rows past the last are read as the last; what comes of them is not stored.
+        for row in cutlass.range_constexpr(self.outputs):
+            self.load(w, cutlass.min(first_n + row, n - 1), tid, weights[(None, None, row)], True)
         # Thread i sums up output i % outputs of token i // outputs.
-        scale = Float32(1.0)
         token, column = tid // self.outputs, tid % self.outputs
+        scale = Float32(1.0)
+        if cutlass.const_expr(w_scale is not None):
+            scale = w_scale[cutlass.min(first_n + column, n - 1)]
+        shared = SmemAllocator()
+        if cutlass.const_expr(self.staged):
+            copies = self.ring(shared, self.turns, self.tokens)
+        self.await_predecessor()
+        if cutlass.const_expr(self.staged):
+            for row in cutlass.range_constexpr(self.tokens):
+                start = x[(cutlass.min(row, m - 1), None)].iterator
+                for turn in cutlass.range_constexpr(self.turns):
+                    at = tid * self.vector + turn * self.stride
+                    self.fetch(start, at, copies[(None, turn, row)], at < self.k if self.may_pass(turn) else None)
+            cute.arch.cp_async_commit_group()
+            cute.arch.cp_async_wait_group(0)
+        for row in cutlass.range_constexpr(0 if self.staged else self.tokens):
+            self.load(x, cutlass.min(row, m - 1), tid, tokens[(None, None, row)], False)
         if cutlass.const_expr(x_scale is not None):
-            scale = x_scale[cutlass.min(token, m - 1)] * w_scale[cutlass.min(first_n + column, n - 1)]
+            scale = scale * x_scale[cutlass.min(token, m - 1)]
 
         acc = cute.make_rmem_tensor((self.outputs, self.tokens), Float32)
         acc.fill(0.0)
-        if cutlass.const_expr(self.turns is not None and self.turns <= UNROLLED):
-            for turn in cutlass.range_constexpr(self.turns):
-                cute.arch.cp_async_wait_group(self.depth - 1)
-                self.multiply(acc, elements[(None, None, turn % self.slots)])
-                ahead = turn + self.depth
-                if cutlass.const_expr(ahead < self.turns):
-                    slot = elements[(None, None, ahead % self.slots)]
-                    self.fetch_rows(w_rows, begin + ahead * self.stride, k, slot, 0, ahead)
-                    self.fetch_rows(x_rows, begin + ahead * self.stride, k, slot, self.outputs, ahead)
-                cute.arch.cp_async_commit_group()
-        else:
-            for turn in cutlass.range(cute.ceil_div(k, self.stride), unroll=1):
-                cute.arch.cp_async_wait_group(self.depth - 1)
-                self.multiply(acc, elements[(None, None, turn % self.slots)])
-                ahead = turn + self.depth
-                slot = elements[(None, None, ahead % self.slots)]
-                self.fetch_rows(w_rows, begin + ahead * self.stride, k, slot, 0, None)
-                self.fetch_rows(x_rows, begin + ahead * self.stride, k, slot, self.outputs, None)
-                cute.arch.cp_async_commit_group()
+        for turn in cutlass.range_constexpr(self.turns):
+            xs = [
+                copies[(None, turn, row)].load().to(Float32) if self.staged else self.values(tokens[(None, turn, row)])
+                for row in range(self.tokens)
+            ]
+            for output in cutlass.range_constexpr(self.outputs):
+                ws = self.values(weights[(None, turn, output)])
+                for row in cutlass.range_constexpr(self.tokens):
+                    for i in cutlass.range_constexpr(self.vector):
+                        acc[output, row] = acc[output, row] + ws[i] * xs[row][i]
 
+        self.release_successor()
         start = shared.allocate_array(Float32, self.outputs * self.tokens * self.warps, byte_alignment=4)
         sums = cute.make_tensor(start, cute.make_layout((self.outputs, self.tokens, self.warps)))
         for output in cutlass.range_constexpr(self.outputs):
@@ -398,18 +619,69 @@ class Dot(Gemm):
             out[token, first_n + column] = (total * scale).to(out.element_type)
 
     @cute.jit
-    def fetch_rows(self, rows: list, begin: Int32, k: Int32, slot: cute.Tensor, first: Constexpr, turn: Constexpr) -> None:
-        """Begins to copy a vector of each of these rows to a slot's vectors from the first on."""
-        check = self.may_pass(turn)
-        for row in cutlass.range_constexpr(len(rows)):
-            self.fetch(rows[row], begin, k, slot[(None, first + row)], check)
+    def load(self, matrix: cute.Tensor, row: Int32, tid: Int32, into: cute.Tensor, once: Constexpr) -> None:
+        """Loads a thread's vectors of a row: [words, turn]. Zeros past the row's end. `once`: keeps them out of L1."""
+        kind = ir.VectorType.get([4], Int32.mlir_type)
+        start = matrix[(row, None)].iterator
+        for turn in cutlass.range_constexpr(self.turns):
+            at = tid * self.vector + turn * self.stride
+            if cutlass.const_expr(self.may_pass(turn)):
+                within = at < self.k
+                at = cutlass.min(at, self.k - self.vector)
+            if cutlass.const_expr(once):
+                loaded = cute.arch.load(start + at, kind, level1_eviction_priority="evict_no_allocate")
+            else:
+                loaded = cute.arch.load(start + at, kind)
+            vector = cute.TensorSSA(loaded, (4,), Int32)
+            for word in cutlass.range_constexpr(4):
+                value = vector[word]
+                if cutlass.const_expr(self.may_pass(turn)):
+                    value = value if within else Int32(0)
+                into[word, turn] = value
 
-    @cute.jit
-    def multiply(self, acc: cute.Tensor, slot: cute.Tensor) -> None:
-        """Adds the products of a piece."""
-        tokens = [slot[(None, self.outputs + row)].load().to(Float32) for row in range(self.tokens)]
-        for output in cutlass.range_constexpr(self.outputs):
-            weights = slot[(None, output)].load().to(Float32)
-            for row in cutlass.range_constexpr(self.tokens):
-                for i in cutlass.range_constexpr(self.vector):
-                    acc[output, row] = acc[output, row] + weights[i] * tokens[row][i]
+    def values(self, words: cute.Tensor) -> cute.TensorSSA:
+        """A vector's elements as float32."""
+        return cute.recast_tensor(words, self.element).load().to(Float32)
+
+
+def make(element: type[Numeric], k: int | None, config: Mapping[str, Any]) -> Split | Dot:
+    """The kernel that a config describes: its "kernel", "split", "stream" or "dot", and that form's arguments."""
+    form = {"split": Split, "stream": Stream, "dot": Dot}[config["kernel"]]
+    return form(element, k, **{name: value for name, value in config.items() if name != "kernel"})
+
+
+def arguments(gemm: Gemm, out: type[Numeric]) -> dict[str, Any]:
+    """What a host function is compiled for, by argument: any M and N, and K if it is not compiled in."""
+    m, n = cute.sym_int(), cute.sym_int()
+    k = gemm.k or cute.sym_int(divisibility=gemm.vector)
+
+    def matrix(kind: type[Numeric], shape: tuple[Any, Any], divisor: int, align: int) -> Any:
+        return make_fake_tensor(kind, shape, (cute.sym_int64(divisibility=divisor), 1), assumed_align=align)
+
+    given = {
+        "out": matrix(out, (m, n), 1, out.width // 8),
+        "x": matrix(gemm.element, (m, k), gemm.vector, VECTOR),
+        "w": matrix(gemm.element, (n, k), gemm.vector, VECTOR),
+    }
+    if gemm.element is Float8E4M3FN:
+        for name, size in (("x_scale", m), ("w_scale", n)):
+            given[name] = make_fake_tensor(Float32, (size,), (cute.sym_int64(),), assumed_align=4)
+    return given | {"pdl": Int32(0), "stream": make_fake_stream()}
+
+
+def split(warps: int, cluster: int, steps: int, depth: int, rows: int = 1, columns: int = 1) -> dict[str, Any]:
+    """A config of `Split`."""
+    return {
+        "kernel": "split",
+        "rows": rows,
+        "columns": columns,
+        "warps": warps,
+        "cluster": cluster,
+        "steps": steps,
+        "depth": depth,
+    }
+
+
+def dot(warps: int, depth: int, outputs: int = 1, tokens: int = 1) -> dict[str, Any]:
+    """A config of `Dot`."""
+    return {"kernel": "dot", "outputs": outputs, "tokens": tokens, "warps": warps, "depth": depth}

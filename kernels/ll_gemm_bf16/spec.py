@@ -1,0 +1,57 @@
+"""ll_gemm_bf16: few tokens times a matrix of weights in bfloat16, as a model's router and its small projections are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.testing.numeric import poison
+
+NAME = "ll_gemm_bf16"
+
+#: (K, N) of the routers of DeepSeek-V3, Qwen3-30B-A3B at twice the width, gpt-oss and Llama 4 sized models.
+SHAPES = ((7168, 256), (4096, 128), (2048, 64), (5120, 160))
+
+
+def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    """The op in torch.
+
+    out  bfloat16 or float32 [M, N], written: x @ w.T, summed in float32 and rounded once
+    x    bfloat16 [M, K], rows contiguous
+    w    bfloat16 [N, K], rows contiguous
+
+    What no row serves (more than 32 rows, odd sizes, addresses or strides) torch.mm computes, where its result has the
+    type of `out`; on CPUs and for float32 it is the product of the float32 matrices.
+    """
+    if out.dtype == x.dtype and x.is_cuda:
+        torch.mm(x, w.t(), out=out)
+    else:
+        out.copy_(x.float() @ w.float().t())
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, k, n = sizes["M"], sizes["K"], sizes["N"]
+
+    def normal(rows: int) -> torch.Tensor:
+        return torch.randn(rows, k, generator=generator, device=generator.device).to(device=device, dtype=torch.bfloat16)
+
+    out = torch.empty(m, n, dtype=variant.dtypes["out"], device=device)
+    return [poison(out), normal(m), normal(n).mul_(k**-0.5)]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("out", ("M", "N"), (torch.bfloat16, torch.float32), mutated=True, layout="rows"),
+        TensorArg("x", ("M", "K"), (torch.bfloat16,), layout="rows"),
+        TensorArg("w", ("N", "K"), (torch.bfloat16,), layout="rows"),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
+    config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
+    ladder=(1, 2, 4, 8, 16, 32),
+    doc=reference.__doc__ or "",
+)

@@ -1,0 +1,62 @@
+"""ll_gemm_fp8: few tokens times a matrix of weights in fp8, with a scale per token and per output, or one for all."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.testing.numeric import poison
+
+from ..numerics import FP8, FP8_MAX
+
+NAME = "ll_gemm_fp8"
+
+#: (K, N) of qkv, out, gate_up and down of Qwen3 8B.
+SHAPES = ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096))
+
+
+def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> None:
+    """The op in torch.
+
+    out      bfloat16 [M, N], written: x_scale * (w_scale * (x @ w.T)), summed in float32 and rounded once
+    x        float8_e4m3fn [M, K], rows contiguous
+    w        float8_e4m3fn [N, K], rows contiguous
+    x_scale  float32, M elements of any shape, or one for all rows
+    w_scale  float32, N elements of any shape, or one for all outputs
+    """
+    sums = x.float() @ w.float().t()
+    sums.mul_(w_scale.reshape(1, w_scale.numel())).mul_(x_scale.reshape(x_scale.numel(), 1))
+    out.copy_(sums)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments; `OpSpec` says the rest."""
+    m, k, n = sizes["M"], sizes["K"], sizes["N"]
+
+    def normal(rows: int) -> torch.Tensor:
+        x = torch.randn(rows, k, generator=generator, device=generator.device).mul_(100.0)
+        return x.clamp_(-FP8_MAX, FP8_MAX).to(device=device, dtype=FP8)
+
+    def scales(count: int) -> torch.Tensor:
+        return (torch.rand(count, generator=generator, device=generator.device) * 1.5e-3 + 2.5e-4).to(device)
+
+    return [poison(torch.empty(m, n, dtype=variant.dtypes["out"], device=device)), normal(m), normal(n), scales(m), scales(n)]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("out", ("M", "N"), (torch.bfloat16,), mutated=True, layout="rows"),
+        TensorArg("x", ("M", "K"), (FP8,), layout="rows"),
+        TensorArg("w", ("N", "K"), (FP8,), layout="rows"),
+        TensorArg("x_scale", ("M",), (torch.float32,), flat=True, broadcast=True),
+        TensorArg("w_scale", ("N",), (torch.float32,), flat=True, broadcast=True),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
+    config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
+    ladder=(1, 2, 4, 8, 16, 32),
+    doc=reference.__doc__ or "",
+)
