@@ -17,17 +17,28 @@ double time_ns(uint32_t count, Body body) {
   return std::chrono::duration<double, std::nano>(end - start).count() / count;
 }
 
-}  // namespace
-
-double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl) {
+/// Dispatches the call once and returns its row. Throws if none serves it.
+Dispatch served(const Op& op, Call& call) {
   Dispatch found;
   const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found);
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome != Outcome::kLaunched) fail(Fault::kMiss, Runtime::describe(op, call, outcome, found));
-  const auto* launcher = dynamic_cast<const CubinLauncher*>(found.row->launcher);
-  if (!launcher) fail(Fault::kCaller, op.name(), ": row ", found.row->index, " is no cubin; the bare launch is of one");
+  return found;
+}
+
+template <typename Wanted>
+const Wanted& launcher_of(const Op& op, const Dispatch& found, const char* wanted) {
+  const auto* launcher = dynamic_cast<const Wanted*>(found.row->launcher);
+  if (!launcher) fail(Fault::kCaller, op.name(), ": row ", found.row->index, " does not launch ", wanted);
+  return *launcher;
+}
+
+}  // namespace
+
+double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl) {
+  const Dispatch found = served(op, call);
   CubinLauncher::Block block;
-  launcher->fill(call, current_stream(found.table->slot), block);
+  launcher_of<CubinLauncher>(op, found, "a cubin").fill(call, current_stream(found.table->slot), block);
   if (!pdl) block.config.attribute_count = 0;
   const Driver& driver = *found.table->driver;
   CUresult result = kCudaSuccess;
@@ -35,6 +46,40 @@ double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl) {
       time_ns(count, [&](uint32_t) { result |= driver.launch(&block.config, block.function, block.params, nullptr); });
   HD_DRIVER(driver, result, "cuLaunchKernelEx", op.name());
   return ns;
+}
+
+double bench_dispatch_ns(const Op& op, Call& call, uint32_t count) {
+  served(op, call);
+  const Runtime& runtime = Runtime::get();
+  bool ok = true;
+  const double ns = time_ns(count, [&](uint32_t) {
+    Dispatch found;
+    ok &= runtime.dispatch(op, call, current_stream, found) == Outcome::kLaunched;
+  });
+  HD_CHECK(ok, op.name());
+  return ns;
+}
+
+double bench_function_ns(const Op& op, Call& call, uint32_t count) {
+  const Dispatch found = served(op, call);
+  const auto& launcher = launcher_of<FfiLauncher>(op, found, "a function");
+  FfiLauncher::Block block;
+  launcher.fill(call, current_stream(found.table->slot), block);
+  const FfiFunction& function = launcher.function();
+  const auto args = static_cast<int32_t>(launcher.record().args.size());
+  int failed = 0;
+  const double ns = time_ns(count, [&](uint32_t) {
+    ffi::Any result{};
+    failed |= function.call(function.self, block.args, args, &result);
+  });
+  HD_CHECK(!failed, op.name());
+  return ns;
+}
+
+uintptr_t bench_function() {
+  static ffi::Function function = {
+      {1, ffi::kTypeFunction, 0, nullptr}, [](void*, const ffi::Any*, int32_t, ffi::Any*) { return 0; }, nullptr};
+  return reinterpret_cast<uintptr_t>(&function);
 }
 
 double bench_probe_ns(uint32_t rows, uint32_t count) {

@@ -28,6 +28,7 @@ class FfiLauncher final : public Launcher {
   Reads reads() const override;
 
   const FfiRecord& record() const noexcept { return record_; }
+  const FfiFunction& function() const noexcept { return function_; }
 
   /// Everything that `launch` hands to the function.
   struct Block {

@@ -244,20 +244,61 @@ Cubin to_cubin(const py::dict& given) {
   return cubin;
 }
 
-Record to_record(const py::dict& given, const Op& op) {
-  Record record;
+void read_head(const py::dict& given, const Op& op, RecordHead& record) {
   record.kernel = get<std::string>(given, "kernel");
   record.m_min = get<int64_t>(given, "m_min");
   record.m_max = get<int64_t>(given, "m_max");
+  for (const auto& item : get<py::list>(given, "guards")) {
+    const auto guard = item.cast<py::dict>();
+    record.guards.push_back({to_expr(get<py::list>(guard, "expr"), op), get<std::string>(guard, "text")});
+  }
+}
+
+FfiArg to_ffi_arg(const py::dict& given, const Op& op) {
+  FfiArg arg;
+  const auto kind = get<std::string>(given, "kind");
+  const auto* named = std::ranges::find(kFfiArgKindNames, kind);
+  HD_CHECK_BUNDLE(named != kFfiArgKindNames.end(), "argument kind \"", kind, "\" is not known");
+  arg.kind = static_cast<FfiArgKind>(named - kFfiArgKindNames.begin());
+  if (arg.kind == FfiArgKind::kTensor) {
+    arg.name = get<std::string>(given, "arg");
+    arg.arg = op.find_tensor(arg.name);
+    HD_CHECK_BUNDLE(arg.arg >= 0, op.name(), " has no tensor argument \"", arg.name, "\"");
+    if (given.contains("align")) arg.align = get<uint32_t>(given, "align");
+    if (given.contains("dims")) arg.dims = get<std::vector<uint8_t>>(given, "dims");
+    if (given.contains("dtype")) arg.dtype = to_dtype(get<std::string>(given, "dtype"));
+  } else if (arg.kind == FfiArgKind::kFloat && given.contains("const")) {
+    arg.constant = get<double>(given, "const");
+  } else if (arg.kind == FfiArgKind::kFloat) {
+    arg.name = get<std::string>(given, "arg");
+    arg.arg = op.find_float(arg.name);
+    HD_CHECK_BUNDLE(arg.arg >= 0, op.name(), " has no float argument \"", arg.name, "\"");
+  } else if (arg.kind == FfiArgKind::kInt || arg.kind == FfiArgKind::kBool) {
+    arg.value = to_expr(get<py::list>(given, "value"), op);
+  }
+  return arg;
+}
+
+/// `file` and `function` are those of a bundle's library; a function of this process has a name only.
+FfiRecord to_ffi_record(const py::dict& given, const Op& op) {
+  FfiRecord record;
+  read_head(given, op, record);
+  if (given.contains("file")) record.file = get<std::string>(given, "file");
+  record.function = get<std::string>(given, "function");
+  for (const auto& arg : get<py::list>(given, "args")) record.args.push_back(to_ffi_arg(arg.cast<py::dict>(), op));
+  record.pdl = get<bool>(given, "pdl");
+  record.env_stream = get<bool>(given, "env_stream");
+  return record;
+}
+
+Record to_record(const py::dict& given, const Op& op) {
+  Record record;
+  read_head(given, op, record);
   const auto grid = get<py::list>(given, "grid");
   HD_CHECK_BUNDLE(grid.size() == 3, record.kernel, ": grid has ", grid.size(), " dimensions; it takes 3");
   for (size_t i = 0; i < 3; ++i) record.grid[i] = to_expr(grid[i], op);
   for (const auto& param : get<py::list>(given, "params"))
     record.params.push_back(to_param(param.cast<py::dict>(), op));
-  for (const auto& item : get<py::list>(given, "guards")) {
-    const auto guard = item.cast<py::dict>();
-    record.guards.push_back({to_expr(get<py::list>(guard, "expr"), op), get<std::string>(guard, "text")});
-  }
   for (const auto& [key, cubin] : get<py::dict>(given, "cubins")) {
     const auto name = key.cast<std::string>();
     size_t index = 0;
@@ -266,6 +307,19 @@ Record to_record(const py::dict& given, const Op& op) {
     record.cubins[index] = to_cubin(cubin.cast<py::dict>());
   }
   return record;
+}
+
+/// Adds a record of either kind; `function` is the handle of a live TVM-FFI function, or 0 for the bundle's.
+uint32_t add_record(TableBuilder& builder, const Op& op, const py::dict& record, uintptr_t function) {
+  try {
+    if (function) return builder.add_record(to_ffi_record(record, op), live_function(function));
+    const auto launcher = get<std::string>(record, "launcher");
+    if (launcher == "cubin") return builder.add_record(to_record(record, op));
+    HD_CHECK_BUNDLE(launcher == "tvm_ffi", "launcher \"", launcher, "\" is not known");
+    return builder.add_record(to_ffi_record(record, op));
+  } catch (const py::cast_error&) {  // `get` names the field; this is something inside a list
+    fail(Fault::kBundle, "record ", std::string(py::repr(record)).substr(0, 200), " holds a value of the wrong type");
+  }
 }
 
 // ---- statistics and calls ----
@@ -353,6 +407,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("otherwise"));
   m.def("override_op", &override_op, py::arg("name"), py::arg("cuda"), py::arg("routes"), py::arg("given"),
         py::arg("required"), py::return_value_policy::reference);
+  py::class_<DeviceTable, std::unique_ptr<DeviceTable, py::nodelete>>(m, "Table");  // kept for ever
   py::class_<TableBuilder>(m, "TableBuilder")
       .def(py::init<int, int, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"))
       .def(
@@ -368,17 +423,27 @@ PYBIND11_MODULE(_C, m) {
             self.add_module(file, std::span<const char>(view.data(), view.size()));
           },
           py::arg("file"), py::arg("image"))
+      .def("extend", &TableBuilder::extend, py::arg("base"))
+      .def(
+          "add_library",
+          [](TableBuilder& self, const std::string& file, const py::bytes& image) {
+            const auto view = static_cast<std::string_view>(image);
+            self.add_library(file, std::span<const char>(view.data(), view.size()));
+          },
+          py::arg("file"), py::arg("image"))
       .def(
           "add_record",
           [](TableBuilder& self, const py::object& op, const py::dict& record) {
-            try {
-              return self.add_record(to_record(record, *as_op(op).op));
-            } catch (const py::cast_error&) {  // `get` names the field; this is something inside a list
-              fail(Fault::kBundle, "record ", std::string(py::repr(record)).substr(0, 200),
-                   " holds a value of the wrong type");
-            }
+            return add_record(self, *as_op(op).op, record, 0);
           },
           py::arg("op"), py::arg("record"))
+      .def(
+          "add_function",
+          [](TableBuilder& self, const py::object& op, const py::dict& record, uintptr_t handle) {
+            HD_CHECK_BUNDLE(handle, "the TVM-FFI function is null");
+            return add_record(self, *as_op(op).op, record, handle);
+          },
+          py::arg("op"), py::arg("record"), py::arg("handle"))
       .def(
           "add_row",
           [](TableBuilder& self, const py::object& object, const std::string& variant, int64_t k, int64_t n,
@@ -389,7 +454,9 @@ PYBIND11_MODULE(_C, m) {
             self.add_row(op, static_cast<uint16_t>(index), k, n, bucket, record);
           },
           py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))
+      .def("finish", &TableBuilder::finish, py::return_value_policy::reference)
       .def("publish", &TableBuilder::publish);
+  m.def("publish", [](const DeviceTable& table) { Runtime::get().publish(table); }, py::arg("table"));
   m.def(
       "withdraw", [](int device) { Runtime::get().withdraw(static_cast<DeviceSlot>(device + 1)); }, py::arg("device"));
 
@@ -418,6 +485,23 @@ PYBIND11_MODULE(_C, m) {
         return bench_launch_ns(*as_op(op).op, call, count, pdl);
       },
       py::arg("op"), py::arg("args"), py::arg("count"), py::arg("pdl"));
+  m.def(
+      "bench_dispatch_ns",
+      [](const py::object& op, const py::tuple& args, uint32_t count) {
+        Call call;
+        fill(as_op(op), args, call);
+        return bench_dispatch_ns(*as_op(op).op, call, count);
+      },
+      py::arg("op"), py::arg("args"), py::arg("count"));
+  m.def(
+      "bench_function_ns",
+      [](const py::object& op, const py::tuple& args, uint32_t count) {
+        Call call;
+        fill(as_op(op), args, call);
+        return bench_function_ns(*as_op(op).op, call, count);
+      },
+      py::arg("op"), py::arg("args"), py::arg("count"));
+  m.def("bench_function", &bench_function);
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));
   m.def(
       "key_hash",

@@ -23,12 +23,14 @@ from .errors import (
     BuildError,
     BundleError,
     DriverError,
+    FunctionError,
     HdispatchError,
     MissError,
 )
+from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
-from .runtime import Bundle, explain, load, loaded, stats, strict
+from .runtime import Bundle, Registration, explain, load, loaded, register, registered, stats, strict
 
 __version__ = "0.1.0"
 
@@ -38,14 +40,19 @@ __all__ = [
     "Bundle",
     "BundleError",
     "DriverError",
+    "FunctionError",
     "HdispatchError",
+    "Key",
     "MissError",
+    "Registration",
     "explain",
     "load",
     "loaded",
     "ops",
     "override_vllm_ops",
     "read_bundle",
+    "register",
+    "registered",
     "stats",
     "strict",
 ]

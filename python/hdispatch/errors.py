@@ -26,5 +26,12 @@ class DriverError(HdispatchError):
     """The CUDA driver refused a call. The message holds the CUresult's number, name and text, the op and the row."""
 
 
+class FunctionError(HdispatchError):
+    """The TVM-FFI function of a row raised an error; the message holds its kind and text, the op and the row.
+
+    An error of CUDA's that it reports is a `DriverError`. What it had written before stays written.
+    """
+
+
 class BuildError(HdispatchError):
     """A kernel and config cannot become a launch record or an artifact; the message names the construct and why."""

@@ -5,6 +5,7 @@ A bundle is a folder:
     manifest.json         this module's `Manifest`, UTF-8 JSON
     manifest.sha256       the SHA-256 of manifest.json's bytes: `<64 hex digits>  manifest.json\\n`
     artifacts/<sha>.cubin each named by the SHA-256 of its bytes
+    artifacts/functions.so  the host functions of every `tvm_ffi` record, if there is one
 
 Every file is listed in the manifest with size and SHA-256; a file that is not listed is ignored. Reading verifies all of
 it before anything is loaded. The format holds data only: no pickle, no code.
@@ -13,8 +14,9 @@ Changing a field's meaning, adding a required field or an operator raises `SCHEM
 version only.
 
 Expressions are postfix lists over integers, e.g. `["M", 15, "+", 16, "//"]`. Leaves: an int; a symbol `M`, `K`, `N`;
-`<arg>.size(i)` or `<arg>.stride(i)` of a tensor argument (elements, not bytes); the name of an integer argument. Operators, on 64-bit integers, floor
-division and modulo as Python's: `+ - * // % min max == != < <= > >= and or`. Comparisons and logic give 0 or 1.
+`<arg>.size(i)` or `<arg>.stride(i)` of a tensor argument (elements, not bytes); the name of an integer argument.
+Operators, on 64-bit integers, floor division and modulo as Python's: `+ - * // % min max == != < <= > >= and or`.
+Comparisons and logic give 0 or 1.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from typing import Any, Literal, NotRequired, TypedDict, cast
 from .errors import BundleError
 from .typed_json import Mismatch, check
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.sha256"
 ARTIFACTS = "artifacts"
+LIBRARY = f"{ARTIFACTS}/functions.so"
 
 Expr = list[int | str]
 #: Classes of M for which Triton compiles different code: M == 1; M % 16 == 0; any other M.
@@ -123,21 +126,83 @@ class Cubin(TypedDict):
     pdl: bool
 
 
-class Record(TypedDict):
-    """Grid, parameters and guards as expressions in a call's sizes, and the code. Shared by the rows that it serves.
-
-    It is valid for m_min <= M <= m_max and where all guards hold. Grid entries must be at least 1 for M >= 1.
-    """
+class RecordHead(TypedDict):
+    """What every record has. It is valid for m_min <= M <= m_max and where all guards hold; rows share records."""
 
     backend: str
     kernel: str
     config: dict[str, Any]
     m_min: int
     m_max: int
+    guards: list[Guard]
+
+
+class CubinRecord(RecordHead):
+    """A kernel in cubins: grid and parameters as expressions in a call's sizes, and the code.
+
+    Grid entries must be at least 1 for M >= 1.
+    """
+
+    launcher: Literal["cubin"]
     grid: list[Expr]
     params: list[Param]
-    guards: list[Guard]
     cubins: dict[MClass, Cubin]
+
+
+class FfiArg(TypedDict):
+    """One argument of a host function with TVM FFI's ABI, in the order of its signature. All of them are passed.
+
+    kind   tensor: a DLTensor of the call's tensor: its address, device, dtype, sizes and strides, byte_offset 0. What the op
+                   declares is applied: a flat tensor is 1-D, a padded one has its full rank, and the stride of a dimension
+                   of size 0 or 1 is that of a contiguous tensor
+           none    what an absent optional argument, or one that was None when the function was compiled, takes
+           int bool float
+           stream  the stream, as an opaque pointer; at most one
+           pdl     an int: 1 if the record says that its kernels wait themselves (`pdl`) and the bundle is loaded with pdl
+    arg    tensor: the tensor argument, which is given in every variant of the record's rows; float: the float argument,
+           unless `const` is given
+    align  tensor: the address is a multiple of this many bytes, else the guard fails; 1 if not assumed
+    dims   tensor: which of its dimensions are passed, in this order; default all. [1, 0] is the transposed view
+    dtype  tensor: passed as this type of the same size, `uint8` for `float8_e4m3fn`, say; default its own
+    value  int and bool
+    const  float: a constant
+    """
+
+    kind: Literal["tensor", "none", "int", "bool", "float", "stream", "pdl"]
+    arg: NotRequired[str]
+    align: NotRequired[int]
+    dims: NotRequired[list[int]]
+    dtype: NotRequired[str]
+    value: NotRequired[Expr]
+    const: NotRequired[float]
+
+
+class FfiRecord(RecordHead):
+    """A host function with TVM FFI's ABI, which launches kernels itself: `__tvm_ffi_<function>` of a shared library.
+
+    The name holds a hash of all that went into it. The function tests its arguments too, but its errors are errors: whatever
+    a call may have is in the key, the guards and `align`. It is never called with M = 0.
+
+    pdl         its kernels wait for their predecessors themselves, so that they may be launched early
+    env_stream  it takes the stream from TVMFFIEnvGetStream and not as an argument
+    """
+
+    launcher: Literal["tvm_ffi"]
+    file: str
+    function: str
+    args: list[FfiArg]
+    pdl: bool
+    env_stream: bool
+
+
+Record = CubinRecord | FfiRecord
+
+
+def artifacts_of(record: Record) -> list[str]:
+    """The files that a record needs, each once."""
+    if record["launcher"] == "tvm_ffi":
+        return [record["file"]]
+    return sorted({cubin["file"] for cubin in record["cubins"].values()})
 
 
 class Row(TypedDict):
@@ -178,6 +243,17 @@ class Target(TypedDict):
     shared_memory: int
 
 
+class Host(TypedDict):
+    """What the host functions of a shared library were compiled for: the CPU of the machine that built it.
+
+    machine   platform.machine(): "x86_64"
+    features  instruction sets that the code may use, by their names in /proc/cpuinfo: "avx2", "avx512f", …
+    """
+
+    machine: str
+    features: list[str]
+
+
 class FileEntry(TypedDict):
     """A file of the bundle."""
 
@@ -196,6 +272,8 @@ class Manifest(TypedDict):
     files: dict[str, FileEntry]
     records: list[Record]
     rows: list[Row]
+    #: given if a record is of a shared library
+    host: NotRequired[Host]
 
 
 def read_bundle(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
@@ -264,9 +342,11 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
     where = root / MANIFEST_NAME
     ops, records = manifest["ops"], manifest["records"]
     for record in records:
-        for cubin in record["cubins"].values():
-            if cubin["file"] not in manifest["files"]:
-                raise BundleError(f"{where}: kernel {record['kernel']} uses {cubin['file']}, which is not listed")
+        for file in artifacts_of(record):
+            if file not in manifest["files"]:
+                raise BundleError(f"{where}: kernel {record['kernel']} uses {file}, which is not listed")
+        if record["launcher"] == "tvm_ffi" and "host" not in manifest:
+            raise BundleError(f"{where}: kernel {record['kernel']} is a host function, but host, its CPU, is missing")
     seen: dict[tuple[str, str, int, int, int], int] = {}
     owners: dict[int, str] = {}
     for index, row in enumerate(manifest["rows"]):

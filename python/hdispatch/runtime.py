@@ -1,9 +1,10 @@
-"""Loading bundles into the launch table, statistics, explanations, strict mode."""
+"""Loading bundles and registering functions: the launch table's rows. Statistics, explanations, strict mode."""
 
 from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -11,13 +12,18 @@ from typing import Any
 
 import torch
 
-from . import _C, ops
+from . import _C, functions, host, ops
 from .errors import BundleError, HdispatchError
-from .manifest import MANIFEST_NAME, Manifest, read_bundle
+from .functions import Function, Key, Stream
+from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, read_bundle
 
 #: device (index, or -1 for the null driver) -> the bundle that serves it
 _LOADED: dict[int, Bundle] = {}
-_LOADING = threading.Lock()  # keeps _LOADED and the tables in step; no call takes it
+#: device -> what is registered for it, in order
+_REGISTERED: dict[int, list[Registration]] = {}
+_LOADING = threading.Lock()  # keeps these and the tables in step; no call takes it
+#: Functions that were ever in a table: a thread may be in an old one, and a captured graph holds their kernels.
+_KEPT: list[Function] = []
 
 
 @dataclass(frozen=True)
@@ -27,6 +33,8 @@ class Bundle:
     folder: Path
     manifest: Manifest = field(repr=False)
     device: int
+    pdl: bool = field(default=True, repr=False)
+    _table: _C.Table | None = field(default=None, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -37,8 +45,23 @@ class Bundle:
         """Stop serving from this bundle; its code stays in place for graphs that were captured with it."""
         with _LOADING:
             if _LOADED.get(self.device) is self:
-                _C.withdraw(self.device)
+                _publish(self.device, None, _REGISTERED.get(self.device, []))
                 del _LOADED[self.device]
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """A function in the launch table of a device (-1: the null driver)."""
+
+    function: Function
+    device: int
+
+    def unregister(self) -> None:
+        """Take its rows out: what would serve them without it does, a bundle or an earlier registration."""
+        with _LOADING:
+            left = [each for each in _REGISTERED.get(self.device, []) if each is not self]
+            _publish(self.device, _LOADED.get(self.device), left)
+            _REGISTERED[self.device] = left
 
 
 def load(
@@ -50,32 +73,109 @@ def load(
 ) -> Bundle:
     """Verify a bundle and put all of it on a device: every module is loaded now, none on a call.
 
-    device   a CUDA device; default the current one. A second load for the same device replaces the first.
+    device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
+             registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).
     pdl      False: launch without the programmatic-dependent-launch attribute.
 
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
-    if driver not in ("cuda", "null"):
-        raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
+    _check_driver(driver)
     manifest, contents = read_bundle(folder)
-    index, count = -1, 0
+    index = -1
     if driver == "cuda":
-        index, count = _cuda_device(folder, device), torch.cuda.device_count()
+        index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)
-    builder = _C.TableBuilder(index, count, pdl)
+        check_host(folder, manifest)
+    builder = _builder(index, pdl)
     _fill(builder, Path(folder), manifest, contents)
-    bundle = Bundle(Path(folder), manifest, index)
     with _LOADING:
-        builder.publish()
+        bundle = Bundle(Path(folder), manifest, index, pdl, builder.finish())
+        _publish(index, bundle, _REGISTERED.get(index, []))
         _LOADED[index] = bundle
     return bundle
 
 
-def _cuda_device(folder: str | os.PathLike[str], device: torch.device | int | str | None) -> int:
+def register(
+    op: _C.Op | str,
+    key: Key,
+    function: object,
+    *,
+    args: Sequence[FfiArg] | None = None,
+    guards: Sequence[Guard] = (),
+    stream: Stream = "environment",
+    pdl: bool = False,
+    m_range: tuple[int, int] | None = None,
+    label: str = "(registered)",
+    device: torch.device | int | str | None = None,
+    driver: str = "cuda",
+) -> Registration:
+    """Let a TVM-FFI function of this process serve calls of an op, in the place of whatever row has the key.
+
+    function  a `tvm_ffi.Function`, as `tvm_ffi.load_module` and `tvm_ffi.cpp.load_inline` give, or what wraps one, as
+              CuteDSL's compiled functions. It is called as it is, without Python, and kept for ever. It launches on the
+              stream that it is given, and writes the op's mutated arguments.
+    args      what it is called with (`manifest.FfiArg`); default the op's arguments in order, tensors as DLTensor views
+              (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not
+    guards    facts (`manifest.Guard`) without which the call goes to the fallback, counted. The function's own checks raise
+              instead, and take microseconds to: what a call may have goes here or into `align` of its argument
+    stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument", or not at all
+    pdl       its kernels wait for their predecessors themselves; see `FfiArg`
+    m_range   the Ms for which it is right, both ends included; default all. It is never called with M = 0
+    label     what errors, `explain` and `stats` call it
+    device, driver   as those of `load`; with "null" it serves CPU tensors, and is called
+
+    Tables are frozen: this makes and publishes a new one, with the rows of the bundle that is loaded. Bundles may be loaded
+    before and after. Of several registrations with one key the last one serves. A function that loads its CUDA module on its
+    first call must be called once before a graph is captured. What it raises is a `FunctionError`.
+    """
+    _check_driver(driver)
+    made = functions.make(op, key, function, args=args, guards=guards, stream=stream, pdl=pdl, m_range=m_range, label=label)
+    index = _cuda_device("", device) if driver == "cuda" else -1
+    registration = Registration(made, index)
+    with _LOADING:
+        registered = [*_REGISTERED.get(index, []), registration]
+        _KEPT.append(made)
+        _publish(index, _LOADED.get(index), registered)
+        _REGISTERED[index] = registered
+    return registration
+
+
+def registered() -> list[Registration]:
+    """What is registered now, by device, then in order."""
+    return [each for device in sorted(_REGISTERED) for each in _REGISTERED[device]]
+
+
+def _publish(device: int, bundle: Bundle | None, registered: Sequence[Registration]) -> None:
+    """Serve a bundle with what is registered on top of it."""
+    if not registered:
+        if bundle is None or bundle._table is None:
+            _C.withdraw(device)
+        else:
+            _C.publish(bundle._table)
+        return
+    builder = _builder(device, bundle.pdl if bundle else True)
+    ladders = {}
+    if bundle is not None and bundle._table is not None:
+        builder.extend(bundle._table)
+        ladders = {name: entry["ladder"] for name, entry in bundle.manifest["ops"].items()}
+    functions.add_all(builder, [each.function for each in registered], ladders)
+    builder.publish()
+
+
+def _builder(device: int, pdl: bool) -> _C.TableBuilder:
+    return _C.TableBuilder(device, torch.cuda.device_count() if device >= 0 else 0, pdl)
+
+
+def _check_driver(driver: str) -> None:
+    if driver not in ("cuda", "null"):
+        raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
+
+
+def _cuda_device(where: str, device: torch.device | int | str | None) -> int:
     if not torch.cuda.is_available():
         raise BundleError(
-            f"{folder}: no CUDA device here ({_C.driver_missing() or 'torch sees none'}); "
+            f"{where}no CUDA device here ({_C.driver_missing() or 'torch sees none'}); "
             "hdispatch.load(DIR, driver='null') loads it without launching, hdispatch.read_bundle(DIR) reads it"
         )
     chosen = torch.device("cuda", device) if isinstance(device, int) else torch.device(device or "cuda")
@@ -98,6 +198,12 @@ def check_target(folder: str | os.PathLike[str], manifest: Manifest, device: int
         )
 
 
+def check_host(folder: str | os.PathLike[str], manifest: Manifest) -> None:
+    """Raise `BundleError` unless the bundle's host functions, if it has any, run on this machine's CPU."""
+    if "host" in manifest:
+        host.check(str(Path(folder) / MANIFEST_NAME), manifest["host"])
+
+
 def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: dict[str, bytes]) -> None:
     where = folder / MANIFEST_NAME
     found: dict[str, _C.Op] = {}
@@ -118,8 +224,9 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     try:
         for name, op in found.items():
             builder.set_ladder(op, manifest["ops"][name]["ladder"])
+        libraries = {record["file"] for record in manifest["records"] if record["launcher"] == "tvm_ffi"}
         for name, content in contents.items():
-            builder.add_module(name, content)
+            (builder.add_library if name in libraries else builder.add_module)(name, content)
         records = {i: builder.add_record(found[op], manifest["records"][i]) for i, op in sorted(owners.items())}
         for row in manifest["rows"]:
             builder.add_row(found[row["op"]], row["variant"], row["K"], row["N"], row["bucket"], records[row["record"]])

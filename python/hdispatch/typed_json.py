@@ -19,7 +19,10 @@ class Mismatch(Exception):
 
 
 def check(value: object, kind: Any) -> None:
-    """Raise `Mismatch` unless `value` is of `kind`: a TypedDict, list, dict, Literal, union, str, int, float, bool or Any."""
+    """Raise `Mismatch` unless `value` is of `kind`: a TypedDict, list, dict, Literal, union, str, int, float, bool or Any.
+
+    Unions of TypedDicts are told apart by a field that is a Literal of one value in each.
+    """
     _checker(kind)(value)
 
 
@@ -36,6 +39,8 @@ def _checker(kind: Any) -> Checker:
         return _dict(_checker(args[0]), _checker(args[1]))
     if origin is Literal:
         return _literal(args)
+    if origin in (Union, types.UnionType) and (tag := _tag(args)):
+        return _tagged(*tag)
     if origin in (Union, types.UnionType):
         return _union(kind, tuple(_checker(arg) for arg in args))
     return _plain(kind)
@@ -93,6 +98,31 @@ def _literal(choices: tuple[object, ...]) -> Checker:
     def check(value: Any) -> None:
         if type(value) is not str or value not in choices:
             raise Mismatch(f" is {_show(value)}; it takes one of {', '.join(map(str, choices))}")
+
+    return check
+
+
+def _tag(kinds: tuple[Any, ...]) -> tuple[str, dict[str, Any]] | None:
+    """The field that tells TypedDicts apart, a Literal of one value in each, and which value is whose."""
+    if not all(is_typeddict(kind) for kind in kinds):
+        return None
+    hints = [get_type_hints(kind) for kind in kinds]
+    for name in hints[0]:
+        values = [get_args(each.get(name)) for each in hints]
+        if all(get_origin(each.get(name)) is Literal for each in hints) and all(len(value) == 1 for value in values):
+            return name, {value[0]: kind for value, kind in zip(values, kinds, strict=True)}
+    return None
+
+
+def _tagged(name: str, kinds: dict[str, Any]) -> Checker:
+    def check(value: Any) -> None:
+        _expect(value, dict)
+        tag = value.get(name)
+        if name not in value:
+            raise Mismatch(f".{name} is missing")
+        if type(tag) is not str or tag not in kinds:
+            raise Mismatch(f".{name} is {_show(tag)}; it takes one of {', '.join(kinds)}")
+        _checker(kinds[tag])(value)
 
     return check
 

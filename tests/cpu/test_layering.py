@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 #: The build wing, and what may use it: lazily, so that a serving process never has it.
 BUILD = ("hdispatch.build",)
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.build", "hdispatch.__main__")
-DSLS = ("helion", "triton", "cutlass", "matplotlib", "rich", "pytest", "hypothesis")
+DSLS = ("helion", "triton", "cutlass", "tvm_ffi", "matplotlib", "rich", "pytest", "hypothesis")
 
 
 @dataclass(frozen=True)
@@ -239,7 +239,7 @@ def test_the_core_includes_neither_python_nor_torch():
     assert {"expr.cpp", "runtime.cpp", "driver.h", "key.h"} <= core
     for name in core:
         for include in INCLUDES[name]:
-            assert not re.match(r"<(Python|structmember|pybind11|torch|ATen|c10|cuda)", include), f"{name} includes {include}"
+            assert not re.match(r"<(Python|structmember|pybind11|torch|ATen|c10|cuda|tvm|dlpack)", include), f"{name} includes {include}"
 
 
 def test_the_core_knows_no_door():

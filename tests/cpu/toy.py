@@ -71,6 +71,7 @@ def record(m_min: int = 1, m_max: int = 2**31 - 1) -> dict[str, Any]:
         "pdl": True,
     }
     return {
+        "launcher": "cubin",
         "backend": "triton",
         "kernel": "toy_kernel",
         "config": {},

@@ -343,7 +343,15 @@ def publish_pick_table(setup: Setup) -> None:
     builder.add_module("none", b"none")
     code = {"file": "none", "function": "none", "params": [], "num_warps": 1, "shared_bytes": 0}
     code |= {"cluster": [1, 1, 1], "cooperative": False, "pdl": False}
-    empty = {"kernel": "none", "m_min": 1, "m_max": 2**31 - 1, "grid": [[1], [1], [1]], "params": [], "guards": []}
+    empty = {
+        "launcher": "cubin",
+        "kernel": "none",
+        "m_min": 1,
+        "m_max": 2**31 - 1,
+        "grid": [[1], [1], [1]],
+        "params": [],
+        "guards": [],
+    }
     record = builder.add_record(setup.op, {**empty, "cubins": {"other": code}})
     variant = setup.cpu.variant.name
     for k in PICK_HIDDEN:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
+from ..manifest import artifacts_of
 from ..opspec import OpSpec
 from . import configs, pool, store
 from .freeze import Entry, check_out, freeze
@@ -232,7 +233,7 @@ def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[
 
 
 def _complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
-    return all(where.has_blob(cubin["file"]) for one in built for cubin in one["record"]["cubins"].values())
+    return all(where.has_blob(file) for one in built for file in artifacts_of(one["record"]))
 
 
 def _key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:

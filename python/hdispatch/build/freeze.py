@@ -12,9 +12,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from .. import host
 from ..errors import BuildError
-from ..manifest import ARTIFACTS, CHECKSUM_NAME, MANIFEST_NAME, SCHEMA_VERSION, Cubin, FileEntry, Manifest, OpEntry, Record, Row
+from ..manifest import (
+    ARTIFACTS,
+    CHECKSUM_NAME,
+    LIBRARY,
+    MANIFEST_NAME,
+    SCHEMA_VERSION,
+    Cubin,
+    FileEntry,
+    Manifest,
+    OpEntry,
+    Record,
+    Row,
+    artifacts_of,
+)
 from ..opspec import OpSpec
+from . import ffi_link
 from .store import Store, digest, sync_folder
 from .target import GpuTarget
 from .unit import bucket_bounds, class_of, classes_of, serves
@@ -24,7 +39,8 @@ from .unit import bucket_bounds, class_of, classes_of, serves
 class Entry:
     """A record and the rows of one shape that it serves, as the build made it.
 
-    Cubins' `file` is the SHA-256 of bytes in the store. Equal records of several entries become one.
+    `file` of cubins is the SHA-256 of bytes in the store; that of a host function, of the object file that has it. Equal
+    records of several entries become one; the objects become one shared library.
     """
 
     op: str
@@ -57,10 +73,11 @@ def freeze(
     entries = sorted(entries, key=_order)
     _check_rows(specs, entries, partial)
     blobs = _blobs(entries, store)
-    files: dict[str, FileEntry] = {_artifact(sha): {"sha256": sha, "size": len(data)} for sha, data in sorted(blobs.items())}
+    contents = _contents(entries, blobs)
+    files: dict[str, FileEntry] = {name: {"sha256": digest(data), "size": len(data)} for name, data in sorted(contents.items())}
     records = {digest(entry.record): entry.record for entry in entries}
     places = {key: index for index, key in enumerate(records)}
-    rows = [row for entry in entries for row in _rows(places[digest(entry.record)], entry, files)]
+    rows = [row for entry in entries for row in _rows(places[digest(entry.record)], entry, blobs)]
     manifest: Manifest = {
         "schema_version": SCHEMA_VERSION,
         "hdispatch": version("hdispatch"),
@@ -71,7 +88,9 @@ def freeze(
         "records": [_with_files(record) for record in records.values()],
         "rows": sorted(rows, key=_row_order),
     }
-    _write(out, manifest, blobs)
+    if LIBRARY in files:
+        manifest["host"] = host.describe()
+    _write(out, manifest, contents)
     return Frozen(manifest, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
 
 
@@ -140,6 +159,8 @@ def _check_bucket(spec: OpSpec, entry: Entry, bucket: int) -> None:
             f"gap: {name} holds M from {first} to {last or 'any'}, "
             f"its record is valid for {record['m_min']} to {record['m_max']} only"
         )
+    if record["launcher"] == "tvm_ffi":
+        return
     missing = classes_of(first, last or record["m_max"]) - set(record["cubins"])
     if missing:
         example = next(m for m in range(first, first + 33) if class_of(m) in missing)
@@ -167,14 +188,21 @@ def _tools(entries: Sequence[Entry]) -> dict[str, str]:
 def _blobs(entries: Sequence[Entry], store: Store) -> dict[str, bytes]:
     blobs: dict[str, bytes] = {}
     for entry in entries:
-        for cubin in entry.record["cubins"].values():
-            data = store.blob(cubin["file"])
+        for sha256 in artifacts_of(entry.record):
+            data = store.blob(sha256)
             if data is None:
                 raise BuildError(
-                    f"artifact {cubin['file']} of {entry.op} is missing or damaged in the cache {store.root}; build again"
+                    f"artifact {sha256} of {entry.op} is missing or damaged in the cache {store.root}; build again"
                 )
-            blobs[cubin["file"]] = data
+            blobs[sha256] = data
     return blobs
+
+
+def _contents(entries: Sequence[Entry], blobs: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The bundle's files: every cubin, and the library of all host functions."""
+    objects = {entry.record["file"]: blobs[entry.record["file"]] for entry in entries if entry.record["launcher"] == "tvm_ffi"}
+    contents = {_artifact(sha256): data for sha256, data in blobs.items() if sha256 not in objects}
+    return contents | ({LIBRARY: ffi_link.link(objects)} if objects else {})
 
 
 def _artifact(sha256: str) -> str:
@@ -185,12 +213,13 @@ def _with_files(record: Record) -> Record:
     def renamed(cubin: Cubin) -> Cubin:
         return {**cubin, "file": _artifact(cubin["file"])}
 
+    if record["launcher"] == "tvm_ffi":
+        return {**record, "file": LIBRARY}
     return {**record, "cubins": {m_class: renamed(cubin) for m_class, cubin in record["cubins"].items()}}
 
 
-def _rows(index: int, entry: Entry, files: Mapping[str, FileEntry]) -> list[Row]:
-    artifacts = {_artifact(cubin["file"]) for cubin in entry.record["cubins"].values()}
-    size = sum(files[name]["size"] for name in artifacts)
+def _rows(index: int, entry: Entry, blobs: Mapping[str, bytes]) -> list[Row]:
+    size = sum(len(blobs[sha256]) for sha256 in artifacts_of(entry.record))
     return [
         {
             "op": entry.op,
@@ -206,7 +235,7 @@ def _rows(index: int, entry: Entry, files: Mapping[str, FileEntry]) -> list[Row]
     ]
 
 
-def _write(out: Path, manifest: Manifest, blobs: Mapping[str, bytes]) -> None:
+def _write(out: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
     """Everything into a folder beside `out`, which then takes its place."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -216,8 +245,8 @@ def _write(out: Path, manifest: Manifest, blobs: Mapping[str, bytes]) -> None:
     try:
         fresh = temporary / "new"
         (fresh / ARTIFACTS).mkdir(parents=True)
-        for sha256, data in blobs.items():
-            _write_file(fresh / _artifact(sha256), data)
+        for name, data in contents.items():
+            _write_file(fresh / name, data)
         write_manifest(fresh, manifest)
         sync_folder(fresh / ARTIFACTS)
         sync_folder(fresh)

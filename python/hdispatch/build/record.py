@@ -212,6 +212,7 @@ class Candidate:
         aligned = triton_backend.samples(self.trace, classes[0])
         leaves = self.trace.leaves
         return {
+            "launcher": "cubin",
             "backend": self.unit.backend,
             "kernel": self.module.__name__,
             "config": self.unit.config,

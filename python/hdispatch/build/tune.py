@@ -450,6 +450,8 @@ class _Bundle:
 
 def _code(record: Record, m_class: MClass) -> bytes:
     """What is launched for a class of M, whatever config it came from."""
+    if record["launcher"] == "tvm_ffi":
+        return store.canonical({name: value for name, value in record.items() if name not in ("config", "m_min", "m_max")})
     launched: dict[str, Any] = {
         "cubin": record["cubins"].get(m_class),
         "grid": record["grid"],

@@ -107,6 +107,7 @@ def _examine_bundle(folder: Path | None, gpu: bool) -> dict[str, Any]:
         loaded = runtime.load(folder, driver="null")
         loaded.unload()
         found |= {"rows": loaded.rows, "target": loaded.manifest["target"]["name"]}
+        runtime.check_host(folder, loaded.manifest)
         if gpu:
             runtime.check_target(folder, loaded.manifest, torch.cuda.current_device())
     except HdispatchError as error:

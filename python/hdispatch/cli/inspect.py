@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
-from ..manifest import Cubin, Expr, Manifest, Param, Record, Row, TensorMap, read_bundle
+from ..manifest import Cubin, CubinRecord, Expr, FfiArg, FfiRecord, Manifest, Param, Row, TensorMap, artifacts_of, read_bundle
 from .text import count, print_json, size, table
 
 DESCRIPTION = """\
@@ -18,8 +18,9 @@ Verify a bundle (every checksum) and print its rows. Needs no GPU and loads noth
   hdispatch inspect bundle --op rms_norm_dynamic_per_token_quant
   hdispatch inspect bundle --row 17                 one row with its whole record: grid, parameters, guards, code
 
-A row serves the calls of one op and variant with exactly this K and N and an M in this range. Columns: shared is dynamic
-shared memory in bytes; pdl: the kernel waits for its predecessors itself, so that it may be launched while they still
+A row serves the calls of one op and variant with exactly this K and N and an M in this range. It launches a cubin, or calls
+a host function with TVM FFI's ABI, which has no warps and no shared memory here. Columns: shared is dynamic shared memory in
+bytes; pdl: the kernel waits for its predecessors itself, so that it may be launched while they still
 run; guards: facts tested on every call, besides M and alignment; bytes and seconds are those of the row's record, which
 other rows may share.
 """
@@ -86,7 +87,7 @@ def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
     row = manifest["rows"][number]
     record = manifest["records"][row["record"]]
     first, last = m_range(manifest, row)
-    cubins = list(record["cubins"].values())
+    cubins = list(record["cubins"].values()) if record["launcher"] == "cubin" else []
     return {
         "row": number,
         "op": row["op"],
@@ -96,11 +97,12 @@ def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
         "m_first": first,
         "m_last": last,
         "record": row["record"],
+        "launcher": record["launcher"],
         "backend": record["backend"],
         "kernel": record["kernel"],
         "warps": sorted({cubin["num_warps"] for cubin in cubins}),
         "shared_bytes": sorted({cubin["shared_bytes"] for cubin in cubins}),
-        "pdl": all(cubin["pdl"] for cubin in cubins),
+        "pdl": record["pdl"] if record["launcher"] == "tvm_ffi" else all(cubin["pdl"] for cubin in cubins),
         "guards": [guard["text"] for guard in record["guards"]],
         "bytes": row["bytes"],
         "build_seconds": row["build_seconds"],
@@ -118,11 +120,14 @@ def totals(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
     """Sums over rows; records, their code and their build time count once, however many rows share them."""
     rows = [manifest["rows"][number] for number in numbers]
     records = {row["record"]: row["build_seconds"] for row in rows}
-    files = {cubin["file"] for record in records for cubin in manifest["records"][record]["cubins"].values()}
+    used = [manifest["records"][record] for record in records]
+    functions = sum(record["launcher"] == "tvm_ffi" for record in used)
+    files = {name for record in used for name in artifacts_of(record)}
     return {
         "rows": len(rows),
         "records": len(records),
-        "cubins": len(files),
+        "cubins": len({name for record in used if record["launcher"] == "cubin" for name in artifacts_of(record)}),
+        "functions": functions,
         "bytes": sum(manifest["files"][name]["size"] for name in files),
         "build_seconds": round(sum(records.values()), 3),
     }
@@ -158,8 +163,8 @@ def _cells(facts: dict[str, Any]) -> list[str]:
         facts["kernel"].removeprefix(f"hdispatch.kernels.{facts['op']}."),
         *(str(facts[symbol]) if facts[symbol] else "-" for symbol in ("K", "N")),
         words_of_range(facts["m_first"], facts["m_last"]),
-        _each(facts["warps"]),
-        _each(facts["shared_bytes"]),
+        _each(facts["warps"]) or "-",
+        _each(facts["shared_bytes"]) or "-",
         "yes" if facts["pdl"] else "no",
         str(len(facts["guards"])),
         str(facts["bytes"]),
@@ -178,7 +183,8 @@ def words_of_range(first: int, last: int | None) -> str:
 
 def describe_totals(sums: dict[str, Any]) -> str:
     """The totals in words."""
-    counts = ", ".join(count(sums[name], name[:-1]) for name in ("rows", "records", "cubins"))
+    names = ("rows", "records", "cubins", "functions") if sums["functions"] else ("rows", "records", "cubins")
+    counts = ", ".join(count(sums[name], name[:-1]) for name in names)
     return f"{counts}, {size(sums['bytes'])}, {sums['build_seconds']:.1f} s of generating and compiling"
 
 
@@ -198,20 +204,57 @@ def describe_row(manifest: Manifest, number: int) -> str:
         f"kernel  {record['kernel']} by {record['backend']}",
         f"config  {config or '(none)'}",
         f"valid   {record['m_min']} <= M <= {record['m_max']}",
-        f"grid    {' x '.join(words_of(entry) for entry in record['grid'])}",
-        "params",
-        *(f"  {index:2} {_words_of_param(param)}" for index, param in enumerate(record["params"])),
+        *(_inputs_of_cubins(record) if record["launcher"] == "cubin" else _inputs_of_function(record)),
         "guards" if record["guards"] else "guards  (none)",
         *(f"  {guard['text']}" for guard in record["guards"]),
         "code",
-        *(
-            f"  {words}"
-            for m_class, cubin in record["cubins"].items()
-            for words in _words_of_cubin(m_class, cubin, record, manifest)
-        ),
+        *(_code_of_cubins(record, manifest) if record["launcher"] == "cubin" else _code_of_function(record, manifest)),
         f"build   {row['build_seconds']:.2f} s, {size(row['bytes'])}",
     ]
     return "\n".join(lines)
+
+
+def _inputs_of_cubins(record: CubinRecord) -> list[str]:
+    return [
+        f"grid    {' x '.join(words_of(entry) for entry in record['grid'])}",
+        "params",
+        *(f"  {index:2} {_words_of_param(param)}" for index, param in enumerate(record["params"])),
+    ]
+
+
+def _code_of_cubins(record: CubinRecord, manifest: Manifest) -> list[str]:
+    words = (_words_of_cubin(m_class, cubin, record, manifest) for m_class, cubin in record["cubins"].items())
+    return [f"  {line}" for lines in words for line in lines]
+
+
+def _inputs_of_function(record: FfiRecord) -> list[str]:
+    return ["args", *(f"  {index:2} {_words_of_ffi_arg(arg, record)}" for index, arg in enumerate(record["args"]))]
+
+
+def _code_of_function(record: FfiRecord, manifest: Manifest) -> list[str]:
+    stream = ", stream in TVM FFI's environment" if record["env_stream"] else ""
+    host = manifest.get("host", {"machine": "?", "features": []})
+    return [
+        f"  host function {record['function']}{', pdl' if record['pdl'] else ''}{stream}",
+        f"    {record['file']}, {size(manifest['files'][record['file']]['size'])} with all others, for {host['machine']} with "
+        f"{', '.join(host['features'])}",
+    ]
+
+
+def _words_of_ffi_arg(arg: FfiArg, record: FfiRecord) -> str:
+    kind = arg["kind"]
+    if kind == "tensor":
+        words = f"tensor {arg['arg']}"
+        words += f"[dimensions {', '.join(map(str, arg['dims']))}]" if "dims" in arg else ""
+        words += f" as {arg['dtype']}" if "dtype" in arg else ""
+        return words + (f", a multiple of {arg['align']} bytes" if arg.get("align", 1) > 1 else "")
+    if kind in ("int", "bool"):
+        return f"{kind:6} {words_of(arg['value'])}"
+    if kind == "float":
+        return f"{kind:6} {arg['const'] if 'const' in arg else arg['arg']}"
+    if kind == "pdl":
+        return "pdl    1 where the bundle is loaded with pdl" if record["pdl"] else "pdl    0"
+    return kind
 
 
 def _words_of_param(param: Param) -> str:
@@ -236,7 +279,7 @@ def _words_of_map(made: TensorMap) -> str:
 M_CLASS_WORDS = {"one": "M = 1", "mult16": "M a multiple of 16", "other": "any other M"}
 
 
-def _words_of_cubin(m_class: str, cubin: Cubin, record: Record, manifest: Manifest) -> list[str]:
+def _words_of_cubin(m_class: str, cubin: Cubin, record: CubinRecord, manifest: Manifest) -> list[str]:
     dropped = sorted(set(range(len(record["params"]))) - set(cubin["params"]))
     extras = [f"cluster {_each(cubin['cluster'])}"] if cubin["cluster"] != [1, 1, 1] else []
     extras += ["cooperative"] if cubin["cooperative"] else []

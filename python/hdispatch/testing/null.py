@@ -11,6 +11,8 @@ from .. import _C
 from ..manifest import TENSOR_MAP_TYPES
 
 #: csrc/driver.h, NullTensorMap: magic, address, 5 sizes, 4 strides, 5 box sizes, type, rank, swizzle, fill. Innermost first.
+_FFI_TENSOR = struct.Struct("<QiiiBBH")  # address, device's type and id, rank, dtype's code, bits and lanes
+_FFI_VALUE = struct.Struct("<iI8s")  # type, padding, value
 _TENSOR_MAP = struct.Struct("<8sQ5Q4Q5H4B26x")
 
 
@@ -29,8 +31,29 @@ def launches() -> list[dict[str, Any]]:
 
     Each is {function, file, grid: (x, y, z), block: (x, 1, 1), shared, pdl, cooperative, cluster: (x, y, z),
     params: [bytes, …]} with the two hidden scratch pointers last among the params. `tensor_map` reads one of 128 bytes.
+    Of a host function of a bundle, which is not called, grid and block are 0 and `ffi_argument` reads each of the params.
     """
     return _C.null_launches()
+
+
+def ffi_argument(param: bytes) -> Any:
+    """What a host function would have got: None, an int, bool or float; {pointer}, the stream; or a tensor.
+
+    {address, device: (type, id), dtype: (code, bits, lanes), shape, strides (elements)}, types and codes as DLPack's.
+    """
+    if len(param) == _FFI_VALUE.size:
+        kind, _, value = _FFI_VALUE.unpack(param)
+        integer = int.from_bytes(value, "little", signed=True)
+        return [None, integer, bool(integer), struct.unpack("<d", value)[0], {"pointer": integer}][kind]
+    address, device, index, rank, code, bits, lanes = _FFI_TENSOR.unpack_from(param)
+    sizes = struct.unpack_from(f"<{2 * rank}q", param, _FFI_TENSOR.size)
+    return {
+        "address": address,
+        "device": (device, index),
+        "dtype": (code, bits, lanes),
+        "shape": list(sizes[:rank]),
+        "strides": list(sizes[rank:]),
+    }
 
 
 def tensor_map(param: bytes) -> dict[str, Any]:

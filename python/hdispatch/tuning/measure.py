@@ -20,7 +20,7 @@ import torch
 
 from .. import _C, ops
 from ..errors import BundleError, HdispatchError
-from ..manifest import MANIFEST_NAME, MClass, Record
+from ..manifest import MANIFEST_NAME, MClass, Record, artifacts_of
 from ..opspec import OpSpec
 from ..runtime import check_target, strict
 from ..testing.device_timer import Replay, Timed, interleave, rotation_count, timing_event
@@ -62,8 +62,9 @@ class Device:
         """Serve that one row, and nothing else."""
         builder = _C.TableBuilder(self.index, self.device_count(), True)
         builder.set_ladder(rows.op, rows.ladder)
-        for name, content in rows.modules.items():
-            builder.add_module(name, content)
+        add = builder.add_library if rows.record["launcher"] == "tvm_ffi" else builder.add_module
+        for name, content in rows.files.items():
+            add(name, content)
         builder.add_row(rows.op, rows.variant, rows.k, rows.n, rows.bucket, builder.add_record(rows.op, rows.record))
         builder.publish()
 
@@ -110,7 +111,7 @@ class OneRow:
     n: int
     bucket: int
     record: Record
-    modules: dict[str, bytes]
+    files: dict[str, bytes]
 
 
 @dataclass(frozen=True)
@@ -231,8 +232,10 @@ def _config_key(record: Record) -> ConfigKey:
 
 
 def _artifacts(bundle: CandidateBundle, record: Record) -> list[str]:
+    if record["launcher"] == "tvm_ffi":
+        return [record["function"]]  # the library changes with every other candidate; the name holds the hash of this one
     files = bundle["manifest"]["files"]
-    return sorted({files[cubin["file"]]["sha256"] for cubin in record["cubins"].values()})
+    return sorted(files[name]["sha256"] for name in artifacts_of(record))
 
 
 def _complete(bundle: CandidateBundle, cell: Cell, known: Mapping[tuple[CellKey, ConfigKey], Timing]) -> bool:
@@ -334,11 +337,11 @@ class _Bench:
     def _row(self, cell: Cell, index: int) -> OneRow:
         manifest = self.bundle["manifest"]
         record = manifest["records"][index]
-        only = class_of(cell["M"])
-        if only not in record["cubins"]:
-            raise BundleError(f"record {index} has no code for M = {cell['M']}; make the candidates again")
-        cubin = record["cubins"][only]
-        narrowed: Record = {**record, "cubins": {only: cubin}}
+        if record["launcher"] == "cubin":
+            only = class_of(cell["M"])
+            if only not in record["cubins"]:
+                raise BundleError(f"record {index} has no code for M = {cell['M']}; make the candidates again")
+            record = {**record, "cubins": {only: record["cubins"][only]}}
         return OneRow(
             op=ops.get(cell["op"]),
             ladder=manifest["ops"][cell["op"]]["ladder"],
@@ -346,8 +349,8 @@ class _Bench:
             k=cell["K"],
             n=cell["N"],
             bucket=cell["bucket"],
-            record=narrowed,
-            modules={cubin["file"]: self.bundle["contents"][cubin["file"]]},
+            record=record,
+            files={name: self.bundle["contents"][name] for name in artifacts_of(record)},
         )
 
     def _time(self, outcomes: Mapping[int, _Outcome]) -> None:

@@ -1,0 +1,120 @@
+"""Rows that are functions of this process: any live TVM-FFI function, with the key it serves and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+from . import _C, ops
+from .errors import HdispatchError
+from .manifest import FfiArg, Guard
+from .opspec import BoolArg, FloatArg, NoneArg, OpSpec, TensorArg
+
+Stream = Literal["environment", "argument", "none"]
+MAX_M = 2**63 - 1
+
+
+class Key(NamedTuple):
+    """Which calls of an op a row serves.
+
+    variant  the name of one of the op's variants: `OpSpec.variants()`
+    K, N     exactly this size; 0: every size of it. A row with the exact size comes before one without
+    M        any M of one bucket of the op's ladder, whose Ms are served; None: every M
+    """
+
+    variant: str
+    K: int = 0
+    N: int = 0
+    M: int | None = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function and what it serves. `handle` is that of libtvm_ffi; `kept` keeps what it points to."""
+
+    op: str
+    key: Key
+    handle: int
+    record: dict[str, Any] = field(repr=False)
+    kept: tuple[object, ...] = field(repr=False)
+
+
+def make(
+    op: _C.Op | str,
+    key: Key,
+    function: object,
+    *,
+    args: Sequence[FfiArg] | None,
+    guards: Sequence[Guard],
+    stream: Stream,
+    pdl: bool,
+    m_range: tuple[int, int] | None,
+    label: str,
+) -> Function:
+    """A function with its record; arguments as those of `hdispatch.register`."""
+    name = op if isinstance(op, str) else op.name
+    spec = ops.spec(name)
+    if key.variant not in spec.variant_arguments():
+        raise HdispatchError(f"{name} has no variant {key.variant!r}; it has {', '.join(spec.variant_arguments())}")
+    if key.M is not None and key.M < 1:
+        raise HdispatchError(f"M is {key.M}; a bucket's Ms are 1 or more")
+    if stream not in ("environment", "argument", "none"):
+        raise HdispatchError(f"stream is {stream!r}; it takes 'environment', 'argument' or 'none'")
+    raw = raw_function(function)
+    record = {
+        "kernel": label,
+        "function": label,
+        "m_min": m_range[0] if m_range else 1,
+        "m_max": m_range[1] if m_range else MAX_M,
+        "guards": [dict(guard) for guard in guards],
+        "args": [dict(arg) for arg in (default_args(spec, key.variant, stream) if args is None else args)],
+        "pdl": pdl,
+        "env_stream": stream == "environment",
+    }
+    return Function(name, key, int(raw.__chandle__()), record, (function, raw))
+
+
+def raw_function(function: object) -> Any:
+    """The TVM-FFI object itself: a wrapper in Python would be entered on every call, which takes a microsecond."""
+    convert = getattr(function, "__tvm_ffi_object__", None)
+    raw = convert() if convert else function
+    if not hasattr(raw, "__chandle__"):
+        raise HdispatchError(
+            f"{function!r} is no TVM-FFI function: it takes a tvm_ffi.Function, or what has __tvm_ffi_object__(), as "
+            "CuteDSL's compiled functions have"
+        )
+    return raw
+
+
+def default_args(spec: OpSpec, variant: str, stream: Stream = "environment") -> list[FfiArg]:
+    """The op's arguments in order, None where the variant has none, then the stream if it is an argument."""
+    absent = set(spec.variant(variant).none)
+    made: list[FfiArg] = []
+    for arg in spec.args:
+        if isinstance(arg, NoneArg) or arg.name in absent:
+            made.append({"kind": "none"})
+        elif isinstance(arg, TensorArg):
+            made.append({"kind": "tensor", "arg": arg.name})
+        elif isinstance(arg, FloatArg):
+            made.append({"kind": "float", "arg": arg.name})
+        else:
+            made.append({"kind": "bool" if isinstance(arg, BoolArg) else "int", "value": [arg.name]})
+    return [*made, {"kind": "stream"}] if stream == "argument" else made
+
+
+def add_all(builder: _C.TableBuilder, functions: Sequence[Function], ladders: dict[str, list[int]]) -> None:
+    """Put functions into a table; of several with one key the last one. `ladders` are those of the ops that it has already."""
+    rows: dict[tuple[str, str, int, int, int], int] = {}
+    ladders = dict(ladders)
+    for each in functions:
+        op = ops.get(each.op)
+        if each.op not in ladders:
+            ladders[each.op] = list(ops.spec(each.op).ladder)
+            builder.set_ladder(op, ladders[each.op])
+        edges = ladders[each.op]
+        index = builder.add_function(op, each.record, each.handle)
+        buckets = range(len(edges)) if each.key.M is None else [_C.bucket(edges, each.key.M)]
+        rows |= {(each.op, each.key.variant, each.key.K, each.key.N, bucket): index for bucket in buckets}
+    for (name, variant, k, n, bucket), index in rows.items():
+        builder.add_row(ops.get(name), variant, k, n, bucket, index)
