@@ -11,7 +11,7 @@ from .manifest import Host
 
 #: What compilers emit unasked on a CPU that has it, by its name in /proc/cpuinfo. Others, cryptography say, are left out:
 #: a bundle must not be refused for what its code does not use.
-_FEATURES = re.compile(r"sse\w+|ssse3|pni|popcnt|avx\w*|f16c|fma|bmi[12]|abm|movbe|adx|gfni|asimd\w*|sve\w*|atomics|fphp")
+_FEATURES = re.compile(r"sse[23]|sse4_[12]|ssse3|pni|popcnt|avx\w*|f16c|fma|bmi[12]|abm|movbe|adx|gfni|asimd\w*|sve\w*|atomics|fphp")
 
 
 def describe(cpuinfo: Path = Path("/proc/cpuinfo")) -> Host:

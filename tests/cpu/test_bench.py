@@ -185,6 +185,7 @@ def test_run_reports_what_needs_no_gpu(toy_bundle):
     for path in ("python-call", "null-driver", "torch.ops.hdispatch-null", "torch.ops.hdispatch.default-null"):
         assert {m for each, m in found if each == path} == set(M_KINDS)
     assert {("config-pick", "cycling"), ("table-probe", "fixed"), ("load-bundle-null", "fixed")} <= set(found)
+    assert {(f"tvm-ffi-{each}", "fixed") for each in ("function", "row", "ops")} <= set(found)
     for row in result["rows"]:
         assert 0 < row["q1_ns"] <= row["median_ns"] <= row["q3_ns"]
         assert row["floor_ratio"] is None
@@ -204,7 +205,7 @@ def test_run_leaves_nothing_loaded_and_no_strict_mode(toy_bundle):
 def test_run_without_a_bundle_says_so():
     result = dispatch.run(options(None, no_bundle="none was built"))
     assert result["skipped"]["null-driver"] == "none was built"
-    assert {"python-call", "config-pick", "table-probe"} == {row["path"] for row in result["rows"]}
+    assert {"python-call", *dispatch.TABLE} == {row["path"] for row in result["rows"]}
 
 
 def test_run_takes_a_variant_and_shape_that_the_bundle_has(tmp_path):

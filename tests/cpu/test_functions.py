@@ -450,10 +450,10 @@ def test_inspect_shows_a_function(tmp_path, capsys):
     words = capsys.readouterr().out
     for part in (
         "kernel  toy_host by cutedsl",
-        "   0 tensor result, a multiple of 16 bytes\n   1 tensor weight as int16\n   2 tensor input[dimensions 1, 0]\n   3 none",
+        "   0 tensor result, a multiple of 16 bytes\n   1 tensor weight as int16\n   2 tensor input[dimensions 1, 0]\n",
         "   4 float  epsilon\n   5 int    M * 2\n   6 pdl    1 where the bundle is loaded with pdl\n   7 stream\nguards",
         "host function toy_f, pdl",
-        f"{LIBRARY}, 7 bytes with all others, for {host.describe()['machine']} with ",
+        f"{LIBRARY}, 7 B with all others, for {host.describe()['machine']} with ",
     ):
         assert part in words
     assert main(["inspect", str(folder)]) == 0

@@ -31,7 +31,13 @@ Progress = Callable[[int, int, str], None]
 FLOOR = ("cuLaunchKernelEx", "fixed")
 LOADS = ("load-bundle-null", "load-bundle", "load-bundle-1000-rows")
 
-TABLE: dict[str, Maker] = {"config-pick": paths.config_pick, "table-probe": paths.table_probe}
+TABLE: dict[str, Maker] = {
+    "config-pick": paths.config_pick,
+    "table-probe": paths.table_probe,
+    "tvm-ffi-function": paths.ffi_function,
+    "tvm-ffi-row": paths.ffi_row,
+    "tvm-ffi-ops": paths.ffi_ops,
+}
 SHIPPED: dict[str, Maker] = {
     "python-call": paths.python_call,
     "null-driver": paths.null_driver,

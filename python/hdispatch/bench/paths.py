@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 
-from .. import _C
+from .. import _C, functions
 from ..errors import HdispatchError
-from ..opspec import TensorArg
+from ..ops import get as get_op
+from ..ops import spec as spec_of
+from ..opspec import TensorArg, Variant
 from ..testing.host_timer import WARM_CALLS, Batch, call_batch
 from .workload import CYCLE, M_KINDS, Arguments, MakeBatch, MKind, Workload, unseen_pool
 
@@ -27,6 +29,10 @@ PICK_HIDDEN = tuple(1024 * i for i in range(1, 21))
 PICK_EDGES = tuple(2**i for i in range(15))
 PICK_SHAPES = ((1, 1024), (3, 4096), (16, 4096), (100, 5120), (500, 2048), (1000, 8192), (4096, 12288), (8000, 20480))
 PROBE_ROWS, PROBES = 10_000, 500_000
+#: An op with three tensors, and sizes that the table of picks has not.
+FUNCTION_OP = "dynamic_per_token_scaled_fp8_quant"
+FUNCTION_SIZES = {"M": 16, "K": 512}
+FUNCTION_CALLS = 100_000
 
 
 class Unavailable(HdispatchError):
@@ -337,7 +343,7 @@ def _chain(path: str, op: str, workload: Workload, chain: Callable[[], object]) 
 
 
 def publish_pick_table(setup: Setup) -> None:
-    """Put a table of 300 keys of the op (20 hidden sizes, 15 buckets) in place of the null driver's."""
+    """Put a table of 300 keys of the op (20 hidden sizes, 15 buckets), and one function, in place of the null driver's."""
     builder = _C.TableBuilder(-1, 0, False)
     builder.set_ladder(setup.op, list(PICK_EDGES))
     builder.add_module("none", b"none")
@@ -357,12 +363,57 @@ def publish_pick_table(setup: Setup) -> None:
     for k in PICK_HIDDEN:
         for bucket in range(len(PICK_EDGES)):
             builder.add_row(setup.op, variant, k, 0, bucket, record)
+    _add_function(builder)
     builder.publish()
+
+
+def function_call() -> tuple[_C.Op, Arguments]:
+    """An op and a call of it with three tensors on the CPU, which `publish_pick_table` lets a function serve."""
+    spec = spec_of(FUNCTION_OP)
+    made = spec.sample(_function_variant(), FUNCTION_SIZES, torch.device("cpu"), torch.Generator().manual_seed(0))
+    return get_op(FUNCTION_OP), tuple(made)
+
+
+def _function_variant() -> Variant:
+    return max(spec_of(FUNCTION_OP).variants(), key=lambda variant: len(variant.none))
+
+
+def _add_function(builder: _C.TableBuilder) -> None:
+    """A row that calls a TVM-FFI function which does nothing with three tensors, None and the stream."""
+    op, variant = get_op(FUNCTION_OP), _function_variant().name
+    record: dict[str, Any] = {"kernel": "none", "function": "none", "m_min": 1, "m_max": 2**31 - 1, "guards": []}
+    args = functions.default_args(spec_of(FUNCTION_OP), variant, "argument")
+    index = builder.add_function(op, record | {"args": args, "pdl": False, "env_stream": False}, _C.bench_function())
+    builder.set_ladder(op, list(PICK_EDGES))
+    bucket = _C.bucket(PICK_EDGES, FUNCTION_SIZES["M"])
+    builder.add_row(op, variant, FUNCTION_SIZES["K"], 0, bucket, index)
 
 
 def withdraw_pick_table() -> None:
     """Take whatever table the null driver has away."""
     _C.withdraw(-1)
+
+
+def ffi_function(_setup: Setup) -> Iterator[Case]:
+    """A TVM-FFI function of three tensors that does nothing, by its pointer in a C loop: the floor of a row that calls it."""
+    yield from _of_function("tvm-ffi-function", _C.bench_function_ns)
+
+
+def ffi_row(_setup: Setup) -> Iterator[Case]:
+    """The same function as a row of the table, from C: checks, key, probe and arguments, without a door."""
+    yield from _of_function("tvm-ffi-row", _C.bench_dispatch_ns)
+
+
+def _of_function(path: str, measure: Callable[[_C.Op, Arguments, int], float]) -> Iterator[Case]:
+    op, arguments = function_call()
+    yield Case(path, op.name, "fixed", lambda: measure(op, arguments, FUNCTION_CALLS))
+
+
+def ffi_ops(setup: Setup) -> Iterator[Case]:
+    """The same row through `hdispatch.ops`, called from Python."""
+    op, arguments = function_call()
+    calls = [arguments] * setup.calls
+    yield Case("tvm-ffi-ops", op.name, "fixed", call_batch(op, lambda: calls, calls[:1]))
 
 
 def config_pick(setup: Setup) -> Iterator[Case]:

@@ -45,12 +45,13 @@ Cell = tuple[str, MKind]
 
 @dataclass(frozen=True)
 class Target:
-    """At most (or at least) `limit`: the median of `cell` in ns, or over that of `over`, or its floor_ratio."""
+    """At most (or at least) `limit`: the median of `cell` in ns, or its difference to `minus`'s, or ratio to `over`'s, or floor_ratio."""
 
     text: str
     cell: Cell
     limit: float
     over: Cell | None = None
+    minus: Cell | None = None
     floor: bool = False
     at_least: bool = False
 
@@ -65,6 +66,8 @@ TARGETS: tuple[Target, ...] = (
     Target("hdispatch.ops, null driver", ("null-driver", "fixed"), 150),
     Target("table probe, 10,000 rows", ("table-probe", "fixed"), 10),
     Target("config pick, 300 keys", ("config-pick", "cycling"), 150),
+    Target("TVM-FFI row from C - bare call", ("tvm-ffi-row", "fixed"), 120, minus=("tvm-ffi-function", "fixed")),
+    Target("TVM-FFI row, hdispatch.ops - bare call", ("tvm-ffi-ops", "fixed"), 120, minus=("tvm-ffi-function", "fixed")),
     Target("hdispatch.ops / bare cuLaunchKernelEx", ("hdispatch.ops", "fixed"), 1.00, floor=True),
     Target("the same without PDL / bare cuLaunchKernelEx", ("hdispatch.ops-nopdl", "fixed"), 1.25, floor=True),
     Target("torch.ops.hdispatch / bare cuLaunchKernelEx", ("torch.ops.hdispatch", "fixed"), 1.5, floor=True),
@@ -106,6 +109,9 @@ def _measured(target: Target, cells: dict[Cell, Row]) -> float | None:
         return None
     if target.floor:
         return row["floor_ratio"]
+    if target.minus is not None:
+        floor = cells.get(target.minus)
+        return row["median_ns"] - floor["median_ns"] if floor else None
     if target.over is None:
         return row["median_ns"]
     over = cells.get(target.over)

@@ -46,6 +46,8 @@ paths:
   chain-…                360 launches, per kernel, from the first launch to the end of the last kernel
   config-pick            sizes to row, 80,000 picks of 8 shapes among 300 keys, from Python
   table-probe            the probe alone among 10,000 rows, in C
+  tvm-ffi-function       a TVM-FFI function of three tensors that does nothing, by its pointer in a C loop: a floor
+  tvm-ffi-row, -ops      the same function as a row of the table: from C, without a door; through hdispatch.ops
   load-bundle            loading the whole bundle, and scaled to 1,000 rows; -null: without the code
 
 M is fixed, cycles over 2, 3, 7, 16, or is one never seen before in each call (2 to 8192).
