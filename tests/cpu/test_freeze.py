@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hdispatch.build import DESCRIBED, BuildReport, Selection, available_ops, build
+from hdispatch import host
+from hdispatch.build import DESCRIBED, BuildReport, Selection, available_ops, build, ffi_link
 from hdispatch.build.freeze import Entry, check_out, freeze
 from hdispatch.build.store import Store
 from hdispatch.errors import BuildError
-from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, read_bundle
+from hdispatch.manifest import CHECKSUM_NAME, LIBRARY, MANIFEST_NAME, read_bundle
 from hdispatch.opspec import OpSpec, TensorArg
 
 SPEC = OpSpec(
@@ -29,6 +31,7 @@ SPEC = OpSpec(
     ladder=(1, 16, 256),
 )
 SPECS = {SPEC.name: SPEC}
+FUNCTIONS = Path(__file__).parents[1] / "core" / "ffi_functions.c"
 H200 = DESCRIBED["h200"]
 
 
@@ -45,6 +48,7 @@ def entries(store: Store) -> list[Entry]:
         cubin = {**code, "cooperative": False, "pdl": False, "file": store.put_blob(data)}
         bounds = {"m_min": 1, "m_max": 2**20}
         fields = {
+            "launcher": "cubin",
             "backend": "triton",
             "kernel": "f",
             "config": {},
@@ -95,6 +99,68 @@ def test_the_order_of_the_build_does_not_matter(tmp_path, store):
     freeze(SPECS, entries(store), H200, store, tmp_path / "a")
     freeze(SPECS, entries(store)[::-1], H200, store, tmp_path / "b")
     assert (tmp_path / "a" / MANIFEST_NAME).read_bytes() == (tmp_path / "b" / MANIFEST_NAME).read_bytes()
+
+
+# ---- host functions ----
+
+
+def host_function(store: Store, entry: Entry, name: str, tmp_path: Path) -> Entry:
+    """The entry with a host function in the place of its cubins, from an object file as a backend leaves it in the store."""
+    file = tmp_path / f"{name}.o"
+    names = {"__tvm_ffi_count": f"__tvm_ffi_{name}"}
+    names |= {each: f"{each}_of_{name}" for each in ("__tvm_ffi_broken", "__tvm_ffi_bare")}
+    for end in ("cuda_init", "cuda_load_to_device"):
+        names[f"__cute_internal_count_{end}"] = f"__cute_internal_{name}_{end}"
+        names[f"__cute_internal_broken_{end}"] = f"__cute_internal_broken_of_{name}_{end}"
+    defines = [f"-D{old}={new}" for old, new in names.items()]
+    subprocess.run([*ffi_link.compiler(), "-c", "-fPIC", *defines, str(FUNCTIONS), "-o", str(file)], check=True)
+    head = {name: entry.record[name] for name in ("kernel", "m_min", "m_max", "guards")}
+    code = {"file": store.put_blob(file.read_bytes()), "function": name, "args": [], "pdl": True, "env_stream": False}
+    record = {**head, "launcher": "tvm_ffi", "backend": "cutedsl", "config": {"name": name}, **code}
+    return replace(entry, record=record)
+
+
+def test_host_functions_become_one_library(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(ffi_link, "runtime_archive", lambda: None)  # these objects need no CUDA
+    given = entries(store)
+    given[1] = host_function(store, given[1], "first", tmp_path)
+    given[2] = host_function(store, given[2], "second", tmp_path)
+    frozen = freeze(SPECS, given, H200, store, tmp_path / "out")
+    manifest, contents = read_bundle(tmp_path / "out")
+    assert manifest == frozen.manifest
+    assert sorted(name.endswith(".cubin") for name in contents) == [False, True, True]
+    assert manifest["host"] == host.describe()
+    functions = [record for record in manifest["records"] if record["launcher"] == "tvm_ffi"]
+    assert {record["function"] for record in functions} == {"first", "second"}
+    assert {record["file"] for record in functions} == {LIBRARY}
+    sizes = {(tmp_path / f"{name}.o").stat().st_size for name in ("first", "second")}
+    assert {row["bytes"] for row in manifest["rows"] if manifest["records"][row["record"]] in functions} == sizes
+    library = ctypes.CDLL(str(tmp_path / "out" / LIBRARY))
+    assert library.hdispatch_ffi_version() == 1
+    module = ctypes.c_void_p()
+    for name in (b"first", b"second"):
+        assert library.hdispatch_ffi_prepare(ctypes.c_void_p(library._handle), name, 0, ctypes.byref(module)) == 0
+    freeze(SPECS, given[::-1], H200, store, tmp_path / "again")
+    assert read_bundle(tmp_path / "again") == (manifest, contents)
+
+
+def test_objects_that_do_not_link(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(ffi_link, "runtime_archive", lambda: None)
+    first = host_function(store, entries(store)[1], "first", tmp_path)
+    with pytest.raises(BuildError, match="multiple definition"):
+        ffi_link.link({"a": store.blob(first.record["file"]), "b": store.blob(first.record["file"])})
+    monkeypatch.setenv("CC", "no-such-compiler -x")
+    with pytest.raises(BuildError, match="no-such-compiler cannot be run"):
+        ffi_link.link({"a": b""})
+
+
+def test_without_a_host_function_there_is_no_library(tmp_path, store):
+    manifest = freeze(SPECS, entries(store), H200, store, tmp_path / "out").manifest
+    assert LIBRARY not in manifest["files"]
+    assert "host" not in manifest
+
+
+# ---- what is refused ----
 
 
 def change(entry: Entry, **fields) -> Entry:

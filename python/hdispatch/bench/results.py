@@ -45,7 +45,7 @@ Cell = tuple[str, MKind]
 
 @dataclass(frozen=True)
 class Target:
-    """At most (or at least) `limit`: the median of `cell` in ns, or its difference to `minus`'s, or ratio to `over`'s, or floor_ratio."""
+    """At most (or at least) `limit`: the median of `cell` in ns, less `minus`'s or over `over`'s; or its floor_ratio."""
 
     text: str
     cell: Cell

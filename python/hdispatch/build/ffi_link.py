@@ -76,6 +76,9 @@ def link(objects: Mapping[str, bytes]) -> bytes:
 
 def _run(folder: Path, *arguments: str) -> None:
     command = [*compiler(), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]} cannot be run: {error}; set $CC to a C compiler") from error
     if done.returncode:
         raise BuildError(f"{' '.join(command)} failed: {done.stderr.strip()[-2000:]}")

@@ -132,6 +132,23 @@ def _check_triton() -> str:
     return _check_package("triton")
 
 
+def _check_tvm_ffi() -> str:
+    version = machine.package_version("apache-tvm-ffi")
+    if version is None:
+        raise HdispatchError("not installed: pip install 'hdispatch[ffi]'; hdispatch.register needs it, bundles do not")
+    if not _satisfies(version, ">=0.1.11,<0.2"):
+        raise HdispatchError(f"{version} is installed; hdispatch takes the C ABI of 0.1: apache-tvm-ffi>=0.1.11,<0.2")
+    return version
+
+
+def _check_link() -> str:
+    """What links the host functions of a bundle."""
+    from ..build import ffi_link
+
+    archive = ffi_link.runtime_archive()
+    return f"{' '.join(ffi_link.compiler())}, {archive or 'without CuteDSL'}"
+
+
 def _check_package(name: str) -> str:
     version = machine.package_version(name)
     if version is None:
@@ -189,6 +206,8 @@ BACKENDS: dict[str, Callable[[], str]] = {
     "triton": _check_triton,
     "ptxas": _check_ptxas,
     "configs": _check_configs,
+    "tvm_ffi": _check_tvm_ffi,
+    "linker": _check_link,
 }
 
 
