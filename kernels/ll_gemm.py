@@ -10,7 +10,8 @@ Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: import this module
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import cutlass
@@ -133,6 +134,32 @@ class Gemm:
             cute.copy(atom, source, target, pred=whole)
 
     @cute.jit
+    def fetch_scale(self, scales: cute.Tensor, index: Int32, into: Any) -> None:
+        """Begins to copy one scale. A load would be moved down to where the scale is used, and be waited for there."""
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
+        one = cute.make_layout((1, 1))
+        source = cute.make_tensor(scales.iterator + index * scales.stride[0], one)
+        cute.copy(atom, source, cute.make_tensor(into, one))
+
+    @cute.jit
+    def load(self, row: Any, at: Int32, into: cute.Tensor, turn: Constexpr, once: Constexpr) -> None:
+        """Loads the vector at an offset of a row, as 4 words; zeros past the row's end. `once`: keeps it out of L1."""
+        kind = ir.VectorType.get([4], Int32.mlir_type)
+        start = at
+        if cutlass.const_expr(self.may_pass(turn)):
+            start = cutlass.min(at, self.k - self.vector)
+        if cutlass.const_expr(once):
+            loaded = cute.arch.load(row + start, kind, level1_eviction_priority="evict_no_allocate")
+        else:
+            loaded = cute.arch.load(row + start, kind)
+        vector = cute.TensorSSA(loaded, (4,), Int32)
+        for word in cutlass.range_constexpr(4):
+            value = vector[word]
+            if cutlass.const_expr(self.may_pass(turn)):
+                value = value if at < self.k else Int32(0)
+            into[word] = value
+
+    @cute.jit
     def await_predecessor(self) -> None:
         """Waits for the kernel before this one to end, and lets the one after this begin, in the order that `trigger` says.
 
@@ -159,6 +186,7 @@ class Split(Gemm):
     warps     warps of a block, each with its own pieces of K
     cluster   blocks that share a tile, each with its own pieces of K; divides 16 * rows
     steps     64-byte steps of a row in a piece
+    direct    whether weights go straight to registers, all of them at once
 
     A thread copies 16 bytes of a row where the tensor core wants 4 from each of four places: K is permuted within a step,
     for weights and tokens alike, which changes nothing but the order of the sum.
@@ -174,12 +202,16 @@ class Split(Gemm):
         cluster: int,
         steps: int,
         depth: int,
-        trigger: int = 1,
+        trigger: int = 0,
+        direct: int = 0,
     ) -> None:
         self.step = 8 * STEP // element.width
         super().__init__(element, k, self.step * steps * warps * cluster, depth, trigger)
         self.rows, self.columns, self.warps, self.cluster, self.steps = rows, columns, warps, cluster, steps
         self.threads = 32 * warps
+        self.direct = direct
+        if direct and self.turns != 1:
+            raise ValueError(f"weights go straight to registers where one piece is all of them; here are {self.turns}")
         if ROWS * rows % cluster:
             raise ValueError(f"{cluster} blocks cannot share {ROWS * rows} rows evenly")
         #: Outputs of a tile that each block of its cluster sums up, and the distance of tokens in shared memory: lanes that
@@ -195,7 +227,8 @@ class Split(Gemm):
 
     @property
     def shared_bytes(self) -> int:
-        copied = VECTOR * (2 * self.rows + self.columns) * self.steps * self.threads * self.slots
+        vectors = (0 if self.direct else 2 * self.rows) + self.columns
+        copied = VECTOR * vectors * self.steps * self.threads * self.slots
         return copied + 4 * self.parts * self.tokens * self.pitch + 8
 
     def grid(self, n: Int32) -> list[Any]:
@@ -218,7 +251,11 @@ class Split(Gemm):
         m, n, k = x.shape[0], w.shape[0], w.shape[1]
         first_n = tile * (ROWS * self.rows)
         shared = SmemAllocator()
-        weights = self.ring(shared, 2 * self.rows * self.steps, self.slots)
+        if cutlass.const_expr(self.direct):
+            registers = cute.make_rmem_tensor((4, 2 * self.rows * self.steps, 1), Int32)
+            weights = cute.recast_tensor(registers, self.element)
+        else:
+            weights = self.ring(shared, 2 * self.rows * self.steps, self.slots)
         tokens = self.ring(shared, self.columns * self.steps, self.slots)
         parts = shared.allocate_array(Int32, self.parts * self.tokens * self.pitch, byte_alignment=VECTOR)
         arrived = shared.allocate_array(Int64, 1, byte_alignment=8)
@@ -229,8 +266,13 @@ class Split(Gemm):
         w_rows = [w[(cutlass.min(first_n + group + 8 * row, n - 1), None)].iterator for row in range(2 * self.rows)]
         x_rows = [x[(cutlass.min(group + 8 * row, m - 1), None)].iterator for row in range(self.columns)]
         begin = (rank * self.warps + warp_index) * (self.step * self.steps) + quad * self.vector
-        for turn in cutlass.range_constexpr(self.depth):
-            self.fetch_rows(w_rows, begin + turn * self.stride, k, weights[(None, None, turn)], turn)
+        if cutlass.const_expr(self.direct):
+            for row in cutlass.range_constexpr(2 * self.rows):
+                for step in cutlass.range_constexpr(self.steps):
+                    self.load(w_rows[row], begin + step * self.step, registers[(None, row * self.steps + step, 0)], 0, True)
+        else:
+            for turn in cutlass.range_constexpr(self.depth):
+                self.fetch_rows(w_rows, begin + turn * self.stride, k, weights[(None, None, turn)], turn)
         self.await_predecessor()
         for turn in cutlass.range_constexpr(self.depth):
             self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn)
@@ -493,12 +535,9 @@ class Stream(Split):
     @cute.jit
     def fetch_scales(self, w_scale: cute.Tensor, tile: Int32, rank: Int32, tid: Int32, into: cute.Tensor) -> None:
         """Begins to copy a tile's scales: those of the outputs that this thread will sum up."""
-        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
         for i in cutlass.range_constexpr(self.mine):
             column = tile * (ROWS * self.rows) + rank * self.own + (tid + i * self.threads) % self.own
-            source = w_scale.iterator + cutlass.min(column, w_scale.shape[0] - 1) * w_scale.stride[0]
-            one = cute.make_layout((1, 1))
-            cute.copy(atom, cute.make_tensor(source, one), cute.make_tensor(into.iterator + i * self.threads, one))
+            self.fetch_scale(w_scale, cutlass.min(column, w_scale.shape[0] - 1), into.iterator + i * self.threads)
 
     @cute.jit
     def fetch_tile(self, w: cute.Tensor, tile: Int32, begin: Int32, group: Int32, slot: cute.Tensor, turn: Constexpr) -> None:
@@ -543,7 +582,7 @@ class Dot(Gemm):
     @property
     def shared_bytes(self) -> int:
         copied = VECTOR * self.threads * self.tokens * self.turns if self.staged else 0
-        return copied + 4 * self.outputs * self.tokens * self.warps
+        return copied + 8 * self.threads + 4 * self.outputs * self.tokens * self.warps
 
     def grid(self, n: Int32) -> list[Any]:
         return [cute.ceil_div(n, self.outputs), 1, 1]
@@ -567,16 +606,21 @@ class Dot(Gemm):
         tokens = cute.make_rmem_tensor((4, self.turns, self.tokens), Int32)
         # Rows past the last are read as the last; what comes of them is not stored.
         for row in cutlass.range_constexpr(self.outputs):
-            self.load(w, cutlass.min(first_n + row, n - 1), tid, weights[(None, None, row)], True)
+            start = w[(cutlass.min(first_n + row, n - 1), None)].iterator
+            for turn in cutlass.range_constexpr(self.turns):
+                self.load(start, tid * self.vector + turn * self.stride, weights[(None, turn, row)], turn, True)
         # Thread i sums up output i % outputs of token i // outputs.
         token, column = tid // self.outputs, tid % self.outputs
-        scale = Float32(1.0)
-        if cutlass.const_expr(w_scale is not None):
-            scale = w_scale[cutlass.min(first_n + column, n - 1)]
         shared = SmemAllocator()
         if cutlass.const_expr(self.staged):
             copies = self.ring(shared, self.turns, self.tokens)
+        if cutlass.const_expr(w_scale is not None):
+            scales = shared.allocate_array(Float32, 2 * self.threads, byte_alignment=4) + tid
+            self.fetch_scale(w_scale, cutlass.min(first_n + column, n - 1), scales)
         self.await_predecessor()
+        if cutlass.const_expr(x_scale is not None):
+            self.fetch_scale(x_scale, cutlass.min(token, m - 1), scales + self.threads)
+        cute.arch.cp_async_commit_group()
         if cutlass.const_expr(self.staged):
             for row in cutlass.range_constexpr(self.tokens):
                 start = x[(cutlass.min(row, m - 1), None)].iterator
@@ -586,10 +630,9 @@ class Dot(Gemm):
             cute.arch.cp_async_commit_group()
             cute.arch.cp_async_wait_group(0)
         for row in cutlass.range_constexpr(0 if self.staged else self.tokens):
-            self.load(x, cutlass.min(row, m - 1), tid, tokens[(None, None, row)], False)
-        if cutlass.const_expr(x_scale is not None):
-            scale = scale * x_scale[cutlass.min(token, m - 1)]
-
+            start = x[(cutlass.min(row, m - 1), None)].iterator
+            for turn in cutlass.range_constexpr(self.turns):
+                self.load(start, tid * self.vector + turn * self.stride, tokens[(None, turn, row)], turn, False)
         acc = cute.make_rmem_tensor((self.outputs, self.tokens), Float32)
         acc.fill(0.0)
         for turn in cutlass.range_constexpr(self.turns):
@@ -612,32 +655,15 @@ class Dot(Gemm):
                 if tid % 32 == 0:
                     sums[output, row, warp_index] = total
         cute.arch.sync_threads()
+        cute.arch.cp_async_wait_group(0)
         if token < m and token < self.tokens and first_n + column < n:
             total = sums[column, token, 0]
             for part in cutlass.range_constexpr(1, self.warps):
                 total = total + sums[column, token, part]
-            out[token, first_n + column] = (total * scale).to(out.element_type)
-
-    @cute.jit
-    def load(self, matrix: cute.Tensor, row: Int32, tid: Int32, into: cute.Tensor, once: Constexpr) -> None:
-        """Loads a thread's vectors of a row: [words, turn]. Zeros past the row's end. `once`: keeps them out of L1."""
-        kind = ir.VectorType.get([4], Int32.mlir_type)
-        start = matrix[(row, None)].iterator
-        for turn in cutlass.range_constexpr(self.turns):
-            at = tid * self.vector + turn * self.stride
-            if cutlass.const_expr(self.may_pass(turn)):
-                within = at < self.k
-                at = cutlass.min(at, self.k - self.vector)
-            if cutlass.const_expr(once):
-                loaded = cute.arch.load(start + at, kind, level1_eviction_priority="evict_no_allocate")
-            else:
-                loaded = cute.arch.load(start + at, kind)
-            vector = cute.TensorSSA(loaded, (4,), Int32)
-            for word in cutlass.range_constexpr(4):
-                value = vector[word]
-                if cutlass.const_expr(self.may_pass(turn)):
-                    value = value if within else Int32(0)
-                into[word, turn] = value
+            if cutlass.const_expr(w_scale is not None):
+                both = cute.make_tensor(scales, cute.make_layout(2, stride=self.threads))
+                total = total * both[0] * both[1]
+            out[token, first_n + column] = total.to(out.element_type)
 
     def values(self, words: cute.Tensor) -> cute.TensorSSA:
         """A vector's elements as float32."""
@@ -650,38 +676,53 @@ def make(element: type[Numeric], k: int | None, config: Mapping[str, Any]) -> Sp
     return form(element, k, **{name: value for name, value in config.items() if name != "kernel"})
 
 
-def arguments(gemm: Gemm, out: type[Numeric]) -> dict[str, Any]:
-    """What a host function is compiled for, by argument: any M and N, and K if it is not compiled in."""
+@dataclass(frozen=True)
+class Program:
+    """What a bundle's builder compiles: see `hdispatch.build.cutedsl_backend`."""
+
+    host: Callable[..., None]
+    arguments: dict[str, Any]
+    largest_m: int
+    shared_bytes: int
+    multiples: dict[str, int]
+
+
+def program(element: type[Numeric], out: type[Numeric], sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:
+    """The host function of a config, for any M and N, and any K unless `sizes` has it."""
+    gemm = make(element, sizes.get("K"), config)
     m, n = cute.sym_int(), cute.sym_int()
-    k = gemm.k or cute.sym_int(divisibility=gemm.vector)
+    k = sizes.get("K") or cute.sym_int(divisibility=gemm.vector)
 
     def matrix(kind: type[Numeric], shape: tuple[Any, Any], divisor: int, align: int) -> Any:
         return make_fake_tensor(kind, shape, (cute.sym_int64(divisibility=divisor), 1), assumed_align=align)
 
-    given = {
+    arguments = {
         "out": matrix(out, (m, n), 1, out.width // 8),
-        "x": matrix(gemm.element, (m, k), gemm.vector, VECTOR),
-        "w": matrix(gemm.element, (n, k), gemm.vector, VECTOR),
+        "x": matrix(element, (m, k), gemm.vector, VECTOR),
+        "w": matrix(element, (n, k), gemm.vector, VECTOR),
     }
-    if gemm.element is Float8E4M3FN:
+    scaled = element is Float8E4M3FN
+    if scaled:
         for name, size in (("x_scale", m), ("w_scale", n)):
-            given[name] = make_fake_tensor(Float32, (size,), (cute.sym_int64(),), assumed_align=4)
-    return given | {"pdl": Int32(0), "stream": make_fake_stream()}
+            arguments[name] = make_fake_tensor(Float32, (size,), (cute.sym_int64(),), assumed_align=4)
+    arguments |= {"pdl": Int32(0), "stream": make_fake_stream()}
+    if gemm.k is not None and gemm.k % gemm.vector:
+        raise ValueError(f"K is {gemm.k}, no multiple of {gemm.vector} elements, which are loaded at once")
+    return Program(
+        host=gemm.scaled if scaled else gemm.plain,
+        arguments=arguments,
+        largest_m=gemm.largest_m,
+        shared_bytes=gemm.shared_bytes,
+        multiples=dict.fromkeys(("K", "x.stride(0)", "w.stride(0)"), gemm.vector),
+    )
 
 
-def split(warps: int, cluster: int, steps: int, depth: int, rows: int = 1, columns: int = 1) -> dict[str, Any]:
+def split(warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 1, direct: int = 1) -> dict[str, Any]:
     """A config of `Split`."""
-    return {
-        "kernel": "split",
-        "rows": rows,
-        "columns": columns,
-        "warps": warps,
-        "cluster": cluster,
-        "steps": steps,
-        "depth": depth,
-    }
+    form = {"kernel": "split", "rows": rows, "columns": columns, "warps": warps, "cluster": cluster}
+    return form | {"steps": steps, "depth": depth, "direct": direct, "trigger": 0}
 
 
-def dot(warps: int, depth: int, outputs: int = 1, tokens: int = 1) -> dict[str, Any]:
+def dot(warps: int, outputs: int = 1, tokens: int = 1, trigger: int = 0) -> dict[str, Any]:
     """A config of `Dot`."""
-    return {"kernel": "dot", "outputs": outputs, "tokens": tokens, "warps": warps, "depth": depth}
+    return {"kernel": "dot", "outputs": outputs, "tokens": tokens, "warps": warps, "trigger": trigger}

@@ -21,13 +21,17 @@ def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     x    bfloat16 [M, K], rows contiguous
     w    bfloat16 [N, K], rows contiguous
 
-    What no row serves (more than 32 rows, odd sizes, addresses or strides) torch.mm computes, where its result has the
-    type of `out`; on CPUs and for float32 it is the product of the float32 matrices.
+    Rows serve 1 <= M <= 32 and K of a multiple of 8, with rows of x and w that begin at multiples of 16 bytes.
     """
-    if out.dtype == x.dtype and x.is_cuda:
+    out.copy_(x.float() @ w.float().t())
+
+
+def fallback(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    """The op where no row serves: torch.mm, where it can round to the type of `out` itself."""
+    if out.dtype == x.dtype:
         torch.mm(x, w.t(), out=out)
     else:
-        out.copy_(x.float() @ w.float().t())
+        reference(out, x, w)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -54,4 +58,6 @@ SPEC = OpSpec(
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16, 32),
     doc=reference.__doc__ or "",
+    closed=True,
+    fallback=fallback,
 )

@@ -32,7 +32,8 @@ def define(spec: OpSpec) -> _C.Op:
     if spec.name in globals():
         raise HdispatchError(f"op {spec.name!r} would hide hdispatch.ops.{spec.name}")
     variants = list(spec.variant_arguments().items())
-    op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, spec.reference)
+    fallback = spec.fallback or spec.reference
+    op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, fallback)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
     globals()[spec.name] = op

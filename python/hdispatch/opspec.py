@@ -154,6 +154,9 @@ class OpSpec:
     typical                     the variant that servers call most: what is tuned and benchmarked unless told otherwise; the
                                 first served one if None.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
+    closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
+    fallback                    what serves calls that no row does; `reference` if None. Same arguments, and it takes all that
+                                the schema does.
     """
 
     name: str
@@ -167,6 +170,8 @@ class OpSpec:
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
     hints: Mapping[str, int] = field(default_factory=dict)
+    closed: bool = False
+    fallback: Callable[..., None] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""

@@ -31,6 +31,7 @@ _FOREIGN = (
     "NVPTX_",
     "DISABLE_LLVM_",
     "DISABLE_PTXAS_",
+    "CUTE_DSL_",
 )
 
 #: -P keeps the current folder off the module path: one with a helion.py in it would shadow Helion.
@@ -97,6 +98,7 @@ def environment(scratch: Path, target: GpuTarget) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
     return kept | {
         "CUDA_VISIBLE_DEVICES": "",
+        "CUTE_DSL_ARCH": target.arch,
         "HELION_CACHE_DIR": str(scratch / "helion"),
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",

@@ -66,8 +66,11 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
 
     BuildError, naming the construct and the reason, for what cannot become a record.
     """
-    spec = load_spec(unit.package)
     backend = importlib.import_module(f"{__package__}.{unit.backend}_backend")
+    if not hasattr(backend, "host_side"):  # it has no host function to trace
+        records: list[Built] = backend.build_records(unit, target, tools, store)
+        return records
+    spec = load_spec(unit.package)
     remaining = list(unit.buckets)
     built: list[Built] = []
     for hint in _hints(spec.ladder, unit.buckets):

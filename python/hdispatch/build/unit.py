@@ -71,9 +71,14 @@ def bucket_bounds(ladder: Sequence[int], bucket: int) -> tuple[int, int | None]:
     return first, (None if bucket == len(ladder) - 1 else ladder[bucket])
 
 
-def serves(m_min: int, m_max: int, ladder: Sequence[int], bucket: int) -> bool:
-    """Whether m_min..m_max holds every M of a bucket; of the open one, for its Ms up to OPEN_BUCKET_M and past its edge."""
+def serves(m_min: int, m_max: int, ladder: Sequence[int], bucket: int, closed: bool = False) -> bool:
+    """Whether m_min..m_max holds every M of a bucket; of the open one, for its Ms up to OPEN_BUCKET_M and past its edge.
+
+    `closed`: the last bucket is not open, it ends at its edge.
+    """
     first, last = bucket_bounds(ladder, bucket)
+    if closed and last is None:
+        last = ladder[-1]
     return m_min <= first and m_max >= (last or max(OPEN_BUCKET_M, ladder[-1] + 1))
 
 

@@ -14,12 +14,18 @@ from ..errors import BuildError
 from .target import GpuTarget
 
 #: The Python packages that each backend generates and compiles with.
-PACKAGES = {"helion": ("torch", "triton", "helion"), "triton": ("torch", "triton")}
+PACKAGES = {
+    "helion": ("torch", "triton", "helion"),
+    "triton": ("torch", "triton"),
+    "cutedsl": ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi"),
+}
 
 
 def tool_versions(backend: str, target: GpuTarget) -> dict[str, str]:
     """Name to version of a backend's packages and of ptxas. BuildError if one is missing."""
     tools = {name: _package(name) for name in PACKAGES[backend]}
+    if backend == "cutedsl":  # it comes with its own ptxas
+        return tools
     return tools | {"ptxas": _ptxas_version(ptxas(target))}
 
 

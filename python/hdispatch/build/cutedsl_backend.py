@@ -1,0 +1,158 @@
+"""CuteDSL: a kernel and a config become an object file with a host function, which a bundle links into its library.
+
+`kernels/<op>/cutedsl.py` has
+
+    GENERIC      the sizes that may differ from call to call: ("N",)
+    program(variant, sizes, config)
+                 what is to be compiled for a variant, the other sizes and a config: see `Program`
+    candidates(sizes, variant)
+                 configs that are worth measuring
+
+Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: `pool.environment` sets it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from cutlass import cute  # type: ignore[import-untyped]
+
+from ..errors import BuildError
+from ..manifest import Expr, FfiArg, FfiRecord, Guard
+from ..opspec import OpSpec, TensorArg
+from .expr import render
+from .store import Store, digest
+from .target import GpuTarget
+from .unit import Unit, bucket_bounds, load_spec
+
+#: Raised when what is stored about an object file, or how it is compiled, changes.
+CODE_FORMAT = 1
+
+_OPTIONS = "--enable-tvm-ffi"
+
+
+class Program(Protocol):
+    """What `program` of a kernel's module returns.
+
+    host          a `cute.jit` function of the arguments, in their order
+    arguments     by name: fake tensors for the op's tensors, the Int32 "pdl", the fake stream "stream"
+    largest_m     the code serves 1 <= M <= largest_m
+    shared_bytes  of a block
+    multiples     by leaf (`K`, `x.stride(0)`): what the code takes it for a multiple of; a stride of one row is free
+    """
+
+    host: Callable[..., None]
+    arguments: Mapping[str, Any]
+    largest_m: int
+    shared_bytes: int
+    multiples: Mapping[str, int]
+
+
+def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[dict[str, Any]]:
+    """The unit's record, as `record.build_records` returns it; its object file is in the store.
+
+    BuildError for a config that does not serve all of the unit's buckets, or that the target cannot run.
+    """
+    start = time.monotonic()
+    if (arch := os.environ.get("CUTE_DSL_ARCH")) != target.arch:
+        raise BuildError(f"CUTE_DSL_ARCH is {arch!r} and was read when cutlass was imported; {target.name} takes {target.arch!r}")
+    spec = load_spec(unit.package)
+    module = importlib.import_module(f"{unit.package}.{unit.backend}")
+    program = _program(module, spec, unit, target)
+    key = digest(
+        {
+            "format": CODE_FORMAT,
+            "unit": {**unit.to_json(), "buckets": [], "rows": []},
+            "sources": _sources(unit.package),
+            "target": target.to_json(),
+            "tools": dict(tools),
+        }
+    )
+    function = f"{spec.name}_{key[:16]}"
+    found = store.get("object", key)
+    if found is None or not store.has_blob(found["sha256"]):
+        found = {"sha256": store.put_blob(_compile(program, function, unit))}
+        store.put("object", key, found)
+    record: FfiRecord = {
+        "launcher": "tvm_ffi",
+        "backend": unit.backend,
+        "kernel": module.__name__,
+        "config": unit.config,
+        "m_min": 1,
+        "m_max": program.largest_m,
+        "guards": _guards(spec, unit, program),
+        "file": found["sha256"],
+        "function": function,
+        "args": [_argument(spec, name, given) for name, given in program.arguments.items()],
+        "pdl": True,
+        "env_stream": False,
+    }
+    return [{"record": record, "buckets": list(unit.buckets), "seconds": round(time.monotonic() - start, 3)}]
+
+
+def _program(module: Any, spec: OpSpec, unit: Unit, target: GpuTarget) -> Program:
+    try:
+        program: Program = module.program(spec.variant(unit.variant), unit.shape, unit.config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BuildError(f"the config {unit.config} does not suit {module.__name__}: {error}") from error
+    if program.shared_bytes > target.shared_memory:
+        raise BuildError(
+            f"a block needs {program.shared_bytes} bytes of shared memory, {target.name} has {target.shared_memory}; "
+            "choose fewer warps, steps or copies"
+        )
+    for bucket in unit.buckets:
+        first, last = bucket_bounds(spec.ladder, bucket)
+        if (last or spec.ladder[-1]) > program.largest_m:
+            raise BuildError(
+                f"bucket {bucket} holds M from {first} to {last or spec.ladder[-1]}, the config {unit.config} takes at most "
+                f"{program.largest_m}; choose one with more tokens"
+            )
+    return program
+
+
+def _compile(program: Program, function: str, unit: Unit) -> bytes:
+    """The object file that defines `__tvm_ffi_<function>`."""
+    try:
+        compiled = cute.compile(program.host, *program.arguments.values(), options=_OPTIONS)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "function.o"
+            compiled.export_to_c(str(path), function_name=function)
+            return path.read_bytes()
+    except Exception as error:  # the DSL raises anything
+        raise BuildError(f"CuteDSL cannot compile {unit.config}: {type(error).__name__}: {error}") from error
+
+
+def _sources(package: str) -> dict[str, str]:
+    """The texts that decide the code: the op's package and the modules beside it."""
+    found = importlib.import_module(package)
+    folder = Path(str(found.__file__)).parent
+    return {str(path.relative_to(folder.parent)): path.read_text() for path in (*folder.glob("*.py"), *folder.parent.glob("*.py"))}
+
+
+def _argument(spec: OpSpec, name: str, given: Any) -> FfiArg:
+    if name in ("pdl", "stream"):
+        return {"kind": "pdl" if name == "pdl" else "stream"}
+    if name not in {arg.name for arg in spec.args if isinstance(arg, TensorArg)}:
+        raise BuildError(f"{spec.name}: the host function takes {name!r}, which is no tensor of the op, nor pdl, nor stream")
+    if given is None:
+        return {"kind": "none"}
+    return {"kind": "tensor", "arg": name, "align": given._assumed_align}
+
+
+def _guards(spec: OpSpec, unit: Unit, program: Program) -> list[Guard]:
+    """What the host function would refuse, and what the code assumes without asking."""
+    generic = [symbol for symbol in spec.symbols() if symbol != "M" and symbol not in unit.shape]
+    exprs: list[Expr] = [[symbol, 1, ">="] for symbol in generic]
+    for leaf, multiple in program.multiples.items():
+        name, dot, _ = leaf.partition(".stride(")
+        if not dot and leaf in unit.shape:
+            continue
+        expr: Expr = [leaf, multiple, "%", 0, "=="]
+        exprs.append([*expr, f"{name}.size(0)", 1, "==", "or"] if dot else expr)
+    return [{"expr": expr, "text": render(expr)} for expr in exprs]
