@@ -111,6 +111,13 @@ static_assert(offsetof(ErrorObject, kind) == 24 && offsetof(ErrorObject, message
 
 // ---- functions of libtvm_ffi ----
 
+struct Version {
+  uint32_t major;
+  uint32_t minor;  ///< another one is another ABI
+  uint32_t patch;
+};
+
+using GetVersion = void (*)(Version* out);
 using ErrorMoveFromRaised = void (*)(void** error);
 using ObjectDecRef = int (*)(void* object);
 using EnvSetStream = int (*)(int32_t device_type, int32_t device_id, void* stream, void** before);

@@ -42,6 +42,12 @@ FfiError take_tvm_ffi_error() {
 
 FfiFunction live_function(uintptr_t handle) {
   HD_CHECK_BUNDLE(handle, "the TVM-FFI function is null");
+  if (const auto get_version = of_tvm_ffi<ffi::GetVersion>("TVMFFIGetVersion")) {
+    ffi::Version version{};
+    get_version(&version);
+    HD_CHECK_BUNDLE(version.major == 0 && version.minor == 1, "libtvm_ffi ", version.major, ".", version.minor, ".",
+                    version.patch, " is loaded; functions are taken by the C ABI of 0.1: install apache-tvm-ffi<0.2");
+  }
   const auto* object = reinterpret_cast<const ffi::Function*>(handle);
   HD_CHECK_BUNDLE(object->object.type == ffi::kTypeFunction, "the TVM-FFI object is of type ", object->object.type,
                   "; a function is of type ", static_cast<int>(ffi::kTypeFunction));
@@ -122,7 +128,8 @@ FfiFunction FfiLibrary::find(const std::string& name, int device, const Driver& 
   const auto library = static_cast<CUlibrary>(module);
   const std::string what = text(file_, " ", name);
   unsigned count = 0;
-  HD_DRIVER(driver, driver.library_kernel_count(&count, library), "cuLibraryGetKernelCount", what);
+  // The runtime's handles are the driver's, as of CUDA 12.8; should they not be, the first launch loads the kernels.
+  if (driver.library_kernel_count(&count, library) != kCudaSuccess) return function;
   std::vector<CUkernel> kernels(count);
   HD_DRIVER(driver, driver.library_kernels(kernels.data(), count, library), "cuLibraryEnumerateKernels", what);
   for (const CUkernel kernel : kernels) {

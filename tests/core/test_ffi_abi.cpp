@@ -65,6 +65,9 @@ struct SameAbi<R1 (*)(A1...), R2 (*)(A2...)>
     : std::bool_constant<std::is_same_v<R1, R2> && ((std::is_pointer_v<A1> == std::is_pointer_v<A2> &&
                                                      (std::is_pointer_v<A1> || std::is_same_v<A1, A2>)) &&
                                                     ...)> {};
+SAME_SIZE(Version, TVMFFIVersion);
+SAME_FIELD(Version, minor, TVMFFIVersion, minor);
+static_assert(SameAbi<GetVersion, decltype(&TVMFFIGetVersion)>::value);
 static_assert(SameAbi<SafeCall, TVMFFISafeCallType>::value);
 static_assert(SameAbi<ErrorMoveFromRaised, decltype(&TVMFFIErrorMoveFromRaised)>::value);
 static_assert(SameAbi<ObjectDecRef, decltype(&TVMFFIObjectDecRef)>::value);

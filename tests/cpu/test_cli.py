@@ -249,7 +249,7 @@ def test_doctor_as_json(capsys, toy_bundle, monkeypatch):
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "serving"}
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs"}
+    assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs", "tvm_ffi", "linker"}
     assert all(part["ok"] or part["reason"] for part in found["backends"].values())
     assert found["backends"]["triton"]["ok"]
     assert found["bundle"]["rows"] == 20

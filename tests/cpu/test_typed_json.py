@@ -71,3 +71,31 @@ def test_refused(value, words):
 def test_a_declaration_of_another_kind():
     with pytest.raises(TypeError, match="is not one that a declaration may hold"):
         check(1, tuple[int])
+
+
+class Cat(TypedDict):
+    """One of two, told apart by `kind`."""
+
+    kind: Literal["cat"]
+    lives: int
+
+
+class Dog(TypedDict):
+    """The other."""
+
+    kind: Literal["dog"]
+    bark: str
+
+
+def test_a_union_of_typed_dicts_is_told_apart_by_its_tag():
+    check([{"kind": "cat", "lives": 9}, {"kind": "dog", "bark": "wow"}], list[Cat | Dog])
+    for value, words in (
+        ({"kind": "cat", "bark": "wow"}, "[0].lives is missing"),
+        ({"kind": "cow"}, "[0].kind is 'cow'; it takes one of cat, dog"),
+        ({"kind": ["cat"]}, "[0].kind is ['cat']; it takes one of cat, dog"),
+        ({"lives": 9}, "[0].kind is missing"),
+        (7, "[0] is 7, of type int; it takes dict"),
+    ):
+        with pytest.raises(Mismatch) as caught:
+            check([value], list[Cat | Dog])
+        assert str(caught.value) == words
