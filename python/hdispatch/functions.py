@@ -62,15 +62,16 @@ def make(
     if stream not in ("environment", "argument", "none"):
         raise HdispatchError(f"stream is {stream!r}; it takes 'environment', 'argument' or 'none'")
     raw = raw_function(function)
+    taken = list(default_args(spec, key.variant, stream) if args is None else args)
     record = {
         "kernel": label,
         "function": label,
         "m_min": m_range[0] if m_range else 1,
         "m_max": m_range[1] if m_range else MAX_M,
         "guards": [dict(guard) for guard in guards],
-        "args": [dict(arg) for arg in (default_args(spec, key.variant, stream) if args is None else args)],
+        "args": [dict(arg) for arg in taken],
         "pdl": pdl,
-        "env_stream": stream == "environment",
+        "env_stream": stream == "environment" and not any(arg["kind"] == "stream" for arg in taken),
     }
     return Function(name, key, int(raw.__chandle__()), record, (function, raw))
 

@@ -119,7 +119,8 @@ def register(
               (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not
     guards    facts (`manifest.Guard`) without which the call goes to the fallback, counted. The function's own checks raise
               instead, and take microseconds to: what a call may have goes here or into `align` of its argument
-    stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument", or not at all
+    stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument" (or as `args`
+              say), or not at all ("none")
     pdl       its kernels wait for their predecessors themselves; see `FfiArg`
     m_range   the Ms for which it is right, both ends included; default all. It is never called with M = 0
     label     what errors, `explain` and `stats` call it

@@ -218,6 +218,17 @@ def test_an_argument_list(module):
     assert args[0][0, 0].item() == 64 * 1000 + 4 + 12 * 0.5 + 0.25 + 0.125
 
 
+def test_the_stream_is_given_once(module):
+    given: list[FfiArg] = [{"kind": "tensor", "arg": "out"}, {"kind": "stream"}]
+    in_args = register(module.scale, args=given).function.record
+    assert (in_args["env_stream"], in_args["args"]) == (False, given)
+    assert register(module.scale).function.record["env_stream"] is True
+    last = register(module.scale, stream="argument").function.record
+    assert (last["env_stream"], last["args"][-1]) == (False, {"kind": "stream"})
+    none = register(module.scale, stream="none").function.record
+    assert (none["env_stream"], none["args"][-1]) == (False, {"kind": "none"})
+
+
 def test_errors_come_back_with_their_text(module):
     register(module.scale, label="scale_cpp")
     wanted = r"ffi_scale\(.*M=4, K=13, N=0\), row \d+, scale_cpp: .* returned -1, ValueError: K is 13, which is unlucky"
