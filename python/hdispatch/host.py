@@ -9,16 +9,13 @@ from pathlib import Path
 from .errors import BundleError
 from .manifest import Host
 
-#: What a compiler emits unasked on a CPU that has it, by its name in /proc/cpuinfo. Others are left out: a bundle must not
-#: be refused for what its code does not use.
-_FEATURES = frozenset(
-    """
-    pni ssse3 sse4_1 sse4_2 popcnt abm bmi1 bmi2 movbe adx avx avx2 fma f16c gfni avx_vnni
-    avx512f avx512bw avx512cd avx512dq avx512vl avx512ifma avx512vbmi avx512_vbmi2 avx512_vnni avx512_bitalg
-    avx512_vpopcntdq avx512_bf16 avx512_fp16
-    asimdhp asimddp asimdrdm asimdfhm atomics bf16 i8mm sve sve2
-    """.split()
-)
+#: The levels of x86-64 (v2, v3, v4), by their names in /proc/cpuinfo. What is beyond them is arithmetic on vectors, which a
+#: function that checks arguments and fills structures has not: a bundle must not be refused for what its code does not use.
+_FEATURES = {
+    *("pni", "ssse3", "sse4_1", "sse4_2", "popcnt"),
+    *("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),
+    *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+}
 
 
 def describe(cpuinfo: Path = Path("/proc/cpuinfo")) -> Host:
