@@ -275,7 +275,7 @@ class Split(Gemm):
                 self.fetch_rows(w_rows, begin + turn * self.stride, k, weights[(None, None, turn)], turn)
         self.await_predecessor()
         for turn in cutlass.range_constexpr(self.depth):
-            self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn)
+            self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn, group, m)
             cute.arch.cp_async_commit_group()
 
         # Scales are asked for now: after the sum there would be nothing to hide the wait behind.
@@ -299,7 +299,7 @@ class Split(Gemm):
                 if cutlass.const_expr(ahead < self.turns):
                     slot = (None, None, ahead % self.slots)
                     self.fetch_rows(w_rows, begin + ahead * self.stride, k, weights[slot], ahead)
-                    self.fetch_rows(x_rows, begin + ahead * self.stride, k, tokens[slot], ahead)
+                    self.fetch_rows(x_rows, begin + ahead * self.stride, k, tokens[slot], ahead, group, m)
                 cute.arch.cp_async_commit_group()
         else:
             for turn in cutlass.range(cute.ceil_div(k, self.stride), unroll=1):
@@ -308,7 +308,7 @@ class Split(Gemm):
                 ahead = turn + self.depth
                 slot = (None, None, ahead % self.slots)
                 self.fetch_rows(w_rows, begin + ahead * self.stride, k, weights[slot], None)
-                self.fetch_rows(x_rows, begin + ahead * self.stride, k, tokens[slot], None)
+                self.fetch_rows(x_rows, begin + ahead * self.stride, k, tokens[slot], None, group, m)
                 cute.arch.cp_async_commit_group()
 
         acc[0].store(acc[0].load() + acc[1].load())
@@ -344,14 +344,19 @@ class Split(Gemm):
                 out[token, first + column] = (total * x_scales[i] * w_scales[i]).to(out.element_type)
 
     @cute.jit
-    def fetch_rows(self, rows: list, begin: Int32, k: Int32, slot: cute.Tensor, turn: Constexpr) -> None:
-        """Begins to copy a piece of these rows: [in a vector, step of a row]."""
-        check = self.may_pass(turn)
+    def fetch_rows(
+        self, rows: list, begin: Int32, k: Int32, slot: cute.Tensor, turn: Constexpr, group: Any = None, m: Any = None
+    ) -> None:
+        """Begins to copy a piece of these rows: [in a vector, step of a row]. With `m`: zeros for tokens that there are not."""
         for row in cutlass.range_constexpr(len(rows)):
             for step in cutlass.range_constexpr(self.steps):
-                vector = slot[(None, row * self.steps + step)]
                 at = begin + step * self.step
-                self.fetch(rows[row], at, vector, at < k if check else None)
+                within = None
+                if cutlass.const_expr(m is not None):
+                    within = group + 8 * row < m
+                if cutlass.const_expr(self.may_pass(turn)):
+                    within = at < k if m is None else within and at < k
+                self.fetch(rows[row], at, slot[(None, row * self.steps + step)], within)
 
     @cute.jit
     def multiply(self, acc: list, some_weights: cute.Tensor, some_tokens: cute.Tensor) -> None:
@@ -487,7 +492,7 @@ class Stream(Split):
         self.await_predecessor()
         x_rows = [x[(cutlass.min(group + 8 * row, m - 1), None)].iterator for row in range(self.columns)]
         for turn in cutlass.range_constexpr(self.turns):
-            self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn)
+            self.fetch_rows(x_rows, begin + turn * self.stride, k, tokens[(None, None, turn)], turn, group, m)
         cute.arch.cp_async_commit_group()
         x_scales = cute.make_rmem_tensor((self.mine,), Float32)
         ones = cute.make_rmem_tensor((self.mine,), Float32)
@@ -717,12 +722,25 @@ def program(element: type[Numeric], out: type[Numeric], sizes: Mapping[str, int]
     )
 
 
-def split(warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 1, direct: int = 1) -> dict[str, Any]:
-    """A config of `Split`."""
-    form = {"kernel": "split", "rows": rows, "columns": columns, "warps": warps, "cluster": cluster}
-    return form | {"steps": steps, "depth": depth, "direct": direct, "trigger": 0}
+def split(warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 0, trigger: int = 0) -> dict[str, Any]:
+    """A config of `Split`; without a depth the weights go straight to registers."""
+    form = {"kernel": "split", "rows": rows, "columns": columns, "warps": warps, "cluster": cluster, "steps": steps}
+    return form | {"depth": depth or 1, "direct": int(not depth), "trigger": trigger}
+
+
+def stream(
+    warps: int, steps: int, depth: int, rows: int = 1, columns: int = 1, cluster: int = 1, blocks: int = 132, trigger: int = 0
+) -> dict[str, Any]:
+    """A config of `Stream`."""
+    form = {"kernel": "stream", "blocks": blocks, "rows": rows, "columns": columns, "warps": warps, "cluster": cluster}
+    return form | {"steps": steps, "depth": depth, "trigger": trigger}
 
 
 def dot(warps: int, outputs: int = 1, tokens: int = 1, trigger: int = 0) -> dict[str, Any]:
     """A config of `Dot`."""
     return {"kernel": "dot", "outputs": outputs, "tokens": tokens, "warps": warps, "trigger": trigger}
+
+
+def columns_for(m: int) -> int:
+    """The columns of a config that takes m tokens: 1, 2 or 4."""
+    return 1 if m <= COLUMNS else 2 if m <= 2 * COLUMNS else 4

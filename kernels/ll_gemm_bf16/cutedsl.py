@@ -9,11 +9,14 @@ import torch
 from cutlass import BFloat16, Float32
 from hdispatch.opspec import Variant
 
-from ..ll_gemm import Program, dot, split
+from ..ll_gemm import Program, columns_for, dot, split
 from ..ll_gemm import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
 GENERIC = ("N",)
+
+#: More 16-byte vectors than this per thread do not fit registers.
+_VECTORS = 20
 
 
 def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:
@@ -22,21 +25,18 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
 
 
 def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:
-    """Configs that are worth measuring. A router's weights are few: all are on their way at once."""
-    m, k = sizes["M"], sizes.get("K")
-    columns = -(-m // 8)
-    columns = 1 if columns <= 1 else 2 if columns == 2 else 4
-    if k is None:
-        return [split(8, 4, 2, 3, columns=columns), split(8, 2, 2, 3, columns=columns), split(8, 1, 2, 3, columns=columns)]
-    found = []
-    for cluster in (2, 4, 8):
-        for warps in (2, 4, 5, 7, 8, 14):
+    """Configs that are worth measuring. A router's weights are few: all of them are on their way at once."""
+    m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
+    found = [split(8, cluster, 2, columns=columns, depth=3) for cluster in (4, 2, 1)]
+    for cluster in (4, 8, 2):
+        for warps in (2, 4, 5, 7, 8, 10, 14):
             steps, left = divmod(2 * k, 64 * cluster * warps)
-            if not left and 2 <= steps <= 5 or not left and steps in (8, 10):
-                found.append(split(warps, cluster, steps if steps <= 5 else steps // 2, 4, columns=columns))
+            if not left and 2 <= steps <= 8:
+                found.append(split(warps, cluster, steps, columns=columns))
     if m <= 4:
         for warps in (4, 5, 7, 8, 10, 14, 16, 20):
             turns, left = divmod(k, 8 * 32 * warps)
-            if not left and turns <= 4:
-                found += [dot(warps, outputs=outputs, tokens=m) for outputs in ((1, 2) if m == 1 else (1,))]
-    return found or [split(8, 4, 2, 3, columns=columns)]
+            if not left:
+                several = (1, 2) if m == 1 else (1,)
+                found += [dot(warps, outputs, m) for outputs in several if turns * (outputs + m) <= _VECTORS]
+    return found
