@@ -29,7 +29,7 @@ std::vector<Row> random_rows(uint32_t count, Random& random) {
 }
 
 /// Pointers that are only compared.
-const CubinLauncher* launcher(uint32_t i) { return reinterpret_cast<const CubinLauncher*>(uintptr_t{i + 1} * 64); }
+const Launcher* launcher(uint32_t i) { return reinterpret_cast<const Launcher*>(uintptr_t{i + 1} * 64); }
 
 TEST(empty) {
   const LaunchTable table;
