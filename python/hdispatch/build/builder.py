@@ -20,7 +20,7 @@ from . import configs, pool, store
 from .freeze import Entry, check_out, freeze
 from .target import GpuTarget, resolve
 from .unit import Unit, load_spec
-from .versions import PACKAGES, tool_versions
+from .versions import PACKAGES, missing, tool_versions
 
 KERNELS = "hdispatch.kernels"
 
@@ -79,7 +79,7 @@ def build(
 ) -> BuildReport:
     """Builds the bundle `out` of ops for a GPU.
 
-    ops       names, or None for all ops
+    ops       names, or None for all ops that have a kernel of a backend that is installed
     target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
     jobs      worker processes, one per CPU if None
     cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
@@ -96,6 +96,8 @@ def build(
     report = BuildReport(out, gpu)
     where = store.Store(cache if cache is not None else store.default_root())
     packages = _packages(ops, extra)
+    if ops is None:
+        packages = _buildable(packages, report.notes)
     chosen = select or Selection()
     units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
     specs = {name: load_spec(package) for name, package in packages.items()}
@@ -129,6 +131,19 @@ def _packages(ops: Sequence[str] | None, extra: Sequence[str]) -> dict[str, str]
         if (found := load_spec(known[name]).name) != name:
             raise BuildError(f"{known[name]}.spec declares the op {found!r}; its package is named {name!r}")
     return {name: known[name] for name in names}
+
+
+def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Those with a kernel of a backend that is installed; the others are noted."""
+    found = {}
+    for name, package in packages.items():
+        backends = [backend for backend in PACKAGES if (_folder(package) / f"{backend}.py").is_file()]
+        absent = [missing(backend) for backend in backends]
+        if backends and all(absent):
+            notes.append(f"{name} is left out: {absent[0]} is not installed")
+        else:
+            found[name] = package
+    return found
 
 
 def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:

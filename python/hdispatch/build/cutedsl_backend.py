@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from cutlass import cute  # type: ignore[import-untyped]
+from cutlass import cute  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from ..errors import BuildError
 from ..manifest import Expr, FfiArg, FfiRecord, Guard
@@ -61,7 +61,9 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
     """
     start = time.monotonic()
     if (arch := os.environ.get("CUTE_DSL_ARCH")) != target.arch:
-        raise BuildError(f"CUTE_DSL_ARCH is {arch!r} and was read when cutlass was imported; {target.name} takes {target.arch!r}")
+        raise BuildError(
+            f"CUTE_DSL_ARCH is {arch!r}, as cutlass read it when it was imported; {target.name} takes {target.arch!r}"
+        )
     spec = load_spec(unit.package)
     module = importlib.import_module(f"{unit.package}.{unit.backend}")
     program = _program(module, spec, unit, target)
@@ -132,7 +134,8 @@ def _sources(package: str) -> dict[str, str]:
     """The texts that decide the code: the op's package and the modules beside it."""
     found = importlib.import_module(package)
     folder = Path(str(found.__file__)).parent
-    return {str(path.relative_to(folder.parent)): path.read_text() for path in (*folder.glob("*.py"), *folder.parent.glob("*.py"))}
+    files = (*folder.glob("*.py"), *folder.parent.glob("*.py"))
+    return {str(path.relative_to(folder.parent)): path.read_text() for path in files}
 
 
 def _argument(spec: OpSpec, name: str, given: Any) -> FfiArg:

@@ -29,6 +29,16 @@ def tool_versions(backend: str, target: GpuTarget) -> dict[str, str]:
     return tools | {"ptxas": _ptxas_version(ptxas(target))}
 
 
+def missing(backend: str) -> str | None:
+    """The first of a backend's packages that is not installed."""
+    for name in PACKAGES[backend]:
+        try:
+            version(name)
+        except PackageNotFoundError:
+            return name
+    return None
+
+
 def ptxas(target: GpuTarget) -> Path:
     """The assembler for a target: what Triton's environment variable names, else the one that comes with Triton."""
     blackwell = target.major >= 10

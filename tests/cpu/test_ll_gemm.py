@@ -1,0 +1,198 @@
+"""The low-latency GEMMs: what goes to the CuteDSL kernels and what to the fallback, and what is compiled. No GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import hdispatch
+import pytest
+import torch
+from hdispatch.build import Selection, build
+from hdispatch.errors import BuildError
+from hdispatch.manifest import LIBRARY, read_bundle
+from hdispatch.testing import null
+
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+OPS = ("ll_gemm_bf16", "ll_gemm_fp8")
+SHAPES = {"ll_gemm_bf16": ({"K": 2048, "N": 64}, {}), "ll_gemm_fp8": ({"K": 4096, "N": 4096}, {})}
+
+needs_dsl = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia_cutlass_dsl") is None,
+    reason="nvidia-cutlass-dsl is not installed: no CuteDSL kernel is compiled",
+)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory) -> Path:
+    """One shape of each op and its open row, in bfloat16, through the user's build cache."""
+    folder = tmp_path_factory.mktemp("bundle") / "h200"
+    selection = Selection(shapes=lambda spec: SHAPES[spec.name], variants=lambda spec: [spec.variants()[0].name])
+    build(OPS, "h200", folder, select=selection)
+    return folder
+
+
+@pytest.fixture
+def loaded(bundle):
+    live = hdispatch.load(bundle, driver="null")
+    yield
+    live.unload()
+
+
+def matrix(rows: int, k: int, dtype: torch.dtype, padding: int = 0, offset: int = 0) -> torch.Tensor:
+    """A matrix with `padding` elements after each row and `offset` elements before the first."""
+    flat = torch.zeros(rows * (k + padding) + offset + 64, dtype=dtype)
+    skew = -flat.data_ptr() % 64 // dtype.itemsize
+    return flat[skew + offset :][: rows * (k + padding)].view(rows, k + padding)[:, :k]
+
+
+def arguments(
+    op: str, m: int, k: int, n: int, x: dict[str, int] | None = None, w: dict[str, int] | None = None
+) -> list[torch.Tensor]:
+    dtype = BF16 if op == "ll_gemm_bf16" else FP8
+    args = [torch.zeros(m, n, dtype=BF16), matrix(m, k, dtype, **x or {}), matrix(n, k, dtype, **w or {})]
+    return args + ([] if dtype == BF16 else [torch.ones(m, 1), torch.ones(n)])
+
+
+def served(op: str, *args: torch.Tensor) -> str | None:
+    """The function that a call launches; None if the fallback computes it."""
+    with null.recording():
+        getattr(hdispatch.ops, op)(*args)
+    launches = null.launches()
+    assert len(launches) <= 1
+    return launches[0]["function"] if launches else None
+
+
+@needs_dsl
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("m", [1, 2, 3, 8, 9, 16, 17, 32])
+def test_few_tokens_are_served(loaded, op: str, m: int) -> None:
+    shape = SHAPES[op][0]
+    assert served(op, *arguments(op, m, shape["K"], shape["N"]))
+    assert served(op, *arguments(op, m, 1008, 77)), "any N, and any K of whole vectors"
+
+
+@needs_dsl
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"m": 0},
+        {"m": 33},
+        {"m": 4096},
+        {"k": 1009},  # odd K
+        {"k": 1004},  # no whole vectors: 8 of bfloat16, 16 of fp8
+        {"x": {"padding": 4}, "m": 2},  # rows that are not aligned
+        {"w": {"padding": 4}},
+        {"x": {"offset": 4}},  # an address that is not
+        {"w": {"offset": 4}},
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_take_goes_to_the_fallback(loaded, op: str, case: dict) -> None:
+    sizes = {"m": 4, "k": 1008, "n": 80} | case
+    assert served(op, *arguments(op, **sizes)) is None
+
+
+@needs_dsl
+@pytest.mark.parametrize("op", OPS)
+def test_rows_may_be_strided(loaded, op: str) -> None:
+    strided = arguments(op, 4, 1008, 80, x={"padding": 32}, w={"padding": 16})
+    assert served(op, *strided)
+    assert served(op, *arguments(op, 1, 1008, 80, x={"padding": 4})), "the stride of one row means nothing"
+
+
+@needs_dsl
+def test_fallback_is_right_where_the_kernels_are_not_used(loaded) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, 1009, generator=generator).to(BF16) for rows in (5, 7))
+    out = torch.empty(5, 7, dtype=BF16)
+    hdispatch.ops.ll_gemm_bf16(out, x, w)
+    torch.testing.assert_close(out.double(), x.double() @ w.double().t(), rtol=2**-8, atol=2**-8)
+    out.fill_(float("nan"))
+    codes, weights = x.to(FP8), w.to(FP8)
+    scale = torch.tensor([0.5])
+    hdispatch.ops.ll_gemm_fp8(out, codes, weights, scale, scale)
+    torch.testing.assert_close(out.double(), 0.25 * codes.double() @ weights.double().t(), rtol=2**-8, atol=2**-8)
+
+
+@needs_dsl
+def test_one_scale_for_all_has_stride_0(loaded) -> None:
+    args = arguments("ll_gemm_fp8", 4, 4096, 4096)
+    args[3:] = [torch.ones(1), torch.ones(())]
+    with null.recording():
+        hdispatch.ops.ll_gemm_fp8(*args)
+    scales = [null.ffi_argument(param) for param in null.launches()[0]["params"][3:5]]
+    assert [(each["shape"], each["strides"]) for each in scales] == [([4], [0]), ([4096], [0])]
+
+
+@needs_dsl
+def test_bundle_holds_one_library_and_no_row_twice(bundle) -> None:
+    manifest, files = read_bundle(bundle)
+    assert list(files) == [LIBRARY]
+    assert all(record["launcher"] == "tvm_ffi" and record["pdl"] for record in manifest["records"])
+    for record in manifest["records"]:
+        assert f"__tvm_ffi_{record['function']}".encode() in files[LIBRARY]
+    rows = Counter((row["op"], row["K"]) for row in manifest["rows"])
+    assert set(rows.values()) == {6}
+
+
+@needs_dsl
+def test_config_that_takes_too_few_tokens_is_refused(tmp_path) -> None:
+    script = """
+import hdispatch.build.cutedsl_backend as backend
+from hdispatch.build.store import Store
+from hdispatch.build.target import DESCRIBED
+from hdispatch.build.unit import Unit
+from hdispatch.errors import BuildError
+from pathlib import Path
+import sys
+
+def said(config, buckets, shape):
+    unit = Unit("hdispatch.kernels.ll_gemm_bf16", "cutedsl", "bfloat16", shape, config, buckets)
+    try:
+        backend.build_records(unit, DESCRIBED["h200"], {}, Store(Path(sys.argv[1])))
+    except BuildError as error:
+        return str(error)
+
+split = {"kernel": "split", "rows": 1, "columns": 1, "warps": 4, "cluster": 4, "steps": 2, "depth": 2}
+print(said(split, (4,), {"K": 2048}))
+print(said({**split, "steps": 64}, (0,), {"K": 2048 * 16}))
+print(said({"kernel": "dot", "outputs": 1, "tokens": 1, "warps": 4}, (0,), {}))
+print(said({"kernel": "other"}, (0,), {}))
+print(said(split, (0,), {"K": 2049}))
+"""
+    environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
+    )
+    few, large, open_k, unknown, odd = done.stdout.splitlines()
+    assert few.startswith("bucket 4 holds M from 9 to 16")
+    assert few.endswith("takes at most 8; choose one with more tokens")
+    assert "of shared memory, h200 has 232448" in large
+    assert open_k.endswith("the dot form takes a K that is compiled in")
+    assert "does not suit hdispatch.kernels.ll_gemm_bf16.cutedsl: 'other'" in unknown
+    assert odd.endswith("K is 2049, no multiple of 8 elements, which are loaded at once")
+
+
+@needs_dsl
+def test_kernels_compile_for_blackwell(tmp_path) -> None:
+    """No such GPU is here to run them."""
+    folder = tmp_path / "b200"
+    selection = Selection(
+        shapes=lambda spec: SHAPES[spec.name][:1], variants=lambda spec: [spec.variants()[0].name], buckets=lambda _: [0, 4]
+    )
+    build(OPS, "b200", folder, select=selection)
+    manifest, _ = read_bundle(folder)
+    assert manifest["target"]["arch"] == "sm_100a"
+    assert len(manifest["rows"]) == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nvidia_cutlass_dsl") is not None, reason="nvidia-cutlass-dsl is installed")
+def test_without_the_dsl_a_build_says_what_is_missing(tmp_path) -> None:
+    with pytest.raises(BuildError, match="nvidia-cutlass-dsl is not installed"):
+        build(OPS, "h200", tmp_path / "bundle")
