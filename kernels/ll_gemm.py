@@ -698,10 +698,26 @@ class Program:
     largest_m: int
     shared_bytes: int
     multiples: dict[str, int]
+    views: dict[str, list[int]]
 
 
-def program(element: type[Numeric], out: type[Numeric], sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:
-    """The host function of a config, for any M and N, and any K unless `sizes` has it."""
+#: What ll_gemm_fp8 calls its tensors; ll_gemm_bf16 has the first three.
+NAMES = ("out", "x", "w", "x_scale", "w_scale")
+
+
+def program(
+    element: type[Numeric],
+    out: type[Numeric],
+    sizes: Mapping[str, int],
+    config: Mapping[str, Any],
+    names: tuple[str, ...] = NAMES,
+    transposed: bool = False,
+) -> Program:
+    """The host function of a config, for any M and N, and any K unless `sizes` has it.
+
+    names       what the op calls out, x, w and the scales
+    transposed  whether the op's weights are [K, N], columns contiguous
+    """
     gemm = make(element, sizes.get("K"), config)
     m, n = cute.sym_int(), cute.sym_int()
     k = sizes.get("K") or cute.sym_int(divisibility=gemm.vector)
@@ -710,13 +726,13 @@ def program(element: type[Numeric], out: type[Numeric], sizes: Mapping[str, int]
         return make_fake_tensor(kind, shape, (cute.sym_int64(divisibility=divisor), 1), assumed_align=align)
 
     arguments = {
-        "out": matrix(out, (m, n), 1, out.width // 8),
-        "x": matrix(element, (m, k), gemm.vector, VECTOR),
-        "w": matrix(element, (n, k), gemm.vector, VECTOR),
+        names[0]: matrix(out, (m, n), 1, out.width // 8),
+        names[1]: matrix(element, (m, k), gemm.vector, VECTOR),
+        names[2]: matrix(element, (n, k), gemm.vector, VECTOR),
     }
     scaled = element is Float8E4M3FN
     if scaled:
-        for name, size in (("x_scale", m), ("w_scale", n)):
+        for name, size in zip(names[3:], (m, n), strict=True):
             arguments[name] = make_fake_tensor(Float32, (size,), (cute.sym_int64(),), assumed_align=4)
     arguments |= {"pdl": Int32(0), "stream": make_fake_stream()}
     if gemm.k is not None and gemm.k % gemm.vector:
@@ -726,7 +742,8 @@ def program(element: type[Numeric], out: type[Numeric], sizes: Mapping[str, int]
         arguments=arguments,
         largest_m=gemm.largest_m,
         shared_bytes=gemm.shared_bytes,
-        multiples=dict.fromkeys(("K", "x.stride(0)", "w.stride(0)"), gemm.vector),
+        multiples=dict.fromkeys(("K", f"{names[1]}.stride(0)", f"{names[2]}.stride({int(transposed)})"), gemm.vector),
+        views={names[2]: [1, 0]} if transposed else {},
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import Selection, build
+from hdispatch.build import Selection, build, configs
 from hdispatch.errors import BuildError
 from hdispatch.manifest import LIBRARY, read_bundle
 from hdispatch.testing import null
@@ -177,6 +178,29 @@ print(said(split, (0,), {"K": 2049}))
     assert open_k.endswith("the dot form takes a K that is compiled in")
     assert "does not suit hdispatch.kernels.ll_gemm_bf16.cutedsl: 'other'" in unknown
     assert odd.endswith("K is 2049, no multiple of 8 elements, which are loaded at once")
+
+
+@needs_dsl
+def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
+    config = {"kernel": "split", "rows": 2, "columns": 1, "warps": 4, "cluster": 1, "steps": 2, "depth": 2}
+    entry = {"key": {}, "config": config, "backend": "cutedsl"}
+    (tmp_path / "nvidia_h200.json").write_text(json.dumps([entry]))
+    monkeypatch.setattr(configs, "installed", lambda _: tmp_path)
+    folder = tmp_path / "bundle"
+    build(
+        ["scaled_mm"],
+        "h200",
+        folder,
+        select=Selection(shapes=lambda _: [{}], variants=lambda _: ["bfloat16"], buckets=lambda _: [2]),
+    )
+    live = hdispatch.load(folder, driver="null")
+    x, w, out = matrix(3, 1008, FP8), matrix(80, 1008, FP8), torch.zeros(3, 80, dtype=BF16)
+    args = (out, x, w.t(), torch.ones(3, 1), torch.ones(1), None)
+    assert served("scaled_mm", *args)
+    weights = null.ffi_argument(null.launches()[0]["params"][2])
+    assert (weights["shape"], weights["strides"]) == ([80, 1008], [1008, 1])
+    assert served("scaled_mm", out, x, matrix(80, 1008, FP8, padding=4).t(), *args[3:]) is None
+    live.unload()
 
 
 @needs_dsl

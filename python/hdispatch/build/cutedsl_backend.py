@@ -45,6 +45,7 @@ class Program(Protocol):
     largest_m     the code serves 1 <= M <= largest_m
     shared_bytes  of a block
     multiples     by leaf (`K`, `x.stride(0)`): what the code takes it for a multiple of; a stride of one row is free
+    views         by tensor: which of its dimensions the function takes, if not all in their order
     """
 
     host: Callable[..., None]
@@ -52,6 +53,7 @@ class Program(Protocol):
     largest_m: int
     shared_bytes: int
     multiples: Mapping[str, int]
+    views: Mapping[str, list[int]]
 
 
 def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[dict[str, Any]]:
@@ -91,7 +93,7 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
         "guards": _guards(spec, unit, program),
         "file": found["sha256"],
         "function": function,
-        "args": [_argument(spec, name, given) for name, given in program.arguments.items()],
+        "args": [_argument(spec, program, name) for name in program.arguments],
         "pdl": True,
         "env_stream": False,
     }
@@ -138,14 +140,18 @@ def _sources(package: str) -> dict[str, str]:
     return {str(path.relative_to(folder.parent)): path.read_text() for path in files}
 
 
-def _argument(spec: OpSpec, name: str, given: Any) -> FfiArg:
+def _argument(spec: OpSpec, program: Program, name: str) -> FfiArg:
+    given = program.arguments[name]
     if name in ("pdl", "stream"):
         return {"kind": "pdl" if name == "pdl" else "stream"}
     if name not in {arg.name for arg in spec.args if isinstance(arg, TensorArg)}:
         raise BuildError(f"{spec.name}: the host function takes {name!r}, which is no tensor of the op, nor pdl, nor stream")
     if given is None:
         return {"kind": "none"}
-    return {"kind": "tensor", "arg": name, "align": given._assumed_align}
+    argument: FfiArg = {"kind": "tensor", "arg": name, "align": given._assumed_align}
+    if name in program.views:
+        argument["dims"] = list(program.views[name])
+    return argument
 
 
 def _guards(spec: OpSpec, unit: Unit, program: Program) -> list[Guard]:
@@ -153,9 +159,9 @@ def _guards(spec: OpSpec, unit: Unit, program: Program) -> list[Guard]:
     generic = [symbol for symbol in spec.symbols() if symbol != "M" and symbol not in unit.shape]
     exprs: list[Expr] = [[symbol, 1, ">="] for symbol in generic]
     for leaf, multiple in program.multiples.items():
-        name, dot, _ = leaf.partition(".stride(")
+        name, dot, dimension = leaf.partition(".stride(")
         if not dot and leaf in unit.shape:
             continue
         expr: Expr = [leaf, multiple, "%", 0, "=="]
-        exprs.append([*expr, f"{name}.size(0)", 1, "==", "or"] if dot else expr)
+        exprs.append([*expr, f"{name}.size({dimension}", 1, "==", "or"] if dot else expr)
     return [{"expr": expr, "text": render(expr)} for expr in exprs]

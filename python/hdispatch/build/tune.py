@@ -27,7 +27,7 @@ from .attempts import Attempts, Made
 from .space import Question
 from .target import GpuTarget, resolve
 from .unit import Unit, class_of, load_spec
-from .versions import PACKAGES
+from .versions import PACKAGES, missing
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,9 @@ def _speaks_for(measured: Point, point: Point) -> bool:
 def backends_of(package: str) -> list[str]:
     """The backends that an op has kernels for, its default first. BuildError if there is none."""
     folder = builder._folder(package)
-    backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
+    there = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
+    # What cannot be built here is not tuned; if nothing can, the build says what is missing.
+    backends = [name for name in there if missing(name) is None] or there
     if not backends:
         raise BuildError(f"{package}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
     return backends

@@ -1,0 +1,35 @@
+"""The CuteDSL kernels of scaled_mm for few tokens, without a bias: see ll_gemm.py."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from cutlass import BFloat16, Float8E4M3FN, Float16
+from hdispatch.opspec import Variant
+
+from ..ll_gemm import Program
+from ..ll_gemm import program as gemm
+from ..ll_gemm_fp8.cutedsl import candidates as gemm_candidates
+
+#: One record serves all N; K is compiled in where a row has one.
+GENERIC = ("N",)
+
+#: The most tokens that the kernels take.
+_LARGEST_M = 32
+
+
+def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:
+    """What is compiled for a variant, a K and a config."""
+    if "bias" not in variant.none:
+        raise ValueError("the kernels add no bias")
+    out = Float16 if variant.dtypes["out"] == torch.float16 else BFloat16
+    names = ("out", "a", "b", "a_scales", "b_scales")
+    return gemm(Float8E4M3FN, out, sizes, config, names, transposed=True)
+
+
+def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:
+    """Configs that are worth measuring: none for more tokens than the kernels take, or for a bias."""
+    few = sizes["M"] <= _LARGEST_M and "bias" in variant.none
+    return gemm_candidates(sizes, variant) if few else []
