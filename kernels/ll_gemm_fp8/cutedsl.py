@@ -26,9 +26,10 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
 def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:  # noqa: ARG001
     """Configs that are worth measuring: weights of many times what the GPU's blocks hold, or of about as much."""
     m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
-    found = [split(4, 1, 2, rows=2, columns=columns, depth=2)]
+    # Rows of weights share what is read of the tokens, which is as much again for 16 tokens and 16 rows.
+    found = [split(4, 1, 2, rows=rows, columns=columns, depth=2) for rows in (2, 4)]
     if columns < 4:
-        found.append(split(8, 1, 2, rows=2, columns=columns, depth=2))
+        found += [split(8, 1, 2, rows=2, columns=columns, depth=2), split(8, 2, 1, rows=4, columns=columns, depth=3)]
         for warps, cluster, rows in ((16, 1, 2), (8, 1, 2), (8, 2, 2), (4, 2, 2), (16, 2, 2), (8, 4, 2), (16, 1, 1), (8, 1, 1)):
             steps, left = divmod(k, 64 * cluster * warps)
             if not left and steps >= 2 and rows * steps <= 16:
