@@ -21,7 +21,8 @@ def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     x    bfloat16 [M, K], rows contiguous
     w    bfloat16 [N, K], rows contiguous
 
-    Rows serve 1 <= M <= 32 and K of a multiple of 8, with rows of x and w that begin at multiples of 16 bytes.
+    Rows serve 1 <= M <= 32 and K of a multiple of 8, with rows of x and w that begin at multiples of 16 bytes. With PDL they
+    read w before the kernel before them has ended: weights are not to be written right before they are used.
     """
     out.copy_(x.float() @ w.float().t())
 

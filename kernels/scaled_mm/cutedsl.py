@@ -1,4 +1,7 @@
-"""The CuteDSL kernels of scaled_mm for few tokens, without a bias: see ll_gemm.py."""
+"""The CuteDSL kernels of scaled_mm for few tokens, without a bias: see ll_gemm.py.
+
+With PDL they read b and b_scales before the kernel before them has ended.
+"""
 
 from __future__ import annotations
 
