@@ -178,6 +178,17 @@ PyObject* repr(PyObject* self) {
   return PyUnicode_FromFormat("<hdispatch op %s>", reinterpret_cast<OpObject*>(self)->op->schema().c_str());
 }
 
+/// The schema, then the text of the reference, which says what the arguments are.
+PyObject* get_doc(PyObject* self, void*) {
+  const OpObject* op = reinterpret_cast<OpObject*>(self);
+  PyObject* said = PyObject_GetAttrString(op->fallback, "__doc__");
+  if (!said) return nullptr;
+  PyObject* doc = said == Py_None ? PyUnicode_FromString(op->op->schema().c_str())
+                                  : PyUnicode_FromFormat("%s\n\n%S", op->op->schema().c_str(), said);
+  Py_DECREF(said);
+  return doc;
+}
+
 // ---- the torch door ----
 
 /// A scalar as torch's dispatcher has it.
@@ -458,6 +469,7 @@ PyObject* make_op_type() {
   static PyGetSetDef getset[] = {
       {"name", get_name, nullptr, "The op's name.", nullptr},
       {"__name__", get_name, nullptr, nullptr, nullptr},
+      {"__doc__", get_doc, nullptr, nullptr, nullptr},
       {"schema", get_schema, nullptr, "The torch schema, without the namespace.", nullptr},
       {"fallback", get_fallback, nullptr, "What runs on a miss: the op's torch reference.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
@@ -467,7 +479,6 @@ PyObject* make_op_type() {
       {Py_tp_methods, methods},
       {Py_tp_members, members},
       {Py_tp_getset, getset},
-      {Py_tp_doc, const_cast<char*>("An op: call it with its arguments, positional or by name.")},
       {0, nullptr}};
   static PyType_Spec spec = {"hdispatch._C.Op", sizeof(OpObject), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,

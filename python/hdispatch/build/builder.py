@@ -19,6 +19,7 @@ from . import configs, pool, store
 from .freeze import Entry, check_out, freeze
 from .target import GpuTarget, resolve
 from .unit import Unit, load_spec
+from .untuned import first_candidates
 from .versions import PACKAGES, tool_versions
 
 KERNELS = "hdispatch.kernels"
@@ -82,7 +83,8 @@ def build(
     target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
     jobs      worker processes, one per CPU if None
     cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
-    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and configs/<gpu>.json
+    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and, once tuned,
+              configs/<gpu>.json
     progress  called with records done, records in all and the name of the last one
 
     BuildError, and no bundle, if anything cannot be built.
@@ -134,12 +136,12 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     spec = load_spec(package)
     folder = _folder(package)
     where = configs.installed(spec.name) if package.startswith(f"{KERNELS}.") else folder / "configs"
-    file, note = configs.find(spec, target, where)
-    if note:
-        notes.append(note)
     backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
     if not backends:
         raise BuildError(f"{spec.name}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
+    file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
+    if note:
+        notes.append(note)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))

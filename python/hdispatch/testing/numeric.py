@@ -57,13 +57,14 @@ def compare_fp8(actual: torch.Tensor, expected: torch.Tensor, min_equal: float =
 
 
 def compare_scale(
-    actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-6, outliers: float = 0.0, outlier_rtol: float = 2**-7
+    actual: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-6, outliers: float = 0.0, outlier_rtol: float = 2**-6
 ) -> None:
     """Check that row scales agree to `rtol`, relative to `expected`; NaN and infinity never agree with anything.
 
     Where a scale is taken from values that were rounded to 16 bits, two correct computations can round the largest one
     to different neighbours, once in some ten thousand rows: at most the share `outliers` of the elements may therefore
-    differ by up to `outlier_rtol`.
+    differ by up to `outlier_rtol`. Its default is what follows from two such roundings in a row, to bfloat16 of a quotient
+    and of its product with a weight: each moves a value by one unit, 2**-7 of it at most.
     """
     _check_alike(actual, expected)
     got, want = (t.detach().double() for t in (actual, expected))
