@@ -53,6 +53,11 @@ def reference(
     out.copy_(sums if bias is None else sums.add_(bias))
 
 
+#: Hopper's tensor core keeps 13 bits after the binary point of the largest of 32 products and the sum so far, and drops the
+#: rest. Simulated for normal numbers: 0.09 % of the output's root mean square at K = 2048, 0.41 % at K = 25600.
+ACCUMULATION = 2.6e-5
+
+
 def random_fp8(
     rows: int, columns: int, device: torch.device, generator: torch.Generator, spread: float = 100.0
 ) -> torch.Tensor:
@@ -98,4 +103,5 @@ SPEC = OpSpec(
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     doc=reference.__doc__ or "",
     served=served,
+    accumulation=ACCUMULATION,
 )

@@ -153,6 +153,8 @@ class OpSpec:
     served                      which variants a bundle holds; all if None.
     typical                     the variant that servers call most: what is tuned and benchmarked unless told otherwise; the
                                 first served one if None.
+    accumulation                root mean square of what the kernels' sums over K lose besides roundings of the output, per
+                                square root of K and relative to the output's own; 0 where they add in float32.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     """
 
@@ -166,6 +168,7 @@ class OpSpec:
     doc: str = ""
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
+    accumulation: float = 0.0
     hints: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-import torch
 from torch import Tensor
 
 from ..errors import HdispatchError
@@ -128,6 +127,7 @@ def sizes_of(cell: Cell) -> dict[str, int]:
 
 
 # ---- variants ----
+
 
 def chosen_variants(spec: OpSpec, names: Sequence[str]) -> list[Variant]:
     """Those of the op's variants that are named, `default` being the typical one; that one if it has none of them."""
