@@ -82,11 +82,6 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [poison(torch.empty(m, n, dtype=dtype, device=device)), a, b, *scales, bias]
 
 
-def served(variant: Variant) -> bool:
-    """Linear layers with a bias are served in bfloat16."""
-    return "bias" in variant.none or variant.dtypes["out"] == torch.bfloat16
-
-
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -102,6 +97,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     doc=reference.__doc__ or "",
-    served=served,
     accumulation=ACCUMULATION,
 )
