@@ -55,7 +55,7 @@ def typical_case(op):
 
 def most_rows(op, sizes):
     """The largest M that the op's kernels take; beyond it the fallback is faster."""
-    return 2**18 // sizes["K"] if op == "dynamic_scaled_fp8_quant" else 2**30
+    return 64 * 5120 // sizes["K"] if op == "dynamic_scaled_fp8_quant" else 2**30
 
 
 def make(op, variant, sizes, m, seed=0):
