@@ -120,7 +120,8 @@ std::array<int, kSymbols> find_binders(const std::vector<ArgSpec>& args) {
   for (int pass = 0; pass < 3; ++pass)
     for (size_t i = 0; i < args.size(); ++i) {
       const ArgSpec& arg = args[i];
-      if (!arg.is_tensor() || arg.is_broadcast || (pass < 2 && arg.is_optional) || (pass < 1 && arg.is_mutated)) continue;
+      if (!arg.is_tensor() || arg.is_broadcast || (pass < 2 && arg.is_optional) || (pass < 1 && arg.is_mutated))
+        continue;
       for (const Dim& dim : arg.dims)
         if (!dim.any && dim.symbol < kSymbols && dim.divisor == 1 && dim.divisor_arg < 0 && found[dim.symbol] < 0)
           found[dim.symbol] = static_cast<int>(i);
@@ -277,7 +278,8 @@ bool Op::accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) 
     } else {
       // What is written does not overlap itself; with all strides free that is the caller's to see to.
       if (HD_UNLIKELY(view.strides[d] != contiguous) &&
-          (!(rule.free_strides >> d & 1) || (rule.is_mutated && view.strides[d] < (rule.free_strides == 15 ? 1 : contiguous))))
+          (!(rule.free_strides >> d & 1) ||
+           (rule.is_mutated && view.strides[d] < (rule.free_strides == 15 ? 1 : contiguous))))
         return false;
       contiguous = times(contiguous, size);
     }

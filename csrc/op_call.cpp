@@ -157,9 +157,9 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
     const OpRows* rows = table ? table->rows_of(op) : nullptr;
     if (!rows) continue;
     if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
-    const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
-                             static_cast<uint32_t>(given[2]),
-                             static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
+    const Key key =
+        make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
+                 static_cast<uint32_t>(given[2]), static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
     const Row* row = table->find(*rows, key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
@@ -473,13 +473,12 @@ PyObject* make_op_type() {
       {"schema", get_schema, nullptr, "The torch schema, without the namespace.", nullptr},
       {"fallback", get_fallback, nullptr, "What runs on a miss: the op's torch reference.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
-  static PyType_Slot slots[] = {
-      {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-      {Py_tp_repr, reinterpret_cast<void*>(&repr)},
-      {Py_tp_methods, methods},
-      {Py_tp_members, members},
-      {Py_tp_getset, getset},
-      {0, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&repr)},
+                                {Py_tp_methods, methods},
+                                {Py_tp_members, members},
+                                {Py_tp_getset, getset},
+                                {0, nullptr}};
   static PyType_Spec spec = {"hdispatch._C.Op", sizeof(OpObject), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
                              slots};

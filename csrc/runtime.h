@@ -37,7 +37,7 @@ struct DeviceTable {
   const Driver* driver = nullptr;
   DeviceSlot slot = kNoSlot;
   CUcontext context = nullptr;
-  bool only_device = true;   ///< the process sees one GPU, so a thread's context cannot be another device's
+  bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
   std::vector<OpRows> ops;  ///< by op id
   LaunchTable table;
   std::vector<std::unique_ptr<CubinLauncher>> launchers;
@@ -58,12 +58,12 @@ struct DeviceTable {
 /// Why a call was not launched.
 enum class Outcome : uint8_t {
   kLaunched,
-  kEmpty,    ///< M = 0: there is nothing to do
-  kBadCall,  ///< an argument is wrong: Op::complain says which
+  kEmpty,     ///< M = 0: there is nothing to do
+  kBadCall,   ///< an argument is wrong: Op::complain says which
   kUnserved,  ///< nothing is wrong, but no variant has the values that are given: Op::unserved says which
-  kNoTable,  ///< no bundle is loaded for the device
-  kNoRow,    ///< the table has no such key
-  kRefused,  ///< the row's launcher says why in `result`
+  kNoTable,   ///< no bundle is loaded for the device
+  kNoRow,     ///< the table has no such key
+  kRefused,   ///< the row's launcher says why in `result`
 };
 
 /// What `Runtime::dispatch` found out, kept for the cold path.

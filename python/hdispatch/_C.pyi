@@ -25,6 +25,7 @@ class TableBuilder:
 @final
 class Override:
     def undo(self) -> None: ...
+    def resume(self) -> bool: ...
     def make_door(self, otherwise: Callable[..., Any]) -> Callable[..., Any]: ...
 
 def override_op(
@@ -38,7 +39,7 @@ def define_op(
     name: str,
     schema: str,
     args: list[dict[str, object]],
-    variants: list[tuple[str, dict[str, str]]],
+    variants: list[tuple[str, dict[str, str | int]]],
     fallback: Callable[..., Any],
 ) -> Op: ...
 def withdraw(device: int) -> None: ...

@@ -13,8 +13,9 @@ Changing a field's meaning, adding a required field or an operator raises `SCHEM
 version only.
 
 Expressions are postfix lists over integers, e.g. `["M", 15, "+", 16, "//"]`. Leaves: an int; a symbol `M`, `K`, `N`;
-`<arg>.size(i)` or `<arg>.stride(i)` of a tensor argument (elements, not bytes); the name of an integer argument. Operators, on 64-bit integers, floor
-division and modulo as Python's: `+ - * // % min max == != < <= > >= and or`. Comparisons and logic give 0 or 1.
+`<arg>.size(i)` or `<arg>.stride(i)` of a tensor argument (elements, not bytes); the name of an integer argument.
+Operators, on 64-bit integers, floor division and modulo as Python's: `+ - * // % min max == != < <= > >= and or`.
+Comparisons and logic give 0 or 1.
 """
 
 from __future__ import annotations

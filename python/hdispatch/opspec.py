@@ -308,6 +308,12 @@ class OpSpec:
                 return variant
         raise HdispatchError(f"{self.name} has no variant {name!r}; it has {[v.name for v in self.variants()]}")
 
+    def row_shape(self, variant: str, shape: Mapping[str, int]) -> dict[str, int]:
+        """The sizes in a row's key: those of the shape that calls of the variant have. Only an absent tensor may carry one."""
+        none = self.variant(variant).none
+        binders = {symbol: self.binder(symbol) for symbol in shape}
+        return {symbol: size for symbol, size in shape.items() if (found := binders[symbol]) and found[0].name not in none}
+
     def tensor_sizes(
         self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None
     ) -> list[Any]:

@@ -138,7 +138,7 @@ def test_errors_of_build(capsys, tmp_path):
     assert "--jobs is 0" in fails(capsys, "build", "--jobs", "0", "--out", out)
     assert "'M=4' is no shape" in fails(capsys, "build", "--shapes", "M=4", "--out", out)
     assert "--shapes is empty" in fails(capsys, "build", "--shapes", ",", "--out", out)
-    assert "takes K=…" in fails(capsys, "build", "--ops", OP, "--target", "h200", "--shapes", "N=64", "--out", out)
+    assert "takes K=… or any" in fails(capsys, "build", "--ops", OP, "--target", "h200", "--shapes", "N=64", "--out", out)
     assert "bfloat16" in fails(capsys, "build", "--ops", OP, "--target", "h200", "--variants", "int4", "--out", out)
     assert not Path(out).exists()
     if not torch.cuda.is_available():
@@ -208,6 +208,12 @@ def test_inspect_one_row_in_words(capsys, toy_bundle):
         "M = 1: toy_kernel, 4 warps, 0 bytes shared, pdl, params 4 compiled in",
     ):
         assert words in out
+
+
+def test_inspect_a_row_that_serves_every_size(capsys, tmp_path):
+    content = toy.manifest(sizes=(0,))
+    assert main(["inspect", str(toy.write(tmp_path / "any", content)), "--row", "0"]) == 0
+    assert "row 0: toy, bfloat16, any size, M 1\n" in capsys.readouterr().out
 
 
 def test_inspect_one_row_as_json(capsys, toy_bundle):
@@ -384,7 +390,7 @@ def test_bench_goes_on_where_no_bundle_can_be_built(monkeypatch, capsys):
 
 
 def test_parse_shapes():
-    assert build.parse_shapes("K=4096, K=2048:N=512") == [{"K": 4096}, {"K": 2048, "N": 512}]
+    assert build.parse_shapes("K=4096, K=2048:N=512, any") == [{"K": 4096}, {"K": 2048, "N": 512}, {}]
 
 
 @pytest.mark.parametrize(

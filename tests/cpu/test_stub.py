@@ -16,7 +16,15 @@ from hdispatch import _C, _build_info
 PACKAGE = Path(hdispatch.__file__).parent
 Parameters = list[str]
 #: What pybind11 calls a type -> what the stub may call it.
-RESULTS = {"object": ("Op",), "list": ("list",), "dict": ("dict",), "int": ("int",), "float": ("float",), "str": ("str",)}
+RESULTS = {
+    "object": ("Op",),
+    "list": ("list",),
+    "dict": ("dict",),
+    "int": ("int",),
+    "float": ("float",),
+    "str": ("str",),
+    "hdispatch._C.Override": ("Override | None",),  # a pointer, which may be null
+}
 
 
 def stub(module: ModuleType) -> ast.Module:

@@ -24,6 +24,9 @@ from .versions import PACKAGES, tool_versions
 
 KERNELS = "hdispatch.kernels"
 
+#: The shape of a row and its bucket.
+Row = tuple[tuple[tuple[str, int], ...], int]
+
 #: Modules outside of this package whose text decides what a record looks like.
 _CONTRACT = ("manifest.py", "opspec.py")
 
@@ -157,15 +160,17 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
             key = store.canonical([backend, known, entry.config])
             picked[key] = backend, known, entry.config
             rows.setdefault(key, []).append((shape, bucket))
-    return [
-        Unit(package, backend, variant, known, config, tuple(sorted({bucket for _, bucket in rows[key]})), _plain(rows[key]))
-        for key, (backend, known, config) in picked.items()
-        for variant in variants
-    ]
-
-
-def _plain(rows: Sequence[tuple[dict[str, int], int]]) -> tuple[tuple[tuple[tuple[str, int], ...], int], ...]:
-    return tuple((tuple(sorted(shape.items())), bucket) for shape, bucket in rows)
+    units: list[Unit] = []
+    for variant in variants:
+        taken: set[Row] = set()
+        for key, (backend, known, config) in picked.items():
+            plain = [(tuple(sorted(spec.row_shape(variant, shape).items())), bucket) for shape, bucket in rows[key]]
+            own = tuple(row for row in dict.fromkeys(plain) if row not in taken)
+            taken.update(own)
+            if own:
+                served = tuple(sorted({bucket for _, bucket in own}))
+                units.append(Unit(package, backend, variant, known, config, served, own))
+    return units
 
 
 def _generic(folder: Path, backend: str) -> frozenset[str]:
