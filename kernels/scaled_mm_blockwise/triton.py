@@ -380,6 +380,8 @@ _DOTS = {
         dot(1, 4, 4096, num_warps=8),
         dot(1, 8, 1024, num_warps=2),
         dot(1, 8, 4096, registers=128),
+        dot(1, 4, 2048, registers=56),
+        dot(1, 4, 2048, num_warps=2),
     ),
     2: (
         dot(2, 8, 2048),
