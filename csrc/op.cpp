@@ -269,9 +269,10 @@ bool Op::accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) 
   for (uint32_t i = kRank; i-- > 0;) {
     const uint32_t d = kRank == 2 && rule.is_columns ? 1 - i : i;
     const int64_t size = view.sizes[d];
-    if (HD_UNLIKELY(size != times(rule.factor[d], sizes[rule.symbol[d]])) && !(rule.any_sizes >> d & 1)) {
+    const int64_t wanted = times(rule.factor[d], sizes[rule.symbol[d]]);
+    if (HD_UNLIKELY(size != wanted) && !(rule.any_sizes >> d & 1)) {
       if (!rule.is_broadcast || size != 1) return false;
-      view.sizes[d] = sizes[rule.symbol[d]];
+      view.sizes[d] = wanted;
       view.strides[d] = view.sizes[d] > 1 ? 0 : 1;
     } else if (size <= 1) {  // of size 0: torch's strides go on as if it were 1
       view.strides[d] = contiguous;

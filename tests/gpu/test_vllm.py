@@ -12,6 +12,7 @@ import torch
 from hdispatch.testing.numeric import compare_fp8
 
 from .test_ops import FULL, STRIDED, check, copy, elements, make, most_rows, sizes_of, spec_of, typical_case, widened, written
+from .test_ops import OPS as ALL_OPS
 
 LIBRARY = os.environ.get("HDISPATCH_VLLM_OPS")
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
@@ -22,7 +23,7 @@ THEIRS = {
     "scaled_mm_blockwise": "cutlass_scaled_mm",
     "silu_and_mul_dynamic_per_token_quant": None,
 }
-OPS = [op for op in hdispatch.ops.names() if THEIRS.get(op, op)]
+OPS = [op for op in ALL_OPS if THEIRS.get(op, op)]
 
 
 @pytest.fixture(autouse=True)
