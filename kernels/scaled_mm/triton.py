@@ -385,7 +385,8 @@ _DOTS = {
     ),
 }
 
-#: By the largest M that they are for. Weights per tile (block_n / split) from 16 to 128; up to 16384 columns split them finely.
+#: By the largest M that they are for. Tiles of fewer than 64 weights are multiplied as float16, which is exact, and fill the
+#: GPU where N is small. Weights per tile (block_n / split) from 16 to 128; up to 16384 columns split them finely.
 _STREAMS = {
     8: (
         stream(8, 64, 256, 4, split=2),
@@ -401,6 +402,10 @@ _STREAMS = {
         stream(16, 64, 256, 4),
         stream(16, 64, 512, 4),
         stream(16, 128, 128, 6),
+        stream(8, 32, 256, 6),
+        stream(8, 32, 512, 4),
+        stream(8, 32, 1024, 3, num_warps=8),
+        stream(8, 16, 512, 4),
     ),
     16: (
         stream(16, 64, 256, 4),
@@ -412,6 +417,12 @@ _STREAMS = {
         stream(16, 64, 256, 3, split=4),
         stream(16, 128, 128, 5, split=2),
         stream(16, 128, 128, 6),
+        stream(16, 32, 256, 6),
+        stream(16, 32, 512, 4),
+        stream(16, 32, 512, 3, prefetch=4096),
+        stream(16, 32, 1024, 3, num_warps=8),
+        stream(16, 16, 512, 4),
+        stream(16, 16, 1024, 3),
     ),
     32: (
         stream(32, 64, 256, 4),
@@ -421,6 +432,9 @@ _STREAMS = {
         stream(32, 64, 128, 4, split=4),
         stream(32, 128, 128, 5),
         stream(32, 128, 128, 4, split=2),
+        stream(32, 32, 256, 5),
+        stream(32, 32, 512, 3),
+        stream(32, 16, 512, 3),
     ),
     64: (
         stream(64, 64, 128, 6),
@@ -429,6 +443,10 @@ _STREAMS = {
         stream(64, 64, 128, 4, split=2),
         stream(64, 128, 128, 4),
         stream(64, 128, 128, 4, num_warps=8),
+        stream(64, 32, 256, 4),
+        stream(64, 32, 256, 4, num_warps=8),
+        stream(32, 32, 512, 3),
+        stream(32, 64, 256, 4),
     ),
     128: (
         stream(128, 64, 128, 4),

@@ -405,6 +405,9 @@ _STREAMS = {
         stream(16, 64, 8),
         stream(16, 64, 8, prefetch=4096),
         stream(16, 128, 6),
+        stream(8, 32, 8),
+        stream(8, 32, 12),
+        stream(8, 16, 12),
     ),
     16: (
         stream(16, 64, 8),
@@ -414,6 +417,9 @@ _STREAMS = {
         stream(16, 64, 6, split=4),
         stream(16, 128, 5, split=2),
         stream(16, 128, 6),
+        stream(16, 32, 8),
+        stream(16, 32, 12),
+        stream(16, 16, 12),
     ),
     32: (
         stream(32, 64, 6),
@@ -422,6 +428,7 @@ _STREAMS = {
         stream(32, 64, 4, split=4),
         stream(32, 128, 5),
         stream(32, 128, 4, split=2),
+        stream(32, 32, 8),
     ),
     64: (
         stream(64, 64, 6),
