@@ -36,7 +36,7 @@ struct TensorView {
 struct Call {
   TensorView tensors[kMaxArgs];  ///< by argument index; entries of scalars are not set
   double scalars[kMaxArgs];      ///< by argument index; floats
-  int64_t integers[kMaxArgs];    ///< by argument index; integers and flags; 1 for a given argument that is served as None only
+  int64_t integers[kMaxArgs];    ///< by argument index; integers, flags; 1 for what is given and served as None only
   /// M, K, N; 1 for sizes that are literal; then the op's quotients. Set by Op::bind.
   int64_t sizes[kSymbols + 1 + kMaxDerived];
 };

@@ -399,6 +399,7 @@ PYBIND11_MODULE(_C, m) {
         py::arg("fallback"));
   py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
       .def("undo", &Override::undo)
+      .def("resume", &Override::resume)
       .def(
           "make_door",
           [](const Override& self, const py::object& otherwise) {

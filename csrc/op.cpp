@@ -120,7 +120,8 @@ std::array<int, kSymbols> find_binders(const std::vector<ArgSpec>& args) {
   for (int pass = 0; pass < 3; ++pass)
     for (size_t i = 0; i < args.size(); ++i) {
       const ArgSpec& arg = args[i];
-      if (!arg.is_tensor() || arg.is_broadcast || (pass < 2 && arg.is_optional) || (pass < 1 && arg.is_mutated)) continue;
+      if (!arg.is_tensor() || arg.is_broadcast || (pass < 2 && arg.is_optional) || (pass < 1 && arg.is_mutated))
+        continue;
       for (const Dim& dim : arg.dims)
         if (!dim.any && dim.symbol < kSymbols && dim.divisor == 1 && dim.divisor_arg < 0 && found[dim.symbol] < 0)
           found[dim.symbol] = static_cast<int>(i);
@@ -268,16 +269,18 @@ bool Op::accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) 
   for (uint32_t i = kRank; i-- > 0;) {
     const uint32_t d = kRank == 2 && rule.is_columns ? 1 - i : i;
     const int64_t size = view.sizes[d];
-    if (HD_UNLIKELY(size != times(rule.factor[d], sizes[rule.symbol[d]])) && !(rule.any_sizes >> d & 1)) {
+    const int64_t wanted = times(rule.factor[d], sizes[rule.symbol[d]]);
+    if (HD_UNLIKELY(size != wanted) && !(rule.any_sizes >> d & 1)) {
       if (!rule.is_broadcast || size != 1) return false;
-      view.sizes[d] = sizes[rule.symbol[d]];
+      view.sizes[d] = wanted;
       view.strides[d] = view.sizes[d] > 1 ? 0 : 1;
     } else if (size <= 1) {  // of size 0: torch's strides go on as if it were 1
       view.strides[d] = contiguous;
     } else {
       // What is written does not overlap itself; with all strides free that is the caller's to see to.
       if (HD_UNLIKELY(view.strides[d] != contiguous) &&
-          (!(rule.free_strides >> d & 1) || (rule.is_mutated && view.strides[d] < (rule.free_strides == 15 ? 1 : contiguous))))
+          (!(rule.free_strides >> d & 1) ||
+           (rule.is_mutated && view.strides[d] < (rule.free_strides == 15 ? 1 : contiguous))))
         return false;
       contiguous = times(contiguous, size);
     }

@@ -19,14 +19,14 @@
 
 namespace hdispatch {
 
-/// One dimension of a tensor argument: `factor * symbol / divisor` rounded up; exactly `factor` where symbol is kSymbols.
+/// One dimension of a tensor argument: `factor * symbol / divisor` rounded up; `factor` where symbol is kSymbols.
 struct Dim {
   int64_t factor = 1;
   uint8_t symbol = kSymbols;
-  bool binds = false;     ///< this occurrence gives the symbol its value; all others are checked against it
-  bool any = false;       ///< any size; nothing else is set
-  int64_t divisor = 1;    ///< or, with divisor_arg,
-  int divisor_arg = -1;   ///< the value of that integer argument
+  bool binds = false;    ///< this occurrence gives the symbol its value; all others are checked against it
+  bool any = false;      ///< any size; nothing else is set
+  int64_t divisor = 1;   ///< or, with divisor_arg,
+  int divisor_arg = -1;  ///< the value of that integer argument
 };
 
 enum class ArgKind : uint8_t { kTensor, kFloat, kInteger, kBool, kNone };
@@ -65,7 +65,7 @@ struct ArgSpec {
 /// One combination of dtypes and absent optional arguments. Its index in Op::variants is the key's.
 struct Variant {
   std::string name;
-  /// Nibble i is of argument i: the DType of a tensor, 0 if it is absent; 1 + the position of a compiled-in value; else 0.
+  /// Nibble i is of argument i: the DType of a tensor, 0 if absent; 1 + the position of a compiled-in value; else 0.
   uint64_t signature = 0;
 };
 
@@ -176,8 +176,8 @@ class Op {
   std::vector<ScalarRule> scalars_;
   std::vector<uint8_t> integers_;  ///< integers, flags and what is served as None only
   uint64_t integer_bits_ = 0;      ///< their nibbles of a signature
-  std::vector<Check> binders_;  ///< the occurrences that bind
-  std::vector<Check> checks_;   ///< all others
+  std::vector<Check> binders_;     ///< the occurrences that bind
+  std::vector<Check> checks_;      ///< all others
   std::vector<uint8_t> mutated_;
   mutable OpCounters counters_;
 };

@@ -157,9 +157,9 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
     const OpRows* rows = table ? table->rows_of(op) : nullptr;
     if (!rows) continue;
     if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
-    const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
-                             static_cast<uint32_t>(given[2]),
-                             static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
+    const Key key =
+        make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
+                 static_cast<uint32_t>(given[2]), static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
     const Row* row = table->find(*rows, key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
@@ -176,6 +176,17 @@ PyObject* get_schema(PyObject* self, void*) {
 PyObject* get_fallback(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<OpObject*>(self)->fallback); }
 PyObject* repr(PyObject* self) {
   return PyUnicode_FromFormat("<hdispatch op %s>", reinterpret_cast<OpObject*>(self)->op->schema().c_str());
+}
+
+/// The schema, then the text of the reference, which says what the arguments are.
+PyObject* get_doc(PyObject* self, void*) {
+  const OpObject* op = reinterpret_cast<OpObject*>(self);
+  PyObject* said = PyObject_GetAttrString(op->fallback, "__doc__");
+  if (!said) return nullptr;
+  PyObject* doc = said == Py_None ? PyUnicode_FromString(op->op->schema().c_str())
+                                  : PyUnicode_FromFormat("%s\n\n%S", op->op->schema().c_str(), said);
+  Py_DECREF(said);
+  return doc;
 }
 
 // ---- the torch door ----
@@ -458,17 +469,16 @@ PyObject* make_op_type() {
   static PyGetSetDef getset[] = {
       {"name", get_name, nullptr, "The op's name.", nullptr},
       {"__name__", get_name, nullptr, nullptr, nullptr},
+      {"__doc__", get_doc, nullptr, nullptr, nullptr},
       {"schema", get_schema, nullptr, "The torch schema, without the namespace.", nullptr},
       {"fallback", get_fallback, nullptr, "What runs on a miss: the op's torch reference.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
-  static PyType_Slot slots[] = {
-      {Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-      {Py_tp_repr, reinterpret_cast<void*>(&repr)},
-      {Py_tp_methods, methods},
-      {Py_tp_members, members},
-      {Py_tp_getset, getset},
-      {Py_tp_doc, const_cast<char*>("An op: call it with its arguments, positional or by name.")},
-      {0, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&repr)},
+                                {Py_tp_methods, methods},
+                                {Py_tp_members, members},
+                                {Py_tp_getset, getset},
+                                {0, nullptr}};
   static PyType_Spec spec = {"hdispatch._C.Op", sizeof(OpObject), 0,
                              Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_DISALLOW_INSTANTIATION,
                              slots};

@@ -53,8 +53,8 @@ std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, siz
 /// What an argument is where it is left out, borrowed; null if it must be given.
 PyObject* default_argument(const ArgSpec& arg);
 
-/// Fills a Call from all arguments, as Python gives them; false if one of them needs the torch door. Throws kCaller for a
-/// wrong type. `grad` becomes true if a tensor requires grad.
+/// Fills a Call from all arguments, as Python gives them; false if one of them needs the torch door. Throws kCaller for
+/// a wrong type. `grad` becomes true if a tensor requires grad.
 bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad);
 /// The same; throws kCaller for a tensor that requires grad while grad mode is on.
 bool fill_call(const Op& op, PyObject* const* args, Call& call);

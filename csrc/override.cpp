@@ -45,6 +45,9 @@ bool fits(const Route& route, const Call& call) noexcept {
   return true;
 }
 
+/// What torch says of our kernels when it lists an op's.
+constexpr const char* kOurs = "hdispatch";
+
 /// torch warns, once in a process, of a kernel that replaces another. Ours is meant; the warning is left to others.
 class NoWarnings final : public c10::WarningHandler {
  public:
@@ -60,11 +63,9 @@ struct Override::Found {
   const char* wrong = nullptr;  ///< why nothing was looked up, if so
 };
 
-/// Our kernel in torch's dispatcher, while it is there, and the one below it.
-struct Override::Registration {
-  c10::SafeKernelFunction former;  ///< throws once its library has taken it away
-  c10::KernelFunction kernel;      ///< kept after `undo`, as calls may be in it
-  std::optional<c10::RegistrationHandleRAII> handle;
+/// The kernel below ours.
+struct Override::Former {
+  c10::SafeKernelFunction kernel;  ///< throws once its library has taken it away
 };
 
 /// The boxed kernel. torch owns it.
@@ -73,10 +74,11 @@ class Override::Kernel final : public c10::OperatorKernel {
   explicit Kernel(const Override* self) : self_(self) {}
   void operator()(const c10::OperatorHandle& handle, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
     const Override& self = *self_;
-    if (HD_LIKELY(self.serve(stack->data() + (stack->size() - self.given_))))
+    const bool is_on = self.is_on_.load(std::memory_order_relaxed);
+    if (HD_LIKELY(is_on) && HD_LIKELY(self.serve(stack->data() + (stack->size() - self.given_))))
       torch::jit::drop(*stack, self.given_);
     else
-      self.registration_->former.callBoxed(handle, keys, stack);
+      self.former_->kernel.callBoxed(handle, keys, stack);
   }
 
  private:
@@ -89,7 +91,7 @@ Override* Override::make(const std::string& name, bool cuda, std::vector<Route> 
   const auto handle = dispatcher.findSchema({name, ""});
   if (!handle || !handle->hasKernelForDispatchKey(key)) return nullptr;
   HD_CHECK(handle->schema().arguments().size() == given && given <= kMaxArgs && required <= given, name);
-  auto* self = new Override;
+  auto self = std::unique_ptr<Override>(new Override);
   for (const Route& route : routes) {
     std::vector<PyObject*> defaults;
     for (const ArgSpec& arg : route.op->args()) defaults.push_back(default_argument(arg));
@@ -102,18 +104,25 @@ Override* Override::make(const std::string& name, bool cuda, std::vector<Route> 
   self->routes_ = std::move(routes);
   self->given_ = given;
   self->required_ = required;
-  self->registration_ =
-      new Registration{handle->getComputedKernelForDispatchKey(key),
-                       c10::KernelFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(self)), std::nullopt};
+  self->former_ = new Former{handle->getComputedKernelForDispatchKey(key)};
   NoWarnings none;
   const c10::WarningUtils::WarningHandlerGuard silence(&none);
   const c10::WarningUtils::WarnAlways leave_the_one_to_others;
-  self->registration_->handle.emplace(
-      dispatcher.registerImpl({name, ""}, key, self->registration_->kernel, std::nullopt, nullptr, "hdispatch"));
-  return self;
+  // Its destructor would take the kernel away.
+  new c10::RegistrationHandleRAII(dispatcher.registerImpl(
+      {name, ""}, key, c10::KernelFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(self.get())), std::nullopt,
+      nullptr, kOurs));
+  return self.release();
 }
 
-void Override::undo() { registration_->handle.reset(); }
+bool Override::resume() {
+  const c10::DispatchKey key = cuda_ ? c10::DispatchKey::CUDA : c10::DispatchKey::CPU;
+  const auto handle = c10::Dispatcher::singleton().findSchema({name_, ""});
+  if (!handle || !handle->hasKernelForDispatchKey(key)) return false;
+  if (handle->getComputedKernelForDispatchKey(key).debug() != kOurs) return false;
+  is_on_.store(true, std::memory_order_relaxed);
+  return true;
+}
 
 // ---- the torch door ----
 
@@ -181,7 +190,7 @@ struct Override::Door {
 
 /// False if torch is to have the call, which then comes to the torch door, if it is one for us at all.
 bool Override::serve(PyObject* const* args, size_t count) const {
-  if (HD_UNLIKELY(!registration_->handle)) return false;  // undone; somebody kept the door
+  if (HD_UNLIKELY(!is_on_.load(std::memory_order_relaxed))) return false;
   if (HD_UNLIKELY(count < required_ || count > given_ || !no_modes())) return false;
   for (size_t r = 0; r < routes_.size(); ++r) {
     const Op& op = *routes_[r].op;

@@ -4,10 +4,14 @@
 // device. A call that the table serves is launched; every other one, wrong ones included, runs that former kernel, and
 // is counted. So whoever calls the op is served: eager code, compiled code, C++. Calls from Python spend more time in
 // torch's argument parser than here, so there is also a door that tries the table first and hands the rest to torch.
+//
+// torch reads its table of kernels without a lock, so a kernel that is taken away or put there while another thread
+// calls the op is a crash. Ours is put there once and stays: `undo` and `resume` are one atomic store.
 #pragma once
 
 #include <Python.h>
 
+#include <atomic>
 #include <string>
 #include <vector>
 
@@ -38,27 +42,30 @@ struct Route {
   std::vector<FormRule> rules;
 };
 
-/// Never freed: a call may be in it, on any thread.
+/// Never freed: a call may be in it, on any thread, until the process ends.
 class Override {
  public:
   Override(const Override&) = delete;
   Override& operator=(const Override&) = delete;
 
   /// Overrides `name` ("namespace::op") for CUDA or CPU tensors. Of its `given` arguments the first `required` have no
-  /// default. Returns null if it has no kernel there yet. The first route that takes a call serves it.
+  /// default. Returns null if it has no kernel there yet. The first route that takes a call serves it. No other thread
+  /// may be calling the op.
   static Override* make(const std::string& name, bool cuda, std::vector<Route> routes, size_t given, size_t required);
 
-  /// Puts the former kernel back.
-  void undo();
+  /// From now on every call runs the former kernel. From any thread.
+  void undo() noexcept { is_on_.store(false, std::memory_order_relaxed); }
+  /// Ends `undo`, from any thread; false, and nothing happens, if the op has another kernel on top by now.
+  bool resume();
 
-  /// A new callable that serves plain positional calls and hands all others, and all after `undo`, to `otherwise`.
+  /// A new callable that serves plain positional calls and hands all others, and all during `undo`, to `otherwise`.
   PyObject* make_door(PyObject* otherwise) const;
 
  private:
   class Kernel;
-  struct Registration;
   struct Door;
   struct Found;
+  struct Former;
   static PyObject* call_door(PyObject* door, PyObject* const* args, size_t flags, PyObject* keyword_names);
 
   Override() = default;
@@ -73,7 +80,8 @@ class Override {
   size_t given_ = 0;
   size_t required_ = 0;
   std::vector<std::vector<PyObject*>> defaults_;  ///< by route and argument; borrowed, null for none
-  Registration* registration_ = nullptr;          ///< owned
+  Former* former_ = nullptr;                      ///< owned
+  std::atomic<bool> is_on_{true};
 };
 
 }  // namespace hdispatch

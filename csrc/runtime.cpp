@@ -54,8 +54,8 @@ std::string print_row(const Op& op, const Row& row, const Ladder& ladder) {
     return value || !op.has(symbol) ? std::to_string(value) : std::string("any");
   };
   return text("(", op.variants()[key_variant(row.key)].name, ", K=", size(key_k(row.key), kK),
-              ", N=", size(key_n(row.key), kN), ", M ",
-              ladder.first(bucket), "..", last ? "" : std::to_string(ladder.edge(bucket)), ")");
+              ", N=", size(key_n(row.key), kN), ", M ", ladder.first(bucket), "..",
+              last ? "" : std::to_string(ladder.edge(bucket)), ")");
 }
 
 /// Up to three rows of the op, same variant first, then by distance in K and N and in buckets, one per (variant, K, N).
@@ -160,7 +160,8 @@ std::string Runtime::reason(Outcome outcome, const Dispatch& found) {
 
 std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
   if (outcome == Outcome::kUnserved)
-    return text(op.name(), ": no variant has these values: ", op.unserved(call), "; leave strict mode to use the fallback");
+    return text(op.name(), ": no variant has these values: ", op.unserved(call),
+                "; leave strict mode to use the fallback");
   const std::string shape = print_shape(op, call, found);
   switch (outcome) {
     case Outcome::kNoTable:

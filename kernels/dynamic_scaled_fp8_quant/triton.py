@@ -19,8 +19,8 @@ from ..triton_device import fp8_times
 GENERIC = ("K",)
 INDEX_BITS = 64
 
-#: Elements beyond which three launches are faster: a program reads some 110 GB/s.
-LIMIT = 2**18
+#: Elements beyond which three launches are faster: a program reads some 110 GB/s. 64 rows of 5120 are the most.
+LIMIT = 64 * 5120
 
 
 @triton.jit

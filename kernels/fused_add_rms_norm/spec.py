@@ -34,11 +34,6 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [x, residual, None if "weight" in variant.none else random_weight(k, dtype, device, generator), 1e-6]
 
 
-def served(variant: Variant) -> bool:
-    """Models without weights are rare, and in bfloat16."""
-    return "weight" not in variant.none or variant.dtypes["input"] == torch.bfloat16
-
-
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -52,7 +47,6 @@ SPEC = OpSpec(
     shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     doc=reference.__doc__ or "",
-    served=served,
     typical="bfloat16+weight",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
 )

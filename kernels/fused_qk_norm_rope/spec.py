@@ -98,11 +98,8 @@ def _split(k: int, head_dim: int) -> tuple[int, int]:
 
 
 def served(variant: Variant) -> bool:
-    """Caches are of the dtype of qkv, or float32; heads of other sizes than 128 are of bfloat16 models."""
-    dtype, cache = variant.dtypes["qkv"], variant.dtypes["cos_sin_cache"]
-    if variant.static["head_dim"] == 128:
-        return cache in (dtype, torch.float32)
-    return dtype == cache == torch.bfloat16
+    """Caches are of the dtype of qkv, or float32."""
+    return variant.dtypes["cos_sin_cache"] in (variant.dtypes["qkv"], torch.float32)
 
 
 SPEC = OpSpec(

@@ -44,11 +44,6 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [torch.full_like(x, float("nan")), x, weight, 1e-6]
 
 
-def served(variant: Variant) -> bool:
-    """Models without weights are rare, and in bfloat16."""
-    return "weight" not in variant.none or variant.dtypes["input"] == torch.bfloat16
-
-
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -63,7 +58,6 @@ SPEC = OpSpec(
     shapes=(*({"K": k, "N": 1} for k in (2048, 4096, 5120)), *({"K": k} for k in (128, 64, 256)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     doc=reference.__doc__ or "",
-    served=served,
     typical="bfloat16+weight",
     # K is below every block, so that configs for few columns can be traced too.
     hints={"K": 48, "N": 8},

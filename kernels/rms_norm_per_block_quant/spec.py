@@ -79,9 +79,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Both dtypes, and of bfloat16 either scale_ub or scale_ue8m0."""
-    extras = ("scale_ub" not in variant.none) + int(variant.static["scale_ue8m0"])
-    return extras == 0 or (extras == 1 and variant.dtypes["input"] == torch.bfloat16)
+    """All but scale_ub together with scale_ue8m0."""
+    return "scale_ub" in variant.none or not variant.static["scale_ue8m0"]
 
 
 SPEC = OpSpec(

@@ -75,10 +75,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """vLLM keeps the cache in the dtype of the query; heads of other sizes than 128 are of bfloat16 models with keys."""
-    alike = variant.dtypes["cos_sin_cache"] == variant.dtypes["query"]
-    common = variant.dtypes["query"] == torch.bfloat16 and "key" not in variant.none
-    return alike and (variant.static["head_size"] == 128 or common)
+    """vLLM keeps the cache in the dtype of the query."""
+    return variant.dtypes["cos_sin_cache"] == variant.dtypes["query"]
 
 
 SPEC = OpSpec(

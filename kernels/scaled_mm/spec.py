@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
-from hdispatch.testing.numeric import poison
 
 from ..numerics import FP8, FP8_MAX
 
@@ -53,6 +52,11 @@ def reference(
     out.copy_(sums if bias is None else sums.add_(bias))
 
 
+#: Hopper's tensor core keeps 13 bits after the binary point of the largest of 32 products and the sum so far, and drops the
+#: rest. Simulated for normal numbers: 0.09 % of the output's root mean square at K = 2048, 0.41 % at K = 25600.
+ACCUMULATION = 2.6e-5
+
+
 def random_fp8(
     rows: int, columns: int, device: torch.device, generator: torch.Generator, spread: float = 100.0
 ) -> torch.Tensor:
@@ -74,12 +78,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     bias = None
     if "bias" not in variant.none:
         bias = torch.randn(n, generator=generator, device=generator.device).to(device=device, dtype=dtype)
-    return [poison(torch.empty(m, n, dtype=dtype, device=device)), a, b, *scales, bias]
-
-
-def served(variant: Variant) -> bool:
-    """Linear layers with a bias are served in bfloat16."""
-    return "bias" in variant.none or variant.dtypes["out"] == torch.bfloat16
+    return [torch.full((m, n), float("nan"), dtype=dtype, device=device), a, b, *scales, bias]
 
 
 SPEC = OpSpec(
@@ -97,5 +96,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     doc=reference.__doc__ or "",
-    served=served,
+    accumulation=ACCUMULATION,
 )

@@ -1,6 +1,6 @@
-"""The Triton kernels of scaled_mm: one streams the weights past few rows of a, one is fed by TMA and takes many.
+"""The Triton kernels of scaled_mm: `dot` is for one or two rows of a, `stream` for few, those fed by TMA for many.
 
-Both accumulate in the tensor core from the first k to the last, as CUTLASS's kernels with fast accumulation do.
+All but `dot` accumulate in the tensor core from the first k to the last, as CUTLASS's kernels with fast accumulation do.
 """
 
 from __future__ import annotations
@@ -14,11 +14,76 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .tiles import add_splits, prefetch, tile_at
+from .pair import pair_kernel
+from .tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 
 #: One record serves all K and N that are multiples of 16.
 GENERIC = ("K", "N")
 INDEX_BITS = 64
+
+
+@triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
+def dot_kernel(
+    out,
+    a,
+    b,
+    a_scales,
+    b_scales,
+    bias,
+    M,
+    N,
+    K,
+    stride_out,
+    stride_a,
+    stride_b,
+    stride_as,
+    stride_bs,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """out = a @ weights.T on the plain cores: a program's BLOCK_N weights go to its registers, BLOCK_K bytes of each at once.
+
+    The first of them are asked for while the kernel before this one still runs. Programs are many, small and resident at
+    once: while one computes, the others wait for memory, which always has requests.
+    """
+    if PDL:
+        # Dependents start when the last program of this kernel has. They too ask for weights, then wait for this one's end.
+        tl.extra.cuda.gdc_launch_dependents()
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Four fp8 numbers are an int32. K is a multiple of 16, so that a thread's four of them are all there or none is.
+    WORDS: tl.constexpr = BLOCK_K // 4
+    words = tl.multiple_of(K // 4, 4)
+    word = tl.arange(0, WORDS)
+    rows = b + tl.minimum(n, N - 1).to(tl.int64) * stride_b
+    weights = rows[:, None].to(tl.pointer_type(tl.int32)) + word[None, :]
+    w = tl.load(weights, mask=word[None, :] < words, other=0)
+    b_scale = tl.load(b_scales + n * stride_bs, mask=n < N, other=0.0)
+    if bias is not None:
+        shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+    first = tl.program_id(1) * BLOCK_M
+    x = load_tokens(a, first, M, stride_a, word, words, BLOCK_M)
+    m = first + tl.arange(0, BLOCK_M)
+    a_scale = tl.load(a_scales + m.to(tl.int64) * stride_as, mask=m < M, other=0.0)
+    accs = (tl.zeros((BLOCK_N, BLOCK_K // 16), tl.float32),) * BLOCK_M
+    for at in range(WORDS, words + WORDS, WORDS):
+        found = dot_vectors(w, x, BLOCK_M)
+        sums = ()
+        for i in tl.static_range(BLOCK_M):
+            sums += (accs[i] + found[i],)
+        accs = sums
+        w = tl.load(weights + at, mask=(at + word)[None, :] < words, other=0)
+        x = load_tokens(a, first, M, stride_a, at + word, words, BLOCK_M)
+
+    result = a_scale[None, :] * (b_scale[:, None] * tl.sum(stack(accs, BLOCK_M), axis=1))
+    if bias is not None:
+        result += shift[:, None]
+    target = out + m.to(tl.int64)[None, :] * stride_out + n[:, None]
+    tl.store(target, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
@@ -160,7 +225,7 @@ def launch(
     config: Mapping[str, Any],
     _launcher: Callable[..., None],
 ) -> None:
-    """One launch of the kernel that the config names; `stream` and `tma` say what a config holds."""
+    """One launch of the kernel that the config names; `dot`, `stream`, `tma` and `pair` say what a config holds."""
     m, k, n = a.size(0), a.size(1), b.size(1)
     block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
     scales = (a_scales, b_scales, bias)
@@ -169,18 +234,31 @@ def launch(
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "GROUP": config["group"],
-        "PREFETCH": config["prefetch"],
         "PDL": config.get("pdl", True),
         "num_warps": config["num_warps"],
-        "num_stages": config["num_stages"],
         "launch_pdl": config.get("pdl", True),
     }
+    sizes = (m, n, k, out.stride(0), a.stride(0), b.stride(1))
+    if config["kernel"] == "dot":
+        tiles = ((n + block_n - 1) // block_n, (m + block_m - 1) // block_m)
+        if "registers" in config:
+            shared["maxnreg"] = config["registers"]
+        _launcher(dot_kernel, tiles, out, a, b, *scales, *sizes, *strides, **shared)
+        return
+    shared |= {"GROUP": config["group"], "PREFETCH": config["prefetch"], "num_stages": config["num_stages"]}
     if config["kernel"] == "stream":
         rows = block_n // config["split"]
         tiles = ((m + block_m - 1) // block_m) * ((n + rows - 1) // rows)
-        sizes = (m, n, k, out.stride(0), a.stride(0), b.stride(1))
         _launcher(stream_kernel, (tiles,), out, a, b, *scales, *sizes, *strides, SPLIT=config["split"], **shared)
+        return
+    if config["kernel"] == "pair":
+        out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, block_n])
+        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [block_m, block_k])
+        b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, block_k])
+        tiles = ((m + block_m - 1) // block_m) * ((n + block_n - 1) // block_n)
+        del shared["PREFETCH"]
+        grid, stages = (min(tiles, config["programs"]),), config["num_stages"]
+        _launcher(pair_kernel, grid, out_tiles, a_tiles, b_tiles, *scales, m, n, k, *strides, STAGES=stages, **shared)
         return
     parts = config["parts"]
     out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [block_m, block_n // parts])
@@ -190,6 +268,22 @@ def launch(
     grid = (min(tiles, config["programs"]),)
     sizes = (m, n, k, b.stride(1))
     _launcher(tma_kernel, grid, out_tiles, a_tiles, b_tiles, b, *scales, *sizes, *strides, PARTS=parts, **shared)
+
+
+def dot(block_m: int, block_n: int, block_k: int, num_warps: int = 4, registers: int | None = None) -> dict[str, Any]:
+    """A config of `dot_kernel`. block_m is 1 or 2; block_k is at least 512 * num_warps: 16 bytes per thread.
+
+    A program holds block_n * block_k bytes of weights. `registers` is the most a thread may have, to fit more programs: best
+    is one wave of them, so that all ask for their first weights while the kernel before this one runs.
+    """
+    config: dict[str, Any] = {
+        "kernel": "dot",
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "num_warps": num_warps,
+    }
+    return config if registers is None else {**config, "registers": registers}
 
 
 def stream(
@@ -239,6 +333,25 @@ def tma(
     }
 
 
+def pair(
+    block_m: int, block_n: int, num_stages: int, block_k: int = 128, programs: int = 132, group: int = 8
+) -> dict[str, Any]:
+    """A config of `pair_kernel`, one block per SM: (block_m + block_n) * block_k bytes of shared memory per stage and
+    block_n * 256 for out, at most 227 KB. num_warps is that of one of the two groups.
+    """
+    return {
+        "kernel": "pair",
+        "block_m": block_m,
+        "block_n": block_n,
+        "block_k": block_k,
+        "group": group,
+        "programs": programs,
+        "prefetch": 0,
+        "num_warps": 4,
+        "num_stages": num_stages,
+    }
+
+
 #: Up to 64 rows: TMA tiles of 64 rows, all but the tile's weights being read as zeros or from L2.
 _THIN_TMA = (
     tma(64, 32, 128, 8, programs=264, prefetch=1024),
@@ -247,7 +360,33 @@ _THIN_TMA = (
     tma(64, 128, 128, 4, parts=2, programs=264, prefetch=1024),
 )
 
-#: By the largest M that they are for. Weights per tile (block_n / split) from 16 to 128; up to 16384 columns split them finely.
+#: By the M that they are for. With more rows of a the plain cores, not the memory, set the pace: `stream` is faster.
+_DOTS = {
+    1: (
+        dot(1, 8, 2048),
+        dot(1, 4, 2048),
+        dot(1, 2, 2048),
+        dot(1, 2, 4096),
+        dot(1, 4, 4096),
+        dot(1, 4, 4096, num_warps=8),
+        dot(1, 8, 1024, num_warps=2),
+        dot(1, 8, 2048, registers=64),
+        dot(1, 8, 4096, registers=128),
+        dot(1, 4, 2048, registers=56),
+        dot(1, 4, 2048, num_warps=2),
+    ),
+    2: (
+        dot(2, 8, 2048),
+        dot(2, 4, 2048),
+        dot(2, 2, 2048),
+        dot(2, 8, 1024, num_warps=2),
+        dot(2, 4, 1024, num_warps=2),
+        dot(2, 4, 2048, registers=64),
+    ),
+}
+
+#: By the largest M that they are for. Tiles of fewer than 64 weights are multiplied as float16, which is exact, and fill the
+#: GPU where N is small. Weights per tile (block_n / split) from 16 to 128; up to 16384 columns split them finely.
 _STREAMS = {
     8: (
         stream(8, 64, 256, 4, split=2),
@@ -256,13 +395,17 @@ _STREAMS = {
         stream(8, 64, 512, 4, split=2),
         stream(8, 64, 128, 8, split=2),
         stream(8, 64, 256, 4, split=4),
-        stream(8, 64, 256, 4, split=4, prefetch=4096),
+        stream(8, 64, 256, 3, split=2),
         stream(8, 64, 512, 3, split=4),
         stream(8, 128, 256, 3, split=2),
         stream(8, 128, 128, 6, split=2),
         stream(16, 64, 256, 4),
         stream(16, 64, 512, 4),
         stream(16, 128, 128, 6),
+        stream(8, 32, 256, 6),
+        stream(8, 32, 512, 4),
+        stream(8, 32, 1024, 3, num_warps=8),
+        stream(8, 16, 512, 4),
     ),
     16: (
         stream(16, 64, 256, 4),
@@ -274,6 +417,12 @@ _STREAMS = {
         stream(16, 64, 256, 3, split=4),
         stream(16, 128, 128, 5, split=2),
         stream(16, 128, 128, 6),
+        stream(16, 32, 256, 6),
+        stream(16, 32, 512, 4),
+        stream(16, 32, 512, 3, prefetch=4096),
+        stream(16, 32, 1024, 3, num_warps=8),
+        stream(16, 16, 512, 4),
+        stream(16, 16, 1024, 3),
     ),
     32: (
         stream(32, 64, 256, 4),
@@ -283,6 +432,9 @@ _STREAMS = {
         stream(32, 64, 128, 4, split=4),
         stream(32, 128, 128, 5),
         stream(32, 128, 128, 4, split=2),
+        stream(32, 32, 256, 5),
+        stream(32, 32, 512, 3),
+        stream(32, 16, 512, 3),
     ),
     64: (
         stream(64, 64, 128, 6),
@@ -291,6 +443,10 @@ _STREAMS = {
         stream(64, 64, 128, 4, split=2),
         stream(64, 128, 128, 4),
         stream(64, 128, 128, 4, num_warps=8),
+        stream(64, 32, 256, 4),
+        stream(64, 32, 256, 4, num_warps=8),
+        stream(32, 32, 512, 3),
+        stream(32, 64, 256, 4),
     ),
     128: (
         stream(128, 64, 128, 4),
@@ -299,24 +455,31 @@ _STREAMS = {
 }
 
 _MIDDLE = (
+    pair(128, 128, 6),
+    pair(256, 64, 5),
+    pair(128, 64, 8),
+    pair(256, 128, 4),
     tma(64, 128, 128, 4, parts=2, programs=264, prefetch=1024),
     tma(64, 64, 128, 6, programs=264, prefetch=1024),
     tma(128, 64, 128, 4, programs=264, parts=2, prefetch=1024),
     tma(128, 128, 128, 3, parts=2, programs=264),
     tma(128, 128, 128, 5, num_warps=8, prefetch=1024),
-    tma(64, 256, 128, 4, prefetch=1024),
     tma(256, 64, 128, 4, num_warps=8, prefetch=1024),
 )
 
 _LARGE = (
+    pair(256, 128, 4),
+    pair(256, 128, 4, group=4),
+    pair(256, 128, 4, group=16),
+    pair(128, 256, 3),
+    pair(128, 256, 3, group=16),
+    pair(128, 256, 3, group=32),
+    pair(128, 128, 6),
     tma(128, 128, 128, 3, parts=2, programs=264),
-    tma(128, 128, 128, 5, num_warps=8),
     tma(128, 256, 128, 4, parts=2, num_warps=8),
     tma(128, 256, 128, 4, parts=2, group=16, num_warps=8),
-    tma(128, 256, 128, 3, num_warps=8),
-    tma(128, 256, 128, 4, parts=2, programs=2**30, num_warps=8),
-    tma(256, 128, 128, 4, parts=2, group=4, num_warps=8),
     tma(256, 128, 128, 4, parts=2, num_warps=8),
+    tma(256, 128, 128, 4, parts=2, group=4, num_warps=8),
 )
 
 
@@ -324,11 +487,12 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     """Configs worth measuring, the same ones for every K. The first one is never far behind."""
     m, n = sizes["M"], sizes.get("N", 6144)
     if m > 256:
-        return [*_LARGE, *_MIDDLE[:1], _STREAMS[128][1]] if m <= 1024 else list(_LARGE)
+        return [*_LARGE, pair(256, 64, 5), _MIDDLE[4]] if m <= 1024 else list(_LARGE)
     if m > 64:
-        return [*_MIDDLE, *_LARGE[2:3], *_LARGE[6:7], *_STREAMS[128], *_STREAMS[64][3:5]]
+        return [*_MIDDLE, *_STREAMS[128], *_STREAMS[64][3:5]]
     streams = next(found for most, found in _STREAMS.items() if m <= most)
     # Tiles of 16 weights are too many of a large N, those of 128 too few of a small one.
     rows = (32, 128) if n > 16384 else (16, 64) if n <= 6144 else (16, 128)
     found = [c for c in streams if rows[0] <= c["block_n"] // c["split"] <= rows[1]]
+    found += _DOTS.get(m, ())
     return found + [c for c in _THIN_TMA if rows[0] <= c["block_n"] <= rows[1]]

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
-from hdispatch.testing.numeric import poison
 
 from ..numerics import FP8
 from ..scaled_mm.spec import SHAPES, random_fp8, random_scales
@@ -44,7 +43,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     a, b = random_fp8(m, k, device, generator), random_fp8(n, k, device, generator).t()
     a_scales = random_scales((groups_k, m), device, generator).t()
     b_scales = random_scales((groups_n, groups_k), device, generator).t()
-    return [poison(torch.empty(m, n, dtype=dtype, device=device)), a, b, a_scales, b_scales]
+    return [torch.full((m, n), float("nan"), dtype=dtype, device=device), a, b, a_scales, b_scales]
 
 
 SPEC = OpSpec(

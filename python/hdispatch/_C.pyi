@@ -32,6 +32,7 @@ class TableBuilder:
 @final
 class Override:
     def undo(self) -> None: ...
+    def resume(self) -> bool: ...
     def make_door(self, otherwise: Callable[..., Any]) -> Callable[..., Any]: ...
 
 def override_op(
@@ -45,7 +46,7 @@ def define_op(
     name: str,
     schema: str,
     args: list[dict[str, object]],
-    variants: list[tuple[str, dict[str, str]]],
+    variants: list[tuple[str, dict[str, str | int]]],
     fallback: Callable[..., Any],
 ) -> Op: ...
 def publish(table: Table) -> None: ...

@@ -153,6 +153,8 @@ class OpSpec:
     served                      which variants a bundle holds; all if None.
     typical                     the variant that servers call most: what is tuned and benchmarked unless told otherwise; the
                                 first served one if None.
+    accumulation                root mean square of what the kernels' sums over K lose besides roundings of the output, per
+                                square root of K and relative to the output's own; 0 where they add in float32.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
     fallback                    what serves calls that no row does; `reference` if None. Same arguments, and it takes all that
@@ -169,6 +171,7 @@ class OpSpec:
     doc: str = ""
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
+    accumulation: float = 0.0
     hints: Mapping[str, int] = field(default_factory=dict)
     closed: bool = False
     fallback: Callable[..., None] | None = None
@@ -309,6 +312,12 @@ class OpSpec:
             if variant.name == name:
                 return variant
         raise HdispatchError(f"{self.name} has no variant {name!r}; it has {[v.name for v in self.variants()]}")
+
+    def row_shape(self, variant: str, shape: Mapping[str, int]) -> dict[str, int]:
+        """The sizes in a row's key: those of the shape that calls of the variant have. Only an absent tensor may carry one."""
+        none = self.variant(variant).none
+        binders = {symbol: self.binder(symbol) for symbol in shape}
+        return {symbol: size for symbol, size in shape.items() if (found := binders[symbol]) and found[0].name not in none}
 
     def tensor_sizes(
         self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None

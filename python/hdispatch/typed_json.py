@@ -42,7 +42,7 @@ def _checker(kind: Any) -> Checker:
     if origin in (Union, types.UnionType) and (tag := _tag(args)):
         return _tagged(*tag)
     if origin in (Union, types.UnionType):
-        return _union(kind, tuple(_checker(arg) for arg in args))
+        return _union(args)
     return _plain(kind)
 
 
@@ -127,14 +127,18 @@ def _tagged(name: str, kinds: dict[str, Any]) -> Checker:
     return check
 
 
-def _union(kind: Any, inner: tuple[Checker, ...]) -> Checker:
+def _union(kinds: tuple[Any, ...]) -> Checker:
+    inner = [_checker(kind) for kind in kinds]
+    # `int | str` equals `str | int`, so both have one checker: its words must not depend on who came first.
+    words = " | ".join(sorted(getattr(kind, "__name__", str(kind)) for kind in kinds))
+
     def check(value: Any) -> None:
         for each in inner:
             try:
                 return each(value)
             except Mismatch:
                 pass
-        raise Mismatch(f" is {_show(value)}; it takes {kind}")
+        raise Mismatch(f" is {_show(value)}; it takes {words}")
 
     return check
 

@@ -6,41 +6,61 @@ argument's type and which it drops.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import json
 import struct
 from typing import Any
 
-from hdispatch.build.trace import CallMaker, Descriptor, Flag, Launch, Number, Pointer, trace
+from hdispatch.build.trace import CallMaker, Descriptor, Flag, HostSide, Launch, Number, Pointer, Trace, trace
 from hdispatch.build.triton_backend import Sample, _SampleTensor, samples
 from hdispatch.build.unit import class_of, load_spec
 
 BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
 
 
+@functools.lru_cache(maxsize=4)
+def _traced(package: str, backend: str, variant: str, known: str, config: str, hint: int) -> tuple[HostSide, Trace]:
+    spec = load_spec(package)
+    maker = CallMaker(spec, spec.variant(variant), json.loads(known))
+    module = importlib.import_module(f"{package}.{backend}")
+    side = importlib.import_module(f"hdispatch.build.{backend}_backend").host_side(module, json.loads(config), maker, hint)
+    return side, trace(side.host, maker.symbolic(hint))
+
+
 def expect(
     package: str, backend: str, variant: str, shape: dict[str, int], config: Any, hint: int, calls: list[list[int]]
 ) -> Any:
-    """For each [M, row padding] the launch: {grid, params, false_hints}.
+    """For each [M, row padding] the launch at a whole shape: {grid, params, false_hints}, or {refused} by a ValueError.
 
     params are [name, bytes in hex], of pointers [name, argument, offset], of TMA descriptors [name, argument, offset, sizes,
     strides but the last], followed by these as parameters of their own: all that Triton would pass at this M, and those
     that it would drop because they are 1 here, but that are not always 1 in the class of M. false_hints are arguments of
     which the record's code for the class takes more for granted than is so.
     """
+    generic = getattr(importlib.import_module(f"{package}.{backend}"), "GENERIC", ())
+    known = json.dumps({symbol: size for symbol, size in shape.items() if symbol not in generic})
+    side, symbolic = _traced(package, backend, variant, known, json.dumps(config), hint)
     spec = load_spec(package)
     maker = CallMaker(spec, spec.variant(variant), shape)
-    module = importlib.import_module(f"{package}.{backend}")
-    side = importlib.import_module(f"hdispatch.build.{backend}_backend").host_side(module, config, maker, hint)
-    symbolic = trace(side.host, maker.symbolic(hint))
-    found = []
+    found: list[dict[str, Any]] = []
     for m, row_padding in calls:
-        launch = trace(side.host, maker.concrete(m, row_padding)).launch
+        try:
+            launch = trace(side.host, maker.concrete(m, row_padding)).launch
+        except ValueError as error:
+            found.append({"refused": str(error)})
+            continue
         decided = _decide(launch)
         claims = samples(symbolic, class_of(m))
+        # Triton makes nothing of a claim about a parameter that it is not to specialize.
+        special = {param.name: not param.do_not_specialize for param in launch.kernel.params}
+        aligned = {param.name: not param.do_not_specialize_on_alignment for param in launch.kernel.params}
         wrong = [
             name
             for name, (kind, key) in decided.items()
-            if (claims[name].one and kind != "constexpr") or (claims[name].multiple and kind != "constexpr" and key != "D")
+            if kind != "constexpr"
+            and special[name]
+            and (claims[name].one or (claims[name].multiple and aligned[name] and key != "D"))
         ]
         declared = {param.name for param in launch.kernel.params if param.is_constexpr}
         one_here = {name: ("i32", None) for name, arg in launch.args.items() if isinstance(arg, Number) and arg.value == 1}

@@ -15,6 +15,7 @@ import torch
 import toy
 from hdispatch.bench import dispatch, machine, paths, plot, results
 from hdispatch.bench.workload import CYCLE, M_KINDS, Workload, unseen_pool
+from hdispatch.build import available_ops
 from hdispatch.errors import HdispatchError
 from hdispatch.testing import host_timer
 
@@ -148,6 +149,30 @@ def test_arguments_have_the_sizes_of_m():
     assert (result.shape, input.shape, residual.shape) == ((5, 64), (5, 64), (5, 64))
     assert (scale.shape, weight.shape) == ((5, 1), (64,))
     assert (epsilon, scale_ub) == (1e-6, None)
+
+
+@pytest.mark.parametrize("op", available_ops())
+def test_arguments_of_every_op_are_taken(op):
+    spec = hdispatch.ops.spec(op)
+    variant = spec.variant(dispatch.choose_variant(spec))
+    sizes = {"K": 512, "N": 256}
+    made = Workload(spec, variant, sizes, 16, torch.device("cpu"), 64)
+    for m in (1, 5, 16):
+        args = made.at(m)
+        for arg, value in zip(spec.args, args, strict=True):
+            if isinstance(value, torch.Tensor):
+                wanted = spec.tensor_sizes(arg, {**sizes, "M": m}, variant.static)
+                assert [size for size, want in zip(value.shape, wanted, strict=True) if want not in (size, -1)] == [], arg.name
+        before = hdispatch.stats()[op]["misses"].get("no table", 0)
+        getattr(hdispatch.ops, op)(*args)
+        assert hdispatch.stats()[op]["misses"]["no table"] == before + 1, hdispatch.explain(getattr(hdispatch.ops, op), *args)
+
+
+def test_shapes_that_a_row_leaves_open_are_as_the_op_hints():
+    spec = hdispatch.ops.spec("rms_norm")
+    assert dispatch.choose_shape(spec, None, [{"K": 128}]) == {"K": 128, "N": spec.hint("N")}
+    assert dispatch.choose_shape(spec, None, [{}]) == {"K": spec.hint("K"), "N": spec.hint("N")}
+    assert dispatch.choose_shape(toy.SPEC, None) == {"K": 64}
 
 
 def test_fixed_and_cycling():

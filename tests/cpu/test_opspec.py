@@ -98,3 +98,10 @@ def test_refused_arguments(args, words):
 def test_refused_ladders(ladder):
     with pytest.raises(HdispatchError, match="is not a list of ascending edges of at least 1"):
         declare(X, ladder=ladder)
+
+
+def test_a_row_has_the_sizes_of_its_variant():
+    other = TensorArg("y", ("M", "N"), "x", optional=True)
+    spec = dataclasses.replace(SPEC, name="other", args=(X, other))
+    assert spec.row_shape("any+y", {"K": 64, "N": 8}) == {"K": 64, "N": 8}
+    assert spec.row_shape("any", {"K": 64, "N": 8}) == {"K": 64}

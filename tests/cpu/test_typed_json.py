@@ -68,6 +68,12 @@ def test_refused(value, words):
     assert words in str(caught.value)
 
 
+def test_words_of_a_union_do_not_depend_on_which_was_first():
+    for kind in (str | int, int | str, list[str | int], list[int | str]):
+        with pytest.raises(Mismatch, match=r"is 1.5; it takes int \| str$"):
+            check([1.5] if kind in (list[int | str], list[str | int]) else 1.5, kind)
+
+
 def test_a_declaration_of_another_kind():
     with pytest.raises(TypeError, match="is not one that a declaration may hold"):
         check(1, tuple[int])

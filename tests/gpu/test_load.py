@@ -11,7 +11,7 @@ import pytest
 import torch
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME
 
-from .test_ops import OPS, make, run_and_check
+from .test_ops import OPS, make, run_and_check, typical_case
 
 
 def rewrite(folder, change):
@@ -58,7 +58,8 @@ def test_refused_bundles_change_nothing(bundle, bundle_dir, tmp_path, change, er
     with pytest.raises(error, match=words):
         hdispatch.load(folder)
     with hdispatch.strict():
-        run_and_check(OPS[0], make(OPS[0], "bfloat16", hdispatch.ops.spec(OPS[0]).shapes[0], 7), "after a refused load")
+        variant, sizes = typical_case(OPS[0])
+        run_and_check(OPS[0], variant, make(OPS[0], variant, sizes, 7), "after a refused load")
 
 
 def test_a_refused_load_leaves_the_thread_on_its_device(bundle_dir, tmp_path):
@@ -86,6 +87,7 @@ def test_launches_without_the_pdl_attribute(bundle_dir):
     try:
         with hdispatch.strict():
             for op in OPS:
-                run_and_check(op, make(op, "bfloat16", hdispatch.ops.spec(op).shapes[0], 16), "no PDL")
+                variant, sizes = typical_case(op)
+                run_and_check(op, variant, make(op, variant, sizes, 16), "no PDL")
     finally:
         loaded.unload()

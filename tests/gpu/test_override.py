@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
+import time
 
 import hdispatch
 import pytest
 import torch
 from hdispatch.integrations.vllm import ROUTES
 
-from .test_ops import bits, check, copy, make, sizes_of, spec_of, written
+from .test_ops import bits, check, copy, make, most_rows, sizes_of, spec_of, written
 
 LIBRARY = os.environ.get("HDISPATCH_VLLM_OPS")
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
@@ -52,11 +54,26 @@ def results(name, op, variant, shape, m, seed=0):
     inputs = make(op, variant.name, shape, m, seed=seed)
     lists = [copy(inputs) for _ in range(3)]
     packet(name).default(*theirs(name, lists[0]))
-    with hdispatch.override_vllm_ops(), hdispatch.strict(), torch.inference_mode():
-        packet(name)(*theirs(name, lists[1]))
+    with hdispatch.override_vllm_ops(), hdispatch.strict():
+        with torch.inference_mode():
+            packet(name)(*theirs(name, lists[1]))
         packet(name).default(*theirs(name, lists[2]))
     torch.cuda.synchronize()
     return inputs, *lists
+
+
+def compare(op, variant, got, wanted, where, inputs):
+    """Our results equal vLLM's, or a GEMM's the reference's. test_vllm.py counts fp8 codes and compares with CUTLASS."""
+    if op.startswith("scaled_mm"):
+        wanted = copy(inputs)
+        spec_of(op).reference(*wanted)
+    check(op, variant.name, got, wanted, where, inputs, min_equal=0.99)
+
+
+def tokens(op, sizes):
+    """A few M at which vLLM and we have a kernel."""
+    some = (4, 16, 64) if op == "scaled_mm_blockwise" else (1, 16, 17, 64)  # blockwise, vLLM takes M % 4 == 0
+    return [m for m in some if m <= most_rows(op, sizes)]
 
 
 @pytest.mark.parametrize(("name", "op"), CASES)
@@ -66,12 +83,12 @@ def test_same_results(bundle, name, op):
     for variant in variants(op):
         for shape in spec_of(op).shapes:
             sizes = sizes_of(spec_of(op), shape)
-            for m in (4, 16, 64) if op == "scaled_mm_blockwise" else (1, 16, 17, 64):  # blockwise, vLLM takes M % 4 == 0
+            for m in tokens(op, sizes):
                 inputs, wanted, got, dispatched = results(name, op, variant, sizes, m, seed=m)
-                check(op, variant.name, got, wanted, f"{variant.name} {sizes} M={m}", inputs)
+                compare(op, variant, got, wanted, f"{variant.name} {sizes} M={m}", inputs)
+                calls += 2
                 for i in written(op):
                     assert got[i] is None or torch.equal(bits(got[i]), bits(dispatched[i]))
-                calls += 2
     assert hdispatch.stats()[op] == {"hits": calls, "empty": 0, "fallbacks": 0, "misses": {}}
 
 
@@ -101,7 +118,7 @@ def test_scales_in_columns(bundle, override, name, scale, flag, m):
                 inputs[scale] = columns(inputs[scale], pitch)
             if flag:
                 inputs[flag] = transposed
-            got, wanted = copy(inputs), copy(inputs)
+            got, wanted, hits = copy(inputs), copy(inputs), hdispatch.stats()[name]["hits"]
             try:
                 packet(name).default(*theirs(name, wanted))
             except RuntimeError:
@@ -109,9 +126,10 @@ def test_scales_in_columns(bundle, override, name, scale, flag, m):
             with hdispatch.override_vllm_ops():
                 packet(name)(*theirs(name, got))
             torch.cuda.synchronize()
-            assert torch.equal(got[scale].isnan(), wanted[scale].isnan())
-            got[scale], wanted[scale] = got[scale].nan_to_num(1.0), wanted[scale].nan_to_num(1.0)
-            check(name, variant.name, got, wanted, f"M={m} pitch {pitch} transposed {transposed}", inputs)
+            if hdispatch.stats()[name]["hits"] > hits:
+                compare(name, variant, got, wanted, f"M={m} pitch {pitch} transposed {transposed}", inputs)
+            else:  # its scales are not where the strides say
+                assert all(torch.equal(bits(got[i]), bits(wanted[i])) for i in written(name) if got[i] is not None)
     found = hdispatch.stats()[name]
     assert found["hits"] >= (3 if flag is None else 2), found
     assert set(found["misses"]) <= {"override: strides that the overridden op does not read"}
@@ -135,7 +153,7 @@ def test_capture_and_replay(bundle, override, name, op):
         graph.replay()
         packet(name).default(*theirs(name, wanted))
         torch.cuda.synchronize()
-        check(op, variant.name, args, wanted, f"replay {seed}", inputs)
+        compare(op, variant, args, wanted, f"replay {seed}", inputs)
 
 
 @pytest.mark.parametrize(("name", "op"), CASES)
@@ -157,7 +175,7 @@ def test_compiled_code(bundle, name, op):
     assert hdispatch.stats()[op]["hits"] == 1
     packet(name).default(*theirs(name, wanted))
     torch.cuda.synchronize()
-    check(op, variant.name, got, wanted, "compiled", inputs)
+    compare(op, variant, got, wanted, "compiled", inputs)
     assert torch.equal(out, got[at].float() + 1)
 
 
@@ -193,6 +211,64 @@ def test_vllms_errors_are_vllms(bundle, override):
             call(torch.empty_like(x, dtype=torch.float8_e4m3fn), x, torch.ones(16, device="cuda"))
 
 
+def test_undo(bundle):
+    """An op is vLLM's again after the last undo; what others hold stays the same object."""
+    held = packet("silu_and_mul")
+    x = torch.randn(16, 12288, device="cuda", dtype=torch.bfloat16)
+    out = [torch.empty(16, 6144, device="cuda", dtype=torch.bfloat16) for _ in range(5)]
+    with hdispatch.override_vllm_ops():
+        inner = hdispatch.override_vllm_ops(["silu_and_mul"])
+        held(out[0], x)
+        inner.undo()
+        held.default(out[1], x)
+    assert hdispatch.stats()["silu_and_mul"]["hits"] == 2
+    held(out[2], x)
+    held.default(out[3], x)
+    torch.ops._C.silu_and_mul(out[4], x)
+    found = hdispatch.stats()["silu_and_mul"]
+    assert (found["hits"], found["fallbacks"]) == (2, 0)
+    assert type(held) is torch._ops.OpOverloadPacket
+    assert torch.equal(out[2], out[3])
+    assert torch.equal(out[2], out[4])
+    torch.testing.assert_close(out[0], out[2])
+    assert torch.equal(out[0], out[1])
+
+
+def test_threads_while_overrides_come_and_go(bundle):
+    """Each thread on a stream of its own, through both doors."""
+    x = torch.randn(16, 12288, device="cuda", dtype=torch.bfloat16)
+    wanted = torch.empty(16, 6144, device="cuda", dtype=torch.bfloat16)
+    packet("silu_and_mul")(wanted, x)
+    torch.cuda.synchronize()
+    stop, results = threading.Event(), []
+
+    def work(call):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            while not stop.is_set():
+                out = torch.zeros_like(wanted)
+                for _ in range(10):
+                    call(out, x)
+                torch.cuda.current_stream().synchronize()
+            results.append(out)
+
+    calls = [packet("silu_and_mul"), packet("silu_and_mul").default] * 2
+    hdispatch.override_vllm_ops(["silu_and_mul"]).undo()  # the first is not for threads
+    threads = [threading.Thread(target=work, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for _ in range(100):
+        with hdispatch.override_vllm_ops(["silu_and_mul"]):
+            time.sleep(0.002)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert len(results) == len(threads)
+    for out in results:
+        torch.testing.assert_close(out, wanted)
+    assert hdispatch.stats()["silu_and_mul"]["hits"] > 0
+    assert hdispatch.stats()["silu_and_mul"]["fallbacks"] == 0
+
+
 LATER = """
 import sys, torch, hdispatch
 override = hdispatch.override_vllm_ops()
@@ -210,6 +286,7 @@ print(hdispatch.stats()["silu_and_mul"]["hits"])
 
 
 def test_library_that_is_loaded_later(bundle_dir):
+    """In a process of its own, which ends with the override on."""
     code = LATER.format(count=len(ROUTES), library=LIBRARY, bundle=str(bundle_dir))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

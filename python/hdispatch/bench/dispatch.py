@@ -165,18 +165,22 @@ def _setup(options: Options) -> Setup:
 
 
 def choose_variant(spec: OpSpec, built: Sequence[str] = ()) -> str:
-    """Of those that were built, or of all: bfloat16 with a residual (five tensors of vLLM's fused norm), else the first."""
-    names = list(built) or [variant.name for variant in spec.variants()]
-    return "bfloat16+residual" if "bfloat16+residual" in names else names[0]
+    """Of those that were built, or of all: bfloat16 with a residual (five tensors of vLLM's fused norm), else the typical."""
+    names = list(built) or [variant.name for variant in spec.served_variants()]
+    return next((name for name in ("bfloat16+residual", spec.typical_variant().name) if name in names), names[0])
 
 
 def choose_shape(spec: OpSpec, hidden: int | None, built: Sequence[dict[str, int]] = ()) -> dict[str, int]:
-    """K and N of the calls: as asked for, else 4096 among those that were built, or all of the op's, else the first."""
+    """K and N of the calls: as asked for, else 4096 among those that were built, or all of the op's, else the first.
+
+    Sizes that a row leaves open are as the op hints.
+    """
     shapes = list(built) or list(spec.shapes)
     if not shapes:
         raise HdispatchError(f"{spec.name} declares no shapes to measure")
     if hidden is None:
-        return next((dict(shape) for shape in shapes if set(shape.values()) == {4096}), dict(shapes[0]))
+        shape = next((shape for shape in shapes if set(shape.values()) == {4096}), shapes[0])
+        return {symbol: shape.get(symbol, spec.hint(symbol)) for symbol in spec.symbols() if symbol != "M"}
     symbols = sorted({symbol for shape in shapes for symbol in shape})
     if len(symbols) > 1:
         raise HdispatchError(f"{spec.name} has sizes {symbols}; a hidden size alone does not say them")

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
-import torch
 from torch import Tensor
 
 from ..errors import HdispatchError
@@ -129,6 +128,7 @@ def sizes_of(cell: Cell) -> dict[str, int]:
 
 # ---- variants ----
 
+
 def chosen_variants(spec: OpSpec, names: Sequence[str]) -> list[Variant]:
     """Those of the op's variants that are named, `default` being the typical one; that one if it has none of them."""
     default = spec.typical_variant()
@@ -192,12 +192,16 @@ def _agree(sizes: Mapping[str, int], shape: Mapping[str, int]) -> bool:
 def cells(
     specs: Sequence[OpSpec], ms: Sequence[int], modes: Sequence[Mode], models: Sequence[str], variants: Sequence[str]
 ) -> list[Cell]:
-    """The grid, coarse first: cut short anywhere, it still spans all of M for every op."""
+    """The grid, coarse first: cut short anywhere, it still spans all of M for every op.
+
+    An op is measured up to the last edge of its ladder, the largest M that its kernels are for.
+    """
     found: list[Cell] = []
     for m in coarse_first(ms):
         for mode in modes:
             for spec in sorted(specs, key=lambda spec: report_order(spec.name)):
-                found += [_cell(spec, variant, shape, m, mode) for variant, shape in _served(spec, models, variants)]
+                if m <= spec.ladder[-1]:
+                    found += [_cell(spec, variant, shape, m, mode) for variant, shape in _served(spec, models, variants)]
     return found
 
 
@@ -205,7 +209,8 @@ def roof_cells(specs: Sequence[OpSpec], ms: Sequence[int], models: Sequence[str]
     """Rotated cells that are held against the roofs: every op at the largest M, GEMMs at the smallest too."""
     found: list[Cell] = []
     for spec in sorted(specs, key=lambda spec: report_order(spec.name)):
-        for m in sorted({min(ms), max(ms)} if spec.name in GEMMS else {max(ms)}):
+        most = max((m for m in ms if m <= spec.ladder[-1]), default=0)
+        for m in sorted({min(ms), most} if spec.name in GEMMS else {most} - {0}):
             found += [_cell(spec, variant, shape, m, "rotated") for variant, shape in _served(spec, models, variants)]
     return found
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from ..errors import HdispatchError
-from ..opspec import FloatArg, OpSpec, TensorArg, Variant, parse_dim
+from ..opspec import Arg, OpSpec, TensorArg, Variant, parse_dim
 
 #: How M goes from call to call.
 MKind = Literal["fixed", "cycling", "unseen"]
@@ -19,7 +19,6 @@ M_KINDS: tuple[MKind, ...] = ("fixed", "cycling", "unseen")
 CYCLE = (2, 3, 7, 16)
 #: Ms never seen before are drawn from 2..LARGEST_M: M = 1 is left out, because Helion 1.5.0 may fail to compile it.
 LARGEST_M = 8192
-EPSILON = 1e-6
 
 Arguments = tuple[Any, ...]
 MakeBatch = Callable[[], Sequence[Arguments]]
@@ -29,7 +28,7 @@ MakeBatch = Callable[[], Sequence[Arguments]]
 class Workload:
     """Arguments of one variant of an op on one device, cut for each M out of tensors made once.
 
-    The contents are zeros: host time depends on sizes, strides and dtypes alone.
+    Tensors that have M are zeros: host time depends on sizes, strides and dtypes alone. All else is as in a sample call.
     """
 
     spec: OpSpec
@@ -43,15 +42,17 @@ class Workload:
     def __post_init__(self) -> None:
         if not 1 <= self.m <= self.largest:
             raise HdispatchError(f"M is {self.m}; it takes 1 to {self.largest}")
-        sizes = {"K": 0, "N": 0, **self.shape, "M": self.largest}
-        object.__setattr__(self, "whole", [self._allocate(arg, sizes) for arg in self.spec.args])
+        sizes = {"K": 0, "N": 0, **self.shape, "M": 2}
+        sample = self.spec.sample(self.variant, sizes, self.device, torch.Generator(self.device).manual_seed(0))
+        whole = [self._enlarged(arg, value) for arg, value in zip(self.spec.args, sample, strict=True)]
+        object.__setattr__(self, "whole", whole)
 
-    def _allocate(self, arg: TensorArg | FloatArg, sizes: dict[str, int]) -> Any:
-        if isinstance(arg, FloatArg):
-            return max(arg.minimum, EPSILON)
-        if arg.name in self.variant.none:
-            return None
-        return torch.zeros(self.spec.tensor_sizes(arg, sizes), dtype=self.variant.dtypes[arg.name], device=self.device)
+    def _enlarged(self, arg: Arg, value: Any) -> Any:
+        """An argument of a call with M = 2, made for the largest M where its size depends on that."""
+        if not isinstance(arg, TensorArg) or value is None or not _has_m(arg):
+            return value
+        sizes = [self.largest * parse_dim(arg.dims[0]).factor, *value.shape[1:]]
+        return torch.zeros(sizes, dtype=value.dtype, device=self.device)
 
     def at(self, m: int) -> Arguments:
         """The arguments of a call with M = m, which share memory with those of every other M."""
@@ -82,12 +83,15 @@ def unseen_pool(m: int, largest: int = LARGEST_M) -> list[int]:
     return [each for each in range(2, largest + 1) if each != m and each not in CYCLE]
 
 
-def _cut(arg: TensorArg | FloatArg, value: Any, m: int) -> Any:
-    if not isinstance(arg, TensorArg) or value is None:
+def _has_m(arg: TensorArg) -> bool:
+    """Whether M is in the first dimension. HdispatchError if it is in another."""
+    for axis, dim in enumerate(arg.dims[1:], 1):
+        if parse_dim(dim).symbol == "M":
+            raise HdispatchError(f"{arg.name} has M in dimension {axis}: cut there it would not be contiguous")
+    return bool(arg.dims) and parse_dim(arg.dims[0]).symbol == "M"
+
+
+def _cut(arg: Arg, value: Any, m: int) -> Any:
+    if not isinstance(arg, TensorArg) or value is None or not _has_m(arg):
         return value
-    for axis, dim in enumerate(arg.dims):
-        if isinstance(dim, str) and parse_dim(dim)[1] == "M":
-            if axis:
-                raise HdispatchError(f"{arg.name} has M in dimension {axis}: cut there it would not be contiguous")
-            value = value[: parse_dim(dim)[0] * m]
-    return value
+    return value[: parse_dim(arg.dims[0]).factor * m]

@@ -20,9 +20,13 @@ from . import configs, pool, store
 from .freeze import Entry, check_out, freeze
 from .target import GpuTarget, resolve
 from .unit import Unit, load_spec
+from .untuned import first_candidates
 from .versions import PACKAGES, missing, tool_versions
 
 KERNELS = "hdispatch.kernels"
+
+#: The shape of a row and its bucket.
+Row = tuple[tuple[tuple[str, int], ...], int]
 
 #: Modules outside of this package whose text decides what a record looks like.
 _CONTRACT = ("manifest.py", "opspec.py")
@@ -83,7 +87,8 @@ def build(
     target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
     jobs      worker processes, one per CPU if None
     cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
-    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and configs/<gpu>.json
+    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and, once tuned,
+              configs/<gpu>.json
     progress  called with records done, records in all and the name of the last one
 
     BuildError, and no bundle, if anything cannot be built.
@@ -150,12 +155,12 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     spec = load_spec(package)
     folder = _folder(package)
     where = configs.installed(spec.name) if package.startswith(f"{KERNELS}.") else folder / "configs"
-    file, note = configs.find(spec, target, where)
-    if note:
-        notes.append(note)
     backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
     if not backends:
         raise BuildError(f"{spec.name}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
+    file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
+    if note:
+        notes.append(note)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
@@ -171,15 +176,17 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
             key = store.canonical([backend, known, entry.config])
             picked[key] = backend, known, entry.config
             rows.setdefault(key, []).append((shape, bucket))
-    return [
-        Unit(package, backend, variant, known, config, tuple(sorted({bucket for _, bucket in rows[key]})), _plain(rows[key]))
-        for key, (backend, known, config) in picked.items()
-        for variant in variants
-    ]
-
-
-def _plain(rows: Sequence[tuple[dict[str, int], int]]) -> tuple[tuple[tuple[tuple[str, int], ...], int], ...]:
-    return tuple((tuple(sorted(shape.items())), bucket) for shape, bucket in rows)
+    units: list[Unit] = []
+    for variant in variants:
+        taken: set[Row] = set()
+        for key, (backend, known, config) in picked.items():
+            plain = [(tuple(sorted(spec.row_shape(variant, shape).items())), bucket) for shape, bucket in rows[key]]
+            own = tuple(row for row in dict.fromkeys(plain) if row not in taken)
+            taken.update(own)
+            if own:
+                served = tuple(sorted({bucket for _, bucket in own}))
+                units.append(Unit(package, backend, variant, known, config, served, own))
+    return units
 
 
 def _generic(folder: Path, backend: str) -> frozenset[str]:

@@ -111,13 +111,13 @@ def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> ConfigEntry:
     return ConfigEntry({spec.config_key[name]: size for name, size in key.items()}, entry["config"], backend)
 
 
-def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None]:
-    """The op's file for a GPU in a folder, and a note if it is another GPU's. BuildError if there is none."""
+def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None] | None:
+    """The op's file for a GPU in a folder, and a note if it is another GPU's; None if the folder has neither."""
     for name in (target.config_file, FALLBACK):
         if (path := folder / name).is_file():
             note = f"{spec.name}: no configs for {target.name}, using {path}" if name != target.config_file else None
             return read(path, spec), note
-    raise BuildError(f"{spec.name}: no configs; {folder} has neither {target.config_file} nor {FALLBACK}")
+    return None
 
 
 def installed(op: str) -> Path:

@@ -143,7 +143,8 @@ def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: 
         for variant in spec.served_variants():
             for shape in spec.shapes:
                 for bucket in range(len(spec.ladder)):
-                    key = (op, variant.name, shape.get("K", 0), shape.get("N", 0), bucket)
+                    row = spec.row_shape(variant.name, shape)
+                    key = (op, variant.name, row.get("K", 0), row.get("N", 0), bucket)
                     if key not in seen:
                         raise BuildError(
                             f"gap: no record serves {_name(key)}; build all variants, shapes and buckets of the op"

@@ -244,6 +244,7 @@ class CallMaker:
 
         Free strides are those of a contiguous tensor with rows (or columns) `row_padding` elements longer than their width;
         a broadcast tensor has one element where row_padding is 0; of layout "any", large paddings are column-major.
+        Strides of dimensions of size 1 are as in `_free_strides`.
         """
         whole = {**self._sizes(sizes), "M": m}
         values = {symbol: whole[symbol] for symbol in ("M", *self.generic())}
@@ -374,6 +375,14 @@ _OTHER_SIZES = ((2048, 4096), (5120, 1024), (12288, 25600), (1024, 2048))
 
 
 def _free_strides(arg: TensorArg, dims: Sequence[int], row_padding: int) -> dict[int, int]:
+    """As a record gets them: the stride of a dimension of size 1, which means nothing, is that of a contiguous tensor."""
+    strides = _padded_strides(arg, dims, row_padding)
+    inner = {index: dims[:index] if arg.layout == "columns" else dims[index + 1 :] for index in strides}
+    whole = {index: math.prod(max(size, 1) for size in inner[index]) for index in strides}
+    return {index: stride if dims[index] > 1 else whole[index] for index, stride in strides.items()}
+
+
+def _padded_strides(arg: TensorArg, dims: Sequence[int], row_padding: int) -> dict[int, int]:
     if arg.broadcast:
         return {0: int(row_padding > 0)}
     if arg.layout == "rows":

@@ -19,6 +19,10 @@ from typing import Any, Literal, TypedDict, cast
 import sympy  # type: ignore[import-untyped]
 import torch
 import triton  # type: ignore[import-untyped]
+from triton._utils import canonicalize_dtype  # type: ignore[import-untyped]
+from triton.experimental.gluon.language import NVMMASharedLayout  # type: ignore[import-untyped]
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor  # type: ignore[import-untyped]
+from triton.language import str_to_ty  # type: ignore[import-untyped]
 from triton.runtime.jit import MockTensor  # type: ignore[import-untyped]
 from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[import-untyped]
 
@@ -202,7 +206,10 @@ def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget) ->
             raise BuildError(
                 f"{name}: constexpr {param.name} is {varies}, which differs from call to call; pass it as an argument"
             )
-    compiled = launch.kernel.warmup(*(sample.value() for sample in wanted.values()), grid=(1,), **launch.options)
+    values = [sample.value() for sample in wanted.values()]
+    if launch.kernel.is_gluon():
+        values = [_with_layout(value) if isinstance(value, TensorDescriptor) else value for value in values]
+    compiled = launch.kernel.warmup(*values, grid=(1,), **launch.options)
     if compiled is None:
         raise BuildError(f"{name}: Triton compiled nothing; is a JIT hook installed (triton.knobs.runtime.jit_cache_hook)?")
     metadata = compiled.metadata
@@ -225,6 +232,12 @@ def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget) ->
         pdl=bool(metadata.launch_pdl),
     )
     return code, cubin
+
+
+def _with_layout(plain: TensorDescriptor) -> GluonDescriptor:
+    """Gluon's descriptor with the layout in shared memory that Triton would choose."""
+    layout = NVMMASharedLayout.get_default_for(plain.block_shape, str_to_ty(canonicalize_dtype(plain.base.dtype), None))
+    return GluonDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
 
 
 def _kinds(name: str, source: Any, wanted: Mapping[str, Sample]) -> dict[str, Kind]:

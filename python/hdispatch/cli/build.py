@@ -14,6 +14,9 @@ from .text import Progress, count, print_json, size
 if TYPE_CHECKING:
     from ..build import BuildReport
 
+#: In --shapes: the rows that serve every size.
+ANY = "any"
+
 DESCRIPTION = """\
 Generate, compile and freeze the kernels of ops into a bundle: a folder with a manifest and compiled kernels.
 
@@ -50,7 +53,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--shapes",
         metavar="K=4096,…",
-        help="only these sizes (K=…:N=… where an op has both), each for the ops that have it (default: all)",
+        help="only these sizes, each for the ops that have it (K=…:N=… for both; any: rows of every size; default: all)",
     )
     parser.add_argument("--variants", metavar="V,W", help="only these variants, e.g. bfloat16,bfloat16+residual (default: all)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
@@ -110,14 +113,14 @@ def _split(text: str | None) -> list[str] | None:
 
 
 def parse_shapes(text: str) -> list[dict[str, int]]:
-    """`K=4096,K=2048:N=512` -> [{"K": 4096}, {"K": 2048, "N": 512}]."""
+    """`K=4096,K=2048:N=512,any` -> [{"K": 4096}, {"K": 2048, "N": 512}, {}]."""
     found = []
     for item in _split(text) or []:
         shape: dict[str, int] = {}
-        for part in item.split(":"):
+        for part in item.split(":") if item != ANY else ():
             symbol, _, number = part.partition("=")
             if symbol not in SYMBOLS[1:] or not number.isdecimal() or int(number) < 1 or symbol in shape:
-                raise HdispatchError(f"--shapes: {item!r} is no shape; it takes K=4096, N=12288 or K=4096:N=6144")
+                raise HdispatchError(f"--shapes: {item!r} is no shape; it takes K=4096, N=12288, K=4096:N=6144 or {ANY}")
             shape[symbol] = int(number)
         found.append(shape)
     if not found:
@@ -130,7 +133,8 @@ def _choose_shapes(shapes: list[dict[str, int]]) -> Callable[[OpSpec], Iterable[
         symbols = {frozenset(shape) for shape in spec.shapes}
         chosen = [shape for shape in shapes if frozenset(shape) in symbols]
         if not chosen:
-            wanted = sorted(":".join(f"{symbol}=…" for symbol in sorted(each)) for each in symbols)
+            listed = sorted(symbols, key=lambda each: (-len(each), sorted(each)))
+            wanted = [":".join(f"{symbol}=…" for symbol in sorted(each)) or ANY for each in listed]
             raise HdispatchError(f"--shapes has none for {spec.name}, which takes {' or '.join(wanted)}")
         return chosen
 

@@ -195,7 +195,7 @@ def describe_row(manifest: Manifest, number: int) -> str:
     """A row and its whole record in words."""
     row, facts = manifest["rows"][number], _row_facts(manifest, number)
     record = manifest["records"][row["record"]]
-    sizes = ", ".join(f"{symbol} = {facts[symbol]}" for symbol in ("K", "N") if facts[symbol])
+    sizes = ", ".join(f"{symbol} = {facts[symbol]}" for symbol in ("K", "N") if facts[symbol]) or "any size"
     config = ", ".join(f"{name}={value!r}" for name, value in record["config"].items())
     sharing = sum(each["record"] == row["record"] for each in manifest["rows"])
     lines = [

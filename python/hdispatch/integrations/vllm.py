@@ -7,6 +7,7 @@ counted in `hdispatch.stats()`. Calls from Python are also spared torch's argume
 
 from __future__ import annotations
 
+import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -88,9 +89,9 @@ def override_vllm_ops(only: Iterable[str] | None = None) -> Override:
     only    names of the ops; all of `hdispatch.integrations.vllm.ROUTES` if None.
 
     vLLM's library may be loaded before or after. An op whose schema is not the expected one stays as it is, with a warning.
-    Overrides may nest; an op is vLLM's again after the last `undo`. As all registrations in torch, this and `undo` are not
-    for moments at which other threads call these ops. Where something else overrides an op after this, calls of
-    `torch.ops._C.<op>` still try the table first; `undo` before that.
+    Overrides may nest; an op is vLLM's again after the last `undo`. Other threads may call the ops meanwhile, but, as with
+    every registration in torch, not while an op is overridden for the first time in the process. Where something else
+    overrides an op after this, calls of `torch.ops._C.<op>` still try the table first; `undo` before that.
 
     Raises `HdispatchError` for a name that is not in ROUTES.
     """
@@ -101,18 +102,31 @@ def override_vllm_ops(only: Iterable[str] | None = None) -> Override:
     return Override("_C", "CUDA", {name: ROUTES[name] for name in names})
 
 
-@dataclass
-class _Active:
-    """An op that is overridden, by `users` overrides."""
+def override_as_asked() -> Override | None:
+    """What a plug-in of vLLM calls when vLLM loads it: `override_vllm_ops()` if HDISPATCH_OVERRIDE is 1, else None.
 
-    users: int
+    Raises `HdispatchError` for a value that is neither 1 nor, for no, 0 or nothing. Nothing in hdispatch calls this yet.
+    """
+    asked = os.environ.get("HDISPATCH_OVERRIDE", "")
+    if asked not in ("", "0", "1"):
+        raise HdispatchError(f"HDISPATCH_OVERRIDE is {asked!r}; it takes 1 or 0")
+    return override_vllm_ops() if asked == "1" else None
+
+
+@dataclass
+class _Taken:
+    """An op that is or was overridden. `users` are the overrides that are on."""
+
     kernel: _C.Override
+    routes: Sequence[Route]
     packet: Any
     former_class: type
+    short_class: type  #: `former_class`, but calls go to the table first
+    users: int = 0
 
 
 _LOCK = threading.RLock()
-_ACTIVE: dict[tuple[str, str, str], _Active] = {}
+_TAKEN: dict[tuple[str, str, str], _Taken] = {}
 _WAITING: dict[str, list[Override]] = {}  # by namespace
 
 
@@ -137,7 +151,7 @@ class Override:
                 getattr(torch.ops, namespace).__class__ = _WatchedNamespace
 
     def undo(self) -> None:
-        """Put the former kernels back. Nothing happens the second time."""
+        """Let the former kernels serve all calls again. Nothing happens the second time."""
         with _LOCK:
             for name in self.served:
                 _release((self._namespace, name, self._key))
@@ -197,26 +211,35 @@ class _WatchedNamespace(torch._ops._OpNamespace):
 
 def _acquire(key: tuple[str, str, str], packet: Any, routes: Sequence[Route]) -> bool:
     """Override an op, or share an override that there is. False if the op has no kernel yet."""
-    active = _ACTIVE.get(key)
-    if active:
-        active.users += 1
-        return True
+    taken = _TAKEN.get(key)
+    if taken is None or not (taken.users or _resume(taken, packet, routes)):
+        kernel = _make_kernel(key, packet, routes)
+        if kernel is None:
+            return False
+        former = type(packet)
+        # The packet stays the object that others hold, and its overloads; only the call takes the shorter way.
+        body = {"__call__": kernel.make_door(packet.op), "__doc__": packet.__doc__, "__module__": packet.__module__}
+        taken = _TAKEN[key] = _Taken(kernel, routes, packet, former, type(former.__name__, (former,), body))
+    taken.users += 1
+    if type(packet) is torch._ops.OpOverloadPacket and not _is_wrapped("::".join(key[:2])):
+        packet.__class__ = taken.short_class
+    return True
+
+
+def _resume(taken: _Taken, packet: Any, routes: Sequence[Route]) -> bool:
+    """Switch on what an earlier override left, if it is what is wanted now and nobody has overridden the op since."""
+    return taken.packet is packet and taken.routes == routes and taken.kernel.resume()
+
+
+def _make_kernel(key: tuple[str, str, str], packet: Any, routes: Sequence[Route]) -> _C.Override | None:
     arguments = packet.default._schema.arguments
-    kernel = _C.override_op(
+    return _C.override_op(
         "::".join(key[:2]),
         key[2] == "CUDA",
         [(ops.get(route.op), [(form.arg, form.form, form.flag) for form in route.forms]) for route in routes],
         len(arguments),
         sum(not argument.has_default_value() for argument in arguments),
     )
-    if kernel is None:
-        return False
-    _ACTIVE[key] = _Active(1, kernel, packet, type(packet))
-    if type(packet) is torch._ops.OpOverloadPacket and not _is_wrapped("::".join(key[:2])):
-        # The packet stays the object that others hold, and its overloads; only the call takes the shorter way.
-        body = {"__call__": kernel.make_door(packet.op), "__doc__": packet.__doc__, "__module__": packet.__module__}
-        packet.__class__ = type(type(packet).__name__, (type(packet),), body)
-    return True
 
 
 def _is_wrapped(name: str) -> bool:
@@ -226,12 +249,12 @@ def _is_wrapped(name: str) -> bool:
 
 
 def _release(key: tuple[str, str, str]) -> None:
-    active = _ACTIVE[key]
-    active.users -= 1
-    if not active.users:
-        del _ACTIVE[key]
-        active.packet.__class__ = active.former_class
-        active.kernel.undo()
+    taken = _TAKEN[key]
+    taken.users -= 1
+    if not taken.users:
+        taken.kernel.undo()
+        if type(taken.packet) is taken.short_class:
+            taken.packet.__class__ = taken.former_class
 
 
 def _difference(packet: Any, route: Route) -> str | None:
@@ -241,7 +264,9 @@ def _difference(packet: Any, route: Route) -> str | None:
     theirs, ours = packet.default._schema, getattr(torch.ops.hdispatch, route.op).default._schema
     common = min(len(theirs.arguments), len(ours.arguments))
     same = not theirs.returns and all(map(_is_same, theirs.arguments, ours.arguments))
-    same = same and all(str(argument.type).startswith("Optional") for argument in theirs.arguments[common:])
+    same = same and all(
+        str(argument.type).startswith("Optional") and not argument.kwarg_only for argument in theirs.arguments[common:]
+    )
     if same and all(argument.has_default_value() for argument in ours.arguments[common:]):
         return None
     return f"its schema is {theirs}; expected that of {ours}, of which the last arguments may be left out"
