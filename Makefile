@@ -23,7 +23,7 @@ setup: $(PY)
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build
 
 setup-test: $(PY)
-	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,plot,test
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,cutedsl,plot,test
 
 demo: setup
 	$(PY) -m hdispatch build --target auto --out $(BUNDLE)
@@ -42,7 +42,7 @@ sanitize: setup
 	$(PY) scripts/core_tests.py $(CTEST_BUILD)-tsan --sanitize thread
 
 lint: setup-test
-	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,plot,test,lint --only-tools
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,cutedsl,plot,test,lint --only-tools
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
