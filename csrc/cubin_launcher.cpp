@@ -34,6 +34,15 @@ bool fits_kind(ParamKind kind, int64_t value) noexcept {
   }
 }
 
+bool has_pdl(const LaunchConfig& config) noexcept {
+  return config.attribute_count && config.attributes->id == kAttributeProgrammaticStreamSerialization;
+}
+
+void leave_out_pdl(LaunchConfig& config) noexcept {
+  ++config.attributes;
+  --config.attribute_count;
+}
+
 }  // namespace
 
 CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl)
@@ -134,6 +143,7 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
     made.id = id;
     return made;
   };
+  // The first one, so that `leave_out_pdl` can leave it out.
   if (cubin.pdl && pdl) attribute(kAttributeProgrammaticStreamSerialization).value.flag = 1;
   if (cubin.cooperative) attribute(kAttributeCooperative).value.flag = 1;
   if (cluster > 1) {
@@ -252,12 +262,40 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
   return {LaunchStatus::kLaunched, 0};
 }
 
+/// Whether nothing that the code reads early may still be written. If not, the PDL attribute is left out of `config`.
+inline bool CubinLauncher::begins_early(const Call& call, const PendingWrites& pending,
+                                        LaunchConfig& config) const noexcept {
+  if (!has_pdl(config)) return false;
+  bool found = false;
+  for (const uint8_t arg : record_.early) found |= pending.overlaps(extent(call.tensors[arg]));
+  if (HD_UNLIKELY(found)) leave_out_pdl(config);
+  return !found;
+}
+
+/// `Add` is PendingWrites::append or join.
+template <void (PendingWrites::*Add)(const Range&) noexcept>
+inline void CubinLauncher::add_outputs(const Call& call, PendingWrites& pending) const noexcept {
+  for (const Output& output : record_.outputs) {
+    const TensorView& view = call.tensors[output.arg];
+    if (view.dtype != DType::kNone) (pending.*Add)(HD_LIKELY(output.by_rows) ? extent_by_rows(view) : extent(view));
+  }
+}
+
 LaunchResult CubinLauncher::launch(const Call& call, CUstream stream) const noexcept {
   Block block;  // deliberately not initialised: `fill` writes what is read
   const LaunchResult result = fill(call, stream, block);
   if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
+  PendingWrites* pending = table_ ? &PendingWrites::of(table_, stream) : nullptr;
+  const bool is_early = pending && !record_.early.empty() && begins_early(call, *pending, block.config);
   const CUresult answer = launch_(&block.config, block.function, block.params, nullptr);
   if (HD_UNLIKELY(answer != kCudaSuccess)) return {LaunchStatus::kDriver, answer};
+  if (!pending) return result;
+  if (is_early) {
+    add_outputs<&PendingWrites::join>(call, *pending);
+  } else {
+    pending->clear();
+    add_outputs<&PendingWrites::append>(call, *pending);
+  }
   return result;
 }
 

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "driver.h"
+#include "pending_writes.h"
 #include "record.h"
 #include "tensor_map.h"
 
@@ -51,7 +52,12 @@ class CubinLauncher {
   CubinLauncher(const CubinLauncher&) = delete;  // `codes_` points into `record_` and into itself
   CubinLauncher& operator=(const CubinLauncher&) = delete;
 
-  /// Tests the guards, evaluates grid and parameters, launches. The context of `stream` is current.
+  /// From now on launches keep the set of what is still being written (pending_writes.h), `table` being whose launches
+  /// share it. Before the first launch.
+  void track(const void* table) noexcept { table_ = table; }
+
+  /// Tests the guards, evaluates grid and parameters, launches. The context of `stream` is current. Without the PDL
+  /// attribute where the code would read early what may still be written.
   LaunchResult launch(const Call& call, CUstream stream) const noexcept;
 
   /// What `launch` refused, in words: the fact and the actual values.
@@ -109,11 +115,15 @@ class CubinLauncher {
   void add_grid(Code& code) const;
   LaunchResult compute(const Call& call, const Code& code, Block& block) const noexcept;
   LaunchResult make_maps(const Call& call, const Code& code, Block& block) const noexcept;
+  bool begins_early(const Call& call, const PendingWrites& pending, LaunchConfig& config) const noexcept;
+  template <void (PendingWrites::*Add)(const Range&) noexcept>
+  void add_outputs(const Call& call, PendingWrites& pending) const noexcept;
   static void check_params(const Driver& driver, const Code& code, const Cubin& cubin,
                            const std::vector<uint32_t>& param_bytes);
 
   Record record_;
   LaunchFn launch_;
+  const void* table_ = nullptr;                                ///< null: no set is kept
   std::vector<std::unique_ptr<const TensorMapMaker>> makers_;  ///< by param; null for those that are no map
   std::array<Code, kMClasses> codes_;
 };

@@ -70,6 +70,12 @@ struct Cubin {
   bool pdl = false;  ///< the code waits for its predecessors itself: launch with the PDL attribute
 };
 
+/// A tensor argument that the code writes. It may be absent.
+struct Output {
+  uint8_t arg = 0;
+  bool by_rows = false;  ///< its first dimension's size times stride is at least its extent: for `PendingWrites`
+};
+
 struct Record {
   std::string kernel;  ///< for messages
   int64_t m_min = 1;
@@ -77,6 +83,8 @@ struct Record {
   std::array<Expr, 3> grid;
   std::vector<Param> params;
   std::vector<Guard> guards;
+  std::vector<uint8_t> early;  ///< tensor arguments that the code may read before it waits for its predecessors
+  std::vector<Output> outputs;
   std::array<Cubin, kMClasses> cubins;
 };
 

@@ -205,6 +205,8 @@ std::string Runtime::explain(const Op& op, Call& call) const {
     const bool ok = guard.expr.evaluate(call, holds) && holds;
     out += text("\nguard    ", guard.text, ok ? ": holds" : ": FAILS");
   }
+  for (const uint8_t arg : record.early)
+    out += text("\nearly    ", op.args()[arg].name, " may be read before the wait");
   CubinLauncher::Block block;
   found.result = launcher.fill(call, nullptr, block);
   if (found.result.status != LaunchStatus::kLaunched)
@@ -259,6 +261,7 @@ void check_reads(const Op& op, const Variant& variant, const Record& record, uin
                       "row ", row, ": ", record.kernel, " reads integer ", arg, ", which ", op.name(), " has not");
     });
   };
+  for (const uint8_t arg : record.early) check_tensor(arg);
   for (const Expr& size : record.grid) check_all(size);
   for (const Guard& guard : record.guards) check_all(guard.expr);
   for (const Param& param : record.params) {
@@ -374,6 +377,9 @@ void TableBuilder::publish() {
   HD_CHECK(made_, kPublished);
   set_masks();
   made_->table = LaunchTable(std::move(rows_));
+  const auto reads_early = [](const auto& launcher) { return !launcher->record().early.empty(); };
+  if (pdl_ && std::ranges::any_of(made_->launchers, reads_early))
+    for (const auto& launcher : made_->launchers) launcher->track(made_.get());
   const DeviceSlot slot = made_->slot;
   Runtime::get().publish(slot, std::move(made_));
 }

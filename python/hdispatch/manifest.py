@@ -128,6 +128,9 @@ class Record(TypedDict):
     """Grid, parameters and guards as expressions in a call's sizes, and the code. Shared by the rows that it serves.
 
     It is valid for m_min <= M <= m_max and where all guards hold. Grid entries must be at least 1 for M >= 1.
+
+    early lists the tensor arguments that code with `pdl` may read before it waits for its predecessors; none if it is
+    missing. Code without early reads waits before it releases its dependents.
     """
 
     backend: str
@@ -138,6 +141,7 @@ class Record(TypedDict):
     grid: list[Expr]
     params: list[Param]
     guards: list[Guard]
+    early: NotRequired[list[str]]
     cubins: dict[MClass, Cubin]
 
 

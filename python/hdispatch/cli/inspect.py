@@ -203,6 +203,7 @@ def describe_row(manifest: Manifest, number: int) -> str:
         *(f"  {index:2} {_words_of_param(param)}" for index, param in enumerate(record["params"])),
         "guards" if record["guards"] else "guards  (none)",
         *(f"  {guard['text']}" for guard in record["guards"]),
+        *([f"early   {', '.join(record['early'])}: may be read before the wait"] if record.get("early") else []),
         "code",
         *(
             f"  {words}"
