@@ -34,6 +34,15 @@ bool fits_kind(ParamKind kind, int64_t value) noexcept {
   }
 }
 
+bool has_pdl(const LaunchConfig& config) noexcept {
+  return config.attribute_count && config.attributes->id == kAttributeProgrammaticStreamSerialization;
+}
+
+void leave_out_pdl(LaunchConfig& config) noexcept {
+  ++config.attributes;
+  --config.attribute_count;
+}
+
 }  // namespace
 
 CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl)
@@ -133,6 +142,7 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
     made.id = id;
     return made;
   };
+  // The first one, so that `leave_out_pdl` can leave it out.
   if (cubin.pdl && pdl) attribute(kAttributeProgrammaticStreamSerialization).value.flag = 1;
   if (cubin.cooperative) attribute(kAttributeCooperative).value.flag = 1;
   if (cluster > 1) {
@@ -252,8 +262,15 @@ LaunchResult CubinLauncher::launch(const Call& call, CUstream stream) const noex
   Block block;  // deliberately not initialised: `fill` writes what is read
   const LaunchResult result = fill(call, stream, block);
   if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
+  PendingWrites* pending = this->pending(stream);
+  bool is_early = pending && !record_.early.empty() && has_pdl(block.config);
+  if (is_early && HD_UNLIKELY(!may_begin_early(call, *pending))) {
+    leave_out_pdl(block.config);
+    is_early = false;
+  }
   const CUresult answer = launch_(&block.config, block.function, block.params, nullptr);
   if (HD_UNLIKELY(answer != kCudaSuccess)) return {LaunchStatus::kDriver, answer};
+  if (pending) note_writes(call, *pending, is_early);
   return result;
 }
 

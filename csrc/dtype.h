@@ -33,6 +33,10 @@ inline constexpr std::array<std::string_view, 14> kDTypeNames = {
 static_assert(kDTypeNames.size() == static_cast<size_t>(DType::kOther) + 1);
 static_assert(static_cast<int>(DType::kOther) < 16, "a signature keeps four bits per argument");
 
+/// Bytes of an element; at least as many for kOther.
+inline constexpr std::array<uint8_t, 14> kDTypeBytes = {0, 4, 8, 2, 2, 1, 1, 1, 1, 2, 4, 8, 1, 16};
+static_assert(kDTypeBytes.size() == kDTypeNames.size());
+
 /// torch's name without the module.
 constexpr std::string_view name(DType dtype) { return kDTypeNames[static_cast<size_t>(dtype)]; }
 

@@ -70,6 +70,8 @@ FfiLauncher::FfiLauncher(FfiRecord record, const FfiFunction& function, DeviceSl
   for (uint32_t i = 0; i < record_.args.size(); ++i) add(i, pdl);
   HD_CHECK_BUNDLE(tensors_.size() <= kMaxTensors, record_.kernel, ": ", tensors_.size(),
                   " tensors; a function takes at most ", kMaxTensors);
+  HD_CHECK_BUNDLE(record_.early.empty() || !record_.pdl || pdl_ >= 0, record_.kernel,
+                  ": reads before it waits, and has no PDL argument by which it could be told not to");
 }
 
 /// Sorts an argument by what is left to do per call: nothing, pointing at the call's tensor, or evaluating.
@@ -108,6 +110,8 @@ void FfiLauncher::add(uint32_t index, bool pdl) {
       start = of_pointer(ffi::kTypeOpaquePtr, nullptr);
       return;
     case FfiArgKind::kPdl:
+      HD_CHECK_BUNDLE(pdl_ < 0, record_.kernel, ": arguments ", pdl_, " and ", index, " are both the PDL flag");
+      pdl_ = static_cast<int>(index);
       start = of_integer(ffi::kTypeInt, pdl && record_.pdl);
       return;
   }
@@ -177,8 +181,15 @@ LaunchResult FfiLauncher::launch(const Call& call, CUstream stream) const noexce
   Block block;  // what is read is written by `fill`
   const LaunchResult result = fill(call, stream, block);
   if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
+  PendingWrites* pending = this->pending(stream);
+  bool is_early = pending && !record_.early.empty() && pdl_ >= 0 && block.args[pdl_].integer;
+  if (is_early && HD_UNLIKELY(!may_begin_early(call, *pending))) {
+    block.args[pdl_].integer = 0;
+    is_early = false;
+  }
   const int answer = invoke(block, stream);
   if (HD_UNLIKELY(answer)) return {LaunchStatus::kRaised, answer};
+  if (pending) note_writes(call, *pending, is_early);
   return result;
 }
 

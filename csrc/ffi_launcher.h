@@ -66,6 +66,7 @@ class FfiLauncher final : public Launcher {
   std::vector<TensorPlan> tensors_;
   std::vector<ValuePlan> values_;
   int stream_ = -1;  ///< index of the stream argument
+  int pdl_ = -1;     ///< of the PDL argument
 };
 
 /// What the null driver's table calls in the place of a bundle's function; `self` is a NullFunction. Records the call:

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "pending_writes.h"
 #include "record.h"
 
 namespace hdispatch {
@@ -55,7 +56,12 @@ class Launcher {
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
-  /// Tests the guards, evaluates what the record says, launches. The context of `stream` is current.
+  /// From now on launches keep the set of what is still being written (pending_writes.h), shared by those of one
+  /// device. Before the first launch.
+  void track(DeviceSlot slot) noexcept { tracked_ = static_cast<int>(slot); }
+
+  /// Tests the guards, evaluates what the record says, launches. The context of `stream` is current. Without PDL where
+  /// the code would read early what may still be written.
   virtual LaunchResult launch(const Call& call, CUstream stream) const noexcept = 0;
 
   /// Why `launch` refused, without values: what `stats` counts by.
@@ -75,6 +81,27 @@ class Launcher {
   /// What the derived class's record begins with; throws kBundle if it is valid for no M.
   void set_head(const RecordHead& head);
 
+  /// The set for a launch on `stream`; null if none is kept.
+  PendingWrites* pending(CUstream stream) const noexcept {
+    return tracked_ < 0 ? nullptr : &PendingWrites::of(tracked_, stream);
+  }
+  /// Whether nothing that the code reads early may still be written.
+  bool may_begin_early(const Call& call, const PendingWrites& pending) const noexcept {
+    bool found = false;
+    for (const uint8_t arg : head_->early) found |= pending.overlaps(extent(call.tensors[arg]));
+    return !found;
+  }
+  /// After a launch: what may be written now. `is_early`: it may have begun before what precedes it had completed.
+  void note_writes(const Call& call, PendingWrites& pending, bool is_early) const noexcept {
+    if (!is_early) pending.clear();
+    for (const Output& output : head_->outputs) {
+      const TensorView& view = call.tensors[output.arg];
+      if (view.dtype == DType::kNone) continue;
+      const Range range = HD_LIKELY(output.by_rows) ? extent_by_rows(view) : extent(view);
+      is_early ? pending.join(range) : pending.append(range);
+    }
+  }
+
   /// The reasons that both kinds of launcher have; empty for any other.
   std::string common_reason(const LaunchResult& result) const;
   /// `reason(result)`, where it does not hold.
@@ -82,6 +109,7 @@ class Launcher {
 
  private:
   const RecordHead* head_ = nullptr;
+  int tracked_ = -1;  ///< device slot; -1: no set is kept
 };
 
 }  // namespace hdispatch

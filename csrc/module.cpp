@@ -252,6 +252,19 @@ void read_head(const py::dict& given, const Op& op, RecordHead& record) {
     const auto guard = item.cast<py::dict>();
     record.guards.push_back({to_expr(get<py::list>(guard, "expr"), op), get<std::string>(guard, "text")});
   }
+  for (const uint8_t arg : op.mutated()) {
+    const ArgSpec& spec = op.args()[arg];
+    const bool by_rows = (spec.layout == Layout::kContiguous || spec.layout == Layout::kRows) && !spec.is_broadcast;
+    record.outputs.push_back({arg, by_rows && !spec.dims.empty()});
+  }
+  if (given.contains("early")) {
+    for (const auto& name : get<std::vector<std::string>>(given, "early")) {
+      const int arg = op.find_tensor(name);
+      HD_CHECK_BUNDLE(arg >= 0, record.kernel, ": reads \"", name, "\" early; ", op.name(),
+                      " has no tensor argument of that name: ", op.schema());
+      record.early.push_back(static_cast<uint8_t>(arg));
+    }
+  }
 }
 
 FfiArg to_ffi_arg(const py::dict& given, const Op& op) {

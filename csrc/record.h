@@ -70,12 +70,20 @@ struct Cubin {
   bool pdl = false;  ///< the code waits for its predecessors itself: launch with the PDL attribute
 };
 
-/// What every record has: where it is valid.
+/// A tensor argument that the code writes. It may be absent.
+struct Output {
+  uint8_t arg = 0;
+  bool by_rows = false;  ///< its first dimension's size times stride is at least its extent: for `PendingWrites`
+};
+
+/// What every record has: where it is valid, what it writes, what it reads early.
 struct RecordHead {
   std::string kernel;  ///< for messages
   int64_t m_min = 1;
   int64_t m_max = INT64_MAX;
   std::vector<Guard> guards;
+  std::vector<uint8_t> early;  ///< tensor arguments that the code may read before it waits for its predecessors
+  std::vector<Output> outputs;
 
   /// The first guard that does not hold for this call, or -1.
   int32_t failed_guard(const Call& call) const noexcept {

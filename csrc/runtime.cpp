@@ -205,6 +205,8 @@ std::string Runtime::explain(const Op& op, Call& call) const {
     const bool ok = guard.expr.evaluate(call, holds) && holds;
     out += text("\nguard    ", guard.text, ok ? ": holds" : ": FAILS");
   }
+  for (const uint8_t arg : launcher.head().early)
+    out += text("\nearly    ", op.args()[arg].name, " may be read before the wait");
   const std::string launch = launcher.explain(call, found.result);
   if (found.result.status != LaunchStatus::kLaunched)
     return out + "\nfallback " + describe(op, call, Outcome::kRefused, found);
@@ -243,6 +245,7 @@ void check_reads(const Op& op, const Variant& variant, const Launcher& launcher,
   };
   const Reads reads = launcher.reads();
   for (const uint32_t arg : reads.tensors) check_tensor(arg);
+  for (const uint8_t arg : launcher.head().early) check_tensor(arg);
   for (const auto& [arg, dimension] : reads.dimensions) {
     check_tensor(arg);
     HD_CHECK_BUNDLE(dimension < op.args()[arg].dims.size(), "row ", row, ": ", kernel, " reads dimension ", dimension,
@@ -325,6 +328,7 @@ void TableBuilder::add_library(const std::string& file, std::span<const char> im
 }
 
 uint32_t TableBuilder::add_launcher(std::unique_ptr<Launcher> launcher) {
+  if (pdl_) launcher->track(made_->slot);
   made_->launchers.push_back(std::move(launcher));
   return static_cast<uint32_t>(made_->launchers.size() - 1);
 }

@@ -14,6 +14,7 @@ from ..rope import program_tile
 
 GENERIC = ("K",)
 INDEX_BITS = 64
+EARLY_READS = ("q_weight", "k_weight")
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from ..ll_gemm import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
 GENERIC = ("N",)
+EARLY_READS = ("w", "w_scale")
 
 #: More 16-byte vectors than this per thread do not fit registers.
 _VECTORS = 24

@@ -12,6 +12,7 @@ from hdispatch.opspec import Variant
 
 GENERIC = ("K", "N")
 INDEX_BITS = 64
+EARLY_READS = ("weight",)
 
 
 @triton.jit

@@ -14,6 +14,7 @@ from ..triton_device import clamp_rows, divide_rows, row_scale
 
 GENERIC = ("K",)
 INDEX_BITS = 64
+EARLY_READS = ("weight",)
 
 
 @triton.jit

@@ -28,6 +28,7 @@ from ..triton_device import clamp_rows
 
 GENERIC = ("K",)
 INDEX_BITS = 64
+EARLY_READS = ("weight",)
 
 
 @triton.jit

@@ -18,6 +18,7 @@ from ..ll_gemm_fp8.cutedsl import candidates as gemm_candidates
 
 #: One record serves all N; K is compiled in where a row has one.
 GENERIC = ("N",)
+EARLY_READS = ("b", "b_scales")
 
 #: The most tokens that the kernels take.
 _LARGEST_M = 32

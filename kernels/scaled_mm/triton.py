@@ -20,6 +20,8 @@ from .tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_a
 #: One record serves all K and N that are multiples of 16.
 GENERIC = ("K", "N")
 INDEX_BITS = 64
+#: Read before the wait for the kernel before this one, which seldom writes weights: a launch after one that does waits whole.
+EARLY_READS = ("b", "b_scales", "bias")
 
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])

@@ -49,6 +49,7 @@ def make(
     guards: Sequence[Guard],
     stream: Stream,
     pdl: bool,
+    early: Sequence[str],
     m_range: tuple[int, int] | None,
     label: str,
 ) -> Function:
@@ -69,6 +70,7 @@ def make(
         "m_min": m_range[0] if m_range else 1,
         "m_max": m_range[1] if m_range else MAX_M,
         "guards": [dict(guard) for guard in guards],
+        "early": list(early),
         "args": [dict(arg) for arg in taken],
         "pdl": pdl,
         "env_stream": stream == "environment" and not any(arg["kind"] == "stream" for arg in taken),

@@ -127,7 +127,11 @@ class Cubin(TypedDict):
 
 
 class RecordHead(TypedDict):
-    """What every record has. It is valid for m_min <= M <= m_max and where all guards hold; rows share records."""
+    """What every record has. It is valid for m_min <= M <= m_max and where all guards hold; rows share records.
+
+    early lists the tensor arguments that code with `pdl` may read before it waits for its predecessors; none if it is
+    missing. Code without early reads waits before it releases its dependents.
+    """
 
     backend: str
     kernel: str
@@ -135,6 +139,7 @@ class RecordHead(TypedDict):
     m_min: int
     m_max: int
     guards: list[Guard]
+    early: NotRequired[list[str]]
 
 
 class CubinRecord(RecordHead):

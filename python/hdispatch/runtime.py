@@ -105,6 +105,7 @@ def register(
     guards: Sequence[Guard] = (),
     stream: Stream = "environment",
     pdl: bool = False,
+    early: Sequence[str] = (),
     m_range: tuple[int, int] | None = None,
     label: str = "(registered)",
     device: torch.device | int | str | None = None,
@@ -122,6 +123,7 @@ def register(
     stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument" (or as `args`
               say), or not at all ("none")
     pdl       its kernels wait for their predecessors themselves; see `FfiArg`
+    early     the tensor arguments that they read before they wait; see `manifest.RecordHead`
     m_range   the Ms for which it is right, both ends included; default all. It is never called with M = 0
     label     what errors, `explain` and `stats` call it
     device, driver   as those of `load`; with "null" it serves CPU tensors, and is called
@@ -131,7 +133,9 @@ def register(
     first call must be called once before a graph is captured. What it raises is a `FunctionError`.
     """
     _check_driver(driver)
-    made = functions.make(op, key, function, args=args, guards=guards, stream=stream, pdl=pdl, m_range=m_range, label=label)
+    made = functions.make(
+        op, key, function, args=args, guards=guards, stream=stream, pdl=pdl, early=early, m_range=m_range, label=label
+    )
     index = _cuda_device("", device) if driver == "cuda" else -1
     registration = Registration(made, index)
     with _LOADING:

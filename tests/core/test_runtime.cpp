@@ -193,6 +193,39 @@ TEST(explanations) {
   CHECK_EQ(op.counters().hits.load(), 0u);  // nothing was launched
 }
 
+TEST(a_table_with_early_reads_keeps_what_is_pending) {
+  const Op& op = new_op();
+  for (const bool pdl : {true, false}) {
+    Record quantize = tagged(1);
+    quantize.outputs = {{kResult, true}, {kScale, true}, {kResidual, true}};
+    for (Cubin& cubin : quantize.cubins) cubin.pdl = true;
+    Record multiply = quantize;
+    multiply.early = {kWeight};
+    TableBuilder builder(-1, 0, pdl);
+    builder.set_ladder(op, kEdges);
+    builder.add_module("a.cubin", {});
+    builder.add_row(op, 0, 64, 0, 2, builder.add_record(quantize));
+    builder.add_row(op, 0, 512, 0, 2, builder.add_record(multiply));
+    builder.publish();
+    Call second = toy_call(4, 512);
+    second.tensors[kResult].data = 100 * 4096;
+    second.tensors[kScale].data = 110 * 4096;
+    null_record(true);
+    for (const uintptr_t weight : {1u, 3u}) {  // page 1 is what the first call writes
+      dispatch(op, toy_call(4, 64));
+      second.tensors[kWeight].data = weight * 4096;
+      dispatch(op, second);
+    }
+    dispatch(op, toy_call(0, 64));  // launches nothing, changes nothing
+    dispatch(op, second);
+    null_record(false);
+    const auto launches = null_launches();
+    CHECK_EQ(launches.size(), 5u);
+    for (size_t i = 0; i < launches.size(); ++i) CHECK_EQ(launches[i].attributes.size(), size_t{pdl && i != 1});
+    CHECK_CONTAINS(runtime().explain(op, second), "early    weight may be read before the wait");
+  }
+}
+
 TEST(replacing_and_withdrawing) {
   const Op& op = new_op();
   publish(op, {64}, tagged(1));
@@ -281,6 +314,8 @@ TEST(a_record_reads_only_what_its_variant_has) {
               row(0, [](Record& record) { record.grid[1] = expr("weight.size(1)"); }));
   CHECK_FAULT(kBundle, "reads tensor 4", row(0, [](Record& record) { record.params[0].arg = kEpsilon; }));
   CHECK_FAULT(kBundle, "reads tensor ", row(0, [](Record& record) { record.params[0].arg = -1; }));
+  CHECK_FAULT(kBundle, "reads residual, which is None in variant bfloat16",
+              row(0, [](Record& record) { record.early = {kWeight, kResidual}; }));
   CHECK_FAULT(kBundle, "reads float 1", row(0, [](Record& record) {
                 record.params[0].kind = ParamKind::kF32;
                 record.params[0].arg = kInput;

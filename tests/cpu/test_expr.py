@@ -36,6 +36,13 @@ def test_postfix_computes_what_sympy_does(value, m, stride):
     assert eval(text, {"min": min, "max": max, "M": m, "s": stride}) == expected
 
 
+def test_numbers_that_sympy_has_not_evaluated():
+    with sympy.evaluate(False):
+        value = Min(M, Max(sympy.Integer(-1), sympy.Integer(2)))
+        assert at(value, {M: 3}) == 2
+    assert at(value, {M: 1}) == 1
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.recursive(leaf, grow, max_leaves=8), st.integers(1, 500), st.integers(1, 500))
 def test_divisor_always_divides(value, m, stride):

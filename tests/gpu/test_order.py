@@ -171,6 +171,50 @@ def test_pdl_chain_of_own_launches(bundle):
         assert torch.equal(args[6], expected), f"M={m}: {(args[6] != expected).sum().item()} elements differ"
 
 
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("between", [0, 2])
+def test_weights_that_were_quantized_just_before(bundle, between, captured):
+    """The product at M=1 reads its weights before it waits, and releases its dependents before that: not while our own
+    quantization still writes them, nor behind other products, hundreds of times with other weights each time."""
+    op, size, rounds, count = "scaled_mm", 4096, 400, 4
+    quantize, multiply = hdispatch.ops.dynamic_per_token_scaled_fp8_quant, hdispatch.ops.scaled_mm
+    sources = [make_at(quantize.name, "bfloat16", {"K": size}, size, seed=s)[1] for s in range(count)]
+    codes, source, scales, _ = make_at(quantize.name, "bfloat16", {"K": size}, size)
+    variant, sizes = typical_case(op)[0], {"K": size, "N": size}
+    products = [make_at(op, variant, sizes, 1, seed=s) for s in range(1 + between)]
+    last = products[-1]
+    last[2], last[4] = codes.t(), scales
+
+    def run():
+        quantize(codes, source, scales, None)
+        for product in products:
+            multiply(*product)
+
+    expected = []
+    for given in sources:
+        source.copy_(given)
+        quantize(codes, source, scales, None)
+        torch.cuda.synchronize()
+        run_and_check(op, variant, last, "weights that are there")
+        expected.append(last[0].clone())
+    graph = torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph), hdispatch.strict():
+            run()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    with hdispatch.strict():
+        for i in range(rounds):
+            source.copy_(sources[i % count])
+            for tensor in (codes, scales, last[0]):
+                bits_of(tensor).fill_(0x7F)  # NaN, or nearly the largest number
+            if captured:
+                graph.replay()
+            else:
+                run()
+            wrong += (last[0] != expected[i % count]).sum()
+    assert wrong.item() == 0, f"{wrong.item()} wrong outputs in {rounds} rounds of {size}"
+
+
 def test_several_devices(bundle_dir):
     """Tables per device; the current device need not be the tensors'."""
     if torch.cuda.device_count() < 2:

@@ -5,6 +5,7 @@
     GENERIC      the sizes that may differ from call to call: ("N",)
     program(variant, sizes, config)
                  what is to be compiled for a variant, the other sizes and a config: see `Program`
+    EARLY_READS  the tensors that the code reads before it waits for the kernel before it: ("w",)
     candidates(sizes, variant)
                  configs that are worth measuring
 
@@ -29,7 +30,7 @@ from ..opspec import OpSpec, TensorArg
 from .expr import render
 from .store import Store, digest
 from .target import GpuTarget
-from .unit import Unit, bucket_bounds, load_spec
+from .unit import Unit, bucket_bounds, early_reads, load_spec
 
 #: Raised when what is stored about an object file, or how it is compiled, changes.
 CODE_FORMAT = 1
@@ -97,6 +98,8 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
         "pdl": True,
         "env_stream": False,
     }
+    if early := early_reads(module, spec, spec.variant(unit.variant)):
+        record["early"] = list(early)
     return [{"record": record, "buckets": list(unit.buckets), "seconds": round(time.monotonic() - start, 3)}]
 
 

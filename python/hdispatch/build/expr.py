@@ -238,4 +238,8 @@ def at(value: Value, values: Mapping[sympy.Symbol, int]) -> Value:
     replaced = value.xreplace({symbol: sympy.Integer(number) for symbol, number in values.items()})
     if replaced in (sympy.true, sympy.false):
         return int(replaced is sympy.true)
-    return int(replaced) if isinstance(replaced, sympy.Integer) else replaced
+    if isinstance(replaced, sympy.Integer):
+        return int(replaced)
+    # sympy leaves numbers such as Max(-1, 2) as they are while its evaluation is switched off.
+    whole = not replaced.free_symbols and getattr(replaced, "is_integer", False)
+    return evaluate(postfix(replaced, {}), {}) if whole else replaced

@@ -18,7 +18,7 @@ from typing import TypedDict
 import sympy  # type: ignore[import-untyped]
 
 from ..errors import BuildError
-from ..manifest import M_CLASSES, Cubin, Expr, Guard, MClass, Param, Record
+from ..manifest import M_CLASSES, Cubin, CubinRecord, Expr, Guard, MClass, Param, Record
 from ..opspec import OpSpec
 from . import triton_backend
 from .expr import OPERATORS, evaluate, postfix, render, turns
@@ -210,11 +210,14 @@ class Candidate:
             first, last = bucket_bounds(ladder, bucket)
             occurring |= classes_of(max(first, low), min(last or high, high))
         classes = [m_class for m_class in M_CLASSES if m_class in occurring]
-        codes = {m_class: triton_backend.compile_class(self.trace, m_class, target, tools, store) for m_class in classes}
+        early = bool(self.side.early)
+        codes = {
+            m_class: triton_backend.compile_class(self.trace, m_class, target, tools, store, early=early) for m_class in classes
+        }
         taken = [name for name in self.trace.launch.parameters() if any(name in code["kinds"] for code in codes.values())]
         aligned = triton_backend.samples(self.trace, classes[0])
         leaves = self.trace.leaves
-        return {
+        record: CubinRecord = {
             "launcher": "cubin",
             "backend": self.unit.backend,
             "kernel": self.module.__name__,
@@ -226,6 +229,9 @@ class Candidate:
             "guards": self.guards(classes),
             "cubins": {m_class: _cubin(code, taken) for m_class, code in codes.items()},
         }
+        if self.side.early:
+            record["early"] = list(self.side.early)
+        return record
 
 
 def _leaves(expr: Expr) -> set[str]:

@@ -409,12 +409,14 @@ class HostSide:
     agrees       whether the code is valid for M = m and rows `row_padding` elements longer than their width, as the DSL sees it
     index_bits   width of the kernel's offsets; with 32 no tensor may have 2**31 elements
     turns        Ms at which the code might cease to be valid, as far as the DSL can tell; `agrees` is asked there
+    early        tensor arguments that the code may read before it waits for the kernel before it
     """
 
     host: Callable[..., object]
     agrees: Callable[[int, int], bool]
     index_bits: Literal[32, 64]
     turns: frozenset[int]
+    early: tuple[str, ...] = ()
 
 
 def trace(host: Callable[..., object], call: Call) -> Trace:

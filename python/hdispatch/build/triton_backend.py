@@ -32,6 +32,7 @@ from .expr import divisor
 from .store import Store, digest
 from .target import GpuTarget
 from .trace import ALIGNMENT, CallMaker, Constant, Descriptor, Flag, HostArg, HostSide, Launch, Number, Pointer, Real, Trace
+from .unit import early_reads
 
 Kind = Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64", "tensor_map"]
 
@@ -165,8 +166,10 @@ def assumed_strides(trace: Trace, m_class: MClass) -> set[str]:
     return assumed
 
 
-def compile_class(trace: Trace, m_class: MClass, target: GpuTarget, tools: Mapping[str, str], store: Store) -> Code:
-    """The code for one class of M, from the store if it is there.
+def compile_class(
+    trace: Trace, m_class: MClass, target: GpuTarget, tools: Mapping[str, str], store: Store, *, early: bool = False
+) -> Code:
+    """The code for one class of M, from the store if it is there. `early`: it may read before it waits.
 
     BuildError where Triton or the launcher cannot: see the messages.
     """
@@ -181,11 +184,12 @@ def compile_class(trace: Trace, m_class: MClass, target: GpuTarget, tools: Mappi
             "options": {name: repr(value) for name, value in launch.options.items()},
             "target": target.to_json(),
             "tools": dict(tools),
+            **({"early": True} if early else {}),
         }
     )
     if (found := store.get("code", key)) is not None and store.has_blob(found["sha256"]):
         return cast("Code", found)
-    code, cubin = _compile(launch, wanted, target)
+    code, cubin = _compile(launch, wanted, target, early)
     store.put_blob(cubin)
     store.put("code", key, dict(code))
     return code
@@ -197,7 +201,7 @@ def _source(kernel: Any) -> str:
     return inspect.getsource(module) if module is not None else str(kernel.src)
 
 
-def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget) -> tuple[Code, bytes]:
+def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget, early: bool) -> tuple[Code, bytes]:
     name = launch.kernel.__name__
     for param in launch.kernel.params:
         arg = launch.args[param.name]
@@ -217,6 +221,8 @@ def _compile(launch: Launch, wanted: Mapping[str, Sample], target: GpuTarget) ->
     maps = _maps(name, metadata, wanted)
     ptx = compiled.asm["ptx"]
     _check_metadata(name, metadata, ptx, target)
+    if metadata.launch_pdl and not early:
+        _check_waits_first(name, ptx)
     _check_ptx(name, metadata.name, ptx, kinds, metadata.num_warps)
     cubin: bytes = compiled.asm["cubin"]
     code = Code(
@@ -306,6 +312,22 @@ def _check_metadata(name: str, metadata: Any, ptx: str, target: GpuTarget) -> No
         )
 
 
+#: Instructions that read or write global memory, or let the next kernel begin. Prefetches into L2 do no harm.
+_TOUCHES = re.compile(
+    r"\b(?:griddepcontrol\.launch_dependents|(?:ld|st|atom|red)\.(?:\w+\.)*?global\b|cp\.async\.(?!bulk\.prefetch)\w+)"
+)
+
+
+def _check_waits_first(name: str, ptx: str) -> None:
+    """The launcher counts on it (csrc/pending_writes.h): code without early reads waits before it does anything else."""
+    before, _, _ = ptx.partition("griddepcontrol.wait")
+    if found := _TOUCHES.search(before):
+        raise BuildError(
+            f"{name}: the code has {found[0]} before it waits for its predecessor; wait first (tl.extra.cuda.gdc_wait()), "
+            'or name in the module what is read before the wait: EARLY_READS = ("weight",)'
+        )
+
+
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)", re.DOTALL)
 _PARAM = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.([a-z])(\d+)[^,\[]*(\[\d+\])?")
 
@@ -328,12 +350,13 @@ def _check_ptx(name: str, function: str, ptx: str, kinds: Mapping[str, Kind], nu
         raise BuildError(f"{name}: the PTX asks for {found_threads} threads per block; expected {32 * num_warps}")
 
 
-def host_side(module: ModuleType, config: Mapping[str, Any], _maker: CallMaker, _hint: int) -> HostSide:
+def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, _hint: int) -> HostSide:
     """`kernels/<op>/triton.py`: a function `launch(*args, config, _launcher)` that takes the op's arguments.
 
     It calls `_launcher(kernel, grid, *args, **options)` once, `kernel` being a @triton.jit function; the config's entries
     are its own business (block sizes, num_warps). Offsets are taken to be 32 bits wide unless the module says
-    `INDEX_BITS = 64`.
+    `INDEX_BITS = 64`. `EARLY_READS = ("weight",)` names the tensor arguments that kernels may read before they wait for
+    their predecessors (gdc_wait); a module without it promises that they first wait, then release their dependents.
     """
     launch = getattr(module, "launch", None)
     if not inspect.isfunction(launch):
@@ -346,4 +369,4 @@ def host_side(module: ModuleType, config: Mapping[str, Any], _maker: CallMaker, 
         return launch(*args, config=dict(config), _launcher=_launcher)
 
     host.__wrapped__ = launch  # type: ignore[attr-defined]
-    return HostSide(host, lambda _m, _row_padding: True, bits, frozenset())
+    return HostSide(host, lambda _m, _row_padding: True, bits, frozenset(), early_reads(module, maker.spec, maker.variant))

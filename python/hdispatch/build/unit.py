@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import Any
 
 from ..errors import BuildError
 from ..manifest import MClass
-from ..opspec import OpSpec
+from ..opspec import OpSpec, Variant
 
 #: M that a host function is traced with first.
 HINT = 64
@@ -63,6 +64,17 @@ def load_spec(package: str) -> OpSpec:
     if not isinstance(spec, OpSpec):
         raise BuildError(f"{module.__name__} has no OpSpec named SPEC")
     return spec
+
+
+def early_reads(module: ModuleType, spec: OpSpec, variant: Variant) -> tuple[str, ...]:
+    """What of a kernel module's EARLY_READS the variant has: tensors that its code may read before it waits."""
+    given = getattr(module, "EARLY_READS", ())
+    tensors = [arg.name for arg in spec.tensors()]
+    if not isinstance(given, tuple) or set(given) - set(tensors):
+        raise BuildError(
+            f"{module.__name__}: EARLY_READS is {given!r}; it takes a tuple of tensor arguments of {spec.name}: {tensors}"
+        )
+    return tuple(name for name in given if name not in variant.none)
 
 
 def bucket_bounds(ladder: Sequence[int], bucket: int) -> tuple[int, int | None]:

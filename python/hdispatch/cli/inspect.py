@@ -207,6 +207,7 @@ def describe_row(manifest: Manifest, number: int) -> str:
         *(_inputs_of_cubins(record) if record["launcher"] == "cubin" else _inputs_of_function(record)),
         "guards" if record["guards"] else "guards  (none)",
         *(f"  {guard['text']}" for guard in record["guards"]),
+        *([f"early   {', '.join(record['early'])}: may be read before the wait"] if record.get("early") else []),
         "code",
         *(_code_of_cubins(record, manifest) if record["launcher"] == "cubin" else _code_of_function(record, manifest)),
         f"build   {row['build_seconds']:.2f} s, {size(row['bytes'])}",
