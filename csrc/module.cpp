@@ -116,7 +116,7 @@ uint64_t to_nibble(const ArgSpec& arg, const py::handle& given) {
 }
 
 py::object define_op(const std::string& name, const std::string& schema, const py::list& args, const py::list& variants,
-                     const py::object& fallback) {
+                     const py::object& fallback, const py::str& doc) {
   std::vector<std::string> names;
   for (const auto& arg : args) names.push_back(get<std::string>(arg.cast<py::dict>(), "name"));
   std::vector<ArgSpec> specs;
@@ -131,7 +131,8 @@ py::object define_op(const std::string& name, const std::string& schema, const p
     made.push_back(std::move(variant));
   }
   const Op& op = Runtime::get().define_op(name, schema, std::move(specs), std::move(made));
-  return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr())));
+  return py::reinterpret_steal<py::object>(
+      reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr(), doc.ptr())));
 }
 
 // ---- overrides ----
@@ -409,7 +410,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("Op") = py::reinterpret_borrow<py::object>(op_type);
 
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
-        py::arg("fallback"));
+        py::arg("fallback"), py::arg("doc"));
   py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
       .def("undo", &Override::undo)
       .def("resume", &Override::resume)

@@ -178,16 +178,7 @@ PyObject* repr(PyObject* self) {
   return PyUnicode_FromFormat("<hdispatch op %s>", reinterpret_cast<OpObject*>(self)->op->schema().c_str());
 }
 
-/// The schema, then the text of the reference, which says what the arguments are.
-PyObject* get_doc(PyObject* self, void*) {
-  const OpObject* op = reinterpret_cast<OpObject*>(self);
-  PyObject* said = PyObject_GetAttrString(op->fallback, "__doc__");
-  if (!said) return nullptr;
-  PyObject* doc = said == Py_None ? PyUnicode_FromString(op->op->schema().c_str())
-                                  : PyUnicode_FromFormat("%s\n\n%S", op->op->schema().c_str(), said);
-  Py_DECREF(said);
-  return doc;
-}
+PyObject* get_doc(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<OpObject*>(self)->doc); }
 
 // ---- the torch door ----
 
@@ -485,12 +476,13 @@ PyObject* make_op_type() {
   return PyType_FromSpec(&spec);
 }
 
-OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback) {
+OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* doc) {
   OpObject* self = PyObject_New(OpObject, reinterpret_cast<PyTypeObject*>(type));
   if (!self) throw python_error();
   self->vectorcall = vectorcall;
   self->op = &op;
   self->fallback = Py_NewRef(fallback);
+  self->doc = Py_NewRef(doc);
   Py_INCREF(self);  // the dispatcher's kernels keep it for ever
   register_in_torch(self);
   const auto torch = pybind11::module_::import("torch");

@@ -30,6 +30,7 @@ struct OpObject {
   const Op* op;
   PyObject* fallback;  ///< callable(*args), writes the mutated arguments
   PyObject* torch_op;  ///< torch.ops.hdispatch.<op>
+  PyObject* doc;       ///< str
 };
 
 /// In strict mode a miss raises instead of falling back. Process-wide.
@@ -39,7 +40,7 @@ extern std::atomic<bool> strict_mode;
 PyObject* make_op_type();
 
 /// Defines the op in the runtime and in torch's dispatcher and returns its new OpObject. GIL held.
-OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback);
+OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* doc);
 
 /// Sets the Python error for an exception in flight; call in a catch block.
 void set_python_error() noexcept;

@@ -9,8 +9,11 @@ from hdispatch.opspec import OpSpec, TensorArg, Variant
 
 NAME = "ll_gemm_bf16"
 
-#: (K, N) of the routers of DeepSeek-V3, Qwen3-30B-A3B at twice the width, gpt-oss and Llama 4 sized models.
+#: (K, N), hidden size and experts, of the routers of DeepSeek-V3, Qwen3-235B-A22B, OLMoE and DeepSeek-V2.
 SHAPES = ((7168, 256), (4096, 128), (2048, 64), (5120, 160))
+
+#: Sums in float32, in another order than the reference's: some units of 2**-24 of the partial sums.
+ACCUMULATION = 1e-7
 
 
 def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
@@ -21,7 +24,7 @@ def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
     w    bfloat16 [N, K], rows contiguous
 
     Rows serve 1 <= M <= 32 and K of a multiple of 8, with rows of x and w that begin at multiples of 16 bytes. With PDL they
-    read w before the kernel before them has ended: weights are not to be written right before they are used.
+    read w before the kernel before them has ended, if that is no launch of ours that may still write it.
     """
     out.copy_(x.float() @ w.float().t())
 
@@ -54,6 +57,7 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
+    accumulation=ACCUMULATION,
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16, 32),

@@ -25,7 +25,7 @@ def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, x_scale: torc
     w_scale  float32, N elements of any shape, or one for all outputs
 
     Rows serve 1 <= M <= 32 and K of a multiple of 16, with rows of x and w that begin at multiples of 16 bytes. With PDL they
-    read w and w_scale before the kernel before them has ended: weights are not to be written right before they are used.
+    read w and w_scale before the kernel before them has ended, if that is no launch of ours that may still write them.
     """
     sums = x.float() @ w.float().t()
     sums.mul_(w_scale.reshape(1, w_scale.numel())).mul_(x_scale.reshape(x_scale.numel(), 1))

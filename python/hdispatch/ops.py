@@ -9,6 +9,7 @@ from __future__ import annotations
 import copyreg
 import importlib
 import importlib.util
+import inspect
 import pkgutil
 from typing import Any
 
@@ -32,8 +33,9 @@ def define(spec: OpSpec) -> _C.Op:
     if spec.name in globals():
         raise HdispatchError(f"op {spec.name!r} would hide hdispatch.ops.{spec.name}")
     variants = list(spec.variant_arguments().items())
-    fallback = spec.fallback or spec.reference
-    op = _C.define_op(spec.name, spec.schema(), [_describe(spec, arg) for arg in spec.args], variants, fallback)
+    doc = f"{spec.schema()}\n\n{inspect.cleandoc(spec.doc or spec.reference.__doc__ or '')}"
+    described = [_describe(spec, arg) for arg in spec.args]
+    op = _C.define_op(spec.name, spec.schema(), described, variants, spec.fallback or spec.reference, doc)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
     globals()[spec.name] = op

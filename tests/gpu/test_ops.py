@@ -6,17 +6,26 @@ other) that picks the cubin, and one past the last edge is served by the last bu
 
 from __future__ import annotations
 
+import json
 import math
+import os
+from pathlib import Path
 
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import available_ops
+from hdispatch.build import buildable_ops
 from hdispatch.opspec import TensorArg
 from hdispatch.testing.numeric import compare_outputs, poison
 
-#: Those that come with hdispatch: other test files define ops of their own.
-OPS = available_ops()
+
+def served_ops():
+    """Those of the bundle; of the one that is built here those that can be built. Other test files define ops of their own."""
+    given = os.environ.get("HDISPATCH_BUNDLE")
+    return sorted(json.loads((Path(given) / "manifest.json").read_text())["ops"]) if given else buildable_ops()
+
+
+OPS = served_ops()
 #: For the sizes that a row leaves open: none that is listed anywhere.
 OPEN = {"K": 3072, "N": 1536}
 #: Elements of the largest tensor: references of more take too long for each M.
@@ -57,6 +66,8 @@ def typical_case(op):
 
 def most_rows(op, sizes):
     """The largest M that the op's kernels take; beyond it the fallback is faster."""
+    if spec_of(op).closed:
+        return spec_of(op).ladder[-1]
     return 64 * 5120 // sizes["K"] if op == "dynamic_scaled_fp8_quant" else 2**30
 
 
@@ -164,7 +175,7 @@ def test_more_rows_than_the_kernel_takes_fall_back(bundle, op):
     run_and_check(op, variant, make(op, variant, sizes, m), f"M={m}")
     found = hdispatch.stats()[op]
     assert (found["hits"], found["fallbacks"]) == (0, 1)
-    assert [reason for reason in found["misses"] if reason.startswith("guard: M * ")], found
+    assert all(reason.startswith("guard: ") for reason in found["misses"]), found
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -213,12 +224,12 @@ def test_misaligned_pointers_and_odd_strides_fall_back(bundle, op, index):
     variant, sizes = typical_case(op)
     if make(op, variant, sizes, 2)[index] is None:
         pytest.skip("absent in this variant")
-    for offset, pad, reason in ((1, 31, "align"), (0, 25, "% 16")):
+    for offset, pad, reason in ((1, 31, "align"), (0, 25, "% ")):
         args = make(op, variant, sizes, 16)
         args[index] = widened(args[index], offset, pad)
         run_and_check(op, variant, args, reason)
         found = hdispatch.stats(reset=True)[op]
-        if reason == "% 16" and found["hits"]:
+        if reason == "% " and found["hits"]:
             continue  # a kernel that takes any stride
         assert found["hits"] == 0
         assert found["fallbacks"] == 1

@@ -138,6 +138,11 @@ def _packages(ops: Sequence[str] | None, extra: Sequence[str]) -> dict[str, str]
     return {name: known[name] for name in names}
 
 
+def buildable_ops() -> list[str]:
+    """Those of `available_ops` that have a kernel of a backend that is installed."""
+    return sorted(_buildable({name: f"{KERNELS}.{name}" for name in available_ops()}, []))
+
+
 def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
     """Those with a kernel of a backend that is installed; the others are noted."""
     found = {}

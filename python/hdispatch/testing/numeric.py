@@ -27,8 +27,8 @@ class MismatchError(AssertionError):
     """Two tensors differ by more than is allowed, or an output still holds poison."""
 
 
-#: Relative error in the Frobenius norm that 16-bit outputs may have.
-NORM_ERROR = 4e-3
+#: Relative error in the Frobenius norm that outputs may have, by dtype.
+NORM_ERRORS: dict[torch.dtype, float] = {torch.float32: 2e-6, torch.float16: 4e-3, torch.bfloat16: 4e-3}
 
 
 def compare_fp8(actual: torch.Tensor, expected: torch.Tensor, min_equal: float = 0.999) -> float:
@@ -155,10 +155,11 @@ def _first(where: torch.Tensor, *values: torch.Tensor) -> str:
 def compare_outputs(spec: OpSpec, variant: Variant, got: Sequence[Any], want: Sequence[Any], min_equal: float = 0.999) -> None:
     """Check every tensor that an op writes, in two lists of its arguments after the call: `want` is the reference's.
 
-    fp8 codes: `compare_fp8` with `min_equal`. float32: `compare_scale`, a thousandth of them (at least one) allowed to be
-    outliers where the inputs have 16 bits. 16-bit floats: within two roundings, or where sums cancel within as much of the
-    tensor's root mean square; and the whole within 4e-3 in the Frobenius norm; to both is added what the spec says of the
-    kernels' `accumulation`. Everything else is equal.
+    fp8 codes: `compare_fp8` with `min_equal`. float32 is taken for scales: `compare_scale`, a thousandth of them (at least
+    one) allowed to be outliers where the inputs have 16 bits. 16-bit floats, and float32 of ops whose spec has
+    `accumulation`: within two roundings, or where sums cancel within as much of the tensor's root mean square, and the whole
+    within NORM_ERRORS in the Frobenius norm; to both is added what the spec says of the kernels' `accumulation`. Everything
+    else is equal.
     """
     narrow = any(dtype.itemsize == 2 and dtype.is_floating_point for dtype in variant.dtypes.values())
     lost = spec.accumulation * _bound_size(spec, want, "K") ** 0.5 if spec.accumulation else 0.0
@@ -184,15 +185,15 @@ def _compare_output(actual: torch.Tensor, expected: torch.Tensor, narrow: bool, 
         _check_alike(actual, expected)
     elif expected.dtype == torch.float8_e4m3fn:
         compare_fp8(actual, expected, min_equal)
-    elif expected.dtype == torch.float32:
+    elif expected.dtype == torch.float32 and not lost:
         compare_scale(actual, expected, outliers=max(1e-3, 1 / expected.numel()) if narrow else 0.0)
-    elif expected.dtype in (torch.float16, torch.bfloat16):
-        _compare_16_bits(actual, expected, lost)
+    elif expected.dtype in NORM_ERRORS:
+        _compare_rounded(actual, expected, lost)
     else:
         assert_close_by_dtype(actual, expected)
 
 
-def _compare_16_bits(actual: torch.Tensor, expected: torch.Tensor, lost: float) -> None:
+def _compare_rounded(actual: torch.Tensor, expected: torch.Tensor, lost: float) -> None:
     """`lost` is the root mean square of the error that is allowed besides rounding, relative to the output's."""
     _check_alike(actual, expected)
     got, want = (t.detach().float() for t in (actual, expected))
@@ -210,5 +211,5 @@ def _compare_16_bits(actual: torch.Tensor, expected: torch.Tensor, lost: float) 
             f"the worst by {float(error.nan_to_num(float('inf')).max()):.6g}; " + _first(over, got, want)
         )
     relative = float(torch.linalg.vector_norm(error, dtype=torch.float64)) / max(size, 1e-30)
-    if not relative <= (limit := math.hypot(NORM_ERROR, lost)):
+    if not relative <= (limit := math.hypot(NORM_ERRORS[expected.dtype], lost)):
         raise MismatchError(f"the relative error in the Frobenius norm is {relative:.3g}; at most {limit:.3g} is allowed")
