@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..rows import looped, options, programs, warps_for, whole
 from ..triton_device import clamp_rows, divide_rows, row_scale
 
 GENERIC = ("K",)
@@ -77,12 +78,9 @@ def launch(
 ) -> None:
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
-    if not config["loop"] and k > config["block"]:
-        raise ValueError(f"rows of {k} elements do not fit the config's block of {config['block']}")
-    pdl = config.get("pdl", True)
     _launcher(
         dynamic_per_token_scaled_fp8_quant,
-        ((m + config["rows"] - 1) // config["rows"],),
+        programs(m, config),
         result,
         input,
         scale,
@@ -90,25 +88,12 @@ def launch(
         m,
         k,
         input.stride(0),
-        ROWS=config["rows"],
-        BLOCK=config["block"],
-        LOOP=config["loop"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
+        **options(config, k),
     )
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring. `sizes` without K: for every K."""
-    k, many = sizes.get("K"), sizes["M"] >= 256
-    if k is None:
-        shapes = [(8192, 8), (4096, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4)]
-        return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
-    block = triton.next_power_of_2(k)
-    # With `most` warps a thread has one vector of 8 elements; with more than 4, registers run out.
-    most = block // 256
-    tiles = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most)]
-    found = [(r, w) for r, w in tiles if r <= w <= 32 and r * block <= 1024 * w]
-    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in found or [(1, 1)]]
+    if "K" not in sizes:
+        return looped((8192, 8), (4096, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4))
+    return whole(sizes["K"], warps_for(sizes["K"], (1, 2) if sizes["M"] >= 256 else (1,)))

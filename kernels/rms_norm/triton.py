@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..rows import looped, options, programs, warps_for, whole
+
 GENERIC = ("K", "N")
 INDEX_BITS = 64
 EARLY_READS = ("weight",)
@@ -82,12 +84,9 @@ def launch(
     m, n, k = input.size(0), input.size(1), input.size(2)
     if input.stride(2) != 1 or input.stride(1) % 8 != 0 or input.stride(0) % 8 != 0:
         raise ValueError(f"rms_norm: strides {input.stride()} of input; the kernel takes rows that are 16-byte aligned")
-    if not config["loop"] and k > config["block"]:
-        raise ValueError(f"rms_norm: rows of {k} elements do not fit the config's block of {config['block']}")
-    pdl = config.get("pdl", True)
     _launcher(
         rms_norm,
-        ((m * n + config["rows"] - 1) // config["rows"],),
+        programs(m * n, config),
         result,
         input,
         weight,
@@ -97,13 +96,7 @@ def launch(
         k,
         input.stride(0) // 8,
         input.stride(1) // 8,
-        ROWS=config["rows"],
-        BLOCK=config["block"],
-        LOOP=config["loop"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
+        **options(config, k),
     )
 
 
@@ -111,16 +104,10 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     """Configs worth measuring. `sizes` without K: for every K."""
     k, many = sizes.get("K"), sizes["M"] >= 256
     if k is None:
-        shapes = [(1, 4096, 8), (1, 8192, 8), (1, 4096, 4), (1, 2048, 4), (1, 8192, 16), (1, 1024, 4), (2, 2048, 8)]
-        return [{"rows": r, "block": b, "loop": True, "num_warps": w} for r, b, w in shapes]
+        return looped((4096, 8), (8192, 8), (4096, 4), (2048, 4), (8192, 16), (1024, 4)) + looped((2048, 8), rows=2)
     block = triton.next_power_of_2(k)
-    if block <= 512:
-        # Vectors of 8 elements per thread and warps.
-        vectors = [(1, 4), (1, 2), (1, 1), (1, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 8)]
-        found = [(v * 256 * w // block, w) for v, w in vectors if (v == 1 or many) and v * 256 * w >= block]
-    else:
-        # With `most` warps a thread has one vector of 8 elements; with more than 4, registers run out.
-        most = block // 256
-        tiles = [(r, w) for r in ((1, 2) if many else (1,)) for w in (most // 2, most // 4, most)]
-        found = [(r, w) for r, w in tiles if r <= w <= 32 and r * block <= 1024 * w]
-    return [{"rows": r, "block": block, "loop": False, "num_warps": w} for r, w in found]
+    if block > 512:
+        return whole(k, warps_for(k, (1, 2) if many else (1,)))
+    # Vectors of 8 elements per thread and warps.
+    vectors = [(1, 4), (1, 2), (1, 1), (1, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 8)]
+    return whole(k, [(v * 256 * w // block, w) for v, w in vectors if (v == 1 or many) and v * 256 * w >= block])

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..rows import looped, options, programs, warps_for, whole
 from ..triton_device import clamp_rows, divide_rows, row_scale
 
 GENERIC = ("K",)
@@ -119,12 +120,9 @@ def launch(
 ) -> None:
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
-    if not config["loop"] and k > config["block"]:
-        raise ValueError(f"rows of {k} elements do not fit the config's block of {config['block']}")
-    pdl = config.get("pdl", True)
     _launcher(
         rms_norm_dynamic_per_token_quant,
-        ((m + config["rows"] - 1) // config["rows"],),
+        programs(m, config),
         result,
         input,
         weight,
@@ -135,24 +133,12 @@ def launch(
         m,
         k,
         input.stride(0),
-        ROWS=config["rows"],
-        BLOCK=config["block"],
-        LOOP=config["loop"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
+        **options(config, k),
     )
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring. `sizes` without K: for every K."""
-    k = sizes.get("K")
-    if k is None:
-        shapes = [(4096, 8), (8192, 16), (4096, 4), (2048, 4), (8192, 8)]
-        return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
-    block = triton.next_power_of_2(k)
-    # With `most` warps a thread has one vector of 8 elements.
-    most = block // 256
-    found = [w for w in (most // 2, most // 4, most) if 1 <= w <= 32]
-    return [{"rows": 1, "block": block, "loop": False, "num_warps": w} for w in found or [1]]
+    if "K" not in sizes:
+        return looped((4096, 8), (8192, 16), (4096, 4), (2048, 4), (8192, 8))
+    return whole(sizes["K"], warps_for(sizes["K"]))

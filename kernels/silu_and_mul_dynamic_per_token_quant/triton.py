@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..rows import looped, options, programs, warps_for, whole
 from ..triton_device import clamp_rows, divide_rows, row_scale, silu
 
 GENERIC = ("N",)
@@ -85,12 +86,9 @@ def launch(
 ) -> None:
     """One program per `rows` rows. Of N at most `block` unless the config has `loop`."""
     m, n = result.size(0), result.size(1)
-    if not config["loop"] and n > config["block"]:
-        raise ValueError(f"rows of {n} elements do not fit the config's block of {config['block']}")
-    pdl = config.get("pdl", True)
     _launcher(
         silu_and_mul_dynamic_per_token_quant,
-        ((m + config["rows"] - 1) // config["rows"],),
+        programs(m, config),
         result,
         input,
         scale,
@@ -98,24 +96,12 @@ def launch(
         m,
         n,
         input.stride(0),
-        ROWS=config["rows"],
-        BLOCK=config["block"],
-        LOOP=config["loop"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
+        **options(config, n),
     )
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring. `sizes` without N: for every N."""
-    n = sizes.get("N")
-    if n is None:
-        shapes = [(4096, 8), (8192, 16), (8192, 8), (4096, 4), (2048, 4), (16384, 32)]
-        return [{"rows": 1, "block": b, "loop": True, "num_warps": w} for b, w in shapes]
-    block = triton.next_power_of_2(n)
-    # With `most` warps a thread has one vector of 8 elements.
-    most = block // 256
-    found = [w for w in (most // 2, most // 4, most) if 1 <= w <= 32]
-    return [{"rows": 1, "block": block, "loop": False, "num_warps": w} for w in found or [1]]
+    if "N" not in sizes:
+        return looped((4096, 8), (8192, 16), (8192, 8), (4096, 4), (2048, 4), (16384, 32))
+    return whole(sizes["N"], warps_for(sizes["N"]))
