@@ -220,10 +220,14 @@ def test_activation_is_not_rounded_to_16_bits() -> None:
         compare_scale(args["scale"][[0, 2, 3, 4]], rounded[[0, 2, 3, 4]])
 
 
+#: An op's first one is its default.
+BACKENDS = ("helion", "triton", "cutedsl")
+
+
 @pytest.mark.parametrize("op", available_ops())
 def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     spec, folder = spec_of(op), Path(hdispatch.configs.__path__[0]) / op
-    backends = {path.stem for path in Path(hdispatch.kernels.__path__[0], op).glob("*.py")} & {"helion", "triton"}
+    backends = {path.stem for path in Path(hdispatch.kernels.__path__[0], op).glob("*.py")} & set(BACKENDS)
     file = configs.read(folder / "nvidia_h200.json", spec)
     default = [entry for entry in file.entries if not entry.sizes]
     symbols = set(spec.config_key.values()) - {"M"}
@@ -241,7 +245,8 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
         assert entry in picked, f"{file.path}: serves nothing: {entry}"
         assert entry.backend in {None, *backends}
         assert "tensor_descriptor" not in json.dumps(entry.config), f"{file.path}: descriptors need scratch memory"
-        assert entry.config["num_warps"] in (1, 2, 4, 8, 16, 32)
+        if (entry.backend or next(name for name in BACKENDS if name in backends)) != "cutedsl":
+            assert entry.config["num_warps"] in (1, 2, 4, 8, 16, 32)
 
 
 def fp8(*values: float) -> torch.Tensor:
