@@ -21,6 +21,8 @@
 //     are not seen, and leave in the set what has completed: at worst a launch goes without the attribute for nothing.
 //   - Other streams are ordered by events, which wait for whole kernels. Under graph capture the calls come in the same
 //     order, so the edges that are captured are as good.
+//     What a stream had to do when a capture on it began has completed before the next launch on it that is not
+//     captured: `torch.cuda.graph` synchronises first.
 //   - The first launch on a thread and stream finds the set unknown, which overlaps everything; so does a
 //     set that was thrown out for another stream's, or has too many ranges. But from then on launches of other threads
 //     on the same stream are not seen: synchronise on the host before one thread reads early what another's wrote.
