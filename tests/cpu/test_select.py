@@ -308,6 +308,9 @@ def test_what_is_no_timing_is_named(tmp_path):
     path.write_text('{"op": 1}\n')
     with pytest.raises(HdispatchError, match=r"t.jsonl: line 1 is no timing: op is 1"):
         timings.read(path)
+    path.write_text("# Timings\n")
+    with pytest.raises(HdispatchError, match=r"t.jsonl: line 1 is no timing: it begins with '# Timings'"):
+        timings.read(path)
     with pytest.raises(HdispatchError, match="cannot read the timings"):
         timings.read(tmp_path / "absent")
     with pytest.raises(HdispatchError, match="cannot write"):
@@ -334,6 +337,14 @@ def test_the_command_writes_and_draws(tmp_path, capsys):
     assert (tmp_path / "p.png").stat().st_size > 1000
     assert main([*command[:-2], "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["kept"] == 1
+
+
+def test_the_default_backend_is_the_ops_and_not_what_is_installed_here(tmp_path, monkeypatch):
+    monkeypatch.setattr("hdispatch.build.tune.missing", lambda backend: backend if backend == "helion" else None)
+    timings.append(tmp_path / "t.jsonl", [{**real(4096, 0, "a", 1.0), "backend": "triton"}])
+    assert main(["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]) == 0
+    written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"
+    assert json.loads(written.read_text())[0]["backend"] == "triton"
 
 
 def test_time_left():

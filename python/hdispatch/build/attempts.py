@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from . import builder, pool
+from . import builder, op_package, pool
 from .pool import _Worker
 from .store import Store
 from .target import GpuTarget
@@ -50,10 +50,10 @@ class Attempts:
     ) -> list[Made]:
         """What came of each unit. One that cannot serve all of its buckets is made for its `own` ones."""
         tools = {backend: tool_versions(backend, self.target) for backend in {unit.backend for unit in units}}
-        sources = {package: builder._sources(package) for package in {unit.package for unit in units}}
+        sources = {package: op_package.sources(package) for package in {unit.package for unit in units}}
 
         def key(unit: Unit) -> str:
-            return builder._key(unit, sources[unit.package], self.target, tools[unit.backend])
+            return builder.record_key(unit, sources[unit.package], self.target, tools[unit.backend])
 
         made: list[Made] = [Made() for _ in units]
         done = 0
@@ -81,7 +81,7 @@ class Attempts:
         problem = ""
         for unit in tries:
             found = self.store.get("record", key(unit))
-            if found is not None and builder._complete(found["built"], self.store):
+            if found is not None and builder.is_complete(found["built"], self.store):
                 return Made(found["built"], cached=True, tools=dict(tools))
             if (refused := self.store.get("refused", key(unit))) is None:
                 try:

@@ -20,7 +20,7 @@ import torch
 
 from ..errors import BuildError
 from ..opspec import OpSpec
-from . import builder
+from . import op_package
 from .store import write_atomic
 from .target import present
 from .tune import Point, Scope, points_of, sizes_of
@@ -49,7 +49,7 @@ def autotune(
     """
     start = time.monotonic()
     gpu = present()
-    packages = {name: package for name, package in builder._packages(ops, extra).items() if _has_helion(package)}
+    packages = {name: package for name, package in op_package.find(ops, extra).items() if _has_helion(package)}
     if not packages:
         raise BuildError("none of the ops has a Helion kernel")
     points = [point for package in packages.values() for point in points_of(package, scope)]
@@ -77,7 +77,7 @@ def autotune(
 
 
 def _has_helion(package: str) -> bool:
-    return (builder._folder(package) / "helion.py").is_file()
+    return (op_package.folder_of(package) / "helion.py").is_file()
 
 
 def _best(point: Point, spec: OpSpec, sizes: dict[str, int], effort: str) -> dict[str, Any]:

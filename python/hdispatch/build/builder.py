@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import hashlib
-import importlib.util
-import pkgutil
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,20 +12,15 @@ from typing import Any
 from ..errors import BuildError
 from ..manifest import artifacts_of
 from ..opspec import OpSpec
-from . import configs, pool, store
+from . import configs, op_package, pool, store
 from .freeze import Entry, check_out, freeze
 from .target import GpuTarget, resolve
 from .unit import Unit, load_spec
 from .untuned import first_candidates
-from .versions import PACKAGES, missing, tool_versions
-
-KERNELS = "hdispatch.kernels"
+from .versions import missing, tool_versions
 
 #: The shape of a row and its bucket.
 Row = tuple[tuple[tuple[str, int], ...], int]
-
-#: Modules outside of this package whose text decides what a record looks like.
-_CONTRACT = ("manifest.py", "opspec.py")
 
 
 @dataclass
@@ -100,7 +91,7 @@ def build(
     check_out(out)
     report = BuildReport(out, gpu)
     where = store.Store(cache if cache is not None else store.default_root())
-    packages = _packages(ops, extra)
+    packages = op_package.find(ops, extra)
     if ops is None:
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
@@ -117,39 +108,17 @@ def build(
     return report
 
 
-def available_ops() -> list[str]:
-    """Names of the ops that come with hdispatch."""
-    package = importlib.util.find_spec(KERNELS)
-    folders = list(package.submodule_search_locations or ()) if package else []
-    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
-
-
-def _packages(ops: Sequence[str] | None, extra: Sequence[str]) -> dict[str, str]:
-    """Op name -> dotted package, in a fixed order."""
-    known = {name: f"{KERNELS}.{name}" for name in available_ops()} | {load_spec(package).name: package for package in extra}
-    names = sorted(known) if ops is None else list(dict.fromkeys(ops))
-    if unknown := [name for name in names if name not in known]:
-        raise BuildError(f"no op {unknown[0]!r}; there are {sorted(known)}")
-    if not names:
-        raise BuildError("no ops to build")
-    for name in names:
-        if (found := load_spec(known[name]).name) != name:
-            raise BuildError(f"{known[name]}.spec declares the op {found!r}; its package is named {name!r}")
-    return {name: known[name] for name in names}
-
-
 def buildable_ops() -> list[str]:
     """Those of `available_ops` that have a kernel of a backend that is installed."""
-    return sorted(_buildable({name: f"{KERNELS}.{name}" for name in available_ops()}, []))
+    return sorted(_buildable(op_package.find(None), []))
 
 
 def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
     """Those with a kernel of a backend that is installed; the others are noted."""
     found = {}
     for name, package in packages.items():
-        backends = [backend for backend in PACKAGES if (_folder(package) / f"{backend}.py").is_file()]
-        absent = [missing(backend) for backend in backends]
-        if backends and all(absent):
+        absent = [missing(backend) for backend in op_package.backends_of(package)]
+        if all(absent):
             notes.append(f"{name} is left out: {absent[0]} is not installed")
         else:
             found[name] = package
@@ -158,11 +127,8 @@ def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
 
 def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
     spec = load_spec(package)
-    folder = _folder(package)
-    where = configs.installed(spec.name) if package.startswith(f"{KERNELS}.") else folder / "configs"
-    backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
-    if not backends:
-        raise BuildError(f"{spec.name}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
+    where = op_package.config_folder(package)
+    backends = op_package.backends_of(package)
     file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
     if note:
         notes.append(note)
@@ -177,7 +143,7 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
             backend = entry.backend or backends[0]
             if backend not in backends:
                 raise BuildError(f"{file.path}: an entry is for the backend {backend!r}; {spec.name} has {backends}")
-            known = {symbol: size for symbol, size in shape.items() if symbol not in _generic(folder, backend)}
+            known = {symbol: size for symbol, size in shape.items() if symbol not in op_package.generic_sizes(package, backend)}
             key = store.canonical([backend, known, entry.config])
             picked[key] = backend, known, entry.config
             rows.setdefault(key, []).append((shape, bucket))
@@ -194,14 +160,6 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     return units
 
 
-def _generic(folder: Path, backend: str) -> frozenset[str]:
-    """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
-    for node in ast.parse((folder / f"{backend}.py").read_text()).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
-            return frozenset(ast.literal_eval(node.value))
-    return frozenset()
-
-
 def _entries(
     units: Sequence[Unit],
     target: GpuTarget,
@@ -212,11 +170,11 @@ def _entries(
 ) -> list[Entry]:
     """The records of all units: those in the cache, then those built by the workers."""
     tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
-    sources = {package: _sources(package) for package in {unit.package for unit in units}}
-    keys = [_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
+    sources = {package: op_package.sources(package) for package in {unit.package for unit in units}}
+    keys = [record_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
     results: dict[int, list[dict[str, Any]]] = {}
     for index, key in enumerate(keys):
-        if (found := where.get("record", key)) is not None and _complete(found["built"], where):
+        if (found := where.get("record", key)) is not None and is_complete(found["built"], where):
             results[index] = found["built"]
     report.cache_hits = sum(len(built) for built in results.values())
     done = len(results)
@@ -259,11 +217,12 @@ def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[
     ]
 
 
-def _complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
+def is_complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
+    """Whether the cache has every file of what was built."""
     return all(where.has_blob(file) for one in built for file in artifacts_of(one["record"]))
 
 
-def _key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:
+def record_key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:
     """Everything that the records of a unit depend on."""
     return store.digest(
         {
@@ -274,23 +233,3 @@ def _key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mappi
             "python": platform.python_version(),
         }
     )
-
-
-def _sources(package: str) -> dict[str, str]:
-    """Hashes of the texts that decide a record: the op's package, the modules beside it that ops share, the build wing."""
-    folder = _folder(package)
-    here = Path(__file__).parent
-    files = {f"op/{path.name}": path for path in folder.glob("*.py")}
-    if "." in package:
-        files |= {f"shared/{path.name}": path for path in folder.parent.glob("*.py")}
-    files |= {f"build/{path.name}": path for path in here.glob("*.py")}
-    files |= {f"hdispatch/{name}": here.parent / name for name in _CONTRACT}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}
-
-
-def _folder(package: str) -> Path:
-    found = importlib.util.find_spec(package)
-    locations = list(found.submodule_search_locations or ()) if found else []
-    if not locations:
-        raise BuildError(f"{package} is not a package that can be imported here")
-    return Path(locations[0])

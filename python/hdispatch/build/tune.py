@@ -22,12 +22,12 @@ from ..manifest import MANIFEST_NAME, Manifest, MClass, Record
 from ..opspec import OpSpec
 from ..tuning.candidates import CANDIDATES_NAME, CANDIDATES_VERSION, Candidates, Cell, Dropped, Origin
 from ..tuning.timings import ConfigKey, canonical
-from . import builder, configs, freeze, space, store
+from . import configs, freeze, op_package, space, store
 from .attempts import Attempts, Made
 from .space import Question
 from .target import GpuTarget, resolve
 from .unit import Unit, class_of, load_spec
-from .versions import PACKAGES, missing
+from .versions import missing
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def candidates(
     gpu = resolve(target)
     freeze.check_out(out)
     where = store.Store(cache if cache is not None else store.default_root())
-    packages = builder._packages(ops, extra)
+    packages = op_package.find(ops, extra)
     report = CandidateReport(out, gpu, {name: OpCandidates() for name in packages})
     attempts = Attempts(gpu, where, jobs)
     found = Options(packages.values(), scope or Scope(), gpu)
@@ -161,7 +161,7 @@ class Options:
         self.specs = {package: load_spec(package) for package in packages}
         self.backends = {package: backends_of(package) for package in self.specs}
         self.generic = {
-            (package, backend): builder._generic(builder._folder(package), backend)
+            (package, backend): op_package.generic_sizes(package, backend)
             for package, backends in self.backends.items()
             for backend in backends
         }
@@ -298,26 +298,17 @@ def _speaks_for(measured: Point, point: Point) -> bool:
 
 
 def backends_of(package: str) -> list[str]:
-    """The backends that an op has kernels for, its default first. BuildError if there is none."""
-    folder = builder._folder(package)
-    there = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
-    # What cannot be built here is not tuned; if nothing can, the build says what is missing.
-    backends = [name for name in there if missing(name) is None] or there
-    if not backends:
-        raise BuildError(f"{package}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
-    return backends
+    """The backends that an op has kernels for and that are installed, its default first.
 
-
-def config_folder(package: str) -> Path:
-    """Where an op's config files are."""
-    if package.startswith(f"{builder.KERNELS}."):
-        return configs.installed(package.rpartition(".")[2])
-    return builder._folder(package) / "configs"
+    What cannot be built here is not tuned; if nothing can, all of them: the build says what is missing.
+    """
+    there = op_package.backends_of(package)
+    return [name for name in there if missing(name) is None] or there
 
 
 def _config_files(package: str, scope: Scope, target: GpuTarget) -> list[configs.ConfigFile]:
     spec = load_spec(package)
-    paths = [config_folder(package) / target.config_file]
+    paths = [op_package.config_folder(package) / target.config_file]
     for folder in scope.more:
         paths += sorted((folder / spec.name).glob("*.json"))
     files = [configs.read(path, spec) for path in paths if path.is_file() and not path.name.endswith(".tuned.json")]

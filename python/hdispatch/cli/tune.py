@@ -69,8 +69,10 @@ def add_parser(commands: Any) -> None:
 def _add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
     parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the typical one of each op)")
-    parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes, each for the ops that have it (default: all)")
-    parser.add_argument("--buckets", metavar="1,16,…", help="only the buckets with these upper edges (default: all)")
+    parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes; every op must have one of them (default: all)")
+    parser.add_argument(
+        "--buckets", metavar="1,16,…", help="only the buckets with these upper edges; every op must have them (default: all)"
+    )
 
 
 def _add_candidates(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +163,7 @@ def _scope(arguments: argparse.Namespace, tune: Any) -> Any:
 def _chosen_variants(names: Sequence[str]) -> Callable[[OpSpec], Iterable[str]]:
     def choose(spec: OpSpec) -> list[str]:
         has = [variant.name for variant in spec.served_variants()]
-        return [name for name in names if name in has] or has[:1]
+        return [name for name in names if name in has] or [spec.typical_variant().name]
 
     return choose
 
@@ -250,7 +252,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
 def run_select(arguments: argparse.Namespace) -> int:
     """Select, write, print the report."""
-    select, builder, tune = _build_wing("select"), _build_wing("builder"), _build_wing("tune")
+    select, op_package, unit = _build_wing("select"), _build_wing("op_package"), _build_wing("unit")
     from ..bench import plot
     from ..tuning import timings
 
@@ -259,13 +261,12 @@ def run_select(arguments: argparse.Namespace) -> int:
     lines, chosen = timings.read_all(arguments.timings), _split(arguments.ops)
     if chosen is not None:
         lines = [line for line in lines if line["op"] in chosen]
-    packages = builder._packages(None, ())
-    own_folder, out = tune.config_folder, arguments.out
+    packages, out = op_package.find(None), arguments.out
     reports = select.select(
         lines,
-        {name: builder.load_spec(package) for name, package in packages.items()},
-        lambda op: out / op if out else own_folder(packages[op]),
-        backends_of=lambda op: tune.backends_of(packages[op]),
+        {name: unit.load_spec(package) for name, package in packages.items()},
+        lambda op: out / op if out else op_package.config_folder(packages[op]),
+        backends_of=lambda op: op_package.backends_of(packages[op]),
         limit=arguments.regret,
         write=not arguments.dry_run,
     )

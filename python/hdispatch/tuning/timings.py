@@ -133,6 +133,8 @@ def _parse(path: Path, number: int, line: bytes) -> Timing | None:
     """The timing of a line; None for an empty one or one that was cut off."""
     if not line.strip():
         return None
+    if not line.startswith(b"{"):  # one that was cut off begins as a line does
+        raise HdispatchError(f"{path}: line {number} is no timing: it begins with {line[:20].decode(errors='replace')!r}")
     try:
         data = json.loads(line)
     except ValueError:

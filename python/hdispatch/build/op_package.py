@@ -1,0 +1,86 @@
+"""Packages of ops: which there are, where their files are, what they say without being imported. No DSL."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import BuildError
+from . import configs
+from .unit import load_spec
+from .versions import PACKAGES
+
+KERNELS = "hdispatch.kernels"
+
+#: Modules outside of the build wing whose text decides what a record looks like.
+_CONTRACT = ("manifest.py", "opspec.py")
+
+
+def available_ops() -> list[str]:
+    """Names of the ops that come with hdispatch."""
+    package = importlib.util.find_spec(KERNELS)
+    folders = list(package.submodule_search_locations or ()) if package else []
+    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
+
+
+def find(ops: Sequence[str] | None, extra: Sequence[str] = ()) -> dict[str, str]:
+    """Op name -> dotted package, in a fixed order. None: all ops; extra: packages outside of hdispatch. BuildError."""
+    known = {name: f"{KERNELS}.{name}" for name in available_ops()} | {load_spec(package).name: package for package in extra}
+    names = sorted(known) if ops is None else list(dict.fromkeys(ops))
+    if unknown := [name for name in names if name not in known]:
+        raise BuildError(f"no op {unknown[0]!r}; there are {sorted(known)}")
+    if not names:
+        raise BuildError("no ops to build")
+    for name in names:
+        if (found := load_spec(known[name]).name) != name:
+            raise BuildError(f"{known[name]}.spec declares the op {found!r}; its package is named {name!r}")
+    return {name: known[name] for name in names}
+
+
+def folder_of(package: str) -> Path:
+    """Where a package's files are. BuildError if it cannot be imported here."""
+    found = importlib.util.find_spec(package)
+    locations = list(found.submodule_search_locations or ()) if found else []
+    if not locations:
+        raise BuildError(f"{package} is not a package that can be imported here")
+    return Path(locations[0])
+
+
+def backends_of(package: str) -> list[str]:
+    """The backends that an op has kernels for, its default first. BuildError if there is none."""
+    folder = folder_of(package)
+    backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
+    if not backends:
+        raise BuildError(f"{package}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
+    return backends
+
+
+def config_folder(package: str) -> Path:
+    """Where an op's config files are."""
+    if package.startswith(f"{KERNELS}."):
+        return configs.installed(package.rpartition(".")[2])
+    return folder_of(package) / "configs"
+
+
+def generic_sizes(package: str, backend: str) -> frozenset[str]:
+    """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
+    for node in ast.parse((folder_of(package) / f"{backend}.py").read_text()).body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
+
+
+def sources(package: str) -> dict[str, str]:
+    """Hashes of the texts that decide a record: the op's package, the modules beside it that ops share, the build wing."""
+    folder = folder_of(package)
+    here = Path(__file__).parent
+    files = {f"op/{path.name}": path for path in folder.glob("*.py")}
+    if "." in package:
+        files |= {f"shared/{path.name}": path for path in folder.parent.glob("*.py")}
+    files |= {f"build/{path.name}": path for path in here.glob("*.py")}
+    files |= {f"hdispatch/{name}": here.parent / name for name in _CONTRACT}
+    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}
