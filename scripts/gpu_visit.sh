@@ -4,8 +4,8 @@
 #   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, load, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
-# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates.tar.xz (hdispatch tune
-# candidates --archive) and timings.jsonl (of a tune that was cut short), revision (git's, for the results).
+# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates*.tar.xz (hdispatch tune
+# candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results).
 # TUNE and OPS are more arguments of `hdispatch tune measure` and `hdispatch bench ops`, TESTS of pytest.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
@@ -20,6 +20,18 @@ vllm=()
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
+
+# Measures every candidates*.tar.xz; timings of a tune that was cut short are gone on with.
+tune() {
+  local archive name
+  for archive in "$carry"/candidates*.tar.xz; do
+    name=$(basename "${archive%.tar.xz}")
+    mkdir -p "$site/$name" && tar xJf "$archive" -C "$site/$name" --strip-components=1 || return 1
+    cp "$carry/timings${name#candidates}.jsonl" "$out/" 2>/dev/null
+    python3 -m hdispatch tune measure "$site/$name" --out "$out/timings${name#candidates}.jsonl" ${TUNE:-} || return 1
+  done
+}
+
 status=0
 for step in "$@"; do
   case $step in
@@ -27,9 +39,7 @@ for step in "$@"; do
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" 2> "$out/dispatch.err" ;;
-    tune) mkdir -p "$site/candidates" && tar xJf "$carry/candidates.tar.xz" -C "$site/candidates" &&
-        cp "$carry/timings.jsonl" "$out/" 2>/dev/null
-        python3 -m hdispatch tune measure "$site/candidates" --out "$out/timings.jsonl" ${TUNE:-} ;;
+    tune) tune ;;
     ops) python3 -m hdispatch bench ops --bundle "$carry/bundle" "${vllm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
     load) python3 benchmarks/load_rows.py "$carry/bundle" --rows 1000 --json "$out/load_rows.json" ;;

@@ -8,7 +8,7 @@ from typing import Any
 from cutlass import BFloat16, Float8E4M3FN
 from hdispatch.opspec import Variant
 
-from ..ll_gemm import Program, columns_for, dot, split, stream
+from ..ll_gemm import Program, columns_for, dot, split, stream, warpgroup
 from ..ll_gemm import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
@@ -25,23 +25,18 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
 
 
 def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:  # noqa: ARG001
-    """Configs that are worth measuring: weights of many times what the GPU's blocks hold, or of about as much."""
+    """Configs that are worth measuring, the first of them for any K and N."""
     m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
-    # Rows of weights share what is read of the tokens, which is as much again for 16 tokens and 16 rows.
-    found = [split(4, 1, 2, rows=rows, columns=columns, depth=2) for rows in (2, 4)]
-    if columns < 4:
-        found += [split(8, 1, 2, rows=2, columns=columns, depth=2), split(8, 2, 1, rows=4, columns=columns, depth=3)]
-        for warps, cluster, rows in ((16, 1, 2), (8, 1, 2), (8, 2, 2), (4, 2, 2), (16, 2, 2), (8, 4, 2), (16, 1, 1), (8, 1, 1)):
-            steps, left = divmod(k, 64 * cluster * warps)
+    found = _warpgroups(k, sizes.get("N"), columns)
+    if columns <= 2:
+        found += [split(4, 1, 2, rows=2, columns=columns, depth=2), split(8, 1, 2, rows=2, columns=columns, depth=2)]
+        # All weights on their way at once: for matrices of about as much as the GPU's blocks hold.
+        for warps, rows in ((16, 2), (8, 2), (16, 1)):
+            steps, left = divmod(k, 64 * warps)
             if not left and steps >= 2 and rows * steps <= 16:
-                found.append(split(warps, cluster, steps, rows=rows, columns=columns))
-    for cluster in (1, 2):
-        if columns == 1 or k <= 4096 * cluster:
-            found += [
-                stream(8, 2, 3, columns=columns, cluster=cluster),
-                stream(8, 2, 2, rows=2, columns=columns, cluster=cluster, trigger=2),
-                stream(8, 4, 3, columns=columns, cluster=cluster, trigger=2),
-            ]
+                found.append(split(warps, 1, steps, rows=rows, columns=columns))
+    if columns == 1:
+        found += [stream(8, 2, 3), stream(8, 2, 3, cluster=2)]
     if m <= 2:
         for warps in (8, 4):
             turns, left = divmod(k, 16 * 32 * warps)
@@ -49,4 +44,41 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
                 found += [
                     dot(warps, outputs, m, trigger) for outputs in (4, 2) for trigger in (0, 2) if turns * outputs <= _VECTORS
                 ]
+    return found
+
+
+#: Kilobytes of shared memory: of a block alone on its SM, and of one beside the next kernel's.
+_ALONE, _BESIDE = 220, 108
+
+#: Tiles are worth trying that use this share of the blocks' time.
+_BUSY = 0.93
+
+
+def _tiles(n: int | None) -> list[tuple[int, int]]:
+    """Rows of a tile and blocks that share it, which keep a GPU's 132 SMs about equally busy. Any N: a tile per SM."""
+    if n is None:
+        return [(64, 1), (64, 2), (32, 1)]
+    found = []
+    for cluster in (1, 2, 4):
+        slots = 132 // cluster
+        counts = {rows: -(-n // rows) for rows in range(16, 129, 8)}
+        busy = [rows for rows, tiles in counts.items() if tiles >= _BUSY * slots * -(-tiles // slots)]
+        wide = [rows for rows in busy if rows > 64][:1]
+        if cluster < 4 or all(counts[rows] <= slots for rows in busy):
+            found += [(rows, cluster) for rows in [*[rows for rows in busy if rows <= 64][-2:], *wide]]
+    return found or [(64, 1), (64, 2)]
+
+
+def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
+    """With as many stages as there is shared memory, beside the sums that the blocks of a cluster give each other."""
+    found = []
+    for rows, cluster in _tiles(n):
+        others = 512 * -(-rows // 64) * (2 + 2 * columns + 8 * columns * (cluster - 1) // cluster) + 2048
+        for steps, most in ((2, _ALONE), (1, _ALONE), (4, _ALONE), (2, _BESIDE)):
+            stages = min((most * 1024 - others) // (128 * (rows + 8 * columns) * steps), -(-k // (128 * steps * cluster)))
+            if stages >= 2:
+                found.append(warpgroup(rows, columns, steps, stages, cluster))
+        stages = (_ALONE * 1024 - others - 8 * columns * k // cluster) // (128 * rows * 2)
+        if stages >= 4 and (n is None or n > 132 * rows // cluster):
+            found.append(warpgroup(rows, columns, 2, stages, cluster, resident=1))
     return found

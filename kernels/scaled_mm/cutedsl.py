@@ -1,4 +1,4 @@
-"""The CuteDSL kernels of scaled_mm for few tokens, without a bias: see ll_gemm.py.
+"""The CuteDSL kernels of scaled_mm for few tokens: see ll_gemm.py.
 
 With PDL they read b and b_scales before the kernel before them has ended.
 """
@@ -21,19 +21,16 @@ GENERIC = ("N",)
 EARLY_READS = ("b", "b_scales")
 
 #: The most tokens that the kernels take.
-_LARGEST_M = 32
+_LARGEST_M = 128
 
 
 def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:
     """What is compiled for a variant, a K and a config."""
-    if "bias" not in variant.none:
-        raise ValueError("the kernels add no bias")
     out = Float16 if variant.dtypes["out"] == torch.float16 else BFloat16
-    names = ("out", "a", "b", "a_scales", "b_scales")
+    names = ("out", "a", "b", "a_scales", "b_scales", *(() if "bias" in variant.none else ("bias",)))
     return gemm(Float8E4M3FN, out, sizes, config, names, transposed=True)
 
 
 def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:
-    """Configs that are worth measuring: none for more tokens than the kernels take, or for a bias."""
-    few = sizes["M"] <= _LARGEST_M and "bias" in variant.none
-    return gemm_candidates(sizes, variant) if few else []
+    """Configs that are worth measuring: none for more tokens than the kernels take."""
+    return gemm_candidates(sizes, variant) if sizes["M"] <= _LARGEST_M else []

@@ -100,3 +100,22 @@ def test_vllms_keys_of_several_sizes():
     )
     file = configs.ConfigFile(Path("x"), entries)
     assert file.pick(spec, {"K": 120, "N": 3}, 2).config["at"] == [128, 1, 4]
+
+
+def test_entries_that_stand_in_for_a_backend(tmp_path):
+    usual = [{**entry(64, 4), "backend": "cutedsl"}, entry(64, 8), entry(128, 8)]
+    file = configs.read(write(tmp_path, [*usual, {**entry(64, 2), "without": "cutedsl"}]), SPEC)
+    both, one = file.available(["triton", "cutedsl"], "triton"), file.available(["triton"], "triton")
+    assert [(e.shape["K"], e.sizes["M"], e.backend) for e in both.entries] == [
+        (64, 4, "cutedsl"),
+        (64, 8, None),
+        (128, 8, None),
+    ]
+    assert [(e.shape["K"], e.sizes["M"], e.without) for e in one.entries] == [(64, 2, "cutedsl"), (128, 8, None)]
+    only = configs.read(write(tmp_path, usual[:1]), SPEC)
+    assert only.available(["triton"], "triton").entries == only.entries, "what is missing is said when it is built"
+    again = {**entry(64, 2), "without": "cutedsl"}
+    with pytest.raises(BuildError, match="entry 1 repeats the key of entry 0"):
+        configs.read(write(tmp_path, [again, again]), SPEC)
+    with pytest.raises(BuildError, match="entry 0 has without 3; it takes the name of a backend"):
+        configs.read(write(tmp_path, [{**entry(64, 2), "without": 3}]), SPEC)

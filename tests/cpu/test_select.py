@@ -351,3 +351,25 @@ def test_time_left():
     assert tune.time_left(10, 0, 5) == ""
     assert tune.time_left(10, 1, 5) == ", 40 s left"
     assert tune.time_left(60, 1, 5) == ", 4 min 0 s left"
+
+
+def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_path):
+    fast = {"backend": "cutedsl"}
+    lines = table(64, a=[100, 100, 200, 200], b=[120, 120, 100, 100]) + table(512, a=[50] * 4)
+    lines += [line(64, bucket, "fast", us, **fast) for bucket, us in enumerate((50.0, 50.0, 150.0, 150.0))]
+    report = run(lines, tmp_path, backends_of=lambda _op: ["triton", "cutedsl"])
+    data = json.loads(report.path.read_text())
+    assert [(e["key"], e.get("backend"), e.get("without"), e["config"]["name"]) for e in data] == [
+        ({"hidden_size": 64, "num_tokens": 2}, "cutedsl", None, "fast"),
+        ({"hidden_size": 64, "num_tokens": 8}, None, None, "b"),
+        ({"hidden_size": 512, "num_tokens": 8}, None, None, "a"),
+        ({"hidden_size": 64, "num_tokens": 2}, None, "cutedsl", "a"),
+        ({"hidden_size": 64, "num_tokens": 8}, None, "cutedsl", "b"),
+    ]
+    file = configs.read(report.path, SPEC)
+    alone = file.available(["triton"], "triton")
+    assert [alone.pick(SPEC, {"K": 64}, edge).config["name"] for edge in SPEC.ladder] == ["a", "a", "b", "b"]
+    both = file.available(["triton", "cutedsl"], "triton")
+    assert [both.pick(SPEC, {"K": 64}, edge).config["name"] for edge in SPEC.ladder] == ["fast", "fast", "b", "b"]
+    again = run(lines, tmp_path, backends_of=lambda _op: ["triton", "cutedsl"])
+    assert json.loads(again.path.read_text()) == data, "entries that stand in are replaced, not kept"

@@ -15,6 +15,7 @@ import hdispatch.kernels
 import pytest
 import torch
 from hdispatch.build import available_ops, configs
+from hdispatch.build.versions import OPTIONAL
 from hdispatch.opspec import OpSpec, Variant
 from hdispatch.testing.numeric import (
     MismatchError,
@@ -232,15 +233,17 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     default = [entry for entry in file.entries if not entry.sizes]
     symbols = set(spec.config_key.values()) - {"M"}
     picked = [*default]
-    for shape in spec.shapes:
-        sizes = {symbol: size for symbol, size in shape.items() if symbol in symbols}
-        for edge in spec.ladder:
-            entry = file.pick(spec, shape, edge)
-            picked.append(entry)
-            if not default:
-                own = {symbol: size for symbol, size in entry.sizes.items() if symbol != "M"}
-                assert own == sizes, f"{file.path}: {shape} is served by the config of another shape: {entry}"
-                assert op in SMALL or entry.sizes["M"] >= edge, f"{file.path}: no config is for {shape} and M = {edge}"
+    first, *others = (name for name in BACKENDS if name in backends)
+    for installed in ([first, *others], [name for name in (first, *others) if name not in OPTIONAL]):
+        part = file.available(installed, first)
+        for shape in spec.shapes:
+            sizes = {symbol: size for symbol, size in shape.items() if symbol in symbols}
+            for edge in spec.ladder:
+                entry = part.pick(spec, shape, edge)
+                picked.append(entry)
+                if not default:
+                    assert entry.shape == sizes, f"{file.path}: {shape} is served by the config of another shape: {entry}"
+                    assert op in SMALL or entry.sizes["M"] >= edge, f"{file.path}: no config is for {shape} and M = {edge}"
     for entry in file.entries:
         assert entry in picked, f"{file.path}: serves nothing: {entry}"
         assert entry.backend in {None, *backends}

@@ -132,6 +132,7 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
     if note:
         notes.append(note)
+    file = _available(file, spec, backends, notes)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
@@ -158,6 +159,16 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
                 served = tuple(sorted({bucket for _, bucket in own}))
                 units.append(Unit(package, backend, variant, known, config, served, own))
     return units
+
+
+def _available(file: configs.ConfigFile, spec: OpSpec, backends: Sequence[str], notes: list[str]) -> configs.ConfigFile:
+    """The file with the entries that count here, and a note if those are not all."""
+    usual = file.available(backends, backends[0])
+    absent = {backend: name for backend in backends if (name := missing(backend))}
+    found = file.available([backend for backend in backends if backend not in absent], backends[0])
+    if found.entries != usual.entries:
+        notes.append(f"{spec.name}: {', '.join(absent.values())} is not installed; its rows take the best configs without it")
+    return found
 
 
 def _entries(

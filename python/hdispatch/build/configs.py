@@ -3,14 +3,15 @@
 A file is a JSON list of `{"key": {...}, "config": {...}}`, e.g. with the key `{"hidden_size": 4096, "num_tokens": 16}`;
 the op's `config_key` says which size each name stands for. A key without a size's name is for the rows that serve every
 size of it; the empty key is the default, used where nothing else is. `"backend": "triton"` beside the key says which of
-the op's kernels the config is for, if not the first.
+the op's kernels the config is for, if not the first. `"without": "cutedsl"` marks entries that stand in for their sizes'
+others where that backend is not installed.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,19 @@ FALLBACK = "nvidia_h200.json"
 class ConfigEntry:
     """One entry of a file. `sizes` of its key are by symbol: {"K": 4096, "M": 16}; empty for the default.
 
-    backend is that of the kernel that the config is for, None for the op's first one.
+    backend is that of the kernel that the config is for, None for the op's first one; without, if given, the backend that
+    has to be absent for the entry to count.
     """
 
     sizes: dict[str, int]
     config: dict[str, Any]
     backend: str | None = None
+    without: str | None = None
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The sizes besides M."""
+        return {symbol: size for symbol, size in self.sizes.items() if symbol != "M"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,19 @@ class ConfigFile:
 
     path: Path
     entries: tuple[ConfigEntry, ...]
+
+    def available(self, backends: Collection[str], first: str) -> ConfigFile:
+        """The file with the entries that count where only these backends are installed.
+
+        first  the backend of entries that name none
+
+        Where no entry is left, those for all backends: building them says what is missing.
+        """
+        stand_ins = [e for e in self.entries if e.without and e.without not in backends and (e.backend or first) in backends]
+        replaced = [entry.shape for entry in stand_ins]
+        usual = [entry for entry in self.entries if not entry.without]
+        kept = [e for e in usual if (e.backend or first) in backends and e.shape not in replaced]
+        return ConfigFile(self.path, tuple(stand_ins + kept) or tuple(usual))
 
     def pick(self, spec: OpSpec, shape: Mapping[str, int], edge: int) -> ConfigEntry:
         """The entry for a bucket of M up to `edge`.
@@ -55,7 +76,7 @@ class ConfigFile:
         symbols = [symbol for symbol in spec.config_key.values() if symbol != "M"]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
-        like = [e for e in self.entries if e.sizes and {s for s in e.sizes if s != "M"} == set(given)]
+        like = [e for e in self.entries if e.sizes and set(e.shape) == set(given)]
         default = next((entry for entry in self.entries if not entry.sizes), None)
         if not like:
             return default or self.pick(spec, self._complete(symbols), edge)
@@ -80,11 +101,11 @@ def read(path: Path, spec: OpSpec) -> ConfigFile:
     if not isinstance(data, list):
         raise BuildError(f'{path} holds a JSON {type(data).__name__}; it takes a list of {{"key": {{...}}, "config": {{...}}}}')
     entries = [_entry(path, index, entry, spec) for index, entry in enumerate(data)]
-    seen: list[dict[str, int]] = []
+    seen: list[tuple[dict[str, int], str | None]] = []
     for index, entry in enumerate(entries):
-        if entry.sizes in seen:
-            raise BuildError(f"{path}: entry {index} repeats the key of entry {seen.index(entry.sizes)}: {data[index]['key']}")
-        seen.append(entry.sizes)
+        if (key := (entry.sizes, entry.without)) in seen:
+            raise BuildError(f"{path}: entry {index} repeats the key of entry {seen.index(key)}: {data[index]['key']}")
+        seen.append(key)
     return ConfigFile(path, tuple(entries))
 
 
@@ -105,10 +126,11 @@ def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> ConfigEntry:
     for name, size in key.items():
         if type(size) is not int or size < 1:
             raise BuildError(f"{path}: entry {index} has {name} {size!r}; it takes an integer of at least 1")
-    backend = entry.get("backend")
-    if backend is not None and not isinstance(backend, str):
-        raise BuildError(f'{path}: entry {index} has the backend {backend!r}; it takes a name such as "triton"')
-    return ConfigEntry({spec.config_key[name]: size for name, size in key.items()}, entry["config"], backend)
+    for field in ("backend", "without"):
+        if (name := entry.get(field)) is not None and not isinstance(name, str):
+            raise BuildError(f'{path}: entry {index} has {field} {name!r}; it takes the name of a backend such as "triton"')
+    sizes = {spec.config_key[name]: size for name, size in key.items()}
+    return ConfigEntry(sizes, entry["config"], entry.get("backend"), entry.get("without"))
 
 
 def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None] | None:

@@ -19,6 +19,7 @@ from ..opspec import SYMBOLS, OpSpec
 from ..tuning.timings import ConfigKey, Timing, config_key
 from .store import write_atomic
 from .target import short_name
+from .versions import OPTIONAL
 
 #: A change of config between neighbouring buckets must gain this share of the limit: fewer edges are easier to read.
 CHANGE = 0.25
@@ -84,7 +85,8 @@ def select(
     backends_of   the backends of an op, its default first
     limit         the regret that is allowed, 0.02 being 2 %
 
-    Entries of a file for sizes that the timings do not have are kept. BuildError for timings of several GPUs or of an op
+    Entries of a file for sizes that the timings do not have are kept. Where configs of an optional backend were chosen, the
+    best without it are written too. BuildError for timings of several GPUs or of an op
     that there is not, for an op without one right candidate, or a limit that is negative.
     """
     if limit < 0:
@@ -110,11 +112,11 @@ def _select_op(
     measured = Measured(spec, timings)
     if not measured.regrets:
         raise BuildError(f"{spec.name}: no candidate gave a right result; see the timings' lines with status wrong or refused")
-    kept = cover(measured.regrets, limit)
-    choices = assign(measured.regrets, kept, limit)
-    open_choices, notes = measured.open_rows(kept, limit)
+    choices, open_choices, notes = _assigned(measured, limit)
     chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
+    for backend in OPTIONAL:
+        entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
     keys = [{k: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
     others = [entry for entry in _present(path) if not _replaced(spec, entry, keys)]
     if others:
@@ -142,6 +144,30 @@ def _select_op(
         tuned = json.dumps(_companion(spec, timings, chosen, report, limit), indent=1, ensure_ascii=False) + "\n"
         write_atomic(path.with_suffix(".tuned.json"), tuned.encode())
     return report
+
+
+def _assigned(measured: Measured, limit: float) -> tuple[dict[Slot, ConfigKey], dict[Slot, ConfigKey], list[str]]:
+    """The configs of the slots, those of the rows that leave sizes open, and notes about the latter."""
+    kept = cover(measured.regrets, limit)
+    return assign(measured.regrets, kept, limit), *measured.open_rows(kept, limit)
+
+
+def _stand_ins(
+    spec: OpSpec,
+    timings: Sequence[Timing],
+    choices: Mapping[Slot, ConfigKey],
+    default_backend: str,
+    absent: str,
+    limit: float,
+) -> list[dict[str, Any]]:
+    """Entries for the sizes that have configs of a backend, made without it: for where it is not installed."""
+    shapes = {slot[0] for slot, config in choices.items() if config.backend == absent}
+    measured = Measured(spec, [timing for timing in timings if timing["backend"] != absent])
+    if not shapes or not measured.regrets:
+        return []
+    others, open_others, _ = _assigned(measured, limit)
+    found = {slot: config for slot, config in {**others, **open_others}.items() if slot[0] in shapes}
+    return [{"key": e.pop("key"), "without": absent, **e} for e in _entries(spec, found, default_backend)]
 
 
 def _compile_seconds(timings: Sequence[Timing]) -> float:

@@ -27,7 +27,7 @@ from .attempts import Attempts, Made
 from .space import Question
 from .target import GpuTarget, resolve
 from .unit import Unit, class_of, load_spec
-from .versions import missing
+from .versions import OPTIONAL, missing
 
 
 @dataclass(frozen=True)
@@ -270,10 +270,11 @@ class Options:
     def _from_files(self, point: Point) -> list[ConfigKey]:
         """What the config files have for a point: for one that is not measured, what was meant for open sizes."""
         spec, backends = self.specs[point.package], self.backends[point.package]
+        first = op_package.backends_of(point.package)[0]
         entries = [file.pick(spec, dict(point.row), spec.ladder[point.bucket]) for file in self.files[point.package]]
         if any(point.row == other.row for other in self.open_points):
             entries = [entry for entry in entries if entry.sizes.keys() <= {"M", *dict(point.row)}]
-        found = [ConfigKey(entry.backend or backends[0], canonical(entry.config)) for entry in entries]
+        found = [ConfigKey(entry.backend or first, canonical(entry.config)) for entry in entries]
         return [option for option in found if option.backend in backends]
 
     def _nearby(self, point: Point, own: Mapping[Point, Sequence[ConfigKey]]) -> list[ConfigKey]:
@@ -312,7 +313,9 @@ def _config_files(package: str, scope: Scope, target: GpuTarget) -> list[configs
     for folder in scope.more:
         paths += sorted((folder / spec.name).glob("*.json"))
     files = [configs.read(path, spec) for path in paths if path.is_file() and not path.name.endswith(".tuned.json")]
-    return [file for file in files if file.entries]
+    there = op_package.backends_of(package)
+    kinds = dict.fromkeys((tuple(there), tuple(name for name in there if name not in OPTIONAL)))
+    return [part for file in files for kind in kinds if (part := file.available(kind, there[0])).entries]
 
 
 # ---- the bundle ----

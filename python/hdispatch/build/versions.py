@@ -20,6 +20,9 @@ PACKAGES = {
     "cutedsl": ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi"),
 }
 
+#: Backends that ops with another one must be buildable without: half a gigabyte that hdispatch[build] does not bring.
+OPTIONAL = ("cutedsl",)
+
 
 def tool_versions(backend: str, target: GpuTarget) -> dict[str, str]:
     """Name to version of a backend's packages and of ptxas. BuildError if one is missing."""
