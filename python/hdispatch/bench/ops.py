@@ -21,10 +21,12 @@ from ..errors import HdispatchError
 from ..opspec import OpSpec
 from ..testing.host_timer import WARM_CALLS, Batch, interleave, quiet, summarize
 from . import compiled, machine, ops_crew, peers
-from .ops_grid import EAGER_M, EAGER_MODEL, MS, Cell, Mode, cells, model_names, report_order, roof_cells
-from .ops_report import SPEEDUPS, Eager, Result, cell_name
+from .ops_compare import Eager, Result, cell_name
+from .ops_grid import EAGER_M, EAGER_MODEL, LOW_LATENCY, MS, Cell, Mode, cells, model_names, report_order, roof_cells
+from .ops_report import SPEEDUPS
 from .ops_timing import Binder, Failure, Measured, Timing, copy_bandwidth, make_arguments, measure, require_gpu
 from .paths import first_line
+from .vllm_ll import Library
 
 #: Called with steps done, steps in all, and what is being done.
 Progress = Callable[[int, int, str], None]
@@ -37,6 +39,8 @@ ROUNDS = 11
 class Options:
     """What to measure.
 
+    vllm_ops         vLLM's library behind torch.ops._C
+    vllm_ll          vLLM's low-latency GEMMs, as `vllm_ll_build` makes them
     ops              names; None for all that the bundle holds
     models           in full or by size (8B); None for all
     variants         of each op those that are named here, `default` being one; the default one where it has none of them
@@ -49,6 +53,7 @@ class Options:
 
     bundle: Path
     vllm_ops: Path | None = None
+    vllm_ll: Path | None = None
     ops: tuple[str, ...] | None = None
     ms: tuple[int, ...] = MS
     models: tuple[str, ...] | None = None
@@ -81,6 +86,7 @@ class _Run:
     skipped: dict[str, str] = field(default_factory=dict)
     stats: dict[str, dict[str, Any]] = field(default_factory=dict)
     compile: dict[str, Any] | None = None
+    vllm_ll: Library | None = None
 
     def step(self, label: str) -> None:
         self.done += 1
@@ -110,10 +116,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
             random.Random(options.seed),
             time.monotonic(),
         )
-        if options.vllm_ops:
-            peers.load_vllm_ops(options.vllm_ops)
-        else:
-            current.skipped[peers.VLLM] = "needs vLLM's compiled ops: --vllm-ops PATH/TO/_C….so"
+        _open_peers(current)
         runtime.stats(reset=True)
         with runtime.strict():
             bandwidth = copy_bandwidth(device)
@@ -134,6 +137,24 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
     }
 
 
+def _open_peers(current: _Run) -> None:
+    """Load the peers' libraries; what is not there, of peers and of ops with targets, is named."""
+    options, names = current.options, {spec.name for spec in current.specs}
+    if options.vllm_ops:
+        peers.load_vllm_ops(options.vllm_ops)
+    else:
+        current.skipped[peers.VLLM] = "needs vLLM's compiled ops: --vllm-ops PATH/TO/_C….so"
+    if options.vllm_ll:
+        current.vllm_ll = Library(options.vllm_ll)
+    elif "ll_gemm_bf16" in names:
+        current.skipped[f"{peers.LL_BF16}, {peers.SKINNY}"] = "need vLLM's kernels compiled: --vllm-ll, made by --make-vllm-ll"
+    missing = [] if options.ops else [op for op in LOW_LATENCY if op not in names]
+    if missing:
+        current.skipped[", ".join(missing)] = (
+            "not in the bundle; one built with the CuteDSL has them: pip install 'hdispatch[cutedsl]', then hdispatch build"
+        )
+
+
 def chosen_specs(names: Sequence[str] | None, served: Sequence[str]) -> list[OpSpec]:
     """The declarations of the ops named, or of all that are served, in the order of the report."""
     for name in names or ():
@@ -148,6 +169,7 @@ def _header(current: _Run, bundle: runtime.Bundle) -> dict[str, Any]:
     header |= {"seconds": round(time.monotonic() - current.start, 1), "rounds": options.rounds, "seed": options.seed}
     header |= {"ops": [spec.name for spec in current.specs], "ms": sorted(options.ms), "modes": list(options.modes)}
     header |= {"models": model_names(options.models), "vllm_ops": options.vllm_ops.name if options.vllm_ops else None}
+    header |= {"vllm_ll": options.vllm_ll.name if options.vllm_ll else None}
     header["bundle"] = {
         "target": bundle.manifest["target"]["name"],
         "rows": bundle.rows,
@@ -168,7 +190,7 @@ def _measure_all(current: _Run) -> None:
     with_compile = compile_cells_of(grid, options)
     current.steps = len(grid) + len(roofs) + len(with_compile) + (EAGER_BATCHES if options.eager else 0)
     if options.eager:
-        _eager(current, [cell for cell in roofs + grid if cell["model"] == EAGER_MODEL])
+        _eager(current, [cell for cell in roofs + grid if cell["model"] == EAGER_MODEL or cell["op"] in LOW_LATENCY])
     _in_process(current, roofs)
     timed = _with_compile(current, with_compile)
     _in_process(current, [cell for cell in grid if cell not in timed])
@@ -181,10 +203,18 @@ def compile_cells_of(grid: Sequence[Cell], options: Options) -> list[Cell]:
     return sorted(found, key=lambda cell: peers.COMPILE not in SPEEDUPS.get(cell["op"], {}))
 
 
-def _in_process(current: _Run, wanted: Sequence[Cell]) -> None:
-    binders: dict[str, Binder] = {peers.OURS: peers.bind_ours}
+def _peer_binders(current: _Run) -> dict[str, Binder]:
+    """The peers that a model may call just as they are."""
+    binders: dict[str, Binder] = {peers.TORCH_MM: peers.bind_torch_mm}
     if current.options.vllm_ops:
         binders[peers.VLLM] = peers.bind_vllm
+    return binders
+
+
+def _in_process(current: _Run, wanted: Sequence[Cell]) -> None:
+    binders: dict[str, Binder] = {peers.OURS: peers.bind_ours, **_peer_binders(current)}
+    if current.vllm_ll:
+        binders |= {peers.LL_BF16: current.vllm_ll.bind_ll_bf16, peers.SKINNY: current.vllm_ll.bind_skinny}
     for index, cell in enumerate(wanted):
         if not current.goes_on():
             note = Counter(each["mode"] for each in wanted[index:])
@@ -253,8 +283,7 @@ def _eager(current: _Run, candidates: Sequence[Cell]) -> None:
     """Batches of calls of every op and path at M = 16, in random order in every round."""
     points = {(cell["op"], cell["variant"], cell["label"]): Cell(**{**cell, "m": EAGER_M}) for cell in candidates}
     binders: dict[str, Binder] = {peers.OURS: peers.bind_ours, peers.OURS_TORCH: peers.bind_ours_torch}
-    if current.options.vllm_ops:
-        binders[peers.VLLM] = peers.bind_vllm
+    binders |= _peer_binders(current)
     batches: dict[tuple[tuple[str, str, str], str], Batch] = {}
     for key, cell in points.items():
         try:

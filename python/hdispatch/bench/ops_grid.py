@@ -86,7 +86,16 @@ def _gemms(model: Model) -> Labelled:
     }
 
 
+def _routers(_model: Model) -> Labelled:
+    """A router is another model's: its shapes are those that the op names."""
+    return {}
+
+
 GEMMS = ("scaled_mm", "scaled_mm_blockwise")
+#: GEMMs of a few tokens, whose peers and targets are their own. They end at M = 32, the last edge of their ladder.
+LOW_LATENCY = ("ll_gemm_bf16", "ll_gemm_fp8")
+#: Ops whose weights no server finds in L2: all their Ms are measured on rotated buffers, whatever the mode.
+ALWAYS_ROTATED = ("ll_gemm_fp8",)
 #: The ops in the order of the report, and the sizes that the models call them with.
 SIZES: dict[str, Callable[[Model], Labelled]] = {
     "dynamic_per_token_scaled_fp8_quant": _quantized,
@@ -98,6 +107,8 @@ SIZES: dict[str, Callable[[Model], Labelled]] = {
     "silu_and_mul_per_block_quant": _intermediate,
     "scaled_mm": _gemms,
     "scaled_mm_blockwise": _gemms,
+    "ll_gemm_bf16": _routers,
+    "ll_gemm_fp8": _gemms,
     "rms_norm": _normalized,
     "fused_add_rms_norm": _hidden,
     "silu_and_mul": _intermediate,
@@ -206,13 +217,22 @@ def cells(
 
 
 def roof_cells(specs: Sequence[OpSpec], ms: Sequence[int], models: Sequence[str], variants: Sequence[str]) -> list[Cell]:
-    """Rotated cells that are held against the roofs: every op at the largest M, GEMMs at the smallest too."""
+    """Rotated cells that are held against the roofs: every op at the largest M, GEMMs at the smallest too.
+
+    And those of `ALWAYS_ROTATED` at every M.
+    """
     found: list[Cell] = []
     for spec in sorted(specs, key=lambda spec: report_order(spec.name)):
-        most = max((m for m in ms if m <= spec.ladder[-1]), default=0)
-        for m in sorted({min(ms), most} if spec.name in GEMMS else {most} - {0}):
+        for m in _roof_ms(spec, ms):
             found += [_cell(spec, variant, shape, m, "rotated") for variant, shape in _served(spec, models, variants)]
     return found
+
+
+def _roof_ms(spec: OpSpec, ms: Sequence[int]) -> list[int]:
+    served = sorted({m for m in ms if m <= spec.ladder[-1]})
+    if spec.name in ALWAYS_ROTATED:
+        return served
+    return sorted({*served[:1], *served[-1:]} if spec.name in GEMMS else served[-1:])
 
 
 def _served(spec: OpSpec, models: Sequence[str], variants: Sequence[str]) -> Iterator[tuple[Variant, Shape]]:
@@ -252,10 +272,10 @@ def coarse_first(ms: Sequence[int]) -> list[int]:
 
 
 def model_names(wanted: Sequence[str] | None) -> list[str]:
-    """The models named, in full or by their size (8B); all, and shapes of no model, if None."""
-    names = [model.name for model in MODELS]
+    """The models named, in full or by their size (8B), `other` being the shapes of none of them; all if None."""
+    names = [*(model.name for model in MODELS), "other"]
     if wanted is None:
-        return [*names, "other"]
+        return names
     found = []
     for word in wanted:
         match = next((name for name in names if word.lower() in (name.lower(), name.lower().removeprefix("qwen3-"))), None)
@@ -301,4 +321,4 @@ def _moved(spec: OpSpec, arg: TensorArg, value: Tensor, m: int, named: Mapping[s
 
 def call_flops(cell: Cell) -> int:
     """Operations of the matrix units in a call."""
-    return 2 * cell["m"] * cell["K"] * cell["N"] if cell["op"] in GEMMS else 0
+    return 2 * cell["m"] * cell["K"] * cell["N"] if cell["op"] in (*GEMMS, *LOW_LATENCY) else 0

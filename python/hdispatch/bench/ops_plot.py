@@ -7,12 +7,12 @@ from typing import Any
 
 from ..errors import HdispatchError
 from . import plot
+from .ops_compare import Result, groups, main_mode, name_of, words_of_peer
 from .ops_grid import MODELS
-from .ops_report import Result, groups, main_mode, name_of, words_of_peer
 from .ops_timing import Timing
-from .peers import COMPILE, OURS, VLLM
+from .peers import COMPILE, LL_BF16, OURS, SKINNY, TORCH_MM, VLLM
 
-COLORS = {OURS: "#20639b", VLLM: "#c0392b", COMPILE: "#f2a33a"}
+COLORS = {OURS: "#20639b", VLLM: "#c0392b", COMPILE: "#f2a33a", TORCH_MM: "#3caea3", LL_BF16: "#8e44ad", SKINNY: "#d98cb3"}
 DASHES = ("-", "--", "-.", ":")
 
 
@@ -73,6 +73,6 @@ def _legend(figure: Any, panels: dict[tuple[str, str], list[Timing]]) -> None:
 
     paths = {each["path"] for timings in panels.values() for each in timings}
     gemms = any(words_of_peer(op, VLLM) != VLLM for op, _ in panels)
-    words = {OURS: OURS, COMPILE: COMPILE, VLLM: f"{VLLM}, CUTLASS for GEMMs" if gemms else VLLM}
+    words = {path: path for path in COLORS} | {VLLM: f"{VLLM}, CUTLASS for GEMMs" if gemms else VLLM}
     handles = [Line2D([], [], color=color, label=words[path]) for path, color in COLORS.items() if path in paths]
     figure.legend(handles=handles, loc="outside lower right", ncols=3, fontsize=8, frameon=False)

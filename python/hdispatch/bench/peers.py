@@ -1,7 +1,8 @@
-"""Who takes part in the op benchmark: hdispatch, vLLM's library behind torch.ops._C (CUTLASS in it), torch.compile."""
+"""Who takes part in the op benchmark: hdispatch, torch.compile, vLLM's torch.ops._C (CUTLASS in it) and CuteDSL, cuBLAS."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,19 @@ OURS = "hdispatch"
 OURS_TORCH = "torch.ops.hdispatch"
 VLLM = "torch.ops._C"
 COMPILE = "torch.compile"
+#: cuBLAS.
+TORCH_MM = "torch.mm"
+#: vLLM's two functions in CuteDSL: see `vllm_ll`.
+LL_BF16, SKINNY = "vLLM ll_bf16_gemm", "vLLM skinny_gemm"
+#: All that hdispatch is compared with, in the order of the report.
+PEERS = (COMPILE, VLLM, TORCH_MM, LL_BF16, SKINNY)
 
 #: vLLM's name of an op where it is another.
-VLLM_NAMES = {"scaled_mm": "cutlass_scaled_mm", "scaled_mm_blockwise": "cutlass_scaled_mm"}
+VLLM_NAMES = {
+    "scaled_mm": "cutlass_scaled_mm",
+    "scaled_mm_blockwise": "cutlass_scaled_mm",
+    "ll_gemm_fp8": "cutlass_scaled_mm",
+}
 
 
 def load_vllm_ops(library: Path) -> None:
@@ -45,7 +56,22 @@ def bind_vllm(op: str, arguments: Sequence[Any]) -> Bound | None:
     if packet is None:
         return None
     count = len(packet.default._schema.arguments)
-    return packet, tuple([*arguments, *[None] * count][:count])
+    given = _by_columns(*arguments) if op == "ll_gemm_fp8" else arguments
+    return packet, tuple([*given, *[None] * count][:count])
+
+
+def _by_columns(out: Tensor, x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> list[Tensor]:
+    """As CUTLASS takes them: the weights [K, N] by columns, the scales a column and a row."""
+    return [out, x, w.t(), x_scale.reshape(-1, 1), w_scale.reshape(1, -1)]
+
+
+def bind_torch_mm(op: str, arguments: Sequence[Any]) -> Bound | None:
+    """`torch.mm(x, w.t(), out=out)`; its matrices are bfloat16, so it is the peer of one op."""
+    if op != "ll_gemm_bf16":
+        return None
+    out, x, w = arguments
+    wider = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
+    return functools.partial(torch.mm, out=out, **wider), (x, w.t())
 
 
 def bind_ours(op: str, arguments: Sequence[Any]) -> Bound:
