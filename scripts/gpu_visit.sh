@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, load, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, pdl, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
 # helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates*.tar.xz (hdispatch tune
 # candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results).
-# TUNE and OPS are more arguments of `hdispatch tune measure` and `hdispatch bench ops`, TESTS of pytest.
+# TUNE, OPS and PDL are more arguments of `hdispatch tune measure`, `bench ops` and `bench pdl`, TESTS of pytest; for sanitize
+# see scripts/sanitize.sh.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -42,6 +43,8 @@ for step in "$@"; do
     tune) tune ;;
     ops) python3 -m hdispatch bench ops --bundle "$carry/bundle" "${vllm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
+    pdl) python3 -m hdispatch bench pdl --bundle "$carry/bundle" --json "$out/pdl.json" ${PDL:-} ;;
+    sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$carry/bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
     *) echo "no step $step" >&2; false ;;

@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import HdispatchError
 from .bench_ops import add_ops_parser
+from .bench_pdl import add_pdl_parser
 from .build import build_wing, default_target
 from .doctor import default_bundle
 from .text import Progress, duration, table
@@ -61,6 +62,7 @@ def add_parser(commands: Any) -> None:
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark", required=True)
     add_dispatch_parser(kinds)
     add_ops_parser(kinds)
+    add_pdl_parser(kinds)
 
 
 def add_dispatch_parser(kinds: Any) -> None:
