@@ -6,8 +6,8 @@
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
 # helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates*.tar.xz (hdispatch tune
 # candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results).
-# TUNE, OPS and PDL are more arguments of `hdispatch tune measure`, `bench ops` and `bench pdl`, TESTS of pytest; for sanitize
-# see scripts/sanitize.sh.
+# TUNE, OPS, PDL and DISPATCH are more arguments of `hdispatch tune measure` and of the benchmarks, TESTS of pytest; for
+# sanitize see scripts/sanitize.sh.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -39,7 +39,7 @@ for step in "$@"; do
     gpu-tests) python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
-        --plot "$out/dispatch.png" 2> "$out/dispatch.err" ;;
+        --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;
     tune) tune ;;
     ops) python3 -m hdispatch bench ops --bundle "$carry/bundle" "${vllm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
