@@ -9,7 +9,7 @@ import torch
 from cutlass import BFloat16, Float32
 from hdispatch.opspec import Variant
 
-from ..ll_gemm import Program, columns_for, dot, split
+from ..ll_gemm import Program, columns_for, dot, split, warpgroup
 from ..ll_gemm import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
@@ -34,10 +34,14 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
             steps, left = divmod(2 * k, 64 * cluster * warps)
             if not left and 2 <= steps <= 8:
                 found.append(split(warps, cluster, steps, columns=columns))
+    for rows, cluster in ((8, 4), (16, 4), (16, 2), (16, 1)):
+        stages = min(200 // ((rows + 8 * columns) // 4), -(-k // (128 * cluster)))
+        found.append(warpgroup(rows, columns, 2, stages, cluster))
     if m <= 4:
         for warps in (4, 5, 7, 8, 10, 14, 16, 20):
             turns, left = divmod(k, 8 * 32 * warps)
             if not left:
                 several = (1, 2) if m == 1 else (1,)
-                found += [dot(warps, outputs, m) for outputs in several if turns * (outputs + m) <= _VECTORS]
+                fitting = [outputs for outputs in several if turns * (outputs + m) <= _VECTORS]
+                found += [dot(warps, outputs, m, trigger) for outputs in fitting for trigger in (0, 2)]
     return found

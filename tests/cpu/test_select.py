@@ -353,6 +353,23 @@ def test_time_left():
     assert tune.time_left(60, 1, 5) == ", 4 min 0 s left"
 
 
+def test_a_time_is_the_mean_of_graph_and_stream(tmp_path):
+    lines = [
+        line(64, 0, "graph", 10.0, stream_us=14.0),
+        line(64, 0, "stream", 10.4, stream_us=11.0),
+        line(64, 0, "far", 13.0),
+        *table(512, a=[100.0] * 4),
+    ]
+    report = run(lines, tmp_path)
+    assert picks(tmp_path, {"K": 64})[0] == "stream"
+    tuned = json.loads(report.path.with_suffix(".tuned.json").read_text())["times"][0]
+    assert (tuned["us"], tuned["best_us"]) == (10.7, 10.7)
+    both = select.Measured(SPEC, lines).times[(("K", 64),), 0]["any", 64, 0]
+    assert {config.config: us for config, us in both.items()} == pytest.approx(
+        {'{"name":"graph"}': 12.0, '{"name":"stream"}': 10.7, '{"name":"far"}': 13.0 * 10.7 / 10.0}
+    )
+
+
 def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_path):
     fast = {"backend": "cutedsl"}
     lines = table(64, a=[100, 100, 200, 200], b=[120, 120, 100, 100]) + table(512, a=[50] * 4)

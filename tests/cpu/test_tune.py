@@ -121,6 +121,12 @@ class FakeDevice(measure.Device):
         self.replays.append(FakeReplay(TIMES[self.current]))
         return self.replays[-1]
 
+    def queued(self, rows: measure.OneRow, calls: Sequence[measure.Call]) -> FakeReplay:  # noqa: ARG002
+        """A microsecond more than as told; the one that is near is faster there than all others."""
+        name = rows.record["config"]["name"]
+        self.replays.append(FakeReplay(9.0 if name == "near" else TIMES[name] + 1.0))
+        return self.replays[-1]
+
     def describe(self) -> str:
         """A GPU that is not."""
         return "NVIDIA Toy"
@@ -152,6 +158,11 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
         rounds = {"fast": 9, "near": 9, "slow": 4, "loser": 2, "hopeless": 0}
         assert {name: each["rounds"] for name, each in cell.items()} == rounds
     one = found[4]["fast"]
+    assert {name: each.get("stream_us") for name, each in found[2].items()} == {
+        **dict.fromkeys(TIMES),
+        "fast": 11.0,
+        "near": 9.0,
+    }, "those that are far behind in a graph are not timed in a stream"
     assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
     assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())
     assert (one["compile_seconds"], one["gpu"], one["M"], one["status"]) == (1.5, "NVIDIA Toy", 16, "ok")

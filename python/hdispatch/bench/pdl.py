@@ -16,7 +16,7 @@ import torch
 
 from .. import _C, ops, runtime
 from ..errors import HdispatchError
-from ..testing.device_timer import Replay, timing_event
+from ..testing.device_timer import Replay, elapsed_us
 from ..testing.host_timer import Batch, interleave, quiet, summarize
 from . import machine
 from .paths import Unavailable, first_line
@@ -36,8 +36,8 @@ WANTED = 1.15
 
 #: Passes through a chain in a graph and in a batch of calls, and replays of a graph between two events.
 GRAPH_PASSES, EAGER_PASSES, REPLAYS = 32, 25, 4
-#: GPU cycles that a batch of calls waits for at first, a millisecond; doubled where the host takes longer, up to a second.
-HEAD_START, LONGEST_HEAD_START = 2_000_000, 2**31
+#: GPU cycles that a batch of calls waits for at first, a millisecond.
+HEAD_START = 2_000_000
 
 
 class Timing(TypedDict):
@@ -284,28 +284,6 @@ def _eager_batch(
         return elapsed_us(lambda: passes(EAGER_PASSES), head_start) * 1e3 / EAGER_PASSES
 
     return batch
-
-
-def elapsed_us(work: Callable[[], object], head_start: int = 0) -> float:
-    """Microseconds between CUDA events around `work`, which enqueues on the current stream; waits for it.
-
-    head_start   GPU cycles that the stream waits for before the first event. Where they end before all of `work` is
-                 enqueued, the host would be in the figure: then it is done again, with twice as many.
-    """
-    torch.cuda.synchronize()
-    start, end = timing_event(), timing_event()
-    while head_start <= LONGEST_HEAD_START:
-        if head_start:
-            torch.cuda._sleep(head_start)  # type: ignore[no-untyped-call]
-        start.record()
-        work()
-        is_late = bool(head_start) and start.query()  # type: ignore[no-untyped-call]
-        end.record()
-        end.synchronize()
-        if not is_late:
-            return float(start.elapsed_time(end)) * 1e3
-        head_start *= 2
-    raise HdispatchError(f"the host takes longer to enqueue the calls than {LONGEST_HEAD_START} cycles of the GPU")
 
 
 # ---- the result ----

@@ -21,6 +21,10 @@ L2_BYTES = 60 * 2**20
 
 #: GPU cycles, some 80 µs, that a replay waits for: so it is in the stream before the first event, and its launch untimed.
 HEAD_START = 150_000
+#: Per launch of `Queued`: 8 µs, which is more than the host takes.
+QUEUED_HEAD_START = 15_000
+#: What `elapsed_us` gives up at: about a second.
+LONGEST_HEAD_START = 2**31
 
 
 def rotation_count(bytes_per_set: int, l2_bytes: int = L2_BYTES, cap_sets: int = 64, cap_bytes: int = 4 * 2**30) -> int:
@@ -76,6 +80,37 @@ class Replay:
         self._graph.reset()
 
 
+class Queued:
+    """`launches` launches that cycle through `calls`, made one by one behind a kernel that waits until all are enqueued.
+
+    So are those of a server that is ahead of its GPU, and the host is not in the figure; launches between which a graph would
+    have an edge cost the GPU a little more. `prepare` is called before they are made.
+    """
+
+    def __init__(
+        self, calls: Sequence[Callable[[], object]], launches: int, prepare: Callable[[], object] = lambda: None
+    ) -> None:
+        if not calls or launches < 1:
+            raise HdispatchError(f"{len(calls)} calls and {launches} launches; at least one of each is needed")
+        self.launches = launches
+        self._calls = [calls[index % len(calls)] for index in range(launches)]
+        self._prepare = prepare
+
+    def time(self, replays: int = 1) -> float:
+        """Microseconds per launch of `replays` times all launches, by CUDA events; waits for them."""
+        self._prepare()
+        self._calls[0]()
+        return elapsed_us(lambda: self._make(replays), QUEUED_HEAD_START * replays * self.launches) / (self.launches * replays)
+
+    def _make(self, replays: int) -> None:
+        for _ in range(replays):
+            for call in self._calls:
+                call()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def _capture(calls: Sequence[Callable[[], object]], launches: int) -> torch.cuda.CUDAGraph:
     """The graph of the calls on the current stream. `torch.cuda.graph` would collect garbage each time, at 0.1 s."""
     graph = torch.cuda.CUDAGraph()
@@ -89,6 +124,28 @@ def _capture(calls: Sequence[Callable[[], object]], launches: int) -> torch.cuda
         raise
     graph.capture_end()
     return graph
+
+
+def elapsed_us(work: Callable[[], object], head_start: int = 0) -> float:
+    """Microseconds between CUDA events around `work`, which enqueues on the current stream; waits for it.
+
+    head_start   GPU cycles that the stream waits for before the first event. Where they end before all of `work` is
+                 enqueued, the host would be in the figure: then it is done again, with twice as many.
+    """
+    torch.cuda.synchronize()
+    start, end = timing_event(), timing_event()
+    while head_start <= LONGEST_HEAD_START:
+        if head_start:
+            torch.cuda._sleep(head_start)  # type: ignore[no-untyped-call]
+        start.record()
+        work()
+        is_late = bool(head_start) and start.query()  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        if not is_late:
+            return float(start.elapsed_time(end)) * 1e3
+        head_start *= 2
+    raise HdispatchError(f"the host takes longer to enqueue the calls than {LONGEST_HEAD_START} cycles of the GPU")
 
 
 def timing_event() -> torch.cuda.Event:

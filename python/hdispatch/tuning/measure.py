@@ -23,7 +23,7 @@ from ..errors import BundleError, HdispatchError
 from ..manifest import MANIFEST_NAME, MClass, Record, artifacts_of
 from ..opspec import OpSpec
 from ..runtime import check_target, strict
-from ..testing.device_timer import Replay, Timed, interleave, rotation_count, timing_event
+from ..testing.device_timer import Queued, Replay, Timed, interleave, rotation_count, timing_event
 from ..testing.numeric import MismatchError, compare_outputs
 from . import timings
 from .candidates import CandidateBundle, Cell, read_candidates
@@ -31,11 +31,13 @@ from .timings import CellKey, ConfigKey, Status, Timing
 
 #: Rounds in which every candidate is timed once, and after how many of them those slower than the best by which factor go.
 ROUNDS = 9
-EARLY_STOP = {2: 1.25, 4: 1.05}
+EARLY_STOP = {2: 1.25, 4: 1.08}
 #: Candidates further behind than this, by a first estimate, are not timed in a graph at all.
 HOPELESS = 3.0
 #: What one replay takes, in µs, and the fewest and most launches in it.
 REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
+#: Launches that are made one by one.
+QUEUED_LAUNCHES = 64
 #: Calls that the estimate is taken over.
 ESTIMATE_CALLS = 4
 #: Tensors with more elements than this are checked with fewer rows, if the bucket has fewer: the reference is slow.
@@ -94,6 +96,10 @@ class Device:
     def replay(self, calls: Sequence[Call], launches: int) -> Timeable:
         """A graph of launches."""
         return Replay(calls, launches)
+
+    def queued(self, rows: OneRow, calls: Sequence[Call]) -> Timeable:
+        """Launches made one by one, while that row is served."""
+        return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), lambda: self.publish(rows))
 
     def describe(self) -> str:
         """What results are filed under."""
@@ -281,7 +287,9 @@ class _Outcome:
     why: str = ""
     estimate: float | None = None
     replay: Timeable | None = None
+    queued: Timeable | None = None
     times: list[float] = field(default_factory=list)
+    stream_times: list[float] = field(default_factory=list)
 
 
 class _Bench:
@@ -301,8 +309,9 @@ class _Bench:
             subject = _Subject(cell, self.device, seed)
             for index, outcome in outcomes.items():
                 self._prepare(cell, index, subject, outcome, _best(outcomes))
-                if outcome.replay is not None:
-                    stack.callback(outcome.replay.close)
+                for timeable in (outcome.replay, outcome.queued):
+                    if timeable is not None:
+                        stack.callback(timeable.close)
                 if outcome.status == "fatal":
                     outcomes = {index: outcome}
                     stack.pop_all()  # nothing can be freed in a broken context
@@ -323,6 +332,7 @@ class _Bench:
                 launches = round(REPLAY_US / max(outcome.estimate, 1e-3))
                 launches = max(LEAST_LAUNCHES, len(calls), min(launches, MOST_LAUNCHES))
                 outcome.replay = self.device.replay(calls, launches)
+                outcome.queued = self.device.queued(row, calls)
         except MismatchError as error:
             outcome.status, outcome.why = "wrong", str(error)
         except torch.OutOfMemoryError:  # says nothing about the candidate
@@ -354,9 +364,17 @@ class _Bench:
         )
 
     def _time(self, outcomes: Mapping[int, _Outcome]) -> None:
+        """In graphs; those that are not far behind there also launched one by one, as they are without graphs."""
         replays = {str(index): outcome.replay for index, outcome in outcomes.items() if outcome.replay is not None}
         for name, times in interleave(replays, ROUNDS, self.order, EARLY_STOP).items():
             outcomes[int(name)].times = times
+        queued = {
+            str(index): outcome.queued
+            for index, outcome in outcomes.items()
+            if outcome.queued is not None and len(outcome.times) == ROUNDS
+        }
+        for name, times in interleave(queued, ROUNDS, self.order, EARLY_STOP).items():
+            outcomes[int(name)].stream_times = times
 
     def _line(self, cell: Cell, index: int, outcome: _Outcome, seconds: float) -> Timing:
         record = self.bundle["manifest"]["records"][index]
@@ -388,6 +406,7 @@ class _Times(TypedDict):
     us: NotRequired[float]
     q1: NotRequired[float]
     q3: NotRequired[float]
+    stream_us: NotRequired[float]
 
 
 def _times(outcome: _Outcome) -> _Times:
@@ -397,7 +416,10 @@ def _times(outcome: _Outcome) -> _Times:
     if not outcome.times:
         return {"us": round(outcome.estimate, 4)}
     q1, us, q3 = statistics.quantiles(outcome.times, n=4, method="inclusive")
-    return {"us": round(us, 4), "q1": round(q1, 4), "q3": round(q3, 4)}
+    found: _Times = {"us": round(us, 4), "q1": round(q1, 4), "q3": round(q3, 4)}
+    if outcome.stream_times:
+        found["stream_us"] = round(statistics.median(outcome.stream_times), 4)
+    return found
 
 
 def _best(outcomes: Mapping[int, _Outcome]) -> float:

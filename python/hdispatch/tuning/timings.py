@@ -49,6 +49,7 @@ class Timing(TypedDict):
     why             what is wrong with it, if its status is not ok
     us, q1, q3      median and quartiles over `rounds`; a loser has fewer rounds than the winner, one far behind has none
                     and its us is an estimate
+    stream_us       median of launches that are made one by one, for those that are not far behind in a graph
     compile_seconds what generating and compiling the record took, once for all of its cells
     device_seconds  this candidate's share of the time that its cell took on the GPU machine
     """
@@ -68,6 +69,7 @@ class Timing(TypedDict):
     us: NotRequired[float]
     q1: NotRequired[float]
     q3: NotRequired[float]
+    stream_us: NotRequired[float]
     rounds: int
     compile_seconds: float
     device_seconds: float
