@@ -122,11 +122,12 @@ def warpgroup(
     cluster: int = 1,
     blocks: int = 132,
     resident: int = 0,
+    ways: int = 1,
     trigger: int = 0,
 ) -> dict[str, Any]:
     """A config of `Warpgroup`. Its shared memory: 128 bytes * (rows + 8 * columns) * steps * stages, at most 226 KB."""
     form = {"kernel": "warpgroup", "rows": rows, "columns": columns, "steps": steps, "stages": stages}
-    return form | {"cluster": cluster, "blocks": blocks, "resident": resident, "trigger": trigger}
+    return form | {"cluster": cluster, "blocks": blocks, "resident": resident, "ways": ways, "trigger": trigger}
 
 
 def columns_for(m: int) -> int:

@@ -50,6 +50,9 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
 #: Kilobytes of shared memory: of a block alone on its SM, and of one beside the next kernel's.
 _ALONE, _BESIDE = 220, 108
 
+#: Chunks in a stage, shared memory, sets of warps that multiply.
+_RINGS = ((2, _ALONE, 1), (4, _ALONE, 1), (2, _ALONE, 2), (4, _ALONE, 2), (2, _BESIDE, 1), (2, _BESIDE, 2))
+
 #: Tiles are worth trying that use this share of the blocks' time.
 _BUSY = 0.93
 
@@ -74,10 +77,13 @@ def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
     found = []
     for rows, cluster in _tiles(n):
         others = 512 * -(-rows // 64) * (2 + 2 * columns + 8 * columns * (cluster - 1) // cluster) + 2048
-        for steps, most in ((2, _ALONE), (1, _ALONE), (4, _ALONE), (2, _BESIDE)):
-            stages = min((most * 1024 - others) // (128 * (rows + 8 * columns) * steps), -(-k // (128 * steps * cluster)))
-            if stages >= 2:
-                found.append(warpgroup(rows, columns, steps, stages, cluster))
+        for steps, most, ways in _RINGS:
+            pool = 4096 * -(-rows // 64) * columns * (ways - 1)
+            row_bytes = 128 * (rows + 8 * columns) * steps
+            turns = -(-k // (128 * steps * cluster))
+            stages = min((most * 1024 - others - pool) // row_bytes, turns) // ways * ways
+            if stages > ways and turns % ways == 0:
+                found.append(warpgroup(rows, columns, steps, stages, cluster, ways=ways))
         stages = (_ALONE * 1024 - others - 8 * columns * k // cluster) // (128 * rows * 2)
         if stages >= 4 and (n is None or n > 132 * rows // cluster):
             found.append(warpgroup(rows, columns, 2, stages, cluster, resident=1))
