@@ -51,7 +51,7 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
 _ALONE, _BESIDE = 220, 108
 
 #: Chunks in a stage, shared memory, sets of warps that multiply.
-_RINGS = ((2, _ALONE, 1), (4, _ALONE, 1), (2, _ALONE, 2), (4, _ALONE, 2), (2, _BESIDE, 1), (2, _BESIDE, 2))
+_RINGS = ((2, _ALONE, 1), (2, _ALONE, 2), (4, _ALONE, 2), (2, _BESIDE, 1))
 
 #: Tiles are worth trying that use this share of the blocks' time.
 _BUSY = 0.93

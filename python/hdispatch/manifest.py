@@ -210,13 +210,22 @@ def artifacts_of(record: Record) -> list[str]:
     return sorted({cubin["file"] for cubin in record["cubins"].values()})
 
 
+class Tuned(TypedDict):
+    """What tuning measured: µs of a launch of the row's kernel at its bucket's upper edge, the mean of one in a CUDA graph and
+    one in a stream; and of the best kernel of each other backend that took part.
+    """
+
+    us: float
+    others: dict[str, float]
+
+
 class Row(TypedDict):
     """One row of the launch table: a key and the record that serves it. `bucket` is an index into the op's ladder.
 
     A K or N of 0 stands for every size of it, where the op has that size: such a row serves what no exact one does.
 
     build_seconds is what generating and compiling the row's record took (shared with the rows of the same record),
-    bytes the size of its artifacts.
+    bytes the size of its artifacts; tuned what was measured, for rows whose kernel was.
     """
 
     op: str
@@ -227,6 +236,7 @@ class Row(TypedDict):
     record: int
     build_seconds: float
     bytes: int
+    tuned: NotRequired[Tuned]
 
 
 class OpEntry(TypedDict):

@@ -17,7 +17,7 @@ from hdispatch.cli import bench_pdl
 from hdispatch.cli.main import main
 from hdispatch.errors import HdispatchError
 from hdispatch.manifest import LIBRARY
-from hdispatch.testing import null
+from hdispatch.testing import device_timer, null
 from hdispatch.testing.numeric import poison
 
 CPU = torch.device("cpu")
@@ -397,27 +397,27 @@ def events(monkeypatch) -> list[int]:
         Event.until = time.perf_counter() + cycles * 1e-9
 
     monkeypatch.setattr(Event, "until", 0.0)
-    monkeypatch.setattr(pdl, "timing_event", Event)
+    monkeypatch.setattr(device_timer, "timing_event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", sleep, raising=False)
     return slept
 
 
 def test_a_head_start_that_is_too_short_is_doubled(events):
-    took = pdl.elapsed_us(lambda: time.sleep(0.01), head_start=2_000_000)
+    took = device_timer.elapsed_us(lambda: time.sleep(0.01), head_start=2_000_000)
     assert events == [2_000_000, 4_000_000, 8_000_000, 16_000_000]
     assert took < 6_000, "the host's 10 ms are not in the figure"
 
 
 def test_without_a_head_start_the_host_is_in_the_figure(events):
-    assert pdl.elapsed_us(lambda: time.sleep(0.01)) >= 10_000
+    assert device_timer.elapsed_us(lambda: time.sleep(0.01)) >= 10_000
     assert not events
 
 
 def test_a_head_start_has_an_end(events, monkeypatch):
-    monkeypatch.setattr(pdl, "LONGEST_HEAD_START", 1_000_000)
+    monkeypatch.setattr(device_timer, "LONGEST_HEAD_START", 1_000_000)
     with pytest.raises(HdispatchError, match="takes longer to enqueue"):
-        pdl.elapsed_us(lambda: time.sleep(0.005), head_start=500_000)
+        device_timer.elapsed_us(lambda: time.sleep(0.005), head_start=500_000)
     assert events == [500_000, 1_000_000]
 
 

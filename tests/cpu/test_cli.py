@@ -227,6 +227,21 @@ def test_inspect_a_row_that_serves_every_size(capsys, tmp_path):
     assert "row 0: toy, bfloat16, any size, M 1\n" in capsys.readouterr().out
 
 
+def test_inspect_shows_what_was_measured(capsys, tmp_path):
+    content = toy.manifest()
+    content["rows"][2]["tuned"] = {"us": 10.0, "others": {"cutedsl": 11.8, "triton": 25.0}}
+    content["rows"][3]["tuned"] = {"us": 3.0, "others": {}}
+    folder = str(toy.write(tmp_path / "tuned", content))
+    assert main(["inspect", folder]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:1].isdigit()]
+    ends = [re.split(r"\s{2,}", line)[-2:] for line in lines[1:5]]
+    assert ends == [["-", "-"], ["10.00", "cutedsl 1.18 ×, triton 2.50 ×"], ["3.00", "-"], ["-", "-"]]
+    assert main(["inspect", folder, "--row", "2"]) == 0
+    assert "tuned   10.00 µs; cutedsl 1.18 ×, triton 2.50 ×" in capsys.readouterr().out
+    assert main(["inspect", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"][2]["tuned"]["others"] == {"cutedsl": 11.8, "triton": 25.0}
+
+
 def test_inspect_one_row_as_json(capsys, toy_bundle):
     assert main(["inspect", str(toy_bundle), "--row", "3", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

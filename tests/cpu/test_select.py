@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hdispatch.build import configs, select
+from hdispatch.build import configs, select, tuned
 from hdispatch.cli import tune
 from hdispatch.cli.main import main
 from hdispatch.errors import BuildError, HdispatchError
@@ -244,6 +244,7 @@ def test_the_companion_says_what_was_measured(tmp_path):
         "us": 100,
         "best_us": 100,
         "regret": 0,
+        "backends": {"triton": 100},
     }
 
 
@@ -362,8 +363,8 @@ def test_a_time_is_the_mean_of_graph_and_stream(tmp_path):
     ]
     report = run(lines, tmp_path)
     assert picks(tmp_path, {"K": 64})[0] == "stream"
-    tuned = json.loads(report.path.with_suffix(".tuned.json").read_text())["times"][0]
-    assert (tuned["us"], tuned["best_us"]) == (10.7, 10.7)
+    first = json.loads(report.path.with_suffix(".tuned.json").read_text())["times"][0]
+    assert (first["us"], first["best_us"]) == (10.7, 10.7)
     both = select.Measured(SPEC, lines).times[(("K", 64),), 0]["any", 64, 0]
     assert {config.config: us for config, us in both.items()} == pytest.approx(
         {'{"name":"graph"}': 12.0, '{"name":"stream"}': 10.7, '{"name":"far"}': 13.0 * 10.7 / 10.0}
@@ -383,6 +384,23 @@ def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_p
         ({"hidden_size": 64, "num_tokens": 2}, None, "cutedsl", "a"),
         ({"hidden_size": 64, "num_tokens": 8}, None, "cutedsl", "b"),
     ]
+    times = json.loads(report.path.with_suffix(".tuned.json").read_text())["times"]
+    assert [time["backends"] for time in times if time["key"]["hidden_size"] == 64] == [
+        {"cutedsl": 50.0, "triton": 100.0},
+        {"cutedsl": 50.0, "triton": 100.0},
+        {"cutedsl": 150.0, "triton": 100.0},
+        {"cutedsl": 150.0, "triton": 100.0},
+    ]
+    found = tuned.Measurements(SPEC, report.path)
+    record: Any = {"backend": "cutedsl", "config": {"name": "fast"}}
+    assert found.of("any", {"K": 64}, 1, record) == {"us": 50.0, "others": {"triton": 100.0}}
+    assert found.of("any", {"K": 64}, 8, record) is None, "another config was chosen there"
+    assert found.of("other", {"K": 64}, 1, record) is None
+    assert found.of("any", {}, 1, record) is None
+    assert not tuned.Measurements(SPEC, tmp_path / "nothing.json").times
+    (tmp_path / "odd.tuned.json").write_text('{"variants": 3}')
+    with pytest.raises(BuildError, match=r"cannot read the measurements in .*odd\.tuned\.json: TypeError"):
+        tuned.Measurements(SPEC, tmp_path / "odd.json")
     file = configs.read(report.path, SPEC)
     alone = file.available(["triton"], "triton")
     assert [alone.pick(SPEC, {"K": 64}, edge).config["name"] for edge in SPEC.ladder] == ["a", "a", "b", "b"]

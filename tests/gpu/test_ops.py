@@ -229,8 +229,9 @@ def test_misaligned_pointers_and_odd_strides_fall_back(bundle, op, index):
         args[index] = widened(args[index], offset, pad)
         run_and_check(op, variant, args, reason)
         found = hdispatch.stats(reset=True)[op]
-        if reason == "% " and found["hits"]:
-            continue  # a kernel that takes any stride
+        if found["hits"]:  # of a kernel that takes any stride, or stores single elements: what it computed is right
+            assert reason == "% " or spec_of(op).args[index].mutated
+            continue
         assert found["hits"] == 0
         assert found["fallbacks"] == 1
         assert [key for key in found["misses"] if reason in key], found
@@ -246,7 +247,7 @@ def test_torch_door_equals_ops_door(bundle, op):
         doors = [getattr(hdispatch.ops, op), getattr(torch.ops.hdispatch, op), getattr(torch.ops.hdispatch, op).default]
         results = []
         for door in doors:
-            args = make(op, variant.name, shape, 33)
+            args = make(op, variant.name, shape, min(33, most_rows(op, shape)))
             with torch.inference_mode(), hdispatch.strict():
                 door(*args)
             results.append([a for a in args if isinstance(a, torch.Tensor)])

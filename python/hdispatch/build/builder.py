@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ..opspec import OpSpec
 from . import configs, op_package, pool, store
 from .freeze import Entry, check_out, freeze
 from .target import GpuTarget, resolve
+from .tuned import Measurements
 from .unit import Unit, load_spec
 from .untuned import first_candidates
 from .versions import missing, tool_versions
@@ -97,7 +98,7 @@ def build(
     chosen = select or Selection()
     units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
     specs = {name: load_spec(package) for name, package in packages.items()}
-    entries = _entries(units, gpu, where, jobs, report, progress)
+    entries = _measured(_entries(units, gpu, where, jobs, report, progress), packages, specs, gpu)
     frozen = freeze(specs, entries, gpu, where, out, partial=chosen.partial)
     report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
     report.rows = len(frozen.manifest["rows"])
@@ -206,6 +207,23 @@ def _entries(
             report.record_seconds.append((unit.label, one["seconds"]))
             entries += _entry(unit, one, tools[unit.backend])
     return entries
+
+
+def _measured(
+    entries: Sequence[Entry], packages: Mapping[str, str], specs: Mapping[str, OpSpec], target: GpuTarget
+) -> list[Entry]:
+    """The entries with what was measured on this very kind of GPU."""
+    found = {
+        name: Measurements(specs[name], op_package.config_folder(package) / target.config_file)
+        for name, package in packages.items()
+    }
+
+    def with_times(entry: Entry) -> Entry:
+        measurements, ladder = found[entry.op], specs[entry.op].ladder
+        times = {bucket: measurements.of(entry.variant, entry.shape, ladder[bucket], entry.record) for bucket in entry.buckets}
+        return replace(entry, tuned={bucket: tuned for bucket, tuned in times.items() if tuned is not None})
+
+    return [with_times(entry) for entry in entries]
 
 
 def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[Entry]:

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from ..manifest import (
     OpEntry,
     Record,
     Row,
+    Tuned,
     artifacts_of,
 )
 from ..opspec import OpSpec
@@ -40,7 +41,7 @@ class Entry:
     """A record and the rows of one shape that it serves, as the build made it.
 
     `file` of cubins is the SHA-256 of bytes in the store; that of a host function, of the object file that has it. Equal
-    records of several entries become one; the objects become one shared library.
+    records of several entries become one; the objects become one shared library. `tuned` is by bucket.
     """
 
     op: str
@@ -50,6 +51,7 @@ class Entry:
     record: Record
     tools: dict[str, str]
     seconds: float
+    tuned: Mapping[int, Tuned] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,9 @@ def _with_files(record: Record) -> Record:
 
 def _rows(index: int, entry: Entry, blobs: Mapping[str, bytes]) -> list[Row]:
     size = sum(len(blobs[sha256]) for sha256 in artifacts_of(entry.record))
-    return [
-        {
+    rows: list[Row] = []
+    for bucket in entry.buckets:
+        row: Row = {
             "op": entry.op,
             "variant": entry.variant,
             "K": entry.shape.get("K", 0),
@@ -232,8 +235,10 @@ def _rows(index: int, entry: Entry, blobs: Mapping[str, bytes]) -> list[Row]:
             "build_seconds": entry.seconds,
             "bytes": size,
         }
-        for bucket in entry.buckets
-    ]
+        if bucket in entry.tuned:
+            row["tuned"] = entry.tuned[bucket]
+        rows.append(row)
+    return rows
 
 
 def _write(out: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:

@@ -19,6 +19,7 @@ from ..opspec import SYMBOLS, OpSpec
 from ..tuning.timings import ConfigKey, Timing, config_key
 from .store import write_atomic
 from .target import short_name
+from .tuned import companion
 from .versions import OPTIONAL
 
 #: A change of config between neighbouring buckets must gain this share of the limit: fewer edges are easier to read.
@@ -141,8 +142,8 @@ def _select_op(
     )
     if write:
         write_atomic(path, _text([*entries, *others]).encode())
-        tuned = json.dumps(_companion(spec, timings, chosen, report, limit), indent=1, ensure_ascii=False) + "\n"
-        write_atomic(path.with_suffix(".tuned.json"), tuned.encode())
+        tuned = json.dumps(_companion(spec, timings, measured, chosen, report, limit), indent=1, ensure_ascii=False) + "\n"
+        write_atomic(companion(path), tuned.encode())
     return report
 
 
@@ -209,6 +210,17 @@ class Measured:
         cells = self.times[slot].values()
         us = max(cell[config] for cell in cells)
         return Choice(config, us, max(min(cell.values()) for cell in cells), self.regrets[slot][config])
+
+    def by_backend(self, slot: Slot) -> dict[str, float]:
+        """The best µs of each backend in a slot."""
+        cells = self.times[slot].values()
+        names = sorted({config.backend for cell in cells for config in cell})
+        found: dict[str, float] = {}
+        for name in names:
+            best = [min((us for config, us in cell.items() if config.backend == name), default=None) for cell in cells]
+            if None not in best:
+                found[name] = max(us for us in best if us is not None)
+        return found
 
     def open_rows(self, kept: Sequence[ConfigKey], limit: float) -> tuple[dict[Slot, ConfigKey], list[str]]:
         """Configs for the rows that leave sizes open while others have them: the best on average over those others.
@@ -450,9 +462,14 @@ def _text(entries: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _companion(
-    spec: OpSpec, timings: Sequence[Timing], chosen: Mapping[Slot, Choice], report: OpReport, limit: float
+    spec: OpSpec,
+    timings: Sequence[Timing],
+    measured: Measured,
+    chosen: Mapping[Slot, Choice],
+    report: OpReport,
+    limit: float,
 ) -> dict[str, Any]:
-    """What measured the configs, and what it found: times in µs per launch."""
+    """What measured the configs, and what it found: times in µs per launch, `backends` being the best of each."""
     versions = {json.dumps(timing["versions"], sort_keys=True) for timing in timings}
     names = {symbol: name for name, symbol in spec.config_key.items()}
     return {
@@ -472,6 +489,7 @@ def _companion(
                 "us": round(choice.us, 3),
                 "best_us": round(choice.best_us, 3),
                 "regret": round(choice.regret, 4),
+                "backends": {name: round(us, 3) for name, us in measured.by_backend((shape, bucket)).items()},
             }
             for (shape, bucket), choice in sorted(chosen.items())
         ],

@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
-from ..manifest import Cubin, CubinRecord, Expr, FfiArg, FfiRecord, Manifest, Param, Row, TensorMap, artifacts_of, read_bundle
+from ..manifest import (
+    Cubin,
+    CubinRecord,
+    Expr,
+    FfiArg,
+    FfiRecord,
+    Manifest,
+    Param,
+    Row,
+    TensorMap,
+    Tuned,
+    artifacts_of,
+    read_bundle,
+)
 from .text import count, print_json, size, table
 
 DESCRIPTION = """\
@@ -22,7 +35,8 @@ A row serves the calls of one op and variant with exactly this K and N and an M 
 a host function with TVM FFI's ABI, which has no warps and no shared memory here. Columns: shared is dynamic shared memory in
 bytes; pdl: the kernel waits for its predecessors itself, so that it may be launched while they still
 run; guards: facts tested on every call, besides M and alignment; bytes and seconds are those of the row's record, which
-other rows may share.
+other rows may share; µs: what tuning measured at the bucket's upper edge; against: by which factor the best kernel of each
+other backend took longer there.
 """
 
 
@@ -106,6 +120,7 @@ def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
         "guards": [guard["text"] for guard in record["guards"]],
         "bytes": row["bytes"],
         "build_seconds": row["build_seconds"],
+        "tuned": row.get("tuned"),
     }
 
 
@@ -152,7 +167,10 @@ def describe(folder: Path, manifest: Manifest, numbers: Sequence[int]) -> str:
     return "\n".join(lines)
 
 
-HEADER = ("row", "op", "variant", "kernel", "K", "N", "M", "warps", "shared", "pdl", "guards", "bytes", "seconds")
+HEADER = (
+    *("row", "op", "variant", "kernel", "K", "N", "M"),
+    *("warps", "shared", "pdl", "guards", "bytes", "seconds", "µs", "against"),
+)
 
 
 def _cells(facts: dict[str, Any]) -> list[str]:
@@ -169,7 +187,16 @@ def _cells(facts: dict[str, Any]) -> list[str]:
         str(len(facts["guards"])),
         str(facts["bytes"]),
         f"{facts['build_seconds']:.2f}",
+        f"{facts['tuned']['us']:.2f}" if facts["tuned"] else "-",
+        words_of_others(facts["tuned"]),
     ]
+
+
+def words_of_others(tuned: Tuned | None) -> str:
+    """`triton 1.18 ×`; a dash where nothing else was measured."""
+    if tuned is None or not tuned["others"]:
+        return "-"
+    return ", ".join(f"{name} {us / tuned['us']:.2f} ×" for name, us in tuned["others"].items())
 
 
 def _each(values: Sequence[int]) -> str:
@@ -211,6 +238,7 @@ def describe_row(manifest: Manifest, number: int) -> str:
         "code",
         *(_code_of_cubins(record, manifest) if record["launcher"] == "cubin" else _code_of_function(record, manifest)),
         f"build   {row['build_seconds']:.2f} s, {size(row['bytes'])}",
+        *([f"tuned   {tuned['us']:.2f} µs; {words_of_others(tuned)}"] if (tuned := row.get("tuned")) else []),
     ]
     return "\n".join(lines)
 

@@ -44,6 +44,8 @@ ESTIMATE_CALLS = 4
 CHECKED_ELEMENTS = 2**26
 
 Call = Callable[[], object]
+#: Publishes a candidate's table.
+Serve = Callable[[], None]
 
 
 class Timeable(Timed, Protocol):
@@ -60,15 +62,17 @@ class Device:
         self.index = index
         self.torch_device = torch.device("cuda", index)
 
-    def publish(self, rows: OneRow) -> None:
-        """Serve that one row, and nothing else."""
+    def publish(self, rows: OneRow) -> Serve:
+        """Serve that one row, and nothing else; what is returned does so again, without loading its code once more."""
         builder = _C.TableBuilder(self.index, self.device_count(), True)
         builder.set_ladder(rows.op, rows.ladder)
         add = builder.add_library if rows.record["launcher"] == "tvm_ffi" else builder.add_module
         for name, content in rows.files.items():
             add(name, content)
         builder.add_row(rows.op, rows.variant, rows.k, rows.n, rows.bucket, builder.add_record(rows.op, rows.record))
-        builder.publish()
+        table = builder.finish()
+        _C.publish(table)
+        return lambda: _C.publish(table)
 
     def device_count(self) -> int:
         """GPUs of this process."""
@@ -97,9 +101,9 @@ class Device:
         """A graph of launches."""
         return Replay(calls, launches)
 
-    def queued(self, rows: OneRow, calls: Sequence[Call]) -> Timeable:
-        """Launches made one by one, while that row is served."""
-        return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), lambda: self.publish(rows))
+    def queued(self, serve: Serve, calls: Sequence[Call]) -> Timeable:
+        """Launches made one by one, while what `serve` is for is served."""
+        return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), serve)
 
     def describe(self) -> str:
         """What results are filed under."""
@@ -322,9 +326,8 @@ class _Bench:
 
     def _prepare(self, cell: Cell, index: int, subject: _Subject, outcome: _Outcome, best: float) -> None:
         """Check a candidate; if it is right and not hopelessly behind, capture it."""
-        row = self._row(cell, index)
         try:
-            self.device.publish(row)
+            serve = self.device.publish(self._row(cell, index))
             subject.check()
             calls = subject.calls()
             outcome.estimate = self.device.estimate(calls)
@@ -332,7 +335,7 @@ class _Bench:
                 launches = round(REPLAY_US / max(outcome.estimate, 1e-3))
                 launches = max(LEAST_LAUNCHES, len(calls), min(launches, MOST_LAUNCHES))
                 outcome.replay = self.device.replay(calls, launches)
-                outcome.queued = self.device.queued(row, calls)
+                outcome.queued = self.device.queued(serve, calls)
         except MismatchError as error:
             outcome.status, outcome.why = "wrong", str(error)
         except torch.OutOfMemoryError:  # says nothing about the candidate

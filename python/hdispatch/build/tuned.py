@@ -1,0 +1,53 @@
+"""What tuning measured for a bundle's configs, from the file that `tune select` writes beside the configs.
+
+Rows carry it, and `inspect` shows by how much their kernel won against those of other backends.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..manifest import Record, Tuned
+from ..opspec import OpSpec
+
+
+def companion(path: Path) -> Path:
+    """The file of the measurements of a config file."""
+    return path.with_suffix(".tuned.json")
+
+
+class Measurements:
+    """Those of one config file; none where it has not been tuned."""
+
+    def __init__(self, spec: OpSpec, path: Path) -> None:
+        """BuildError if there is a file and it cannot be read."""
+        self.named = set(spec.config_key.values()) - {"M"}
+        self.variants: frozenset[str] = frozenset()
+        self.times: dict[tuple[tuple[str, int], ...], dict[str, Any]] = {}
+        if not (file := companion(path)).is_file():
+            return
+        try:
+            data = json.loads(file.read_text())
+            self.variants = frozenset(data["variants"])
+            for time in data["times"]:
+                sizes = {spec.config_key.get(name, name): size for name, size in time["key"].items()}
+                self.times[tuple(sorted(sizes.items()))] = time
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise BuildError(
+                f"cannot read the measurements in {file}: {type(error).__name__}: {error}; select once more, or remove it"
+            ) from error
+
+    def of(self, variant: str, shape: Mapping[str, int], edge: int, record: Record) -> Tuned | None:
+        """What was measured for a row's record at its bucket's upper edge; None if this variant or config was not."""
+        sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | {"M": edge}
+        time = self.times.get(tuple(sorted(sizes.items())))
+        if time is None or variant not in self.variants:
+            return None
+        if (time["backend"], time["config"]) != (record["backend"], record["config"]):
+            return None
+        others = {name: us for name, us in time.get("backends", {}).items() if name != record["backend"]}
+        return {"us": time["us"], "others": others}
