@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
+import triton
 from hdispatch.build import Selection, build, configs
 from hdispatch.errors import BuildError
 from hdispatch.manifest import LIBRARY, read_bundle
@@ -166,23 +168,71 @@ print(said({**split, "steps": 64}, (0,), {"K": 2048 * 16}))
 print(said({"kernel": "dot", "outputs": 1, "tokens": 1, "warps": 4}, (0,), {}))
 print(said({"kernel": "other"}, (0,), {}))
 print(said(split, (0,), {"K": 2049}))
+group = {"kernel": "warpgroup", "rows": 64, "columns": 1, "steps": 2, "stages": 8}
+print(said({**group, "rows": 20}, (0,), {"K": 2048}))
+print(said({**group, "cluster": 3}, (0,), {"K": 2048}))
+print(said({**group, "ways": 2}, (0,), {}))
+print(said({**group, "ways": 2, "stages": 5}, (0,), {"K": 2048}))
+print(said({**group, "stages": 1}, (0,), {"K": 2048}))
+print(said({**group, "resident": 1}, (0,), {}))
 """
     environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(tmp_path)], env=environment, capture_output=True, text=True, check=True
     )
-    few, large, open_k, unknown, odd = done.stdout.splitlines()
+    few, large, open_k, unknown, odd, *groups = done.stdout.splitlines()
     assert few.startswith("bucket 4 holds M from 9 to 16")
     assert few.endswith("takes at most 8; choose one with more tokens")
     assert "of shared memory, h200 has 232448" in large
     assert open_k.endswith("the dot form takes a K that is compiled in")
     assert "does not suit hdispatch.kernels.ll_gemm_bf16.cutedsl: 'other'" in unknown
     assert odd.endswith("K is 2049, no multiple of 8 elements, which are loaded at once")
+    endings = (
+        "a tile has 20 rows; it can have 8 to 128, in steps of 8",
+        "3 blocks cannot share a tile; 1, 2 and 4 can",
+        "None turns for 2 sets of warps; it can be 1, or 2 where there are as many for each",
+        "5 stages for 2 sets of warps; there must be more, and as many for each",
+        "1 stages for 1 sets of warps; there must be more, and as many for each",
+        "tokens stay in shared memory where K is compiled in",
+    )
+    assert [line for line, ending in zip(groups, endings, strict=True) if not line.endswith(ending)] == []
+
+
+@needs_dsl
+def test_products_of_the_warpgroup_form_overlap(tmp_path) -> None:
+    """ptxas makes each product wait for the one before it where it cannot follow the sums: 200 ns for every stage of two."""
+    script = """
+import sys
+from cutlass import BFloat16, Float8E4M3FN, cute
+from hdispatch.kernels.ll_gemm import program, warpgroup
+
+configs = [
+    ({"K": 4096}, warpgroup(48, 2, 2, 12, ways=2)),
+    ({"K": 4096}, warpgroup(64, 2, 2, 9, cluster=2, resident=1)),
+    ({}, warpgroup(32, 1, 2, 20)),
+    ({"K": 2048}, warpgroup(128, 8, 1, 6)),
+]
+for index, (sizes, config) in enumerate(configs):
+    made = program(Float8E4M3FN, BFloat16, sizes, config)
+    cute.compile(
+        made.host, *made.arguments.values(), options=f"--enable-tvm-ffi --keep-cubin --dump-dir={sys.argv[1]}/{index}"
+    )
+"""
+    for index in range(4):
+        (tmp_path / str(index)).mkdir()
+    environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True)
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    for index in range(4):
+        (cubin,) = (tmp_path / str(index)).glob("*.cubin")
+        code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        assert len(re.findall(r"QGMMA\.", code)) >= 8
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == 2, "one in the loop, one after it"
 
 
 @needs_dsl
 def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
-    config = {"kernel": "split", "rows": 2, "columns": 1, "warps": 4, "cluster": 1, "steps": 2, "depth": 2}
+    config = {"kernel": "warpgroup", "rows": 32, "columns": 1, "steps": 2, "stages": 20}
     entry = {"key": {}, "config": config, "backend": "cutedsl"}
     (tmp_path / "nvidia_h200.json").write_text(json.dumps([entry]))
     monkeypatch.setattr(configs, "installed", lambda _: tmp_path)
@@ -191,7 +241,7 @@ def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
         ["scaled_mm"],
         "h200",
         folder,
-        select=Selection(shapes=lambda _: [{}], variants=lambda _: ["bfloat16"], buckets=lambda _: [2]),
+        select=Selection(shapes=lambda _: [{}], variants=lambda _: ["bfloat16", "float16+bias"], buckets=lambda _: [2]),
     )
     live = hdispatch.load(folder, driver="null")
     x, w, out = matrix(3, 1008, FP8), matrix(80, 1008, FP8), torch.zeros(3, 80, dtype=BF16)
@@ -200,6 +250,9 @@ def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
     weights = null.ffi_argument(null.launches()[0]["params"][2])
     assert (weights["shape"], weights["strides"]) == ([80, 1008], [1008, 1])
     assert served("scaled_mm", out, x, matrix(80, 1008, FP8, padding=4).t(), *args[3:]) is None
+    half = torch.float16
+    assert served("scaled_mm", out.to(half), *args[1:5], torch.zeros(80, dtype=half)), "with a bias, in another type"
+    assert null.ffi_argument(null.launches()[0]["params"][5])["shape"] == [80]
     live.unload()
 
 
