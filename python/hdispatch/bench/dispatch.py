@@ -48,6 +48,7 @@ SHIPPED: dict[str, Maker] = {
     "hdispatch.ops": paths.ops,
     "torch.ops.hdispatch": paths.torch_ops,
     "torch.ops.hdispatch.default": paths.torch_default,
+    "host-function": paths.host_function,
     "triton": paths.triton_jit,
     "helion": paths.helion_direct,
     "helion-torch-op": paths.helion_torch_op,
@@ -179,7 +180,7 @@ def choose_shape(spec: OpSpec, hidden: int | None, built: Sequence[dict[str, int
     if not shapes:
         raise HdispatchError(f"{spec.name} declares no shapes to measure")
     if hidden is None:
-        shape = next((shape for shape in shapes if set(shape.values()) == {4096}), shapes[0])
+        shape = next((shape for shape in shapes if set(shape.values()) == {4096}), max(shapes, key=len))
         return {symbol: shape.get(symbol, spec.hint(symbol)) for symbol in spec.symbols() if symbol != "M"}
     symbols = sorted({symbol for shape in shapes for symbol in shape})
     if len(symbols) > 1:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import bisect
 import importlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import _C, functions
+from .. import _C, functions, runtime
 from ..errors import HdispatchError
 from ..ops import get as get_op
 from ..ops import spec as spec_of
@@ -33,6 +33,8 @@ PROBE_ROWS, PROBES = 10_000, 500_000
 FUNCTION_OP = "dynamic_per_token_scaled_fp8_quant"
 FUNCTION_SIZES = {"M": 16, "K": 512}
 FUNCTION_CALLS = 100_000
+#: Its rows launch through a function in the bundle's library.
+HOST_OP = "ll_gemm_bf16"
 
 
 class Unavailable(HdispatchError):
@@ -99,14 +101,15 @@ def calling(
     op: str = "",
     slow: bool = False,
     launches: bool = True,
+    kinds: Sequence[MKind] = M_KINDS,
 ) -> Iterator[Case]:
-    """One case for each way of M of a path that takes the op's arguments, or what `select` makes of them."""
+    """One case for each way of M (`kinds`) of a path that takes the op's arguments, or what `select` makes of them."""
     select = select or tuple
     synchronize = synchronizer(workload)
     for m in CYCLE:  # both classes of M that compilers tell apart: multiples of 16, and others
         call(*select(workload.at(m)))
     warm = [select(workload.at(workload.m))] * WARM_CALLS
-    for kind in M_KINDS:
+    for kind in kinds:
         calls = SLOW_CALLS if slow and kind == "unseen" else setup.calls
         if kind == "unseen":  # every round, and the rehearsal, needs Ms of its own
             calls = max(1, min(calls, len(unseen_pool(workload.m, workload.largest)) // (setup.rounds + 1)))
@@ -165,6 +168,19 @@ def _bare(setup: Setup, path: str, *, pdl: bool) -> Case:
 def null_driver(setup: Setup) -> Iterator[Case]:
     """`hdispatch.ops` with everything but the driver call, on CPU tensors."""
     yield from calling(setup, "null-driver", setup.served("null"), setup.op, launches=False)
+
+
+def host_function(setup: Setup) -> Iterator[Case]:
+    """`hdispatch.ops` of an op whose kernels are launched by a host function (CuteDSL's): ll_gemm_bf16, 1 <= M <= 16."""
+    setup.served("cuda")
+    bundle = next(each for each in runtime.loaded() if each.device != -1)
+    rows = [row for row in bundle.manifest["rows"] if row["op"] == HOST_OP and row["K"] and row["N"]]
+    if not rows:
+        raise Unavailable(f"the bundle has no row of {HOST_OP}")
+    spec, row = spec_of(HOST_OP), rows[0]
+    shape, m = {"K": row["K"], "N": row["N"]}, min(setup.on_gpu.m, max(CYCLE))
+    workload = Workload(spec, spec.variant(row["variant"]), shape, m, setup.on_gpu.device, spec.ladder[-1])
+    yield from calling(setup, "host-function", workload, get_op(HOST_OP), op=HOST_OP, kinds=("fixed", "cycling"))
 
 
 def torch_null_driver(setup: Setup) -> Iterator[Case]:

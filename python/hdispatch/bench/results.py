@@ -71,6 +71,7 @@ TARGETS: tuple[Target, ...] = (
     Target("hdispatch.ops / bare cuLaunchKernelEx", ("hdispatch.ops", "fixed"), 1.00, floor=True),
     Target("the same without PDL / bare cuLaunchKernelEx", ("hdispatch.ops-nopdl", "fixed"), 1.25, floor=True),
     Target("torch.ops.hdispatch / bare cuLaunchKernelEx", ("torch.ops.hdispatch", "fixed"), 1.5, floor=True),
+    Target("host function of CuteDSL's / bare cuLaunchKernelEx", ("host-function", "fixed"), 1.1, floor=True),
     Target("Helion called directly / hdispatch.ops", ("helion", "fixed"), 6, over=("hdispatch.ops", "fixed"), at_least=True),
     Target("vLLM's torch.ops._C / hdispatch.ops", ("torch.ops._C", "fixed"), 2, over=("hdispatch.ops", "fixed"), at_least=True),
     Target("hdispatch.ops, unseen M / fixed M", ("hdispatch.ops", "unseen"), 1.1, over=("hdispatch.ops", "fixed")),

@@ -56,7 +56,7 @@ def link(objects: Mapping[str, bytes]) -> bytes:
         if archive:
             # Stands in for the real one, which is not needed to link: its name goes into the library.
             _run(root, "-shared", f"-Wl,-soname,{CUDART}", "-x", "c", os.devnull, "-o", CUDART)
-            sources += [str(archive), "-Wl,--no-as-needed", f"./{CUDART}"]
+            sources += [str(archive), "-Wl,--wrap=_cudaLaunchKernelEx", "-Wl,--no-as-needed", f"./{CUDART}"]
         _run(
             root,
             "-shared",

@@ -39,6 +39,7 @@ paths:
   cuLaunchKernelEx-pdl   the same with the PDL attribute (programmatic dependent launch), which is cheaper
   hdispatch.ops          as shipped; -nopdl: loaded with pdl=False
   torch.ops.hdispatch    as torch op; .default: through torch's argument parser and dispatcher
+  host-function          hdispatch.ops of ll_gemm_bf16, which a host function of CuteDSL's launches
   triton                 a Triton kernel with five pointers
   helion                 the very Helion kernel and config that the bundle holds, called directly
   helion-torch-op        the same behind a torch op with a key function, as vLLM integrates Helion
