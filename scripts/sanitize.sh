@@ -22,7 +22,7 @@ export HDISPATCH_BUNDLE="$scratch/bundle" HDISPATCH_RACE_REPEATS="${SANITIZE_REP
 
 for tool in memcheck racecheck; do
   began=$SECONDS
-  timeout --kill-after=10 "$limit" "$sanitizer" --tool "$tool" --error-exitcode $found --print-limit 20 \
+  timeout --kill-after=10 "$limit" "$sanitizer" --tool "$tool" --report-api-errors no --error-exitcode $found --print-limit 20 \
     --log-file "$scratch/$tool.log" python3 -m pytest -q -x -p no:cacheprovider tests/gpu/test_mixed_backends.py \
     -k "$tests" > "$scratch/$tool.out" 2>&1
   code=$?
