@@ -8,7 +8,7 @@
 //
 // This file must come before the archive: both define cuda_dialect_{init,unload}_library_once, and ours is taken. Ours
 // differs in that modules can be loaded ahead of the first call, which graph capture needs, and are never unloaded.
-// Launches go to the driver: through libcudart they take longer.
+// Launches go to the driver, as those of cubins do.
 //
 // hdispatch opens the library and uses the functions that begin with hdispatch_ffi_ (csrc/ffi_library.h). Errors and
 // the stream are per thread.
