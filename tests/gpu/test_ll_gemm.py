@@ -1,0 +1,55 @@
+"""How exact the low-latency GEMMs are: in the Frobenius norm, against the float32 product and against cuBLAS."""
+
+from __future__ import annotations
+
+import hdispatch
+import pytest
+import torch
+
+from .test_ops import OPS, copy, make, sizes_of, spec_of
+
+#: Of outputs in 16 bits, which are rounded once; what float32 outputs lose is the order of the sum.
+ERRORS = {torch.bfloat16: 4e-3, torch.float32: 1e-4}
+#: cuBLAS's error times this is the most.
+CUBLAS = 1.1
+#: Ragged in every size: a last turn that is not whole, outputs that are no tile's, tokens that are no bucket's edge.
+RAGGED = ({"K": 1040, "N": 80}, {"K": 4112, "N": 1552}, {"K": 64, "N": 16})
+
+CASES = [
+    pytest.param(op, variant.name, sizes, id=f"{op}-{variant.name}-{sizes['K']}x{sizes['N']}")
+    for op in OPS
+    if op.startswith("ll_gemm")
+    for variant in spec_of(op).served_variants()
+    for sizes in (*(sizes_of(spec_of(op), shape) for shape in spec_of(op).shapes), *RAGGED)
+]
+
+
+def error(found, wanted):
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+@pytest.mark.parametrize(("op", "variant", "sizes"), CASES)
+def test_errors(bundle, op, variant, sizes):
+    spec = spec_of(op)
+    for m in (1, 2, 3, 4, 8, 9, 16, 17, 32):
+        args = make(op, variant, sizes, m, seed=m)
+        cublas, exact = copy(args), copy(args)
+        exact[0] = torch.empty_like(exact[0], dtype=torch.float32)
+        with hdispatch.strict():
+            getattr(hdispatch.ops, op)(*args)
+        spec.fallback(*cublas)
+        spec.reference(*exact)
+        ours, theirs = error(args[0], exact[0]), error(cublas[0], exact[0])
+        assert ours <= ERRORS[args[0].dtype], f"M={m}: {ours:.3g}"
+        assert args[0].dtype == torch.float32 or ours <= CUBLAS * theirs, f"M={m}: {ours:.3g}, cuBLAS {theirs:.3g}"
+
+
+@pytest.mark.parametrize("op", sorted({case.values[0] for case in CASES}))
+def test_more_tokens_run_the_fallback(bundle, op):
+    spec = spec_of(op)
+    args = make(op, spec.typical_variant().name, sizes_of(spec, spec.shapes[0]), 33)
+    exact = copy(args)
+    getattr(hdispatch.ops, op)(*args)
+    spec.reference(*exact)
+    assert error(args[0], exact[0]) <= ERRORS[torch.bfloat16]
+    assert (hdispatch.stats()[op]["hits"], hdispatch.stats()[op]["fallbacks"]) == (0, 1)
