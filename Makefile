@@ -31,7 +31,7 @@ demo: setup
 	$(PY) -m hdispatch bench dispatch --bundle $(BUNDLE)
 
 test: setup-test core-test
-	$(PY) -m pytest tests
+	$(PY) -m pytest tests -n 2
 
 core-test: $(PY)
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build --only-tools
