@@ -1,10 +1,10 @@
 """The CuteDSL kernels of ll_gemm_bf16 and ll_gemm_fp8: few tokens times a matrix of weights, as fast as the weights stream.
 
-Four forms. `Split` multiplies in the tensor core and cuts K over the warps of a block and the blocks of a cluster; `Stream`
-is the same with blocks that stay; `Dot` gives a block a few outputs and all of K, multiplies in the ordinary cores and serves
-the fewest tokens. In these three a thread copies, through shared memory of its own, just what it multiplies: the copies are
-asynchronous and many, and there is nothing to wait for but they themselves. `Warpgroup` leaves the copies to TMA and the
-products to wgmma. In all, the first weights are under way before the predecessor's results are asked for.
+Three forms. `Split` multiplies in the tensor core and cuts K over the warps of a block and the blocks of a cluster; `Dot` gives
+a block a few outputs and all of K, multiplies in the ordinary cores and serves the fewest tokens. In these two a thread copies
+just what it multiplies: the copies are asynchronous and many, and there is nothing to wait for but they themselves.
+`Warpgroup` leaves the copies to TMA and the products to wgmma. In all, the first weights are under way before the
+predecessor's results are asked for.
 
 Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: import this module after it is set.
 """
@@ -21,13 +21,12 @@ from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
 from .ll_gemm_base import COLUMNS, VECTOR, Gemm
 from .ll_gemm_dot import Dot
 from .ll_gemm_split import Split
-from .ll_gemm_stream import Stream
 from .ll_gemm_warpgroup import Warpgroup
 
 
 def make(element: type[Numeric], k: int | None, config: Mapping[str, Any]) -> Gemm:
-    """The kernel that a config describes: its "kernel", "split", "stream", "dot" or "warpgroup", and that form's arguments."""
-    form: type[Gemm] = {"split": Split, "stream": Stream, "dot": Dot, "warpgroup": Warpgroup}[config["kernel"]]
+    """The kernel that a config describes: its "kernel", "split", "dot" or "warpgroup", and that form's arguments."""
+    form: type[Gemm] = {"split": Split, "dot": Dot, "warpgroup": Warpgroup}[config["kernel"]]
     return form(element, k, **{name: value for name, value in config.items() if name != "kernel"})
 
 
@@ -99,14 +98,6 @@ def split(
     """A config of `Split`; without a depth the weights go straight to registers."""
     form = {"kernel": "split", "rows": rows, "columns": columns, "warps": warps, "cluster": cluster, "steps": steps}
     return form | {"depth": depth or 1, "direct": int(not depth), "trigger": trigger}
-
-
-def stream(
-    warps: int, steps: int, depth: int, rows: int = 1, columns: int = 1, cluster: int = 1, blocks: int = 132, trigger: int = 0
-) -> dict[str, Any]:
-    """A config of `Stream`."""
-    form = {"kernel": "stream", "blocks": blocks, "rows": rows, "columns": columns, "warps": warps, "cluster": cluster}
-    return form | {"steps": steps, "depth": depth, "trigger": trigger}
 
 
 def dot(warps: int, outputs: int = 1, tokens: int = 1, trigger: int = 0) -> dict[str, Any]:

@@ -24,14 +24,12 @@ class Dot(Gemm):
     warps     warps of a block
     """
 
-    def __init__(
-        self, element: type[Numeric], k: int | None, outputs: int, tokens: int, warps: int, trigger: int = 2, staged: int = 0
-    ) -> None:
+    def __init__(self, element: type[Numeric], k: int | None, outputs: int, tokens: int, warps: int, trigger: int = 2) -> None:
         if k is None:
             raise ValueError("the dot form takes a K that is compiled in")
         self.threads = 32 * warps
         super().__init__(element, k, 8 * VECTOR // element.width * self.threads, 1, trigger)
-        self.outputs, self.tokens, self.warps, self.staged = outputs, tokens, warps, staged
+        self.outputs, self.tokens, self.warps = outputs, tokens, warps
         if outputs * tokens > self.threads:
             raise ValueError(f"{outputs} outputs of {tokens} tokens are more than {self.threads} threads")
 
@@ -43,8 +41,7 @@ class Dot(Gemm):
     @property
     def shared_bytes(self) -> int:
         """See `Gemm`."""
-        copied = VECTOR * self.threads * self.tokens * self.turns if self.staged else 0
-        return copied + 8 * self.threads + 4 * self.outputs * self.tokens * self.warps
+        return 8 * self.threads + 4 * self.outputs * self.tokens * self.warps
 
     def grid(self, n: Int32) -> list[Any]:
         """See `Gemm`."""
@@ -76,8 +73,6 @@ class Dot(Gemm):
         # Thread i sums up output i % outputs of token i // outputs.
         token, column = tid // self.outputs, tid % self.outputs
         shared = SmemAllocator()
-        if cutlass.const_expr(self.staged):
-            copies = self.ring(shared, self.turns, self.tokens)
         if cutlass.const_expr(w_scale is not None):
             scales = shared.allocate_array(Float32, 2 * self.threads, byte_alignment=4) + tid
             self.fetch_scale(w_scale, cutlass.min(first_n + column, n - 1), scales)
@@ -85,25 +80,14 @@ class Dot(Gemm):
         if cutlass.const_expr(x_scale is not None):
             self.fetch_scale(x_scale, cutlass.min(token, m - 1), scales + self.threads)
         cute.arch.cp_async_commit_group()
-        if cutlass.const_expr(self.staged):
-            for row in cutlass.range_constexpr(self.tokens):
-                start = x[(cutlass.min(row, m - 1), None)].iterator
-                for turn in cutlass.range_constexpr(self.turns):
-                    at = tid * self.vector + turn * self.stride
-                    self.fetch(start, at, copies[(None, turn, row)], at < self.k if self.may_pass(turn) else None)
-            cute.arch.cp_async_commit_group()
-            cute.arch.cp_async_wait_group(0)
-        for row in cutlass.range_constexpr(0 if self.staged else self.tokens):
+        for row in cutlass.range_constexpr(self.tokens):
             start = x[(cutlass.min(row, m - 1), None)].iterator
             for turn in cutlass.range_constexpr(self.turns):
                 self.load(start, tid * self.vector + turn * self.stride, tokens[(None, turn, row)], turn, False)
         acc = cute.make_rmem_tensor((self.outputs, self.tokens), Float32)
         acc.fill(0.0)
         for turn in cutlass.range_constexpr(self.turns):
-            xs = [
-                copies[(None, turn, row)].load().to(Float32) if self.staged else self.values(tokens[(None, turn, row)])
-                for row in range(self.tokens)
-            ]
+            xs = [self.values(tokens[(None, turn, row)]) for row in range(self.tokens)]
             for output in cutlass.range_constexpr(self.outputs):
                 ws = self.values(weights[(None, turn, output)])
                 for row in cutlass.range_constexpr(self.tokens):

@@ -166,17 +166,14 @@ class Split(Gemm):
         if cutlass.const_expr(self.cluster > 1):
             cute.arch.cluster_wait()
         self.share(acc[0], parts, arrived, group, quad, rank * self.warps + warp_index, m, 0)
-        ones = cute.make_rmem_tensor(scales.layout, Float32)
-        ones.fill(1.0)
-        self.store(out, parts, scales, ones, bias, tid, first_n + rank * self.own, m, n)
+        self.store(out, parts, scales, bias, tid, first_n + rank * self.own, m, n)
 
     @cute.jit
     def store(
         self,
         out: cute.Tensor,
         parts: Any,
-        x_scales: cute.Tensor,
-        w_scales: cute.Tensor,
+        scales: cute.Tensor,
         bias: cute.Tensor | None,
         tid: Int32,
         first: Int32,
@@ -186,13 +183,13 @@ class Split(Gemm):
         """Sums up this block's own outputs, from the first on, and stores them."""
         layout = cute.make_layout((self.tokens, self.own, self.parts), stride=(self.pitch, 1, self.tokens * self.pitch))
         sums = cute.make_tensor(cute.recast_ptr(parts, dtype=Float32), layout)
-        for i in cutlass.range_constexpr(cute.size(x_scales)):
+        for i in cutlass.range_constexpr(cute.size(scales)):
             token, column = (tid + i * self.threads) // self.own, (tid + i * self.threads) % self.own
             if token < m and first + column < n and token < self.tokens:
                 total = sums[token, column, 0]
                 for part in cutlass.range_constexpr(1, self.parts):
                     total = total + sums[token, column, part]
-                self.put(out, token, first + column, total * x_scales[i] * w_scales[i], bias)
+                self.put(out, token, first + column, total * scales[i], bias)
 
     @cute.jit
     def fetch_rows(

@@ -8,7 +8,7 @@ from typing import Any
 from cutlass import BFloat16, Float8E4M3FN
 from hdispatch.opspec import Variant
 
-from ..ll_gemm import Program, columns_for, dot, split, stream, warpgroup
+from ..ll_gemm import Program, columns_for, dot, split, warpgroup
 from ..ll_gemm import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
@@ -35,8 +35,6 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
             steps, left = divmod(k, 64 * warps)
             if not left and steps >= 2 and rows * steps <= 16:
                 found.append(split(warps, 1, steps, rows=rows, columns=columns))
-    if columns == 1:
-        found += [stream(8, 2, 3), stream(8, 2, 3, cluster=2)]
     if m <= 2:
         for warps in (8, 4):
             turns, left = divmod(k, 16 * 32 * warps)

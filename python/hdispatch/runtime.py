@@ -41,6 +41,12 @@ class Bundle:
         """Number of rows."""
         return len(self.manifest["rows"])
 
+    def publish(self) -> None:
+        """Serve from this bundle again, where another has been loaded for its device since: without loading its code again."""
+        with _LOADING:
+            _publish(self.device, self, _REGISTERED.get(self.device, []))
+            _LOADED[self.device] = self
+
     def unload(self) -> None:
         """Stop serving from this bundle; its code stays in place for graphs that were captured with it."""
         with _LOADING:

@@ -303,7 +303,7 @@ class Replayed:
 @pytest.fixture
 def replayed(monkeypatch):
     monkeypatch.setattr(Replayed, "made", [], raising=False)
-    monkeypatch.setattr(ops_timing, "_Replay", Replayed)
+    monkeypatch.setattr(ops_timing, "Replay", Replayed)
     return Replayed.made
 
 
@@ -460,7 +460,7 @@ class Replayed:
         return 2.0
     def close(self):
         pass
-ops_timing._Replay = Replayed
+ops_timing.Replay = Replayed
 ops_worker.require_gpu = lambda: torch.device("cpu")
 ops_worker.runtime.load = lambda *_, **__: None
 torch.cuda.synchronize = lambda *_: None

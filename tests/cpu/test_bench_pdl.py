@@ -335,10 +335,10 @@ def test_what_fails_while_it_is_timed_is_named(bundle, clock, monkeypatch):
 def test_the_order_is_random_and_the_seeds(bundle, clock, monkeypatch):
     def order_of(seed: int) -> list[bool]:
         taken: list[bool] = []
-        real = hdispatch.bench.pdl.publish
-        monkeypatch.setattr(pdl, "publish", lambda bundle: (taken.append(bundle.pdl), real(bundle)))
+        real = hdispatch.runtime.Bundle.publish
+        monkeypatch.setattr(hdispatch.runtime.Bundle, "publish", lambda bundle: (taken.append(bundle.pdl), real(bundle)))
         pdl.run(options(bundle, chains=("cubin",), ms=(1,), rounds=20, seed=seed))
-        monkeypatch.setattr(pdl, "publish", real)
+        monkeypatch.setattr(hdispatch.runtime.Bundle, "publish", real)
         return taken
 
     first = order_of(1)

@@ -498,6 +498,19 @@ def test_loading_replacing_unloading(tmp_path):
     assert "manifest" not in repr(second)
 
 
+def test_a_bundle_serves_again(tmp_path):
+    first = hdispatch.load(toy.write(tmp_path / "first"), driver="null")
+    second = hdispatch.load(toy.write(tmp_path / "second", toy.manifest(sizes=(64,))), driver="null")
+    assert hdispatch.ops.toy.pick(4, 512) is None
+    first.publish()
+    assert list(hdispatch.loaded()) == [first]
+    assert hdispatch.ops.toy.pick(4, 512) is not None
+    second.unload()
+    assert hdispatch.ops.toy.pick(4, 512) is not None, "what does not serve is not unloaded in the place of what does"
+    first.unload()
+    assert not hdispatch.loaded()
+
+
 def test_a_bundle_may_be_deleted_once_loaded(good):
     for name in ALL_FILES:
         (good.folder / name).unlink()

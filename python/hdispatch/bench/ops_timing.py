@@ -22,8 +22,6 @@ from .paths import first_line
 #: What one replay of a graph should take, in µs, and how many launches it has at most.
 REPLAY_US = 600.0
 MOST_LAUNCHES = 256
-#: GPU cycles that a replay waits for, so that it is in the stream before the first event is recorded.
-HEAD_START = 150_000
 #: For guessing the time of a launch before it is measured: bytes and operations per µs, and the least a launch takes.
 GUESS_BYTES, GUESS_FLOPS, GUESS_LEAST = 3.5e6, 0.8e9, 1.7
 
@@ -58,14 +56,6 @@ class Measured:
 Binder = Callable[[str, Sequence[Any]], peers.Bound | None]
 
 
-class _Replay(Replay):
-    """A replay whose figure leaves out the launch of the graph itself."""
-
-    def time(self, replays: int = 1) -> float:
-        torch.cuda._sleep(HEAD_START)  # type: ignore[no-untyped-call]
-        return super().time(replays)
-
-
 def make_arguments(cell: Cell, device: torch.device, seed: int = 0) -> list[Any]:
     """Random arguments of a cell, laid out as vLLM has them."""
     spec = ops.spec(cell["op"])
@@ -87,7 +77,7 @@ def measure(cell: Cell, binders: Mapping[str, Binder], device: torch.device, rou
         for path, bind in binders.items():
             try:
                 if calls := _calls(bind, cell["op"], sets):
-                    replays[path] = _Replay(calls, launch_count(moved, flops, len(sets)))
+                    replays[path] = Replay(calls, launch_count(moved, flops, len(sets)))
             except Exception as error:  # a peer fails in any way it likes, and the others still run
                 result.failures.append({**cell, "path": path, "reason": first_line(error)})
         for path, times in interleave(replays, rounds, order).items():
@@ -139,7 +129,7 @@ def copy_bandwidth(device: torch.device, size: int = 2**31, repeats: int = 15) -
     A kernel, not `copy_`: in a graph that is a copy engine's, which on an H200 reaches 2.7 TB/s of 4.3.
     """
     source, target = (torch.zeros(size // 4, dtype=torch.float32, device=device) for _ in range(2))
-    copy = _Replay([functools.partial(torch.neg, source, out=target)], 3)
+    copy = Replay([functools.partial(torch.neg, source, out=target)], 3)
     seconds = statistics.median(copy.time() for _ in range(repeats)) * 1e-6
     copy.close()
     return 2 * size / seconds

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
-from .. import _C, ops, runtime
+from .. import ops, runtime
 from ..errors import HdispatchError
 from ..testing.device_timer import Replay, elapsed_us
 from ..testing.host_timer import Batch, interleave, quiet, summarize
@@ -204,7 +204,7 @@ def _prepare(current: _Run, name: str, m: int) -> None:
         start, calls = chain.start(), chain.calls()
         replays: dict[bool, Replay] = {}
         for pdl, bundle in current.bundles.items():
-            publish(bundle)
+            bundle.publish()
             chain.restart(start)
             replays[pdl] = Replay(calls, GRAPH_PASSES * len(calls))
             current.replays.append(replays[pdl])
@@ -236,13 +236,6 @@ def served_by(chain: Chain, bundle: runtime.Bundle) -> list[Served]:
             raise Unavailable(f"{where} is served by a {record['launcher']} record; the chain is to have {step.launcher}")
         found.append({"op": step.op, "K": k, "N": n, "launcher": record["launcher"], "backend": record["backend"]})
     return found
-
-
-def publish(bundle: runtime.Bundle) -> None:
-    """Let a bundle that is loaded serve again: without the 0.1 s that loading it once more would take."""
-    if bundle._table is None:
-        raise HdispatchError(f"{bundle.folder} was not loaded by hdispatch.load")
-    _C.publish(bundle._table)
 
 
 def _require_equal(label: str, chain: Chain, replays: dict[bool, Replay]) -> None:
@@ -278,7 +271,7 @@ def _eager_batch(
                 call()
 
     def batch() -> float:
-        publish(bundle)
+        bundle.publish()
         chain.restart(start)
         passes(1)
         return elapsed_us(lambda: passes(EAGER_PASSES), head_start) * 1e3 / EAGER_PASSES
