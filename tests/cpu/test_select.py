@@ -354,7 +354,7 @@ def test_time_left():
     assert tune.time_left(60, 1, 5) == ", 4 min 0 s left"
 
 
-def test_a_time_is_the_mean_of_graph_and_stream(tmp_path):
+def test_a_time_is_the_mean_of_the_ways(tmp_path):
     lines = [
         line(64, 0, "graph", 10.0, stream_us=14.0),
         line(64, 0, "stream", 10.4, stream_us=11.0),
@@ -365,10 +365,24 @@ def test_a_time_is_the_mean_of_graph_and_stream(tmp_path):
     assert picks(tmp_path, {"K": 64})[0] == "stream"
     first = json.loads(report.path.with_suffix(".tuned.json").read_text())["times"][0]
     assert (first["us"], first["best_us"]) == (10.7, 10.7)
-    both = select.Measured(SPEC, lines).times[(("K", 64),), 0]["any", 64, 0]
-    assert {config.config: us for config, us in both.items()} == pytest.approx(
-        {'{"name":"graph"}': 12.0, '{"name":"stream"}': 10.7, '{"name":"far"}': 13.0 * 10.7 / 10.0}
-    )
+    assert times_at_64(lines) == pytest.approx({"graph": 12.0, "stream": 10.7, "far": 13.0 * 10.7 / 10.0})
+
+
+def test_a_cell_on_the_same_buffers_too(tmp_path):
+    lines = [
+        line(64, 0, "cold", 10.0, stream_us=11.0, warm_us=12.0),
+        line(64, 0, "warm", 10.4, stream_us=11.2, warm_us=8.4),
+        line(64, 0, "far", 13.0, stream_us=13.4),
+        *table(512, a=[100.0] * 4),
+    ]
+    run(lines, tmp_path)
+    assert picks(tmp_path, {"K": 64})[0] == "warm"
+    assert times_at_64(lines) == pytest.approx({"cold": 11.0, "warm": 10.0, "far": 13.0})
+
+
+def times_at_64(lines):
+    found = select.Measured(SPEC, lines).times[(("K", 64),), 0]["any", 64, 0]
+    return {json.loads(config.config)["name"]: us for config, us in found.items()}
 
 
 def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_path):

@@ -116,9 +116,9 @@ class FakeDevice(measure.Device):
         return TIMES[self.current]
 
     def replay(self, calls: Sequence[measure.Call], launches: int) -> FakeReplay:
-        """As told."""
-        assert launches >= len(calls)
-        self.replays.append(FakeReplay(TIMES[self.current]))
+        """As told; half of it on the same buffers."""
+        assert launches >= 64
+        self.replays.append(FakeReplay(TIMES[self.current] / (2 if len(calls) == 1 else 1)))
         return self.replays[-1]
 
     def queued(self, serve: measure.Serve, calls: Sequence[measure.Call]) -> FakeReplay:  # noqa: ARG002
@@ -163,6 +163,10 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
         "fast": 11.0,
         "near": 9.0,
     }, "those that are far behind in a graph are not timed in a stream"
+    assert {name: each["warm_us"] for name, each in found[2].items() if "warm_us" in each} == {
+        "fast": TIMES["fast"] / 2,
+        "near": TIMES["near"] / 2,
+    }
     assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
     assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())
     assert (one["compile_seconds"], one["gpu"], one["M"], one["status"]) == (1.5, "NVIDIA Toy", 16, "ok")
@@ -172,6 +176,12 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
     assert "toy bfloat16 K=64 N=0 bucket 2" in seen[0][2]
     with hdispatch.strict(), pytest.raises(hdispatch.MissError, match="no bundle"):
         toy.OP(*toy.arguments())
+
+
+def test_what_is_too_large_for_l2_is_not_timed_warm(bundle, tmp_path, monkeypatch):
+    monkeypatch.setattr(measure, "WARM_BYTES", 64)
+    measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(limit=1), device=FakeDevice())
+    assert not any("warm_us" in each for each in timings.read(tmp_path / "t.jsonl"))
 
 
 def test_a_second_run_does_the_rest(bundle, tmp_path):

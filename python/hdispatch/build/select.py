@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import BuildError
 from ..opspec import SYMBOLS, OpSpec
@@ -28,6 +28,8 @@ CHANGE = 0.25
 MAX_BRANCHES = 200_000
 #: The regret that drawing takes for a slot that no config of a set was measured in.
 UNSERVED = 1.0
+#: Further times of a candidate, besides `us`.
+WAYS: tuple[Literal["stream_us", "warm_us"], ...] = ("stream_us", "warm_us")
 
 #: Sizes of a key as sorted items, without M: (("K", 4096),); and a bucket.
 Shape = tuple[tuple[str, int], ...]
@@ -259,14 +261,19 @@ class Measured:
 
 
 def _weighed(found: Mapping[ConfigKey, Timing]) -> dict[ConfigKey, float]:
-    """A cell's µs: the mean of a launch in a graph and of one in a stream, as both are how an op is used.
+    """A cell's µs: the mean over the ways in which the cell's candidates were timed, as an op is used in all of them.
 
-    One that was so far behind in a graph that it was not timed in a stream is as far behind the best of both.
+    One that was so far behind in a graph that it was not timed otherwise is as far behind the best of all.
     """
     in_graph = {config: timing["us"] for config, timing in found.items()}
-    both = {c: (timing["us"] + timing["stream_us"]) / 2 for c, timing in found.items() if "stream_us" in timing}
-    factor = min(both.values()) / min(in_graph.values()) if both else 1.0
-    return {config: both.get(config, us * factor) for config, us in in_graph.items()}
+    ways = [way for way in WAYS if any(way in timing for timing in found.values())]
+    means = {
+        config: statistics.fmean([timing["us"], *(timing[way] for way in ways)])
+        for config, timing in found.items()
+        if ways and all(way in timing for way in ways)
+    }
+    factor = min(means.values()) / min(in_graph.values()) if means else 1.0
+    return {config: means.get(config, us * factor) for config, us in in_graph.items()}
 
 
 def _named(spec: OpSpec) -> list[str]:

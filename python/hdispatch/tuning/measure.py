@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, Protocol, TypedDict
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, get_args
 
 import torch
 
@@ -38,11 +38,15 @@ HOPELESS = 3.0
 REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
 #: Launches that are made one by one.
 QUEUED_LAUNCHES = 64
+#: Calls of no more bytes are also timed on the same buffers: an eighth of L2, where they may still be when the op comes again.
+WARM_BYTES = 6 * 2**20
 #: Calls that the estimate is taken over.
 ESTIMATE_CALLS = 4
 #: Tensors with more elements than this are checked with fewer rows, if the bucket has fewer: the reference is slow.
 CHECKED_ELEMENTS = 2**26
 
+#: How launches are timed: in a graph whose buffers rotate, one by one in a stream, and in a graph on the same buffers.
+How = Literal["graph", "stream", "warm"]
 Call = Callable[[], object]
 #: Publishes a candidate's table.
 Serve = Callable[[], None]
@@ -290,10 +294,8 @@ class _Outcome:
     status: Status = "ok"
     why: str = ""
     estimate: float | None = None
-    replay: Timeable | None = None
-    queued: Timeable | None = None
-    times: list[float] = field(default_factory=list)
-    stream_times: list[float] = field(default_factory=list)
+    runs: dict[How, Timeable] = field(default_factory=dict)
+    times: dict[How, list[float]] = field(default_factory=dict)
 
 
 class _Bench:
@@ -313,9 +315,8 @@ class _Bench:
             subject = _Subject(cell, self.device, seed)
             for index, outcome in outcomes.items():
                 self._prepare(cell, index, subject, outcome, _best(outcomes))
-                for timeable in (outcome.replay, outcome.queued):
-                    if timeable is not None:
-                        stack.callback(timeable.close)
+                for timeable in outcome.runs.values():
+                    stack.callback(timeable.close)
                 if outcome.status == "fatal":
                     outcomes = {index: outcome}
                     stack.pop_all()  # nothing can be freed in a broken context
@@ -334,8 +335,10 @@ class _Bench:
             if outcome.estimate <= HOPELESS * best:
                 launches = round(REPLAY_US / max(outcome.estimate, 1e-3))
                 launches = max(LEAST_LAUNCHES, len(calls), min(launches, MOST_LAUNCHES))
-                outcome.replay = self.device.replay(calls, launches)
-                outcome.queued = self.device.queued(serve, calls)
+                outcome.runs["graph"] = self.device.replay(calls, launches)
+                outcome.runs["stream"] = self.device.queued(serve, calls)
+                if subject.bytes <= WARM_BYTES:
+                    outcome.runs["warm"] = self.device.replay(calls[:1], launches)
         except MismatchError as error:
             outcome.status, outcome.why = "wrong", str(error)
         except torch.OutOfMemoryError:  # says nothing about the candidate
@@ -367,17 +370,15 @@ class _Bench:
         )
 
     def _time(self, outcomes: Mapping[int, _Outcome]) -> None:
-        """In graphs; those that are not far behind there also launched one by one, as they are without graphs."""
-        replays = {str(index): outcome.replay for index, outcome in outcomes.items() if outcome.replay is not None}
-        for name, times in interleave(replays, ROUNDS, self.order, EARLY_STOP).items():
-            outcomes[int(name)].times = times
-        queued = {
-            str(index): outcome.queued
-            for index, outcome in outcomes.items()
-            if outcome.queued is not None and len(outcome.times) == ROUNDS
-        }
-        for name, times in interleave(queued, ROUNDS, self.order, EARLY_STOP).items():
-            outcomes[int(name)].stream_times = times
+        """In graphs; those that are not far behind there in the other ways too."""
+        for how in get_args(How):
+            running = {
+                str(index): outcome.runs[how]
+                for index, outcome in outcomes.items()
+                if how in outcome.runs and (how == "graph" or len(outcome.times["graph"]) == ROUNDS)
+            }
+            for name, times in interleave(running, ROUNDS, self.order, EARLY_STOP).items():
+                outcomes[int(name)].times[how] = times
 
     def _line(self, cell: Cell, index: int, outcome: _Outcome, seconds: float) -> Timing:
         record = self.bundle["manifest"]["records"][index]
@@ -396,7 +397,7 @@ class _Bench:
             "status": outcome.status,
             "why": outcome.why,
             **_times(outcome),
-            "rounds": len(outcome.times),
+            "rounds": len(outcome.times.get("graph", ())),
             "compile_seconds": origin["seconds"],
             "device_seconds": round(seconds, 4),
             "gpu": self.device.describe(),
@@ -410,6 +411,7 @@ class _Times(TypedDict):
     q1: NotRequired[float]
     q3: NotRequired[float]
     stream_us: NotRequired[float]
+    warm_us: NotRequired[float]
 
 
 def _times(outcome: _Outcome) -> _Times:
@@ -418,10 +420,12 @@ def _times(outcome: _Outcome) -> _Times:
         return {}
     if not outcome.times:
         return {"us": round(outcome.estimate, 4)}
-    q1, us, q3 = statistics.quantiles(outcome.times, n=4, method="inclusive")
+    q1, us, q3 = statistics.quantiles(outcome.times["graph"], n=4, method="inclusive")
     found: _Times = {"us": round(us, 4), "q1": round(q1, 4), "q3": round(q3, 4)}
-    if outcome.stream_times:
-        found["stream_us"] = round(statistics.median(outcome.stream_times), 4)
+    if "stream" in outcome.times:
+        found["stream_us"] = round(statistics.median(outcome.times["stream"]), 4)
+    if "warm" in outcome.times:
+        found["warm_us"] = round(statistics.median(outcome.times["warm"]), 4)
     return found
 
 
@@ -450,8 +454,8 @@ class _Subject:
         self.want = copied(self.checked)
         spec.reference(*self.want)
         self.right: list[Any] | None = None
-        moved = sum(t.numel() * t.element_size() for t in _tensors(arguments))
-        self.sets = [copied(arguments) for _ in range(rotation_count(moved))]
+        self.bytes = sum(t.numel() * t.element_size() for t in _tensors(arguments))
+        self.sets = [copied(arguments) for _ in range(rotation_count(self.bytes))]
 
     def check(self) -> None:
         """Call the published candidate once. `MismatchError` if it is not right, `MissError` if it is not launched."""

@@ -50,6 +50,7 @@ class Timing(TypedDict):
     us, q1, q3      median and quartiles over `rounds`; a loser has fewer rounds than the winner, one far behind has none
                     and its us is an estimate
     stream_us       median of launches that are made one by one, for those that are not far behind in a graph
+    warm_us         likewise median in a graph on the same buffers, of calls small enough to be found in L2 again
     compile_seconds what generating and compiling the record took, once for all of its cells
     device_seconds  this candidate's share of the time that its cell took on the GPU machine
     """
@@ -70,6 +71,7 @@ class Timing(TypedDict):
     q1: NotRequired[float]
     q3: NotRequired[float]
     stream_us: NotRequired[float]
+    warm_us: NotRequired[float]
     rounds: int
     compile_seconds: float
     device_seconds: float
