@@ -33,7 +33,7 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
         for warps in (2, 4, 5, 7, 8, 10, 14):
             steps, left = divmod(2 * k, 64 * cluster * warps)
             if not left and 2 <= steps <= 8:
-                found.append(split(warps, cluster, steps, columns=columns))
+                found += [split(warps, cluster, steps, columns=columns, trigger=trigger) for trigger in (0, 1)]
     for rows, cluster in ((8, 4), (16, 4), (16, 2), (16, 1)):
         stages = min(200 // ((rows + 8 * columns) // 4), -(-k // (128 * cluster)))
         found.append(warpgroup(rows, columns, 2, stages, cluster))
@@ -43,5 +43,5 @@ def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any
             if not left:
                 several = (1, 2) if m == 1 else (1,)
                 fitting = [outputs for outputs in several if turns * (outputs + m) <= _VECTORS]
-                found += [dot(warps, outputs, m, trigger) for outputs in fitting for trigger in (0, 2)]
+                found += [dot(warps, outputs, m, trigger) for outputs in fitting for trigger in (0, 1, 2)]
     return found

@@ -184,6 +184,10 @@ def test_what_is_too_large_for_l2_is_not_timed_warm(bundle, tmp_path, monkeypatc
     assert not any("warm_us" in each for each in timings.read(tmp_path / "t.jsonl"))
 
 
+def test_short_launches_are_many():
+    assert [measure.launch_count(us) for us in (0.0, 1.5, 8.0, 10.0, 100.0, 1e6)] == [256, 256, 256, 50, 5, 4]
+
+
 def test_a_second_run_does_the_rest(bundle, tmp_path):
     out = tmp_path / "t.jsonl"
     first = measure.measure(bundle, out, measure.Options(limit=1), device=FakeDevice())

@@ -36,6 +36,8 @@ EARLY_STOP = {2: 1.25, 4: 1.08}
 HOPELESS = 3.0
 #: What one replay takes, in µs, and the fewest and most launches in it.
 REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
+#: An estimate of no more µs may be the host's: the launch takes less.
+HOST_US = 8.0
 #: Launches that are made one by one.
 QUEUED_LAUNCHES = 64
 #: Calls of no more bytes are also timed on the same buffers: an eighth of L2, where they may still be when the op comes again.
@@ -333,8 +335,7 @@ class _Bench:
             calls = subject.calls()
             outcome.estimate = self.device.estimate(calls)
             if outcome.estimate <= HOPELESS * best:
-                launches = round(REPLAY_US / max(outcome.estimate, 1e-3))
-                launches = max(LEAST_LAUNCHES, len(calls), min(launches, MOST_LAUNCHES))
+                launches = max(launch_count(outcome.estimate), len(calls))
                 outcome.runs["graph"] = self.device.replay(calls, launches)
                 outcome.runs["stream"] = self.device.queued(serve, calls)
                 if subject.bytes <= WARM_BYTES:
@@ -503,6 +504,14 @@ def checked_rows(ladder: Sequence[int], bucket: int, elements: int) -> int:
     if elements <= CHECKED_ELEMENTS or edge % 16:
         return edge
     return min(edge, (first + 15) // 16 * 16)
+
+
+def launch_count(estimate: float) -> int:
+    """Launches of a replay. Short ones get the most: under PDL kernels that release their successors at once pile up, which
+    shows after some hundred of them."""
+    if estimate <= HOST_US:
+        return MOST_LAUNCHES
+    return max(LEAST_LAUNCHES, min(round(REPLAY_US / estimate), MOST_LAUNCHES))
 
 
 def class_of(m: int) -> MClass:
