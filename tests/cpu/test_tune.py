@@ -29,7 +29,7 @@ from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
 # ---- measuring: a toy bundle, the null driver, a fake timer ----
 
 #: config -> µs
-TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.0, "loser": 20.0, "hopeless": 50.0}
+TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.5, "loser": 20.0, "hopeless": 50.0}
 
 
 def toy_record(name: str, **changes: Any) -> dict[str, Any]:
@@ -58,12 +58,13 @@ class FakeReplay:
     """Takes the time that it is told."""
 
     def __init__(self, us: float) -> None:
-        self.us, self.open, self.timed = us, True, 0
+        self.us, self.open, self.timed, self.in_a_row = us, True, 0, 0
 
-    def time(self, _replays: int = 1) -> float:
+    def time(self, replays: int = 1) -> float:
         """One replay."""
         assert self.open
         self.timed += 1
+        self.in_a_row = replays
         return self.us
 
     def close(self) -> None:
@@ -166,6 +167,10 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
     assert {name: each["warm_us"] for name, each in found[2].items() if "warm_us" in each} == {
         "fast": TIMES["fast"] / 2,
         "near": TIMES["near"] / 2,
+    }
+    assert {(replay.us, replay.in_a_row) for replay in device.replays if replay.timed} == {
+        *((us, 1) for us in (*list(TIMES.values())[:4], 11.0, 9.0)),
+        *((TIMES[name] / 2, measure.WARM_REPLAYS) for name in ("fast", "near")),
     }
     assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
     assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())

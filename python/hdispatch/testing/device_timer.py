@@ -154,19 +154,24 @@ def timing_event() -> torch.cuda.Event:
 
 
 def interleave(
-    replays: Mapping[str, Timed], rounds: int, rng: random.Random, early_stop: Mapping[int, float] | None = None
+    replays: Mapping[str, Timed],
+    rounds: int,
+    rng: random.Random,
+    early_stop: Mapping[int, float] | None = None,
+    in_a_row: int = 1,
 ) -> dict[str, list[float]]:
     """Microseconds per launch of every replay, one figure per round, in a new random order in each round.
 
     early_stop   after so many rounds -> drop those whose median exceeds the best median by more than this factor. Those
                  dropped keep the figures they have: their lists are shorter.
+    in_a_row     a figure is the mean of so many replays without a pause
     """
     times: dict[str, list[float]] = {name: [] for name in replays}
     running = list(replays)
     for done in range(1, rounds + 1):
         rng.shuffle(running)
         for name in running:
-            times[name].append(replays[name].time())
+            times[name].append(replays[name].time(in_a_row))
         if early_stop and done in early_stop:
             medians = {name: statistics.median(times[name]) for name in running}
             limit = min(medians.values(), default=0.0) * early_stop[done]

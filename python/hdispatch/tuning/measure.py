@@ -31,7 +31,7 @@ from .timings import CellKey, ConfigKey, Status, Timing
 
 #: Rounds in which every candidate is timed once, and after how many of them those slower than the best by which factor go.
 ROUNDS = 9
-EARLY_STOP = {2: 1.25, 4: 1.08}
+EARLY_STOP = {2: 1.25, 4: 1.12}
 #: Candidates further behind than this, by a first estimate, are not timed in a graph at all.
 HOPELESS = 3.0
 #: What one replay takes, in µs, and the fewest and most launches in it.
@@ -42,6 +42,9 @@ HOST_US = 8.0
 QUEUED_LAUNCHES = 64
 #: Calls of no more bytes are also timed on the same buffers: an eighth of L2, where they may still be when the op comes again.
 WARM_BYTES = 6 * 2**20
+#: Replays in a row of those: under PDL kernels that release their successors at once pile up on some SMs, which shows after
+#: some hundred launches and costs up to 20 %.
+WARM_REPLAYS = 4
 #: Calls that the estimate is taken over.
 ESTIMATE_CALLS = 4
 #: Tensors with more elements than this are checked with fewer rows, if the bucket has fewer: the reference is slow.
@@ -378,7 +381,8 @@ class _Bench:
                 for index, outcome in outcomes.items()
                 if how in outcome.runs and (how == "graph" or len(outcome.times["graph"]) == ROUNDS)
             }
-            for name, times in interleave(running, ROUNDS, self.order, EARLY_STOP).items():
+            in_a_row = WARM_REPLAYS if how == "warm" else 1
+            for name, times in interleave(running, ROUNDS, self.order, EARLY_STOP, in_a_row).items():
                 outcomes[int(name)].times[how] = times
 
     def _line(self, cell: Cell, index: int, outcome: _Outcome, seconds: float) -> Timing:
@@ -507,8 +511,7 @@ def checked_rows(ladder: Sequence[int], bucket: int, elements: int) -> int:
 
 
 def launch_count(estimate: float) -> int:
-    """Launches of a replay. Short ones get the most: under PDL kernels that release their successors at once pile up, which
-    shows after some hundred of them."""
+    """Launches of a replay, by the estimate of one; the most where that may be the host's time."""
     if estimate <= HOST_US:
         return MOST_LAUNCHES
     return max(LEAST_LAUNCHES, min(round(REPLAY_US / estimate), MOST_LAUNCHES))
