@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,16 @@ def draw(result: Result, file: Path) -> None:
     if not panels:
         raise HdispatchError("nothing was measured; there is nothing to draw")
     models = [model.name for model in MODELS] + ["other"]
-    models = [name for name in models if any(each["model"] == name for timings in panels.values() for each in timings)]
-    figure = Figure(figsize=(1 + 4.6 * len(models), 0.8 + 3.1 * len(panels)), layout="constrained")
-    grid = figure.subplots(len(panels), len(models), squeeze=False, sharex=True)
+    columns = max(len(_models(timings)) for timings in panels.values())
+    figure = Figure(figsize=(1 + 4.6 * columns, 0.8 + 3.1 * len(panels)), layout="constrained")
+    grid = figure.subplots(len(panels), columns, squeeze=False, sharex=True)
     for row, ((op, variant), timings) in zip(grid, panels.items(), strict=True):
-        for axes, model in zip(row, models, strict=True):
-            _panel(axes, [each for each in timings if each["model"] == model])
-            axes.set_title(f"{name_of(result, op, variant)}, {model}", fontsize=8, loc="left")
+        present = sorted(_models(timings), key=models.index)
+        for axes, model in itertools.zip_longest(row, present):
+            axes.set_visible(model is not None)
+            if model is not None:
+                _panel(axes, [each for each in timings if each["model"] == model])
+                axes.set_title(f"{name_of(result, op, variant)}, {model}", fontsize=8, loc="left")
     for axes in grid[-1]:
         axes.set_xlabel("M")
     figure.suptitle(
@@ -42,6 +46,10 @@ def draw(result: Result, file: Path) -> None:
         figure.savefig(file, dpi=100)
     except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
         raise HdispatchError(f"cannot write {file}: {error}") from error
+
+
+def _models(timings: list[Timing]) -> set[str]:
+    return {each["model"] for each in timings}
 
 
 def _panel(axes: Any, timings: list[Timing]) -> None:
