@@ -183,10 +183,17 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
         toy.OP(*toy.arguments())
 
 
-def test_what_is_too_large_for_l2_is_not_timed_warm(bundle, tmp_path, monkeypatch):
-    monkeypatch.setattr(measure, "WARM_BYTES", 64)
+@pytest.mark.parametrize("limit", ["WARM_BYTES", "WARM_WEIGHTS"])
+def test_what_no_l2_keeps_is_not_timed_warm(bundle, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(measure, limit, 64)
     measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(limit=1), device=FakeDevice())
     assert not any("warm_us" in each for each in timings.read(tmp_path / "t.jsonl"))
+
+
+def test_weights_have_the_same_size_for_every_m():
+    spec = hdispatch.ops.spec("ll_gemm_fp8")
+    names = [arg.name for arg in spec.args]
+    assert measure.weights(spec, names) == ["w", "w_scale"]
 
 
 def test_short_launches_are_many():
