@@ -69,6 +69,10 @@ class TensorArg:
             return (0,)
         return {"contiguous": (), "rows": (0,), "columns": (1,), "any": tuple(range(len(self.dims)))}[self.layout]
 
+    def symbols(self) -> set[str]:
+        """The symbols that its dimensions come from: {"M", "K"} for ("M", "K/128")."""
+        return {symbol for dim in self.dims if (symbol := parse_dim(dim).symbol) in SYMBOLS and symbol is not None}
+
 
 @dataclass(frozen=True)
 class FloatArg:
@@ -188,7 +192,7 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
         for arg in self.tensors():
             self._check_tensor(arg)
-        unbound = {s for arg in self.tensors() for s in _symbols(arg)} | {"M"}
+        unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
         unbound -= {s for s in SYMBOLS if self.binder(s) is not None}
         if unbound:
             raise HdispatchError(f"{self.name}: no tensor carries the sizes {sorted(unbound)} plainly")
@@ -357,10 +361,6 @@ def _has_default(arg: Arg) -> bool:
     if isinstance(arg, TensorArg):
         return arg.optional
     return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg)) and arg.default is not None)
-
-
-def _symbols(arg: TensorArg) -> set[str]:
-    return {symbol for dim in arg.dims if (symbol := parse_dim(dim).symbol) in SYMBOLS and symbol is not None}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

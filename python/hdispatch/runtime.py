@@ -42,7 +42,12 @@ class Bundle:
         return len(self.manifest["rows"])
 
     def publish(self) -> None:
-        """Serve from this bundle again, where another has been loaded for its device since: without loading its code again."""
+        """Serve from this bundle again, where another has been loaded for its device since: without loading its code again.
+
+        HdispatchError for one that `load` did not make.
+        """
+        if self._table is None:
+            raise HdispatchError(f"{self.folder} was not loaded by hdispatch.load")
         with _LOADING:
             _publish(self.device, self, _REGISTERED.get(self.device, []))
             _LOADED[self.device] = self

@@ -1,4 +1,4 @@
-"""Cells and results of the op benchmark, as test_bench_ops.py and test_bench_low_latency.py make them up."""
+"""Cells, arguments and results of the op benchmark, as its tests make them up."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ from hdispatch.bench import ops_grid, peers
 from hdispatch.bench.ops_grid import Cell
 
 QUANT = "dynamic_per_token_scaled_fp8_quant"
+SMALL = {"M": 5, "K": 1024, "N": 512}
+#: The ops that are measured, of those that are installed.
+MEASURED = [op for op in ops_grid.SIZES if op in hdispatch.ops.names()]
+
+
+def arguments_of(op: str, sizes: dict[str, int] = SMALL) -> list:
+    """An op's arguments, on the CPU, as vLLM has them."""
+    spec = hdispatch.ops.spec(op)
+    arguments = spec.sample(spec.typical_variant(), sizes, torch.device("cpu"), torch.Generator().manual_seed(1))
+    return peers.arrange(spec, arguments)
 
 
 def cell(op: str = QUANT, m: int = 16, label: str = "hidden", model: str = "Qwen3-8B", mode: str = "warm", **sizes) -> Cell:
@@ -48,6 +58,21 @@ def pair(ours: float, theirs: float, peer: str = peers.VLLM, **given) -> list[di
 
 def eager(path: str, us: float, label: str = "hidden", op: str = QUANT) -> dict:
     return {"op": op, "variant": "bfloat16", "label": label, "m": 16, "path": path, "median_us": us, "q1_us": us, "q3_us": us}
+
+
+def whole_result() -> dict:
+    """A result with something of everything."""
+    gemms = [
+        timing(path, us, moved=25 * 10**6, flops=10**6, op="scaled_mm", label="qkv", m=m, mode=mode)
+        for m in (1, 8192) for mode in ("warm", "rotated") for path, us in ((peers.OURS, 7), (peers.VLLM, 6.5))
+    ]  # fmt: skip
+    quants = [each for m in (1, 16, 8192) for each in pair(2, 3 - m / 8192 * 2, m=m)]
+    quants += [timing(peers.COMPILE, 5, m=1), timing(peers.OURS, 30, moved=100 * 10**6, m=8192, mode="rotated")]
+    rows = [eager(peers.OURS, 2.5), eager(peers.OURS_TORCH, 2.6), eager(peers.VLLM, 7)]
+    compile_ = {"options": {}, "processes": 4, "cells": 1, "of": 2, "ms": [1], "seconds": 20.0, "seconds_per_cell": 3.5}
+    failed = [{**cell(m=m), "path": peers.COMPILE, "reason": "it broke"} for m in (16, 64)]
+    skipped = {"3 warm cells": "--seconds 60 had passed"}
+    return result([*gemms, *quants], rows, compile=compile_, failures=failed, skipped=skipped)
 
 
 def sample_few(op: str, m: int = 3, k: int = 64, n: int = 32, variant: str = "") -> list[torch.Tensor]:

@@ -509,6 +509,8 @@ def test_a_bundle_serves_again(tmp_path):
     assert hdispatch.ops.toy.pick(4, 512) is not None, "what does not serve is not unloaded in the place of what does"
     first.unload()
     assert not hdispatch.loaded()
+    with pytest.raises(hdispatch.HdispatchError, match=r"somewhere was not loaded by hdispatch\.load"):
+        hdispatch.Bundle(tmp_path / "somewhere", first.manifest, -1).publish()
 
 
 def test_a_bundle_may_be_deleted_once_loaded(good):

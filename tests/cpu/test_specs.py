@@ -247,7 +247,8 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     for entry in file.entries:
         assert entry in picked, f"{file.path}: serves nothing: {entry}"
         assert entry.backend in {None, *backends}
-        assert '"tensor_descriptor"' not in json.dumps(entry.config), f"{file.path}: descriptors need scratch memory"
+        text = json.dumps(entry.config).replace('"host_tensor_descriptors": false', "")
+        assert "tensor_descriptor" not in text, f"{file.path}: descriptors need scratch memory"
         if (entry.backend or next(name for name in BACKENDS if name in backends)) != "cutedsl":
             assert entry.config["num_warps"] in (1, 2, 4, 8, 16, 32)
 

@@ -37,7 +37,8 @@ kept. No GPU is needed; what was compiled before comes from the build cache.
 
 MEASURE = """\
 Measure the candidates of DIR through the C++ launcher: against the reference first (what is wrong is never timed), then
-against each other: replayed CUDA graphs, buffers that rotate past L2, random order in every round, losers dropped early.
+against each other, in random order in every round, losers dropped early: in replayed CUDA graphs on buffers that rotate past
+L2; those not far behind there also launched one by one, and on the same buffers where L2 would still hold them.
 One line of JSON per candidate and size is appended to FILE; a run that was stopped or killed goes on where it was.
 """
 

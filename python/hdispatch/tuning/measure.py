@@ -486,7 +486,7 @@ def weights(spec: OpSpec, arguments: Sequence[Any]) -> list[Any]:
     return [
         value
         for arg, value in zip(spec.args, arguments, strict=True)
-        if isinstance(arg, TensorArg) and not any("M" in str(size) for size in arg.dims)
+        if isinstance(arg, TensorArg) and "M" not in arg.symbols()
     ]
 
 

@@ -1,0 +1,320 @@
+"""Measuring candidates: the control flow, with a toy bundle, the null driver and a fake timer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import hdispatch
+import pytest
+import torch
+import toy
+from hdispatch.cli.main import main
+from hdispatch.errors import BundleError, HdispatchError
+from hdispatch.manifest import MANIFEST_NAME
+from hdispatch.tuning import measure, timings
+from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
+
+#: config -> µs
+TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.5, "loser": 20.0, "hopeless": 50.0}
+
+
+def toy_record(name: str, **changes: Any) -> dict[str, Any]:
+    record = toy.record()
+    return {**record, "config": {"name": name}, **changes}
+
+
+def write_candidates(folder: Path, records: Sequence[dict[str, Any]], cells: Sequence[dict[str, Any]] | None = None) -> Path:
+    """A candidate bundle of the toy op: every record competes in two cells, M = 4 and M = 16 of K = 64."""
+    manifest = {**toy.manifest(), "records": list(records), "rows": []}
+    toy.write(folder, manifest)
+    indices = list(range(len(records)))
+    common = {"op": "toy", "variant": "bfloat16", "K": 64, "N": 0, "records": indices}
+    content = {
+        "version": 1,
+        "manifest": hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest(),
+        "cells": cells or [{**common, "bucket": 2, "M": 4}, {**common, "bucket": 4, "M": 16}],
+        "origins": [{"generic": [], "seconds": 1.5} for _ in records],
+        "dropped": [],
+    }
+    (folder / CANDIDATES_NAME).write_text(json.dumps(content))
+    return folder
+
+
+class FakeReplay:
+    """Takes the time that it is told."""
+
+    def __init__(self, us: float) -> None:
+        self.us, self.open, self.timed, self.in_a_row = us, True, 0, 0
+
+    def time(self, replays: int = 1) -> float:
+        """One replay."""
+        assert self.open
+        self.timed += 1
+        self.in_a_row = replays
+        return self.us
+
+    def close(self) -> None:
+        """No more of it."""
+        self.open = False
+
+
+class FakeDevice(measure.Device):
+    """The null driver, which checks and counts a launch as the real one; then the reference writes what a kernel would."""
+
+    def __init__(self, broken: dict[str, str] | None = None) -> None:
+        self.index = -1
+        self.torch_device = torch.device("cpu")
+        self.broken = broken or {}
+        self.current = ""
+        self.order: list[tuple[str, int]] = []
+        self.replays: list[FakeReplay] = []
+        self.dead = False
+
+    def device_count(self) -> int:
+        """None: the null driver."""
+        return 0
+
+    def publish(self, row: measure.OneRow) -> measure.Serve:
+        """Remembers whose row it is."""
+        self.current = row.record["config"]["name"]
+        assert list(row.record["cubins"]) == ["mult16" if row.bucket == 4 else "other"]
+        return super().publish(row)
+
+    def launch(self, op: Any, arguments: Sequence[Any]) -> None:
+        """The null driver's launch, then what the candidate is said to do."""
+        super().launch(op, arguments)
+        self.order.append((self.current, arguments[0].size(0)))
+        how = self.broken.get(self.current, "")
+        if how == "fatal":
+            self.dead = True
+            raise RuntimeError("illegal memory access")
+        op.fallback(*arguments)
+        if how == "wrong":
+            arguments[3][0] += 1
+
+    def synchronize(self) -> None:
+        """Fails once the context is broken."""
+        if self.dead:
+            raise RuntimeError("illegal memory access")
+
+    def estimate(self, calls: Sequence[measure.Call]) -> float:
+        """As told."""
+        assert len(calls) == 64
+        return TIMES[self.current]
+
+    def replay(self, calls: Sequence[measure.Call], launches: int) -> FakeReplay:
+        """As told; half of it on the same buffers."""
+        assert launches >= 64
+        self.replays.append(FakeReplay(TIMES[self.current] / (2 if len(calls) == 1 else 1)))
+        return self.replays[-1]
+
+    def queued(self, serve: measure.Serve, calls: Sequence[measure.Call]) -> FakeReplay:  # noqa: ARG002
+        """A microsecond more than as told; the one that is near is faster there than all others."""
+        serve()
+        self.replays.append(FakeReplay(9.0 if self.current == "near" else TIMES[self.current] + 1.0))
+        return self.replays[-1]
+
+    def describe(self) -> str:
+        """A GPU that is not."""
+        return "NVIDIA Toy"
+
+
+@pytest.fixture
+def bundle(tmp_path) -> Path:
+    return write_candidates(tmp_path / "cand", [toy_record(name) for name in TIMES])
+
+
+def by_cell(path: Path) -> dict[int, dict[str, timings.Timing]]:
+    found: dict[int, dict[str, timings.Timing]] = {}
+    for each in timings.read(path):
+        found.setdefault(each["bucket"], {})[each["config"]["name"]] = each
+    return found
+
+
+def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
+    device, seen = FakeDevice(), []
+    report = measure.measure(
+        bundle, tmp_path / "t.jsonl", device=device, versions={"torch": "x"}, progress=lambda *step: seen.append(step)
+    )
+    assert (report.measured, report.before, report.left, report.failures) == (2, 0, 0, [])
+    assert device.order == [(name, 4) for name in TIMES] + [(name, 16) for name in TIMES]
+    found = by_cell(tmp_path / "t.jsonl")
+    assert sorted(found) == [2, 4]
+    for cell in found.values():
+        assert {name: each["us"] for name, each in cell.items()} == TIMES
+        rounds = {"fast": 9, "near": 9, "slow": 4, "loser": 2, "hopeless": 0}
+        assert {name: each["rounds"] for name, each in cell.items()} == rounds
+    one = found[4]["fast"]
+    assert {name: each.get("stream_us") for name, each in found[2].items()} == {
+        **dict.fromkeys(TIMES),
+        "fast": 11.0,
+        "near": 9.0,
+    }, "those that are far behind in a graph are not timed in a stream"
+    assert {name: each["warm_us"] for name, each in found[2].items() if "warm_us" in each} == {
+        "fast": TIMES["fast"] / 2,
+        "near": TIMES["near"] / 2,
+    }
+    assert {(replay.us, replay.in_a_row) for replay in device.replays if replay.timed} == {
+        *((us, 1) for us in (*list(TIMES.values())[:4], 11.0, 9.0)),
+        *((TIMES[name] / 2, measure.WARM_REPLAYS) for name in ("fast", "near")),
+    }
+    assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
+    assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())
+    assert (one["compile_seconds"], one["gpu"], one["M"], one["status"]) == (1.5, "NVIDIA Toy", 16, "ok")
+    assert "q1" not in found[4]["hopeless"]
+    assert not any(replay.open for replay in device.replays)
+    assert [(done, total) for done, total, _ in seen] == [(0, 10), (5, 10)]
+    assert "toy bfloat16 K=64 N=0 bucket 2" in seen[0][2]
+    with hdispatch.strict(), pytest.raises(hdispatch.MissError, match="no bundle"):
+        toy.OP(*toy.arguments())
+
+
+@pytest.mark.parametrize("limit", ["WARM_BYTES", "WARM_WEIGHTS"])
+def test_what_no_l2_keeps_is_not_timed_warm(bundle, tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(measure, limit, 64)
+    measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(limit=1), device=FakeDevice())
+    assert not any("warm_us" in each for each in timings.read(tmp_path / "t.jsonl"))
+
+
+def test_weights_have_the_same_size_for_every_m():
+    spec = hdispatch.ops.spec("ll_gemm_fp8")
+    names = [arg.name for arg in spec.args]
+    assert measure.weights(spec, names) == ["w", "w_scale"]
+
+
+def test_short_launches_are_many():
+    assert [measure.launch_count(us) for us in (0.0, 1.5, 8.0, 10.0, 100.0, 1e6)] == [256, 256, 256, 50, 5, 4]
+
+
+def test_a_second_run_does_the_rest(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    first = measure.measure(bundle, out, measure.Options(limit=1), device=FakeDevice())
+    assert (first.measured, first.left) == (1, 1)
+    before = out.read_bytes()
+    second = measure.measure(bundle, out, device=FakeDevice())
+    assert (second.measured, second.before, second.left) == (1, 1, 0)
+    assert out.read_bytes().startswith(before)
+    third = measure.measure(bundle, out, device=FakeDevice())
+    assert (third.measured, third.before) == (0, 2)
+    assert len(out.read_bytes().splitlines()) == 10
+
+
+def test_a_cell_that_was_cut_off_is_measured_again(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    out.write_bytes(out.read_bytes()[:-100])
+    report = measure.measure(bundle, out, device=FakeDevice())
+    assert (report.measured, report.before) == (1, 1)
+    assert all(len(cell) == 5 for cell in by_cell(out).values())
+
+
+def test_no_time_no_cell(bundle, tmp_path):
+    report = measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(seconds=0), device=FakeDevice())
+    assert (report.measured, report.left) == (0, 2)
+
+
+def test_ops_that_are_not_asked_for_are_left(bundle, tmp_path):
+    report = measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(ops=["other"]), device=FakeDevice())
+    assert (report.measured, report.left) == (0, 0)
+
+
+def test_other_code_is_measured_again(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    record = toy_record("fast")
+    record["cubins"] = {name: {**cubin, "file": record["cubins"]["other"]["file"]} for name, cubin in record["cubins"].items()}
+    shutil.rmtree(bundle)
+    write_candidates(bundle, [record, toy_record("near")])
+    assert measure.measure(bundle, out, device=FakeDevice()).measured == 2
+
+
+def test_what_is_wrong_is_told_and_never_timed(bundle, tmp_path):
+    device = FakeDevice({"near": "wrong"})
+    report = measure.measure(bundle, tmp_path / "t.jsonl", device=device)
+    assert len(report.failures) == 2
+    assert 'toy bfloat16 K=64 N=0 bucket 2: triton {"name":"near"} is wrong: scale: 1 of 4 scales differ' in report.failures[0]
+    near = by_cell(tmp_path / "t.jsonl")[2]["near"]
+    assert (near["status"], near["rounds"]) == ("wrong", 0)
+    assert "us" not in near
+    assert measure.measure(bundle, tmp_path / "t.jsonl", device=device).measured == 0
+
+
+def test_what_is_not_launched_is_refused(tmp_path):
+    guard = {"expr": ["input.stride(0)", 128, "%", 0, "=="], "text": "input.stride(0) % 128 == 0"}
+    bundle = write_candidates(tmp_path / "cand", [toy_record("fast", guards=[guard]), toy_record("near")])
+    report = measure.measure(bundle, tmp_path / "t.jsonl", device=FakeDevice())
+    assert all("is refused: toy" in failure for failure in report.failures)
+    cell = by_cell(tmp_path / "t.jsonl")[2]
+    assert (cell["fast"]["status"], cell["near"]["status"]) == ("refused", "ok")
+    assert "input.stride(0) % 128 == 0" in cell["fast"]["why"]
+
+
+def test_a_broken_context_ends_the_run_and_the_next_goes_on_without_the_culprit(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    with pytest.raises(HdispatchError, match=r'"near".* is fatal: illegal memory access.* run the same command again'):
+        measure.measure(bundle, out, device=FakeDevice({"near": "fatal"}))
+    assert [each["status"] for each in timings.read(out)] == ["fatal"]
+    device = FakeDevice()
+    report = measure.measure(bundle, out, device=device)
+    assert (report.measured, report.before) == (2, 0)
+    assert ("near", 4) not in device.order
+    assert ("near", 16) in device.order
+    assert by_cell(out)[2]["near"]["status"] == "fatal"
+    assert measure.measure(bundle, out, device=FakeDevice()).before == 2
+
+
+def test_timings_of_another_gpu_are_refused(bundle, tmp_path):
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    other = FakeDevice()
+    other.describe = lambda: "NVIDIA Else"  # type: ignore[method-assign]
+    with pytest.raises(HdispatchError, match="holds timings of 'NVIDIA Toy'; this is 'NVIDIA Else'"):
+        measure.measure(bundle, out, device=other)
+
+
+def edit(folder: Path, change: Any) -> None:
+    path = folder / CANDIDATES_NAME
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(version=2), "version 2; this hdispatch reads 1"),
+        (lambda c: c.update(manifest="0"), "made for another manifest.json"),
+        (lambda c: c.pop("cells"), "malformed: .cells is missing"),
+        (lambda c: c["origins"].pop(), "tells of 4 records; the manifest has 5"),
+        (lambda c: c["cells"][0].update(records=[5]), r"cell 0 names records \[5\] of 5"),
+        (lambda c: c["cells"][0].update(records=[]), r"cell 0 names records \[\] of 5"),
+        (lambda c: c["cells"][1].update(bucket=5), "cell 1 is of toy bfloat16 bucket 5"),
+        (lambda c: c["cells"][1].update(op="x"), "cell 1 is of x bfloat16 bucket 4"),
+    ],
+)
+def test_malformed_candidates(bundle, change, message):
+    edit(bundle, change)
+    with pytest.raises(BundleError, match=message):
+        read_candidates(bundle)
+
+
+def test_an_ordinary_bundle_is_no_candidate_bundle(tmp_path):
+    with pytest.raises(BundleError, match="made by `hdispatch tune candidates`"):
+        read_candidates(toy.write(tmp_path / "b"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_measuring_needs_a_gpu(bundle, tmp_path, capsys):
+    assert main(["tune", "measure", str(bundle), "--out", str(tmp_path / "t.jsonl")]) == 1
+    assert "candidates are measured on a GPU, and there is none here" in capsys.readouterr().err
+
+
+def test_fewer_rows_are_checked_of_large_tensors():
+    ladder = [1, 2, 16, 32, 8192]
+    assert [measure.checked_rows(ladder, bucket, 1000) for bucket in range(5)] == ladder
+    assert [measure.checked_rows(ladder, bucket, 2**27) for bucket in range(5)] == [1, 2, 16, 32, 48]

@@ -1,0 +1,64 @@
+"""Comparing an op's outputs with the reference's: by roundings and norm, by codes, exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hdispatch.opspec import OpSpec, TensorArg
+from hdispatch.testing import numeric
+
+
+def outputs(dtype: torch.dtype) -> tuple[OpSpec, torch.Tensor]:
+    spec = OpSpec(
+        name="toy_compare",
+        args=(TensorArg("out", ("M", "K"), (dtype,), mutated=True), TensorArg("x", ("M", "K"), (torch.bfloat16,))),
+        reference=lambda *_args: None,
+        sample=lambda *_args: [],
+        shapes=({"K": 64},),
+        config_key={"width": "K", "rows": "M"},
+    )
+    return spec, torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def compare(spec: OpSpec, got: torch.Tensor, want: torch.Tensor) -> None:
+    numeric.compare_outputs(spec, spec.variants()[0], [got, None], [want, None])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_compared_by_roundings_and_norm(dtype):
+    spec, want = outputs(dtype)
+    eps = torch.finfo(dtype).eps
+    other = want.clone()
+    other[::4] = (want[::4].float() * (1 + eps / 2)).to(dtype)
+    compare(spec, other, want)
+    small = want.clone()
+    small[0, 0] += 0.5 * eps  # cancelled to nearly nothing: what counts is the tensor's magnitude
+    compare(spec, small, want)
+    for index, value in (((3, 4), 1.0), ((0, 0), float("nan"))):
+        bad = want.clone()
+        bad[index] += value
+        with pytest.raises(numeric.MismatchError, match="out: 1 of 4096 elements"):
+            compare(spec, bad, want)
+    if dtype == torch.bfloat16:
+        with pytest.raises(numeric.MismatchError, match="relative error in the Frobenius norm"):
+            compare(spec, (want.float() * 1.01).to(dtype), want)
+
+
+def test_scales_may_have_a_few_outliers():
+    spec, want = outputs(torch.float32)
+    want = want.abs() + 1
+    one = want.clone()
+    one[0, 0] *= 1 + 2**-8
+    compare(spec, one, want)
+    one[:2] *= 1 + 2**-8
+    with pytest.raises(numeric.MismatchError, match="scales differ"):
+        compare(spec, one, want)
+
+
+def test_integers_are_equal():
+    spec, want = outputs(torch.float32)
+    spec = OpSpec(**{**vars(spec), "args": (TensorArg("out", ("M", "K"), (torch.int32,), mutated=True), spec.args[1])})
+    want = want.to(torch.int32)
+    compare(spec, want.clone(), want)
+    with pytest.raises(numeric.MismatchError, match="out: "):
+        compare(spec, want + 1, want)
