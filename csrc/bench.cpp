@@ -36,6 +36,7 @@ const Wanted& launcher_of(const Op& op, const Dispatch& found, const char* wante
 }  // namespace
 
 double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl) {
+  const TableReader reader;
   const Dispatch found = served(op, call);
   CubinLauncher::Block block;
   launcher_of<CubinLauncher>(op, found, "a cubin").fill(call, current_stream(found.table->slot), block);
@@ -49,6 +50,7 @@ double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl) {
 }
 
 double bench_dispatch_ns(const Op& op, Call& call, uint32_t count) {
+  const TableReader reader;
   served(op, call);
   const Runtime& runtime = Runtime::get();
   bool ok = true;
@@ -61,6 +63,7 @@ double bench_dispatch_ns(const Op& op, Call& call, uint32_t count) {
 }
 
 double bench_function_ns(const Op& op, Call& call, uint32_t count) {
+  const TableReader reader;
   const Dispatch found = served(op, call);
   const auto& launcher = launcher_of<FfiLauncher>(op, found, "a function");
   FfiLauncher::Block block;

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "check.h"
+#include "fork_mutex.h"
 
 namespace hdispatch {
 namespace {
@@ -87,7 +88,7 @@ void driver_failed(const Driver& driver, CUresult result, const char* call, cons
 namespace {
 
 std::atomic<bool> recording{false};
-std::mutex record_mutex;  // guards `recorded`
+ForkMutex record_mutex;  // guards `recorded`
 std::vector<NullLaunch> recorded;
 
 void record(const LaunchConfig& config, CUfunction function, void** params) {

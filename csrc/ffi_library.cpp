@@ -11,9 +11,12 @@
 #include <vector>
 
 #include "check.h"
+#include "fork_mutex.h"
 
 namespace hdispatch {
 namespace {
+
+ForkMutex open_mutex;  // guards the libraries that are open
 
 /// A function of the libtvm_ffi that the process has loaded; null if it has none.
 template <typename Symbol>
@@ -75,9 +78,8 @@ ffi::EnvSetStream find_set_stream() {
 // ---- a bundle's library ----
 
 const FfiLibrary& FfiLibrary::open(const std::string& file, std::span<const char> image) {
-  static std::mutex mutex;
   static auto* opened = new std::map<std::string, std::unique_ptr<const FfiLibrary>, std::less<>>;  // by content
-  const std::lock_guard lock(mutex);
+  const std::lock_guard lock(open_mutex);
   std::string content(image.data(), image.size());
   auto& found = (*opened)[std::move(content)];
   if (!found) found.reset(new FfiLibrary(file, image));

@@ -340,11 +340,14 @@ uint32_t add_record(TableBuilder& builder, const Op& op, const py::dict& record,
 
 py::dict stats_of(const Op& op) {
   OpCounters& counters = op.counters();
-  py::dict misses;
+  // Copied: making Python objects may run the collector, and other threads' Python, which must not find the lock taken.
+  std::map<std::string, uint64_t> counted;
   {
-    const std::lock_guard lock(counters.mutex);
-    for (const auto& [reason, count] : counters.misses) misses[py::str(reason)] = count;
+    const std::lock_guard lock(OpCounters::mutex);
+    counted = counters.misses;
   }
+  py::dict misses;
+  for (const auto& [reason, count] : counted) misses[py::str(reason)] = count;
   py::dict out;
   out["hits"] = counters.hits.load();
   out["empty"] = counters.empty.load();
@@ -355,7 +358,7 @@ py::dict stats_of(const Op& op) {
 
 void reset_stats(const Op& op) {
   OpCounters& counters = op.counters();
-  const std::lock_guard lock(counters.mutex);
+  const std::lock_guard lock(OpCounters::mutex);
   counters.hits = counters.empty = counters.fallbacks = 0;
   counters.misses.clear();
 }
@@ -422,9 +425,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("otherwise"));
   m.def("override_op", &override_op, py::arg("name"), py::arg("cuda"), py::arg("routes"), py::arg("given"),
         py::arg("required"), py::return_value_policy::reference);
-  py::class_<DeviceTable, std::unique_ptr<DeviceTable, py::nodelete>>(m, "Table");  // kept for ever
+  py::class_<DeviceTable, std::shared_ptr<DeviceTable>>(m, "Table");
   py::class_<TableBuilder>(m, "TableBuilder")
-      .def(py::init<int, int, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"))
+      .def(py::init<int, int, bool, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"),
+           py::arg("early_reads") = true)
       .def(
           "set_ladder",
           [](TableBuilder& self, const py::object& op, const std::vector<int64_t>& edges) {
@@ -433,16 +437,20 @@ PYBIND11_MODULE(_C, m) {
           py::arg("op"), py::arg("edges"))
       .def(
           "add_module",
-          [](TableBuilder& self, const std::string& file, const py::bytes& image) {
+          [](TableBuilder& self, const std::string& file, const py::bytes& image, const std::string& digest) {
             const auto view = static_cast<std::string_view>(image);
-            self.add_module(file, std::span<const char>(view.data(), view.size()));
+            const py::gil_scoped_release released;
+            self.add_module(file, std::span<const char>(view.data(), view.size()), digest);
           },
-          py::arg("file"), py::arg("image"))
-      .def("extend", &TableBuilder::extend, py::arg("base"))
+          py::arg("file"), py::arg("image"), py::arg("digest") = "")
+      .def(
+          "extend",
+          [](TableBuilder& self, const std::shared_ptr<DeviceTable>& base) { self.extend(base); }, py::arg("base"))
       .def(
           "add_library",
           [](TableBuilder& self, const std::string& file, const py::bytes& image) {
             const auto view = static_cast<std::string_view>(image);
+            const py::gil_scoped_release released;
             self.add_library(file, std::span<const char>(view.data(), view.size()));
           },
           py::arg("file"), py::arg("image"))
@@ -469,18 +477,24 @@ PYBIND11_MODULE(_C, m) {
             self.add_row(op, static_cast<uint16_t>(index), k, n, bucket, record);
           },
           py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))
-      .def("finish", &TableBuilder::finish, py::return_value_policy::reference)
+      .def("finish", [](TableBuilder& self) { return std::const_pointer_cast<DeviceTable>(self.finish()); })
       .def("publish", &TableBuilder::publish);
-  m.def("publish", [](const DeviceTable& table) { Runtime::get().publish(table); }, py::arg("table"));
+  m.def(
+      "publish", [](const std::shared_ptr<DeviceTable>& table) { Runtime::get().publish(table); }, py::arg("table"));
   m.def(
       "withdraw", [](int device) { Runtime::get().withdraw(static_cast<DeviceSlot>(device + 1)); }, py::arg("device"));
 
-  m.def("set_strict", [](bool on) { return strict_mode.exchange(on); }, py::arg("on"));
+  m.def("set_strict", [](bool on) { strict_mode.on = on; }, py::arg("on"));
+  m.def("is_strict", [] { return strict_mode.on.load(); });
+  m.def("add_strict_blocks", [](int64_t count) { strict_mode.blocks += count; }, py::arg("count"));
+  m.def(
+      "set_strict_query", [](const py::object& query) { strict_mode.query = query.inc_ref().ptr(); }, py::arg("query"));
   m.def("stats", [](const py::object& op) { return stats_of(*as_op(op).op); }, py::arg("op"));
   m.def("reset_stats", [](const py::object& op) { reset_stats(*as_op(op).op); }, py::arg("op"));
   m.def("explain", [](const py::object& op, const py::args& args) {
     Call call;
     fill(as_op(op), args, call);
+    const TableReader reader;
     return Runtime::get().explain(*as_op(op).op, call);
   });
 
@@ -496,24 +510,30 @@ PYBIND11_MODULE(_C, m) {
       "bench_launch_ns",
       [](const py::object& op, const py::tuple& args, uint32_t count, bool pdl) {
         Call call;
+        const Op& timed = *as_op(op).op;
         fill(as_op(op), args, call);
-        return bench_launch_ns(*as_op(op).op, call, count, pdl);
+        const py::gil_scoped_release released;
+        return bench_launch_ns(timed, call, count, pdl);
       },
       py::arg("op"), py::arg("args"), py::arg("count"), py::arg("pdl"));
   m.def(
       "bench_dispatch_ns",
       [](const py::object& op, const py::tuple& args, uint32_t count) {
         Call call;
+        const Op& timed = *as_op(op).op;
         fill(as_op(op), args, call);
-        return bench_dispatch_ns(*as_op(op).op, call, count);
+        const py::gil_scoped_release released;
+        return bench_dispatch_ns(timed, call, count);
       },
       py::arg("op"), py::arg("args"), py::arg("count"));
   m.def(
       "bench_function_ns",
       [](const py::object& op, const py::tuple& args, uint32_t count) {
         Call call;
+        const Op& timed = *as_op(op).op;
         fill(as_op(op), args, call);
-        return bench_function_ns(*as_op(op).op, call, count);
+        const py::gil_scoped_release released;
+        return bench_function_ns(timed, call, count);
       },
       py::arg("op"), py::arg("args"), py::arg("count"));
   m.def("bench_function", &bench_function);

@@ -7,6 +7,8 @@
 #include "check.h"
 
 namespace hdispatch {
+
+ForkMutex OpCounters::mutex;
 namespace {
 
 constexpr const char* kSymbolNames[] = {"M", "K", "N"};

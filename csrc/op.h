@@ -10,11 +10,11 @@
 #include <cstdint>
 #include <limits>
 #include <map>
-#include <mutex>
 #include <string>
 #include <vector>
 
 #include "call.h"
+#include "fork_mutex.h"
 #include "key.h"
 
 namespace hdispatch {
@@ -74,7 +74,7 @@ struct OpCounters {
   std::atomic<uint64_t> hits{0};           ///< launches
   std::atomic<uint64_t> empty{0};          ///< calls with M = 0: nothing to launch
   std::atomic<uint64_t> fallbacks{0};      ///< misses that the fallback served (strict mode raises instead)
-  std::mutex mutex;                        ///< guards `misses`
+  static ForkMutex mutex;                  ///< guards every op's `misses`
   std::map<std::string, uint64_t> misses;  ///< by reason
 };
 

@@ -33,8 +33,22 @@ struct OpObject {
   PyObject* doc;       ///< str
 };
 
-/// In strict mode a miss raises instead of falling back. Process-wide.
-extern std::atomic<bool> strict_mode;
+/// In strict mode a miss raises instead of falling back. `on` is the process's mode; while any thread is in a block of
+/// its own, `query` is asked, a Python callable that says what holds for the caller's context.
+struct StrictMode {
+  std::atomic<bool> on{false};
+  std::atomic<int64_t> blocks{0};
+  PyObject* query = nullptr;  ///< set once, at import
+
+  /// Whether a miss raises here. Takes the GIL where blocks are open.
+  bool holds() const;
+};
+extern StrictMode strict_mode;
+
+/// `Runtime::dispatch` on torch's current stream, for a caller that holds the GIL, which is released meanwhile: the driver
+/// blocks when the launch queue is full, until the GPU has done some of it, and that may need another Python thread.
+/// A daemon thread that asks for the GIL back while the interpreter ends is unwound from here (abi::__forced_unwind).
+Outcome dispatch_without_gil(const Op& op, Call& call, Dispatch& found);
 
 /// Makes the Python type; once, at import. Null with a Python error set on failure.
 PyObject* make_op_type();

@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
+#include <cxxabi.h>
 #include <structmember.h>
 
 #include <algorithm>
@@ -144,6 +145,7 @@ Outcome Override::try_route(const Route& route, const c10::IValue* values, Found
 }
 
 bool Override::serve(const c10::IValue* values) const {
+  const TableReader reader;
   Found found;
   Outcome outcome = Outcome::kBadCall;
   const Route* missed = nullptr;  // the first that took the arguments, if any did
@@ -212,8 +214,9 @@ bool Override::serve(PyObject* const* args, size_t count) const {
     if (HD_UNLIKELY(!fits(routes_[r], call))) continue;
     const TensorView& written = call.tensors[op.mutated().front()];
     if (HD_UNLIKELY(written.dtype == DType::kNone || (written.slot == kCpuSlot) == cuda_)) return false;
+    const TableReader reader;
     Dispatch found;
-    if (HD_UNLIKELY(!is_done(Runtime::get().dispatch(op, call, current_stream, found)))) continue;
+    if (HD_UNLIKELY(!is_done(dispatch_without_gil(op, call, found)))) continue;
     for (const uint8_t i : op.mutated())
       if (full[i] != Py_None) bump_version(THPVariable_Unpack(full[i]));
     return true;
@@ -226,6 +229,8 @@ PyObject* Override::call_door(PyObject* door, PyObject* const* args, size_t flag
   try {
     if (HD_LIKELY(!keyword_names) && self->self->serve(args, static_cast<size_t>(PyVectorcall_NARGS(flags))))
       Py_RETURN_NONE;
+  } catch (abi::__forced_unwind&) {
+    throw;
   } catch (const Error&) {  // of a wrong type: torch says so
   } catch (...) {
     set_python_error();

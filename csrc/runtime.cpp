@@ -29,6 +29,19 @@ HD_COLD bool enter(const DeviceTable& table) noexcept {
   return table.driver->context_push(table.context) == kCudaSuccess;
 }
 
+/// Launches again what failed, if another context than the table's is current: somebody changed it since this thread's
+/// last launch, and the driver refuses a function of one context in another (CUDA_ERROR_INVALID_HANDLE).
+HD_COLD LaunchResult launch_in_context(const DeviceTable& table, const Launcher& launcher, const Call& call,
+                                       CUstream stream, const LaunchResult& failed) noexcept {
+  CUcontext current = nullptr;
+  table.driver->context_get(&current);
+  if (current == table.context || table.driver->context_push(table.context) != kCudaSuccess) return failed;
+  thread_context = nullptr;  // the next launch asks which one is current
+  const LaunchResult result = launcher.launch(call, stream);
+  table.driver->context_pop(&current);
+  return result;
+}
+
 /// A table's context is current while this lives. Not as long as its builder: Python may keep that, in a traceback say,
 /// and torch would go on in the wrong context.
 class ContextScope {
@@ -133,7 +146,10 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
   }
   const DeviceTable& table = *found.table;
   const bool pop = HD_UNLIKELY(thread_context != table.context || !table.only_device) && enter(table);
-  found.result = found.row->launcher->launch(call, stream_of(table.slot));
+  const CUstream stream = stream_of(table.slot);
+  found.result = found.row->launcher->launch(call, stream);
+  if (HD_UNLIKELY(is_failure(found.result.status)))
+    found.result = launch_in_context(table, *found.row->launcher, call, stream, found.result);
   if (HD_UNLIKELY(pop)) {
     CUcontext popped = nullptr;
     table.driver->context_pop(&popped);
@@ -213,19 +229,43 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   return text(out, "\n", launch, ", driver \"", found.table->driver->name, "\"");
 }
 
-const DeviceTable& Runtime::keep(std::unique_ptr<const DeviceTable> table) {
-  kept_.push_back(std::move(table));
-  return *kept_.back();
-}
+namespace {
 
-void Runtime::publish(const DeviceTable& table) {
-  HD_CHECK(table.slot < kMaxSlots, "slot ", table.slot);
-  tables_[table.slot].store(&table, std::memory_order_release);
-}
+ForkMutex tables_mutex;  // guards which tables are published, retired, and the modules that they share
 
-void Runtime::withdraw(DeviceSlot slot) {
+}  // namespace
+
+void Runtime::replace(DeviceSlot slot, std::shared_ptr<const DeviceTable> table) {
   HD_CHECK(slot < kMaxSlots, "slot ", slot);
-  tables_[slot].store(nullptr, std::memory_order_release);
+  std::vector<Retired> left;  // freed without the lock
+  const std::lock_guard lock(tables_mutex);
+  if (owners_[slot] != table) {
+    tables_[slot].store(table.get(), std::memory_order_release);
+    owners_[slot].swap(table);
+    if (table) retired_.push_back({std::move(table), TableReader::advance()});
+  }
+  const auto first = std::partition(retired_.begin(), retired_.end(),
+                                    [](const Retired& each) { return !TableReader::left(each.epoch); });
+  std::move(first, retired_.end(), std::back_inserter(left));
+  retired_.erase(first, retired_.end());
+}
+
+void Runtime::publish(std::shared_ptr<const DeviceTable> table) {
+  const DeviceSlot slot = table->slot;
+  replace(slot, std::move(table));
+}
+
+void Runtime::withdraw(DeviceSlot slot) { replace(slot, nullptr); }
+
+CUmodule Runtime::find_module(DeviceSlot slot, const std::string& digest) const {
+  const std::lock_guard lock(tables_mutex);
+  const auto found = modules_.find({slot, digest});
+  return found == modules_.end() ? nullptr : found->second;
+}
+
+void Runtime::share_module(DeviceSlot slot, const std::string& digest, CUmodule module) {
+  const std::lock_guard lock(tables_mutex);
+  modules_.try_emplace({slot, digest}, module);
 }
 
 // ---- TableBuilder ----
@@ -261,8 +301,11 @@ void check_reads(const Op& op, const Variant& variant, const Launcher& launcher,
 
 }  // namespace
 
-TableBuilder::TableBuilder(int device, int device_count, bool pdl)
-    : driver_(device < 0 ? null_driver() : cuda_driver()), pdl_(pdl), made_(std::make_unique<DeviceTable>()) {
+TableBuilder::TableBuilder(int device, int device_count, bool pdl, bool early_reads)
+    : driver_(device < 0 ? null_driver() : cuda_driver()),
+      pdl_(pdl),
+      early_reads_(early_reads),
+      made_(std::make_unique<DeviceTable>()) {
   made_->driver = &driver_;
   made_->slot = static_cast<DeviceSlot>(device + 1);
   HD_CHECK_BUNDLE(made_->slot < kMaxSlots, "device ", device, "; at most ", kMaxSlots - 1, " are supported");
@@ -276,19 +319,21 @@ TableBuilder::TableBuilder(int device, int device_count, bool pdl)
 }
 
 TableBuilder::~TableBuilder() {
-  // Only what was never published is unloaded: a captured graph may hold the rest.
+  // Only what no finished table has is unloaded: a captured graph may hold the rest.
   if (!made_ || driver_.context_push(made_->context) != kCudaSuccess) return;
-  for (const auto& [file, module] : modules_) driver_.module_unload(module);
+  for (const auto& [file, module] : modules_)
+    if (!module.is_shared) driver_.module_unload(module.handle);
   CUcontext popped = nullptr;
   driver_.context_pop(&popped);
 }
 
-void TableBuilder::extend(const DeviceTable& base) {
+void TableBuilder::extend(std::shared_ptr<const DeviceTable> base) {
   HD_CHECK(made_, kPublished);
-  HD_CHECK_BUNDLE(base.slot == made_->slot, "a table of device ", static_cast<int>(base.slot) - 1,
+  HD_CHECK_BUNDLE(base->slot == made_->slot, "a table of device ", static_cast<int>(base->slot) - 1,
                   " cannot become one of device ", static_cast<int>(made_->slot) - 1);
-  made_->ops = base.ops;
-  base_ = base.table.rows();  // their launchers live as long as the process, as every finished table does
+  made_->ops = base->ops;
+  base_ = base->table.rows();
+  made_->base = std::move(base);
 }
 
 void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
@@ -298,13 +343,18 @@ void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
   made_->ops[op.id()].ladder = Ladder(edges);
 }
 
-void TableBuilder::add_module(const std::string& file, std::span<const char> image) {
+void TableBuilder::add_module(const std::string& file, std::span<const char> image, const std::string& digest) {
   HD_CHECK(made_, kPublished);
   HD_CHECK_BUNDLE(!modules_.contains(file), file, " is added twice");
+  if (!digest.empty())
+    if (const CUmodule shared = Runtime::get().find_module(made_->slot, digest)) {
+      modules_[file] = {shared, digest, true};
+      return;
+    }
   const ContextScope scope(*made_);
   CUmodule module = nullptr;
   HD_DRIVER(driver_, driver_.module_load(&module, image.data()), "cuModuleLoadData", file);
-  modules_[file] = module;
+  modules_[file] = {module, digest, false};
 }
 
 CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
@@ -316,7 +366,7 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
     return reinterpret_cast<CUfunction>(made_->null_functions.back().get());
   }
   CUfunction function = nullptr;
-  HD_DRIVER(driver_, driver_.module_function(&function, module->second, cubin.function.c_str()), "cuModuleGetFunction",
+  HD_DRIVER(driver_, driver_.module_function(&function, module->second.handle, cubin.function.c_str()), "cuModuleGetFunction",
             cubin.file + " " + cubin.function);
   return function;
 }
@@ -339,7 +389,8 @@ uint32_t TableBuilder::add_record(Record record) {
   const auto find = [this](const Cubin& cubin, const std::vector<uint32_t>& param_bytes) {
     return find_function(cubin, param_bytes);
   };
-  return add_launcher(std::make_unique<CubinLauncher>(std::move(record), driver_, find, pdl_));
+  const bool pdl = starts_early(record);
+  return add_launcher(std::make_unique<CubinLauncher>(std::move(record), driver_, find, pdl));
 }
 
 uint32_t TableBuilder::add_record(FfiRecord record) {
@@ -357,7 +408,8 @@ uint32_t TableBuilder::add_record(FfiRecord record) {
 
 uint32_t TableBuilder::add_record(FfiRecord record, const FfiFunction& function) {
   HD_CHECK(made_, kPublished);
-  return add_launcher(std::make_unique<FfiLauncher>(std::move(record), function, made_->slot, pdl_));
+  const bool pdl = starts_early(record);
+  return add_launcher(std::make_unique<FfiLauncher>(std::move(record), function, made_->slot, pdl));
 }
 
 void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record) {
@@ -392,7 +444,7 @@ void TableBuilder::set_masks() {
       if (patterns[op] >> i & 1) made_->ops[op].masks[made_->ops[op].mask_count++] = kMasks[i];
 }
 
-const DeviceTable& TableBuilder::finish() {
+std::shared_ptr<const DeviceTable> TableBuilder::finish() {
   HD_CHECK(made_, kPublished);
   std::set<std::pair<uint64_t, uint64_t>> taken;
   for (const Row& row : rows_) taken.emplace(row.key.word0, row.key.word1);
@@ -400,7 +452,10 @@ const DeviceTable& TableBuilder::finish() {
   rows_.insert(rows_.begin(), base_.begin(), base_.end());
   set_masks();
   made_->table = LaunchTable(rows_);
-  return Runtime::get().keep(std::move(made_));
+  for (const auto& [file, module] : modules_)
+    if (!module.is_shared && !module.digest.empty())
+      Runtime::get().share_module(made_->slot, module.digest, module.handle);
+  return std::shared_ptr<const DeviceTable>(std::move(made_));
 }
 
 }  // namespace hdispatch

@@ -1,8 +1,9 @@
 // runtime.h -- what serves calls: the ops, one frozen table per device, the fallback's reasons.
 //
 // A `DeviceTable` is made from a bundle by `TableBuilder`, which loads every module up front, and then published with
-// one atomic store. It is never changed and never freed: a thread that still holds an old one may launch from it, and a
-// captured graph keeps using its modules. Publishing another table for the same device replaces it for later calls.
+// one atomic store. It is never changed. Publishing another table for the same device replaces it for later calls; the
+// old one is freed when its last owner has let go of it and no call is in it (table_reader.h). Code is never unloaded,
+// since a captured graph may hold it, but loaded once: tables of one device share modules of one content.
 #pragma once
 
 #include <array>
@@ -17,8 +18,10 @@
 #include "cubin_launcher.h"
 #include "ffi_launcher.h"
 #include "ladder.h"
+#include "fork_mutex.h"
 #include "launch_table.h"
 #include "op.h"
+#include "table_reader.h"
 
 namespace hdispatch {
 
@@ -43,6 +46,7 @@ struct DeviceTable {
   LaunchTable table;
   std::vector<std::unique_ptr<Launcher>> launchers;
   std::vector<std::unique_ptr<NullFunction>> null_functions;
+  std::shared_ptr<const DeviceTable> base;  ///< the table that this one extends: its rows point to that one's launchers
 
   /// The rows of an op; null if the table has none.
   const OpRows* rows_of(const Op& op) const noexcept {
@@ -67,7 +71,8 @@ enum class Outcome : uint8_t {
   kRefused,   ///< the row's launcher says why in `result`
 };
 
-/// What `Runtime::dispatch` found out, kept for the cold path.
+/// What `Runtime::dispatch` found out, kept for the cold path. Valid as long as the `TableReader` that the caller made
+/// before.
 struct Dispatch {
   const DeviceTable* table = nullptr;
   const Row* row = nullptr;
@@ -87,7 +92,8 @@ class Runtime {
   const Op& define_op(std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
   const Op* find_op(std::string_view name) const noexcept;
 
-  /// Serves one call: check, key, probe, guards, launch. The hot path.
+  /// Serves one call: check, key, probe, guards, launch. The hot path. Needs no GIL, and may block for as long as the
+  /// driver does. A `TableReader` of the caller's lives.
   Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const;
 
   /// The reason of an outcome, as counted in `stats`.
@@ -97,22 +103,36 @@ class Runtime {
   /// Every step of one call in words, without launching.
   std::string explain(const Op& op, Call& call) const;
 
+  /// The table that serves a device, for as long as a `TableReader` that was made before.
   const DeviceTable* table(DeviceSlot slot) const noexcept {
     return slot < kMaxSlots ? tables_[slot].load(std::memory_order_acquire) : nullptr;
   }
-  /// Keeps a table for ever, without publishing it.
-  const DeviceTable& keep(std::unique_ptr<const DeviceTable> table);
-  /// Publishes a table that is kept.
-  void publish(const DeviceTable& table);
+  /// Serves the table's device from it, from now on.
+  void publish(std::shared_ptr<const DeviceTable> table);
+  /// Serves the device from nothing.
   void withdraw(DeviceSlot slot);
+
+  /// The module of that content that a finished table of the device has loaded; null if none has.
+  CUmodule find_module(DeviceSlot slot, const std::string& digest) const;
+  /// Lets later tables of the device share a module.
+  void share_module(DeviceSlot slot, const std::string& digest, CUmodule module);
 
  private:
   Runtime() = default;
   Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
+  void replace(DeviceSlot slot, std::shared_ptr<const DeviceTable> table);
+
+  /// A table that was taken away while calls may have been in it.
+  struct Retired {
+    std::shared_ptr<const DeviceTable> table;
+    uint64_t epoch;
+  };
 
   std::vector<std::unique_ptr<Op>> ops_;
   std::array<std::atomic<const DeviceTable*>, kMaxSlots> tables_{};
-  std::vector<std::unique_ptr<const DeviceTable>> kept_;  ///< every table ever published
+  std::array<std::shared_ptr<const DeviceTable>, kMaxSlots> owners_;  ///< of what `tables_` points to
+  std::vector<Retired> retired_;
+  std::map<std::pair<DeviceSlot, std::string>, CUmodule> modules_;  ///< by device and content
 };
 
 /// Makes one device's table. All or nothing: until `publish` nothing is served, and a builder that is abandoned before
@@ -120,18 +140,19 @@ class Runtime {
 class TableBuilder {
  public:
   /// `device` is a CUDA device index, or -1 for the null driver, which serves CPU tensors. `pdl` = false: plain
-  /// launches.
-  TableBuilder(int device, int device_count, bool pdl);
+  /// launches. `early_reads` = false: plain launches of what reads before it waits, so that it never does.
+  TableBuilder(int device, int device_count, bool pdl, bool early_reads = true);
   ~TableBuilder();
   TableBuilder(const TableBuilder&) = delete;
   TableBuilder& operator=(const TableBuilder&) = delete;
 
   /// Begins with the ladders and rows of a finished table of the same device; rows of the same key take their place.
-  void extend(const DeviceTable& base);
+  void extend(std::shared_ptr<const DeviceTable> base);
 
   void set_ladder(const Op& op, const std::vector<int64_t>& edges);
-  /// Loads a cubin's image under its file name.
-  void add_module(const std::string& file, std::span<const char> image);
+  /// Loads a cubin's image under its file name. `digest` names its content: the module of a finished table with the
+  /// same one is shared. Empty: it is loaded for this table alone.
+  void add_module(const std::string& file, std::span<const char> image, const std::string& digest = {});
   /// Opens a shared library's image under its file name; the null driver only notes it.
   void add_library(const std::string& file, std::span<const char> image);
   uint32_t add_record(Record record);
@@ -140,8 +161,8 @@ class TableBuilder {
   /// A function of this process. It is called with the null driver too.
   uint32_t add_record(FfiRecord record, const FfiFunction& function);
   void add_row(const Op& op, uint16_t variant, int64_t k, int64_t n, uint32_t bucket, uint32_t record);
-  /// The table, frozen and kept for ever, but not published yet.
-  const DeviceTable& finish();
+  /// The table, frozen, but not published yet.
+  std::shared_ptr<const DeviceTable> finish();
   void publish() { Runtime::get().publish(finish()); }
 
  private:
@@ -151,8 +172,15 @@ class TableBuilder {
 
   const Driver& driver_;
   bool pdl_;
+  bool early_reads_;
   std::unique_ptr<DeviceTable> made_;
-  std::map<std::string, CUmodule> modules_;
+  struct Module {
+    CUmodule handle;
+    std::string digest;
+    bool is_shared;  ///< with a table that is finished: not ours to unload
+  };
+  bool starts_early(const RecordHead& record) const noexcept { return pdl_ && (early_reads_ || record.early.empty()); }
+  std::map<std::string, Module> modules_;
   std::map<std::string, const FfiLibrary*> libraries_;  ///< null with the null driver
   std::vector<Row> base_;
   std::vector<Row> rows_;

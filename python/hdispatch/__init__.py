@@ -30,7 +30,7 @@ from .errors import (
 from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
-from .runtime import Bundle, Registration, explain, load, loaded, register, registered, stats, strict
+from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
 
 __version__ = "0.1.0"
 
@@ -53,6 +53,7 @@ __all__ = [
     "read_bundle",
     "register",
     "registered",
+    "set_strict",
     "stats",
     "strict",
 ]

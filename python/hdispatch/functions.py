@@ -31,13 +31,12 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Function:
-    """A function and what it serves. `handle` is that of libtvm_ffi; `kept` keeps what it points to."""
+    """A function and what it serves. `handle` is that of libtvm_ffi, and is kept for ever."""
 
     op: str
     key: Key
     handle: int
     record: dict[str, Any] = field(repr=False)
-    kept: tuple[object, ...] = field(repr=False)
 
 
 def make(
@@ -62,7 +61,7 @@ def make(
         raise HdispatchError(f"M is {key.M}; a bucket's Ms are 1 or more")
     if stream not in ("environment", "argument", "none"):
         raise HdispatchError(f"stream is {stream!r}; it takes 'environment', 'argument' or 'none'")
-    raw = raw_function(function)
+    raw = _keep(function)
     taken = list(default_args(spec, key.variant, stream) if args is None else args)
     record = {
         "kernel": label,
@@ -75,7 +74,17 @@ def make(
         "pdl": pdl,
         "env_stream": stream == "environment" and not any(arg["kind"] == "stream" for arg in taken),
     }
-    return Function(name, key, int(raw.__chandle__()), record, (function, raw))
+    return Function(name, key, int(raw.__chandle__()), record)
+
+
+#: id of a function that was ever in a table -> it and its TVM-FFI object: a call may be in it, and a captured graph holds its
+#: kernels. One entry however often it is registered.
+_KEPT: dict[int, tuple[object, Any]] = {}
+
+
+def _keep(function: object) -> Any:
+    """The TVM-FFI object of a function, the same each time."""
+    return _KEPT.setdefault(id(function), (function, raw_function(function)))[1]
 
 
 def raw_function(function: object) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -17,15 +18,6 @@ from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, read_bundle
 
-#: device (index, or -1 for the null driver) -> the bundle that serves it
-_LOADED: dict[int, Bundle] = {}
-#: device -> what is registered for it, in order
-_REGISTERED: dict[int, list[Registration]] = {}
-_LOADING = threading.Lock()  # keeps these and the tables in step; no call takes it
-#: Functions that were ever in a table: a thread may be in an old one, and a captured graph holds their kernels.
-_KEPT: list[Function] = []
-
-
 @dataclass(frozen=True)
 class Bundle:
     """A loaded bundle. `device` is the CUDA device it serves, or -1: the null driver, which serves CPU tensors."""
@@ -34,6 +26,7 @@ class Bundle:
     manifest: Manifest = field(repr=False)
     device: int
     pdl: bool = field(default=True, repr=False)
+    early_reads: bool = field(default=True, repr=False)
     _table: _C.Table | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -48,16 +41,11 @@ class Bundle:
         """
         if self._table is None:
             raise HdispatchError(f"{self.folder} was not loaded by hdispatch.load")
-        with _LOADING:
-            _publish(self.device, self, _REGISTERED.get(self.device, []))
-            _LOADED[self.device] = self
+        _SERVING.set_bundle(self.device, self)
 
     def unload(self) -> None:
         """Stop serving from this bundle; its code stays in place for graphs that were captured with it."""
-        with _LOADING:
-            if _LOADED.get(self.device) is self:
-                _publish(self.device, None, _REGISTERED.get(self.device, []))
-                del _LOADED[self.device]
+        _SERVING.remove_bundle(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +57,87 @@ class Registration:
 
     def unregister(self) -> None:
         """Take its rows out: what would serve them without it does, a bundle or an earlier registration."""
-        with _LOADING:
-            left = [each for each in _REGISTERED.get(self.device, []) if each is not self]
-            _publish(self.device, _LOADED.get(self.device), left)
-            _REGISTERED[self.device] = left
+        _SERVING.remove(self)
+
+
+class _Serving:
+    """What each device (index, or -1 for the null driver) is served from, and its table kept in step.
+
+    One thread at a time changes it; calls take no lock. The collector may run a finalizer that changes it in the middle of a
+    change of the same thread: then the outer change goes on until every table is what it should be.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._bundles: dict[int, Bundle] = {}
+        self._registered: dict[int, list[Registration]] = {}  # by device, in order
+        self._stale: set[int] = set()  # devices whose table is not what it should be
+        self._is_updating = False
+        # The child of a fork has one thread: it finds the lock free and the tables whole.
+        os.register_at_fork(before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._lock.release)
+
+    def bundles(self) -> list[Bundle]:
+        """The bundles that serve, in the order of loading."""
+        return list(self._bundles.values())
+
+    def registrations(self) -> list[Registration]:
+        """What is registered, by device, then in order."""
+        return [each for device in sorted(self._registered) for each in tuple(self._registered[device])]
+
+    def set_bundle(self, device: int, bundle: Bundle | None) -> None:
+        """Serve a device from a bundle, or from what is registered alone."""
+        with self._lock:
+            former = self._bundles.get(device)
+            self._change(device, lambda: self._put(device, bundle), lambda: self._put(device, former))
+
+    def remove_bundle(self, bundle: Bundle) -> None:
+        """Stop serving from a bundle, if its device is served from it."""
+        with self._lock:
+            if self._bundles.get(bundle.device) is bundle:
+                self.set_bundle(bundle.device, None)
+
+    def add(self, registration: Registration) -> None:
+        """Serve from a function too."""
+        with self._lock:
+            mine = self._registered.setdefault(registration.device, [])
+            self._change(registration.device, lambda: mine.append(registration), lambda: mine.remove(registration))
+
+    def remove(self, registration: Registration) -> None:
+        """Serve from a function no longer; nothing happens the second time."""
+        with self._lock:
+            mine = self._registered.get(registration.device, [])
+            if registration in mine:
+                at = mine.index(registration)
+                self._change(registration.device, lambda: mine.remove(registration), lambda: mine.insert(at, registration))
+
+    def _put(self, device: int, bundle: Bundle | None) -> None:
+        self._bundles.pop(device, None)
+        if bundle is not None:
+            self._bundles[device] = bundle
+
+    def _change(self, device: int, change: Callable[[], None], revert: Callable[[], None]) -> None:
+        change()
+        try:
+            self._update(device)
+        except BaseException:
+            revert()
+            self._update(device)
+            raise
+
+    def _update(self, device: int) -> None:
+        self._stale.add(device)
+        if self._is_updating:
+            return  # inside an update of this thread, which will see to it
+        self._is_updating = True
+        try:
+            while self._stale:
+                each = self._stale.pop()
+                _publish(each, self._bundles.get(each), tuple(self._registered.get(each, ())))
+        finally:
+            self._is_updating = False
+
+
+_SERVING = _Serving()
 
 
 def load(
@@ -81,6 +146,7 @@ def load(
     device: torch.device | int | str | None = None,
     driver: str = "cuda",
     pdl: bool = True,
+    early_reads: bool = True,
 ) -> Bundle:
     """Verify a bundle and put all of it on a device: every module is loaded now, none on a call.
 
@@ -88,6 +154,11 @@ def load(
              registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).
     pdl      False: launch without the programmatic-dependent-launch attribute.
+    early_reads
+             False: launch kernels that read weights before they wait for their predecessors without that attribute, so that
+             they begin when all before them has ended. Needed where a kernel that is not of this runtime writes such weights
+             and releases its dependents (griddepcontrol.launch_dependents) before it has written them. Kernels that do not
+             know of PDL, copies and graphs need it not, nor do launches of hdispatch, which are looked after.
 
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
@@ -98,12 +169,10 @@ def load(
         index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)
         check_host(folder, manifest)
-    builder = _builder(index, pdl)
+    builder = _builder(index, pdl, early_reads)
     _fill(builder, Path(folder), manifest, contents)
-    with _LOADING:
-        bundle = Bundle(Path(folder), manifest, index, pdl, builder.finish())
-        _publish(index, bundle, _REGISTERED.get(index, []))
-        _LOADED[index] = bundle
+    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, builder.finish())
+    _SERVING.set_bundle(index, bundle)
     return bundle
 
 
@@ -149,17 +218,13 @@ def register(
     )
     index = _cuda_device("", device) if driver == "cuda" else -1
     registration = Registration(made, index)
-    with _LOADING:
-        registered = [*_REGISTERED.get(index, []), registration]
-        _KEPT.append(made)
-        _publish(index, _LOADED.get(index), registered)
-        _REGISTERED[index] = registered
+    _SERVING.add(registration)
     return registration
 
 
 def registered() -> list[Registration]:
     """What is registered now, by device, then in order."""
-    return [each for device in sorted(_REGISTERED) for each in _REGISTERED[device]]
+    return _SERVING.registrations()
 
 
 def _publish(device: int, bundle: Bundle | None, registered: Sequence[Registration]) -> None:
@@ -170,7 +235,7 @@ def _publish(device: int, bundle: Bundle | None, registered: Sequence[Registrati
         else:
             _C.publish(bundle._table)
         return
-    builder = _builder(device, bundle.pdl if bundle else True)
+    builder = _builder(device, bundle.pdl if bundle else True, bundle.early_reads if bundle else True)
     ladders = {}
     if bundle is not None and bundle._table is not None:
         builder.extend(bundle._table)
@@ -179,8 +244,8 @@ def _publish(device: int, bundle: Bundle | None, registered: Sequence[Registrati
     builder.publish()
 
 
-def _builder(device: int, pdl: bool) -> _C.TableBuilder:
-    return _C.TableBuilder(device, torch.cuda.device_count() if device >= 0 else 0, pdl)
+def _builder(device: int, pdl: bool, early_reads: bool) -> _C.TableBuilder:
+    return _C.TableBuilder(device, torch.cuda.device_count() if device >= 0 else 0, pdl, early_reads)
 
 
 def _check_driver(driver: str) -> None:
@@ -242,7 +307,10 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
             builder.set_ladder(op, manifest["ops"][name]["ladder"])
         libraries = {record["file"] for record in manifest["records"] if record["launcher"] == "tvm_ffi"}
         for name, content in contents.items():
-            (builder.add_library if name in libraries else builder.add_module)(name, content)
+            if name in libraries:
+                builder.add_library(name, content)
+            else:
+                builder.add_module(name, content, manifest["files"][name]["sha256"])
         records = {i: builder.add_record(found[op], manifest["records"][i]) for i, op in sorted(owners.items())}
         for row in manifest["rows"]:
             builder.add_row(found[row["op"]], row["variant"], row["K"], row["N"], row["bucket"], records[row["record"]])
@@ -252,7 +320,7 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
 
 def loaded() -> list[Bundle]:
     """The bundles that serve calls now."""
-    return list(_LOADED.values())
+    return _SERVING.bundles()
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
@@ -273,17 +341,51 @@ def explain(op: _C.Op, *args: object) -> str:
     return _C.explain(op, *args)
 
 
-class strict:
-    """In strict mode a miss raises `MissError`, naming the shape, the failed guard and the nearest rows.
+class _Block:
+    """A `with strict():` block that is open, or was."""
 
-    `hdispatch.strict()` turns it on for the process, `hdispatch.strict(False)` off; `with hdispatch.strict(): …` for a block.
+    def __init__(self, owner: strict, on: bool) -> None:
+        self.owner, self.on, self.is_open = owner, on, True
+
+
+#: the blocks of this context, the innermost last
+_BLOCKS: ContextVar[tuple[_Block, ...]] = ContextVar("hdispatch.strict", default=())
+
+
+class strict:
+    """Inside `with hdispatch.strict():` a miss raises `MissError`, naming the shape, the failed guard and the nearest rows.
+
+    A block holds for the thread, or the asyncio task, that is in it; blocks may nest and overlap, and the innermost counts.
+    `with hdispatch.strict(False):` lets misses fall back inside a strict block or process. For the process: `set_strict`.
     """
 
     def __init__(self, on: bool = True) -> None:
-        self._before = _C.set_strict(on)
+        self._on = on
+        self._open: list[_Block] = []
 
     def __enter__(self) -> None:
-        """Strict mode is on already."""
+        block = _Block(self, self._on)
+        self._open.append(block)
+        _BLOCKS.set((*(each for each in _BLOCKS.get() if each.is_open), block))
+        _C.add_strict_blocks(1)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        _C.set_strict(self._before)
+        here = [each for each in _BLOCKS.get() if each.owner is self and each.is_open]
+        block = (here or self._open)[-1]  # of this context, unless the block is left in another than it was entered in
+        block.is_open = False
+        self._open.remove(block)
+        _BLOCKS.set(tuple(each for each in _BLOCKS.get() if each.is_open))
+        _C.add_strict_blocks(-1)
+
+
+def set_strict(on: bool = True) -> None:
+    """Strict mode for the whole process, wherever no `with strict(…):` block says otherwise."""
+    _C.set_strict(on)
+
+
+def _is_strict() -> bool:
+    innermost = next((each for each in reversed(_BLOCKS.get()) if each.is_open), None)
+    return _C.is_strict() if innermost is None else innermost.on
+
+
+_C.set_strict_query(_is_strict)

@@ -433,7 +433,7 @@ TEST(a_table_on_top_of_another) {
   builder.add_module("a.cubin", {});
   const uint32_t index = builder.add_record(cubin_record());
   for (const uint32_t bucket : {0u, 1u}) builder.add_row(op, 0, 64, 0, bucket, index);
-  const DeviceTable& base = builder.finish();
+  const auto base = builder.finish();
   CHECK_FAULT(kInternal, "published", builder.add_record(cubin_record()));
   Runtime::get().publish(base);
   const auto kernel_of = [](const Op& which, int64_t m, int64_t k) -> std::string {

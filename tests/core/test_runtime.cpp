@@ -240,8 +240,8 @@ TEST(replacing_and_withdrawing) {
   CHECK_EQ(dispatch(op, toy_call(4, 512)).found.row->launcher->head().kernel, "kernel3");
   CHECK_FAULT(kInternal, "slot 65", runtime().withdraw(kMaxSlots));
   CHECK_FAULT(kInternal, "slot ", runtime().withdraw(kNoSlot));
-  DeviceTable nowhere;
-  nowhere.slot = kMaxSlots;
+  auto nowhere = std::make_shared<DeviceTable>();
+  nowhere->slot = kMaxSlots;
   CHECK_FAULT(kInternal, "slot 65", runtime().publish(nowhere));
 }
 
@@ -368,21 +368,22 @@ const Driver& device_driver() {
 CUcontext context_of(DeviceSlot slot) { return reinterpret_cast<CUcontext>(uintptr_t{slot} * 256); }
 
 /// A table as TableBuilder makes it for a CUDA device.
-void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag) {
+void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag,
+                    const Driver& driver = device_driver()) {
   auto table = std::make_unique<DeviceTable>();
-  table->driver = &device_driver();
+  table->driver = &driver;
   table->slot = slot;
   table->context = context_of(slot);
   table->only_device = only_device;
   table->ops.resize(op.id() + 1u);
   table->ops[op.id()] = {&op, Ladder(kEdges), 1, {~0ull}};
   table->launchers.push_back(std::make_unique<CubinLauncher>(
-      tagged(tag), device_driver(), [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
+      tagged(tag), driver, [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
   std::vector<Row> rows;
   for (uint16_t bucket = 0; bucket < kEdges.size(); ++bucket)
     rows.push_back({make_key(op.id(), 0, 64, 0, bucket, kDeviceClass), table->launchers[0].get(), bucket});
   table->table = LaunchTable(rows);
-  runtime().publish(runtime().keep(std::move(table)));
+  runtime().publish(std::move(table));
 }
 
 Call call_on(DeviceSlot slot) { return toy_call(4, 64, false, DType::kBFloat16, slot); }
@@ -427,6 +428,38 @@ TEST(with_one_device_a_thread_enters_once) {
   runtime().withdraw(1);
 }
 
+/// Refuses, as the driver does, where another context than device 1's is current.
+std::atomic<int> refused{0};
+CUresult launch_in_context_1(const LaunchConfig* config, CUfunction function, void** params, void** extra) {
+  if (context_stack.back() != context_of(1)) return ++refused, 400;
+  return launch_here(config, function, params, extra);
+}
+
+TEST(another_context_is_current) {
+  const Op& op = new_op();
+  static const Driver driver = [] {
+    Driver made = device_driver();
+    made.launch = launch_in_context_1;
+    return made;
+  }();
+  publish_device(op, 1, true, 1, driver);
+  std::thread([&op] {
+    CHECK(dispatch(op, call_on(1)).outcome == Outcome::kLaunched);
+    // Somebody's own context, on top of the one that this thread is known to have.
+    context_stack.push_back(context_of(9));
+    for (int i = 0; i < 3; ++i) {
+      CHECK(dispatch(op, call_on(1)).outcome == Outcome::kLaunched);
+      CHECK(context_stack.back() == context_of(9));
+    }
+    CHECK_EQ(refused.load(), 1);  // from then on the driver is asked first
+    context_stack.pop_back();
+    CHECK(dispatch(op, call_on(1)).outcome == Outcome::kLaunched);
+    CHECK_EQ(context_stack.size(), 1u);
+  }).join();
+  CHECK_EQ(op.counters().hits.load(), 5u);
+  runtime().withdraw(1);
+}
+
 TEST(a_failed_launch_says_all) {
   const Op& op = new_op();
   publish_device(op, 1, true, 7);
@@ -438,6 +471,74 @@ TEST(a_failed_launch_says_all) {
   launch_answer = kCudaSuccess;
   CHECK_EQ(op.counters().hits.load(), 0u);
   runtime().withdraw(1);
+}
+
+// ---- what is freed, and what is shared ----
+
+TEST(a_table_is_freed_when_nothing_serves_from_it) {
+  const Op& op = new_op();
+  const auto build = [&op](std::shared_ptr<const DeviceTable> base) {
+    TableBuilder builder(-1, 0, true);
+    if (base) builder.extend(std::move(base));
+    builder.set_ladder(op, kEdges);
+    builder.add_module("a.cubin", {});
+    builder.add_row(op, 0, 64, 0, 0, builder.add_record(tagged(1)));
+    return builder.finish();
+  };
+  std::shared_ptr<const DeviceTable> base = build(nullptr);
+  std::shared_ptr<const DeviceTable> top = build(base);
+  const std::weak_ptr<const DeviceTable> base_lives = base, top_lives = top;
+  runtime().publish(std::move(top));
+  base.reset();
+  CHECK(!top_lives.expired());   // it serves
+  CHECK(!base_lives.expired());  // rows of the one on top point to its launchers
+  {
+    const TableReader reader;  // a call that blocks
+    runtime().withdraw(kCpuSlot);
+    CHECK(!top_lives.expired());
+  }
+  runtime().withdraw(kCpuSlot);
+  CHECK(top_lives.expired());
+  CHECK(base_lives.expired());
+}
+
+TEST(tables_share_modules_of_one_content) {
+  const auto build = [](const std::string& digest) {
+    TableBuilder builder(-1, 0, true);
+    builder.add_module("a.cubin", {}, digest);
+    return builder.finish();
+  };
+  const auto handle = reinterpret_cast<CUmodule>(uintptr_t{1});
+  CHECK(runtime().find_module(kCpuSlot, "one") == nullptr);
+  runtime().share_module(kCpuSlot, "one", handle);
+  runtime().share_module(kCpuSlot, "one", reinterpret_cast<CUmodule>(uintptr_t{2}));  // another was there first
+  CHECK(runtime().find_module(kCpuSlot, "one") == handle);
+  CHECK(runtime().find_module(1, "one") == nullptr);  // a device's own
+  build("one");
+  CHECK(runtime().find_module(kCpuSlot, "one") == handle);
+}
+
+TEST(without_early_reads_what_reads_early_has_no_pdl) {
+  const Op& op = new_op();
+  for (const bool early_reads : {true, false}) {
+    TableBuilder builder(-1, 0, true, early_reads);
+    builder.set_ladder(op, kEdges);
+    builder.add_module("a.cubin", {});
+    Record waits = tagged(1), early = tagged(2);
+    for (Record* record : {&waits, &early})
+      for (Cubin& cubin : record->cubins) cubin.pdl = true;
+    early.early = {kWeight};
+    builder.add_row(op, 0, 64, 0, 0, builder.add_record(waits));
+    builder.add_row(op, 0, 512, 0, 0, builder.add_record(early));
+    builder.publish();
+    for (const int64_t k : {64, 512}) {
+      dispatch(op, toy_call(1, k));  // what is pending is unknown at first
+      null_record(true);
+      CHECK(dispatch(op, toy_call(1, k)).outcome == Outcome::kLaunched);
+      null_record(false);
+      CHECK_EQ(null_launches().at(0).attributes.size(), size_t{k == 64 || early_reads});
+    }
+  }
 }
 
 // ---- threads ----
@@ -453,6 +554,7 @@ TEST(threads_dispatch_while_tables_are_replaced) {
     threads.emplace_back([&, t] {
       int wrong = 0;
       for (int64_t m = 1; !stop; m = m % 40 + 1) {
+        const TableReader reader;
         const Served served = dispatch(op, toy_call(m, t % 2 ? 64 : 512));
         if (served.outcome == Outcome::kLaunched)
           ++launched, wrong += key_bucket(served.found.row->key) != Ladder(kEdges).bucket(m);

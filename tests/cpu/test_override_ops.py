@@ -27,7 +27,7 @@ def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
     loaded = hdispatch.load(folder, driver="null")
     hdispatch.stats(reset=True)
     yield loaded
-    hdispatch.strict(False)
+    hdispatch.set_strict(False)
     loaded.unload()
 
 

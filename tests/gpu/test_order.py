@@ -81,7 +81,7 @@ def test_two_threads(bundle, op):
         except BaseException as error:
             failures.append(error)
 
-    hdispatch.strict()
+    hdispatch.set_strict()
     try:
         threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
         for thread in threads:
@@ -89,7 +89,7 @@ def test_two_threads(bundle, op):
         for thread in threads:
             thread.join()
     finally:
-        hdispatch.strict(False)
+        hdispatch.set_strict(False)
     assert not failures, failures[0]
     assert hdispatch.stats()[op]["hits"] == 120
 
