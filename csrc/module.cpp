@@ -444,8 +444,8 @@ PYBIND11_MODULE(_C, m) {
           },
           py::arg("file"), py::arg("image"), py::arg("digest") = "")
       .def(
-          "extend",
-          [](TableBuilder& self, const std::shared_ptr<DeviceTable>& base) { self.extend(base); }, py::arg("base"))
+          "extend", [](TableBuilder& self, const std::shared_ptr<DeviceTable>& base) { self.extend(base); },
+          py::arg("base"))
       .def(
           "add_library",
           [](TableBuilder& self, const std::string& file, const py::bytes& image) {
@@ -479,8 +479,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))
       .def("finish", [](TableBuilder& self) { return std::const_pointer_cast<DeviceTable>(self.finish()); })
       .def("publish", &TableBuilder::publish);
-  m.def(
-      "publish", [](const std::shared_ptr<DeviceTable>& table) { Runtime::get().publish(table); }, py::arg("table"));
+  m.def("publish", [](const std::shared_ptr<DeviceTable>& table) { Runtime::get().publish(table); }, py::arg("table"));
   m.def(
       "withdraw", [](int device) { Runtime::get().withdraw(static_cast<DeviceSlot>(device + 1)); }, py::arg("device"));
 

@@ -45,9 +45,10 @@ struct StrictMode {
 };
 extern StrictMode strict_mode;
 
-/// `Runtime::dispatch` on torch's current stream, for a caller that holds the GIL, which is released meanwhile: the driver
-/// blocks when the launch queue is full, until the GPU has done some of it, and that may need another Python thread.
-/// A daemon thread that asks for the GIL back while the interpreter ends is unwound from here (abi::__forced_unwind).
+/// `Runtime::dispatch` on torch's current stream, for a caller that holds the GIL, which is released meanwhile: the
+/// driver blocks when the launch queue is full, until the GPU has done some of it, and that may need another Python
+/// thread. A daemon thread that asks for the GIL back while the interpreter ends is unwound from here
+/// (abi::__forced_unwind).
 Outcome dispatch_without_gil(const Op& op, Call& call, Dispatch& found);
 
 /// Makes the Python type; once, at import. Null with a Python error set on failure.

@@ -366,8 +366,8 @@ CUfunction TableBuilder::find_function(const Cubin& cubin, const std::vector<uin
     return reinterpret_cast<CUfunction>(made_->null_functions.back().get());
   }
   CUfunction function = nullptr;
-  HD_DRIVER(driver_, driver_.module_function(&function, module->second.handle, cubin.function.c_str()), "cuModuleGetFunction",
-            cubin.file + " " + cubin.function);
+  HD_DRIVER(driver_, driver_.module_function(&function, module->second.handle, cubin.function.c_str()),
+            "cuModuleGetFunction", cubin.file + " " + cubin.function);
   return function;
 }
 

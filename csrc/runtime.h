@@ -17,8 +17,8 @@
 
 #include "cubin_launcher.h"
 #include "ffi_launcher.h"
-#include "ladder.h"
 #include "fork_mutex.h"
+#include "ladder.h"
 #include "launch_table.h"
 #include "op.h"
 #include "table_reader.h"

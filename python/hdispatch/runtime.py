@@ -18,6 +18,7 @@ from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, read_bundle
 
+
 @dataclass(frozen=True)
 class Bundle:
     """A loaded bundle. `device` is the CUDA device it serves, or -1: the null driver, which serves CPU tensors."""

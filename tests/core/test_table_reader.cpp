@@ -38,7 +38,9 @@ TEST(a_reader_that_came_later_holds_back_nothing) {
 TEST(an_inner_reader_does_not_end_the_outer_one) {
   const TableReader outer;
   const uint64_t epoch = TableReader::advance();
-  { const TableReader inner; }
+  {
+    const TableReader inner;
+  }
   CHECK(!TableReader::left(epoch));
 }
 
