@@ -24,7 +24,7 @@ import torch
 from hdispatch.bench import machine
 
 OP = "rms_norm_dynamic_per_token_quant"
-BATCH, ROUNDS = 200, 20
+BATCH, ROUNDS = 60, 8
 
 
 @contextmanager

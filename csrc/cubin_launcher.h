@@ -36,6 +36,7 @@ class CubinLauncher final : public Launcher {
   std::string explain(const Call& call, LaunchResult& result) const override;
   [[noreturn]] void raise(const LaunchResult& result, const std::string& what) const override;
   Reads reads() const override;
+  bool only_launches() const noexcept override { return true; }
 
   const Record& record() const noexcept { return record_; }
 

@@ -52,6 +52,9 @@ Library open_library() {
   resolve(handle, d.function_get, "cuFuncGetAttribute", missing);
   resolve(handle, d.function_set, "cuFuncSetAttribute", missing);
   resolve(handle, d.tensor_map_encode, "cuTensorMapEncodeTiled", missing);
+  resolve(handle, d.stream_query, "cuStreamQuery", missing);
+  resolve(handle, d.stream_is_capturing, "cuStreamIsCapturing", missing);
+  resolve(handle, d.capture_mode_exchange, "cuThreadExchangeStreamCaptureMode", missing);
   resolve(handle, d.function_param_info, "cuFuncGetParamInfo", nullptr);
   resolve(handle, d.function_load, "cuFuncLoad", nullptr);
   resolve(handle, d.library_kernel_count, "cuLibraryGetKernelCount", nullptr);
@@ -183,6 +186,9 @@ const Driver& null_driver() {
       .function_get = accept_null<int, int, CUfunction>,
       .function_set = accept<CUfunction, int, int>,
       .tensor_map_encode = null_encode,
+      .stream_query = nullptr,
+      .stream_is_capturing = nullptr,
+      .capture_mode_exchange = nullptr,
       .function_param_info = nullptr,
       .function_load = nullptr,
       .library_kernel_count = nullptr,

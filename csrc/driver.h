@@ -27,6 +27,8 @@ using CUkernel = struct CUkern_st*;
 
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr CUresult kCudaInvalidValue = 1;
+inline constexpr int kNotCapturing = 0;        ///< CU_STREAM_CAPTURE_STATUS_NONE
+inline constexpr int kCaptureModeRelaxed = 2;  ///< CU_STREAM_CAPTURE_MODE_RELAXED
 
 /// CUlaunchAttribute: an id and a 64-byte union, of which only these members are used.
 struct LaunchAttribute {
@@ -117,6 +119,10 @@ struct Driver {
   CUresult (*tensor_map_encode)(TensorMap*, int type, uint32_t rank, void* address, const uint64_t* dims,
                                 const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                 int interleave, int swizzle, int l2_promotion, int fill);
+  /// What tells whether a stream's work is done; null in the null driver, whose launches never block.
+  CUresult (*stream_query)(CUstream);
+  CUresult (*stream_is_capturing)(CUstream, int*);
+  CUresult (*capture_mode_exchange)(int*);
   /// May be null: CUDA 12.4 has them, older drivers do not.
   CUresult (*function_param_info)(CUfunction, size_t, size_t*, size_t*);
   CUresult (*function_load)(CUfunction);

@@ -26,6 +26,8 @@ class FfiLauncher final : public Launcher {
   std::string explain(const Call& call, LaunchResult& result) const override;
   [[noreturn]] void raise(const LaunchResult& result, const std::string& what) const override;
   Reads reads() const override;
+  /// A bundle's functions do; one of this process may wait for whatever it likes.
+  bool only_launches() const noexcept override { return !record_.file.empty(); }
 
   const FfiRecord& record() const noexcept { return record_; }
   const FfiFunction& function() const noexcept { return function_; }

@@ -73,6 +73,8 @@ class Launcher {
   /// Throws what a failure has left to say, for `what`; on the thread that launched.
   [[noreturn]] virtual void raise(const LaunchResult& result, const std::string& what) const = 0;
   virtual Reads reads() const = 0;
+  /// Whether a launch waits for nothing but room in the stream's queue: false for a function that may do anything.
+  virtual bool only_launches() const noexcept = 0;
 
   const RecordHead& head() const noexcept { return *head_; }
 

@@ -11,7 +11,6 @@
 #include <structmember.h>
 
 #include <cstddef>
-#include <exception>
 
 #include "tensor_view.h"
 
@@ -23,20 +22,6 @@ bool StrictMode::holds() const {
   if (!blocks.load(std::memory_order_relaxed)) return on.load(std::memory_order_relaxed);
   const pybind11::gil_scoped_acquire gil;
   return pybind11::handle(query)().cast<bool>();
-}
-
-Outcome dispatch_without_gil(const Op& op, Call& call, Dispatch& found) {
-  std::exception_ptr error;
-  Outcome outcome = Outcome::kBadCall;
-  PyThreadState* state = PyEval_SaveThread();
-  try {
-    outcome = Runtime::get().dispatch(op, call, current_stream, found);
-  } catch (...) {
-    error = std::current_exception();
-  }
-  PyEval_RestoreThread(state);  // not in a destructor: it may unwind the thread
-  if (HD_UNLIKELY(error != nullptr)) std::rethrow_exception(error);
-  return outcome;
 }
 
 namespace {
@@ -138,7 +123,7 @@ PyObject* call_op(const OpObject* self, PyObject* const* args) {
   if (HD_UNLIKELY(!no_modes() || !fill_call(op, args, call))) return call_torch(self, args);
   const TableReader reader;
   Dispatch found;
-  const Outcome outcome = dispatch_without_gil(op, call, found);
+  const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found, &kGil);
   if (HD_UNLIKELY(!is_done(outcome))) {
     miss(op, call, outcome, found);
     return call_fallback(self, args);

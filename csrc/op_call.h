@@ -45,11 +45,10 @@ struct StrictMode {
 };
 extern StrictMode strict_mode;
 
-/// `Runtime::dispatch` on torch's current stream, for a caller that holds the GIL, which is released meanwhile: the
-/// driver blocks when the launch queue is full, until the GPU has done some of it, and that may need another Python
-/// thread. A daemon thread that asks for the GIL back while the interpreter ends is unwound from here
-/// (abi::__forced_unwind).
-Outcome dispatch_without_gil(const Op& op, Call& call, Dispatch& found);
+/// The GIL, as what the caller of `Runtime::dispatch` holds. A daemon thread that asks for it back while the
+/// interpreter ends is unwound from there (abi::__forced_unwind).
+inline constexpr CallerLock kGil = {[]() -> void* { return PyEval_SaveThread(); },
+                                    [](void* state) { PyEval_RestoreThread(static_cast<PyThreadState*>(state)); }};
 
 /// Makes the Python type; once, at import. Null with a Python error set on failure.
 PyObject* make_op_type();

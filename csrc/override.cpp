@@ -216,7 +216,7 @@ bool Override::serve(PyObject* const* args, size_t count) const {
     if (HD_UNLIKELY(written.dtype == DType::kNone || (written.slot == kCpuSlot) == cuda_)) return false;
     const TableReader reader;
     Dispatch found;
-    if (HD_UNLIKELY(!is_done(dispatch_without_gil(op, call, found)))) continue;
+    if (HD_UNLIKELY(!is_done(Runtime::get().dispatch(op, call, current_stream, found, &kGil)))) continue;
     for (const uint8_t i : op.mutated())
       if (full[i] != Py_None) bump_version(THPVariable_Unpack(full[i]));
     return true;

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "check.h"
+#include "launch_queue.h"
 
 namespace hdispatch {
 namespace {
@@ -138,7 +139,7 @@ Outcome Runtime::lookup(const Op& op, Call& call, Dispatch& found) const noexcep
   return HD_LIKELY(found.row != nullptr) ? Outcome::kLaunched : Outcome::kNoRow;
 }
 
-Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const {
+Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found, const CallerLock* lock) const {
   const Outcome outcome = lookup(op, call, found);
   if (HD_UNLIKELY(outcome != Outcome::kLaunched)) {
     if (outcome == Outcome::kEmpty) op.counters().empty.fetch_add(1, std::memory_order_relaxed);
@@ -147,13 +148,18 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
   const DeviceTable& table = *found.table;
   const bool pop = HD_UNLIKELY(thread_context != table.context || !table.only_device) && enter(table);
   const CUstream stream = stream_of(table.slot);
-  found.result = found.row->launcher->launch(call, stream);
+  const Launcher& launcher = *found.row->launcher;
+  const bool may_block =
+      lock && !(launcher.only_launches() && LaunchQueue::has_room(*table.driver, table.slot, stream));
+  void* const released = may_block ? lock->release() : nullptr;
+  found.result = launcher.launch(call, stream);
   if (HD_UNLIKELY(is_failure(found.result.status)))
-    found.result = launch_in_context(table, *found.row->launcher, call, stream, found.result);
+    found.result = launch_in_context(table, launcher, call, stream, found.result);
   if (HD_UNLIKELY(pop)) {
     CUcontext popped = nullptr;
     table.driver->context_pop(&popped);
   }
+  if (may_block) lock->acquire(released);
   if (HD_UNLIKELY(found.result.status != LaunchStatus::kLaunched)) return Outcome::kRefused;
   op.counters().hits.fetch_add(1, std::memory_order_relaxed);
   return Outcome::kLaunched;

@@ -80,6 +80,12 @@ struct Dispatch {
   LaunchResult result{LaunchStatus::kLaunched, 0};
 };
 
+/// A lock of the caller's that others may need before the GPU goes on: let go of while a launch may block.
+struct CallerLock {
+  void* (*release)();
+  void (*acquire)(void* state);
+};
+
 /// The current stream of a device, as the door knows it. Called once per launch.
 using StreamFn = CUstream (*)(DeviceSlot slot);
 
@@ -92,9 +98,11 @@ class Runtime {
   const Op& define_op(std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
   const Op* find_op(std::string_view name) const noexcept;
 
-  /// Serves one call: check, key, probe, guards, launch. The hot path. Needs no GIL, and may block for as long as the
-  /// driver does. A `TableReader` of the caller's lives.
-  Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const;
+  /// Serves one call: check, key, probe, guards, launch. The hot path. It may block for as long as the driver does, and
+  /// then holds no `lock`. A `TableReader` of the caller's lives.
+  /// `lock` is what the caller holds, if anything.
+  Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found,
+                   const CallerLock* lock = nullptr) const;
 
   /// The reason of an outcome, as counted in `stats`.
   static std::string reason(Outcome outcome, const Dispatch& found);

@@ -85,6 +85,10 @@ static_assert(int{kMapFillNan} == toolkit::CU_TENSOR_MAP_FLOAT_OOB_FILL_NAN_REQU
 static_assert(toolkit::CU_TENSOR_MAP_SWIZZLE_NONE == 0 && toolkit::CU_TENSOR_MAP_SWIZZLE_32B == 1 &&
               toolkit::CU_TENSOR_MAP_SWIZZLE_64B == 2 && toolkit::CU_TENSOR_MAP_SWIZZLE_128B == 3);
 
+static_assert(kNotCapturing == toolkit::CU_STREAM_CAPTURE_STATUS_NONE);
+static_assert(kCaptureModeRelaxed == toolkit::CU_STREAM_CAPTURE_MODE_RELAXED);
+static_assert(sizeof(toolkit::CUstreamCaptureStatus) == sizeof(int) &&
+              sizeof(toolkit::CUstreamCaptureMode) == sizeof(int));
 static_assert(kCudaSuccess == toolkit::CUDA_SUCCESS);
 static_assert(kCudaInvalidValue == toolkit::CUDA_ERROR_INVALID_VALUE);
 static_assert(sizeof(CUresult) == sizeof(toolkit::CUresult));
@@ -118,6 +122,9 @@ SAME_FUNCTION(module_function, cuModuleGetFunction);
 SAME_FUNCTION(function_get, cuFuncGetAttribute);
 SAME_FUNCTION(function_set, cuFuncSetAttribute);
 SAME_FUNCTION(tensor_map_encode, cuTensorMapEncodeTiled);
+SAME_FUNCTION(stream_query, cuStreamQuery);
+SAME_FUNCTION(stream_is_capturing, cuStreamIsCapturing);
+SAME_FUNCTION(capture_mode_exchange, cuThreadExchangeStreamCaptureMode);
 #if CUDA_VERSION >= 12040
 SAME_FUNCTION(function_param_info, cuFuncGetParamInfo);
 SAME_FUNCTION(function_load, cuFuncLoad);
