@@ -8,6 +8,7 @@ A config *fits* a slot if its regret is within the limit; where none is, the one
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from ..errors import BuildError
 from ..opspec import SYMBOLS, OpSpec
 from ..tuning.timings import ConfigKey, Timing, config_key
+from . import configs
 from .store import write_atomic
 from .target import short_name
 from .tuned import companion
@@ -92,7 +94,7 @@ def select(
     best without it are written too. BuildError for timings of several GPUs or of an op
     that there is not, for an op without one right candidate, or a limit that is negative.
     """
-    if limit < 0:
+    if not 0 <= limit < math.inf:
         raise BuildError(f"the regret is {limit}; it takes 0 or more, 0.02 being 2 %")
     if not timings:
         raise BuildError("there are no timings; make some with `hdispatch tune measure`")
@@ -120,8 +122,9 @@ def _select_op(
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
     for backend in OPTIONAL:
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
-    keys = [{k: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
-    others = [entry for entry in _present(path) if not _replaced(spec, entry, keys)]
+    shapes = [{spec.config_key[k]: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
+    present = configs.read(path, spec).entries if path.exists() else ()
+    others = [entry.raw for entry in present if entry.shape not in shapes]  # the default is the row for any size
     if others:
         notes.append(f"{len(others)} entries for sizes without timings are kept as they were")
     regrets = [choice.regret for choice in chosen.values()]
@@ -441,25 +444,6 @@ def _entries(spec: OpSpec, choices: Mapping[Slot, ConfigKey], default_backend: s
             entry["backend"] = config.backend
         entries.append({**entry, "config": json.loads(config.config)})
     return entries
-
-
-def _replaced(spec: OpSpec, entry: Mapping[str, Any], keys: Sequence[Mapping[str, int]]) -> bool:
-    """Whether an entry that was there is for sizes that have new entries; the default is, if there is a row for any size."""
-    key = entry["key"]
-    return {name: size for name, size in key.items() if spec.config_key.get(name) != "M"} in keys
-
-
-def _present(path: Path) -> list[dict[str, Any]]:
-    """The entries that a file has now, if there is one."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise BuildError(f"cannot read the configs in {path}: {error}; move it away") from error
-    if not isinstance(data, list) or not all(isinstance(e, dict) and isinstance(e.get("key"), dict) for e in data):
-        raise BuildError(f'{path} is no list of {{"key": {{...}}, "config": {{...}}}}; move it away')
-    return data
 
 
 def _text(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -200,6 +200,8 @@ def describe_candidates(report: Any, archive: Path | None) -> str:
     dropped = [each for o in report.ops.values() for each in o.dropped]
     if dropped:
         parts.append("\n".join(["dropped", *(f"  {_words_of_dropped(each)}" for each in dropped)]))
+    if report.notes:
+        parts.append("\n".join(report.notes))
     packed = f", {archive}: {size(archive.stat().st_size)}" if archive else ""
     parts.append(
         f"{report.out}: {size(report.bytes)} for {report.target.name}{packed}, {duration(report.seconds * 1e9)}\n"
