@@ -7,6 +7,7 @@ A config *fits* a slot if its regret is within the limit; where none is, the one
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -17,7 +18,7 @@ from typing import Any, Literal
 
 from ..errors import BuildError
 from ..opspec import SYMBOLS, OpSpec
-from ..tuning.timings import ConfigKey, Timing, config_key
+from ..tuning.timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
 from . import configs
 from .store import write_atomic
 from .target import short_name
@@ -91,8 +92,8 @@ def select(
     limit         the regret that is allowed, 0.02 being 2 %
 
     Entries of a file for sizes that the timings do not have are kept. Where configs of an optional backend were chosen, the
-    best without it are written too. BuildError for timings of several GPUs or of an op
-    that there is not, for an op without one right candidate, or a limit that is negative.
+    best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend, bucket or size that
+    there is not, for an op without one right candidate, or a limit that is negative.
     """
     if not 0 <= limit < math.inf:
         raise BuildError(f"the regret is {limit}; it takes 0 or more, 0.02 being 2 %")
@@ -101,14 +102,50 @@ def select(
     gpus = sorted({timing["gpu"] for timing in timings})
     if len(gpus) > 1:
         raise BuildError(f"the timings are of {gpus}; select for one GPU at a time")
-    if unknown := sorted({timing["op"] for timing in timings} - set(specs)):
-        raise BuildError(f"the timings are of {unknown[0]!r}, which is no op here; there are {sorted(specs)}")
+    refused = refusal(specs, backends_of)
+    for timing in timings:
+        if (why := fault(timing) or refused(timing)) is not None:
+            raise BuildError(f"a timing of {cell_key(timing)} cannot be chosen by: {why}")
     reports = []
     for op in sorted({timing["op"] for timing in timings}):
         own = [timing for timing in timings if timing["op"] == op]
         path = folder_of(op) / f"nvidia_{short_name(gpus[0])}.json"
         reports.append(_select_op(specs[op], own, path, backends_of(op)[0], limit, write))
     return reports
+
+
+def refusal(specs: Mapping[str, OpSpec], backends_of: Callable[[str], Sequence[str]]) -> Refusal:
+    """What timings say that these ops have not, a variant, backend, bucket or size: for `timings.read`, which names lines."""
+    variants = functools.cache(lambda op: [variant.name for variant in specs[op].variants()])
+    backends = functools.cache(lambda op: list(backends_of(op)))
+
+    def refused(timing: Timing) -> str | None:
+        op = timing["op"]
+        if op not in specs:
+            return f"it is of {op!r}, which is no op here; there are {sorted(specs)}"
+        for name, value, there in (("variant", timing["variant"], variants(op)), ("backend", timing["backend"], backends(op))):
+            if value not in there:
+                return f"{name} is {value!r}; {op} has {there}"
+        return _refused_sizes(specs[op], timing)
+
+    return refused
+
+
+def _refused_sizes(spec: OpSpec, timing: Timing) -> str | None:
+    sizes = {"K": timing["K"], "N": timing["N"]}
+    for symbol, size in sizes.items():
+        if (size > 0) != (symbol in spec.symbols()):
+            has = ", ".join(spec.symbols())
+            return f"{symbol} is {size}; {spec.name} has the sizes {has}, and 0 stands for one that it has not"
+    if not any(row.items() <= sizes.items() for row in spec.shapes):
+        return f"K is {timing['K']} and N is {timing['N']}; {spec.name} has rows for {list(spec.shapes)}"
+    if (bucket := timing["bucket"]) >= len(spec.ladder):
+        return f"bucket is {bucket}; {spec.name} has {len(spec.ladder)} of them, from 0"
+    if timing["M"] != spec.ladder[bucket]:
+        return f"M is {timing['M']}; bucket {bucket} of {spec.name} is measured at its edge, {spec.ladder[bucket]}"
+    if unknown := sorted(set(timing["generic"]) - set(spec.symbols())):
+        return f"generic names {unknown[0]!r}; {spec.name} has the sizes {', '.join(spec.symbols())}"
+    return None
 
 
 def _select_op(

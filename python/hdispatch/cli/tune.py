@@ -261,13 +261,17 @@ def run_select(arguments: argparse.Namespace) -> int:
 
     if arguments.plot:
         plot.require()
-    lines, chosen = timings.read_all(arguments.timings), _split(arguments.ops)
+    packages, out, chosen = op_package.find(None), arguments.out, _split(arguments.ops)
+    if unknown := next((op for op in chosen or () if op not in packages), None):
+        raise HdispatchError(f"--ops: no op {unknown!r}; there are {sorted(packages)}")
+    specs = {name: unit.load_spec(package) for name, package in packages.items()}
+    refused = select.refusal(specs, lambda op: op_package.backends_of(packages[op]))
+    lines = timings.read_all(arguments.timings, lambda line: refused(line) if chosen is None or line["op"] in chosen else None)
     if chosen is not None:
         lines = [line for line in lines if line["op"] in chosen]
-    packages, out = op_package.find(None), arguments.out
     reports = select.select(
         lines,
-        {name: unit.load_spec(package) for name, package in packages.items()},
+        specs,
         lambda op: out / op if out else op_package.config_folder(packages[op]),
         backends_of=lambda op: op_package.backends_of(packages[op]),
         limit=arguments.regret,
