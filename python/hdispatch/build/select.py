@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from ..errors import BuildError
 from ..opspec import SYMBOLS, OpSpec
-from ..tuning.timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
+from ..tuning.timings import BROKE, ConfigKey, Refusal, Timing, cell_key, config_key, fault
 from . import configs
 from .store import write_atomic
 from .target import short_name
@@ -227,7 +227,7 @@ class Measured:
     def __init__(self, spec: OpSpec, timings: Sequence[Timing]) -> None:
         self.spec = spec
         #: Wrong at one place is wrong: nobody knows where else.
-        self.wrong = {config_key(timing) for timing in timings if timing["status"] in ("wrong", "fatal")}
+        self.wrong = {config_key(timing) for timing in timings if timing["status"] in ("wrong", *BROKE)}
         self.generic = {config_key(timing): frozenset(timing["generic"]) for timing in timings}
         lines: dict[Slot, dict[tuple[str, int, int], dict[ConfigKey, Timing]]] = {}
         for timing in timings:

@@ -40,6 +40,8 @@ Measure the candidates of DIR through the C++ launcher: against the reference fi
 against each other, in random order in every round, losers dropped early: in replayed CUDA graphs on buffers that rotate past
 L2; those not far behind there also launched one by one, and on the same buffers where L2 would still hold them.
 One line of JSON per candidate and size is appended to FILE; a run that was stopped or killed goes on where it was.
+Another process measures: a candidate that breaks it, or takes longer than --timeout for a step, is noted in FILE as fatal or
+timeout and left out from then on, and a new process goes on with the others.
 """
 
 SELECT = """\
@@ -97,6 +99,13 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="N", type=int, help="at most N cells: sizes and buckets")
     parser.add_argument("--seconds", metavar="N", type=float, help="begin no further cell after N seconds")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the arguments and of the order (default: 0)")
+    parser.add_argument(
+        "--timeout",
+        metavar="N",
+        type=float,
+        default=60.0,
+        help="seconds after which a candidate's step, its check and capture or one of its times, counts as hung (default: 60)",
+    )
     parser.set_defaults(run=run_measure)
 
 
@@ -236,7 +245,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
     machine = describe()
     versions = {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
-    options = measure.Options(_split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed)
+    options = measure.Options(_split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
     with timed_progress() as progress:
         report = measure.measure(arguments.bundle, arguments.out, options, versions=versions, progress=progress)
     for failure in report.failures:

@@ -17,8 +17,10 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 from ..errors import HdispatchError
 from ..typed_json import Mismatch, check, parse
 
-#: ok; a wrong result; not launched (a guard, the driver); took the whole process's GPU context with it.
-Status = Literal["ok", "wrong", "refused", "fatal"]
+#: ok; a wrong result; not launched (a guard, the driver); took the process's GPU context or the process with it; never ended.
+Status = Literal["ok", "wrong", "refused", "fatal", "timeout"]
+#: After which the process that measured is of no more use. Such a candidate is not tried again, wherever it competes.
+BROKE: tuple[Status, ...] = ("fatal", "timeout")
 
 
 #: Of which numbers of a line not to take what.
