@@ -102,6 +102,14 @@ def served(variant: Variant) -> bool:
     return variant.dtypes["cos_sin_cache"] in (variant.dtypes["qkv"], torch.float32)
 
 
+def foreign_key(key: dict[str, int]) -> dict[str, int]:
+    """vLLM's config files name the heads, of 128 elements, where ours name the elements of a row."""
+    if not {"q_heads", "kv_heads"} <= key.keys():
+        return key
+    others = {name: size for name, size in key.items() if name not in ("q_heads", "kv_heads")}
+    return {"hidden_size": (key["q_heads"] + 2 * key["kv_heads"]) * 128, **others}
+
+
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -122,6 +130,7 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in MODELS), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
+    foreign_key=foreign_key,
     doc=reference.__doc__ or "",
     served=served,
 )

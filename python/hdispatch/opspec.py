@@ -154,6 +154,8 @@ class OpSpec:
                                 that serve every size of it; the kernel's module then says that it is GENERIC in it.
     ladder                      upper edges of the buckets of M, ascending; the last bucket has no upper end.
     config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}.
+    foreign_key                 a key of vLLM's files, which has other names -> the one with those of config_key; other keys
+                                as they are.
     served                      which variants a bundle holds; all if None.
     typical                     the variant that servers call most: what is tuned and benchmarked unless told otherwise; the
                                 first served one if None.
@@ -179,6 +181,7 @@ class OpSpec:
     hints: Mapping[str, int] = field(default_factory=dict)
     closed: bool = False
     fallback: Callable[..., None] | None = None
+    foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
 
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""

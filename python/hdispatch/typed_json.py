@@ -1,21 +1,65 @@
-"""Holding parsed JSON against TypedDict declarations, so that a declaration is also the check.
+"""Holding parsed JSON against TypedDict declarations, so that a declaration is also the check; and parsing it, losing nothing.
 
-Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits. A field that is not declared is
-left alone: newer writers may add optional ones.
+Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits, floats are finite. A field that
+is not declared is left alone: newer writers may add optional ones.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import math
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 Checker = Callable[[Any], None]
 
+#: No file of ours nests deeper; walks over what was read stay far from Python's own limit.
+MOST_NESTED = 64
+
 
 class Mismatch(Exception):
     """The value is not of the declared type. The text begins with the path to it: `.rows[3].K is 'x'; …`."""
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """Stands for an object that has a name twice: Python would keep the last and say nothing."""
+
+    name: str
+
+
+def parse(text: str | bytes) -> Any:
+    """The value of a JSON text. `Mismatch` for a name that an object repeats and for deep nesting; ValueError for no JSON."""
+    try:
+        value = json.loads(text, object_pairs_hook=_object)
+    except RecursionError:
+        raise Mismatch(f" is nested deeper than {MOST_NESTED} levels") from None
+    todo: list[tuple[str, Any, int]] = [("", value, 0)]
+    while todo:
+        path, each, depth = todo.pop()
+        if isinstance(each, _Repeated):
+            raise Mismatch(f"{path} repeats the name {_show(each.name)}; it takes it once")
+        if depth > MOST_NESTED:
+            raise Mismatch(f"{path[:80]}... is nested deeper than {MOST_NESTED} levels")
+        if isinstance(each, dict):
+            todo += [(f"{path}.{name}", inner, depth + 1) for name, inner in each.items() if isinstance(inner, _CONTAINERS)]
+        elif isinstance(each, list):
+            todo += [(f"{path}[{at}]", inner, depth + 1) for at, inner in enumerate(each) if isinstance(inner, _CONTAINERS)]
+    return value
+
+
+_CONTAINERS = (dict, list, _Repeated)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Repeated:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    seen: set[str] = set()
+    return _Repeated(next(name for name, _ in pairs if name in seen or seen.add(name)))  # type: ignore[func-returns-value]
 
 
 def check(value: object, kind: Any) -> None:
@@ -157,6 +201,8 @@ def _plain(kind: Any) -> Checker:
         def check_float(value: Any) -> None:
             if type(value) is not float:
                 _expect(value, int, "float")
+            elif not math.isfinite(value):
+                raise Mismatch(f" is {value}; floats are finite")
 
         return check_float
     if kind not in (str, bool):

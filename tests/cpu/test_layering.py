@@ -159,7 +159,9 @@ def test_the_command_line_starts_without_the_build_wing():
 
 def test_measuring_needs_neither_the_build_wing_nor_a_dsl():
     # torch may import triton by itself, where it is installed.
-    code = "import json, sys, hdispatch.tuning.measure; print(json.dumps({'all': sorted(sys.modules)}))"
+    code = (
+        "import json, sys, hdispatch.tuning.measure, hdispatch.tuning.worker; print(json.dumps({'all': sorted(sys.modules)}))"
+    )
     loaded = run(code)["all"]
     assert isinstance(loaded, list)
     wanted = ("helion", "cutlass", "matplotlib", "rich", "hdispatch.cli", "hdispatch.bench", *BUILD)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Sequence
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +22,7 @@ import toy
 from hdispatch.cli.main import main
 from hdispatch.errors import BundleError, HdispatchError
 from hdispatch.manifest import MANIFEST_NAME
-from hdispatch.tuning import measure, timings
+from hdispatch.tuning import apart, measure, timings
 from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
 
 #: config -> µs
@@ -63,6 +69,23 @@ class FakeReplay:
         self.open = False
 
 
+class HungReplay(FakeReplay):
+    """Never ends."""
+
+    def time(self, replays: int = 1) -> float:
+        """Waits for ever."""
+        hang()
+        return super().time(replays)
+
+
+def hang() -> None:
+    """Waits for ever, having said in $PID_FILE who does."""
+    if path := os.environ.get("PID_FILE"):
+        Path(f"{path}.new").write_text(str(os.getpid()))
+        Path(f"{path}.new").rename(path)
+    time.sleep(10**6)
+
+
 class FakeDevice(measure.Device):
     """The null driver, which checks and counts a launch as the real one; then the reference writes what a kernel would."""
 
@@ -90,6 +113,12 @@ class FakeDevice(measure.Device):
         super().launch(op, arguments)
         self.order.append((self.current, arguments[0].size(0)))
         how = self.broken.get(self.current, "")
+        if how in ("hang", f"hang at {arguments[0].size(0)}"):
+            hang()
+        if how == "hang with the GIL":
+            ctypes.PyDLL(None).sleep(10**6)
+        if how == "abort":
+            os.abort()
         if how == "fatal":
             self.dead = True
             raise RuntimeError("illegal memory access")
@@ -110,6 +139,8 @@ class FakeDevice(measure.Device):
     def replay(self, calls: Sequence[measure.Call], launches: int) -> FakeReplay:
         """As told; half of it on the same buffers."""
         assert launches >= 64
+        if self.broken.get(self.current) == "hang when timed":
+            return HungReplay(TIMES[self.current])
         self.replays.append(FakeReplay(TIMES[self.current] / (2 if len(calls) == 1 else 1)))
         return self.replays[-1]
 
@@ -256,16 +287,205 @@ def test_what_is_not_launched_is_refused(tmp_path):
 
 def test_a_broken_context_ends_the_run_and_the_next_goes_on_without_the_culprit(bundle, tmp_path):
     out = tmp_path / "t.jsonl"
-    with pytest.raises(HdispatchError, match=r'"near".* is fatal: illegal memory access.* run the same command again'):
+    with pytest.raises(HdispatchError, match=r'"near".* is fatal: illegal memory access.* run again to go on without it'):
         measure.measure(bundle, out, device=FakeDevice({"near": "fatal"}))
     assert [each["status"] for each in timings.read(out)] == ["fatal"]
     device = FakeDevice()
     report = measure.measure(bundle, out, device=device)
     assert (report.measured, report.before) == (2, 0)
     assert ("near", 4) not in device.order
-    assert ("near", 16) in device.order
+    assert ("near", 16) not in device.order, "what was the end of a process is tried nowhere"
     assert by_cell(out)[2]["near"]["status"] == "fatal"
+    assert sorted(by_cell(out)[4]) == sorted(set(TIMES) - {"near"})
     assert measure.measure(bundle, out, device=FakeDevice()).before == 2
+
+
+# ---- in a process of its own ----
+
+
+def command(device: str) -> tuple[str, ...]:
+    """The process that measures, on the device that this expression makes."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_measure
+from hdispatch.errors import HdispatchError
+from hdispatch.tuning import worker
+def opened(folder, manifest, index):
+    assert manifest["ops"]
+    return {device}
+worker.main(opened)
+"""
+    return (sys.executable, "-P", "-c", program)
+
+
+@pytest.fixture
+def in_child(monkeypatch) -> Callable[..., None]:
+    """Says what candidates do in the process that measures."""
+    monkeypatch.setattr(measure, "_current_device", lambda: 0)
+
+    def use(broken: dict[str, str] | None = None, device: str | None = None) -> None:
+        monkeypatch.setattr(apart, "COMMAND", command(device or f"test_measure.FakeDevice({broken or {}!r})"))
+
+    return use
+
+
+#: Seconds; every step of a candidate that does end takes a small part of it.
+SHORT = measure.Options(timeout=5.0)
+
+
+def test_another_process_measures_the_same(bundle, tmp_path, in_child):
+    in_child()
+    report = measure.measure(bundle, tmp_path / "t.jsonl", versions={"torch": "x"})
+    assert (report.measured, report.left, report.failures) == (2, 0, [])
+    measure.measure(bundle, tmp_path / "u.jsonl", device=FakeDevice(), versions={"torch": "x"})
+
+    def lines(path: Path) -> list[dict[str, Any]]:
+        return [{n: v for n, v in line.items() if n not in ("device_seconds", "time")} for line in timings.read(path)]
+
+    assert lines(tmp_path / "t.jsonl") == lines(tmp_path / "u.jsonl")
+
+
+@pytest.mark.parametrize("how", ["hang", "hang with the GIL", "hang when timed"])
+def test_a_candidate_that_never_ends_is_noted_and_the_rest_goes_on(bundle, tmp_path, in_child, how):
+    in_child({"near": how})
+    out, start = tmp_path / "t.jsonl", time.monotonic()
+    report = measure.measure(bundle, out, SHORT)
+    assert (report.measured, report.before, report.left) == (2, 0, 0)
+    (failure,) = report.failures
+    assert '"near"} is timeout: it had not ended after 5 s; its process was ended' in failure
+    assert time.monotonic() - start < 120
+    found = by_cell(out)
+    assert {name: each["status"] for name, each in found[2].items()} == {**dict.fromkeys(TIMES, "ok"), "near": "timeout"}
+    assert "us" not in found[2]["near"]
+    assert 5.0 <= found[2]["near"]["device_seconds"] < 60
+    assert {name: each["us"] for name, each in found[4].items()} == {name: us for name, us in TIMES.items() if name != "near"}
+    assert timings.read(out)[0]["status"] == "timeout", "it was on disk before the others were measured"
+    again = measure.measure(bundle, out, SHORT)
+    assert (again.measured, again.before, again.failures) == (0, 2, [])
+
+
+def test_a_candidate_that_never_ends_in_a_later_cell(bundle, tmp_path, in_child):
+    in_child({"near": "hang at 16", "slow": "wrong"})
+    report = measure.measure(bundle, tmp_path / "t.jsonl", SHORT)
+    assert (report.measured, report.left) == (2, 0)
+    found = by_cell(tmp_path / "t.jsonl")
+    assert (found[2]["near"]["status"], found[4]["near"]["status"]) == ("ok", "timeout")
+    assert {cell["slow"]["status"] for cell in found.values()} == {"wrong"}
+
+
+@pytest.mark.parametrize(("how", "why"), [("abort", "ended with status -6"), ("fatal", "illegal memory access")])
+def test_a_candidate_that_takes_the_process_along(bundle, tmp_path, in_child, how, why):
+    in_child({"near": how})
+    report = measure.measure(bundle, tmp_path / "t.jsonl")
+    assert (report.measured, report.left, len(report.failures)) == (2, 0, 1)
+    near = by_cell(tmp_path / "t.jsonl")[2]["near"]
+    assert near["status"] == "fatal"
+    assert why in near["why"]
+    assert sorted(by_cell(tmp_path / "t.jsonl")[4]) == sorted(set(TIMES) - {"near"})
+
+
+def test_no_candidate_but_such(tmp_path, in_child):
+    bundle = write_candidates(tmp_path / "cand", [toy_record("near"), toy_record("fast")])
+    in_child({"near": "abort", "fast": "abort"})
+    report = measure.measure(bundle, tmp_path / "t.jsonl")
+    assert (report.measured, report.left, len(report.failures)) == (2, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("exec('raise HdispatchError(\"no such GPU\")')", "^no such GPU$"),
+        ("exec('raise KeyError(7)')", "^KeyError: 7$"),
+        ("sys.exit(3)", "a worker process ended with status 3"),
+        ("sys.exit('words')", "ended with status 1; it said: words"),
+    ],
+)
+def test_a_process_that_cannot_start_is_an_error(bundle, tmp_path, in_child, device, message):
+    in_child(device=device)
+    with pytest.raises(HdispatchError, match=message):
+        measure.measure(bundle, tmp_path / "t.jsonl")
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_what_is_no_candidates_fault_is_an_error(bundle, tmp_path, in_child):
+    in_child(device="(vars(sys.modules['hdispatch.tuning.measure']).update(copied=0), test_measure.FakeDevice())[1]")
+    with pytest.raises(HdispatchError, match=r"^TypeError: .int. object is not callable$"):
+        measure.measure(bundle, tmp_path / "t.jsonl")
+    assert timings.read(tmp_path / "t.jsonl") == []
+
+
+def run_command(bundle: Path, out: Path, pid_file: Path) -> subprocess.Popen[str]:
+    """`hdispatch tune measure`, in a process group of its own; its second cell has a candidate that hangs."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_measure
+from hdispatch.cli.main import main
+from hdispatch.tuning import apart, measure
+apart.COMMAND = {command("test_measure.FakeDevice({'near': 'hang at 16'})")!r}
+measure._current_device = lambda: 0
+sys.exit(main(["tune", "measure", {str(bundle)!r}, "--out", {str(out)!r}, "--timeout", "1000"]))
+"""
+    environment = {**os.environ, "PID_FILE": str(pid_file)}
+    return subprocess.Popen(
+        [sys.executable, "-P", "-c", program], stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def hung_pid(pid_file: Path) -> int:
+    end = time.monotonic() + 120
+    while not pid_file.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return int(pid_file.read_text())
+
+
+def has_ended(pid: int) -> bool:
+    """Whether a process is gone, or dead and not collected yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_ended_leaves_no_process_and_goes_on_later(bundle, tmp_path, in_child, end):
+    out = tmp_path / "t.jsonl"
+    process = run_command(bundle, out, tmp_path / "pid")
+    pid = hung_pid(tmp_path / "pid")
+    if end == signal.SIGINT:
+        os.killpg(process.pid, end)  # as a terminal does: the process that measures has it too
+    else:
+        process.send_signal(end)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (130 if end == signal.SIGINT else -end)
+    assert "Traceback" not in said
+    assert said.endswith("hdispatch: interrupted\n") == (end == signal.SIGINT)
+    limit = time.monotonic() + 30
+    while not has_ended(pid):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    assert sorted(by_cell(out)) == [2]
+    in_child()
+    report = measure.measure(bundle, out)
+    assert (report.measured, report.before, report.left) == (1, 1, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit": -1}, "the limit is -1 cells"),
+        ({"seconds": float("nan")}, "the time is nan s"),
+        ({"seconds": -1.0}, "the time is -1.0 s"),
+        ({"timeout": 0.0}, "the timeout is 0.0 s"),
+        ({"timeout": float("nan")}, "the timeout is nan s"),
+        ({"timeout": float("inf")}, "the timeout is inf s"),
+    ],
+)
+def test_options_that_say_nothing(options, message):
+    with pytest.raises(HdispatchError, match=message):
+        measure.Options(**options)
 
 
 def test_timings_of_another_gpu_are_refused(bundle, tmp_path):

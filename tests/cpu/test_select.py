@@ -19,7 +19,7 @@ from hdispatch.tuning import timings
 
 SPEC = OpSpec(
     name="toy_select",
-    args=(TensorArg("input", ("M", "K"), (torch.float32,)),),
+    args=(TensorArg("input", ("M", "K"), (torch.float32, torch.float16)),),
     reference=lambda *_args: None,
     sample=lambda *_args: [],
     shapes=({"K": 64}, {"K": 512}, {}),
@@ -31,7 +31,7 @@ SPEC = OpSpec(
 def line(k: int, bucket: int, name: str, us: float | None, **changes: Any) -> timings.Timing:
     content: dict[str, Any] = {
         "op": "toy_select",
-        "variant": "any",
+        "variant": "float32",
         "K": k,
         "N": 0,
         "bucket": bucket,
@@ -153,12 +153,12 @@ def test_wrong_is_out_everywhere_and_refused_only_there(tmp_path):
 
 def test_the_worst_variant_counts(tmp_path):
     lines = table(64, a=[100] * 4, b=[101] * 4)
-    lines += [{**each, "variant": "other", "us": 200.0 if each["config"] == {"name": "a"} else 100.0} for each in lines]
+    lines += [{**each, "variant": "float16", "us": 200.0 if each["config"] == {"name": "a"} else 100.0} for each in lines]
     report = run(lines, tmp_path)
     assert picks(tmp_path, {"K": 64}) == ["b"] * 4
     assert report.worst == pytest.approx(0.01)
     companion = json.loads(report.path.with_suffix(".tuned.json").read_text())
-    assert companion["variants"] == ["any", "other"]
+    assert companion["variants"] == ["float16", "float32"]
 
 
 def test_where_nothing_fits_the_nearest_is_taken(tmp_path):
@@ -166,8 +166,8 @@ def test_where_nothing_fits_the_nearest_is_taken(tmp_path):
     lines = [
         line(64, 0, "a", 100),
         line(64, 0, "b", 110),
-        line(64, 0, "a", 130, variant="v"),
-        line(64, 0, "b", 100, variant="v"),
+        line(64, 0, "a", 130, variant="float16"),
+        line(64, 0, "b", 100, variant="float16"),
     ]
     report = run(lines, tmp_path)
     assert report.worst == pytest.approx(0.1)
@@ -267,6 +267,7 @@ def test_the_curve_falls(tmp_path):
     [
         ([], {}, "there are no timings; make some with `hdispatch tune measure`"),
         ([line(64, 0, "a", 1.0)], {"limit": -0.1}, "the regret is -0.1"),
+        ([line(64, 0, "a", 1.0)], {"limit": float("nan")}, "the regret is nan"),
         (
             [line(64, 0, "a", 1.0), line(64, 1, "a", 1.0, gpu="NVIDIA B200")],
             {},
@@ -307,15 +308,72 @@ def test_a_line_that_was_cut_off_is_left_out(tmp_path):
 def test_what_is_no_timing_is_named(tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text('{"op": 1}\n')
-    with pytest.raises(HdispatchError, match=r"t.jsonl: line 1 is no timing: op is 1"):
+    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: no timing: op is 1"):
         timings.read(path)
     path.write_text("# Timings\n")
-    with pytest.raises(HdispatchError, match=r"t.jsonl: line 1 is no timing: it begins with '# Timings'"):
+    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: no timing: it begins with '# Timings'"):
         timings.read(path)
     with pytest.raises(HdispatchError, match="cannot read the timings"):
         timings.read(tmp_path / "absent")
     with pytest.raises(HdispatchError, match="cannot write"):
         timings.append(tmp_path / "absent" / "t.jsonl", [])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"us": float("nan")}, "us is nan; floats are finite"),
+        ({"us": float("inf")}, "us is inf; floats are finite"),
+        ({"us": 0}, "us is 0; it takes more than 0"),
+        ({"us": -1.5}, "us is -1.5; it takes more than 0"),
+        ({"q1": -0.0}, "q1 is -0.0; it takes more than 0"),
+        ({"stream_us": -3.0}, "stream_us is -3.0"),
+        ({"warm_us": 0.0}, "warm_us is 0.0"),
+        ({"rounds": -1}, "rounds is -1; it takes 0 or more"),
+        ({"compile_seconds": -1.0}, "compile_seconds is -1.0"),
+        ({"status": "wrong"}, "its status is 'wrong', and it has a time"),
+        ({"bucket": 99}, "bucket is 99; toy_select has 4 of them"),
+        ({"bucket": -1}, "bucket is -1; it takes 0 or more"),
+        ({"bucket": 10**30}, "bucket is 1000000000000000000000000000000; integers fit 64 bits"),
+        ({"M": 3}, "M is 3; bucket 1 of toy_select is measured at its edge, 2"),
+        ({"M": 0}, "M is 0; it takes more than 0"),
+        ({"variant": "float99"}, r"variant is 'float99'; toy_select has \['float32', 'float16'\]"),
+        ({"backend": "cuda"}, r"backend is 'cuda'; toy_select has \['triton'\]"),
+        ({"op": "nonsense"}, "it is of 'nonsense', which is no op here"),
+        ({"N": 7}, "N is 7; toy_select has the sizes M, K, and 0 stands for one that it has not"),
+        ({"K": 0}, "K is 0; toy_select has the sizes"),
+        ({"K": -64}, "K is -64; it takes 0 or more"),
+        ({"generic": ["N"]}, "generic names 'N'"),
+    ],
+)
+def test_a_line_that_cannot_be_right_is_named(tmp_path, changes, message):
+    path = tmp_path / "t.jsonl"
+    bad: Any = {**line(64, 1, "a", 2.0), **changes}
+    timings.append(path, [line(64, 0, "a", 1.0), bad, line(64, 2, "a", 3.0)])
+    refused = select.refusal({"toy_select": SPEC}, lambda _op: ["triton"])
+    with pytest.raises(HdispatchError, match=rf"t\.jsonl:2: no timing.*: {message}"):
+        timings.read_all([path], refused)
+    with pytest.raises(BuildError):  # what is handed over without a file is looked at too
+        run([bad], tmp_path)
+
+
+def test_a_row_that_the_op_has_not_is_named(tmp_path):
+    closed = OpSpec(**{**vars(SPEC), "shapes": ({"K": 64},)})
+    path = tmp_path / "t.jsonl"
+    timings.append(path, [line(65, 0, "a", 1.0)])
+    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: .*K is 65 and N is 0; toy_select has rows for \[\{'K': 64\}\]"):
+        timings.read(path, select.refusal({"toy_select": closed}, lambda _op: ["triton"]))
+
+
+def test_a_line_with_a_name_twice_or_nested_without_end_is_named(tmp_path):
+    path = tmp_path / "t.jsonl"
+    good = json.dumps(line(64, 0, "a", 1.0))
+    path.write_text(f'{good}\n{good[:-1]}, "us": 2.0}}\n')
+    with pytest.raises(HdispatchError, match=r"t\.jsonl:2: no timing: repeats the name 'us'"):
+        timings.read(path)
+    path.write_text('{"op": ' + "[" * 100_000 + "\n")
+    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: no timing: is nested deeper"):
+        timings.read(path)
 
 
 # ---- the command line ----
@@ -346,6 +404,16 @@ def test_the_default_backend_is_the_ops_and_not_what_is_installed_here(tmp_path,
     assert main(["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]) == 0
     written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"
     assert json.loads(written.read_text())[0]["backend"] == "triton"
+
+
+def test_the_command_names_the_line_and_writes_nothing(tmp_path, capsys):
+    timings.append(tmp_path / "t.jsonl", [real(4096, 0, "a", 1.0), real(4096, 0, "a", 1.0) | {"bucket": 99}])  # type: ignore[list-item]
+    command = ["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]
+    assert main(command) == 1
+    assert "t.jsonl:2: no timing to choose by: bucket is 99" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--ops", "rms_norm,nonsense"]) == 1
+    assert "no op 'nonsense'" in capsys.readouterr().err
 
 
 def test_time_left():
@@ -381,7 +449,7 @@ def test_a_cell_on_the_same_buffers_too(tmp_path):
 
 
 def times_at_64(lines):
-    found = select.Measured(SPEC, lines).times[(("K", 64),), 0]["any", 64, 0]
+    found = select.Measured(SPEC, lines).times[(("K", 64),), 0]["float32", 64, 0]
     return {json.loads(config.config)["name"]: us for config, us in found.items()}
 
 
@@ -407,13 +475,13 @@ def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_p
     ]
     found = tuned.Measurements(SPEC, report.path)
     record: Any = {"backend": "cutedsl", "config": {"name": "fast"}}
-    assert found.of("any", {"K": 64}, 1, record) == {"us": 50.0, "others": {"triton": 100.0}}
-    assert found.of("any", {"K": 64}, 8, record) is None, "another config was chosen there"
+    assert found.of("float32", {"K": 64}, 1, record) == {"us": 50.0, "others": {"triton": 100.0}}
+    assert found.of("float32", {"K": 64}, 8, record) is None, "another config was chosen there"
     assert found.of("other", {"K": 64}, 1, record) is None
-    assert found.of("any", {}, 1, record) is None
+    assert found.of("float32", {}, 1, record) is None
     assert not tuned.Measurements(SPEC, tmp_path / "nothing.json").times
     (tmp_path / "odd.tuned.json").write_text('{"variants": 3}')
-    with pytest.raises(BuildError, match=r"cannot read the measurements in .*odd\.tuned\.json: TypeError"):
+    with pytest.raises(BuildError, match=r"cannot read the measurements in .*odd\.tuned\.json: variants is 3"):
         tuned.Measurements(SPEC, tmp_path / "odd.json")
     file = configs.read(report.path, SPEC)
     alone = file.available(["triton"], "triton")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal, NotRequired, TypedDict
 
 import pytest
-from hdispatch.typed_json import Mismatch, check
+from hdispatch.typed_json import MOST_NESTED, Mismatch, check, parse
 
 
 class Point(TypedDict):
@@ -105,3 +106,31 @@ def test_a_union_of_typed_dicts_is_told_apart_by_its_tag():
         with pytest.raises(Mismatch) as caught:
             check([value], list[Cat | Dog])
         assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_floats_are_finite(value):
+    with pytest.raises(Mismatch, match=r"\.weights\['a'\] is -?(nan|inf); floats are finite"):
+        check(point(weights={"a": value}), Point)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "a": 1}', r"^ repeats the name 'a'"),
+        ('{"b": [0, {"c": {"a": 1, "x": 0, "a": 2}}]}', r"^\.b\[1\]\.c repeats the name 'a'"),
+        ("[" * 100_000, f"^ is nested deeper than {MOST_NESTED}"),
+        ("[" * 70 + "]" * 70, f"nested deeper than {MOST_NESTED}"),
+    ],
+)
+def test_nothing_is_lost_in_parsing(text, message):
+    with pytest.raises(Mismatch, match=message):
+        parse(text)
+
+
+def test_parsing_is_json_otherwise():
+    deep = "[" * MOST_NESTED + "]" * MOST_NESTED
+    for text in ('{"a": {"a": [1, 1.5, null, "x"]}, "b": {"a": 2}}', "3", deep):
+        assert parse(text) == json.loads(text)
+    with pytest.raises(ValueError, match="Expecting"):
+        parse("{")

@@ -11,18 +11,17 @@ import contextlib
 import json
 import os
 import queue
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
-from ..errors import HdispatchError
+from ..child import Child, WorkerGone
 from .ops_grid import Cell
 from .ops_worker import Setup
 
@@ -30,11 +29,6 @@ from .ops_worker import Setup
 _COMMAND = (sys.executable, "-P", "-c", "from hdispatch.bench.ops_worker import main; main()")
 #: Seconds past the deadline that a cell under way may take; then its process is ended.
 GRACE = 45.0
-SAID = 2000
-
-
-class WorkerGone(HdispatchError):
-    """A process ended before it answered."""
 
 
 class Asked(Protocol):
@@ -159,59 +153,33 @@ def stats_of(workers: Sequence[Asked]) -> Iterator[dict[str, dict[str, Any]]]:
 
 
 class Process:
-    """A process of `ops_worker`, fed over pipes."""
+    """A process of `ops_worker`."""
 
     def __init__(self, setup: Setup, environment: Mapping[str, str]) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=dict(environment)
-        )
-        self._setup: str | None = setup.to_line()
+        self._child = Child(_COMMAND, environment)
+        self._setup: Setup | None = setup
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request. The first one waits until the process has started; if it could not, that is the answer."""
         if self._setup is not None:
-            started = self._exchange(self._setup)
+            started = self._exchange(asdict(self._setup))
             self._setup = None
             if "error" in started:
                 self.kill()
                 raise WorkerGone(f"a worker process could not start: {started['error']}")
-        return self._exchange(json.dumps(request) + "\n")
+        return self._exchange(request)
 
-    def _exchange(self, line: str) -> dict[str, Any]:
-        try:
-            _pipe(self._process.stdin).write(line)
-            _pipe(self._process.stdin).flush()
-            answer = _pipe(self._process.stdout).readline()
-        except (BrokenPipeError, ValueError):
-            answer = ""
-        if not answer:
-            raise WorkerGone(f"a worker process ended with status {self._process.wait()}; it said: {self._said()}")
-        found: dict[str, Any] = json.loads(answer)
-        return found
-
-    def _said(self) -> str:
-        self._log.seek(0)
-        return self._log.read().decode(errors="replace").strip()[-SAID:]
+    def _exchange(self, message: Mapping[str, Any]) -> dict[str, Any]:
+        self._child.send(message)
+        return self._child.receive()
 
     def kill(self) -> None:
         """End the process."""
-        self._process.kill()
-        self._process.wait()
+        self._child.kill()
 
     def close(self) -> None:
         """End the process and close its pipes."""
-        self.kill()
-        with contextlib.suppress(BrokenPipeError):  # what was not sent has no receiver
-            _pipe(self._process.stdin).close()
-        _pipe(self._process.stdout).close()
-        self._log.close()
-
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    if pipe is None:
-        raise HdispatchError("the worker process was started without a pipe")
-    return pipe
+        self._child.close()
 
 
 @contextmanager

@@ -10,19 +10,18 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
-import os
 import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import runtime
+from .. import child, runtime
 from . import compiled, peers
 from .ops_grid import Cell
 from .ops_timing import Binder, make_arguments, measure, require_gpu
@@ -38,10 +37,6 @@ class Setup:
     rounds: int
     seed: int
     lock: str
-
-    def to_line(self) -> str:
-        """As the process's first line."""
-        return json.dumps(asdict(self)) + "\n"
 
 
 @dataclass
@@ -98,8 +93,7 @@ def cell_name(cell: Cell) -> str:
 
 def main() -> None:
     """Serve requests from standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    answers = child.begin()
     worker: Worker | None = None
     for line in sys.stdin:
         try:
@@ -110,8 +104,7 @@ def main() -> None:
                 answer = worker.answer(json.loads(line))
         except Exception as error:  # the parent says what this process could not do
             answer = {"error": first_line(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+        child.answer(answers, answer)
 
 
 def _start(setup: Setup) -> Worker:

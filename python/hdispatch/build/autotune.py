@@ -20,7 +20,7 @@ import torch
 
 from ..errors import BuildError
 from ..opspec import OpSpec
-from . import op_package
+from . import configs, op_package
 from .store import write_atomic
 from .target import present
 from .tune import Point, Scope, points_of, sizes_of
@@ -61,7 +61,7 @@ def autotune(
         path = out / spec.name / gpu.config_file
         given = {**dict(point.row), "M": sizes["M"]}
         key = {named: given[symbol] for named, symbol in spec.config_key.items() if symbol in given}
-        entries = json.loads(path.read_text()) if path.is_file() else []
+        entries = [entry.raw for entry in configs.read(path, spec).entries] if path.is_file() else []
         if any(entry["key"] == key for entry in entries):
             continue
         if progress:

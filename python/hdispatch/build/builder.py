@@ -133,6 +133,7 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
     if note:
         notes.append(note)
+    file.require_backends(backends)
     file = _available(file, spec, backends, notes)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
@@ -143,8 +144,6 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
         for bucket in buckets:
             entry = file.pick(spec, shape, spec.ladder[bucket])
             backend = entry.backend or backends[0]
-            if backend not in backends:
-                raise BuildError(f"{file.path}: an entry is for the backend {backend!r}; {spec.name} has {backends}")
             known = {symbol: size for symbol, size in shape.items() if symbol not in op_package.generic_sizes(package, backend)}
             key = store.canonical([backend, known, entry.config])
             picked[key] = backend, known, entry.config

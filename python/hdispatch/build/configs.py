@@ -5,23 +5,37 @@ the op's `config_key` says which size each name stands for. A key without a size
 size of it; the empty key is the default, used where nothing else is. `"backend": "triton"` beside the key says which of
 the op's kernels the config is for, if not the first. `"without": "cutedsl"` marks entries that stand in for their sizes'
 others where that backend is not installed.
+
+vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves, what the op's `foreign_key`
+knows, and integer arguments that are compiled in (`group_size`): such an entry is for the variants with that value. Before
+0.33 a file was an object of configs by keys in one string, `hidden_size_4096_num_tokens_16`. Their configs are Helion's.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..opspec import OpSpec
+from ..opspec import SYMBOLS, IntArg, OpSpec, Variant
+from ..typed_json import Mismatch, parse
 from .target import GpuTarget
+from .versions import PACKAGES
 
 #: A GPU without a file of its own takes this one's, and the build says so.
 FALLBACK = "nvidia_h200.json"
+
+#: What a key may say a size is: what a row's key holds.
+LARGEST_SIZE = 2**32 - 1
+#: `hidden_size_4096_num_tokens_16`, a part at a time.
+_PART = re.compile(r"([A-Za-z][A-Za-z_]*?)_(-?[0-9]+)(?:_|$)")
+#: What every config of Helion's has, and none of other backends.
+_HELION = "block_sizes"
 
 
 @dataclass(frozen=True)
@@ -29,13 +43,17 @@ class ConfigEntry:
     """One entry of a file. `sizes` of its key are by symbol: {"K": 4096, "M": 16}; empty for the default.
 
     backend is that of the kernel that the config is for, None for the op's first one; without, if given, the backend that
-    has to be absent for the entry to count.
+    has to be absent for the entry to count. arguments: values of compiled-in arguments that the entry is for, none for all
+    of them. label: what errors call it, "entry 3"; raw: the entry as the file has it.
     """
 
     sizes: dict[str, int]
     config: dict[str, Any]
     backend: str | None = None
     without: str | None = None
+    arguments: dict[str, int] = field(default_factory=dict)
+    label: str = field(default="", compare=False)
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -63,8 +81,20 @@ class ConfigFile:
         kept = [e for e in usual if (e.backend or first) in backends and e.shape not in replaced]
         return ConfigFile(self.path, tuple(stand_ins + kept) or tuple(usual))
 
-    def pick(self, spec: OpSpec, shape: Mapping[str, int], edge: int) -> ConfigEntry:
-        """The entry for a bucket of M up to `edge`.
+    def for_variant(self, variant: Variant) -> ConfigFile:
+        """The file without the entries that are for other values of compiled-in arguments; if that leaves none, with them."""
+        kept = [e for e in self.entries if all(variant.static.get(name) == value for name, value in e.arguments.items())]
+        return ConfigFile(self.path, tuple(kept) or self.entries)
+
+    def require_backends(self, backends: Collection[str]) -> None:
+        """BuildError, naming the entry, if one is for a backend that is not among the op's, or stands in for such a one."""
+        for entry in self.entries:
+            for name in (entry.backend, entry.without):
+                if name is not None and name not in backends:
+                    raise BuildError(f"{self.path}: {entry.label} is for {name!r}; the op has kernels of {sorted(backends)}")
+
+    def pick(self, spec: OpSpec, shape: Mapping[str, int], edge: int, variant: Variant | None = None) -> ConfigEntry:
+        """The entry for a bucket of M up to `edge`; the op's typical variant is meant if none is given.
 
         For a shape with all its sizes: among the entries with sizes the ones with the nearest ones (earlier names of
         `config_key` first, and the earlier entry of two equally near). For a shape that leaves sizes out: the entries that
@@ -73,6 +103,9 @@ class ConfigFile:
         """
         if not self.entries:
             raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
+        if any(entry.arguments for entry in self.entries):
+            fitting = self.for_variant(variant or spec.typical_variant())
+            return ConfigFile(self.path, tuple(replace(e, arguments={}) for e in fitting.entries)).pick(spec, shape, edge)
         symbols = [symbol for symbol in spec.config_key.values() if symbol != "M"]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
@@ -93,44 +126,112 @@ class ConfigFile:
 
 
 def read(path: Path, spec: OpSpec) -> ConfigFile:
-    """Reads and checks a file. BuildError, naming the entry, for anything but structured keys with the op's names."""
+    """Reads and checks a file of one of vLLM's formats or ours.
+
+    BuildError, naming the file and the entry, for one that holds anything else: a key that the op has not, a field, backend
+    or size that there is not, a name or key twice, what is no number, deep nesting.
+    """
     try:
-        data = json.loads(path.read_text())
+        data = parse(path.read_bytes())
+    except Mismatch as error:
+        raise BuildError(f"{path}: {_entry_of(str(error))}") from error
     except (OSError, ValueError) as error:
         raise BuildError(f"cannot read the configs in {path}: {error}") from error
-    if not isinstance(data, list):
-        raise BuildError(f'{path} holds a JSON {type(data).__name__}; it takes a list of {{"key": {{...}}, "config": {{...}}}}')
-    entries = [_entry(path, index, entry, spec) for index, entry in enumerate(data)]
-    seen: list[tuple[dict[str, int], str | None]] = []
-    for index, entry in enumerate(entries):
-        if (key := (entry.sizes, entry.without)) in seen:
-            raise BuildError(f"{path}: entry {index} repeats the key of entry {seen.index(key)}: {data[index]['key']}")
-        seen.append(key)
+    entries = [_entry(f"{path}: {label}", label, raw, spec) for label, raw in _raw_entries(path, data)]
+    seen: dict[tuple[object, ...], str] = {}
+    for entry in entries:
+        written = _meant(entry.raw["key"])
+        # Different keys of vLLM's may come to the same sizes here: heads of q and k, elements of a row. The first counts.
+        foreign = written if spec.foreign_key is not None and spec.foreign_key(written) != written else {}
+        key = (*(tuple(sorted(part.items())) for part in (entry.sizes, entry.arguments, foreign)), entry.without)
+        if key in seen:
+            raise BuildError(f"{path}: {entry.label} repeats the key of {seen[key]}: {entry.raw['key']}")
+        seen[key] = entry.label
     return ConfigFile(path, tuple(entries))
 
 
-def _entry(path: Path, index: int, entry: Any, spec: OpSpec) -> ConfigEntry:
+def _entry_of(mismatch: str) -> str:
+    """`[3].config repeats …` -> `entry 3.config repeats …`; of an older file `.default.x repeats …` -> `entry default.x …`."""
+    if match := re.match(r"\[([0-9]+)\](.*)", mismatch, re.DOTALL):
+        return f"entry {match[1]}{match[2]}"
+    return f"entry {mismatch[1:]}" if mismatch.startswith(".") else f"the file{mismatch}"
+
+
+def _raw_entries(path: Path, data: object) -> Iterator[tuple[str, Any]]:
+    """The entries of a file, and what to call each."""
+    if isinstance(data, list):
+        for index, entry in enumerate(data):
+            yield f"entry {index}", entry
+    elif isinstance(data, dict):  # vLLM before 0.33
+        for key, config in data.items():
+            yield f"entry {key!r:.80}", {"key": key, "config": config}
+    else:
+        raise BuildError(f'{path} holds a JSON {type(data).__name__}; it takes a list of {{"key": {{...}}, "config": {{...}}}}')
+
+
+def _entry(place: str, label: str, entry: Any, spec: OpSpec) -> ConfigEntry:
     if not isinstance(entry, dict) or not {"key", "config"} <= set(entry) or not isinstance(entry["config"], dict):
-        raise BuildError(f'{path}: entry {index} is {entry!r:.80}; it takes {{"key": {{...}}, "config": {{...}}}}')
-    key = entry["key"]
+        raise BuildError(f'{place} is {entry!r:.80}; it takes {{"key": {{...}}, "config": {{...}}}}')
+    if unknown := sorted(set(entry) - {"key", "config", "backend", "without"}):
+        raise BuildError(f'{place} has {unknown[0]!r}; beside "key" and "config" it takes "backend" and "without"')
+    for name in ("backend", "without"):
+        if (backend := entry.get(name)) is not None and (type(backend) is not str or backend not in PACKAGES):
+            raise BuildError(f"{place} has {name} {backend!r:.80}; it takes the name of a backend, one of {sorted(PACKAGES)}")
+    sizes, arguments = _sizes(place, entry["key"], spec)
+    _check_config(place, entry["config"])
+    backend = entry.get("backend") or ("helion" if _HELION in entry["config"] else None)
+    return ConfigEntry(sizes, entry["config"], backend, entry.get("without"), arguments, label, entry)
+
+
+def _meant(key: Any) -> dict[str, Any]:
+    """A key as an object of sizes by name; {} for vLLM's former name of it. A string that is none is returned as a name."""
+    if not isinstance(key, str):
+        return dict(key)
+    if key == "default":
+        return {}
+    parts = [(match[1], match[2]) for match in _PART.finditer(key)]
+    named = {name: int(value) for name, value in parts if len(value) < 20}
+    spelled = "_".join(f"{name}_{value}" for name, value in parts)
+    return named if spelled == key and len(named) == len(parts) else {key: None}
+
+
+def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str, int]]:
+    """What a key says of the sizes, by symbol, and of arguments that are compiled in."""
     expected = sorted(spec.config_key)
-    if not isinstance(key, dict):
+    if not isinstance(key, (dict, str)):
+        raise BuildError(f"{place} has the key {key!r:.80}; it takes an object with {expected}, or {{}} for the default")
+    arguments = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
+    meant = _meant(key)
+    if spec.foreign_key is not None and all(_is_size(size) for size in meant.values()):
+        meant = spec.foreign_key(meant)
+    known = dict(spec.config_key) | {symbol: symbol for symbol in SYMBOLS if symbol in spec.config_key.values()}
+    if not set(meant) <= set(known) | arguments:
         raise BuildError(
-            f"{path}: entry {index} has the key {key!r}; it takes an object with {expected}, or {{}} for the default"
-        )
-    if not set(key) <= set(expected):
-        raise BuildError(
-            f"{path}: entry {index} has the key {key}; {spec.name} takes {expected}, fewer for sizes that are left open, "
+            f"{place} has the key {key!r:.200}; {spec.name} takes {expected}, fewer for sizes that are left open, "
             "or {} for the default"
         )
-    for name, size in key.items():
-        if type(size) is not int or size < 1:
-            raise BuildError(f"{path}: entry {index} has {name} {size!r}; it takes an integer of at least 1")
-    for field in ("backend", "without"):
-        if (name := entry.get(field)) is not None and not isinstance(name, str):
-            raise BuildError(f'{path}: entry {index} has {field} {name!r}; it takes the name of a backend such as "triton"')
-    sizes = {spec.config_key[name]: size for name, size in key.items()}
-    return ConfigEntry(sizes, entry["config"], entry.get("backend"), entry.get("without"))
+    for name, size in meant.items():
+        if not _is_size(size):
+            raise BuildError(f"{place} has {name} {size!r:.80}; it takes an integer of at least 1 and at most {LARGEST_SIZE}")
+    sizes = {known[name]: size for name, size in meant.items() if name in known}
+    if len(sizes) < sum(name in known for name in meant):
+        raise BuildError(f"{place} has the key {key!r:.200}, which names a size twice")
+    return sizes, {name: size for name, size in meant.items() if name in arguments}
+
+
+def _is_size(size: object) -> bool:
+    return type(size) is int and 1 <= size <= LARGEST_SIZE
+
+
+def _check_config(place: str, config: object) -> None:
+    """Refuse numbers that are none, or that no kernel could be given."""
+    if isinstance(config, (dict, list)):
+        for inner in config.values() if isinstance(config, dict) else config:
+            _check_config(place, inner)
+    elif isinstance(config, float) and not math.isfinite(config):
+        raise BuildError(f"{place} has {config} in its config; numbers are finite")
+    elif isinstance(config, int) and not -(2**63) <= config < 2**63:
+        raise BuildError(f"{place} has an integer of {config.bit_length()} bits in its config; they fit 64")
 
 
 def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None] | None:

@@ -7,7 +7,9 @@ A config *fits* a slot if its regret is within the limit; where none is, the one
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +18,8 @@ from typing import Any, Literal
 
 from ..errors import BuildError
 from ..opspec import SYMBOLS, OpSpec
-from ..tuning.timings import ConfigKey, Timing, config_key
+from ..tuning.timings import BROKE, ConfigKey, Refusal, Timing, cell_key, config_key, fault
+from . import configs
 from .store import write_atomic
 from .target import short_name
 from .tuned import companion
@@ -89,24 +92,60 @@ def select(
     limit         the regret that is allowed, 0.02 being 2 %
 
     Entries of a file for sizes that the timings do not have are kept. Where configs of an optional backend were chosen, the
-    best without it are written too. BuildError for timings of several GPUs or of an op
-    that there is not, for an op without one right candidate, or a limit that is negative.
+    best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend, bucket or size that
+    there is not, for an op without one right candidate, or a limit that is negative.
     """
-    if limit < 0:
+    if not 0 <= limit < math.inf:
         raise BuildError(f"the regret is {limit}; it takes 0 or more, 0.02 being 2 %")
     if not timings:
         raise BuildError("there are no timings; make some with `hdispatch tune measure`")
     gpus = sorted({timing["gpu"] for timing in timings})
     if len(gpus) > 1:
         raise BuildError(f"the timings are of {gpus}; select for one GPU at a time")
-    if unknown := sorted({timing["op"] for timing in timings} - set(specs)):
-        raise BuildError(f"the timings are of {unknown[0]!r}, which is no op here; there are {sorted(specs)}")
+    refused = refusal(specs, backends_of)
+    for timing in timings:
+        if (why := fault(timing) or refused(timing)) is not None:
+            raise BuildError(f"a timing of {cell_key(timing)} cannot be chosen by: {why}")
     reports = []
     for op in sorted({timing["op"] for timing in timings}):
         own = [timing for timing in timings if timing["op"] == op]
         path = folder_of(op) / f"nvidia_{short_name(gpus[0])}.json"
         reports.append(_select_op(specs[op], own, path, backends_of(op)[0], limit, write))
     return reports
+
+
+def refusal(specs: Mapping[str, OpSpec], backends_of: Callable[[str], Sequence[str]]) -> Refusal:
+    """What timings say that these ops have not, a variant, backend, bucket or size: for `timings.read`, which names lines."""
+    variants = functools.cache(lambda op: [variant.name for variant in specs[op].variants()])
+    backends = functools.cache(lambda op: list(backends_of(op)))
+
+    def refused(timing: Timing) -> str | None:
+        op = timing["op"]
+        if op not in specs:
+            return f"it is of {op!r}, which is no op here; there are {sorted(specs)}"
+        for name, value, there in (("variant", timing["variant"], variants(op)), ("backend", timing["backend"], backends(op))):
+            if value not in there:
+                return f"{name} is {value!r}; {op} has {there}"
+        return _refused_sizes(specs[op], timing)
+
+    return refused
+
+
+def _refused_sizes(spec: OpSpec, timing: Timing) -> str | None:
+    sizes = {"K": timing["K"], "N": timing["N"]}
+    for symbol, size in sizes.items():
+        if (size > 0) != (symbol in spec.symbols()):
+            has = ", ".join(spec.symbols())
+            return f"{symbol} is {size}; {spec.name} has the sizes {has}, and 0 stands for one that it has not"
+    if not any(row.items() <= sizes.items() for row in spec.shapes):
+        return f"K is {timing['K']} and N is {timing['N']}; {spec.name} has rows for {list(spec.shapes)}"
+    if (bucket := timing["bucket"]) >= len(spec.ladder):
+        return f"bucket is {bucket}; {spec.name} has {len(spec.ladder)} of them, from 0"
+    if timing["M"] != spec.ladder[bucket]:
+        return f"M is {timing['M']}; bucket {bucket} of {spec.name} is measured at its edge, {spec.ladder[bucket]}"
+    if unknown := sorted(set(timing["generic"]) - set(spec.symbols())):
+        return f"generic names {unknown[0]!r}; {spec.name} has the sizes {', '.join(spec.symbols())}"
+    return None
 
 
 def _select_op(
@@ -120,8 +159,9 @@ def _select_op(
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
     for backend in OPTIONAL:
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
-    keys = [{k: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
-    others = [entry for entry in _present(path) if not _replaced(spec, entry, keys)]
+    shapes = [{spec.config_key[k]: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
+    present = configs.read(path, spec).entries if path.exists() else ()
+    others = [entry.raw for entry in present if entry.shape not in shapes]  # the default is the row for any size
     if others:
         notes.append(f"{len(others)} entries for sizes without timings are kept as they were")
     regrets = [choice.regret for choice in chosen.values()]
@@ -187,7 +227,7 @@ class Measured:
     def __init__(self, spec: OpSpec, timings: Sequence[Timing]) -> None:
         self.spec = spec
         #: Wrong at one place is wrong: nobody knows where else.
-        self.wrong = {config_key(timing) for timing in timings if timing["status"] in ("wrong", "fatal")}
+        self.wrong = {config_key(timing) for timing in timings if timing["status"] in ("wrong", *BROKE)}
         self.generic = {config_key(timing): frozenset(timing["generic"]) for timing in timings}
         lines: dict[Slot, dict[tuple[str, int, int], dict[ConfigKey, Timing]]] = {}
         for timing in timings:
@@ -441,25 +481,6 @@ def _entries(spec: OpSpec, choices: Mapping[Slot, ConfigKey], default_backend: s
             entry["backend"] = config.backend
         entries.append({**entry, "config": json.loads(config.config)})
     return entries
-
-
-def _replaced(spec: OpSpec, entry: Mapping[str, Any], keys: Sequence[Mapping[str, int]]) -> bool:
-    """Whether an entry that was there is for sizes that have new entries; the default is, if there is a row for any size."""
-    key = entry["key"]
-    return {name: size for name, size in key.items() if spec.config_key.get(name) != "M"} in keys
-
-
-def _present(path: Path) -> list[dict[str, Any]]:
-    """The entries that a file has now, if there is one."""
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise BuildError(f"cannot read the configs in {path}: {error}; move it away") from error
-    if not isinstance(data, list) or not all(isinstance(e, dict) and isinstance(e.get("key"), dict) for e in data):
-        raise BuildError(f'{path} is no list of {{"key": {{...}}, "config": {{...}}}}; move it away')
-    return data
 
 
 def _text(entries: Sequence[Mapping[str, Any]]) -> str:

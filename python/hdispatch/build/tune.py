@@ -103,6 +103,7 @@ def candidates(
     report = CandidateReport(out, gpu, {name: OpCandidates() for name in packages})
     attempts = Attempts(gpu, where, jobs)
     found = Options(packages.values(), scope or Scope(), gpu)
+    report.notes = [*_strangers(scope or Scope(), op_package.find(None, extra)), *found.notes]
     units = found.units()
     made = attempts.run(list(units.values()), [found.own_buckets[key] for key in units], progress)
     bundle = _Bundle(found, dict(zip(units, made, strict=True)))
@@ -165,7 +166,9 @@ class Options:
             for package, backends in self.backends.items()
             for backend in backends
         }
-        self.files = {package: _config_files(package, scope, target) for package in self.specs}
+        #: Files and entries that are left out, in words.
+        self.notes: list[str] = []
+        self.files = {package: _config_files(package, scope, target, self.notes) for package in self.specs}
         #: What is measured; and the rows that are not, because others have the same sizes and more.
         self.points = [point for package in self.specs for point in points_of(package, scope)]
         self.open_points = [point for package in self.specs for point in points_of(package, scope, measured=False)]
@@ -271,7 +274,8 @@ class Options:
         """What the config files have for a point: for one that is not measured, what was meant for open sizes."""
         spec, backends = self.specs[point.package], self.backends[point.package]
         first = op_package.backends_of(point.package)[0]
-        entries = [file.pick(spec, dict(point.row), spec.ladder[point.bucket]) for file in self.files[point.package]]
+        variant, edge = spec.variant(point.variant), spec.ladder[point.bucket]
+        entries = [file.pick(spec, dict(point.row), edge, variant) for file in self.files[point.package]]
         if any(point.row == other.row for other in self.open_points):
             entries = [entry for entry in entries if entry.sizes.keys() <= {"M", *dict(point.row)}]
         found = [ConfigKey(entry.backend or first, canonical(entry.config)) for entry in entries]
@@ -307,15 +311,40 @@ def backends_of(package: str) -> list[str]:
     return [name for name in there if missing(name) is None] or there
 
 
-def _config_files(package: str, scope: Scope, target: GpuTarget) -> list[configs.ConfigFile]:
-    spec = load_spec(package)
-    paths = [op_package.config_folder(package) / target.config_file]
-    for folder in scope.more:
-        paths += sorted((folder / spec.name).glob("*.json"))
-    files = [configs.read(path, spec) for path in paths if path.is_file() and not path.name.endswith(".tuned.json")]
-    there = op_package.backends_of(package)
+def _config_files(package: str, scope: Scope, target: GpuTarget, notes: list[str]) -> list[configs.ConfigFile]:
+    """The op's own file, which has to be right, and those of further folders, of which the others are left out and noted."""
+    spec, there = load_spec(package), op_package.backends_of(package)
+    files = []
+    if (own := op_package.config_folder(package) / target.config_file).is_file():
+        files.append(configs.read(own, spec))
+        files[0].require_backends(there)
+    for path in (path for folder in scope.more for path in sorted((folder / spec.name).glob("*.json"))):
+        if not path.name.endswith(".tuned.json") and (file := _further_file(path, spec, there, notes)) is not None:
+            files.append(file)
     kinds = dict.fromkeys((tuple(there), tuple(name for name in there if name not in OPTIONAL)))
     return [part for file in files for kind in kinds if (part := file.available(kind, there[0])).entries]
+
+
+def _further_file(path: Path, spec: OpSpec, backends: Sequence[str], notes: list[str]) -> configs.ConfigFile | None:
+    """A file with the entries for kernels that the op has; None, and a note, if there are none or it cannot be read."""
+    try:
+        file = configs.read(path, spec)
+    except BuildError as error:
+        notes.append(f"left out: {error}")
+        return None
+    kept = tuple(entry for entry in file.entries if (entry.backend or backends[0]) in backends)
+    if others := sorted({entry.backend for entry in file.entries if entry not in kept and entry.backend}):
+        notes.append(
+            f"left out: {path}: {len(file.entries) - len(kept)} of {len(file.entries)} entries are for {', '.join(others)}; "
+            f"{spec.name} has kernels of {', '.join(backends)}"
+        )
+    return configs.ConfigFile(path, kept) if kept else None
+
+
+def _strangers(scope: Scope, known: Iterable[str]) -> list[str]:
+    """Notes about folders of config files that are of no op here."""
+    folders = [path for folder in scope.more for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in known]
+    return [f"left out: {folder} is of no op here" for folder in folders if any(folder.glob("*.json"))]
 
 
 # ---- the bundle ----

@@ -5,19 +5,36 @@ Rows carry it, and `inspect` shows by how much their kernel won against those of
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from ..errors import BuildError
 from ..manifest import Record, Tuned
 from ..opspec import OpSpec
+from ..typed_json import Mismatch, check, parse
 
 
 def companion(path: Path) -> Path:
     """The file of the measurements of a config file."""
     return path.with_suffix(".tuned.json")
+
+
+class _Time(TypedDict):
+    """What was measured for an entry of the config file, as far as rows carry it."""
+
+    key: dict[str, int]
+    backend: str
+    config: dict[str, Any]
+    us: float
+    backends: NotRequired[dict[str, float]]
+
+
+class _Companion(TypedDict):
+    """The file, likewise."""
+
+    variants: list[str]
+    times: list[_Time]
 
 
 class Measurements:
@@ -27,18 +44,19 @@ class Measurements:
         """BuildError if there is a file and it cannot be read."""
         self.named = set(spec.config_key.values()) - {"M"}
         self.variants: frozenset[str] = frozenset()
-        self.times: dict[tuple[tuple[str, int], ...], dict[str, Any]] = {}
+        self.times: dict[tuple[tuple[str, int], ...], _Time] = {}
         if not (file := companion(path)).is_file():
             return
         try:
-            data = json.loads(file.read_text())
+            data = parse(file.read_bytes())
+            check(data, _Companion)
             self.variants = frozenset(data["variants"])
             for time in data["times"]:
                 sizes = {spec.config_key.get(name, name): size for name, size in time["key"].items()}
                 self.times[tuple(sorted(sizes.items()))] = time
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, Mismatch) as error:
             raise BuildError(
-                f"cannot read the measurements in {file}: {type(error).__name__}: {error}; select once more, or remove it"
+                f"cannot read the measurements in {file}: {str(error).lstrip('.')}; select once more, or remove it"
             ) from error
 
     def of(self, variant: str, shape: Mapping[str, int], edge: int, record: Record) -> Tuned | None:

@@ -40,6 +40,8 @@ Measure the candidates of DIR through the C++ launcher: against the reference fi
 against each other, in random order in every round, losers dropped early: in replayed CUDA graphs on buffers that rotate past
 L2; those not far behind there also launched one by one, and on the same buffers where L2 would still hold them.
 One line of JSON per candidate and size is appended to FILE; a run that was stopped or killed goes on where it was.
+Another process measures: a candidate that breaks it, or takes longer than --timeout for a step, is noted in FILE as fatal or
+timeout and left out from then on, and a new process goes on with the others.
 """
 
 SELECT = """\
@@ -97,6 +99,13 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="N", type=int, help="at most N cells: sizes and buckets")
     parser.add_argument("--seconds", metavar="N", type=float, help="begin no further cell after N seconds")
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the arguments and of the order (default: 0)")
+    parser.add_argument(
+        "--timeout",
+        metavar="N",
+        type=float,
+        default=60.0,
+        help="seconds after which a candidate's step, its check and capture or one of its times, counts as hung (default: 60)",
+    )
     parser.set_defaults(run=run_measure)
 
 
@@ -200,6 +209,8 @@ def describe_candidates(report: Any, archive: Path | None) -> str:
     dropped = [each for o in report.ops.values() for each in o.dropped]
     if dropped:
         parts.append("\n".join(["dropped", *(f"  {_words_of_dropped(each)}" for each in dropped)]))
+    if report.notes:
+        parts.append("\n".join(report.notes))
     packed = f", {archive}: {size(archive.stat().st_size)}" if archive else ""
     parts.append(
         f"{report.out}: {size(report.bytes)} for {report.target.name}{packed}, {duration(report.seconds * 1e9)}\n"
@@ -234,7 +245,7 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
     machine = describe()
     versions = {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
-    options = measure.Options(_split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed)
+    options = measure.Options(_split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
     with timed_progress() as progress:
         report = measure.measure(arguments.bundle, arguments.out, options, versions=versions, progress=progress)
     for failure in report.failures:
@@ -259,13 +270,17 @@ def run_select(arguments: argparse.Namespace) -> int:
 
     if arguments.plot:
         plot.require()
-    lines, chosen = timings.read_all(arguments.timings), _split(arguments.ops)
+    packages, out, chosen = op_package.find(None), arguments.out, _split(arguments.ops)
+    if unknown := next((op for op in chosen or () if op not in packages), None):
+        raise HdispatchError(f"--ops: no op {unknown!r}; there are {sorted(packages)}")
+    specs = {name: unit.load_spec(package) for name, package in packages.items()}
+    refused = select.refusal(specs, lambda op: op_package.backends_of(packages[op]))
+    lines = timings.read_all(arguments.timings, lambda line: refused(line) if chosen is None or line["op"] in chosen else None)
     if chosen is not None:
         lines = [line for line in lines if line["op"] in chosen]
-    packages, out = op_package.find(None), arguments.out
     reports = select.select(
         lines,
-        {name: unit.load_spec(package) for name, package in packages.items()},
+        specs,
         lambda op: out / op if out else op_package.config_folder(packages[op]),
         backends_of=lambda op: op_package.backends_of(packages[op]),
         limit=arguments.regret,

@@ -2,16 +2,19 @@
 
 A launch table has one row per key, so each candidate gets a table of its own: one row, one class of M, published while the
 candidate is called or captured. Tables are never unloaded, so a captured graph keeps its code when the next is published.
+
+`measure` does so in a process of its own (apart.py), which is ended and replaced where a candidate breaks it or never ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NotRequired, Protocol, TypedDict, get_args
@@ -20,14 +23,15 @@ import torch
 
 from .. import _C, ops
 from ..errors import BundleError, HdispatchError
-from ..manifest import MANIFEST_NAME, MClass, Record, artifacts_of
+from ..manifest import MANIFEST_NAME, Manifest, MClass, Record, artifacts_of
 from ..opspec import OpSpec, TensorArg
 from ..runtime import check_target, strict
 from ..testing.device_timer import Queued, Replay, Timed, interleave, rotation_count, timing_event
 from ..testing.numeric import MismatchError, compare_outputs
 from . import timings
+from .apart import Apart, Lost, Setup
 from .candidates import CandidateBundle, Cell, read_candidates
-from .timings import CellKey, ConfigKey, Status, Timing
+from .timings import BROKE, CellKey, ConfigKey, Status, Timing
 
 #: Rounds in which every candidate is timed once, and after how many of them those slower than the best by which factor go.
 ROUNDS = 9
@@ -142,12 +146,23 @@ class Options:
     limit    cells
     seconds  after which no further cell is begun
     seed     of the arguments and of the order
+    timeout  seconds that a candidate may take for one step: to be loaded, checked and captured, or for one figure
     """
 
     ops: Sequence[str] | None = None
     limit: int | None = None
     seconds: float | None = None
     seed: int = 0
+    timeout: float = 60.0
+
+    def __post_init__(self) -> None:
+        """`HdispatchError` for a number that says nothing."""
+        if self.limit is not None and self.limit < 0:
+            raise HdispatchError(f"the limit is {self.limit} cells; it takes 0 or more")
+        if self.seconds is not None and not self.seconds >= 0:
+            raise HdispatchError(f"the time is {self.seconds} s; it takes 0 or more")
+        if not 0 < self.timeout < 1e6:
+            raise HdispatchError(f"the timeout is {self.timeout} s; it takes more than 0, and less than 1e6")
 
 
 @dataclass
@@ -172,44 +187,143 @@ def measure(
 ) -> Report:
     """Measure the cells of a candidate bundle that `out` has not whole, and append what is found to `out`.
 
-    device    a CUDA device; the current one if None
+    device    to measure on in this very process, which a candidate may then take along; None: the current CUDA device, from
+              processes that are ended where a candidate breaks them or takes longer than the timeout
     versions  goes into every line
     progress  called before each cell with candidates done, candidates in all and the cell's name
 
-    Raises `BundleError` for a bundle that cannot be read or is for another GPU or other ops than the installed ones,
-    `HdispatchError` if `out` holds another GPU's timings or cannot be written, or when a candidate broke the GPU context:
-    it is noted in `out`, and the next run leaves it out.
+    Such a candidate is noted in `out` as fatal or timeout and is not tried again, here or in a later run; the rest goes on.
+    Raises `BundleError` for a bundle that cannot be read or is for other ops than the installed ones, `HdispatchError` for one
+    that is for another GPU, if `out` holds another GPU's timings or cannot be written, and if what is no candidate's fails.
     """
     chosen = options or Options()
     bundle = read_candidates(folder)
     _check_ops(folder, bundle)
-    if device is None:
-        device = _current_device()
-        check_target(folder, bundle["manifest"], device.index)
-    known = _read_known(out, device.describe())
-    report = Report()
-    cells = [cell for cell in bundle["candidates"]["cells"] if chosen.ops is None or cell["op"] in chosen.ops]
-    todo = [cell for cell in cells if not _complete(bundle, cell, known)]
-    report.before, report.left = len(cells) - len(todo), len(todo)
-    bench = _Bench(bundle, device, random.Random(chosen.seed), dict(versions or {}))
-    start = time.monotonic()
-    done, total = 0, sum(len(cell["records"]) for cell in todo[: chosen.limit])
-    try:
-        for cell in todo[: chosen.limit]:
+    given = dict(versions or {})
+    measurer: _Measurer
+    if device is not None:
+        measurer = _Here(bundle, device, chosen.seed, given)
+    else:
+        measurer = Apart(Setup(str(folder.resolve()), _current_device(), chosen.seed, given), chosen.timeout)
+    with contextlib.closing(measurer):
+        return _Run(bundle, out, measurer, given, _read_known(out, measurer.gpu)).go(chosen, progress)
+
+
+class _Measurer(Protocol):
+    """What measures a cell at a time."""
+
+    gpu: str
+
+    def measure(self, cell: int, skip: Collection[int]) -> list[Timing] | Lost:
+        """The lines of a cell, by its index, without the records to skip; or that of the candidate that was the end of it."""
+
+    def close(self) -> None:
+        """Give up what measured last; where another can be had, the next cell gets it."""
+
+
+class _Here:
+    """In this process: the end of it is the end of the run."""
+
+    def __init__(self, bundle: CandidateBundle, device: Device, seed: int, versions: dict[str, Any]) -> None:
+        self.gpu = device.describe()
+        self._cells = bundle["candidates"]["cells"]
+        self._bench = Bench(bundle, device, random.Random(seed), versions)
+        self._seed = seed
+        self._culprit = ""
+
+    def measure(self, cell: int, skip: Collection[int]) -> list[Timing]:
+        """Every line, or that of the candidate that broke the context."""
+        if self._culprit:
+            raise HdispatchError(
+                f"a candidate broke the GPU context: {self._culprit}. It is noted; run again to go on without it"
+            )
+        found = self._bench.measure(self._cells[cell], set(skip), self._seed)
+        self._culprit = next((_failure(timing) for timing in found if timing["status"] in BROKE), "")
+        return found
+
+    def close(self) -> None:
+        """Serve none of the candidates any more."""
+        _C.withdraw(self._bench.device.index)
+
+
+class _Run:
+    """Measures what a file of timings does not have yet."""
+
+    def __init__(
+        self,
+        bundle: CandidateBundle,
+        out: Path,
+        measurer: _Measurer,
+        versions: dict[str, Any],
+        known: Mapping[tuple[CellKey, ConfigKey], Timing],
+    ) -> None:
+        self.bundle = bundle
+        self.out = out
+        self.measurer = measurer
+        self.versions = versions
+        self.known = known
+        self.broke = {_identity(line) for line in known.values() if line["status"] in BROKE}
+        self.report = Report()
+
+    def go(self, chosen: Options, progress: Callable[[int, int, str], None] | None) -> Report:
+        """Cell by cell, as far as the options say."""
+        start = time.monotonic()
+        report, every = self.report, self.bundle["candidates"]["cells"]
+        cells = [at for at, cell in enumerate(every) if chosen.ops is None or cell["op"] in chosen.ops]
+        todo = [at for at in cells if not self._complete(every[at])]
+        report.before, report.left = len(cells) - len(todo), len(todo)
+        done, total = 0, sum(len(every[at]["records"]) for at in todo[: chosen.limit])
+        for at in todo[: chosen.limit]:
             if chosen.seconds is not None and time.monotonic() - start >= chosen.seconds:
                 break
             if progress:
-                progress(done, total, str(_cell_key(cell)))
-            found = bench.measure(cell, _fatal(bundle, cell, known), chosen.seed)
-            timings.append(out, found)
-            report.failures += [_failure(timing) for timing in found if timing["status"] != "ok"]
-            _check_alive(found)
+                progress(done, total, str(_cell_key(every[at])))
+            self._measure(at)
             report.measured, report.left = report.measured + 1, report.left - 1
-            done += len(cell["records"])
-    finally:
-        _C.withdraw(device.index)
-    report.seconds = time.monotonic() - start
-    return report
+            done += len(every[at]["records"])
+        report.seconds = time.monotonic() - start
+        return report
+
+    def _measure(self, at: int) -> None:
+        """A cell; again without it where a candidate was the end of what measured."""
+        cell = self.bundle["candidates"]["cells"][at]
+        while (skip := self._broken(cell)) < set(cell["records"]):
+            found = self.measurer.measure(at, skip)
+            if isinstance(found, Lost):
+                found = [self._lost(cell, found)]
+            timings.append(self.out, found)
+            self.report.failures += [_failure(timing) for timing in found if timing["status"] != "ok"]
+            broke = {_identity(timing) for timing in found if timing["status"] in BROKE}
+            if not broke:
+                return
+            self.broke |= broke
+            self.measurer.close()
+
+    def _lost(self, cell: Cell, lost: Lost) -> Timing:
+        outcome = _Outcome(lost.status, lost.why)
+        return line_of(self.bundle, cell, lost.record, outcome, lost.seconds, self.measurer.gpu, self.versions)
+
+    def _broken(self, cell: Cell) -> set[int]:
+        """The records of a cell that were the end of a process, here or elsewhere."""
+        return {index for index in cell["records"] if self._key(cell, index) in self.broke}
+
+    def _key(self, cell: Cell, index: int) -> tuple[str, ConfigKey, tuple[str, ...]]:
+        record = self.bundle["manifest"]["records"][index]
+        return cell["op"], _config_key(record), tuple(_artifacts(self.bundle, record))
+
+    def _complete(self, cell: Cell) -> bool:
+        """Whether every candidate of a cell has a line, made with the code that it has now, or was the end of a process."""
+        return all(self._has(cell, index) for index in set(cell["records"]) - self._broken(cell))
+
+    def _has(self, cell: Cell, index: int) -> bool:
+        record = self.bundle["manifest"]["records"][index]
+        line = self.known.get((_cell_key(cell), _config_key(record)))
+        return line is not None and line["artifacts"] == _artifacts(self.bundle, record)
+
+
+def _identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
+    """What a candidate is the same by, wherever it competes: its op, its config and its code."""
+    return timing["op"], timings.config_key(timing), tuple(timing["artifacts"])
 
 
 def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
@@ -223,14 +337,21 @@ def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
             )
 
 
-def _current_device() -> Device:
+def _current_device() -> int:
     if not torch.cuda.is_available():
         raise HdispatchError(
             f"candidates are measured on a GPU, and there is none here ({_C.driver_missing() or 'torch sees none'}); "
             "take the candidate bundle to one"
         )
+    return torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+
+
+def open_device(folder: Path, manifest: Manifest, index: int) -> Device:
+    """A CUDA device to measure a bundle on, current from now on. `BundleError` if the bundle is for another kind."""
     torch.cuda.init()  # type: ignore[no-untyped-call]
-    return Device(torch.cuda.current_device())
+    torch.cuda.set_device(index)
+    check_target(folder, manifest, index)
+    return Device(index)
 
 
 def _read_known(out: Path, gpu: str) -> dict[tuple[CellKey, ConfigKey], Timing]:
@@ -258,39 +379,9 @@ def _artifacts(bundle: CandidateBundle, record: Record) -> list[str]:
     return sorted(files[name]["sha256"] for name in artifacts_of(record))
 
 
-def _complete(bundle: CandidateBundle, cell: Cell, known: Mapping[tuple[CellKey, ConfigKey], Timing]) -> bool:
-    """Whether every candidate of a cell has a line, made with the code that it has now."""
-    records = [bundle["manifest"]["records"][index] for index in cell["records"]]
-    lines = [known.get((_cell_key(cell), _config_key(record))) for record in records]
-    return all(
-        line is not None and line["artifacts"] == _artifacts(bundle, record)
-        for line, record in zip(lines, records, strict=True)
-    )
-
-
-def _fatal(bundle: CandidateBundle, cell: Cell, known: Mapping[tuple[CellKey, ConfigKey], Timing]) -> set[int]:
-    """The candidates of a cell that broke the context before, by index of their records."""
-    records = bundle["manifest"]["records"]
-    lines = {index: known.get((_cell_key(cell), _config_key(records[index]))) for index in cell["records"]}
-    return {
-        index
-        for index, line in lines.items()
-        if line is not None and line["status"] == "fatal" and line["artifacts"] == _artifacts(bundle, records[index])
-    }
-
-
 def _failure(timing: Timing) -> str:
     config = timings.config_key(timing).config
     return f"{timings.cell_key(timing)}: {timing['backend']} {config} is {timing['status']}: {timing['why']}"
-
-
-def _check_alive(found: Sequence[Timing]) -> None:
-    broken = next((timing for timing in found if timing["status"] == "fatal"), None)
-    if broken is not None:
-        raise HdispatchError(
-            f"a candidate broke the GPU context: {_failure(broken)}. "
-            "It is noted; run the same command again to go on without it"
-        )
 
 
 @dataclass
@@ -304,14 +395,22 @@ class _Outcome:
     times: dict[How, list[float]] = field(default_factory=dict)
 
 
-class _Bench:
-    """Measures cells, one at a time."""
+class Bench:
+    """Measures cells in this process, one at a time. `announce` is told a candidate's record before each of its steps."""
 
-    def __init__(self, bundle: CandidateBundle, device: Device, order: random.Random, versions: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        bundle: CandidateBundle,
+        device: Device,
+        order: random.Random,
+        versions: dict[str, Any],
+        announce: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self.bundle = bundle
         self.device = device
         self.order = order
         self.versions = versions
+        self.announce = announce
 
     def measure(self, cell: Cell, skip: set[int], seed: int) -> list[Timing]:
         """A line for each candidate but those to skip. If one breaks the context, its line alone: the others say nothing."""
@@ -320,6 +419,7 @@ class _Bench:
         with strict(), contextlib.ExitStack() as stack:
             subject = _Subject(cell, self.device, seed)
             for index, outcome in outcomes.items():
+                self.announce(index)
                 self._prepare(cell, index, subject, outcome, _best(outcomes))
                 for timeable in outcome.runs.values():
                     stack.callback(timeable.close)
@@ -329,7 +429,8 @@ class _Bench:
                     break
             self._time(outcomes)
         seconds = (time.monotonic() - start) / max(len(outcomes), 1)
-        return [self._line(cell, index, outcome, seconds) for index, outcome in outcomes.items()]
+        gpu = self.device.describe()
+        return [line_of(self.bundle, cell, index, outcome, seconds, gpu, self.versions) for index, outcome in outcomes.items()]
 
     def _prepare(self, cell: Cell, index: int, subject: _Subject, outcome: _Outcome, best: float) -> None:
         """Check a candidate; if it is right and not hopelessly behind, capture it."""
@@ -378,7 +479,7 @@ class _Bench:
         """In graphs; those that are not far behind there in the other ways too."""
         for how in get_args(How):
             running = {
-                str(index): outcome.runs[how]
+                str(index): _Announced(outcome.runs[how], functools.partial(self.announce, index))
                 for index, outcome in outcomes.items()
                 if how in outcome.runs and (how == "graph" or len(outcome.times["graph"]) == ROUNDS)
             }
@@ -386,30 +487,47 @@ class _Bench:
             for name, times in interleave(running, ROUNDS, self.order, EARLY_STOP, in_a_row).items():
                 outcomes[int(name)].times[how] = times
 
-    def _line(self, cell: Cell, index: int, outcome: _Outcome, seconds: float) -> Timing:
-        record = self.bundle["manifest"]["records"][index]
-        origin = self.bundle["candidates"]["origins"][index]
-        return {
-            "op": cell["op"],
-            "variant": cell["variant"],
-            "K": cell["K"],
-            "N": cell["N"],
-            "bucket": cell["bucket"],
-            "M": cell["M"],
-            "backend": record["backend"],
-            "config": record["config"],
-            "generic": origin["generic"],
-            "artifacts": _artifacts(self.bundle, record),
-            "status": outcome.status,
-            "why": outcome.why,
-            **_times(outcome),
-            "rounds": len(outcome.times.get("graph", ())),
-            "compile_seconds": origin["seconds"],
-            "device_seconds": round(seconds, 4),
-            "gpu": self.device.describe(),
-            "versions": {**self.versions, "tools": self.bundle["manifest"]["tools"]},
-            "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        }
+
+@dataclass(frozen=True)
+class _Announced:
+    """Launches that say whose they are before they are made."""
+
+    inner: Timeable
+    announce: Callable[[], None]
+
+    def time(self, replays: int = 1) -> float:
+        """Microseconds per launch."""
+        self.announce()
+        return self.inner.time(replays)
+
+
+def line_of(
+    bundle: CandidateBundle, cell: Cell, index: int, outcome: _Outcome, seconds: float, gpu: str, versions: Mapping[str, Any]
+) -> Timing:
+    """The line of a candidate, by its record's index, in a cell."""
+    record = bundle["manifest"]["records"][index]
+    origin = bundle["candidates"]["origins"][index]
+    return {
+        "op": cell["op"],
+        "variant": cell["variant"],
+        "K": cell["K"],
+        "N": cell["N"],
+        "bucket": cell["bucket"],
+        "M": cell["M"],
+        "backend": record["backend"],
+        "config": record["config"],
+        "generic": origin["generic"],
+        "artifacts": _artifacts(bundle, record),
+        "status": outcome.status,
+        "why": outcome.why,
+        **_times(outcome),
+        "rounds": len(outcome.times.get("graph", ())),
+        "compile_seconds": origin["seconds"],
+        "device_seconds": round(seconds, 4),
+        "gpu": gpu,
+        "versions": {**versions, "tools": bundle["manifest"]["tools"]},
+        "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 class _Times(TypedDict):

@@ -8,16 +8,24 @@ appended. A later line for the same candidate and cell replaces an earlier one.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from ..errors import HdispatchError
-from ..typed_json import Mismatch, check
+from ..typed_json import Mismatch, check, parse
 
-#: ok; a wrong result; not launched (a guard, the driver); took the whole process's GPU context with it.
-Status = Literal["ok", "wrong", "refused", "fatal"]
+#: ok; a wrong result; not launched (a guard, the driver); took the process's GPU context or the process with it; never ended.
+Status = Literal["ok", "wrong", "refused", "fatal", "timeout"]
+#: After which the process that measured is of no more use. Such a candidate is not tried again, wherever it competes.
+BROKE: tuple[Status, ...] = ("fatal", "timeout")
+
+
+#: Of which numbers of a line not to take what.
+POSITIVE = ("us", "q1", "q3", "stream_us", "warm_us", "M")
+NOT_NEGATIVE = ("K", "N", "bucket", "rounds", "compile_seconds", "device_seconds")
 
 
 class CellKey(NamedTuple):
@@ -114,10 +122,14 @@ def _last_byte(file: Any) -> bytes:
     return cast(bytes, file.read(1))
 
 
-def read(path: Path) -> list[Timing]:
+#: What is wrong with a line, in words, beyond what no line may be; None if nothing is.
+Refusal = Callable[["Timing"], str | None]
+
+
+def read(path: Path, refusal: Refusal = lambda _: None) -> list[Timing]:
     """Every whole line, the latest of each candidate and cell, in the order in which they were written.
 
-    `HdispatchError` naming the line if one is whole and yet no timing, or if the file cannot be read.
+    `HdispatchError` with file:line if a line is whole and yet no timing, or is refused, or if the file cannot be read.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -125,7 +137,7 @@ def read(path: Path) -> list[Timing]:
         raise HdispatchError(f"cannot read the timings in {path}: {error.strerror}") from error
     found: dict[tuple[CellKey, ConfigKey], Timing] = {}
     for number, line in enumerate(lines, 1):
-        timing = _parse(path, number, line)
+        timing = _parse(f"{path}:{number}", line, refusal)
         if timing is not None:
             key = cell_key(timing), config_key(timing)
             found.pop(key, None)  # in the order of the latest
@@ -133,24 +145,40 @@ def read(path: Path) -> list[Timing]:
     return list(found.values())
 
 
-def _parse(path: Path, number: int, line: bytes) -> Timing | None:
+def _parse(place: str, line: bytes, refusal: Refusal) -> Timing | None:
     """The timing of a line; None for an empty one or one that was cut off."""
     if not line.strip():
         return None
     if not line.startswith(b"{"):  # one that was cut off begins as a line does
-        raise HdispatchError(f"{path}: line {number} is no timing: it begins with {line[:20].decode(errors='replace')!r}")
+        raise HdispatchError(f"{place}: no timing: it begins with {line[:20].decode(errors='replace')!r}")
     try:
-        data = json.loads(line)
-    except ValueError:
-        return None
-    try:
+        data = parse(line)
         check(data, Timing)
     except Mismatch as error:
-        raise HdispatchError(f"{path}: line {number} is no timing: {str(error).lstrip('.')}") from error
-    return cast(Timing, data)
+        raise HdispatchError(f"{place}: no timing: {str(error).lstrip('. ')}") from error
+    except ValueError:
+        return None
+    timing = cast(Timing, data)
+    if (why := fault(timing) or refusal(timing)) is not None:
+        raise HdispatchError(f"{place}: no timing to choose by: {why}")
+    return timing
 
 
-def read_all(paths: Iterable[Path]) -> list[Timing]:
-    """The lines of several files; a later file's line replaces an earlier one's."""
-    found = {(cell_key(timing), config_key(timing)): timing for path in paths for timing in read(path)}
+def fault(timing: Timing) -> str | None:
+    """What no line may say, of whatever op; None if it says nothing of the kind."""
+    numbers = cast("dict[str, Any]", timing)
+    for name in POSITIVE:
+        if name in numbers and not 0 < numbers[name] < math.inf:
+            return f"{name} is {numbers[name]}; it takes more than 0"
+    for name in NOT_NEGATIVE:
+        if not 0 <= numbers[name] < math.inf:
+            return f"{name} is {numbers[name]}; it takes 0 or more"
+    if ("us" in timing) != (timing["status"] == "ok"):
+        return f"its status is {timing['status']!r}, and it has {'a' if 'us' in timing else 'no'} time"
+    return None
+
+
+def read_all(paths: Iterable[Path], refusal: Refusal = lambda _: None) -> list[Timing]:
+    """The lines of several files; a later file's line replaces an earlier one's. Errors are those of `read`."""
+    found = {(cell_key(timing), config_key(timing)): timing for path in paths for timing in read(path, refusal)}
     return list(found.values())
