@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import clamp_rows, divide_rows, release_dependents, row_scale
+from ..device import clamp_rows, divide_rows, magnitude, release_dependents, row_scale
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -32,10 +32,8 @@ def silu_and_mul_dynamic_per_token_quant(
             bound = hl.load(scale_ub, [0])
         release_dependents()
         x = gate / (1.0 + torch.exp2(gate * -1.4426950408889634)) * up
-        absmax = torch.amax(torch.abs(x), dim=-1)
-        if scale_ub is not None:
-            absmax = torch.minimum(absmax, bound)
-        s = row_scale(absmax)
+        absmax = torch.amax(magnitude(x), dim=-1)
+        s = row_scale(absmax, bound if scale_ub is not None else None)
         scale[rows, 0] = s
         if scale_ub is not None:
             x = clamp_rows(x, s)
