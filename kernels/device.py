@@ -43,6 +43,25 @@ def at_most_448(x: torch.Tensor) -> torch.Tensor:
     return hl.inline_triton("tl.minimum({0}, 448.0)", args=(x,), output_like=x)
 
 
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_device.py."""
+    if INTERPRETED:
+        grown = torch.exp(x * -1.0)
+    else:
+        grown = hl.inline_triton("tl.extra.cuda.libdevice.exp({0})", args=(x * -1.0,), output_like=x)
+    one = torch.full_like(x, 1.0)
+    quarter = torch.addcmul(one * 0.25, grown, one * 0.25)
+    if INTERPRETED:
+        quarter = torch.fmin(quarter, one * 3.4028234663852886e38)
+        near = torch.where(quarter > 2.0**126, one * 0.0, one / quarter)
+    else:
+        quarter = hl.inline_triton("tl.minimum({0}, 3.4028234663852886e38)", args=(quarter,), output_like=x)
+        source = 'tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [{0}], tl.float32, True, 1)'
+        near = hl.inline_triton(source, args=(quarter,), output_like=x)
+    inverse = torch.addcmul(near, torch.addcmul(one, quarter * -1.0, near), near)
+    return x * 0.25 * inverse
+
+
 def row_scale(absmax: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
     """The scale of each row, float32 as `absmax`: max(min(absmax, bound) / 448, 1 / (448 * 512)); NaN bounds nothing."""
     if bound is not None:

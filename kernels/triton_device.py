@@ -69,24 +69,26 @@ def reciprocal(x):
     if APPROXIMATE:
         near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        near = 1.0 / x
+        near = tl.where(x > 8.507059173023462e37, 0.0, 1.0 / x)
     return tl.fma(tl.fma(x * -1.0, near, 1.0), near, near)
 
 
 @triton.jit
-def one_plus_exp(x):
-    """1 + exp(x) for x float32 as nvcc's expf has it, but the largest finite number where that is infinite or NaN."""
-    # Not tl.exp, which multiplies by log2(e) in float32 and loses a bit for every doubling of x.
-    return tl.minimum(1.0 + (libdevice.exp(x) if APPROXIMATE else tl.exp(x)), 3.4028234663852886e38)
+def exp(x):
+    """exp(x) for x float32, as nvcc's expf has it."""
+    # tl.exp multiplies by log2(e) in float32, and loses a bit for every doubling of x.
+    return libdevice.exp(x) if APPROXIMATE else tl.exp(x)
 
 
 @triton.jit
 def silu(x):
-    """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it from -87 on; below, a zero of the right sign.
+    """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it; NaN of -inf.
 
-    NaN of -inf.
+    Below -87.3 CUDA C rounds the reciprocal, a subnormal number, to fewer bits.
     """
-    return x * reciprocal(one_plus_exp(x * -1.0))
+    # A quarter of the sum is less than 2**126, where its reciprocal is a normal number, or infinite: then that is 0.
+    quarter = tl.minimum(tl.fma(exp(x * -1.0), 0.25, 0.25), 3.4028234663852886e38)
+    return x * 0.25 * reciprocal(quarter)
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 An interpreter is switched on by the environment when it is imported, TRITON_INTERPRET or HELION_INTERPRET, never both; so
 each runs in a process of its own. The GPU's arithmetic is put into Triton's where it differs: a minimum or maximum of a
-number and NaN is the number, fma rounds once, conversions round to even, and that to fp8 clamps at ±448.
+number and NaN is the number, fma rounds once, conversions round to even and keep subnormal numbers, that to fp8 clamps at
+±448, and exp is torch's.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "rms_norm_per_block_quant": ({"chunk": 256, "chunks": 1, "num_warps": 1}, {"chunk": 128, "chunks": 2, "num_warps": 1}),
 }
 HELION = ("dynamic_per_token_scaled_fp8_quant", "rms_norm_dynamic_per_token_quant", "silu_and_mul_dynamic_per_token_quant")
+#: What the ops call their codes and scales.
+OUTPUTS = ("result", "out", "output_q", "scale", "scales", "output_s", "output_s_packed")
 F32 = np.float32
 Rows = NDArray[np.float32]
 
@@ -53,7 +56,7 @@ def like_the_gpu() -> None:
     builder: Any = interpreter.InterpreterBuilder
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
-    builder.create_clampf = lambda self, x, low, high, nans: self.ternary_op(
+    builder.create_clampf = lambda self, x, low, high, _nans: self.ternary_op(
         x, low, high, lambda x, low, high: np.fmax(np.fmin(x, high), low)
     )
 
@@ -64,7 +67,11 @@ def like_the_gpu() -> None:
     builder.create_fma = fma
     own = interpreter._convert_float
 
+    builder.create_exp = lambda self, x: self.unary_op(x, lambda values: torch.exp(torch.from_numpy(values)).numpy())
+
     def convert(x: Any, source: Any, target: Any, rounding: Any) -> Any:
+        if (source, target) == (tl.bfloat16, tl.float32):
+            return x.view(np.uint16).astype(np.uint32) << 16
         if source != tl.float32 or target not in (tl.bfloat16, tl.float8e4nv):
             return own(x, source, target, rounding)
         values = torch.from_numpy(np.ascontiguousarray(x))
@@ -213,9 +220,8 @@ def packed_storage(scale: Rows) -> NDArray[np.int32]:
 
 def check(spec: OpSpec, before: dict[str, Any], after: dict[str, Any]) -> None:
     """`after` is what vLLM's kernel would have made of `before`, bit for bit, and no byte more."""
-    out, scale = (arg.name for arg in [a for a in spec.args if getattr(a, "mutated", False) and a.name != "residual"][:2]) if (
-        spec.name != "static_scaled_fp8_quant"
-    ) else ("result", "scale")
+    # The first two that the op has: its codes and, written by all but the static op, its scales.
+    out, scale = [arg.name for arg in spec.args if arg.name in OUTPUTS][:2]
     ours = spec.name.endswith("per_block_quant") and before.get("scale_ue8m0")
     if ours:  # not in vLLM
         reference = copied(before)
@@ -230,7 +236,9 @@ def check(spec: OpSpec, before: dict[str, Any], after: dict[str, Any]) -> None:
         storage[: len(wanted_scale)] = wanted_scale
         equal(whole(after[scale]).view(np.int32), storage, "words of the scale storage")
     else:
-        equal(after[scale].numpy().view(np.int32), np.asarray(wanted_scale).reshape(after[scale].shape).view(np.int32), "scales")
+        equal(
+            after[scale].numpy().view(np.int32), np.asarray(wanted_scale).reshape(after[scale].shape).view(np.int32), "scales"
+        )
     assert not ((got & 0x7F) == 0x7F).any(), "a code is NaN"
 
 

@@ -8,10 +8,10 @@ from ..errors import ArgumentError
 
 
 def special_rows(columns: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> torch.Tensor:
-    """Rows [rows, columns] in bfloat16 or float16: each is normal numbers, some of which special ones replace, or special alone.
+    """Rows [rows, columns] in bfloat16 or float16, of which each holds special numbers.
 
-    Every special number stands in a row with normal ones, at a place that `seed` chooses, and in a row of its own kind. At
-    least two columns, else `ArgumentError`.
+    Every one of them stands among normal numbers, at a place that `seed` chooses, and fills a row alone. At least two
+    columns, else `ArgumentError`.
     """
     if columns < 2:
         raise ArgumentError(f"special_rows: expected at least 2 columns, found {columns}")
