@@ -62,10 +62,13 @@ def silu(x: torch.Tensor) -> torch.Tensor:
     return x * 0.25 * inverse
 
 
-def row_scale(absmax: torch.Tensor, bound: torch.Tensor | None = None) -> torch.Tensor:
-    """The scale of each row, float32 as `absmax`: max(min(absmax, bound) / 448, 1 / (448 * 512)); NaN bounds nothing."""
-    if bound is not None:
-        absmax = torch.where(bound < absmax, bound, absmax)
+def bounded(absmax: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """min(absmax, bound); absmax for a bound that is NaN."""
+    return torch.where(bound < absmax, bound, absmax)
+
+
+def row_scale(absmax: torch.Tensor) -> torch.Tensor:
+    """The scale of each row, float32 as `absmax`: max(absmax / 448, 1 / (448 * 512))."""
     inverse = torch.full_like(absmax, 1.0 / 448.0)
     near = absmax * inverse
     exact = torch.addcmul(near, torch.addcmul(absmax, near, torch.full_like(absmax, -448.0)), inverse)

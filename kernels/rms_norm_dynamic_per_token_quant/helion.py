@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import clamp_rows, divide_rows, magnitude, release_dependents, row_scale
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -39,7 +39,9 @@ def rms_norm_dynamic_per_token_quant(
         rstd = torch.rsqrt(torch.sum(x * x, dim=-1) * (1.0 / k) + epsilon)
         y = ((x * rstd[:, None]).to(input.dtype) * w).to(torch.float32)
         absmax = torch.amax(magnitude(y), dim=-1)
-        s = row_scale(absmax, bound if scale_ub is not None else None)
+        if scale_ub is not None:
+            absmax = bounded(absmax, bound)
+        s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:
             y = clamp_rows(y, s)

@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import clamp_rows, divide_rows, magnitude, release_dependents, row_scale, silu
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, silu
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -31,7 +31,9 @@ def silu_and_mul_dynamic_per_token_quant(
         release_dependents()
         x = silu(gate) * up
         absmax = torch.amax(magnitude(x), dim=-1)
-        s = row_scale(absmax, bound if scale_ub is not None else None)
+        if scale_ub is not None:
+            absmax = bounded(absmax, bound)
+        s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:
             x = clamp_rows(x, s)
