@@ -4,6 +4,9 @@ Triton's `/` on float32 is good to 2 ulp only. The division here is IEEE's, at t
 row: with r = 1/s correctly rounded, `q = x*r; q + (x - q*s)*r` is x/s correctly rounded when each `a*b + c` rounds once.
 `torch.addcmul` is that fused operation: it becomes `fma.rn.f32` (in torch 2.11 a product and a sum, which Triton's
 compiler contracts to it).
+
+NaN: what vLLM's kernels do with it follows from fmaxf and fminf of CUDA C, which return the number. torch's maximum and
+minimum carry NaN, by hand and at twice the instructions; so the two that touch every element are Triton's own.
 """
 
 from __future__ import annotations
@@ -26,23 +29,70 @@ def release_dependents() -> None:
         hl.inline_triton("tl.extra.cuda.gdc_launch_dependents()", args=(), output_like=None)
 
 
+def magnitude(x: torch.Tensor) -> torch.Tensor:
+    """|x| of x float32, 0 of NaN."""
+    if INTERPRETED:
+        return torch.where(x.isnan(), torch.zeros_like(x), x.abs())
+    return hl.inline_triton("tl.maximum(tl.abs({0}), 0.0)", args=(x,), output_like=x)
+
+
+def at_most_448(x: torch.Tensor) -> torch.Tensor:
+    """min(x, 448) of x float32, 448 of NaN."""
+    if INTERPRETED:
+        return torch.fmin(x, torch.full_like(x, 448.0))
+    return hl.inline_triton("tl.minimum({0}, 448.0)", args=(x,), output_like=x)
+
+
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_device.py."""
+    if INTERPRETED:
+        grown = torch.exp(x * -1.0)
+    else:
+        grown = hl.inline_triton("tl.extra.cuda.libdevice.exp({0})", args=(x * -1.0,), output_like=x)
+    one = torch.full_like(x, 1.0)
+    quarter = torch.addcmul(one * 0.25, grown, one * 0.25)
+    if INTERPRETED:
+        quarter = torch.fmin(quarter, one * 3.4028234663852886e38)
+        near = torch.where(quarter > 2.0**126, one * 0.0, one / quarter)
+    else:
+        quarter = hl.inline_triton("tl.minimum({0}, 3.4028234663852886e38)", args=(quarter,), output_like=x)
+        source = 'tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [{0}], tl.float32, True, 1)'
+        near = hl.inline_triton(source, args=(quarter,), output_like=x)
+    inverse = torch.addcmul(near, torch.addcmul(one, quarter * -1.0, near), near)
+    return x * 0.25 * inverse
+
+
+def bounded(absmax: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:
+    """min(absmax, bound); absmax for a bound that is NaN."""
+    return torch.where(bound < absmax, bound, absmax)
+
+
 def row_scale(absmax: torch.Tensor) -> torch.Tensor:
     """The scale of each row, float32 as `absmax`: max(absmax / 448, 1 / (448 * 512))."""
     inverse = torch.full_like(absmax, 1.0 / 448.0)
     near = absmax * inverse
     exact = torch.addcmul(near, torch.addcmul(absmax, near, torch.full_like(absmax, -448.0)), inverse)
-    return torch.clamp(exact, min=1.0 / (448.0 * 512.0))
+    # Of infinity the remainder is NaN.
+    return torch.clamp(torch.where(absmax == float("inf"), absmax, exact), min=1.0 / (448.0 * 512.0))
 
 
 def divide_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """x / scale for x float32 [rows, columns] and scale float32 [rows], positive and finite; |x / scale| is finite."""
+    """min(x / scale, 448) for x float32 [rows, columns] and scale float32 [rows], positive, not NaN; 448 of NaN.
+
+    |x / scale| does not overflow. Signs of zeros are kept. An infinite scale makes zeros of finite x.
+    """
     # unsqueeze and expand_as: Helion lowers neither `[:, None]` nor implicit broadcasting by addcmul in a called function.
+    finite = scale < float("inf")
+    nothing = torch.zeros_like(scale)
     near = 1.0 / scale
-    inverse = torch.addcmul(near, torch.addcmul(torch.full_like(scale, 1.0), -scale, near), near).unsqueeze(-1)
+    inverse = torch.addcmul(near, torch.addcmul(torch.full_like(scale, 1.0), -scale, near), near)
+    inverse = torch.where(finite, inverse, nothing).unsqueeze(-1)
     quotient = x * inverse
-    inverse = inverse.expand_as(x)
-    negative = -scale.unsqueeze(-1).expand_as(x)
-    return torch.addcmul(quotient, torch.addcmul(x, quotient, negative), inverse)
+    # `-x` would be 0 - x: +0 of both zeros.
+    negative = inverse.expand_as(x) * -1.0
+    divisor = torch.where(finite, scale, nothing).unsqueeze(-1).expand_as(x)
+    # The remainder is taken with its sign reversed: added to a zero as it is, it would lose the sign of a negative one.
+    return at_most_448(torch.addcmul(quotient, torch.addcmul(x * -1.0, quotient, divisor), negative))
 
 
 def clamp_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .numerics import FP8, FP8_MAX, MIN_SCALE
+from .numerics import FP8, FP8_MAX, MIN_SCALE, to_fp8
 
 #: What vLLM bounds a scale by before it rounds it up to a power of two.
 LEAST_ROUNDED = 1e-10
@@ -38,15 +38,19 @@ def bounded_scale(scale: torch.Tensor, scale_ue8m0: bool) -> torch.Tensor:
     return power_of_two(scale) if scale_ue8m0 else scale
 
 
-def quantize_groups(
-    groups: torch.Tensor, scale: torch.Tensor, result: torch.Tensor, fp8_min: float = -FP8_MAX, fp8_max: float = FP8_MAX
-) -> None:
-    """Write clamp(groups / scale, fp8_min, fp8_max) to result [rows, columns] in fp8, ties to even; a true division.
+def times_inverse(groups: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """groups * (1 / scale), the reciprocal rounded before it is multiplied by: float32 [rows, groups of a row, group_size]."""
+    return groups * (torch.ones_like(scale) / scale).unsqueeze(-1)
 
-    groups [rows, groups of a row, group_size] and scale [rows, groups of a row] are float32.
-    """
-    quotient = (groups / scale.unsqueeze(-1)).clamp(fp8_min, fp8_max).to(FP8)
-    result.copy_(quotient.reshape(groups.shape[0], -1)[:, : result.shape[1]])
+
+def clamp_low_first(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
+    """clamp(x, low, high) of x float32; NaN becomes low, as CUDA C's fminf(fmaxf(x, low), high) makes it."""
+    return torch.fmin(torch.fmax(x, x.new_full((), low)), x.new_full((), high))
+
+
+def store_groups(groups: torch.Tensor, result: torch.Tensor) -> None:
+    """Write to_fp8(groups), float32 [rows, groups of a row, group_size], to result [rows, columns]."""
+    result.copy_(to_fp8(groups).reshape(groups.shape[0], -1)[:, : result.shape[1]])
 
 
 def poisoned_outputs(rows: int, columns: int, group_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

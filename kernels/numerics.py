@@ -19,16 +19,32 @@ def quantize_rows(x: torch.Tensor, result: torch.Tensor, scale: torch.Tensor, sc
     """Write the rows of `x` to `result` in fp8 and their scales to `scale`.
 
     x         float32 [rows, columns], at least one column
-    result    float8_e4m3fn [rows, columns], written: clamp(x / scale, -448, 448), a true division, ties to even
+    result    float8_e4m3fn [rows, columns], written: to_fp8(x / scale), a true division
     scale     float32 [rows, 1], written: max(min(max |x| of the row, scale_ub) / 448, 1 / (448 * 512))
     scale_ub  float32 with one element, or None
     """
-    absmax = x.abs().amax(dim=-1, keepdim=True)
+    largest = absmax(x).unsqueeze(-1)
     if scale_ub is not None:
-        absmax = torch.minimum(absmax, scale_ub.reshape(()))
-    row_scale = (absmax / torch.full_like(absmax, FP8_MAX)).clamp(min=MIN_SCALE)
+        largest = torch.fmin(largest, scale_ub.reshape(()))
+    row_scale = (largest / torch.full_like(largest, FP8_MAX)).clamp(min=MIN_SCALE)
     scale.copy_(row_scale)
-    result.copy_((x / row_scale).clamp(-FP8_MAX, FP8_MAX).to(FP8))
+    result.copy_(to_fp8(x / row_scale))
+
+
+def absmax(x: torch.Tensor) -> torch.Tensor:
+    """max |x| along the last dimension, which is not empty; NaN is passed over, as CUDA C's fmaxf does: 0 of NaNs alone."""
+    return torch.where(x.isnan(), torch.zeros_like(x), x.abs()).amax(dim=-1)
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """clamp(x, -448, 448) in fp8 of x float32, ties to even; NaN becomes 448, as CUDA C's fmaxf(-448, fminf(x, 448))."""
+    return torch.fmax(torch.fmin(x, x.new_full((), FP8_MAX)), x.new_full((), -FP8_MAX)).to(FP8)
+
+
+def silu_and_mul(input: torch.Tensor) -> torch.Tensor:
+    """gate * (1 / (1 + exp(-gate))) * up in float32 of input [..., 2 * columns]: gate in the first half, up in the second."""
+    gate, up = input.float().chunk(2, dim=-1)
+    return gate * torch.reciprocal(1 + torch.exp(-gate)) * up
 
 
 def random_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:

@@ -2,6 +2,11 @@
 
 Triton's `/` on float32 is good to 2 ulp only. Where the last bit counts, the divisions here are IEEE's: see device.py,
 which does the same for Helion. Tiles are [rows, columns] in float32.
+
+`tl.maximum` and `tl.minimum` return the number where one of two is NaN, as CUDA C's fmaxf and fminf do; so the order in
+which a clamp names its bounds decides what NaN becomes. Triton's interpreter, unlike the GPU, carries NaN through both.
+
+`-x` is 0 - x in Triton: an instruction, and +0 of both zeros. `x * -1.0` becomes a negated operand.
 """
 
 from __future__ import annotations
@@ -10,6 +15,7 @@ import os
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
@@ -17,45 +23,72 @@ APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 @triton.jit
 def row_scale(absmax):
-    """The scale of each row, float32 as `absmax`: max(absmax / 448, 1 / (448 * 512))."""
+    """The scale of each row, float32 as `absmax`: max(absmax / 448, 1 / (448 * 512)); the least one where absmax is NaN."""
     inverse: tl.constexpr = 1.0 / 448.0
     near = absmax * inverse
     exact = tl.fma(tl.fma(near, -448.0, absmax), inverse, near)
-    return tl.maximum(exact, 1.0 / (448.0 * 512.0))
+    # Of infinity the remainder is NaN.
+    return tl.maximum(tl.where(absmax == float("inf"), absmax, exact), 1.0 / (448.0 * 512.0))
+
+
+@triton.jit
+def bounded(absmax, bound):
+    """min(absmax, bound); 0 for an absmax that is NaN, which a row of NaNs has, and absmax for a bound that is."""
+    return tl.minimum(tl.maximum(absmax, 0.0), bound)
 
 
 @triton.jit
 def divide_rows(x, scale):
-    """x / scale for x [rows, columns] and scale [rows], positive and finite; |x / scale| is finite."""
+    """min(x / scale, 448) for x [rows, columns] and scale [rows], positive, not NaN; 448 where x / scale is NaN.
+
+    |x / scale| does not overflow. Signs of zeros are kept. An infinite scale makes zeros of finite x.
+    """
+    finite = scale < float("inf")
     near = 1.0 / scale
-    inverse = tl.fma(tl.fma(-scale, near, 1.0), near, near)[:, None]
+    inverse = tl.where(finite, tl.fma(tl.fma(-scale, near, 1.0), near, near), 0.0)[:, None]
+    divisor = tl.where(finite, scale, 0.0)[:, None]
     quotient = x * inverse
-    return tl.fma(tl.fma(quotient, -scale[:, None], x), inverse, quotient)
+    # The remainder is taken with its sign reversed: added to a zero as it is, it would lose the sign of a negative one.
+    exact = tl.fma(tl.fma(quotient, divisor, x * -1.0), inverse * -1.0, quotient)
+    return tl.minimum(exact, 448.0)
 
 
 @triton.jit
 def clamp_rows(x, scale):
-    """x with |x| at most 448 * scale of its row; needed only if scale_ub may have lowered the scale."""
+    """x with |x| at most 448 * scale of its row, also of NaN; needed only if scale_ub may have lowered the scale."""
     limit = (448.0 * scale)[:, None]
-    return tl.minimum(tl.maximum(x, -limit), limit)
+    return tl.maximum(tl.minimum(x, limit), -limit)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, correctly rounded but for a few mantissas of ones, for x float32 from 2**-126 to 2**126.
+
+    0 of larger finite x; NaN of 0, of infinities and of NaN.
+    """
+    if APPROXIMATE:
+        near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        near = tl.where(x > 8.507059173023462e37, 0.0, 1.0 / x)
+    return tl.fma(tl.fma(x * -1.0, near, 1.0), near, near)
+
+
+@triton.jit
+def exp(x):
+    """exp(x) for x float32, as nvcc's expf has it."""
+    # tl.exp multiplies by log2(e) in float32, and loses a bit for every doubling of x.
+    return libdevice.exp(x) if APPROXIMATE else tl.exp(x)
 
 
 @triton.jit
 def silu(x):
-    """x / (1 + exp(-x)) for x float32, good to a few ulp; 0 below -87, where it is less than 1e-35."""
-    if APPROXIMATE:
-        # Triton's exp2 and `/` take care of denormal numbers, at twice the instructions.
-        sigmoid = tl.inline_asm_elementwise(
-            "{.reg .f32 e; mul.f32 e, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 e, e; add.f32 e, e, 0f3F800000; "
-            "rcp.approx.ftz.f32 $0, e;}",
-            "=f,f",
-            [x],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-        return x * sigmoid
-    return x / (1.0 + tl.exp2(x * -1.4426950408889634))
+    """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it; NaN of -inf.
+
+    Below -87.3 CUDA C rounds the reciprocal, a subnormal number, to fewer bits.
+    """
+    # A quarter of the sum is less than 2**126, where its reciprocal is a normal number, or infinite: then that is 0.
+    quarter = tl.minimum(tl.fma(exp(x * -1.0), 0.25, 0.25), 3.4028234663852886e38)
+    return x * 0.25 * reciprocal(quarter)
 
 
 @triton.jit

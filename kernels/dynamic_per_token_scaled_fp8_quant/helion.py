@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import clamp_rows, divide_rows, release_dependents, row_scale
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale
 
 
 # 64-bit offsets: Helion's own check against 2**31 counts elements and does not see a row stride; here they cost 3 registers.
@@ -28,9 +28,9 @@ def dynamic_per_token_scaled_fp8_quant(
         if scale_ub is not None:
             bound = hl.load(scale_ub, [0])
         release_dependents()
-        absmax = torch.amax(torch.abs(x), dim=-1)
+        absmax = torch.amax(magnitude(x), dim=-1)
         if scale_ub is not None:
-            absmax = torch.minimum(absmax, bound)
+            absmax = bounded(absmax, bound)
         s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:

@@ -20,7 +20,10 @@ def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, sc
     scale     float32 [M, 1], written: max(min(max |row|, scale_ub) / 448, 1 / (448 * 512))
     scale_ub  float32 with one element, or None
 
-    All arithmetic is float32. A row with a NaN or an infinity has a scale that is not finite, and unspecified codes.
+    All arithmetic is float32; signs of zeros are kept, and subnormal numbers. All as vLLM's kernel has it:
+    NaN does not count in max |row|, and its code is 448 (0x7e). An infinity makes the scale infinite; its own code is then
+    448, whatever its sign, and those of finite numbers are zeros of their signs. Where scale_ub keeps the scale finite, the
+    code of an infinity is 448 or -448.
     """
     quantize_rows(input.float(), result, scale, scale_ub)
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import clamp_rows, divide_rows, row_scale
+from ..triton_device import bounded, clamp_rows, divide_rows, row_scale
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -52,7 +52,7 @@ def dynamic_per_token_scaled_fp8_quant(
         tl.extra.cuda.gdc_launch_dependents()
     absmax = tl.max(largest, axis=1)
     if scale_ub is not None:
-        absmax = tl.minimum(absmax, bound)
+        absmax = bounded(absmax, bound)
     s = row_scale(absmax)
     tl.store(scale + row, s, mask=row < m)
     if scale_ub is not None:

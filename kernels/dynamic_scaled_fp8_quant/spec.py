@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX, random_rows
-from ..static_scaled_fp8_quant.spec import to_fp8
+from ..numerics import FP8, FP8_MAX, absmax, random_rows, to_fp8
 
 NAME = "dynamic_scaled_fp8_quant"
 
@@ -21,11 +20,12 @@ def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor) ->
     scale     float32 with one element, written: max |input| / 448, 0 of no elements
 
     All arithmetic is float32, and the reciprocal is rounded before it is multiplied by. The scale has no lower bound: of
-    zeros it is 0, and the codes are 448, which that scale turns to 0 again.
+    zeros it is 0, and the codes are 448, which that scale turns to 0 again. NaN does not count in max |input|. An infinity
+    makes the scale infinite: its own code is 448, those of finite numbers are zeros of their signs.
     """
     x = input.float()
-    absmax = x.abs().amax() if x.numel() else x.new_zeros(())
-    tensor_scale = absmax / torch.full_like(absmax, FP8_MAX)
+    largest = absmax(x.flatten()) if x.numel() else x.new_zeros(())
+    tensor_scale = largest / torch.full_like(largest, FP8_MAX)
     scale.fill_(tensor_scale)
     result.copy_(to_fp8(x * (torch.ones_like(tensor_scale) / tensor_scale)))
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, poisoned_outputs, power_of_two, quantize_groups, split_groups
-from ..numerics import FP8, FP8_MAX, random_rows
+from ..groups import absmax_scale, clamp_low_first, poisoned_outputs, power_of_two, split_groups, store_groups, times_inverse
+from ..numerics import FP8, FP8_MAX, absmax, random_rows
 
 NAME = "per_token_group_fp8_quant"
 
@@ -28,7 +28,7 @@ def reference(
     """The op in torch.
 
     input        bfloat16 or float16 [M, K]
-    output_q     float8_e4m3fn [M, K], written: clamp(input / scale, fp8_min, fp8_max)
+    output_q     float8_e4m3fn [M, K], written: clamp(input * (1 / scale), fp8_min, fp8_max)
     output_s     float32 [M, ceil(K / group_size)] of any strides, written: scale = max(max |group|, eps) / fp8_max
     group_size   elements of a row that share a scale
     eps          at least 0; vLLM passes 1e-10
@@ -36,15 +36,16 @@ def reference(
     scale_ue8m0  the scale is rounded up to a power of two: exp2(ceil(log2(max(scale, 1e-10))))
     dummy_*      ignored, as in vLLM: the strides of output_s say how it lies
 
-    All arithmetic is float32. A group with an infinity has an infinite scale; the codes of groups with a NaN or an infinity
-    are unspecified, and so are those of groups whose scale is below 2**-126, which takes an eps below 1e-35.
+    All arithmetic is float32, and the reciprocal of the scale is rounded before it is multiplied by. As vLLM's kernel has
+    it: NaN does not count in max |group|, and its code is fp8_min (0xfe of -448). An infinity makes the scale of its group
+    infinite: its own code is fp8_min too, whatever its sign, and those of finite numbers are zeros of their signs.
     """
     groups = split_groups(input.float(), group_size)
-    scale = absmax_scale(groups.abs().amax(dim=-1).clamp(min=eps), fp8_max)
+    scale = absmax_scale(absmax(groups).clamp(min=eps), fp8_max)
     if scale_ue8m0:
         scale = power_of_two(scale)
     output_s.copy_(scale)
-    quantize_groups(groups, scale, output_q, fp8_min, fp8_max)
+    store_groups(clamp_low_first(times_inverse(groups, scale), fp8_min, fp8_max), output_q)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import APPROXIMATE
+from ..triton_device import reciprocal
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -32,16 +32,6 @@ def power_of_two(scale):
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x, correctly rounded but for a few mantissas of ones, for x float32 from 2**-126 to 2**126."""
-    if APPROXIMATE:
-        near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        near = 1.0 / x
-    return tl.fma(tl.fma(-x, near, 1.0), near, near)
-
-
-@triton.jit
 def absmax_scale(absmax, fp8_max, inverse):
     """absmax / fp8_max, rounded as IEEE's division, also of infinities; inverse is the reciprocal of fp8_max."""
     near = absmax * inverse
@@ -50,27 +40,43 @@ def absmax_scale(absmax, fp8_max, inverse):
 
 
 @triton.jit
-def divide_groups(x, scale, POWERS_OF_TWO: tl.constexpr):
-    """x / scale, rounded as IEEE's division, for a tile x and the scale of each group; see device.py.
+def inverse_scale(scale, POWERS_OF_TWO: tl.constexpr):
+    """1 / scale of each group, rounded as IEEE's division, for scales up to 2**126 and 0 for infinite ones.
 
-    The scales are from 2**-126 to 2**126; with POWERS_OF_TWO they are such, and their reciprocals exact.
+    With POWERS_OF_TWO they are such, from 2**-126 on.
     """
     if POWERS_OF_TWO:
-        inverse = (0x7F000000 - scale.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-        quotient = x * inverse[:, None]
+        # The bits of an infinite scale would leave a negative number.
+        bits = tl.maximum(0x7F000000 - scale.to(tl.int32, bitcast=True), 0)
+        inverse = bits.to(tl.float32, bitcast=True)
     else:
-        inverse = reciprocal(scale)[:, None]
-        near = x * inverse
-        quotient = tl.fma(tl.fma(near, -scale[:, None], x), inverse, near)
-    return quotient
+        # A subnormal scale goes through the reciprocal as a normal number.
+        lift = tl.where(scale < 1.1754943508222875e-38, 18446744073709551616.0, 1.0)
+        inverse = tl.where(scale < float("inf"), reciprocal(scale * lift) * lift, 0.0)
+    return inverse
+
+
+@triton.jit
+def divide_groups(x, scale, POWERS_OF_TWO: tl.constexpr):
+    """min(x / scale, 448), rounded as IEEE's division, for a tile x and the scale of each group; see divide_rows.
+
+    The scales are from 2**-126 to 2**126 or infinite.
+    """
+    inverse = inverse_scale(scale, POWERS_OF_TWO)[:, None]
+    quotient = x * inverse
+    if not POWERS_OF_TWO:
+        divisor = tl.where(scale < float("inf"), scale, 0.0)[:, None]
+        quotient = tl.fma(tl.fma(quotient, divisor, x * -1.0), inverse * -1.0, quotient)
+    return tl.minimum(quotient, 448.0)
 
 
 @triton.jit
 def clamp_codes(quotient, fp8_min, fp8_max):
-    """clamp(quotient, fp8_min, fp8_max), for quotients that are within a rounding of ±fp8_max if fp8_min is -fp8_max."""
-    # The conversion to fp8 clamps at ±448 by itself.
-    if (fp8_min != -448.0) | (fp8_max != 448.0):
-        quotient = tl.minimum(tl.maximum(quotient, fp8_min), fp8_max)
+    """min(max(quotient, fp8_min), fp8_max), and so fp8_min for NaN; for quotients within a rounding of ±fp8_max."""
+    quotient = tl.maximum(quotient, fp8_min)
+    # The conversion to fp8 clamps at 448 by itself.
+    if fp8_max != 448.0:
+        quotient = tl.minimum(quotient, fp8_max)
     return quotient
 
 
@@ -127,7 +133,8 @@ def per_token_group_fp8_quant(
     scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)
     if UE8M0:
         scale = power_of_two(tl.maximum(scale, 1e-10))
-    quotient = clamp_codes(divide_groups(x, scale, UE8M0), fp8_min, fp8_max)
+    # A product, not a division, as in vLLM: it is rounded twice.
+    quotient = clamp_codes(x * inverse_scale(scale, UE8M0)[:, None], fp8_min, fp8_max)
     store_codes(output_q, offset, quotient, inside, VECTOR)
     # Last: the scales change hands between threads, which waits for all of them.
     store_scales(output_s, scale, group, groups, groups_of_row, row_stride, group_stride)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, poisoned_outputs, power_of_two, quantize_groups, split_groups
-from ..numerics import FP8, FP8_MAX, random_rows
+from ..groups import absmax_scale, clamp_low_first, poisoned_outputs, power_of_two, split_groups, store_groups, times_inverse
+from ..numerics import FP8, FP8_MAX, absmax, random_rows
 
 NAME = "per_token_group_fp8_quant_packed"
 
@@ -25,7 +25,7 @@ def reference(
     """The op in torch.
 
     input            bfloat16 or float16 [M, K]
-    output_q         float8_e4m3fn [M, K], written: clamp(input / scale, fp8_min, fp8_max)
+    output_q         float8_e4m3fn [M, K], written: clamp(input * (1 / scale), fp8_min, fp8_max)
     output_s_packed  int32 [M, ceil(K / 512)] of any strides, written; vLLM's has the strides (1, M rounded up to 4)
     group_size       128 elements of a row share a scale
     eps              at least 0; vLLM passes 1e-10
@@ -33,16 +33,27 @@ def reference(
 
     The scale is that of per_token_group_fp8_quant with scale_ue8m0, a power of two. Byte i of word j of a row, the lowest
     being byte 0, is the float32 exponent of the scale of group 4 j + i, with its bias of 127; 0 where a row has no such
-    group. Nothing is written between the columns of output_s_packed.
+    group. With vLLM's strides the words between one column and the next are written too: zeros. With others nothing is
+    written there.
 
-    A group with an infinity has the exponent 255; the codes of groups with a NaN or an infinity are unspecified.
+    NaN and infinities: see per_token_group_fp8_quant. The exponent of an infinite scale is 255.
     """
     groups = split_groups(input.float(), group_size)
-    scale = power_of_two(absmax_scale(groups.abs().amax(dim=-1).clamp(min=eps), fp8_max))
+    scale = power_of_two(absmax_scale(absmax(groups).clamp(min=eps), fp8_max))
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
     output_s_packed.copy_(padded.contiguous().view(torch.int32))
-    quantize_groups(groups, scale, output_q, fp8_min, fp8_max)
+    _padding(output_s_packed).zero_()
+    store_groups(clamp_low_first(times_inverse(groups, scale), fp8_min, fp8_max), output_q)
+
+
+def _padding(packed: torch.Tensor) -> torch.Tensor:
+    """The words behind each column of `packed` but the last, up to a multiple of four rows; none if its strides leave none."""
+    rows, words = packed.shape
+    pitch = (rows + 3) // 4 * 4
+    if not rows or not words or packed.stride() != (1, pitch):
+        return packed[:0]
+    return packed.as_strided((words - 1, pitch - rows), (pitch, 1), packed.storage_offset() + rows)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:

@@ -1,6 +1,7 @@
 """The Triton kernel of per_token_group_fp8_quant_packed: some neighbouring groups per program.
 
-Groups are numbered through all rows, with each row filled up to a multiple of four: a missing group is a byte of 0.
+Groups are numbered through all rows, with each row filled up to a multiple of four: a missing group is a byte of 0. So are
+the rows that fill M up to a multiple of four, where the scales lie as vLLM's op takes them.
 Configs are those of per_token_group_fp8_quant.
 """
 
@@ -18,12 +19,12 @@ from ..per_token_group_fp8_quant import triton as shared
 from ..per_token_group_fp8_quant.triton import (
     absmax_scale,
     clamp_codes,
-    divide_groups,
+    inverse_scale,
     power_of_two,
-    reciprocal,
     row_of,
     store_codes,
 )
+from ..triton_device import reciprocal
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -37,7 +38,7 @@ def per_token_group_fp8_quant_packed(
     eps,
     fp8_min,
     fp8_max,
-    groups,
+    m,
     groups_of_row,
     words_of_row,
     row_stride,
@@ -47,11 +48,11 @@ def per_token_group_fp8_quant_packed(
     VECTOR: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """GROUPS groups of GROUP elements per program; groups counts the missing ones too."""
+    """GROUPS groups of GROUP elements per program, for m rows and those that fill them up to a multiple of four."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row = row_of(group, words_of_row * 4)
     group_in_row = group - row * (words_of_row * 4)
-    here = (group < groups) & (group_in_row < groups_of_row)
+    here = (row < m) & (group_in_row < groups_of_row)
     inside = here[:, None]
     offset = (row.to(tl.int64) * groups_of_row + group_in_row)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     place = row.to(tl.int64) * row_stride + (group_in_row // 4).to(tl.int64) * word_stride
@@ -63,11 +64,14 @@ def per_token_group_fp8_quant_packed(
         tl.extra.cuda.gdc_launch_dependents()
     scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)
     scale = power_of_two(tl.maximum(scale, 1e-10))
-    quotient = clamp_codes(divide_groups(x, scale, True), fp8_min, fp8_max)
+    quotient = clamp_codes(x * inverse_scale(scale, True)[:, None], fp8_min, fp8_max)
     store_codes(output_q, offset, quotient, inside, VECTOR)
     exponent = tl.where(here, scale.to(tl.int32, bitcast=True) >> 23, 0).to(tl.uint8)
     byte = output_s_packed.to(tl.pointer_type(tl.uint8), bitcast=True) + place * 4 + group_in_row % 4
-    tl.store(byte, exponent, group < groups)
+    # The words behind a column; behind the last one they are nobody's.
+    rows = (m + 3) // 4 * 4
+    padding = (row_stride == 1) & (word_stride == rows) & (row < rows) & (group_in_row // 4 < words_of_row - 1)
+    tl.store(byte, exponent, (row < m) | padding)
 
 
 def launch(
@@ -85,7 +89,7 @@ def launch(
     """One program for every `elements` elements."""
     m, groups_of_row = input.size(0), shared.whole_groups(input.size(1), group_size)
     words_of_row = (groups_of_row + 3) // 4
-    groups = m * words_of_row * 4
+    groups = (m + 3) // 4 * 4 * words_of_row * 4
     tile = config["elements"] // group_size
     _launcher(
         per_token_group_fp8_quant_packed,
@@ -96,7 +100,7 @@ def launch(
         eps,
         fp8_min,
         fp8_max,
-        groups,
+        m,
         groups_of_row,
         words_of_row,
         output_s_packed.stride(0),

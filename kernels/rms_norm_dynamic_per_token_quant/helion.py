@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import clamp_rows, divide_rows, release_dependents, row_scale
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -38,9 +38,9 @@ def rms_norm_dynamic_per_token_quant(
         release_dependents()
         rstd = torch.rsqrt(torch.sum(x * x, dim=-1) * (1.0 / k) + epsilon)
         y = ((x * rstd[:, None]).to(input.dtype) * w).to(torch.float32)
-        absmax = torch.amax(torch.abs(y), dim=-1)
+        absmax = torch.amax(magnitude(y), dim=-1)
         if scale_ub is not None:
-            absmax = torch.minimum(absmax, bound)
+            absmax = bounded(absmax, bound)
         s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:

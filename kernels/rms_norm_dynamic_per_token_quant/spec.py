@@ -33,7 +33,11 @@ def reference(
 
     x = input + residual in float32, not rounded, though residual receives it rounded to its dtype. With
     r = rsqrt(mean(x * x) + epsilon) of the row, y = (x * r rounded to the dtype of input) * weight, rounded to it again.
-    A row of y with a NaN or an infinity has a scale that is not finite, and unspecified codes.
+
+    NaN in x, which makes all of y NaN, has the least scale and codes of 448 (0x7e) as vLLM's kernel has: NaN does not
+    count in max |y|. An infinite x, whose r is 0, is NaN in y, and the finite ones of its row are zeros of their signs. An
+    infinite y, of a finite x, makes the scale infinite; its own code is then 448, whatever its sign, and those of finite y
+    are zeros of their signs. Where scale_ub keeps the scale finite, the code of an infinite y is 448 or -448.
     """
     x = input.float()
     if residual is not None:

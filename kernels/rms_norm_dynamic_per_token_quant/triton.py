@@ -11,7 +11,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import clamp_rows, divide_rows, row_scale
+from ..triton_device import bounded, clamp_rows, divide_rows, row_scale
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -86,7 +86,7 @@ def rms_norm_dynamic_per_token_quant(
             largest = tl.maximum(largest, tl.abs(more))
     absmax = tl.max(largest, axis=1)
     if scale_ub is not None:
-        absmax = tl.minimum(absmax, bound)
+        absmax = bounded(absmax, bound)
     s = row_scale(absmax)
     tl.store(scale + row, s, mask=row < m)
     if scale_ub is not None:

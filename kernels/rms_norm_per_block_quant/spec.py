@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, bounded_scale, poisoned_outputs, quantize_groups, split_groups
-from ..numerics import FP8, random_rows, upper_bound
+from ..groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
+from ..numerics import FP8, absmax, random_rows, upper_bound
 
 NAME = "rms_norm_per_block_quant"
 
@@ -27,7 +27,7 @@ def reference(
 ) -> None:
     """The op in torch.
 
-    result               float8_e4m3fn [M, K], written: clamp(y / scale, -448, 448)
+    result               float8_e4m3fn [M, K], written: clamp(y * (1 / scale), -448, 448)
     input                bfloat16 or float16 [M, K], last dimension contiguous
     weight               [K], dtype of input
     scale                float32 [M, ceil(K / group_size)] of any strides, written:
@@ -42,19 +42,24 @@ def reference(
 
     x = input + residual in float32, not rounded, though residual receives it rounded to its dtype. With
     r = rsqrt(mean(x * x) + epsilon) of the row, y = (x * r rounded to the dtype of input) * weight, rounded to it again.
-    A row with a NaN or an infinity has unspecified scales and codes.
+    The reciprocal of the scale is rounded to float32 before it is multiplied by.
+
+    NaN in x, which makes all of y NaN, has the least scales and codes of 448 (0x7e) as vLLM's kernel has: NaN does not
+    count in max |y|. An infinite x, whose r is 0, is NaN in y, and the finite ones of its row are zeros of their signs. An
+    infinite y, of a finite x, makes the scale of its group infinite; its own code is then 448, whatever its sign, and those
+    of finite y are zeros of their signs. Where scale_ub keeps the scale finite, the code of an infinite y is 448 or -448.
     """
     x = input.float()
     if residual is not None:
         x = x + residual.float()
         residual.copy_(x)
     groups = split_groups(_normalized(x, weight, epsilon), group_size)
-    absmax = groups.abs().amax(dim=-1)
+    largest = absmax(groups)
     if scale_ub is not None:
-        absmax = torch.minimum(absmax, scale_ub.reshape(()))
-    scales = bounded_scale(absmax_scale(absmax), scale_ue8m0)
+        largest = torch.fmin(largest, scale_ub.reshape(()))
+    scales = bounded_scale(absmax_scale(largest), scale_ue8m0)
     scale.copy_(scales)
-    quantize_groups(groups, scales, result)
+    store_groups(times_inverse(groups, scales), result)
 
 
 def _normalized(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:

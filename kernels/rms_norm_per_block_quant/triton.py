@@ -18,13 +18,13 @@ from hdispatch.opspec import Variant
 
 from ..per_token_group_fp8_quant.triton import (
     absmax_scale,
-    divide_groups,
+    inverse_scale,
     launch_options,
     power_of_two,
     store_codes,
     whole_groups,
 )
-from ..triton_device import clamp_rows
+from ..triton_device import bounded
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -95,15 +95,17 @@ def rms_norm_per_block_quant(
         y = ((tiles[chunk] * rstd).to(dtype).to(tl.float32) * weights[chunk].to(tl.float32)).to(dtype).to(tl.float32)
         absmax = tl.max(tl.abs(y), 1)
         if scale_ub is not None:
-            absmax = tl.minimum(absmax, bound)
+            absmax = bounded(absmax, bound)
         s = tl.maximum(absmax_scale(absmax, 448.0, 1.0 / 448.0), 1.0 / (448.0 * 512.0))
         if UE8M0:
             s = power_of_two(s)
-        if scale_ub is not None:
-            y = clamp_rows(y, s)
         offset = start + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         # 8 bytes, because that is what a thread has of each 16-byte load of the inputs.
-        store_codes(result, offset, divide_groups(y, s, UE8M0), (group < groups_of_row)[:, None], 8)
+        # A product, not a division, as in vLLM. That which NaN is not needs no clamping where it is 448 at most.
+        codes = tl.minimum(y * inverse_scale(s, UE8M0)[:, None], 448.0)
+        if scale_ub is not None:
+            codes = tl.maximum(codes, -448.0)
+        store_codes(result, offset, codes, (group < groups_of_row)[:, None], 8)
         tl.store(scale + row * row_stride + group.to(tl.int64) * group_stride, s, group < groups_of_row)
 
 

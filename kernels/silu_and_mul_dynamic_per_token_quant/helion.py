@@ -9,13 +9,11 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import clamp_rows, divide_rows, release_dependents, row_scale
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, silu
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
-# fast_math and exp2: the division and the exponential of silu become one instruction each, still good to a few ulp. The
-# division by the scale stays exact: see `divide_rows`.
-@helion.kernel(static_shapes=False, index_dtype=torch.int64, fast_math=True)
+@helion.kernel(static_shapes=False, index_dtype=torch.int64)
 def silu_and_mul_dynamic_per_token_quant(
     result: torch.Tensor,
     input: torch.Tensor,
@@ -31,10 +29,10 @@ def silu_and_mul_dynamic_per_token_quant(
         if scale_ub is not None:
             bound = hl.load(scale_ub, [0])
         release_dependents()
-        x = gate / (1.0 + torch.exp2(gate * -1.4426950408889634)) * up
-        absmax = torch.amax(torch.abs(x), dim=-1)
+        x = silu(gate) * up
+        absmax = torch.amax(magnitude(x), dim=-1)
         if scale_ub is not None:
-            absmax = torch.minimum(absmax, bound)
+            absmax = bounded(absmax, bound)
         s = row_scale(absmax)
         scale[rows, 0] = s
         if scale_ub is not None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, silu_and_mul, upper_bound
 
 NAME = "silu_and_mul_dynamic_per_token_quant"
 
@@ -20,18 +20,15 @@ def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, sc
     scale     float32 [M, 1], written: max(min(max |x of the row|, scale_ub) / 448, 1 / (448 * 512))
     scale_ub  float32 with one element, or None
 
-    x = gate / (1 + exp(-gate)) * up in float32, and never rounded to the dtype of input: so does vLLM's
+    x = gate * (1 / (1 + exp(-gate))) * up in float32, and never rounded to the dtype of input: so does vLLM's
     silu_and_mul_per_block_quant, while silu_and_mul followed by dynamic_per_token_scaled_fp8_quant rounds in between.
-    scale_ub bounds max |x|, as in dynamic_per_token_scaled_fp8_quant.
-    A row of x with a NaN or an infinity has a scale that is not finite, and unspecified codes.
+    scale_ub bounds max |x|, as in dynamic_per_token_scaled_fp8_quant. Signs of zeros are kept, also of x that underflows.
+
+    NaN does not count in max |x|, and its code is 448 (0x7e); a gate of -inf makes one. An infinite x makes the scale
+    infinite; its own code is then 448, whatever its sign, and those of finite x are zeros of their signs. Where scale_ub
+    keeps the scale finite, the code of an infinite x is 448 or -448.
     """
-    quantize_rows(_activated(input), result, scale, scale_ub)
-
-
-def _activated(input: torch.Tensor) -> torch.Tensor:
-    """x of `reference` in float32."""
-    gate, up = input.float().chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    quantize_rows(silu_and_mul(input), result, scale, scale_ub)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -39,7 +36,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     m, n = sizes["M"], sizes["N"]
     x = random_rows(m, 2 * n, variant.dtypes["input"], device, generator)
     result, scale = poisoned_outputs(m, n, device)
-    return [result, x, scale, None if "scale_ub" in variant.none else upper_bound(_activated(x))]
+    return [result, x, scale, None if "scale_ub" in variant.none else upper_bound(silu_and_mul(x))]
 
 
 SPEC = OpSpec(

@@ -11,7 +11,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import clamp_rows, divide_rows, row_scale, silu
+from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, silu
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -60,7 +60,7 @@ def silu_and_mul_dynamic_per_token_quant(
         tl.extra.cuda.gdc_launch_dependents()
     absmax = tl.max(largest, axis=1)
     if scale_ub is not None:
-        absmax = tl.minimum(absmax, bound)
+        absmax = bounded(absmax, bound)
     s = row_scale(absmax)
     tl.store(scale + row, s, mask=row < m)
     if scale_ub is not None:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, bounded_scale, poisoned_outputs, quantize_groups, split_groups
-from ..numerics import FP8, FP8_MAX, random_rows, upper_bound
+from ..groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups
+from ..numerics import FP8, FP8_MAX, absmax, random_rows, silu_and_mul, upper_bound
 
 NAME = "silu_and_mul_per_block_quant"
 
@@ -34,23 +34,19 @@ def reference(
     scale_ue8m0          not in vLLM's op: that scale, bounded from below as it is, is then rounded up to a power of two,
                          exp2(ceil(log2(scale))); so it is at least 2**-17
 
-    x = gate / (1 + exp(-gate)) * up in float32, never rounded to the dtype of input.
-    A group with an infinity has an infinite scale without scale_ub; the codes of groups with a NaN or an infinity are
-    unspecified.
+    x = gate * (1 / (1 + exp(-gate))) * up in float32, never rounded to the dtype of input. Signs of zeros are kept.
+
+    As vLLM's kernel has it: NaN does not count in max |x|, and its code is 448 (0x7e); a gate of -inf makes one. An
+    infinite x makes the scale of its group infinite; its own code is then 448, whatever its sign, and those of finite x are
+    zeros of their signs. Where scale_ub keeps the scale finite, the code of an infinite x is 448 or -448.
     """
-    groups = split_groups(_activated(input), group_size)
-    scale = absmax_scale(groups.abs().amax(dim=-1))
+    groups = split_groups(silu_and_mul(input), group_size)
+    scale = absmax_scale(absmax(groups))
     if scale_ub is not None:
-        scale = torch.minimum(scale, scale_ub.reshape(()))
+        scale = torch.fmin(scale, scale_ub.reshape(()))
     scale = bounded_scale(scale, scale_ue8m0)
     scales.copy_(scale)
-    quantize_groups(groups, scale, out)
-
-
-def _activated(input: torch.Tensor) -> torch.Tensor:
-    """x of `reference` in float32."""
-    gate, up = input.float().chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    store_groups(groups / scale.unsqueeze(-1), out)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -59,7 +55,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     x = random_rows(m, 2 * n, variant.dtypes["input"], device, generator)
     scale_ub = None
     if "scale_ub" not in variant.none:
-        scale_ub = upper_bound(split_groups(_activated(x), size).flatten(0, 1)) / FP8_MAX
+        scale_ub = upper_bound(split_groups(silu_and_mul(x), size).flatten(0, 1)) / FP8_MAX
     out, scales = poisoned_outputs(m, n, size, device)
     return [out, x, scales, size, scale_ub, False, bool(variant.static["scale_ue8m0"])]
 

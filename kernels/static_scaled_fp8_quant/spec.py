@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX, random_rows
+from ..numerics import FP8, FP8_MAX, random_rows, to_fp8
 
 NAME = "static_scaled_fp8_quant"
 
@@ -26,11 +26,6 @@ def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, gr
     """
     inverse = torch.ones_like(scale) / scale
     result.copy_(to_fp8(input.float() * _spread(inverse, input.shape, group_shape)))
-
-
-def to_fp8(x: torch.Tensor) -> torch.Tensor:
-    """clamp(x, -448, 448) in fp8 of x float32; NaN becomes 448, as minimum and maximum of CUDA C make it."""
-    return torch.fmax(torch.fmin(x, x.new_full((), FP8_MAX)), x.new_full((), -FP8_MAX)).to(FP8)
 
 
 def _spread(scale: torch.Tensor, shape: torch.Size, group_shape: list[int] | None) -> torch.Tensor:
