@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 import torch
 
-from .. import _C, ops
-from ..errors import HdispatchError
+from ... import _C, ops
+from ...errors import HdispatchError
 
 
 @dataclass(frozen=True)
