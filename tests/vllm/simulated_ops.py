@@ -57,10 +57,8 @@ def _define_c() -> None:
     for name in SAME:
         schema = str(getattr(torch.ops.hdispatch, name).default._schema).split(f"hdispatch::{name}", 1)[1]
         library.define(name + schema.replace(", bool scale_ue8m0=False", ""))
-        library.impl(name, lambda *a, op=ops.get(name): op(*a), "CPU")
-    library.define(
-        "cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()"
-    )
+        library.impl(name, _caller(ops.get(name)), "CPU")
+    library.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
     library.impl("cutlass_scaled_mm", scaled_mm, "CPU")
     for name in ("scaled_mm_supports_fp8", "scaled_mm_supports_block_fp8", "group_gemm_supported"):
         library.define(f"cutlass_{name}(int x) -> bool")
@@ -70,6 +68,10 @@ def _define_c() -> None:
         "int org_vocab_end_index, int num_org_vocab_padding, int added_vocab_start_index, int added_vocab_end_index) -> ()"
     )
     library.impl("vocab_parallel_embedding", embedding, "CPU")
+
+
+def _caller(op: Any) -> Any:
+    return lambda *given: op(*given)
 
 
 def scaled_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor, bias: Any) -> None:
@@ -99,7 +101,9 @@ def _define_cache_and_attention() -> None:
     KEPT.extend((cache, attention))
 
 
-def write_cache(k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *_: Any) -> None:
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *_: Any
+) -> None:
     page = keys.size(1)
     for token, slot in enumerate(slots.tolist()):
         if slot >= 0:

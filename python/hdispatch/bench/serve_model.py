@@ -129,14 +129,12 @@ def fill_weights(model: torch.nn.Module, seed: int = 1234, rank: int = 0) -> Non
         _fill(model, name, parameter.data, shared, vocabulary)
 
 
-def _fill(
-    model: torch.nn.Module, name: str, data: torch.Tensor, shared: torch.Generator, vocabulary: torch.Generator
-) -> None:
+def _fill(model: torch.nn.Module, name: str, data: torch.Tensor, shared: torch.Generator, vocabulary: torch.Generator) -> None:
     def normal(shape: tuple[int, ...], generator: torch.Generator = shared) -> torch.Tensor:
         return torch.randn(shape, generator=generator, device=data.device)
 
     if "embed_tokens" in name or "lm_head" in name:
-        for part in data.split(16384):  # whole it would take gigabytes in float32
+        for part in torch.split(data, 16384):  # whole it would take gigabytes in float32
             part.copy_(normal(tuple(part.shape), vocabulary) * (0.04 if "lm_head" in name else 1.0))
     elif "norm" in name:
         data.copy_(1 + 0.1 * normal(tuple(data.shape)))

@@ -118,10 +118,9 @@ class FusedLayers:
         self.model, self.weights, self.attention = model, weights, attention
         self._get_context, self._reduce = get_context, reduce
         buffers = layer_buffers(weights)
-        if former is not None and former.arena.fits(buffers, weights.embedding.device):
-            self.arena = former.arena
-        else:
-            self.arena = Arena(buffers, rows_within(buffers, most_rows), weights.embedding.device)
+        device = weights.embedding.device
+        kept = former.arena if former is not None and former.arena.fits(buffers, device) else None
+        self.arena: Arena = kept or Arena(buffers, rows_within(buffers, most_rows), device)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._names = [layer.attention.layer_name for layer in weights.layers]
         normed = weights.layers[0].q_norm is not None
@@ -284,9 +283,7 @@ class FusedLayers:
             rows = self._rows(at.stop - begin, residual[at], qkv[at], attended[at])
             yield rows, self._around(positions[at]), at
 
-    def _run_front(
-        self, rows: Rows, layer: Layer, around: tuple[tuple[Any, ...], tuple[Any, ...]], *, first: bool
-    ) -> None:
+    def _run_front(self, rows: Rows, layer: Layer, around: tuple[tuple[Any, ...], tuple[Any, ...]], *, first: bool) -> None:
         _call(self._front(rows, layer, first=first))
         before, after = around
         self._rope(*before, *self._rope_arguments(rows.qkv, layer), *after)
@@ -339,7 +336,7 @@ class FusedLayers:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         shape, m = self.weights.shape, qkv.size(0)
         heads = qkv.view(m, shape.heads + 2 * shape.kv_heads, shape.head_size)
-        q, k, v = heads.split([shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
+        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         return q, k, v, attended.view(m, shape.heads, shape.head_size)
 
     # ---- the calls of a layer ----

@@ -204,9 +204,7 @@ class BlockFp8(Scheme):
     def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
         """Each group of 128 with its own scale."""
         del linear
-        return [
-            (ops.per_token_group_fp8_quant, (x, to.values, to.scales, GROUP, 1e-10, -448.0, 448.0, False, True, False))
-        ]
+        return [(ops.per_token_group_fp8_quant, (x, to.values, to.scales, GROUP, 1e-10, -448.0, 448.0, False, True, False))]
 
     def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
         """Activation and quantization in one kernel."""

@@ -74,9 +74,7 @@ def _bind_blocks(name: str, module: Any, weight: torch.Tensor, k: int, n: int, b
     return Linear(weight.t(), scale.t(), bias)
 
 
-def _bind_fp8(
-    name: str, module: Any, weight: torch.Tensor, k: int, n: int, bias: torch.Tensor | None
-) -> tuple[Scheme, Linear]:
+def _bind_fp8(name: str, module: Any, weight: torch.Tensor, k: int, n: int, bias: torch.Tensor | None) -> tuple[Scheme, Linear]:
     by_columns = weight.t() if weight.stride(-1) == 1 and weight.size(-1) > 1 else weight
     good = tuple(by_columns.shape) == (k, n) and by_columns.stride(0) == 1
     require(good, f"{name}'s weight is {list(weight.shape)} with strides {weight.stride()}; expected [{k}, {n}] by columns")
@@ -152,7 +150,8 @@ def bind(model: Any, dtype: torch.dtype) -> Weights:
         attention.head_dim,
         mlp.gate_up_proj.output_size_per_partition // 2,
     )
-    layers, schemes = [], {}
+    layers: list[Layer] = []
+    schemes: dict[str, Scheme] = {}
     for index, layer in enumerate(model.layers):
         bound, found = _bind_layer(index, layer, shape, dtype)
         layers.append(bound)
