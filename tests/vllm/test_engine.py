@@ -10,10 +10,8 @@ import pytest
 Simulate = Callable[..., dict[str, Any]]
 
 #: Relative difference of hidden states. fp8: a sum or product that vLLM rounds to bfloat16 before it quantizes and we do not
-#: changes some codes by one, 1/16 of the value. bfloat16: the order of products is torch's in both. Static scales: the same
-#: ops in the same order, so nothing.
-DIFFERENCES = {"token": 0.025, "tensor": 0.025, "block": 0.025, "bf16": 0.006, "static": 0.0}
-MODELS = ("tiny-qwen3", "tiny-qwen2", "tiny-llama")
+#: changes some codes by one, 1/16 of the value. bfloat16: the same of the norms of q and k, and no codes.
+DIFFERENCES = {"token": 0.025, "tensor": 0.025, "block": 0.025, "static": 0.015, "bf16": 0.006}
 CASES = [
     *(("tiny-qwen3", scheme) for scheme in DIFFERENCES),
     *(("tiny-qwen2", scheme) for scheme in ("token", "block", "bf16")),
@@ -28,7 +26,9 @@ def test_every_step_is_that_of_vllms_own_layers(simulate: Simulate, model: str, 
     assert decision["reason"] is None, decision
     assert decision["class"].startswith("hdispatch.")
     assert {step["kind"] for step in found["steps"]} >= {"mixed", "decode"}
-    assert max(step["difference"] for step in found["steps"]) <= DIFFERENCES[scheme], found["steps"]
+    # Llama with fixed scales calls the same ops in the same order.
+    bound = 0.0 if (model, scheme) == ("tiny-llama", "static") else DIFFERENCES[scheme]
+    assert max(step["difference"] for step in found["steps"]) <= bound, found["steps"]
     assert all(len(request["tokens"]) == 4 for request in found["requests"])
 
 
