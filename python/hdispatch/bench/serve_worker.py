@@ -108,12 +108,13 @@ class _Engine:
         torch.zeros(1, device="cuda")
         self._load_s = 0.0
         if setup.served == "override":
-            import hdispatch
+            from .. import runtime
+            from ..integrations.vllm import override_vllm_ops
 
             at = time.perf_counter()
-            hdispatch.load(setup.bundle)
+            runtime.load(setup.bundle)
             self._load_s = time.perf_counter() - at
-            self._override = hdispatch.override_vllm_ops()
+            self._override = override_vllm_ops()
         from vllm import LLM
 
         self._import_s = time.perf_counter() - began
@@ -238,9 +239,9 @@ class _Engine:
 
     def finish(self) -> dict[str, Any]:
         """Peak memory, and what hdispatch's ops did."""
-        import hdispatch
+        from .. import runtime
 
-        stats = {op: counts for op, counts in hdispatch.stats().items() if counts["hits"] or counts["misses"]}
+        stats = {op: counts for op, counts in runtime.stats().items() if counts["hits"] or counts["misses"]}
         memory = self._torch.cuda
         return {
             "peak_bytes": memory.max_memory_allocated(),
@@ -300,7 +301,7 @@ def _sampling(tokens: int) -> Any:
 def _fill_rank(model: Any) -> None:
     from vllm.distributed import get_tensor_model_parallel_rank
 
-    from hdispatch.bench import serve_model
+    from . import serve_model
 
     serve_model.fill_weights(model, rank=get_tensor_model_parallel_rank())
 
