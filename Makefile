@@ -2,6 +2,7 @@
 #
 #   make demo      environment, extension, bundle of every row, then the dispatch microbenchmark
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one)
+#   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
 #   make lint      ruff, mypy --strict, clang-format
 #   make sanitize  the C++ tests under ASan + UBSan, then under TSan
 #
@@ -14,7 +15,7 @@ BUNDLE ?= bundle
 PY := $(VENV)/bin/python
 CTEST_BUILD := build/ctest
 
-.PHONY: demo test setup setup-test lint sanitize core-test clean
+.PHONY: demo test test-vllm setup setup-test lint sanitize core-test clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,10 @@ demo: setup
 
 test: setup-test core-test
 	$(PY) -m pytest tests -n 2
+
+test-vllm: setup-test
+	$(PY) scripts/fetch_vllm.py build/vllm
+	$(PY) -m pytest tests/vllm
 
 core-test: $(PY)
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build --only-tools

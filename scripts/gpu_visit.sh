@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, pdl, load, sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, pdl, serve, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
 # helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates*.tar.xz (hdispatch tune
-# candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results).
+# candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results); for serve
+# vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports. SERVE holds the arguments of the runs of `bench serve`,
+# separated by semicolons.
 # TUNE, OPS, PDL and DISPATCH are more arguments of `hdispatch tune measure` and of the benchmarks, TESTS of pytest; for
 # sanitize see scripts/sanitize.sh.
 # OUT receives logs and results; the end of each log is printed.
@@ -21,6 +23,19 @@ vllm=()
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
+
+# One result for each run in SERVE: serve-1.json, serve-2.json, …
+serve() {
+  local number=0 arguments
+  for archive in vllm vllm_deps; do
+    mkdir -p "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive" || return 1
+  done
+  while IFS= read -r -d ';' arguments; do
+    number=$((number + 1))
+    PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 \
+      python3 -m hdispatch bench serve --bundle "$carry/bundle" --json "$out/serve-$number.json" $arguments || return 1
+  done <<< "${SERVE:-};"
+}
 
 # Measures every candidates*.tar.xz; timings of a tune that was cut short are gone on with.
 tune() {
@@ -44,6 +59,7 @@ for step in "$@"; do
     ops) python3 -m hdispatch bench ops --bundle "$carry/bundle" "${vllm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
     pdl) python3 -m hdispatch bench pdl --bundle "$carry/bundle" --json "$out/pdl.json" ${PDL:-} ;;
+    serve) serve ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$carry/bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;

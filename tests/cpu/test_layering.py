@@ -20,6 +20,8 @@ CSRC = ROOT / "csrc"
 #: The build wing, and what may use it: lazily, so that a serving process never has it.
 BUILD = ("hdispatch.build",)
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.build", "hdispatch.__main__")
+VLLM = "hdispatch.integrations.vllm"
+PLUGIN = f"{VLLM}.plugin"
 DSLS = ("helion", "triton", "cutlass", "tvm_ffi", "matplotlib", "rich", "pytest", "hypothesis")
 
 
@@ -199,8 +201,16 @@ def test_no_module_imports_the_package_itself():
 
 
 def test_imports_are_at_the_top():
-    # Lazy ones are for what must not be loaded before it is needed: the build wing and the DSLs.
-    assert not [str(each) for each in IMPORTS if each.local and not within(each.source, LAZY)]
+    # Lazy ones are for what must not be loaded before it is needed: the build wing and the DSLs, and vLLM by its plug-in.
+    lazy = (*LAZY, PLUGIN)
+    assert not [str(each) for each in IMPORTS if each.local and not within(each.source, lazy)]
+
+
+def test_vllm_is_imported_by_the_plug_in_alone():
+    vllm = [each for each in IMPORTS if within(each.target, ("vllm",)) and not within(each.source, LAZY)]
+    assert {each.source for each in vllm} == {PLUGIN, f"{VLLM}.models"}
+    assert all(each.local for each in vllm if each.source == PLUGIN)
+    assert {each.source for each in IMPORTS if each.target == f"{VLLM}.models"} == {PLUGIN}
 
 
 # ---- C++ ----

@@ -188,18 +188,6 @@ def test_the_public_function():
         assert sorted(override.waiting + override.served) == sorted(vllm.ROUTES)
 
 
-def test_what_a_plug_in_calls(monkeypatch):
-    for value in ("0", "", None):
-        monkeypatch.setenv("HDISPATCH_OVERRIDE", value) if value is not None else monkeypatch.delenv("HDISPATCH_OVERRIDE")
-        assert vllm.override_as_asked() is None
-    monkeypatch.setenv("HDISPATCH_OVERRIDE", "1")
-    with vllm.override_as_asked() as override:
-        assert sorted(override.waiting) == sorted(vllm.ROUTES)
-    monkeypatch.setenv("HDISPATCH_OVERRIDE", "yes")
-    with pytest.raises(hdispatch.HdispatchError, match="HDISPATCH_OVERRIDE is 'yes'; it takes 1 or 0"):
-        vllm.override_as_asked()
-
-
 # ---- two routes, own arguments, forms ----
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from ..errors import HdispatchError
 from .bench_ops import add_ops_parser
 from .bench_pdl import add_pdl_parser
+from .bench_serve import add_serve_parser
 from .build import build_wing, default_target
 from .doctor import default_bundle
 from .text import Progress, duration, table
@@ -64,6 +65,7 @@ def add_parser(commands: Any) -> None:
     add_dispatch_parser(kinds)
     add_ops_parser(kinds)
     add_pdl_parser(kinds)
+    add_serve_parser(kinds)
 
 
 def add_dispatch_parser(kinds: Any) -> None:

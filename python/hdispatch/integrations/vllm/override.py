@@ -7,7 +7,6 @@ counted in `hdispatch.stats()`. Calls from Python are also spared torch's argume
 
 from __future__ import annotations
 
-import os
 import threading
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +16,8 @@ from typing import Any, Literal
 
 import torch
 
-from .. import _C, ops
-from ..errors import HdispatchError
+from ... import _C, ops
+from ...errors import HdispatchError
 
 
 @dataclass(frozen=True)
@@ -100,17 +99,6 @@ def override_vllm_ops(only: Iterable[str] | None = None) -> Override:
     if unknown:
         raise HdispatchError(f"no such ops of vLLM are served: {', '.join(unknown)}; there are {', '.join(sorted(ROUTES))}")
     return Override("_C", "CUDA", {name: ROUTES[name] for name in names})
-
-
-def override_as_asked() -> Override | None:
-    """What a plug-in of vLLM calls when vLLM loads it: `override_vllm_ops()` if HDISPATCH_OVERRIDE is 1, else None.
-
-    Raises `HdispatchError` for a value that is neither 1 nor, for no, 0 or nothing. Nothing in hdispatch calls this yet.
-    """
-    asked = os.environ.get("HDISPATCH_OVERRIDE", "")
-    if asked not in ("", "0", "1"):
-        raise HdispatchError(f"HDISPATCH_OVERRIDE is {asked!r}; it takes 1 or 0")
-    return override_vllm_ops() if asked == "1" else None
 
 
 @dataclass

@@ -1,0 +1,215 @@
+"""`hdispatch bench serve`: vLLM's engine with and without hdispatch, on a model with random weights."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import HdispatchError
+from .bench_ops import numbers, words
+from .doctor import BUNDLE_VARIABLE, default_bundle
+from .text import table
+
+DESCRIPTION = """\
+Measure vLLM's real engine in process, on random weights of a named model: ms of a decode step by batch, time to the first
+token, start-up with empty compile caches, memory, host time by part. Each mode is a process; those of one group live at the
+same time, and every round times each of them. Needs vLLM and a GPU, no checkpoint and no network.
+
+  hdispatch bench serve --bundle bundle --json serve.json
+  hdispatch bench serve --model qwen3-1.7b --scheme block --modes ours,graph --batches 1,32
+  hdispatch bench serve --logits 64 --modes eager,ours      the error against a float32 evaluation of the weights
+"""
+
+EPILOG = """\
+modes:
+  eager         vLLM's own layers, enforce_eager
+  override      the same with vLLM's ops served by hdispatch.override_vllm_ops
+  ours          the same with HDISPATCH=1: the plug-in's layers
+  graph         vLLM's own layers in full CUDA graphs of decode steps, nothing compiled
+  ours+graph    the plug-in's layers in the same graphs
+  compiled      vLLM's default: torch.compile, full and piecewise graphs
+  ours+compiled the default configuration with the plug-in's layers
+
+A mode that cannot run is named with its reason.
+exit code: with --check, 1 if a mode did not run, the table missed a call, or our logits' error is above 1.02 times eager's.
+"""
+
+#: At most this times the error of vLLM's own layers.
+ACCURATE = 1.02
+
+
+def add_serve_parser(kinds: Any) -> None:
+    """Declare `bench serve`."""
+    from ..bench.serve import MODES
+    from ..bench.serve_model import MODELS, SCHEMES
+
+    parser = kinds.add_parser(
+        "serve",
+        help="vLLM's engine with and without hdispatch",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--bundle", metavar="DIR", type=Path, help=f"bundle to serve from (default: ${BUNDLE_VARIABLE})")
+    add("--model", metavar="NAME", choices=MODELS, default="qwen3-8b", help=f"{', '.join(MODELS)} (default: qwen3-8b)")
+    add("--scheme", metavar="NAME", choices=SCHEMES, default="token", help=f"{', '.join(SCHEMES)} (default: token)")
+    add("--modes", metavar="A,B", type=words, default=tuple(MODES), help="default: all, see below")
+    add("--batches", metavar="N,N", type=numbers, default=(1, 8, 32, 128), help="requests (default: 1,8,32,128)")
+    add("--rounds", metavar="N", type=int, default=3, help="rounds (default: 3)")
+    add("--together", metavar="N", type=int, default=4, help="engines that live at the same time (default: 4)")
+    add("--ranks", metavar="N", type=int, default=1, help="tensor parallel (default: 1)")
+    add("--kv", metavar="GIB", type=float, default=3.5, help="KV cache of each engine (default: 3.5)")
+    add("--layers", metavar="N", type=int, help="fewer layers than the model has")
+    add("--profile", metavar="N,N", type=numbers, default=(), help="batches whose host parts and GPU time are taken")
+    add("--logits", metavar="N", type=int, default=0, help="compare the logits of N steps with float32 (default: 0)")
+    add("--json", metavar="FILE", type=Path, help="write the result as JSON")
+    add("--check", action="store_true", help="exit with 1 if something is not as it should be; see below")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measure, print, and judge if asked to."""
+    import torch
+
+    from ..bench import machine, serve
+
+    unknown = [mode for mode in arguments.modes if mode not in serve.MODES]
+    if unknown:
+        raise HdispatchError(f"no mode {', '.join(unknown)}; there are {', '.join(serve.MODES)}")
+    bundle = default_bundle(arguments.bundle)
+    if bundle is None:
+        raise HdispatchError(f"no bundle is named: give --bundle DIR or set ${BUNDLE_VARIABLE}")
+    if importlib.util.find_spec("vllm") is None:
+        raise HdispatchError("vLLM is not installed; bench serve measures it")
+    options = serve.Options(
+        arguments.model,
+        arguments.scheme,
+        arguments.modes,
+        bundle,
+        arguments.batches,
+        arguments.rounds,
+        arguments.together,
+        arguments.ranks,
+        arguments.kv,
+        arguments.layers,
+        profiled=arguments.profile,
+        steps=arguments.logits,
+    )
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else None
+    began = time.monotonic()
+
+    def tick(label: str, result: Any) -> None:
+        """What begins, on stderr; what is there already, in the file, should the run be cut short."""
+        print(f"{time.monotonic() - began:5.0f} s  {label}", file=sys.stderr, flush=True)
+        if arguments.json:
+            arguments.json.write_text(json.dumps(result, indent=1))
+
+    result = serve.measure(options, machine.describe(device), tick)
+    tick("done", result)
+    print(describe(result))
+    complaints = judge(result)
+    for complaint in complaints:
+        print(f"not as it should be: {complaint}")
+    return 1 if arguments.check and complaints else 0
+
+
+def describe(result: Any) -> str:
+    """The tables of a result."""
+    modes: dict[str, Any] = result["modes"]
+    lines = [f"{result['model']}, {result['scheme']}, {result['ranks']} GPU(s): {result['machine']['gpu']}"]
+    for group, words_of in (("batches", "ms per decode step, batch"), ("prefills", "ms to the first token")):
+        names = list(dict.fromkeys(name for mode in modes.values() for name in mode[group]))
+        rows = [[mode, *(_ms(found[group].get(name)) for name in names)] for mode, found in modes.items()]
+        if names and rows:
+            lines += ["", table([words_of, *names], rows)]
+    lines += ["", table(_START, [_start_row(mode, found) for mode, found in modes.items()])]
+    lines += _profile_lines(modes) + _logit_lines(modes)
+    lines += [f"{mode} did not run: {reason}" for mode, reason in result["failed"].items()]
+    return "\n".join(lines)
+
+
+_START = [
+    "start-up and memory",
+    "import s",
+    "engine s",
+    "weights GB",
+    "activations MB",
+    "peak GB",
+    "reserved GB",
+    "hits",
+    "misses",
+]
+
+
+def _start_row(mode: str, found: Any) -> list[str]:
+    started, finished = found["started"], found["finished"]
+    activations = started["peak_bytes"] - started["weights_bytes"] - started["kv_bytes"]
+    misses = sum(sum(counts.values()) for counts in finished.get("misses", {}).values())
+    return [
+        mode,
+        f"{started['import_s']:.1f}",
+        f"{started['init_s']:.1f}",
+        f"{started['weights_bytes'] / 1e9:.2f}",
+        f"{activations / 1e6:.0f}",
+        f"{finished.get('peak_bytes', 0) / 1e9:.2f}",
+        f"{finished.get('reserved_bytes', 0) / 1e9:.2f}",
+        str(finished.get("hits", "")),
+        str(misses),
+    ]
+
+
+def _profile_lines(modes: dict[str, Any]) -> list[str]:
+    lines = []
+    for mode, found in modes.items():
+        for batch, profile in found["profiles"].items():
+            if not profile:
+                continue
+            parts = ", ".join(f"{name} {us:.0f}" for name, us in list(profile["host_us"].items())[:10])
+            busy = ""
+            if "gpu_busy_us" in profile:
+                busy = f", GPU busy {profile['gpu_busy_us']:.0f} in {profile['launches']:.0f} launches"
+            lines.append(f"{mode}, batch {batch}: step {profile['step_us']:.0f} µs{busy}; host µs: {parts}")
+    return ["", *lines] if lines else []
+
+
+def _logit_lines(modes: dict[str, Any]) -> list[str]:
+    rows = []
+    for mode, found in modes.items():
+        if found["logits"]:
+            relative, kl = found["logits"]["relative"], found["logits"]["kl"]
+            rows.append([mode, *(f"{x:.5f}" for x in (relative[0], mean(relative[1:]), relative[-1]))])
+            rows[-1] += [f"{x:.6f}" for x in (kl[0], mean(kl[1:]), kl[-1])]
+    head = ["logits against float32", "prefill", "decode, mean", "last step", "KL prefill", "KL decode", "KL last"]
+    return ["", table(head, rows)] if rows else []
+
+
+def mean(figures: list[float]) -> float:
+    """The mean, 0 of none."""
+    return sum(figures) / len(figures) if figures else 0.0
+
+
+def _ms(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def judge(result: Any) -> list[str]:
+    """What is not as it should be: modes that did not run, calls that the table missed, logits that are worse than eager's."""
+    found = [f"{mode} did not run" for mode in result["failed"]]
+    modes = result["modes"]
+    for mode, figures in modes.items():
+        if mode.startswith("ours") and figures["finished"].get("misses"):
+            found.append(f"{mode}: the table missed calls: {figures['finished']['misses']}")
+    reference = modes.get("eager", {}).get("logits")
+    for mode, figures in modes.items():
+        if mode.startswith("ours") and figures["logits"] and reference:
+            for name in ("relative", "kl"):
+                ours, theirs = mean(figures["logits"][name]), mean(reference[name])
+                if ours > ACCURATE * theirs:
+                    found.append(f"{mode}: {name} of the logits is {ours:.5g}, {ours / theirs:.3f} times eager's {theirs:.5g}")
+    return found

@@ -1,0 +1,173 @@
+"""vLLM's Qwen3, Qwen2 and Llama with a forward pass of our own: loader, KV cache, sampler see no difference.
+
+Needs vLLM. `register` puts the classes in the place of vLLM's own, by vLLM's registry.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
+from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+
+from . import settings, support, weights
+from .attention import FlashAttention3
+from .layers import FusedLayers
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+class FusedForward:
+    """What a model class of vLLM's gets: `forward` runs the fused layers, or, with a reason, vLLM's own path.
+
+    Decided on the first step after the weights are loaded, and again when they are loaded anew.
+
+    hdispatch_reason  why vLLM's own path is taken; None if it is not, or nothing is decided yet
+    """
+
+    LAYER: ClassVar[type]
+    hdispatch_reason: str | None = None
+    _layers: FusedLayers | None = None
+    _bound: tuple[Any, ...] | None = None
+    _config: Any = None
+    model: Any
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        """Hidden states [tokens, hidden], as vLLM's class gives them."""
+        if not self._is_bound():
+            self._decide()
+        layers = self._layers
+        if layers is None or support.step_reason(layers, positions, intermediate_tensors) is not None:
+            return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
+        return layers.forward(input_ids, positions, inputs_embeds)
+
+    def load_weights(self, given: Any) -> set[str]:
+        """vLLM's own, after which the weights are bound anew."""
+        self._bound = None
+        return super().load_weights(given)  # type: ignore[misc,no-any-return]
+
+    def _is_bound(self) -> bool:
+        """Whether the weights are where they were when they were bound: vLLM may replace them without a word."""
+        bound = self._bound
+        if bound is None:
+            return False
+        first, first_address, last, last_address, parameters = bound
+        return (
+            parameters[0]["weight"] is first
+            and first.data_ptr() == first_address
+            and parameters[1]["weight"] is last
+            and last.data_ptr() == last_address
+        )
+
+    def _decide(self) -> None:
+        """Bind the weights, or note why they are not served; one line in the log either way."""
+        began = time.perf_counter()
+        decoder = self.model
+        try:
+            support.check_config(self._config)
+            self._layers = self._make_layers(decoder)
+        except support.UnsupportedError as error:
+            self._layers, self.hdispatch_reason = None, str(error)
+            settings.logger.warning("hdispatch: %s takes vLLM's own layers: %s", type(self).__name__, error)
+        else:
+            self.hdispatch_reason = None
+            self._say(time.perf_counter() - began)
+        self._bound = _identity(decoder)
+
+    def _make_layers(self, decoder: Any) -> FusedLayers:
+        support.check_model(decoder, self.LAYER)
+        for layer in decoder.layers:
+            attention = layer.self_attn
+            support.check_attention(attention.attn)
+            support.check_rope(attention.rotary_emb, RotaryEmbedding.forward_cuda, attention.head_dim)
+        config = self._config
+        bound = weights.bind(decoder, config.model_config.dtype)
+        settings.load_bundle(bound.embedding.device)
+        scale = bound.layers[0].attention.impl.scale
+        ranks = get_tensor_model_parallel_world_size()
+        return FusedLayers(
+            decoder,
+            bound,
+            config.scheduler_config.max_num_batched_tokens,
+            FlashAttention3(bound.layers, scale, canonicalize_singleton_dim_strides),
+            get_forward_context,
+            tensor_model_parallel_all_reduce if ranks > 1 else None,
+            self._layers,
+        )
+
+    def _say(self, seconds: float) -> None:
+        layers = self._layers
+        assert layers is not None
+        settings.logger.info(
+            "hdispatch: %d layers of %s, %s, are served; workspace %.1f MB for %d rows; bound in %.2f s",
+            len(layers.weights.layers),
+            type(self).__name__,
+            layers.weights.scheme.name,
+            layers.arena.memory.numel() / 1e6,
+            layers.arena.rows,
+            seconds,
+        )
+
+
+def _identity(decoder: Any) -> tuple[Any, ...]:
+    """The first and the last matrix, their addresses, and the modules' tables of parameters."""
+    parameters = [decoder.layers[0].self_attn.qkv_proj._parameters, decoder.layers[-1].mlp.down_proj._parameters]
+    first, last = (each.get("weight") for each in parameters)
+    addresses = [0 if each is None else each.data_ptr() for each in (first, last)]
+    return first, addresses[0], last, addresses[1], parameters
+
+
+class Qwen3ForCausalLM(FusedForward, qwen3.Qwen3ForCausalLM):
+    """Dense Qwen3."""
+
+    LAYER = qwen3.Qwen3DecoderLayer
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:  # vLLM looks at the signature
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._config = vllm_config
+
+
+class Qwen2ForCausalLM(FusedForward, qwen2.Qwen2ForCausalLM):
+    """Dense Qwen2 and Qwen2.5."""
+
+    LAYER = qwen2.Qwen2DecoderLayer
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._config = vllm_config
+
+
+class LlamaForCausalLM(FusedForward, llama.LlamaForCausalLM):
+    """Dense Llama 2 and 3."""
+
+    LAYER = llama.LlamaDecoderLayer
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self._config = vllm_config
+
+
+#: Architecture, as a model's config.json names it -> the class that serves it.
+ARCHITECTURES: dict[str, type] = {
+    "Qwen3ForCausalLM": Qwen3ForCausalLM,
+    "Qwen2ForCausalLM": Qwen2ForCausalLM,
+    "LlamaForCausalLM": LlamaForCausalLM,
+}
+
+
+def register() -> None:
+    """Put the classes into vLLM's registry."""
+    for name, model in ARCHITECTURES.items():
+        ModelRegistry.register_model(name, model)

@@ -1,0 +1,219 @@
+"""How a model's matrices are quantized, and which ops serve each scheme: norms, activations and products of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ... import ops, runtime
+
+FP8 = torch.float8_e4m3fn
+GROUP = 128
+
+#: An op and its arguments.
+Call = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix of a layer as vLLM's loader leaves it: weight, and scales if it is quantized.
+
+    weight       [N, K] in 16 bits, or fp8 [K, N] with columns contiguous
+    scale        float32: N or one element; [K/128, N/128] for blocks; None in 16 bits
+    bias         [N] or None
+    input_scale  float32 with one element where the inputs' scale is fixed
+    """
+
+    weight: torch.Tensor
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """(K, N)."""
+        rows, columns = self.weight.shape
+        return (rows, columns) if self.weight.dtype == FP8 else (columns, rows)
+
+
+@dataclass(frozen=True)
+class Operand:
+    """The input of a product: values [M, K], scales where they are fp8, and the 16-bit tensor they are made of, if any."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None = None
+    plain: torch.Tensor | None = None
+
+
+class Scheme:
+    """A way to run the parts of a layer. Subclasses name their ops; `plain` says whether norms leave a 16-bit tensor."""
+
+    name = "16 bits"
+    #: Whether values are fp8, how many scales a row of `width` has, and whether a 16-bit tensor stands beside them.
+    quantized = False
+    #: Norms work in place in 16 bits before anything is quantized.
+    norms_in_place = True
+
+    def scale_width(self, width: int) -> int:
+        """Scales of a row of `width` elements; 0: none."""
+        del width
+        return 0
+
+    def norm(
+        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
+    ) -> list[Call]:
+        """`x`, plus `residual` if given, normalized into `to`. Where norms work in place, `x` is `to.plain` if residual is."""
+        del linear
+        return [norm_in_place(x, to.values, weight, epsilon, residual)]
+
+    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """The 16-bit `x` into `to`; nothing where `to` is x."""
+        del x, to, linear
+        return []
+
+    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """silu(gate) * up into `to`."""
+        del linear
+        return [(ops.silu_and_mul, (to.values, gate_up))]
+
+    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+        """`x` times the matrix, plus the bias, into `out` [M, N]."""
+        m, (k, n) = x.values.size(0), linear.sizes
+        if linear.bias is None and m <= LOW_LATENCY_ROWS and has_row("ll_gemm_bf16", x.values, k, n):
+            return [(ops.ll_gemm_bf16, (out, x.values, linear.weight))]
+        if linear.bias is None:
+            return [(_mm, (x.values, linear.weight.t(), out))]
+        return [(_addmm, (linear.bias, x.values, linear.weight.t(), out))]
+
+
+#: Most rows that `ll_gemm_bf16` serves.
+LOW_LATENCY_ROWS = 32
+
+
+def has_row(op: str, x: torch.Tensor, k: int, n: int) -> bool:
+    """Whether a bundle loaded for the tensor's device has rows of the op for exactly these sizes."""
+    if x.dtype != torch.bfloat16 or not x.is_cuda:
+        return False
+    device = torch.cuda.current_device() if x.device.index is None else x.device.index
+    for bundle in runtime.loaded():
+        if bundle.device == device:
+            return any(row["op"] == op and row["K"] == k and row["N"] == n for row in bundle.manifest["rows"])
+    return False
+
+
+def _mm(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    torch.mm(x, w, out=out)
+
+
+def _addmm(bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
+    torch.addmm(bias, x, w, out=out)
+
+
+def norm_in_place(
+    x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
+) -> Call:
+    """The 16-bit norm: of `x` into `to`, or with a residual in place in x."""
+    if residual is None:
+        return ops.rms_norm, (to, x, weight, epsilon)
+    return ops.fused_add_rms_norm, (x, residual, weight, epsilon)
+
+
+class StaticFp8(Scheme):
+    """fp8 with one scale for all inputs of a matrix, fixed in the checkpoint."""
+
+    name = "fp8, one fixed scale for the inputs"
+    quantized = True
+
+    def norm(
+        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
+    ) -> list[Call]:
+        """In 16 bits, then quantized."""
+        normed = x if residual is not None else to.plain
+        assert normed is not None
+        return [norm_in_place(x, normed, weight, epsilon, residual), *self.quantize(normed, to, linear)]
+
+    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """With the matrix's scale."""
+        return [(ops.static_scaled_fp8_quant, (to.values, x, linear.input_scale))]
+
+    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """In 16 bits, then quantized."""
+        assert to.plain is not None
+        return [(ops.silu_and_mul, (to.plain, gate_up)), *self.quantize(to.plain, to, linear)]
+
+    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+        """Scaled by the scale of the inputs and those of the matrix."""
+        return [(ops.scaled_mm, (out, x.values, linear.weight, linear.input_scale, linear.scale, linear.bias))]
+
+
+class PerTokenFp8(Scheme):
+    """fp8 with a scale for each row of the inputs, and one for each column of a matrix or for all of it."""
+
+    name = "fp8, a scale per token"
+    quantized = True
+    norms_in_place = False
+
+    def scale_width(self, width: int) -> int:
+        """One scale a row."""
+        del width
+        return 1
+
+    def norm(
+        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
+    ) -> list[Call]:
+        """Norm and quantization in one kernel, the sum with the residual not rounded in between."""
+        del linear
+        return [(ops.rms_norm_dynamic_per_token_quant, (to.values, x, weight, to.scales, epsilon, None, residual))]
+
+    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """Each row with its own scale."""
+        del linear
+        return [(ops.dynamic_per_token_scaled_fp8_quant, (to.values, x, to.scales, None))]
+
+    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """Activation and quantization in one kernel."""
+        del linear
+        return [(ops.silu_and_mul_dynamic_per_token_quant, (to.values, gate_up, to.scales, None))]
+
+    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+        """Scaled by rows and columns."""
+        return [(ops.scaled_mm, (out, x.values, linear.weight, x.scales, linear.scale, linear.bias))]
+
+
+class BlockFp8(Scheme):
+    """fp8 with a scale for each 128 elements of a row of the inputs, and for each 128 x 128 of a matrix."""
+
+    name = "fp8, blocks of 128 x 128"
+    quantized = True
+    norms_in_place = False
+
+    def scale_width(self, width: int) -> int:
+        """A scale for each 128 elements."""
+        return -(-width // GROUP)
+
+    def norm(
+        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
+    ) -> list[Call]:
+        """Norm and quantization in one kernel, the sum with the residual not rounded in between."""
+        del linear
+        return [(ops.rms_norm_per_block_quant, (to.values, x, weight, to.scales, epsilon, None, residual, GROUP, True))]
+
+    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """Each group of 128 with its own scale."""
+        del linear
+        return [(ops.per_token_group_fp8_quant, (x, to.values, to.scales, GROUP, 1e-10, -448.0, 448.0, False, True, False))]
+
+    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+        """Activation and quantization in one kernel."""
+        del linear
+        return [(ops.silu_and_mul_per_block_quant, (to.values, gate_up, to.scales, GROUP, None, True))]
+
+    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+        """Scaled by blocks; a bias is added after rounding, as vLLM does."""
+        calls: list[Call] = [(ops.scaled_mm_blockwise, (out, x.values, linear.weight, x.scales, linear.scale))]
+        if linear.bias is not None:
+            calls.append((torch.Tensor.add_, (out, linear.bias)))
+        return calls

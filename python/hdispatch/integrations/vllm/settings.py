@@ -1,0 +1,57 @@
+"""What a person sets to switch the plug-in on: HDISPATCH and HDISPATCH_BUNDLE in the environment."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from pathlib import Path
+
+import torch
+
+from ... import runtime
+from ...errors import HdispatchError
+
+SWITCH = "HDISPATCH"
+BUNDLE = "HDISPATCH_BUNDLE"
+
+#: A child of vLLM's logger, so that its level and format apply.
+logger = logging.getLogger("vllm.hdispatch")
+
+_LOADING = threading.Lock()
+
+
+def is_on() -> bool:
+    """Whether HDISPATCH is 1. `HdispatchError` for a value that is neither 1 nor, for no, 0 or nothing."""
+    asked = os.environ.get(SWITCH, "")
+    if asked not in ("", "0", "1"):
+        raise HdispatchError(f"{SWITCH} is {asked!r}; it takes 1 (serve vLLM with hdispatch) or 0 (do not)")
+    return asked == "1"
+
+
+def bundle_folder() -> Path:
+    """The folder that HDISPATCH_BUNDLE names. `HdispatchError` if it names none."""
+    folder = os.environ.get(BUNDLE, "")
+    if not folder:
+        raise HdispatchError(
+            f"{SWITCH}=1 needs {BUNDLE}, the folder of a bundle; make one with `hdispatch build --target native --out DIR`"
+        )
+    if not Path(folder).is_dir():
+        raise HdispatchError(f"{BUNDLE} is {folder!r}, which is no folder; make one with `hdispatch build --out {folder}`")
+    return Path(folder)
+
+
+def load_bundle(device: torch.device) -> None:
+    """Load the bundle of HDISPATCH_BUNDLE for a CUDA device, unless one serves it already. Nothing for another device.
+
+    Call it when the process has chosen its device, as tensor parallel workers do after plug-ins are registered. Raises what
+    `hdispatch.load` raises.
+    """
+    if device.type != "cuda":
+        return
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _LOADING:
+        if any(bundle.device == index for bundle in runtime.loaded()):
+            return
+        bundle = runtime.load(bundle_folder(), device=index)
+    logger.info("hdispatch: %d rows of %s serve cuda:%d", bundle.rows, bundle.folder, index)

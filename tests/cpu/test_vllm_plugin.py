@@ -1,0 +1,290 @@
+"""The vLLM plug-in without vLLM: its switches, why it refuses a configuration, its workspace, the weights it binds."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace as Object
+
+import pytest
+import torch
+from hdispatch import HdispatchError
+from hdispatch.integrations.vllm import layers, plugin, schemes, settings, support, weights, workspace
+from hdispatch.integrations.vllm.workspace import Arena, Buffer, place, rows_within, total_size
+
+FP8 = torch.float8_e4m3fn
+
+
+# ---- switches ----
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, False), ("", False), ("0", False), ("1", True)])
+def test_the_switch(monkeypatch, value, on):
+    monkeypatch.delenv("HDISPATCH", raising=False)
+    if value is not None:
+        monkeypatch.setenv("HDISPATCH", value)
+    assert settings.is_on() is on
+
+
+def test_a_wrong_switch_is_an_error(monkeypatch):
+    monkeypatch.setenv("HDISPATCH", "yes")
+    with pytest.raises(HdispatchError, match=r"HDISPATCH is 'yes'; it takes 1 .* or 0"):
+        plugin.register()
+
+
+def test_off_it_does_not_even_look_for_vllm(monkeypatch):
+    monkeypatch.setenv("HDISPATCH", "0")
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)  # any import of it raises
+    plugin.register()
+
+
+def test_a_bundle_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.delenv("HDISPATCH_BUNDLE", raising=False)
+    with pytest.raises(HdispatchError, match="HDISPATCH=1 needs HDISPATCH_BUNDLE"):
+        settings.bundle_folder()
+    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path / "none"))
+    with pytest.raises(HdispatchError, match="which is no folder"):
+        settings.bundle_folder()
+    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
+    assert settings.bundle_folder() == tmp_path
+    settings.load_bundle(torch.device("cpu"))  # the references serve CPU tensors: nothing to load
+
+
+# ---- reasons ----
+
+
+def config(**changes):
+    """A VllmConfig that is served, with changes given as parallel_config__enable=… ."""
+    found = Object(
+        lora_config=None,
+        kv_transfer_config=None,
+        parallel_config=Object(
+            pipeline_parallel_size=1,
+            decode_context_parallel_size=1,
+            prefill_context_parallel_size=1,
+            use_ubatching=False,
+        ),
+        cache_config=Object(kv_sharing_fast_prefill=False),
+        model_config=Object(dtype=torch.bfloat16),
+    )
+    return changed(found, changes)
+
+
+def attention(**changes):
+    impl = type("FlashAttentionImpl", (Object,), {})(
+        vllm_flash_attn_version=3,
+        kv_cache_dtype="auto",
+        attn_type="decoder",
+        sliding_window=(-1, -1),
+        alibi_slopes=None,
+        logits_soft_cap=0,
+        sinks=None,
+        batch_invariant_enabled=False,
+    )
+    return changed(Object(impl=impl, query_quant=None, kv_sharing_target_layer_name=None), changes)
+
+
+def changed(found, changes):
+    for path, value in changes.items():
+        *owners, name = path.split("__")
+        owner = found
+        for each in owners:
+            owner = getattr(owner, each)
+        setattr(owner, name, value)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"lora_config": Object()}, "LoRA is on"),
+        ({"parallel_config__pipeline_parallel_size": 2}, "pipeline parallel over 2 ranks"),
+        ({"parallel_config__decode_context_parallel_size": 2}, "decode context parallel over 2 ranks"),
+        ({"parallel_config__prefill_context_parallel_size": 4}, "prefill context parallel over 4 ranks"),
+        ({"parallel_config__use_ubatching": True}, "micro-batches"),
+        ({"kv_transfer_config": Object(kv_connector="NixlConnector")}, "a KV connector is configured"),
+        ({"cache_config__kv_sharing_fast_prefill": True}, "kv_sharing_fast_prefill is on"),
+        ({"model_config__dtype": torch.float32}, "the model's dtype is torch.float32; expected bfloat16 or float16"),
+    ],
+)
+def test_configurations_that_are_refused(change, reason):
+    support.check_config(config())
+    with pytest.raises(support.UnsupportedError, match=reason):
+        support.check_config(config(**change))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"impl": Object()}, "the attention backend is SimpleNamespace; expected FlashAttention"),
+        ({"impl__vllm_flash_attn_version": 2}, "FlashAttention 2 is in use; expected 3"),
+        ({"impl__kv_cache_dtype": "fp8"}, "the KV cache is fp8; expected auto"),
+        ({"impl__attn_type": "encoder_only"}, "attention is encoder_only"),
+        ({"impl__sliding_window": (4095, 0)}, "sliding window"),
+        ({"impl__alibi_slopes": torch.ones(4)}, "ALiBi"),
+        ({"impl__logits_soft_cap": 30.0}, "soft cap, 30.0"),
+        ({"impl__sinks": torch.ones(4)}, "sinks"),
+        ({"impl__batch_invariant_enabled": True}, "VLLM_BATCH_INVARIANT is on"),
+        ({"query_quant": Object()}, "queries are quantized"),
+        ({"kv_sharing_target_layer_name": "model.layers.0"}, "the KV cache is shared with model.layers.0"),
+    ],
+)
+def test_attention_that_is_refused(change, reason):
+    support.check_attention(attention())
+    with pytest.raises(support.UnsupportedError, match=reason):
+        support.check_attention(attention(**change))
+
+
+def test_steps_that_are_refused():
+    model = Object(aux_hidden_state_layers=())
+    ours = Object(model=model)
+    positions = torch.zeros(4, dtype=torch.int64)
+    assert support.step_reason(ours, positions, None) is None
+    assert "intermediate tensors" in support.step_reason(ours, positions, Object())
+    assert "2 dimensions" in support.step_reason(ours, positions.expand(3, 4), None)
+    model.aux_hidden_state_layers = (2, 18)
+    assert "hidden states of layers in between" in support.step_reason(ours, positions, None)
+
+
+# ---- weights ----
+
+K, N = 256, 384
+
+
+def linear(method="CompressedTensorsLinearMethod", **more):
+    """A linear layer of vLLM's as it is loaded: fp8 by columns with a scale per column."""
+    found = {
+        "quant_method": type(method, (), {})(),
+        "scheme": type("CompressedTensorsW8A8Fp8", (), {})(),
+        "skip_bias_add": False,
+        "bias": None,
+        "weight": torch.zeros(N, K).to(FP8).t(),
+        "weight_scale": torch.ones(N, 1),
+        "input_scale": None,
+    }
+    return Object(**(found | more))
+
+
+def bind(module):
+    return weights.bind_linear("qkv_proj", module, K, N, torch.bfloat16)
+
+
+def test_schemes_of_what_is_loaded():
+    scheme, bound = bind(linear())
+    assert type(scheme) is schemes.PerTokenFp8
+    assert bound.sizes == (K, N)
+    scheme, _ = bind(linear(weight_scale=torch.ones(1)))
+    assert type(scheme) is schemes.PerTokenFp8
+    scheme, bound = bind(linear("Fp8LinearMethod", input_scale=torch.tensor(0.5), weight_scale=torch.ones(())))
+    assert type(scheme) is schemes.StaticFp8
+    assert bound.input_scale.tolist() == [0.5]
+    rows = torch.zeros(N, K).to(FP8)
+    scheme, bound = bind(
+        linear("Fp8LinearMethod", weight=rows, weight_block_size=[128, 128], weight_scale_inv=torch.ones(3, 2))
+    )
+    assert type(scheme) is schemes.BlockFp8
+    assert (bound.sizes, tuple(bound.scale.shape)) == ((K, N), (2, 3))
+    scheme, bound = bind(linear("UnquantizedLinearMethod", weight=torch.zeros(N, K, dtype=torch.bfloat16)))
+    assert type(scheme) is schemes.Scheme
+    assert bound.sizes == (K, N)
+
+
+def test_a_weight_by_rows_is_turned():
+    _, bound = bind(linear("Fp8LinearMethod", weight=torch.zeros(N, K).to(FP8)))
+    assert (tuple(bound.weight.shape), bound.weight.stride(0)) == ((K, N), 1)
+
+
+def test_a_sums_bias_is_added_by_the_first_rank_alone():
+    kind = type("RowParallelLinear", (Object,), {})
+    for rank in (0, 1):
+        module = kind(**vars(linear()), tp_rank=rank)
+        module.bias = torch.zeros(N, dtype=torch.bfloat16)
+        _, bound = bind(module)
+        assert (bound.bias is None) == (rank == 1)
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (linear("AutoAWQLinearMethod"), "qkv_proj is quantized by AutoAWQLinearMethod"),
+        (linear(scheme=Object()), "quantized by SimpleNamespace; served is CompressedTensorsW8A8Fp8"),
+        (linear(skip_bias_add=True), "leaves its bias"),
+        (linear(input_scale_ub=torch.ones(1)), "bounds the scale"),
+        (linear(weight=torch.zeros(N, K, dtype=torch.int32)), "weight is torch.int32; expected torch.bfloat16 or"),
+        (linear(weight=torch.zeros(N + 16, K).to(FP8).t()), r"weight is \[256, 400\]"),
+        (linear(weight_scale=torch.ones(3)), r"scales are torch.float32 \[3\]"),
+        (linear(weight_scale=torch.ones(N).bfloat16()), "scales are torch.bfloat16"),
+        (linear(input_scale=torch.ones(3)), "has 3 scales of its inputs"),
+        (linear(bias=torch.zeros(N)), "bias is torch.float32"),
+        (
+            linear("UnquantizedLinearMethod", weight=torch.zeros(K, N).bfloat16()),
+            r"weight is \[256, 384\]; expected \[384, 256\]",
+        ),
+        (linear("Fp8LinearMethod", weight_block_size=[64, 64]), r"blocks of \[64, 64\]"),
+        (
+            linear(
+                "Fp8LinearMethod",
+                weight=torch.zeros(N, K).to(FP8),
+                weight_block_size=[128, 128],
+                weight_scale_inv=torch.ones(3, 1, dtype=torch.int32),
+            ),
+            r"scales are torch.int32 \[3, 1\]; expected float32 \[3, 2\]",
+        ),
+    ],
+)
+def test_weights_that_are_refused(module, reason):
+    with pytest.raises(support.UnsupportedError, match=reason):
+        bind(module)
+
+
+# ---- workspace ----
+
+
+def check_no_overlap(buffers, rows):
+    offsets = place(buffers, rows)
+    for a, b in itertools.combinations(buffers, 2):
+        if a.steps & b.steps:
+            begin, end = offsets[a.name], offsets[a.name] + a.size(rows)
+            assert end <= offsets[b.name] or offsets[b.name] + b.size(rows) <= begin, (a, b)
+    assert all(offset % workspace.ALIGNMENT == 0 for offset in offsets.values())
+
+
+def test_buffers_that_are_never_needed_at_once_share_bytes():
+    buffers = [
+        Buffer("a", 100, torch.float32, frozenset({0, 1})),
+        Buffer("b", 200, torch.float32, frozenset({2})),
+        Buffer("c", 10, torch.bfloat16, frozenset({1, 2})),
+    ]
+    check_no_overlap(buffers, 7)
+    assert total_size(buffers, 7) == buffers[1].size(7) + buffers[2].size(7)
+    arena = Arena(buffers, 7, torch.device("cpu"))
+    arena.view("b", 7).fill_(1)
+    arena.view("c", 7).fill_(2)
+    assert arena.view("b", 7).eq(1).all()
+    assert arena.view("a", 3).shape == (3, 100)
+
+
+def test_columns():
+    arena = Arena([Buffer("s", 3, torch.float32, frozenset({0}), columns=True)], 9, torch.device("cpu"))
+    assert (arena.view("s", 5).shape, arena.view("s", 5).stride()) == ((5, 3), (1, 5))
+
+
+#: hidden, heads, kv heads, intermediate of Qwen3 8B, 1.7B, Llama 70B on one of four ranks.
+SHAPES = {"8b": (4096, 32, 8, 12288), "1.7b": (2048, 16, 8, 6144), "70b": (8192, 16, 2, 7168)}
+
+
+@pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
+@pytest.mark.parametrize("model", SHAPES)
+def test_layers_stay_within_the_limit(model, scheme):
+    hidden, heads, kv_heads, intermediate = SHAPES[model]
+    shape = weights.Shape(hidden, heads, kv_heads, 128, intermediate)
+    buffers = layers.layer_buffers(Object(shape=shape, scheme=scheme, dtype=torch.bfloat16))
+    rows = rows_within(buffers, 8192)
+    check_no_overlap(buffers, rows)
+    assert total_size(buffers, rows) <= workspace.LIMIT_BYTES < 100e6
+    assert rows >= 512
+    assert rows % 128 == 0
+
+
+def test_as_many_rows_as_asked_where_they_fit():
+    assert rows_within([Buffer("a", 8, torch.float32, frozenset({0}))], 100) == 100
+    assert rows_within([Buffer("a", 1 << 24, torch.float32, frozenset({0}))], 4096) == 128

@@ -1,0 +1,48 @@
+"""vLLM's Python, from its wheel: where it is, and runs of the simulated engine in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hdispatch.bench import serve_model
+
+#: `make test-vllm` puts vLLM's tree and what it imports here.
+VLLM = Path(os.environ.get("HDISPATCH_VLLM", Path(__file__).parents[2] / "build" / "vllm"))
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not (VLLM / "tree" / "vllm").is_dir():
+        for item in items:
+            if HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=f"no vLLM in {VLLM}; make test-vllm downloads it"))
+
+
+@pytest.fixture(scope="session")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Of a process that imports vLLM, with the plug-in on."""
+    folder = tmp_path_factory.mktemp("bundle")  # never loaded: CPU tensors are served by the references
+    paths = [str(VLLM / "tree"), str(VLLM / "deps")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "HDISPATCH": "1", "HDISPATCH_BUNDLE": str(folder)}
+
+
+@pytest.fixture
+def simulate(environment: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Run one engine: simulate(model, scheme, **parameters of simulated_run.run) -> its answer and "log"."""
+
+    def run(model: str, scheme: str, **parameters: Any) -> dict[str, Any]:
+        serve_model.write_config(tmp_path, model, scheme)
+        command = [sys.executable, "simulated_run.py", str(tmp_path), json.dumps(parameters)]
+        done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+        assert answers, done.stdout[-4000:] + done.stderr[-4000:]
+        return {**json.loads(answers[0].removeprefix("ANSWER ")), "log": done.stdout + done.stderr}
+
+    return run

@@ -1,0 +1,127 @@
+"""vLLM's compiled ops on CPU tensors, by hdispatch's references: `torch.ops._C`, `_C_cache_ops`, `_vllm_fa3_C`."""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import torch
+from hdispatch import ops
+
+LIBRARIES = (
+    "vllm._C_stable_libtorch",
+    "vllm._moe_C_stable_libtorch",
+    "vllm._moe_C",
+    "vllm.vllm_flash_attn._vllm_fa3_C",
+    "vllm.vllm_flash_attn._vllm_fa2_C",
+)
+#: Ops of `_C` with the schema of ours.
+SAME = (
+    "rms_norm",
+    "fused_add_rms_norm",
+    "silu_and_mul",
+    "rotary_embedding",
+    "dynamic_per_token_scaled_fp8_quant",
+    "static_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "rms_norm_dynamic_per_token_quant",
+    "per_token_group_fp8_quant",
+    "rms_norm_per_block_quant",
+    "silu_and_mul_per_block_quant",
+    "fused_qk_norm_rope",
+)
+FWD = (
+    "fwd(Tensor! q, Tensor k, Tensor v, Tensor? k_new, Tensor? v_new, Tensor? q_v, Tensor(a!)? out, Tensor? cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? cu_seqlens_k_new, Tensor? seqused_q, Tensor? seqused_k, int? max_seqlen_q, "
+    "int? max_seqlen_k, Tensor? page_table, Tensor? kv_batch_idx, Tensor? leftpad_k, Tensor? rotary_cos, Tensor? rotary_sin, "
+    "Tensor? seqlens_rotary, Tensor? q_descale, Tensor? k_descale, Tensor? v_descale, float softmax_scale, bool is_causal, "
+    "int window_size_left, int window_size_right, float softcap, bool is_rotary_interleaved, Tensor? scheduler_metadata, "
+    "int num_splits, bool? pack_gqa, int sm_margin, Tensor? s_aux, int cp_world_size, int cp_rank, "
+    "Tensor? cp_tot_seqused_k) -> Tensor[]"
+)
+KEPT: list[torch.library.Library] = []
+
+
+def define() -> None:
+    """Define the ops, and empty modules in the place of the libraries."""
+    for name in LIBRARIES:
+        sys.modules[name] = types.ModuleType(name)
+    _define_c()
+    _define_cache_and_attention()
+
+
+def _define_c() -> None:
+    library = torch.library.Library("_C", "FRAGMENT")
+    KEPT.append(library)
+    for name in SAME:
+        schema = str(getattr(torch.ops.hdispatch, name).default._schema).split(f"hdispatch::{name}", 1)[1]
+        library.define(name + schema.replace(", bool scale_ue8m0=False", ""))
+        library.impl(name, _caller(ops.get(name)), "CPU")
+    library.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
+    library.impl("cutlass_scaled_mm", scaled_mm, "CPU")
+    for name in ("scaled_mm_supports_fp8", "scaled_mm_supports_block_fp8", "group_gemm_supported"):
+        library.define(f"cutlass_{name}(int x) -> bool")
+        library.impl(f"cutlass_{name}", lambda _: True, "CompositeExplicitAutograd")
+    library.define(
+        "vocab_parallel_embedding(Tensor! out, Tensor input_ids, Tensor weight, int org_vocab_start_index, "
+        "int org_vocab_end_index, int num_org_vocab_padding, int added_vocab_start_index, int added_vocab_end_index) -> ()"
+    )
+    library.impl("vocab_parallel_embedding", embedding, "CPU")
+
+
+def _caller(op: Any) -> Any:
+    return lambda *given: op(*given)
+
+
+def scaled_mm(out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, sa: torch.Tensor, sb: torch.Tensor, bias: Any) -> None:
+    blocks = (sa.dim() == 2 and sa.size(1) > 1) or (sb.dim() == 2 and sb.size(1) > 1 and sb.size(0) > 1)
+    if blocks:
+        ops.scaled_mm_blockwise(out, a, b, sa, sb)
+    else:
+        ops.scaled_mm(out, a, b, sa, sb, bias)
+
+
+def embedding(out: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, first: int, end: int, *_: int) -> None:
+    here = (ids >= first) & (ids < end)
+    out.copy_(weight[(ids.long() - first).clamp(0, weight.size(0) - 1)] * here[:, None].to(weight.dtype))
+
+
+def _define_cache_and_attention() -> None:
+    cache = torch.library.Library("_C_cache_ops", "FRAGMENT")
+    cache.define(
+        "reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, Tensor slot_mapping, "
+        "str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()"
+    )
+    cache.impl("reshape_and_cache_flash", write_cache, "CPU")
+    attention = torch.library.Library("_vllm_fa3_C", "FRAGMENT")
+    attention.define(FWD)
+    attention.impl("fwd", attend, "CPU")
+    attention.define("get_scheduler_metadata(int a) -> Tensor")
+    KEPT.extend((cache, attention))
+
+
+def write_cache(
+    k: torch.Tensor, v: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, *_: Any
+) -> None:
+    page = keys.size(1)
+    for token, slot in enumerate(slots.tolist()):
+        if slot >= 0:
+            keys[slot // page, slot % page] = k[token]
+            values[slot // page, slot % page] = v[token]
+
+
+def attend(*given: Any) -> list[torch.Tensor]:
+    q, k, v, out, starts, lengths, table, scale = (given[i] for i in (0, 1, 2, 6, 7, 11, 14, 23))
+    group, page = q.size(1) // k.size(2), k.size(1)
+    for request in range(starts.numel() - 1):
+        first, end, n = int(starts[request]), int(starts[request + 1]), int(lengths[request])
+        if end == first:
+            continue
+        pages = table[request, : -(-n // page)].long()
+        keys, values = (x[pages].reshape(-1, *x.shape[2:])[:n].float().repeat_interleave(group, 1) for x in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[first:end].float(), keys) * scale
+        last_seen = torch.arange(end - first)[:, None] + n - (end - first)
+        scores.masked_fill_(torch.arange(n)[None] > last_seen, float("-inf"))
+        out[first:end] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values).to(out.dtype)
+    return [out, out, out, out]
