@@ -16,7 +16,7 @@ from . import configs, op_package, pool, store
 from .freeze import Entry, check_out, freeze
 from .target import GpuTarget, resolve
 from .tuned import Measurements
-from .unit import Unit, load_spec
+from .unit import Built, BuiltEntry, Unit, load_spec
 from .untuned import first_candidates
 from .versions import missing, tool_versions
 
@@ -182,12 +182,12 @@ def _entries(
 ) -> list[Entry]:
     """The records of all units: those in the cache, then those built by the workers."""
     tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
-    sources = {package: op_package.sources(package) for package in {unit.package for unit in units}}
+    sources = op_package.sources({unit.package for unit in units})
     keys = [record_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
-    results: dict[int, list[dict[str, Any]]] = {}
+    results: dict[int, list[Built]] = {}
     for index, key in enumerate(keys):
-        if (found := where.get("record", key)) is not None and is_complete(found["built"], where):
-            results[index] = found["built"]
+        if (found := find_built(units[index], key, where)) is not None:
+            results[index] = found
     report.cache_hits = sum(len(built) for built in results.values())
     done = len(results)
     if progress and done:
@@ -226,7 +226,7 @@ def _measured(
     return [with_times(entry) for entry in entries]
 
 
-def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[Entry]:
+def _entry(unit: Unit, built: Built, tools: dict[str, str]) -> list[Entry]:
     """One for each shape whose rows the record serves."""
     served: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for shape, bucket in unit.rows:
@@ -246,9 +246,13 @@ def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[
     ]
 
 
-def is_complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
-    """Whether the cache has every file of what was built."""
-    return all(where.has_blob(file) for one in built for file in artifacts_of(one["record"]))
+def find_built(unit: Unit, key: str, where: store.Store) -> list[Built] | None:
+    """The records of a unit from the cache: only if they serve all of its buckets, each once, and all their files are there."""
+    found = where.get("record", key, BuiltEntry)
+    if found is None or sorted(bucket for one in found["built"] for bucket in one["buckets"]) != sorted(unit.buckets):
+        return None
+    complete = all(where.has_blob(file) for one in found["built"] for file in artifacts_of(one["record"]))
+    return found["built"] if complete else None
 
 
 def record_key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:
