@@ -81,18 +81,23 @@ def load(
     device: torch.device | int | str | None = None,
     driver: str = "cuda",
     pdl: bool = True,
+    sha256: str | None = None,
 ) -> Bundle:
     """Verify a bundle and put all of it on a device: every module is loaded now, none on a call.
+
+    A bundle is code, which runs in this process: load those alone whose builder you trust.
 
     device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
              registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).
     pdl      False: launch without the programmatic-dependent-launch attribute.
+    sha256   the digest that manifest.json must have, as `hdispatch build` and `hdispatch inspect` print it: any other bundle
+             is refused.
 
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
     _check_driver(driver)
-    manifest, contents = read_bundle(folder)
+    manifest, contents = read_bundle(folder, sha256=sha256)
     index = -1
     if driver == "cuda":
         index = _cuda_device(f"{folder}: ", device)
@@ -205,8 +210,15 @@ def check_target(folder: str | os.PathLike[str], manifest: Manifest, device: int
     """Raise `BundleError` unless the bundle's code runs on that CUDA device."""
     target = manifest["target"]
     here = torch.cuda.get_device_properties(device)
+    most = getattr(here, "shared_memory_per_block_optin")  # noqa: B009  (absent from torch's stubs)
     # Code for sm_90a and newer runs on exactly that compute capability; persistent kernels have the SM count compiled in.
-    if tuple(target["compute_capability"]) != (here.major, here.minor) or target["sm_count"] != here.multi_processor_count:
+    same = tuple(target["compute_capability"]) == (here.major, here.minor) and target["sm_count"] == here.multi_processor_count
+    if same and target["shared_memory"] > most:
+        raise BundleError(
+            f"{Path(folder) / MANIFEST_NAME}: built for {target['shared_memory']} bytes of shared memory per block; "
+            f"cuda:{device} has {most}"
+        )
+    if not same:
         raise BundleError(
             f"{Path(folder) / MANIFEST_NAME}: built for {target['name']} ({target['arch']}, {target['sm_count']} SMs); "
             f"cuda:{device} is {here.name} (compute capability {here.major}.{here.minor}, {here.multi_processor_count} SMs). "

@@ -1,14 +1,15 @@
 """Holding parsed JSON against TypedDict declarations, so that a declaration is also the check.
 
 Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits. A field that is not declared is
-left alone: newer writers may add optional ones.
+left alone: newer writers may add optional ones. No string holds NUL: what takes it as C's would read a part of it.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NotRequired, Union, get_args, get_origin, get_type_hints, is_typeddict
 
 Checker = Callable[[Any], None]
@@ -16,6 +17,20 @@ Checker = Callable[[Any], None]
 
 class Mismatch(Exception):
     """The value is not of the declared type. The text begins with the path to it: `.rows[3].K is 'x'; …`."""
+
+
+def parse(text: bytes) -> Any:
+    """What JSON says. ValueError if it is none, or if an object has a name twice; RecursionError if it is nested too deep."""
+    return json.loads(text, object_pairs_hook=_distinct)
+
+
+def _distinct(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object has the name {_show(repeated)} twice")
+    return made
 
 
 def check(value: object, kind: Any) -> None:
@@ -159,9 +174,17 @@ def _plain(kind: Any) -> Checker:
                 _expect(value, int, "float")
 
         return check_float
-    if kind not in (str, bool):
+    if kind is str:
+
+        def check_str(value: Any) -> None:
+            _expect(value, str)
+            if "\0" in value:
+                raise Mismatch(f" is {_show(value)}; strings hold no NUL")
+
+        return check_str
+    if kind is not bool:
         raise TypeError(f"{kind} is not one that a declaration may hold")
-    return lambda value: _expect(value, kind)
+    return lambda value: _expect(value, bool)
 
 
 def _expect(value: object, kind: type, wanted: str = "") -> None:

@@ -13,7 +13,8 @@ from ..errors import BuildError
 from ..manifest import artifacts_of
 from ..opspec import OpSpec
 from . import configs, op_package, pool, store
-from .freeze import Entry, check_out, freeze
+from .freeze import Entry, freeze
+from .out import check_out
 from .target import GpuTarget, resolve
 from .tuned import Measurements
 from .unit import Built, BuiltEntry, Unit, load_spec
@@ -30,6 +31,7 @@ class BuildReport:
 
     rows, records, cubins   of the bundle; cubins counts files
     bytes                   of the bundle, all files
+    sha256                  of its manifest: what `load(DIR, sha256=…)` takes
     seconds                 that this build took
     record_seconds          of each record by name, when it was built; the cache keeps them
     cache_hits              records that were not built now
@@ -42,6 +44,7 @@ class BuildReport:
     records: int = 0
     cubins: int = 0
     bytes: int = 0
+    sha256: str = ""
     seconds: float = 0.0
     record_seconds: list[tuple[str, float]] = field(default_factory=list)
     cache_hits: int = 0
@@ -104,7 +107,7 @@ def build(
     report.rows = len(frozen.manifest["rows"])
     report.records = len(frozen.manifest["records"])
     report.cubins = len(frozen.manifest["files"])
-    report.bytes = frozen.bytes
+    report.bytes, report.sha256 = frozen.bytes, frozen.sha256
     report.seconds = time.monotonic() - start
     return report
 
@@ -136,6 +139,9 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     file = _available(file, spec, backends, notes)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
+    for shape in shapes:
+        if wrong := {symbol: value for symbol, value in shape.items() if not 1 <= value < 2**32}:
+            raise BuildError(f"{spec.name}: the shape {shape} has {wrong}; sizes are 1 to {2**32 - 1}")
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
     rows: dict[bytes, list[tuple[dict[str, int], int]]] = {}
     picked: dict[bytes, tuple[str, dict[str, int], dict[str, Any]]] = {}

@@ -14,6 +14,7 @@ Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: `pool.environment`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import tempfile
@@ -81,7 +82,7 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
         {
             "format": CODE_FORMAT,
             "unit": {**unit.to_json(), "buckets": [], "rows": []},
-            "sources": op_package.sources([unit.package], build_wing=False)[unit.package],
+            "sources": _sources(unit.package),
             "target": target.to_json(),
             "tools": dict(tools),
         }
@@ -140,6 +141,12 @@ def _compile(program: Program, function: str, unit: Unit) -> bytes:
             return path.read_bytes()
     except Exception as error:  # the DSL raises anything
         raise BuildError(f"CuteDSL cannot compile {unit.config}: {type(error).__name__}: {error}") from error
+
+
+@functools.cache
+def _sources(package: str) -> dict[str, str]:
+    """Found once: this process imports each module once, and lives for one build."""
+    return op_package.sources([package], build_wing=False)[package]
 
 
 def _argument(spec: OpSpec, program: Program, name: str) -> FfiArg:
