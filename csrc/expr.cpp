@@ -29,6 +29,8 @@ bool parse_dimension(std::string_view token, std::string_view& tensor, bool& str
 }  // namespace
 
 Expr::Expr(const std::vector<Token>& tokens, const FindArg& find_tensor, const FindArg& find_integer) {
+  HD_CHECK_BUNDLE(tokens.size() <= kMaxTokens, "expression has ", tokens.size(), " tokens; it takes at most ",
+                  kMaxTokens);
   uint32_t depth = 0;
   for (const Token& token : tokens) {
     Step step{};

@@ -25,9 +25,11 @@ using FindArg = std::function<int(std::string_view)>;
 class Expr {
  public:
   static constexpr uint32_t kMaxDepth = 16;
+  static constexpr size_t kMaxTokens = 1024;
 
   Expr() = default;
-  /// Throws kBundle for an unknown token, an unbalanced expression or one deeper than kMaxDepth.
+  /// Throws kBundle for an unknown token, an unbalanced expression or one deeper than kMaxDepth
+  /// or longer than kMaxTokens.
   Expr(const std::vector<Token>& tokens, const FindArg& find_tensor, const FindArg& find_integer = nullptr);
 
   /// The value for this call; false if it has none.

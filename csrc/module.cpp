@@ -22,15 +22,26 @@ const OpObject& as_op(const py::handle& object) {
   return *reinterpret_cast<OpObject*>(object.ptr());
 }
 
+/// A value in a message: the beginning of its repr, cut between characters.
+std::string shown(const py::handle& value) {
+  std::string words = py::repr(value);
+  size_t end = std::min(words.size(), size_t{200});
+  while (end < words.size() && end > 0 && (words[end] & 0xc0) == 0x80) --end;  // within a character of UTF-8
+  words.resize(end);
+  return words;
+}
+
 template <typename T>
 T get(const py::dict& dict, const char* key) {
-  if (!dict.contains(key))
-    fail(Fault::kBundle, "field \"", key, "\" is missing in ", std::string(py::repr(dict)).substr(0, 200));
+  if (!dict.contains(key)) fail(Fault::kBundle, "field \"", key, "\" is missing in ", shown(dict));
   try {
-    return dict[key].cast<T>();
+    T value = dict[key].cast<T>();
+    if constexpr (std::is_same_v<T, std::string>)  // the driver and the loader would read it up to there
+      HD_CHECK_BUNDLE(value.find('\0') == std::string::npos, "field \"", key, "\" is ", shown(dict[key]),
+                      "; it takes no NUL");
+    return value;
   } catch (const py::cast_error&) {
-    fail(Fault::kBundle, "field \"", key, "\" is ", std::string(py::repr(dict[key])).substr(0, 200),
-         ", of the wrong type");
+    fail(Fault::kBundle, "field \"", key, "\" is ", shown(dict[key]), ", of the wrong type");
   }
 }
 
@@ -42,9 +53,10 @@ DType to_dtype(const std::string& name) {
 
 // ---- ops ----
 
+bool names_size(std::string_view word) { return word == "M" || word == "K" || word == "N"; }
+
 uint8_t to_symbol(const std::string& symbol) {
-  HD_CHECK_BUNDLE(symbol == "M" || symbol == "K" || symbol == "N", "dimension symbol \"", symbol,
-                  "\" is not M, K or N");
+  HD_CHECK_BUNDLE(names_size(symbol), "dimension symbol \"", symbol, "\" is not M, K or N");
   return static_cast<uint8_t>(symbol == "M" ? kM : symbol == "K" ? kK : kN);
 }
 
@@ -170,10 +182,14 @@ Override* override_op(const std::string& name, bool cuda, const py::list& routes
 Expr to_expr(const py::handle& given, const Op& op) {
   std::vector<Token> tokens;
   for (const auto& token : given.cast<py::list>()) {
-    if (py::isinstance<py::int_>(token))
+    if (py::isinstance<py::int_>(token)) {
       tokens.emplace_back(token.cast<int64_t>());
-    else
-      tokens.emplace_back(token.cast<std::string>());
+      continue;
+    }
+    auto word = token.cast<std::string>();
+    HD_CHECK_BUNDLE(!names_size(word) || op.has(static_cast<Symbol>(to_symbol(word))), "expression names \"", word,
+                    "\", which ", op.name(), " has not: ", op.schema());
+    tokens.emplace_back(std::move(word));
   }
   return Expr(
       tokens, [&op](std::string_view name) { return op.find_tensor(name); },
@@ -249,7 +265,10 @@ void read_head(const py::dict& given, const Op& op, RecordHead& record) {
   record.kernel = get<std::string>(given, "kernel");
   record.m_min = get<int64_t>(given, "m_min");
   record.m_max = get<int64_t>(given, "m_max");
-  for (const auto& item : get<py::list>(given, "guards")) {
+  const auto guards = get<py::list>(given, "guards");
+  HD_CHECK_BUNDLE(guards.size() <= kMaxGuards, record.kernel, ": ", guards.size(), " guards; a record takes at most ",
+                  kMaxGuards);
+  for (const auto& item : guards) {
     const auto guard = item.cast<py::dict>();
     record.guards.push_back({to_expr(get<py::list>(guard, "expr"), op), get<std::string>(guard, "text")});
   }
@@ -332,7 +351,7 @@ uint32_t add_record(TableBuilder& builder, const Op& op, const py::dict& record,
     HD_CHECK_BUNDLE(launcher == "tvm_ffi", "launcher \"", launcher, "\" is not known");
     return builder.add_record(to_ffi_record(record, op));
   } catch (const py::cast_error&) {  // `get` names the field; this is something inside a list
-    fail(Fault::kBundle, "record ", std::string(py::repr(record)).substr(0, 200), " holds a value of the wrong type");
+    fail(Fault::kBundle, "record ", shown(record), " holds a value of the wrong type");
   }
 }
 
@@ -474,6 +493,8 @@ PYBIND11_MODULE(_C, m) {
             const Op& op = *as_op(object).op;
             const int index = op.find_variant(variant);
             HD_CHECK_BUNDLE(index >= 0, op.name(), " has no variant \"", variant, "\"");
+            HD_CHECK_BUNDLE((k <= 0 || op.has(kK)) && (n <= 0 || op.has(kN)), "row of K = ", k, ", N = ", n, "; ",
+                            op.name(), " has no ", k > 0 && !op.has(kK) ? "K" : "N", ": ", op.schema());
             self.add_row(op, static_cast<uint16_t>(index), k, n, bucket, record);
           },
           py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))

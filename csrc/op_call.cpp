@@ -341,19 +341,26 @@ void load_error_classes() {
     error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
 }
 
+/// What the loader or a function of somebody else says may be no UTF-8.
+static void set_error(PyObject* kind, std::string_view text) noexcept {
+  PyObject* words = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
+  if (words) PyErr_SetObject(kind, words);
+  Py_XDECREF(words);
+}
+
 void set_python_error() noexcept {
   try {
     throw;
   } catch (const Error& error) {
-    PyErr_SetString(error_classes[static_cast<size_t>(error.fault())], error.what());
+    set_error(error_classes[static_cast<size_t>(error.fault())], error.what());
   } catch (python_error& error) {
     error.restore();
   } catch (pybind11::error_already_set& error) {
     error.restore();
   } catch (const c10::Error& error) {
-    PyErr_SetString(PyExc_RuntimeError, error.what_without_backtrace());
+    set_error(PyExc_RuntimeError, error.what_without_backtrace());
   } catch (const std::exception& error) {
-    PyErr_SetString(error_classes[static_cast<size_t>(Fault::kInternal)], error.what());
+    set_error(error_classes[static_cast<size_t>(Fault::kInternal)], error.what());
   }
 }
 

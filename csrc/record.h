@@ -76,6 +76,9 @@ struct Output {
   bool by_rows = false;  ///< its first dimension's size times stride is at least its extent: for `PendingWrites`
 };
 
+/// Far above what any kernel assumes: each guard is tested on every call.
+inline constexpr size_t kMaxGuards = 256;
+
 /// What every record has: where it is valid, what it writes, what it reads early.
 struct RecordHead {
   std::string kernel;  ///< for messages

@@ -7,15 +7,10 @@
 Importing compiles nothing, opens no bundle and touches no GPU. The build wing is `hdispatch.build`.
 """
 
-import torch as _torch
+from . import extension as _extension
 
-from ._build_info import TORCH_VERSION as _BUILT_WITH
-
-if _torch.__version__.split("+")[0] != _BUILT_WITH.split("+")[0]:
-    raise ImportError(
-        f"hdispatch's extension was compiled against torch {_BUILT_WITH}, but torch {_torch.__version__} is installed. "
-        "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps hdispatch (or . in a checkout)"
-    )
+if _problem := _extension.problem():
+    _extension.refuse(_problem)
 
 from . import ops
 from .errors import (

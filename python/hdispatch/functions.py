@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import _C, ops
 from .errors import HdispatchError
-from .manifest import FfiArg, Guard
+from .manifest import FfiArg, Guard, check_views
 from .opspec import BoolArg, FloatArg, NoneArg, OpSpec, TensorArg
 
 Stream = Literal["environment", "argument", "none"]
@@ -63,6 +63,7 @@ def make(
         raise HdispatchError(f"stream is {stream!r}; it takes 'environment', 'argument' or 'none'")
     raw = _keep(function)
     taken = list(default_args(spec, key.variant, stream) if args is None else args)
+    check_views(label, taken, spec.variant_arguments()[key.variant])
     record = {
         "kernel": label,
         "function": label,

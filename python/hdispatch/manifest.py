@@ -8,7 +8,12 @@ A bundle is a folder:
     artifacts/functions.so  the host functions of every `tvm_ffi` record, if there is one
 
 Every file is listed in the manifest with size and SHA-256; a file that is not listed is ignored. Reading verifies all of
-it before anything is loaded. The format holds data only: no pickle, no code.
+it before anything is loaded.
+
+A bundle is code. `functions.so` is opened and called in the process that loads it, cubins run on its GPU: load bundles only
+from whom you would take a Python package. The checksums in it tell damage, not who built it: whoever changes a bundle can
+write fitting ones. `load(DIR, sha256=…)` takes one manifest alone, and by that all of its files: note its digest, which
+`hdispatch build` and `hdispatch inspect` print, where you trust it.
 
 Changing a field's meaning, adding a required field or an operator raises `SCHEMA_VERSION`; readers accept their own
 version only.
@@ -22,20 +27,27 @@ Comparisons and logic give 0 or 1.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import stat
+import string
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict, cast
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, cast
 
 from .errors import BundleError
-from .typed_json import Mismatch, check
+from .typed_json import Mismatch, check, parse
 
 SCHEMA_VERSION = 3
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.sha256"
 ARTIFACTS = "artifacts"
 LIBRARY = f"{ARTIFACTS}/functions.so"
+
+#: Bytes of a manifest that are read at most: some 200,000 rows.
+MAX_MANIFEST = 256 * 2**20
+#: How often a bundle that is replaced while it is read is read anew.
+_MOST_TRIES = 100
 
 Expr = list[int | str]
 #: Classes of M for which Triton compiles different code: M == 1; M % 16 == 0; any other M.
@@ -59,6 +71,23 @@ TENSOR_MAP_TYPES = (
     "tfloat32",
     "tfloat32_ftz",
 )
+
+
+#: Bytes of an element of each dtype that an op takes.
+DTYPE_BYTES = {
+    "float32": 4,
+    "float64": 8,
+    "float16": 2,
+    "bfloat16": 2,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
+    "int8": 1,
+    "uint8": 1,
+    "int16": 2,
+    "int32": 4,
+    "int64": 8,
+    "bool": 1,
+}
 
 
 class TensorMap(TypedDict):
@@ -291,40 +320,137 @@ class Manifest(TypedDict):
     host: NotRequired[Host]
 
 
-def read_bundle(folder: str | os.PathLike[str]) -> tuple[Manifest, dict[str, bytes]]:
+class BundleFiles(NamedTuple):
+    """What was read of a bundle: `sha256` is the manifest's, `contents` every listed file, `beside` what else was asked for."""
+
+    manifest: Manifest
+    sha256: str
+    contents: dict[str, bytes]
+    beside: dict[str, bytes]
+
+
+def read_bundle(folder: str | os.PathLike[str], *, sha256: str | None = None) -> tuple[Manifest, dict[str, bytes]]:
     """Read a bundle and verify all of it: checksums, schema, structure. Nothing is loaded on a GPU.
+
+    sha256  the digest that manifest.json must have, in hexadecimal. Without it the checksums tell damage, not who built it
 
     Returns the manifest and the bytes of every file that it lists. Raises `BundleError` naming the file and what is
     wrong with it.
     """
-    root = Path(folder)
-    text = _read(root, MANIFEST_NAME)
-    wanted = f"{hashlib.sha256(text).hexdigest()}  {MANIFEST_NAME}\n".encode()
-    if _read(root, CHECKSUM_NAME) != wanted:
+    found = read_files(folder, sha256=sha256)
+    return found.manifest, found.contents
+
+
+def read_files(folder: str | os.PathLike[str], *, sha256: str | None = None, beside: Sequence[str] = ()) -> BundleFiles:
+    """As `read_bundle`; also the digest, and of the files named `beside`, which the manifest does not list, those there are."""
+    if sha256 is not None and not (len(sha256) == 64 and set(sha256.lower()) <= set(string.hexdigits)):
+        raise BundleError(f"sha256 is {sha256!r}; it takes the 64 hexadecimal digits of a manifest's SHA-256")
+    for _ in range(_MOST_TRIES):
+        with _Folder(Path(folder)) as opened:
+            try:
+                return _read_all(opened, sha256, beside)
+            except BundleError:
+                if not opened.is_replaced():
+                    raise
+    raise BundleError(f"{folder}: was replaced {_MOST_TRIES} times while it was read")
+
+
+def checksum_line(manifest: bytes) -> bytes:
+    """What manifest.sha256 holds for a manifest."""
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST_NAME}\n".encode()
+
+
+def _read_all(opened: _Folder, sha256: str | None, beside: Sequence[str]) -> BundleFiles:
+    root = opened.root
+    text = opened.read(MANIFEST_NAME, most=MAX_MANIFEST)
+    found = hashlib.sha256(text).hexdigest()
+    if sha256 is not None and found != sha256.lower():
+        raise BundleError(f"{root / MANIFEST_NAME}: its SHA-256 is {found}, not {sha256}: another bundle than the one wanted")
+    if opened.read(CHECKSUM_NAME, most=MAX_MANIFEST) != checksum_line(text):
         raise BundleError(f"{root / MANIFEST_NAME}: its SHA-256 is not what {CHECKSUM_NAME} says; copy or build it again")
     manifest = _parse(root, text)
-    contents = {name: _read_listed(root, name, entry) for name, entry in manifest["files"].items()}
+    contents = {name: _read_listed(opened, name, entry) for name, entry in manifest["files"].items()}
     _check_rows(root, manifest)
-    return manifest, contents
+    there = {name: opened.read(name, most=MAX_MANIFEST) for name in beside if opened.has(name)}
+    return BundleFiles(manifest, found, contents, there)
 
 
-def _read(root: Path, name: str) -> bytes:
-    path = root / name
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
-            raise BundleError(f"{path}: is not a file")
-        return path.read_bytes()
-    except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+class _Folder:
+    """An open folder: what is read is in the folder that was opened, whatever takes its name meanwhile."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        try:
+            self._descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        except (OSError, ValueError) as error:
+            raise self._unreadable(MANIFEST_NAME, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        os.close(self._descriptor)
+
+    def is_replaced(self) -> bool:
+        """Whether another folder has the name now."""
+        try:
+            now = self.root.stat()
+        except OSError:
+            return False
+        return not os.path.samestat(now, os.fstat(self._descriptor))
+
+    def has(self, name: str) -> bool:
+        """Whether there is anything of that name."""
+        try:
+            os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def read(self, name: str, *, most: int | None = None, size: int | None = None) -> bytes:
+        """The whole of a file of at most `most` bytes, or of exactly `size`: no more than that is read."""
+        path = self.root / name
+        try:
+            # First without opening it: a pipe would be waited for, a device may do something.
+            place = os.open(name, os.O_PATH, dir_fd=self._descriptor)
+            try:
+                there = os.fstat(place)
+                self._check_inside(name, place)
+                if not stat.S_ISREG(there.st_mode):
+                    raise BundleError(f"{path}: is not a file")
+                if size is not None and there.st_size != size:
+                    raise BundleError(f"{path}: {there.st_size} bytes; the manifest says {size}: truncated or changed")
+                if most is not None and there.st_size > most:
+                    raise BundleError(f"{path}: {there.st_size} bytes; at most {most} are read")
+                with Path(f"/proc/self/fd/{place}").open("rb") as file:
+                    content = file.read(there.st_size + 1)
+            finally:
+                os.close(place)
+        except (OSError, ValueError) as error:  # a name that no file can have is a ValueError
+            raise self._unreadable(name, error) from error
+        if len(content) != there.st_size:
+            raise BundleError(f"{path}: changed while it was read")
+        return content
+
+    def _check_inside(self, name: str, place: int) -> None:
+        """Links are followed, but not out of the folder."""
+        found, root = (Path(f"/proc/self/fd/{each}").readlink() for each in (place, self._descriptor))
+        if not found.is_relative_to(root):
+            raise BundleError(f"{self.root / MANIFEST_NAME}: lists {name!r}, which is outside the bundle")
+
+    def _unreadable(self, name: str, error: OSError | ValueError) -> BundleError:
         why = error.strerror if isinstance(error, OSError) else error
-        raise BundleError(f"{path}: cannot be read ({why}); is {root} a bundle?") from error
+        return BundleError(f"{self.root / name}: cannot be read ({why}); is {self.root} a bundle?")
 
 
 def _parse(root: Path, text: bytes) -> Manifest:
     where = root / MANIFEST_NAME
     try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        manifest = parse(text)
+    except ValueError as error:
         raise BundleError(f"{where}: not JSON: {error}") from error
+    except Mismatch as error:
+        raise BundleError(f"{where}: malformed: {str(error).lstrip('. ')}") from error
     # The version first: another one may look different in every other way.
     found = manifest.get("schema_version") if isinstance(manifest, dict) else type(manifest).__name__
     if found != SCHEMA_VERSION:
@@ -336,19 +462,12 @@ def _parse(root: Path, text: bytes) -> Manifest:
     return cast(Manifest, manifest)
 
 
-def _read_listed(root: Path, name: str, entry: FileEntry) -> bytes:
-    path = root / name
-    try:
-        inside = path.resolve().is_relative_to(root.resolve())
-    except (OSError, ValueError, RuntimeError) as error:  # links that go round; a name that no file can have
-        raise BundleError(f"{root / MANIFEST_NAME}: lists {name!r}, which is no path: {error}") from error
-    if Path(name).is_absolute() or ".." in Path(name).parts or not inside:
-        raise BundleError(f"{root / MANIFEST_NAME}: lists {name!r}, which is outside the bundle")
-    content = _read(root, name)
-    if len(content) != entry["size"]:
-        raise BundleError(f"{path}: {len(content)} bytes; the manifest says {entry['size']}: truncated or changed")
+def _read_listed(opened: _Folder, name: str, entry: FileEntry) -> bytes:
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise BundleError(f"{opened.root / MANIFEST_NAME}: lists {name!r}, which is outside the bundle")
+    content = opened.read(name, size=entry["size"])
     if hashlib.sha256(content).hexdigest() != entry["sha256"]:
-        raise BundleError(f"{path}: its SHA-256 is not the manifest's: changed since the bundle was built")
+        raise BundleError(f"{opened.root / name}: its SHA-256 is not the manifest's: changed since the bundle was built")
     return content
 
 
@@ -362,8 +481,11 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
                 raise BundleError(f"{where}: kernel {record['kernel']} uses {file}, which is not listed")
         if record["launcher"] == "tvm_ffi" and "host" not in manifest:
             raise BundleError(f"{where}: kernel {record['kernel']} is a host function, but host, its CPU, is missing")
+        if record["launcher"] == "cubin":
+            _check_shared(where, record, manifest["target"])
     seen: dict[tuple[str, str, int, int, int], int] = {}
     owners: dict[int, str] = {}
+    called: set[tuple[str, str, int]] = set()
     for index, row in enumerate(manifest["rows"]):
         op, key = row["op"], (row["op"], row["variant"], row["K"], row["N"], row["bucket"])
         if op not in ops:
@@ -380,4 +502,34 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
         if owners.setdefault(row["record"], op) != op:
             raise BundleError(
                 f"{where}: row {index} of {op} names record {row['record']}, which is one of {owners[row['record']]}"
+            )
+        if (same := (op, row["variant"], row["record"])) not in called:
+            called.add(same)
+            record = records[row["record"]]
+            if record["launcher"] == "tvm_ffi":
+                check_views(f"{where}: row {index}: {record['kernel']}", record["args"], ops[op]["variants"][row["variant"]])
+
+
+def _check_shared(where: Path, record: CubinRecord, target: Target) -> None:
+    for cubin in record["cubins"].values():
+        if cubin["shared_bytes"] > target["shared_memory"]:
+            raise BundleError(
+                f"{where}: {cubin['function']} of kernel {record['kernel']} takes {cubin['shared_bytes']} bytes of shared "
+                f"memory; a block of {target['name']} has at most {target['shared_memory']}"
+            )
+
+
+def check_views(where: str, args: Sequence[FfiArg], given: Mapping[str, str | int]) -> None:
+    """Raise `BundleError` for a tensor that a function is passed as a type of another size than it has.
+
+    given  argument name -> dtype name, of the variant that is called: `OpEntry.variants`
+    """
+    for arg in args:
+        dtype, own = arg.get("dtype"), given.get(arg.get("arg", ""))
+        if dtype is None or not isinstance(own, str):
+            continue
+        if DTYPE_BYTES.get(dtype) != DTYPE_BYTES.get(own):
+            raise BundleError(
+                f"{where} is passed {arg.get('arg')}, of {own}, as {dtype}; it takes one of "
+                f"{', '.join(name for name, size in DTYPE_BYTES.items() if size == DTYPE_BYTES.get(own))}"
             )

@@ -148,8 +148,11 @@ def load(
     driver: str = "cuda",
     pdl: bool = True,
     early_reads: bool = True,
+    sha256: str | None = None,
 ) -> Bundle:
     """Verify a bundle and put all of it on a device: every module is loaded now, none on a call.
+
+    A bundle is code, which runs in this process: load those alone whose builder you trust.
 
     device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
              registered for the device stays.
@@ -160,11 +163,13 @@ def load(
              they begin when all before them has ended. Needed where a kernel that is not of this runtime writes such weights
              and releases its dependents (griddepcontrol.launch_dependents) before it has written them. Kernels that do not
              know of PDL, copies and graphs need it not, nor do launches of hdispatch, which are looked after.
+    sha256   the digest that manifest.json must have, as `hdispatch build` and `hdispatch inspect` print it: any other bundle
+             is refused.
 
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
     _check_driver(driver)
-    manifest, contents = read_bundle(folder)
+    manifest, contents = read_bundle(folder, sha256=sha256)
     index = -1
     if driver == "cuda":
         index = _cuda_device(f"{folder}: ", device)
@@ -271,8 +276,15 @@ def check_target(folder: str | os.PathLike[str], manifest: Manifest, device: int
     """Raise `BundleError` unless the bundle's code runs on that CUDA device."""
     target = manifest["target"]
     here = torch.cuda.get_device_properties(device)
+    most = getattr(here, "shared_memory_per_block_optin")  # noqa: B009  (absent from torch's stubs)
     # Code for sm_90a and newer runs on exactly that compute capability; persistent kernels have the SM count compiled in.
-    if tuple(target["compute_capability"]) != (here.major, here.minor) or target["sm_count"] != here.multi_processor_count:
+    same = tuple(target["compute_capability"]) == (here.major, here.minor) and target["sm_count"] == here.multi_processor_count
+    if same and target["shared_memory"] > most:
+        raise BundleError(
+            f"{Path(folder) / MANIFEST_NAME}: built for {target['shared_memory']} bytes of shared memory per block; "
+            f"cuda:{device} has {most}"
+        )
+    if not same:
         raise BundleError(
             f"{Path(folder) / MANIFEST_NAME}: built for {target['name']} ({target['arch']}, {target['sm_count']} SMs); "
             f"cuda:{device} is {here.name} (compute capability {here.major}.{here.minor}, {here.multi_processor_count} SMs). "

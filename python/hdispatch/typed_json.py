@@ -1,7 +1,8 @@
 """Holding parsed JSON against TypedDict declarations, so that a declaration is also the check; and parsing it, losing nothing.
 
 Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits, floats are finite. A field that
-is not declared is left alone: newer writers may add optional ones.
+is not declared is left alone: newer writers may add optional ones. No string holds NUL: what takes it as C's would read a
+part of it.
 """
 
 from __future__ import annotations
@@ -205,9 +206,17 @@ def _plain(kind: Any) -> Checker:
                 raise Mismatch(f" is {value}; floats are finite")
 
         return check_float
-    if kind not in (str, bool):
+    if kind is str:
+
+        def check_str(value: Any) -> None:
+            _expect(value, str)
+            if "\0" in value:
+                raise Mismatch(f" is {_show(value)}; strings hold no NUL")
+
+        return check_str
+    if kind is not bool:
         raise TypeError(f"{kind} is not one that a declaration may hold")
-    return lambda value: _expect(value, kind)
+    return lambda value: _expect(value, bool)
 
 
 def _expect(value: object, kind: type, wanted: str = "") -> None:

@@ -210,6 +210,8 @@ TEST(bad_expressions_are_refused) {
     CHECK_FAULT(kBundle, "unknown token", expr(token));
   std::vector<Token> deep(Expr::kMaxDepth + 1, int64_t{1});
   CHECK_FAULT(kBundle, "deeper than 16", Expr(deep, toy_tensor));
+  std::vector<Token> wide(Expr::kMaxTokens + 1, Token(int64_t{1}));
+  CHECK_FAULT(kBundle, "expression has 1025 tokens; it takes at most 1024", Expr(wide, toy_tensor));
 }
 
 }  // namespace

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import random
+import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -235,7 +237,7 @@ def test_names_that_are_no_files(bundle):
     os.mkfifo(bundle / "pipe")
     for name in ("folder", "pipe", "loop", "", ".", "a\0b", "\ud800", "x" * 5000, "missing", "folder/missing", ONE + "/x"):
         toy.write(bundle, relisted(name))
-        with pytest.raises(hdispatch.BundleError, match=r"is not a file|cannot be read|which is no path"):
+        with pytest.raises(hdispatch.BundleError, match=r"is not a file|cannot be read|strings hold no NUL"):
             hdispatch.read_bundle(bundle)
 
 
@@ -334,6 +336,34 @@ REFUSED = {
     "too many warps": (cubin_set(num_warps=33), "33 warps per block"),
     "cluster of two": (cubin_set(cluster=[2, 1]), 'field "cluster" is .*, of the wrong type'),
     "cluster of 17": (cubin_set(cluster=[17, 1, 1]), "cluster 17x1x1; it takes 1 to 16 blocks"),
+    "shared memory beyond the device": (
+        cubin_set(shared_bytes=232449),
+        "toy_kernel of kernel toy_kernel takes 232449 bytes of shared memory; a block of h200 has at most 232448",
+    ),
+    "N of an op without N": (param_set(4, kind="i32", value=["N"]), r'expression names "N", which toy has not: toy\('),
+    "N of an op without N in a guard": (
+        record_set(guards=[{"expr": ["N", 16, "%", 0, "=="], "text": "N % 16 == 0"}]),
+        'expression names "N", which toy has not',
+    ),
+    "row of N of an op without N": (add_row(N=8), r"row of K = 1024, N = 8; toy has no N: toy\("),
+    "a guard of a million tokens": (
+        record_set(guards=[{"expr": [1, *[1, "and"] * 500_000], "text": "1"}]),
+        "expression has 1000001 tokens; it takes at most 1024",
+    ),
+    "a million guards": (
+        record_set(guards=[{"expr": [1], "text": "1"}] * 1_000_000),
+        "toy_kernel: 1000000 guards; a record takes at most 256",
+    ),
+    "NUL in a function's name": (cubin_set(function="toy_kernel\0x"), r"function is 'toy_kernel\\x00x'; strings hold no NUL"),
+    "NUL in a kernel's name": (record_set(kernel="\0"), r"kernel is '\\x00'; strings hold no NUL"),
+    "NUL in a guard's text": (
+        record_set(guards=[{"expr": [1], "text": "a\0"}]),
+        r"guards\[0\].text is 'a\\x00'; strings hold no NUL",
+    ),
+    "a character at the cut": (
+        param_set(4, kind="i32", **{"x" * n + "é" * 200: "é" for n in range(8)}),
+        'field "value" is missing in',
+    ),
     "flag that is a number": (cubin_set(pdl=1), r"cubins\['other'\].pdl is 1, of type int; it takes bool"),
 }
 
@@ -537,11 +567,16 @@ def test_a_driver_that_there_is_not(bundle):
     ("major", "minor", "sms", "fits"), [(9, 0, 132, True), (9, 0, 114, False), (10, 0, 132, False), (9, 1, 132, False)]
 )
 def test_another_gpu(monkeypatch, bundle, major, minor, sms, fits):
-    here = SimpleNamespace(name="Some GPU", major=major, minor=minor, multi_processor_count=sms)
+    here = SimpleNamespace(
+        name="Some GPU", major=major, minor=minor, multi_processor_count=sms, shared_memory_per_block_optin=232448
+    )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: here)
     manifest = hdispatch.read_bundle(bundle)[0]
     if fits:
         runtime.check_target(bundle, manifest, 0)
+        here.shared_memory_per_block_optin -= 1
+        with pytest.raises(hdispatch.BundleError, match="built for 232448 bytes of shared memory per block; cuda:0 has 232447"):
+            runtime.check_target(bundle, manifest, 0)
         return
     words = (
         r"manifest\.json: built for h200 \(sm_90a, 132 SMs\); "
@@ -563,3 +598,127 @@ def test_a_refused_bundle_of_many_modules_leaves_nothing(good, tmp_path):
 
 def test_what_is_written_is_json_alone(bundle):
     assert json.loads((bundle / MANIFEST_NAME).read_text())["schema_version"] == SCHEMA_VERSION
+
+
+# ---- before it is read ----
+
+
+def test_a_file_of_another_size_is_not_read(bundle):
+    """Sparse files of 64 GiB: neither read nor held."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for name, words in (
+        (ONE, "68719476736 bytes; the manifest says 150: truncated or changed"),
+        (MANIFEST_NAME, "68719476736 bytes; at most 268435456 are read"),
+        (CHECKSUM_NAME, "68719476736 bytes; at most"),
+    ):
+        whole = (bundle / name).read_bytes()
+        os.truncate(bundle / name, 64 * 2**30)
+        with pytest.raises(hdispatch.BundleError, match=f"{name}: {words}"):
+            hdispatch.read_bundle(bundle)
+        (bundle / name).write_bytes(whole)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+    hdispatch.read_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"rows":', b'"rows": [], "rows":'),
+        (b'"kernel": "toy_kernel"', b'"kernel": "other", "kernel": "toy_kernel"'),
+        (b'"toy": {', b'"toy": {}, "toy": {'),
+        (b'"m_min": 1', b'"m_min": 1, "m_min": 1'),
+    ],
+)
+def test_a_name_twice_in_one_object(good, bundle, old, new):
+    text = (bundle / MANIFEST_NAME).read_bytes()
+    assert old in text
+    toy.write_text(bundle, text.replace(old, new, 1))
+    name = old.split(b'"')[1].decode()
+    with pytest.raises(hdispatch.BundleError, match=rf"manifest\.json: malformed: .*repeats the name '{name}'"):
+        hdispatch.load(bundle, driver="null")
+    assert hdispatch.loaded() == [good]
+
+
+@pytest.mark.parametrize("shift", range(8))
+@pytest.mark.parametrize("letter", ["é", "€", "🙂"])
+def test_a_message_is_cut_between_characters(letter, shift):
+    """Of what the core refuses, whose text it cuts at 200 bytes."""
+    builder = hdispatch._C.TableBuilder(-1, 0, True)
+    for record in (
+        {"x" * shift + letter * 300: 1},
+        {"launcher": [letter * 300, "x" * shift]},
+        {"launcher": "x" * shift + letter},
+    ):
+        with pytest.raises(hdispatch.BundleError, match=r'field "launcher" is|launcher ".*" is not known'):
+            builder.add_record(toy.OP, record)
+
+
+def test_a_name_with_nul_is_refused_by_the_core_too():
+    builder = hdispatch._C.TableBuilder(-1, 0, True)
+    with pytest.raises(hdispatch.BundleError, match=r"""field "kernel" is 'a\\x00b'; it takes no NUL"""):
+        builder.add_record(toy.OP, {**toy.record(), "kernel": "a\0b"})
+
+
+# ---- which bundle ----
+
+
+def test_one_manifest_alone(good, bundle):
+    wanted = hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()
+    hdispatch.load(bundle, driver="null", sha256=wanted)
+    hdispatch.load(bundle, driver="null", sha256=wanted.upper())
+    good = hdispatch.load(good.folder, driver="null")
+    toy.write(bundle, changed(lambda m: m.update(hdispatch="0.0")))  # a whole bundle, of somebody else
+    found = hashlib.sha256((bundle / MANIFEST_NAME).read_bytes()).hexdigest()
+    hdispatch.read_bundle(bundle)
+    with pytest.raises(hdispatch.BundleError, match=rf"manifest\.json: its SHA-256 is {found}, not {wanted}: another bundle"):
+        hdispatch.load(bundle, driver="null", sha256=wanted)
+    for wrong in ("", wanted[:-1], wanted + "0", "x" * 64, "٣" * 64):
+        with pytest.raises(hdispatch.BundleError, match="it takes the 64 hexadecimal digits"):
+            hdispatch.load(bundle, driver="null", sha256=wrong)
+    assert hdispatch.loaded() == [good]
+
+
+# ---- functions ----
+
+
+def ffi_manifest(**argument: object) -> dict[str, Any]:
+    """A function's record in the place of the cubins, with one argument."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        head = {name: manifest["records"][0][name] for name in ("backend", "kernel", "config", "m_min", "m_max", "guards")}
+        args = [{"kind": "tensor", "arg": "input", **argument}]
+        code = {"file": ONE, "function": "f", "args": args, "pdl": False, "env_stream": False}
+        manifest["records"][0] = {**head, **code, "launcher": "tvm_ffi"}
+        manifest["host"] = {"machine": "x86_64", "features": []}
+
+    return changed(change)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int16"])
+def test_a_tensor_passed_as_another_type_of_its_size(good, tmp_path, dtype):
+    toy.write(tmp_path / "a", ffi_manifest(dtype=dtype))
+    hdispatch.load(tmp_path / "a", driver="null")
+    assert serves()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8", "float8_e4m3fn", "int64", "bool", "nonsense", ""])
+def test_a_tensor_passed_as_a_type_of_another_size(good, tmp_path, dtype):
+    toy.write(tmp_path / "a", ffi_manifest(dtype=dtype))
+    words = f"row 0: toy_kernel is passed input, of bfloat16, as {dtype}; it takes one of float16, bfloat16, int16"
+    with pytest.raises(hdispatch.BundleError, match=words):
+        hdispatch.load(tmp_path / "a", driver="null")
+    assert hdispatch.loaded() == [good]
+
+
+def test_register_holds_a_type_against_the_argument_too():
+    class Function:
+        def __chandle__(self) -> int:
+            raise AssertionError("it was taken")
+
+    for dtype, own in (("float32", "bfloat16"), ("nonsense", "bfloat16")):
+        args = [{"kind": "tensor", "arg": "input", "dtype": dtype}]
+        with pytest.raises(
+            hdispatch.BundleError, match=rf"\(registered\) is passed input, of {own}, as {dtype}; it takes one of"
+        ):
+            hdispatch.register("toy", hdispatch.Key("bfloat16"), Function(), args=args, driver="null")
+    assert not hdispatch.registered()

@@ -14,10 +14,11 @@ import pytest
 import torch
 import toy
 from hdispatch.bench import dispatch
-from hdispatch.build import configs, store
-from hdispatch.cli import build, doctor, inspect, text
+from hdispatch.build import Selection, configs, store
+from hdispatch.build import build as wing
+from hdispatch.cli import build, doctor, inspect, numbers, text
 from hdispatch.cli.main import main
-from hdispatch.manifest import MANIFEST_NAME, read_bundle
+from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, read_bundle
 
 OP = "rms_norm_dynamic_per_token_quant"
 
@@ -123,19 +124,19 @@ def test_a_reader_that_stops_reading_is_no_error(toy_bundle):
 
 
 def test_interrupted(monkeypatch, capsys, toy_bundle):
-    def stop(_folder):
+    def stop(_folder, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspect, "read_bundle", stop)
+    monkeypatch.setattr(inspect, "read_files", stop)
     assert main(["inspect", str(toy_bundle)]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
 def test_an_error_not_foreseen_is_one_line_too(monkeypatch, capsys, toy_bundle):
-    def stop(_folder):
+    def stop(_folder, **_options):
         raise ZeroDivisionError("odd")
 
-    monkeypatch.setattr(inspect, "read_bundle", stop)
+    monkeypatch.setattr(inspect, "read_files", stop)
     assert "ZeroDivisionError: odd" in fails(capsys, "inspect", str(toy_bundle))
 
 
@@ -148,12 +149,76 @@ def test_errors_of_build(capsys, tmp_path):
     assert "no target 'rtx'" in fails(capsys, "build", "--target", "rtx", "--out", out)
     assert "--jobs is 0" in fails(capsys, "build", "--jobs", "0", "--out", out)
     assert "'M=4' is no shape" in fails(capsys, "build", "--shapes", "M=4", "--out", out)
+    for number in (
+        "99999999999999999999",
+        "4294967296",
+        "0",
+        "-1",
+        "٣",
+        "³",
+        "1_0",
+        " 3",
+        "3 ",
+        "+3",
+        "0x10",
+        "1e3",
+        "",
+        "9" * 5000,
+    ):
+        shape = f"K={number}x" if number != number.strip() else f"K={number}"  # the ends of an item are stripped
+        assert "is no size; it takes 1 to 4294967295" in fails(capsys, "build", "--shapes", shape, "--out", out)
     assert "--shapes is empty" in fails(capsys, "build", "--shapes", ",", "--out", out)
     assert "takes K=… or any" in fails(capsys, "build", "--ops", OP, "--target", "h200", "--shapes", "N=64", "--out", out)
     assert "bfloat16" in fails(capsys, "build", "--ops", OP, "--target", "h200", "--variants", "int4", "--out", out)
     assert not Path(out).exists()
     if not torch.cuda.is_available():
         assert "no CUDA device" in fails(capsys, "build", "--target", "native", "--out", out)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(["bench", "dispatch", option, "BAD"] for option in ("--m", "--hidden", "--rounds", "--seed")),
+        *(["bench", "ops", option, "BAD"] for option in ("--ms", "--compile-ms", "--rounds", "--seed", "--seconds")),
+        *(["bench", "pdl", option, "BAD"] for option in ("--ms", "--rounds", "--seed")),
+        *(["tune", "candidates", "--out", "x", option, "BAD"] for option in ("--radius", "--spread", "--jobs")),
+        *(["tune", "measure", "x", "--out", "y", option, "BAD"] for option in ("--limit", "--seconds", "--seed")),
+        ["tune", "select", "x", "--regret", "BAD"],
+        ["tune", "helion", "--out", "x", "--seconds", "BAD"],
+        ["inspect", "x", "--row", "BAD"],
+        ["build", "--out", "x", "--jobs", "BAD"],
+    ],
+)
+@pytest.mark.parametrize("number", ["٣", "1_0", "nan", "inf", "99999999999999999999999", "x", "", "9" * 5000])
+def test_a_number_that_is_none_is_a_wrong_command_line(capsys, command, number):
+    if number.startswith("99") and command[-2] in ("--seconds", "--regret"):
+        number = f"1e{number[:4]}"  # a long number is one
+    assert main([number if word == "BAD" else word for word in command]) == 2
+    assert re.search(r"is no whole number|is no number|is no size|is not a list of Ms", capsys.readouterr().err)
+
+
+def test_numbers():
+    assert [numbers.whole(each) for each in ("0", "-1", "007", str(2**63 - 1))] == [0, -1, 7, 2**63 - 1]
+    assert [numbers.size(each) for each in ("1", str(2**32 - 1))] == [1, 2**32 - 1]
+    assert [numbers.real(each) for each in ("0", "-1.5", ".5", "2.", "1e-3")] == [0.0, -1.5, 0.5, 2.0, 0.001]
+
+
+def test_a_build_by_hand_refuses_sizes_too(tmp_path):
+    for size in (0, -1, 2**32):
+        select = Selection(shapes=lambda _, size=size: [{"K": size}])
+        with pytest.raises(hdispatch.BuildError, match=f"the shape .*{size}.* sizes are 1 to 4294967295"):
+            wing([OP], "h200", tmp_path / "out", cache=tmp_path / "cache", select=select)
+
+
+def test_the_digest_of_a_bundle(capsys, toy_bundle):
+    sha256 = (toy_bundle / CHECKSUM_NAME).read_text().split()[0]
+    assert main(["inspect", str(toy_bundle), "--sha256", sha256]) == 0
+    assert f"sha256  {sha256}" in capsys.readouterr().out
+    assert main(["inspect", str(toy_bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sha256"] == sha256
+    assert f"its SHA-256 is {sha256}, not {'0' * 64}" in fails(capsys, "inspect", str(toy_bundle), "--sha256", "0" * 64)
+    assert doctor.examine(toy_bundle, sha256)["bundle"]["rows"] == 20
+    assert "another bundle than the one wanted" in doctor.examine(toy_bundle, "0" * 64)["bundle"]["reason"]
 
 
 def test_build_refuses_a_folder_that_is_no_bundle(capsys, tmp_path):
@@ -198,7 +263,7 @@ def test_inspect_prints_every_row(capsys, toy_bundle):
 def test_inspect_as_json(capsys, toy_bundle):
     assert main(["inspect", str(toy_bundle), "--op", "toy", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"bundle", "target", "tools", "ops", "rows", "totals"}
+    assert set(found) == {"bundle", "sha256", "target", "tools", "ops", "rows", "totals"}
     assert found["totals"] == {"rows": 20, "records": 1, "cubins": 3, "functions": 0, "bytes": 700, "build_seconds": 0.5}
     row = found["rows"][9]
     assert (row["row"], row["K"], row["m_first"], row["m_last"]) == (9, 512, 9, None)
@@ -260,6 +325,12 @@ def test_inspect_one_row_as_json(capsys, toy_bundle):
 )
 def test_expressions_in_words(expr, words):
     assert inspect.words_of(expr) == words
+
+
+@pytest.mark.parametrize("expr", [[], ["+"], [1, "+"], [1, 2], ["min"]])
+def test_expressions_that_are_none(expr):
+    with pytest.raises(hdispatch.BundleError, match=f"an expression of {len(expr)} tokens leaves no single value"):
+        inspect.words_of(expr)
 
 
 # ---- doctor ----

@@ -15,7 +15,7 @@ import pytest
 import torch
 from hdispatch import host
 from hdispatch.build import DESCRIBED, BuildReport, Selection, available_ops, build, ffi_link
-from hdispatch.build.freeze import Entry, check_out, freeze
+from hdispatch.build.freeze import Entry, freeze
 from hdispatch.build.store import Store
 from hdispatch.errors import BuildError
 from hdispatch.manifest import CHECKSUM_NAME, LIBRARY, MANIFEST_NAME, read_bundle
@@ -207,41 +207,17 @@ def test_a_part_can_be_frozen_if_asked_for(tmp_path, store):
     assert len(frozen.manifest["rows"]) == 9
 
 
-def test_out_is_a_bundle_or_nothing(tmp_path, store):
-    out = tmp_path / "out"
-    out.mkdir()
-    freeze(SPECS, entries(store), H200, store, out)
-    (out / "stale").write_text("")
-    freeze(SPECS, entries(store), H200, store, out)
-    assert sorted(path.name for path in out.iterdir()) == ["artifacts", MANIFEST_NAME, CHECKSUM_NAME]
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "thesis.tex").write_text("")
-    for wrong, message in (
-        (tmp_path / "data", "not empty and no bundle: it holds thesis.tex"),
-        (out / MANIFEST_NAME, "is a file"),
-    ):
-        with pytest.raises(BuildError, match=message):
-            freeze(SPECS, entries(store), H200, store, wrong)
-    assert (tmp_path / "data" / "thesis.tex").exists()
-    check_out(tmp_path / "absent")
-
-
-def test_a_failed_write_leaves_the_old_bundle(tmp_path, store, monkeypatch):
-    out = tmp_path / "out"
-    freeze(SPECS, entries(store), H200, store, out)
-    before = (out / MANIFEST_NAME).read_bytes()
-    replace_path = Path.replace
-
-    def fails(self, other):
-        if self.name == "new":
-            raise OSError(28, "No space left on device")
-        return replace_path(self, other)
-
-    monkeypatch.setattr(Path, "replace", fails)
-    with pytest.raises(BuildError, match="No space left"):
-        freeze(SPECS, entries(store), H200, store, out)
-    assert (out / MANIFEST_NAME).read_bytes() == before
+def test_a_bundle_in_the_way_is_replaced(tmp_path, store):
+    first = freeze(SPECS, entries(store)[1:], H200, store, tmp_path / "out", partial=True)
+    second = freeze(SPECS, entries(store), H200, store, tmp_path / "out")
+    assert read_bundle(tmp_path / "out", sha256=second.sha256)[0] == second.manifest != first.manifest
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["artifacts", MANIFEST_NAME, CHECKSUM_NAME]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "out"]
+
+
+def test_files_beside_the_manifest_come_with_it(tmp_path, store):
+    frozen = freeze(SPECS, entries(store), H200, store, tmp_path / "out", beside=lambda _, sha256: {"x": sha256.encode()})
+    assert (tmp_path / "out" / "x").read_text() == frozen.sha256
 
 
 @pytest.fixture(scope="module")

@@ -7,12 +7,28 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any, TypedDict
 
 import pytest
-from hdispatch.build import Selection, build
+import toy
+from hdispatch.build import Selection, build, builder
 from hdispatch.build.store import Store, canonical, default_root, digest, write_atomic
+from hdispatch.build.unit import Unit
 from hdispatch.errors import BuildError
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
+
+
+class Value(TypedDict):
+    """What the tests put under a key."""
+
+    x: int
+
+
+class Values(TypedDict):
+    """Likewise."""
+
+    x: list[Any]
+
 
 HERE = Path(__file__).parent
 ONE = Selection(shapes=lambda _spec: [{"K": 64, "N": 72}], variants=lambda _spec: ["any"])
@@ -24,9 +40,9 @@ def build_one(out: Path, cache: Path):
 
 def test_entries_and_blobs_come_back(tmp_path):
     store = Store(tmp_path)
-    assert store.get("code", "ab" * 32) is None
+    assert store.get("code", "ab" * 32, Values) is None
     store.put("code", "ab" * 32, {"x": [1, "µ"]})
-    assert store.get("code", "ab" * 32) == {"x": [1, "µ"]}
+    assert store.get("code", "ab" * 32, Values) == {"x": [1, "µ"]}
     assert store.blob(digest(b"data")) is None
     assert store.put_blob(b"data") == digest(b"data")
     assert store.blob(digest(b"data")) == b"data"
@@ -44,13 +60,60 @@ def test_damage_counts_as_missing_and_is_reported(tmp_path, damage):
         whole = bytearray(path.read_bytes())
         whole[len(whole) // 2] ^= 1
         path.write_bytes(bytes(whole) if damage is None else damage)
-    assert store.get("code", "cd" * 32) is None
+    assert store.get("code", "cd" * 32, Value) is None
     assert store.blob(digest(b"data")) is None
     assert sorted(store.damaged) == sorted(files)
     store.put("code", "cd" * 32, {"x": 1})
     store.put_blob(b"data")
-    assert store.get("code", "cd" * 32) == {"x": 1}
+    assert store.get("code", "cd" * 32, Value) == {"x": 1}
     assert store.blob(digest(b"data")) == b"data"
+
+
+@pytest.mark.parametrize("body", [b"{}", b"[]", b"null", b'{"x": 1}', b"[" * 100_000, b"\xff", b"", b'{"kind":"code"}'])
+def test_an_older_entry_counts_as_missing(tmp_path, body):
+    """One whose checksum fits: written by another hdispatch, say."""
+    store = Store(tmp_path)
+    store.put("code", "cd" * 32, {"x": 1})
+    (path,) = (path for path in tmp_path.rglob("*") if path.is_file())
+    path.write_bytes(digest(body).encode() + b"\n" + body)
+    assert store.get("code", "cd" * 32, Value) is None
+    assert store.damaged == [path]
+
+
+@pytest.mark.parametrize("value", [{}, {"x": "1"}, {"x": 1.0}, {"x": True}, {"y": 1}])
+def test_an_entry_of_another_type_counts_as_missing(tmp_path, value):
+    store = Store(tmp_path)
+    store.put("code", "cd" * 32, value)
+    assert store.get("code", "cd" * 32, Value) is None
+    assert len(store.damaged) == 1
+
+
+def test_a_copied_entry_counts_as_missing(tmp_path):
+    store = Store(tmp_path)
+    store.put("code", "ab" * 32, {"x": 1})
+    store.put("code", "cd" * 32, {"x": 2})
+    store.put("other", "ab" * 32, {"x": 3})
+    for copied in (store._entry("code", "cd" * 32), store._entry("other", "ab" * 32)):
+        store._entry("code", "ab" * 32).write_bytes(copied.read_bytes())
+        assert store.get("code", "ab" * 32, Value) is None
+    assert store.get("code", "cd" * 32, Value) == {"x": 2}
+    store.put("code", "ab" * 32, {"x": 4})
+    assert store.get("code", "ab" * 32, Value) == {"x": 4}
+
+
+def test_records_that_serve_other_buckets_are_not_found(tmp_path):
+    """An entry whose key and checksum fit, of which a part is gone."""
+    store = Store(tmp_path)
+    unit = Unit("triton_example", "triton", "any", {}, {}, (0, 1, 2))
+    record = toy.record() | {"cubins": {}}
+    one, two = ({"record": record, "buckets": buckets, "seconds": 1.0} for buckets in ([0], [1, 2]))
+    for built, there in (([one, two], True), ([one], False), ([], False), ([one, one, two], False)):
+        store.put("record", "ab" * 32, {"built": built})
+        assert (builder.find_built(unit, "ab" * 32, store) == built) == there
+    assert not store.damaged
+    store.put("record", "ab" * 32, {"built": [one, two | {"record": {}}]})
+    assert builder.find_built(unit, "ab" * 32, store) is None
+    assert len(store.damaged) == 1
 
 
 def test_a_write_is_all_or_nothing(tmp_path):
@@ -86,7 +149,7 @@ def test_what_cannot_be_written_or_read_says_so(tmp_path):
         write_atomic(tmp_path / "file" / "below", b"")
     (tmp_path / "code" / "ef" / ("ef" * 32 + ".json")).mkdir(parents=True)
     with pytest.raises(BuildError, match="choose another cache folder"):
-        Store(tmp_path).get("code", "ef" * 32)
+        Store(tmp_path).get("code", "ef" * 32, Value)
 
 
 def test_canonical_json_does_not_depend_on_order():

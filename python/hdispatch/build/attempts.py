@@ -10,14 +10,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import BuildError
 from . import builder, op_package, pool
 from .pool import _Worker
 from .store import Store
 from .target import GpuTarget
-from .unit import Unit
+from .unit import Built, RefusedEntry, Unit
 from .versions import tool_versions
 from .worker import Setup
 
@@ -29,7 +28,7 @@ COMPILE_SECONDS = 600.0
 class Made:
     """What came of a unit: its records as `record.build_records` gives them, or the problem; whether the cache had it."""
 
-    built: list[dict[str, Any]] = field(default_factory=list)
+    built: list[Built] = field(default_factory=list)
     problem: str = ""
     cached: bool = False
     tools: dict[str, str] = field(default_factory=dict)
@@ -50,7 +49,7 @@ class Attempts:
     ) -> list[Made]:
         """What came of each unit. One that cannot serve all of its buckets is made for its `own` ones."""
         tools = {backend: tool_versions(backend, self.target) for backend in {unit.backend for unit in units}}
-        sources = {package: op_package.sources(package) for package in {unit.package for unit in units}}
+        sources = op_package.sources({unit.package for unit in units})
 
         def key(unit: Unit) -> str:
             return builder.record_key(unit, sources[unit.package], self.target, tools[unit.backend])
@@ -80,10 +79,10 @@ class Attempts:
     def _make(self, workers: _Workers, tries: Sequence[Unit], key: Callable[[Unit], str], tools: Mapping[str, str]) -> Made:
         problem = ""
         for unit in tries:
-            found = self.store.get("record", key(unit))
-            if found is not None and builder.is_complete(found["built"], self.store):
-                return Made(found["built"], cached=True, tools=dict(tools))
-            if (refused := self.store.get("refused", key(unit))) is None:
+            found = builder.find_built(unit, key(unit), self.store)
+            if found is not None:
+                return Made(found, cached=True, tools=dict(tools))
+            if (refused := self.store.get("refused", key(unit), RefusedEntry)) is None:
                 try:
                     built = workers.build(unit, tools)
                 except WorkerLost as error:  # of memory or time: another run may have more
@@ -115,7 +114,7 @@ class _Workers:
         self.lock = threading.Lock()
         self.ended = False
 
-    def build(self, unit: Unit, tools: Mapping[str, str]) -> list[dict[str, Any]]:
+    def build(self, unit: Unit, tools: Mapping[str, str]) -> list[Built]:
         """The records of a unit. BuildError if it has none; WorkerLost if its process ended or took too long."""
         worker = self._take()
         timer = threading.Timer(COMPILE_SECONDS, worker.process.kill)

@@ -13,10 +13,11 @@ from ..errors import BuildError
 from ..manifest import artifacts_of
 from ..opspec import OpSpec
 from . import configs, op_package, pool, store
-from .freeze import Entry, check_out, freeze
+from .freeze import Entry, freeze
+from .out import check_out
 from .target import GpuTarget, resolve
 from .tuned import Measurements
-from .unit import Unit, load_spec
+from .unit import Built, BuiltEntry, Unit, load_spec
 from .untuned import first_candidates
 from .versions import missing, tool_versions
 
@@ -30,6 +31,7 @@ class BuildReport:
 
     rows, records, cubins   of the bundle; cubins counts files
     bytes                   of the bundle, all files
+    sha256                  of its manifest: what `load(DIR, sha256=…)` takes
     seconds                 that this build took
     record_seconds          of each record by name, when it was built; the cache keeps them
     cache_hits              records that were not built now
@@ -42,6 +44,7 @@ class BuildReport:
     records: int = 0
     cubins: int = 0
     bytes: int = 0
+    sha256: str = ""
     seconds: float = 0.0
     record_seconds: list[tuple[str, float]] = field(default_factory=list)
     cache_hits: int = 0
@@ -104,7 +107,7 @@ def build(
     report.rows = len(frozen.manifest["rows"])
     report.records = len(frozen.manifest["records"])
     report.cubins = len(frozen.manifest["files"])
-    report.bytes = frozen.bytes
+    report.bytes, report.sha256 = frozen.bytes, frozen.sha256
     report.seconds = time.monotonic() - start
     return report
 
@@ -137,6 +140,9 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     file = _available(file, spec, backends, notes)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
     shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
+    for shape in shapes:
+        if wrong := {symbol: value for symbol, value in shape.items() if not 1 <= value < 2**32}:
+            raise BuildError(f"{spec.name}: the shape {shape} has {wrong}; sizes are 1 to {2**32 - 1}")
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
     rows: dict[bytes, list[tuple[dict[str, int], int]]] = {}
     picked: dict[bytes, tuple[str, dict[str, int], dict[str, Any]]] = {}
@@ -181,12 +187,12 @@ def _entries(
 ) -> list[Entry]:
     """The records of all units: those in the cache, then those built by the workers."""
     tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
-    sources = {package: op_package.sources(package) for package in {unit.package for unit in units}}
+    sources = op_package.sources({unit.package for unit in units})
     keys = [record_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
-    results: dict[int, list[dict[str, Any]]] = {}
+    results: dict[int, list[Built]] = {}
     for index, key in enumerate(keys):
-        if (found := where.get("record", key)) is not None and is_complete(found["built"], where):
-            results[index] = found["built"]
+        if (found := find_built(units[index], key, where)) is not None:
+            results[index] = found
     report.cache_hits = sum(len(built) for built in results.values())
     done = len(results)
     if progress and done:
@@ -225,7 +231,7 @@ def _measured(
     return [with_times(entry) for entry in entries]
 
 
-def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[Entry]:
+def _entry(unit: Unit, built: Built, tools: dict[str, str]) -> list[Entry]:
     """One for each shape whose rows the record serves."""
     served: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for shape, bucket in unit.rows:
@@ -245,9 +251,13 @@ def _entry(unit: Unit, built: Mapping[str, Any], tools: dict[str, str]) -> list[
     ]
 
 
-def is_complete(built: Sequence[Mapping[str, Any]], where: store.Store) -> bool:
-    """Whether the cache has every file of what was built."""
-    return all(where.has_blob(file) for one in built for file in artifacts_of(one["record"]))
+def find_built(unit: Unit, key: str, where: store.Store) -> list[Built] | None:
+    """The records of a unit from the cache: only if they serve all of its buckets, each once, and all their files are there."""
+    found = where.get("record", key, BuiltEntry)
+    if found is None or sorted(bucket for one in found["built"] for bucket in one["buckets"]) != sorted(unit.buckets):
+        return None
+    complete = all(where.has_blob(file) for one in found["built"] for file in artifacts_of(one["record"]))
+    return found["built"] if complete else None
 
 
 def record_key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:

@@ -14,28 +14,36 @@ Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: `pool.environment`
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 from cutlass import cute  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
 from ..errors import BuildError
 from ..manifest import Expr, FfiArg, FfiRecord, Guard
 from ..opspec import OpSpec, TensorArg
+from . import op_package
 from .expr import render
 from .store import Store, digest
 from .target import GpuTarget
-from .unit import Unit, bucket_bounds, early_reads, load_spec
+from .unit import Built, Unit, bucket_bounds, early_reads, load_spec
 
 #: Raised when what is stored about an object file, or how it is compiled, changes.
 CODE_FORMAT = 1
 
 _OPTIONS = "--enable-tvm-ffi"
+
+
+class ObjectEntry(TypedDict):
+    """What the build cache keeps of an object file: the SHA-256 of its bytes."""
+
+    sha256: str
 
 
 class Program(Protocol):
@@ -57,7 +65,7 @@ class Program(Protocol):
     views: Mapping[str, list[int]]
 
 
-def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[dict[str, Any]]:
+def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[Built]:
     """The unit's record, as `record.build_records` returns it; its object file is in the store.
 
     BuildError for a config that does not serve all of the unit's buckets, or that the target cannot run.
@@ -80,7 +88,7 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
         }
     )
     function = f"{spec.name}_{key[:16]}"
-    found = store.get("object", key)
+    found = store.get("object", key, ObjectEntry)
     if found is None or not store.has_blob(found["sha256"]):
         found = {"sha256": store.put_blob(_compile(program, function, unit))}
         store.put("object", key, found)
@@ -135,12 +143,10 @@ def _compile(program: Program, function: str, unit: Unit) -> bytes:
         raise BuildError(f"CuteDSL cannot compile {unit.config}: {type(error).__name__}: {error}") from error
 
 
+@functools.cache
 def _sources(package: str) -> dict[str, str]:
-    """The texts that decide the code: the op's package and the modules beside it."""
-    found = importlib.import_module(package)
-    folder = Path(str(found.__file__)).parent
-    files = (*folder.glob("*.py"), *folder.parent.glob("*.py"))
-    return {str(path.relative_to(folder.parent)): path.read_text() for path in files}
+    """Found once: this process imports each module once, and lives for one build."""
+    return op_package.sources([package], build_wing=False)[package]
 
 
 def _argument(spec: OpSpec, program: Program, name: str) -> FfiArg:

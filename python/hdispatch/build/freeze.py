@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,9 +26,11 @@ from ..manifest import (
     Row,
     Tuned,
     artifacts_of,
+    checksum_line,
 )
 from ..opspec import OpSpec
 from . import ffi_link
+from .out import check_out, write
 from .store import Store, digest, sync_folder
 from .target import GpuTarget
 from .unit import bucket_bounds, class_of, classes_of, serves
@@ -56,18 +56,27 @@ class Entry:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What was written. `bytes` counts every file of the bundle."""
+    """What was written. `sha256` is the manifest's; `bytes` counts every file of the bundle."""
 
     manifest: Manifest
+    sha256: str
     bytes: int
 
 
 def freeze(
-    specs: Mapping[str, OpSpec], entries: Sequence[Entry], target: GpuTarget, store: Store, out: Path, *, partial: bool = False
+    specs: Mapping[str, OpSpec],
+    entries: Sequence[Entry],
+    target: GpuTarget,
+    store: Store,
+    out: Path,
+    *,
+    partial: bool = False,
+    beside: Callable[[Manifest, str], Mapping[str, bytes]] | None = None,
 ) -> Frozen:
     """Writes the bundle `out`, replacing a bundle that is there.
 
-    `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning.
+    `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning. `beside` gives further files
+    for a manifest and its SHA-256.
     BuildError, and nothing written, for a gap, a duplicate row, mixed tool versions, a missing artifact, or an `out` that
     holds something else than a bundle.
     """
@@ -92,8 +101,19 @@ def freeze(
     }
     if LIBRARY in files:
         manifest["host"] = host.describe()
-    _write(out, manifest, contents)
-    return Frozen(manifest, sum(file.stat().st_size for file in out.rglob("*") if file.is_file()))
+    text = manifest_text(manifest)
+    sha256 = digest(text)
+    contents |= {MANIFEST_NAME: text, CHECKSUM_NAME: checksum_line(text)}
+    contents |= beside(manifest, sha256) if beside else {}
+    write(out, lambda fresh: _fill(fresh, contents))
+    return Frozen(manifest, sha256, sum(map(len, contents.values())))
+
+
+def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:
+    (folder / ARTIFACTS).mkdir()
+    for name, data in contents.items():
+        _write_file(folder / name, data)
+    sync_folder(folder / ARTIFACTS)
 
 
 def op_entry(spec: OpSpec) -> OpEntry:
@@ -101,24 +121,9 @@ def op_entry(spec: OpSpec) -> OpEntry:
     return {"schema": spec.schema(), "ladder": list(spec.ladder), "variants": spec.variant_arguments()}
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes manifest.json and manifest.sha256 into a folder: equal manifests have equal bytes."""
-    data = (json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
-    _write_file(folder / MANIFEST_NAME, data)
-    _write_file(folder / CHECKSUM_NAME, f"{digest(data)}  {MANIFEST_NAME}\n".encode())
-
-
-def check_out(out: Path) -> None:
-    """BuildError unless `out` is absent, an empty folder or a bundle."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise BuildError(f"{out} is a file; name a folder to write the bundle to")
-    names = sorted(path.name for path in out.iterdir())
-    if names and MANIFEST_NAME not in names:
-        raise BuildError(
-            f"{out} is not empty and no bundle: it holds {', '.join(names[:5])}; name another folder, or remove it"
-        )
+def manifest_text(manifest: Manifest) -> bytes:
+    """manifest.json: equal manifests have equal bytes."""
+    return (json.dumps(manifest, sort_keys=True, indent=1, ensure_ascii=True, allow_nan=False) + "\n").encode()
 
 
 def _order(entry: Entry) -> tuple[Any, ...]:
@@ -239,41 +244,6 @@ def _rows(index: int, entry: Entry, blobs: Mapping[str, bytes]) -> list[Row]:
             row["tuned"] = entry.tuned[bucket]
         rows.append(row)
     return rows
-
-
-def _write(out: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> None:
-    """Everything into a folder beside `out`, which then takes its place."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    except OSError as error:
-        raise BuildError(f"cannot write the bundle {out}: {error}") from error
-    try:
-        fresh = temporary / "new"
-        (fresh / ARTIFACTS).mkdir(parents=True)
-        for name, data in contents.items():
-            _write_file(fresh / name, data)
-        write_manifest(fresh, manifest)
-        sync_folder(fresh / ARTIFACTS)
-        sync_folder(fresh)
-        _swap(fresh, out, temporary / "old")
-    except OSError as error:
-        raise BuildError(f"cannot write the bundle {out}: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _swap(fresh: Path, out: Path, old: Path) -> None:
-    """Puts `fresh` in the place of `out`. If that fails, what was there is back."""
-    if out.exists():
-        out.replace(old)
-    try:
-        fresh.replace(out)
-    except OSError:
-        if old.exists():
-            old.replace(out)
-        raise
-    sync_folder(out.parent)
 
 
 def _write_file(path: Path, data: bytes) -> None:

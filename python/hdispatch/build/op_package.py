@@ -6,18 +6,16 @@ import ast
 import hashlib
 import importlib.util
 import pkgutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ..errors import BuildError
 from . import configs
+from .imports import Closure, ImportGraph
 from .unit import load_spec
 from .versions import PACKAGES
 
 KERNELS = "hdispatch.kernels"
-
-#: Modules outside of the build wing whose text decides what a record looks like.
-_CONTRACT = ("manifest.py", "opspec.py")
 
 
 def available_ops() -> list[str]:
@@ -74,13 +72,30 @@ def generic_sizes(package: str, backend: str) -> frozenset[str]:
     return frozenset()
 
 
-def sources(package: str) -> dict[str, str]:
-    """Hashes of the texts that decide a record: the op's package, the modules beside it that ops share, the build wing."""
-    folder = folder_of(package)
-    here = Path(__file__).parent
-    files = {f"op/{path.name}": path for path in folder.glob("*.py")}
-    if "." in package:
-        files |= {f"shared/{path.name}": path for path in folder.parent.glob("*.py")}
-    files |= {f"build/{path.name}": path for path in here.glob("*.py")}
-    files |= {f"hdispatch/{name}": here.parent / name for name in _CONTRACT}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(files.items())}
+def sources(packages: Iterable[str], *, build_wing: bool = True) -> dict[str, dict[str, str]]:
+    """Of each package: hashes of all that decides its records, by module: what its modules run, wherever that is, and the
+    build wing with what that runs; and the versions of the distributions that they take. Read from the files as they are now.
+    """
+    graph, hashes = ImportGraph(), _Hashes()
+    wing = [f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*.py"))] if build_wing else []
+    return {package: hashes.of(graph.closure([*modules_of(package), *wing])) for package in packages}
+
+
+def modules_of(package: str) -> list[str]:
+    """Every module in an op's folder."""
+    return [f"{package}.{path.stem}" for path in sorted(folder_of(package).glob("*.py"))]
+
+
+class _Hashes:
+    """SHA-256 of files, each read once."""
+
+    def __init__(self) -> None:
+        self._of: dict[Path, str] = {}
+
+    def of(self, found: Closure) -> dict[str, str]:
+        """By module; and of each distribution its version."""
+        for path in found.files.values():
+            if path not in self._of:
+                self._of[path] = hashlib.sha256(path.read_bytes()).hexdigest()
+        files = {name: self._of[path] for name, path in sorted(found.files.items())}
+        return files | {name: versions for name, _, versions in (each.partition("==") for each in sorted(found.distributions))}

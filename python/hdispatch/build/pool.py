@@ -16,7 +16,7 @@ from typing import IO, Any
 
 from ..errors import BuildError
 from .target import GpuTarget
-from .unit import Unit
+from .unit import Built, Unit
 from .versions import ptxas, ptxas_variable
 from .worker import Setup
 
@@ -45,7 +45,7 @@ def available_cpus() -> int:
 
 def run(
     units: Sequence[tuple[Unit, Mapping[str, str]]], target: GpuTarget, store: Path, jobs: int
-) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+) -> Iterator[tuple[int, list[Built]]]:
     """Builds units, each with its tools' versions, in `jobs` processes; yields their indices and records as they finish.
 
     BuildError with the unit's name for the first one that fails; the processes are gone when the iteration ends.
@@ -53,7 +53,7 @@ def run(
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for index in range(len(units)):
         waiting.put(index)
-    finished: queue.SimpleQueue[tuple[int, list[dict[str, Any]]] | BaseException] = queue.SimpleQueue()
+    finished: queue.SimpleQueue[tuple[int, list[Built]] | BaseException] = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="hdispatch-build-") as scratch:
         setup = Setup(target.to_json(), str(store), [path for path in sys.path if path])
         workers = [_Worker(setup, environment(Path(scratch), target)) for _ in range(min(jobs, len(units)))]
@@ -79,7 +79,7 @@ def _serve(
     worker: _Worker,
     units: Sequence[tuple[Unit, Mapping[str, str]]],
     waiting: queue.SimpleQueue[int],
-    finished: queue.SimpleQueue[tuple[int, list[dict[str, Any]]] | BaseException],
+    finished: queue.SimpleQueue[tuple[int, list[Built]] | BaseException],
 ) -> None:
     while True:
         try:
@@ -120,7 +120,7 @@ class _Worker:
         )
         self.setup = setup.to_line()
 
-    def build(self, unit: Unit, tools: Mapping[str, str]) -> list[dict[str, Any]]:
+    def build(self, unit: Unit, tools: Mapping[str, str]) -> list[Built]:
         """The records of a unit. BuildError if it has none, or if the process dies."""
         line = self.setup + json.dumps({"unit": unit.to_json(), "tools": dict(tools)}) + "\n"
         self.setup = ""
@@ -135,7 +135,7 @@ class _Worker:
             if reply["detail"]:
                 error.add_note(reply["detail"])
             raise error
-        built: list[dict[str, Any]] = reply["built"]
+        built: list[Built] = reply["built"]
         return built
 
     def _ask(self, line: str) -> str | None:

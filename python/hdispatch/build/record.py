@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import ModuleType
-from typing import TypedDict
 
 import sympy  # type: ignore[import-untyped]
 
@@ -40,7 +39,7 @@ from .trace import (
     trace,
 )
 from .triton_backend import Code, MapCode
-from .unit import HINT, OPEN_BUCKET_M, Unit, bucket_bounds, classes_of, load_spec, serves
+from .unit import HINT, OPEN_BUCKET_M, Built, Unit, bucket_bounds, classes_of, load_spec, serves
 
 INT32_MAX = 2**31 - 1
 MAX_GRID = (INT32_MAX, 65535, 65535)
@@ -51,14 +50,6 @@ MAX_ELEMENTS = {32: INT32_MAX, 64: 2**59}
 #: Where a record is held against a concrete run, besides where the code might turn: around the classes' borders.
 _CHECKED_MS = (1, 2, 3, 15, 16, 17, 48, 127, 1000, 4096, 8192)
 _CHECKED_PADDINGS = (0, 3 * ALIGNMENT, 4096)
-
-
-class Built(TypedDict):
-    """A record, the buckets that it serves, and the seconds that it took. `file` of a cubin is the SHA-256 of its bytes."""
-
-    record: Record
-    buckets: list[int]
-    seconds: float
 
 
 def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[Built]:

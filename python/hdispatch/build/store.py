@@ -2,7 +2,8 @@
 
 Every file is written beside its place, synced and renamed into it, so a reader sees all of it or nothing, and any number
 of processes may build the same thing at once: whoever comes last puts down the same bytes. Every file is checked when it
-is read; a damaged one counts as missing, so that it is built and written again, and is listed in `damaged`.
+is read: its checksum, that it is the entry of the name that it has, and its type. A damaged, copied or older one counts as
+missing, so that it is built and written again, and is listed in `damaged`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,22 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from ..errors import BuildError
+from ..typed_json import Mismatch, check
+
+Value = TypeVar("Value")
+
+
+class _Entry(TypedDict):
+    """The whole of an entry: what it is for, and what was made."""
+
+    kind: str
+    key: str
+    value: Any
 
 
 def digest(value: object) -> str:
@@ -72,21 +85,21 @@ class Store:
         self.root = root
         self.damaged: list[Path] = []
 
-    def get(self, kind: str, key: str) -> dict[str, Any] | None:
-        """The entry, or None."""
+    def get(self, kind: str, key: str, declared: type[Value]) -> Value | None:
+        """The value that was put under a kind and a key, if it is of the declared type; or None."""
         path = self._entry(kind, key)
         data = self._read(path)
         if data is None:
             return None
-        checksum, _, body = data.partition(b"\n")
-        if checksum.decode(errors="replace") != digest(body):
+        try:
+            return cast(Value, _value(data, kind, key, declared))
+        except (ValueError, Mismatch):
             self.damaged.append(path)
             return None
-        return cast("dict[str, Any]", json.loads(body))
 
-    def put(self, kind: str, key: str, value: dict[str, Any]) -> None:
+    def put(self, kind: str, key: str, value: Mapping[str, Any]) -> None:
         """Writes an entry, replacing what was there."""
-        body = canonical(value)
+        body = canonical({"kind": kind, "key": key, "value": value})
         write_atomic(self._entry(kind, key), digest(body).encode() + b"\n" + body)
 
     def blob(self, sha256: str) -> bytes | None:
@@ -124,3 +137,16 @@ class Store:
             raise BuildError(
                 f"cannot read {path} of the build cache: {error}; remove it or choose another cache folder"
             ) from error
+
+
+def _value(data: bytes, kind: str, key: str, declared: Any) -> object:
+    """What an entry's file holds. ValueError or Mismatch if it is not the entry of that kind and key, whole."""
+    checksum, _, body = data.partition(b"\n")
+    if checksum != digest(body).encode():
+        raise ValueError("the checksum does not fit")
+    entry = json.loads(body)
+    check(entry, _Entry)
+    if (entry["kind"], entry["key"]) != (kind, key):
+        raise ValueError(f"the entry of {entry['kind']} {entry['key']}")
+    check(entry["value"], declared)
+    return entry["value"]

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Literal, TypedDict, cast
+from typing import Any, Literal, TypedDict
 
 import sympy  # type: ignore[import-untyped]
 import torch
@@ -187,8 +187,8 @@ def compile_class(
             **({"early": True} if early else {}),
         }
     )
-    if (found := store.get("code", key)) is not None and store.has_blob(found["sha256"]):
-        return cast("Code", found)
+    if (found := store.get("code", key, Code)) is not None and store.has_blob(found["sha256"]):
+        return found
     code, cubin = _compile(launch, wanted, target, early)
     store.put_blob(cubin)
     store.put("code", key, dict(code))

@@ -8,7 +8,6 @@ options of many points are compiled once for all of them; what cannot be compile
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import tarfile
 import time
@@ -18,12 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..manifest import MANIFEST_NAME, Manifest, MClass, Record
+from ..manifest import Manifest, MClass, Record
 from ..opspec import OpSpec
 from ..tuning.candidates import CANDIDATES_NAME, CANDIDATES_VERSION, Candidates, Cell, Dropped, Origin
 from ..tuning.timings import ConfigKey, canonical
 from . import configs, freeze, op_package, space, store
 from .attempts import Attempts, Made
+from .out import check_out
 from .space import Question
 from .target import GpuTarget, resolve
 from .unit import Unit, class_of, load_spec
@@ -97,7 +97,7 @@ def candidates(
     """Makes the candidate bundle `out`; arguments as those of `build`. BuildError if an op has no candidate that compiles."""
     start = time.monotonic()
     gpu = resolve(target)
-    freeze.check_out(out)
+    check_out(out)
     where = store.Store(cache if cache is not None else store.default_root())
     packages = op_package.find(ops, extra)
     report = CandidateReport(out, gpu, {name: OpCandidates() for name in packages})
@@ -117,7 +117,7 @@ def candidates(
 def archive(folder: Path, file: Path) -> None:
     """Packs a bundle into a .tar.xz that holds one folder of the bundle's name."""
     with tarfile.open(file, "w:xz") as packed:
-        packed.add(folder, arcname=folder.name)
+        packed.add(folder.resolve(), arcname=folder.name)  # a link is followed, as for writing
 
 
 # ---- which configs are measured where ----
@@ -414,10 +414,11 @@ class _Bundle:
 
     def write(self, specs: Mapping[str, OpSpec], target: GpuTarget, where: store.Store, out: Path) -> int:
         """Writes the bundle and candidates.json; returns the bytes of both."""
-        frozen = freeze.freeze(specs, self._entries(), target, where, out, partial=True)
-        content = store.canonical(self._candidates(frozen.manifest, out))
-        store.write_atomic(out / CANDIDATES_NAME, content + b"\n")
-        return frozen.bytes + len(content) + 1
+
+        def beside(manifest: Manifest, sha256: str) -> dict[str, bytes]:
+            return {CANDIDATES_NAME: store.canonical(self._candidates(manifest, sha256)) + b"\n"}
+
+        return freeze.freeze(specs, self._entries(), target, where, out, partial=True, beside=beside).bytes
 
     def _entries(self) -> list[freeze.Entry]:
         """Every record; the first candidate of a point serves its rows."""
@@ -442,7 +443,7 @@ class _Bundle:
             for row, buckets in first.get(record, {point.row: []}).items()
         ]
 
-    def _candidates(self, manifest: Manifest, out: Path) -> Candidates:
+    def _candidates(self, manifest: Manifest, sha256: str) -> Candidates:
         places = {store.digest(record): index for index, record in enumerate(manifest["records"])}
         origins: list[Origin] = [{"generic": [], "seconds": 0.0} for _ in places]
         cells: list[Cell] = []
@@ -454,7 +455,7 @@ class _Bundle:
                 cells.append(self._cell(point, [places[store.digest(freeze._with_files(c.record))] for c in competitors]))
         return {
             "version": CANDIDATES_VERSION,
-            "manifest": hashlib.sha256((out / MANIFEST_NAME).read_bytes()).hexdigest(),
+            "manifest": sha256,
             "cells": cells,
             "origins": origins,
             "dropped": [self._dropped(key, made.problem) for key, made in self.made.items() if made.problem],

@@ -6,10 +6,10 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, TypedDict
 
 from ..errors import BuildError
-from ..manifest import MClass
+from ..manifest import MClass, Record
 from ..opspec import OpSpec, Variant
 
 #: M that a host function is traced with first.
@@ -55,6 +55,26 @@ class Unit:
         """Reads `to_json`."""
         rows = tuple((tuple((name, size) for name, size in shape), bucket) for shape, bucket in data["rows"])
         return Unit(**{**data, "buckets": tuple(data["buckets"]), "rows": rows})
+
+
+class Built(TypedDict):
+    """A record, the buckets that it serves, and the seconds that it took. `file` of a cubin is the SHA-256 of its bytes."""
+
+    record: Record
+    buckets: list[int]
+    seconds: float
+
+
+class BuiltEntry(TypedDict):
+    """What the build cache keeps of a unit: all of its records."""
+
+    built: list[Built]
+
+
+class RefusedEntry(TypedDict):
+    """What the build cache keeps of a unit that cannot be built: why not."""
+
+    problem: str
 
 
 def load_spec(package: str) -> OpSpec:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
+from . import numbers
 from .bench_ops import add_ops_parser
 from .bench_pdl import add_pdl_parser
 from .bench_serve import add_serve_parser
@@ -82,10 +83,14 @@ def add_dispatch_parser(kinds: Any) -> None:
     )
     parser.add_argument("--op", metavar="NAME", default=DEFAULT_OP, help=f"op to call (default: {DEFAULT_OP})")
     parser.add_argument("--variant", metavar="V", help="variant to call (default: bfloat16+residual, else the op's first)")
-    parser.add_argument("--m", metavar="M", type=int, default=16, help="the fixed M (default: 16)")
-    parser.add_argument("--hidden", metavar="K", type=int, help="hidden size, K or N of the op (default: 4096, else its first)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=30, help="rounds (default: 30)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order and of the unseen Ms (default: 0)")
+    parser.add_argument("--m", metavar="M", type=numbers.size, default=16, help="the fixed M (default: 16)")
+    parser.add_argument(
+        "--hidden", metavar="K", type=numbers.size, help="hidden size, K or N of the op (default: 4096, else its first)"
+    )
+    parser.add_argument("--rounds", metavar="N", type=numbers.whole, default=30, help="rounds (default: 30)")
+    parser.add_argument(
+        "--seed", metavar="N", type=numbers.whole, default=0, help="seed of the order and of the unseen Ms (default: 0)"
+    )
     parser.add_argument("--quick", action="store_true", help="5 rounds")
     parser.add_argument("--device", metavar="D", help="cuda, cuda:1, …, or cpu for what needs no GPU (default: the GPU if any)")
     parser.add_argument("--vllm-ops", metavar="PATH", type=Path, help="vLLM's compiled ops, vllm/_C….so")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
+from . import numbers
 from .doctor import BUNDLE_VARIABLE, default_bundle
 from .text import Progress, count, size
 
@@ -51,7 +52,7 @@ def add_ops_parser(kinds: Any) -> None:
     what.add_argument(
         "--models", metavar="A,B", type=words, help="1.7B, 8B, 32B, and other for shapes of none of them (default: all)"
     )
-    what.add_argument("--ms", metavar="M,M", type=numbers, help="Ms of the grid (default: 1, 2, 4, … 8192)")
+    what.add_argument("--ms", metavar="M,M", type=ms, help="Ms of the grid (default: 1, 2, 4, … 8192)")
     what.add_argument(
         "--variants",
         metavar="V,V",
@@ -74,17 +75,19 @@ def add_ops_parser(kinds: Any) -> None:
     )
     peers.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     peers.add_argument(
-        "--compile-ms", metavar="M,M", type=numbers, help="Ms at which torch.compile takes part (default: those of the grid)"
+        "--compile-ms", metavar="M,M", type=ms, help="Ms at which torch.compile takes part (default: those of the grid)"
     )
     peers.add_argument(
-        "--compile-seconds", metavar="S", type=float, default=150.0, help="how long cells are compiled (default: 150)"
+        "--compile-seconds", metavar="S", type=numbers.real, default=150.0, help="how long cells are compiled (default: 150)"
     )
-    peers.add_argument("--workers", metavar="N", type=int, help="processes that compile (default: one per CPU, at most 14)")
+    peers.add_argument(
+        "--workers", metavar="N", type=numbers.whole, help="processes that compile (default: one per CPU, at most 14)"
+    )
     how = parser.add_argument_group("how")
-    how.add_argument("--rounds", metavar="N", type=int, help="rounds (default: 11)")
-    how.add_argument("--seconds", metavar="S", type=float, help="begin no cell later than this; coarse Ms come first")
+    how.add_argument("--rounds", metavar="N", type=numbers.whole, help="rounds (default: 11)")
+    how.add_argument("--seconds", metavar="S", type=numbers.real, help="begin no cell later than this; coarse Ms come first")
     how.add_argument("--quick", action="store_true", help="5 rounds; M = 1, 16, 256, 2048, 8192")
-    how.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order (default: 0)")
+    how.add_argument("--seed", metavar="N", type=numbers.whole, default=0, help="seed of the order (default: 0)")
     out = parser.add_argument_group("result")
     out.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     out.add_argument("--plot", metavar="FILE.png", type=Path, help="draw µs against M (needs matplotlib)")
@@ -98,10 +101,9 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
-def numbers(text: str) -> tuple[int, ...]:
+def ms(text: str) -> tuple[int, ...]:
     """`1,16` -> (1, 16); each at least 1."""
-    found = tuple(int(word) for word in words(text))
-    if not found or min(found) < 1:
+    if not (found := tuple(numbers.size(word) for word in words(text))):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of Ms of at least 1")
     return found
 

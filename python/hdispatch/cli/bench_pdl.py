@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
-from .bench_ops import numbers, words
+from . import numbers
+from .bench_ops import ms, words
 from .doctor import BUNDLE_VARIABLE, default_bundle
 from .text import Progress, table
 
@@ -52,10 +53,10 @@ def add_pdl_parser(kinds: Any) -> None:
     )
     parser.add_argument("--bundle", metavar="DIR", type=Path, help=f"bundle to measure (default: ${BUNDLE_VARIABLE})")
     parser.add_argument("--chains", metavar="A,B", type=words, help="mixed, cubin, cutedsl (default: all)")
-    parser.add_argument("--ms", metavar="M,M", type=numbers, default=(1, 16), help="rows of a call (default: 1,16)")
-    parser.add_argument("--rounds", metavar="N", type=int, default=30, help="rounds (default: 30)")
+    parser.add_argument("--ms", metavar="M,M", type=ms, default=(1, 16), help="rows of a call (default: 1,16)")
+    parser.add_argument("--rounds", metavar="N", type=numbers.whole, default=30, help="rounds (default: 30)")
     parser.add_argument("--quick", action="store_true", help="5 rounds")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the order (default: 0)")
+    parser.add_argument("--seed", metavar="N", type=numbers.whole, default=0, help="seed of the order (default: 0)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the result as JSON")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a target is missed or a chain did not run")
     parser.set_defaults(run=run_pdl)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import HdispatchError
 from ..opspec import SYMBOLS, OpSpec
+from . import numbers
 from .text import Progress, count, print_json, size
 
 if TYPE_CHECKING:
@@ -21,8 +22,9 @@ DESCRIPTION = """\
 Generate, compile and freeze the kernels of ops into a bundle: a folder with a manifest and compiled kernels.
 
 No GPU is needed: targets are described. What has been compiled before comes from the cache, whose entries are named by
-everything that went into them, so a second build takes seconds. An existing bundle at DIR is replaced once the new one
-is whole; any other folder that is not empty is refused.
+everything that went into them, so a second build takes seconds. An existing bundle at DIR is replaced in one step once the
+new one is whole; any other folder that is not empty is refused, before anything is compiled. The report ends with the digest
+of the bundle's manifest, which `hdispatch.load(DIR, sha256=…)` takes.
 
   hdispatch build --out bundle                                        all ops, for the GPU here, else for an H200
   hdispatch build --ops rms_norm_dynamic_per_token_quant --target h100 --out b
@@ -46,7 +48,7 @@ def add_parser(commands: Any) -> None:
         default="auto",
         help="h100, h200, b200, a100: a described GPU; native: the one here; auto: the one here, else h200 (default)",
     )
-    parser.add_argument("--jobs", metavar="N", type=int, help="worker processes (default: one per CPU)")
+    parser.add_argument("--jobs", metavar="N", type=numbers.whole, help="worker processes (default: one per CPU)")
     parser.add_argument(
         "--cache", metavar="DIR", type=Path, help="build cache (default: $HDISPATCH_CACHE, else ~/.cache/hdispatch)"
     )
@@ -119,9 +121,12 @@ def parse_shapes(text: str) -> list[dict[str, int]]:
         shape: dict[str, int] = {}
         for part in item.split(":") if item != ANY else ():
             symbol, _, number = part.partition("=")
-            if symbol not in SYMBOLS[1:] or not number.isdecimal() or int(number) < 1 or symbol in shape:
+            if symbol not in SYMBOLS[1:] or symbol in shape:
                 raise HdispatchError(f"--shapes: {item!r} is no shape; it takes K=4096, N=12288, K=4096:N=6144 or {ANY}")
-            shape[symbol] = int(number)
+            try:
+                shape[symbol] = numbers.size(number)
+            except argparse.ArgumentTypeError as error:
+                raise HdispatchError(f"--shapes: {item!r} is no shape: {error}") from error
         found.append(shape)
     if not found:
         raise HdispatchError("--shapes is empty; it takes K=4096,N=12288,…")
@@ -161,6 +166,7 @@ def to_json(report: BuildReport) -> dict[str, Any]:
         "records": report.records,
         "cubins": report.cubins,
         "bytes": report.bytes,
+        "sha256": report.sha256,
         "seconds": round(report.seconds, 3),
         "seconds_per_row": round(report.seconds / max(report.rows, 1), 4),
         "from_cache": report.cache_hits,
@@ -176,6 +182,7 @@ def describe(report: BuildReport) -> str:
         f"{report.out}: {count(report.rows, 'row')} for {report.target.name} ({report.target.arch})",
         f"  {made}, {size(report.bytes)}",
         f"  {report.seconds:.1f} s, {report.seconds / max(report.rows, 1):.3f} s per row",
+        f"  sha256 {report.sha256}",
         *(f"  note: {note}" for note in report.notes),
         f"next: hdispatch inspect {report.out}",
     ]

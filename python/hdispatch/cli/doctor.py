@@ -8,13 +8,14 @@ import importlib.metadata
 import importlib.util
 import os
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import _C, _build_info, ops, runtime
+from .. import _build_info, manifest
 from ..bench import machine
 from ..errors import HdispatchError
 from .text import count, print_json
@@ -24,7 +25,8 @@ BUNDLE_VARIABLE = "HDISPATCH_BUNDLE"
 
 DESCRIPTION = """\
 Say what is installed, which backends can build and why not, whether the GPU can be reached, and whether a bundle would be
-served here, down to the reason if not. Launches nothing.
+served here, down to the reason if not. Launches nothing. Where the extension does not fit the torch that is installed, that is
+what it says.
 
   hdispatch doctor                  the environment, and $HDISPATCH_BUNDLE if it is set
   hdispatch doctor bundle           the same with this bundle
@@ -42,18 +44,33 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("bundle", metavar="DIR", type=Path, nargs="?", help="folder of a bundle (default: $HDISPATCH_BUNDLE)")
+    parser.add_argument("--sha256", metavar="DIGEST", help="the digest that the bundle's manifest must have")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     parser.set_defaults(run=run)
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Examine and print."""
-    found = examine(default_bundle(arguments.bundle))
+def run(arguments: argparse.Namespace, problem: str = "") -> int:
+    """Examine and print. `problem`: why the extension cannot be imported."""
+    found = examine(default_bundle(arguments.bundle), arguments.sha256, problem)
     if arguments.json:
         print_json(found)
     else:
         print(describe(found))
     return 0
+
+
+def run_without_extension(argv: Sequence[str], problem: str) -> int:
+    """The command line where the extension cannot be imported: `doctor` reports it, anything else is an error."""
+    if argv[:1] != ["doctor"]:
+        print(f"hdispatch: error: {problem}", file=sys.stderr)
+        return 1
+    top = argparse.ArgumentParser("hdispatch")
+    add_parser(top.add_subparsers(dest="command", required=True))
+    try:
+        arguments = top.parse_args(argv)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    return run(arguments, problem)
 
 
 def default_bundle(given: Path | None) -> Path | None:
@@ -65,14 +82,19 @@ def default_bundle(given: Path | None) -> Path | None:
 # ---- examining ----
 
 
-def examine(bundle: Path | None) -> dict[str, Any]:
-    """Everything that `describe` says, as plain data. Each part that can fail is {"ok": bool, "reason": str, …}."""
-    driver, gpu = _examine_driver(), _examine_gpu()
-    served = _examine_bundle(bundle, gpu["ok"])
-    problems = [part["reason"] for part in (driver, gpu, served) if not part["ok"]]
+def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -> dict[str, Any]:
+    """Everything that `describe` says, as plain data. Each part that can fail is {"ok": bool, "reason": str, …}.
+
+    sha256   that of the bundle's manifest, if it must be a certain one
+    problem  why the extension cannot be imported, if it cannot
+    """
+    extension, gpu = _examine_extension(problem), _examine_gpu()
+    driver = _examine_driver(extension["ok"])
+    served = _examine_bundle(bundle, sha256, extension["ok"], gpu["ok"])
+    problems = [part["reason"] for part in (extension, driver, gpu, served) if not part["ok"]]
     return {
         "versions": machine.versions() | {"driver": machine.driver_version(), "cpu": machine.cpu_model()},
-        "extension": {"built_with_torch": _build_info.TORCH_VERSION, "file": _C.__file__, "ops": sorted(ops.names())},
+        "extension": extension,
         "driver": driver,
         "gpu": gpu,
         "backends": {name: _examined(check) for name, check in BACKENDS.items()},
@@ -81,7 +103,20 @@ def examine(bundle: Path | None) -> dict[str, Any]:
     }
 
 
-def _examine_driver() -> dict[str, Any]:
+def _examine_extension(problem: str) -> dict[str, Any]:
+    found = {"ok": not problem, "reason": problem, "built_with_torch": _build_info.TORCH_VERSION, "file": None, "ops": []}
+    if problem:
+        return found
+    from .. import _C, ops
+
+    return found | {"file": _C.__file__, "ops": sorted(ops.names())}
+
+
+def _examine_driver(extension: bool) -> dict[str, Any]:
+    if not extension:
+        return {"ok": False, "reason": "not looked for without the extension"}
+    from .. import _C
+
     missing = _C.driver_missing()
     return {"ok": not missing, "reason": missing}
 
@@ -98,13 +133,18 @@ def _examine_gpu() -> dict[str, Any]:
     return {"ok": True, "reason": "", "devices": facts}
 
 
-def _examine_bundle(folder: Path | None, gpu: bool) -> dict[str, Any]:
+def _examine_bundle(folder: Path | None, sha256: str | None, extension: bool, gpu: bool) -> dict[str, Any]:
     """Verify a bundle and load all of it but the code: on the null driver."""
     if folder is None:
         return {"ok": False, "reason": f"no bundle is named: give DIR or set ${BUNDLE_VARIABLE}", "folder": None}
     found: dict[str, Any] = {"ok": False, "reason": "", "folder": str(folder), "rows": None, "target": None}
     try:
-        loaded = runtime.load(folder, driver="null")
+        if not extension:
+            manifest.read_bundle(folder, sha256=sha256)
+            return found | {"reason": f"{folder} is whole, but cannot be loaded without the extension"}
+        from .. import runtime
+
+        loaded = runtime.load(folder, driver="null", sha256=sha256)
         loaded.unload()
         found |= {"rows": loaded.rows, "target": loaded.manifest["target"]["name"]}
         runtime.check_host(folder, loaded.manifest)
@@ -220,8 +260,8 @@ def describe(found: dict[str, Any]) -> str:
     lines = ["versions", *(f"  {name:10} {value or 'none'}" for name, value in versions.items())]
     lines += [
         "extension",
-        f"  built with torch {extension['built_with_torch']}: {extension['file']}",
-        f"  ops: {', '.join(extension['ops'])}",
+        f"  built with torch {extension['built_with_torch']}: {_verdict(extension, extension['file'])}",
+        f"  ops: {', '.join(extension['ops']) or 'none'}",
         "serving",
         f"  libcuda    {_verdict(found['driver'], 'found')}",
         f"  GPU        {_verdict(found['gpu'], ', '.join(each['name'] for each in found['gpu']['devices']))}",
@@ -235,7 +275,7 @@ def describe(found: dict[str, Any]) -> str:
 
 
 def _why(found: dict[str, Any]) -> str:
-    parts = {"libcuda": found["driver"], "GPU": found["gpu"], "bundle": found["bundle"]}
+    parts = {"extension": found["extension"], "libcuda": found["driver"], "GPU": found["gpu"], "bundle": found["bundle"]}
     return ", ".join(name for name, part in parts.items() if not part["ok"]) + "; see above"
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import HdispatchError
+from ..errors import BundleError, HdispatchError
 from ..manifest import (
     Cubin,
     CubinRecord,
@@ -20,8 +20,9 @@ from ..manifest import (
     TensorMap,
     Tuned,
     artifacts_of,
-    read_bundle,
+    read_files,
 )
+from .numbers import whole
 from .text import count, print_json, size, table
 
 DESCRIPTION = """\
@@ -50,23 +51,26 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", type=Path, help="folder of the bundle")
     parser.add_argument("--op", metavar="NAME", help="only rows of this op")
-    parser.add_argument("--row", metavar="N", type=int, help="one row, by its number, with its whole record")
+    parser.add_argument("--row", metavar="N", type=whole, help="one row, by its number, with its whole record")
+    parser.add_argument(
+        "--sha256", metavar="DIGEST", help="the digest that the manifest must have; any other bundle is refused"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print rows, or one row."""
-    manifest, _ = read_bundle(arguments.bundle)
+    manifest, sha256, *_ = read_files(arguments.bundle, sha256=arguments.sha256)
     if arguments.op is not None and arguments.op not in manifest["ops"]:
         raise HdispatchError(f"{arguments.bundle} has no op {arguments.op!r}; it has {', '.join(sorted(manifest['ops']))}")
     if arguments.row is not None:
         return _run_row(manifest, arguments)
     numbers = [i for i, row in enumerate(manifest["rows"]) if arguments.op in (None, row["op"])]
     if arguments.json:
-        print_json({"bundle": str(arguments.bundle), **to_json(manifest, numbers)})
+        print_json({"bundle": str(arguments.bundle), "sha256": sha256, **to_json(manifest, numbers)})
     else:
-        print(describe(arguments.bundle, manifest, numbers))
+        print(describe(arguments.bundle, sha256, manifest, numbers))
     return 0
 
 
@@ -148,7 +152,7 @@ def totals(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def describe(folder: Path, manifest: Manifest, numbers: Sequence[int]) -> str:
+def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[int]) -> str:
     """The bundle and these of its rows in words."""
     target = manifest["target"]
     tools = ", ".join(f"{name} {version}" for name, version in manifest["tools"].items())
@@ -156,6 +160,7 @@ def describe(folder: Path, manifest: Manifest, numbers: Sequence[int]) -> str:
     shared = size(target["shared_memory"])
     lines = [
         f"{folder}: every checksum holds",
+        f"sha256  {sha256}",
         f"target  {target['name']}: {target['arch']}, {target['sm_count']} SMs, {shared} shared memory per block",
         f"tools   hdispatch {manifest['hdispatch']}, {tools}",
         *(f"op      {manifest['ops'][op]['schema']}: {count(rows, 'row')}" for op, rows in counts.items() if rows),
@@ -323,18 +328,22 @@ def _words_of_cubin(m_class: str, cubin: Cubin, record: CubinRecord, manifest: M
 
 
 def words_of(expr: Expr) -> str:
-    """A postfix expression of a verified bundle as people write it: ["M", 15, "+", 16, "//"] -> (M + 15) // 16."""
+    """A postfix expression as people write it: ["M", 15, "+", 16, "//"] -> (M + 15) // 16. BundleError for one that is none."""
     stack: list[str] = []
-    for token in expr:
-        if isinstance(token, str) and token in ("min", "max"):
-            right, left = stack.pop(), stack.pop()
-            stack.append(f"{token}({_bare(left)}, {_bare(right)})")
-        elif isinstance(token, str) and token in OPERATORS:
-            right, left = stack.pop(), stack.pop()
-            stack.append(f"({left} {token} {right})")
-        else:
-            stack.append(str(token))
-    return _bare(stack.pop())
+    try:
+        for token in expr:
+            if isinstance(token, str) and token in ("min", "max"):
+                right, left = stack.pop(), stack.pop()
+                stack.append(f"{token}({_bare(left)}, {_bare(right)})")
+            elif isinstance(token, str) and token in OPERATORS:
+                right, left = stack.pop(), stack.pop()
+                stack.append(f"({left} {token} {right})")
+            else:
+                stack.append(str(token))
+        (words,) = stack
+    except (IndexError, ValueError):
+        raise BundleError(f"an expression of {len(expr)} tokens leaves no single value: {str(expr)[:200]}") from None
+    return _bare(words)
 
 
 def _bare(words: str) -> str:

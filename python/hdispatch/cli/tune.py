@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import HdispatchError
 from ..opspec import OpSpec
+from . import numbers
 from .build import parse_shapes
 from .text import Progress, count, duration, print_json, size, table
 
@@ -84,9 +85,13 @@ def _add_candidates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--archive", metavar="FILE", type=Path, help="pack it into a .tar.xz too")
     parser.add_argument("--target", metavar="GPU", default="h200", help="h100, h200, b200, a100, native (default: h200)")
     parser.add_argument("--configs", metavar="DIR", type=Path, action="append", default=[], help="more: <op>/*.json in DIR")
-    parser.add_argument("--radius", metavar="N", type=int, default=1, help="steps along Helion's fragments; -1: none of it")
-    parser.add_argument("--spread", metavar="N", type=int, default=1, help="try configs N buckets to either side (default: 1)")
-    parser.add_argument("--jobs", metavar="N", type=int, help="worker processes (default: one per CPU)")
+    parser.add_argument(
+        "--radius", metavar="N", type=numbers.whole, default=1, help="steps along Helion's fragments; -1: none of it"
+    )
+    parser.add_argument(
+        "--spread", metavar="N", type=numbers.whole, default=1, help="try configs N buckets to either side (default: 1)"
+    )
+    parser.add_argument("--jobs", metavar="N", type=numbers.whole, help="worker processes (default: one per CPU)")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="build cache (default: as for build)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=run_candidates)
@@ -96,13 +101,15 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="DIR", type=Path, help="candidate bundle")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="file of timings, .jsonl; appended to")
     parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
-    parser.add_argument("--limit", metavar="N", type=int, help="at most N cells: sizes and buckets")
-    parser.add_argument("--seconds", metavar="N", type=float, help="begin no further cell after N seconds")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="seed of the arguments and of the order (default: 0)")
+    parser.add_argument("--limit", metavar="N", type=numbers.whole, help="at most N cells: sizes and buckets")
+    parser.add_argument("--seconds", metavar="N", type=numbers.real, help="begin no further cell after N seconds")
+    parser.add_argument(
+        "--seed", metavar="N", type=numbers.whole, default=0, help="seed of the arguments and of the order (default: 0)"
+    )
     parser.add_argument(
         "--timeout",
         metavar="N",
-        type=float,
+        type=numbers.real,
         default=60.0,
         help="seconds after which a candidate's step, its check and capture or one of its times, counts as hung (default: 60)",
     )
@@ -112,7 +119,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("timings", metavar="FILE", type=Path, nargs="+", help="timings; of two lines the later file's counts")
     parser.add_argument("--ops", metavar="A,B", help="ops (default: those with timings)")
-    parser.add_argument("--regret", metavar="X", type=float, default=0.02, help="allowed regret (default: 0.02, 2 %%)")
+    parser.add_argument("--regret", metavar="X", type=numbers.real, default=0.02, help="allowed regret (default: 0.02, 2 %%)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for <op>/<gpu>.json (default: the ops' own)")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw regret over number of configs (needs matplotlib)")
@@ -124,7 +131,7 @@ def _add_helion(parser: argparse.ArgumentParser) -> None:
     _add_scope(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for <op>/<gpu>.json")
     parser.add_argument("--effort", choices=("quick", "full"), default="quick", help="of Helion's search (default: quick)")
-    parser.add_argument("--seconds", metavar="N", type=float, help="begin no further point after N seconds")
+    parser.add_argument("--seconds", metavar="N", type=numbers.real, help="begin no further point after N seconds")
     parser.set_defaults(run=run_helion)
 
 
@@ -190,10 +197,10 @@ def _chosen_shapes(shapes: Sequence[dict[str, int]]) -> Callable[[OpSpec], Itera
 
 def _chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
     def choose(spec: OpSpec) -> list[int]:
-        unknown = [edge for edge in edges if not edge.isdecimal() or int(edge) not in spec.ladder]
-        if unknown:
+        known = [str(edge) for edge in spec.ladder]
+        if unknown := [edge for edge in edges if edge not in known]:
             raise HdispatchError(f"--buckets: {unknown[0]!r} is no upper edge of {spec.name}, which has {list(spec.ladder)}")
-        return [spec.ladder.index(int(edge)) for edge in edges]
+        return [known.index(edge) for edge in edges]
 
     return choose
 

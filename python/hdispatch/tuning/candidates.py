@@ -6,15 +6,13 @@ first candidate of each cell. `candidates.json` adds the others. It names the ma
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 from ..errors import BundleError
-from ..manifest import MANIFEST_NAME, Manifest, read_bundle
-from ..typed_json import Mismatch, check
+from ..manifest import MANIFEST_NAME, Manifest, read_files
+from ..typed_json import Mismatch, check, parse
 
 CANDIDATES_NAME = "candidates.json"
 CANDIDATES_VERSION = 1
@@ -73,21 +71,19 @@ class CandidateBundle(TypedDict):
 
 def read_candidates(folder: str | os.PathLike[str]) -> CandidateBundle:
     """Read a candidate bundle and verify all of it. `BundleError` naming the file and what is wrong with it."""
-    manifest, contents = read_bundle(folder)
+    manifest, sha256, contents, beside = read_files(folder, beside=[CANDIDATES_NAME])
     path = Path(folder) / CANDIDATES_NAME
+    if CANDIDATES_NAME not in beside:
+        raise BundleError(f"{path}: is missing; a bundle of candidates is made by `hdispatch tune candidates`")
     try:
-        data = json.loads(path.read_bytes())
+        data = parse(beside[CANDIDATES_NAME])
         check(data, Candidates)
-    except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be read ({error.strerror}); a bundle of candidates is made by `hdispatch tune candidates`"
-        ) from error
     except (ValueError, Mismatch) as error:
         raise BundleError(f"{path}: malformed: {error}; make the candidates again") from error
     candidates = cast(Candidates, data)
     if candidates["version"] != CANDIDATES_VERSION:
         raise BundleError(f"{path}: version {candidates['version']}; this hdispatch reads {CANDIDATES_VERSION}")
-    if candidates["manifest"] != hashlib.sha256((Path(folder) / MANIFEST_NAME).read_bytes()).hexdigest():
+    if candidates["manifest"] != sha256:
         raise BundleError(f"{path}: made for another {MANIFEST_NAME} than the one beside it; make the candidates again")
     _check_cells(path, manifest, candidates)
     return {"manifest": manifest, "contents": contents, "candidates": candidates}
