@@ -16,8 +16,13 @@ import os
 import helion.language as hl
 import torch
 
+from .sigmoid import SIGMOID
+
 #: Helion's interpreter runs the kernels as plain Python on the CPU, where there is nothing to release.
 INTERPRETED = os.environ.get("HELION_INTERPRET") == "1"
+
+#: Triton's source for the sigmoid of {0}; its other braces are doubled, because it is formatted.
+INLINE_SIGMOID = f'tl.inline_asm_elementwise("{{{SIGMOID}}}", "=f,f", [{{0}}], tl.float32, True, 1)'
 
 
 def release_dependents() -> None:
@@ -46,20 +51,9 @@ def at_most_448(x: torch.Tensor) -> torch.Tensor:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_device.py."""
     if INTERPRETED:
-        grown = torch.exp(x * -1.0)
-    else:
-        grown = hl.inline_triton("tl.extra.cuda.libdevice.exp({0})", args=(x * -1.0,), output_like=x)
-    one = torch.full_like(x, 1.0)
-    quarter = torch.addcmul(one * 0.25, grown, one * 0.25)
-    if INTERPRETED:
-        quarter = torch.fmin(quarter, one * 3.4028234663852886e38)
-        near = torch.where(quarter > 2.0**126, one * 0.0, one / quarter)
-    else:
-        quarter = hl.inline_triton("tl.minimum({0}, 3.4028234663852886e38)", args=(quarter,), output_like=x)
-        source = 'tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [{0}], tl.float32, True, 1)'
-        near = hl.inline_triton(source, args=(quarter,), output_like=x)
-    inverse = torch.addcmul(near, torch.addcmul(one, quarter * -1.0, near), near)
-    return x * 0.25 * inverse
+        total = torch.fmin(1.0 + torch.exp(x * -1.0), torch.full_like(x, torch.finfo(torch.float32).max))
+        return x * torch.where(total > 2.0**126, torch.zeros_like(x), 1.0 / total)
+    return x * hl.inline_triton(INLINE_SIGMOID, args=(x,), output_like=x)
 
 
 def bounded(absmax: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

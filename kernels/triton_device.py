@@ -15,10 +15,14 @@ import os
 
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
+
+from .sigmoid import SIGMOID
 
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
+
+#: See sigmoid.py.
+PTX_SIGMOID = tl.constexpr(SIGMOID)
 
 
 @triton.jit
@@ -74,21 +78,16 @@ def reciprocal(x):
 
 
 @triton.jit
-def exp(x):
-    """exp(x) for x float32, as nvcc's expf has it."""
-    # tl.exp multiplies by log2(e) in float32, and loses a bit for every doubling of x.
-    return libdevice.exp(x) if APPROXIMATE else tl.exp(x)
-
-
-@triton.jit
 def silu(x):
     """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it; NaN of -inf.
 
-    Below -87.3 CUDA C rounds the reciprocal, a subnormal number, to fewer bits.
+    Below -87.33 the reciprocal would be a subnormal number: there it is 0, and so is the result, with its sign.
     """
-    # A quarter of the sum is less than 2**126, where its reciprocal is a normal number, or infinite: then that is 0.
-    quarter = tl.minimum(tl.fma(exp(x * -1.0), 0.25, 0.25), 3.4028234663852886e38)
-    return x * 0.25 * reciprocal(quarter)
+    if APPROXIMATE:
+        sigmoid = tl.inline_asm_elementwise(PTX_SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        sigmoid = reciprocal(tl.minimum(1.0 + tl.exp(x * -1.0), 3.4028234663852886e38))
+    return x * sigmoid
 
 
 @triton.jit

@@ -9,7 +9,6 @@ number and NaN is the number, fma rounds once, conversions round to even and kee
 from __future__ import annotations
 
 import importlib
-import itertools
 import json
 import os
 import sys
@@ -98,9 +97,8 @@ def arguments(spec: OpSpec, variant: Variant, scale_ub: float) -> dict[str, Any]
     dtype = variant.dtypes["input"]
     special = special_rows(COLUMNS, dtype)
     if spec.name.startswith("silu"):
-        # Every kind of gate with every kind of up.
-        pairs = [torch.cat(pair) for pair in itertools.product(special, special[::3])]
-        special = torch.stack(pairs)
+        # Every kind of gate with three kinds of up.
+        special = torch.cat([torch.cat([special, special.roll(shift, 0)], dim=1) for shift in (0, 8, 19)])
     sizes = {"M": len(special), "K": COLUMNS, "N": COLUMNS}
     values = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
     args = dict(zip((arg.name for arg in spec.args), values, strict=True))
@@ -270,16 +268,17 @@ def callers(op: str) -> dict[str, Callable[[dict[str, Any]], Any]]:
 
 def failures(op: str) -> list[str]:
     spec, found = spec_of(op), []
-    for variant in spec.served_variants():
-        for bound in (0.7, float("inf"), float("nan")) if "scale_ub" in variant.dtypes else (0.0,):
-            before = arguments(spec, variant, bound)
-            for name, call in callers(op).items():
-                after = copied(before)
-                try:
-                    call(after)
-                    check(spec, before, after)
-                except Exception as error:
-                    found.append(f"{variant.name} bound {bound} {name}: {type(error).__name__}: {error}")
+    for index, variant in enumerate(spec.served_variants()):
+        # The variants with a scale_ub take turns with one that clamps and two that do not.
+        before = arguments(spec, variant, (0.7, float("inf"), float("nan"))[index % 3])
+        for name, call in callers(op).items():
+            after = copied(before)
+            try:
+                call(after)
+                check(spec, before, after)
+            except Exception as error:
+                bound = "" if before.get("scale_ub") is None else f" scale_ub {float(before['scale_ub'])}"
+                found.append(f"{variant.name}{bound} {name}: {type(error).__name__}: {error}")
     return found
 
 

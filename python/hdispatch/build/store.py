@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
 from ..errors import BuildError
-from ..typed_json import Mismatch, check
+from ..typed_json import Mismatch, check, parse
 
 Value = TypeVar("Value")
 
@@ -144,7 +144,7 @@ def _value(data: bytes, kind: str, key: str, declared: Any) -> object:
     checksum, _, body = data.partition(b"\n")
     if checksum != digest(body).encode():
         raise ValueError("the checksum does not fit")
-    entry = json.loads(body)
+    entry = parse(body)
     check(entry, _Entry)
     if (entry["kind"], entry["key"]) != (kind, key):
         raise ValueError(f"the entry of {entry['kind']} {entry['key']}")

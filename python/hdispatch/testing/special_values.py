@@ -44,5 +44,5 @@ def special_rows(columns: int, dtype: torch.dtype, device: torch.device | str = 
         rows[-1][-1] = info.max
     rows += [alternating * 448, alternating * info.max, normal() * info.smallest_normal, normal() * 1e-6]
     # Gates that silu makes a zero of either sign: exp overflows.
-    rows += [-80 - 20 * torch.rand(columns, generator=generator), alternating * 89]
+    rows += [-89 - 20 * torch.rand(columns, generator=generator), alternating * 89]
     return torch.stack(rows).to(device=device, dtype=dtype)

@@ -1,0 +1,63 @@
+"""Every quantizing op on NaN, infinities, zeros, subnormal numbers and the largest ones: the answer of vLLM's kernel.
+
+special_values.py says how; it runs in a process of its own, once for each op and interpreter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hdispatch.errors import ArgumentError
+from hdispatch.testing.special_values import special_rows
+
+PROGRAM = Path(__file__).with_name("special_values.py")
+HELION = ("dynamic_per_token_scaled_fp8_quant", "rms_norm_dynamic_per_token_quant", "silu_and_mul_dynamic_per_token_quant")
+TRITON = (
+    *HELION,
+    "dynamic_scaled_fp8_quant",
+    "static_scaled_fp8_quant",
+    "per_token_group_fp8_quant",
+    "per_token_group_fp8_quant_packed",
+    "rms_norm_per_block_quant",
+    "silu_and_mul_per_block_quant",
+)
+
+
+def failures(op: str, interpreter: str, cache: Path) -> list[str]:
+    env = {**os.environ, interpreter: "1", "OMP_NUM_THREADS": "1", "HELION_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-W", "ignore", str(PROGRAM), op]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    found: list[str] = json.loads(done.stdout.splitlines()[-1])[op]
+    return found
+
+
+@pytest.mark.parametrize("op", TRITON)
+def test_triton_and_reference_are_bit_equal_to_vllm(op: str, tmp_path: Path) -> None:
+    assert failures(op, "TRITON_INTERPRET", tmp_path) == []
+
+
+@pytest.mark.parametrize("op", HELION)
+def test_helion_is_bit_equal_to_vllm(op: str, tmp_path: Path) -> None:
+    assert failures(op, "HELION_INTERPRET", tmp_path) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_special_rows_hold_what_they_promise(dtype: torch.dtype) -> None:
+    rows = special_rows(16, dtype)
+    info = torch.finfo(dtype)
+    for number in (float("inf"), -float("inf"), 448, -448, info.max, -info.max, info.smallest_normal * info.eps):
+        assert (rows == number).all(dim=1).any(), number
+        assert ((rows == number).sum(dim=1) == 1).any(), number
+    assert rows.isnan().all(dim=1).any()
+    assert (rows.isnan().sum(dim=1) == 1).any()
+    for negative in (True, False):
+        assert ((rows == 0) & (rows.signbit() == negative)).all(dim=1).any()
+    with pytest.raises(ArgumentError, match="at least 2 columns, found 1"):
+        special_rows(1, dtype)
