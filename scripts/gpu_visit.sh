@@ -24,17 +24,20 @@ vllm=()
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
 
-# One result for each run in SERVE: serve-1.json, serve-2.json, …
+# One result for each run in SERVE: serve-1.json, serve-2.json, …; what the engines said is in serve-logs.tar.xz.
 serve() {
-  local number=0 arguments
+  local number=0 bad=0 arguments
   for archive in vllm vllm_deps; do
     mkdir -p "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive" || return 1
   done
   while IFS= read -r -d ';' arguments; do
     number=$((number + 1))
     PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 \
-      python3 -m hdispatch bench serve --bundle "$carry/bundle" --json "$out/serve-$number.json" $arguments || return 1
+      python3 -m hdispatch bench serve --bundle "$carry/bundle" --json "$out/serve-$number.json" --logs "$site/logs/$number" \
+      $arguments || bad=1
   done <<< "${SERVE:-};"
+  tar cJf "$out/serve-logs.tar.xz" -C "$site/logs" .
+  return $bad
 }
 
 # Measures every candidates*.tar.xz; timings of a tune that was cut short are gone on with.

@@ -70,6 +70,8 @@ def add_serve_parser(kinds: Any) -> None:
     add("--profile", metavar="N,N", type=ms, default=(), help="batches whose host parts and GPU time are taken")
     add("--logits", metavar="N", type=numbers.whole, default=0, help="compare the logits of N steps with float32 (default: 0)")
     add("--json", metavar="FILE", type=Path, help="write the result as JSON")
+    add("--logs", metavar="DIR", type=Path, help="write what each engine says to DIR/MODE.log")
+    add("--limit", metavar="S", type=numbers.real, default=600, help="most seconds for an answer of an engine (default: 600)")
     add("--check", action="store_true", help="exit with 1 if something is not as it should be; see below")
     parser.set_defaults(run=run)
 
@@ -101,7 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.layers,
         profiled=arguments.profile,
         steps=arguments.logits,
+        logs=arguments.logs,
+        limit_s=arguments.limit,
     )
+    if arguments.logs:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     began = time.monotonic()
 
@@ -140,9 +146,9 @@ _START = [
     "import s",
     "engine s",
     "weights GB",
-    "activations MB",
-    "peak GB",
-    "reserved GB",
+    "GPU GB beside weights and KV",
+    "torch's own MB",
+    "peak in use MB",
     "hits",
     "misses",
 ]
@@ -150,16 +156,16 @@ _START = [
 
 def _start_row(mode: str, found: Any) -> list[str]:
     started, finished = found["started"], found["finished"]
-    activations = started["peak_bytes"] - started["weights_bytes"] - started["kv_bytes"]
+    held = started["weights_bytes"] + started["kv_bytes"]
     misses = sum(sum(counts.values()) for counts in finished.get("misses", {}).values())
     return [
         mode,
         f"{started['import_s']:.1f}",
         f"{started['init_s']:.1f}",
         f"{started['weights_bytes'] / 1e9:.2f}",
-        f"{activations / 1e6:.0f}",
-        f"{finished.get('peak_bytes', 0) / 1e9:.2f}",
-        f"{finished.get('reserved_bytes', 0) / 1e9:.2f}",
+        f"{(started['device_bytes'] - held) / 1e9:.2f}",
+        f"{(started['allocated_bytes'] - held) / 1e6:.0f}",
+        f"{(finished.get('peak_bytes', held) - held) / 1e6:.0f}",
         str(finished.get("hits", "")),
         str(misses),
     ]
