@@ -66,6 +66,7 @@ class Options:
     together  modes whose engines live at the same time; their memory must fit the GPU
     profiled  batches whose host parts and GPU time are taken
     steps     of which logits are compared with float32; 0: none
+    requests  that these steps serve at once
     logs      folder for what each engine says, MODE.log; None: only the end of it, where a mode fails
     limit_s   most seconds for one answer; an engine that takes longer is ended
     """
@@ -83,6 +84,7 @@ class Options:
     seed: int = 0
     profiled: tuple[int, ...] = ()
     steps: int = 0
+    requests: int = 32
     prefills: tuple[tuple[int, int], ...] = PREFILLS
     logs: Path | None = None
     limit_s: float = 600.0
@@ -176,7 +178,8 @@ def _plan(options: Options) -> Iterator[_Question]:
     for batch in options.profiled:
         yield _Question(f"profile of batch {batch}", {"do": "profile", "batch": batch}, 0, _keep_profile(str(batch)))
     if options.steps:
-        yield _Question("logits", {"do": "logits", "steps": options.steps, "file": "/dev/null"}, 0, _keep_logits)
+        request = {"do": "logits", "steps": options.steps, "requests": options.requests}
+        yield _Question("logits", request, 0, _keep_logits)
 
 
 def _keep_median(group: str, name: str) -> Callable[[Mode, list[dict[str, Any]]], None]:

@@ -238,13 +238,15 @@ class _Engine:
             return {}
         return serve_profile.profile(self._llm, self._runner, self._model, lambda: _Window(self._llm, batch, self._torch))
 
-    def logits(self, file: str, steps: int) -> dict[str, Any]:
-        """Errors of the logits of forced tokens against a float32 evaluation of the weights; raw figures go to `file`."""
+    def logits(self, steps: int, requests: int) -> dict[str, Any]:
+        """Errors of the logits of forced tokens against a float32 evaluation of the weights; see `serve_accuracy.Errors`."""
         from . import serve_accuracy
 
         if self._runner is None:
             raise RuntimeError("logits are compared on one rank")
-        return serve_accuracy.measure(self._llm, self._runner, self._model, steps, Path(file))
+        found = serve_accuracy.measure(self._llm, self._runner, self._model, steps, requests)
+        self._torch.cuda.empty_cache()
+        return {**found}
 
     def finish(self) -> dict[str, Any]:
         """Peak memory since the start, and what hdispatch's ops did."""
