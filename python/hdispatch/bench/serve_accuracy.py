@@ -50,7 +50,7 @@ class Ratio:
 def average(errors: Errors, name: str, steps: slice = slice(None)) -> float:
     """Over requests and steps: the root of the mean square of relative errors, the mean of divergences."""
     power = _power(name)
-    return statistics.fmean(_row_means(errors, name, steps)) ** (1 / power)
+    return float(statistics.fmean(_row_means(errors, name, steps)) ** (1 / power))
 
 
 def compare(ours: Errors, theirs: Errors, name: str, steps: slice = slice(None)) -> Ratio:
@@ -112,7 +112,7 @@ def sequence(request: int, length: int, steps: int) -> torch.Tensor:
 def measure(llm: Any, runner: Any, model: Any, steps: int, requests: int) -> Errors:
     """Run `requests` requests at once, evaluate the reference, and compare."""
     sizes = lengths(requests)
-    found = _run(llm, runner, sizes, steps)
+    found = forced_logits(llm, runner, sizes, steps)
     device = found[0].device
     hidden = reference(model, [sequence(request, size, steps).to(device) for request, size in enumerate(sizes)])
     relative, kl = [], []
@@ -135,8 +135,13 @@ def _compare_logits(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[f
     return relative.tolist(), kl.tolist()
 
 
-def _run(llm: Any, runner: Any, sizes: Sequence[int], steps: int) -> list[torch.Tensor]:
-    """Logits [steps, vocabulary] of each request, all of which run at once."""
+def forced_logits(
+    llm: Any, runner: Any, sizes: Sequence[int], steps: int, order: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """Logits [steps, vocabulary] of each request, all of which run at once; `sizes` are the prompts' tokens, all different.
+
+    order  in which the requests are given to the engine, and so lie in its batches
+    """
     from vllm import SamplingParams
 
     rows: list[list[torch.Tensor]] = [[] for _ in sizes]
@@ -162,12 +167,13 @@ def _run(llm: Any, runner: Any, sizes: Sequence[int], steps: int) -> list[torch.
     runner.sample, runner.sampler.sample = note_batch, force
     try:
         sampling = SamplingParams(max_tokens=steps, ignore_eos=True, detokenize=False, temperature=0.0)
-        prompts = [{"prompt_token_ids": prompt(request, size)} for request, size in enumerate(sizes)]
+        order = range(len(sizes)) if order is None else order
+        prompts = [{"prompt_token_ids": prompt(request, sizes[request])} for request in order]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
     finally:
         del runner.sample, runner.sampler.sample
-    for request, (output, size) in enumerate(zip(outputs, sizes, strict=True)):
-        expected = forced(torch.arange(size - 1, size + steps - 1)).tolist()
+    for request, output in zip(order, outputs, strict=True):
+        expected = forced(torch.arange(sizes[request] - 1, sizes[request] + steps - 1)).tolist()
         if list(output.outputs[0].token_ids) != expected:
             raise RuntimeError(f"request {request} did not get the forced tokens")
     counts = {len(each) for each in rows}
