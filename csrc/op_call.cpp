@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
@@ -33,10 +34,15 @@ PyObject* error_classes[6];  // by Fault; owned
 
 /// The miss: counts it and throws in strict mode. Returns if the fallback is to run.
 HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  if (outcome == Outcome::kEmptyOutput) {
+    op.counters().empty.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome == Outcome::kRefused && is_failure(found.result.status))
     Runtime::describe(op, call, outcome, found);  // throws
-  count_miss(op, Runtime::reason(outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
+  count_miss(op, Runtime::reason(op, call, outcome, found),
+             [&] { return Runtime::describe(op, call, outcome, found); });
 }
 
 // ---- the vectorcall door ----
@@ -91,7 +97,11 @@ HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
       requires_grad(op, op.args()[i]);
 }
 
+/// The fallback, whose answer does not depend on what the caller has switched on: autocast would change its arithmetic;
+/// outside inference mode it could not write to an inference tensor, which a kernel can.
 HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const c10::InferenceMode inference;
   PyObject* result = PyObject_Vectorcall(self->fallback, args, self->op->args().size(), nullptr);
   if (!result) return nullptr;
   Py_DECREF(result);
@@ -297,6 +307,7 @@ class MetaKernel final : public BoxedOp {
         is_known = is_known && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
         if (is_known) view_shape(tensor, view);
         view.slot = kCpuSlot;
+        view.storage = i + 1;  // it has none, so it shares none
       }
     }
     uint16_t variant = 0;

@@ -37,12 +37,13 @@ bool has_form(const TensorView& view, Form form) noexcept {
   return false;
 }
 
-bool fits(const Route& route, const Call& call) noexcept {
+/// The first argument whose form is not the route's; -1 for none.
+int misfit(const Route& route, const Call& call) noexcept {
   for (const FormRule& rule : route.rules) {
     const bool by_rows = rule.flag >= 0 && !call.integers[rule.flag];
-    if (HD_UNLIKELY(!has_form(call.tensors[rule.arg], by_rows ? Form::kRows : rule.form))) return false;
+    if (HD_UNLIKELY(!has_form(call.tensors[rule.arg], by_rows ? Form::kRows : rule.form))) return rule.arg;
   }
-  return true;
+  return -1;
 }
 
 /// What torch says of our kernels when it lists an op's.
@@ -60,7 +61,7 @@ class NoWarnings final : public c10::WarningHandler {
 struct Override::Found {
   Call call;
   Dispatch dispatch;
-  const char* wrong = nullptr;  ///< why nothing was looked up, if so
+  std::string reason;  ///< why nothing was looked up, if so: an argument and a kind of mismatch
 };
 
 /// The kernel below ours.
@@ -100,6 +101,7 @@ Override* Override::make(const std::string& name, bool cuda, std::vector<Route> 
     self->defaults_.push_back(std::move(defaults));
   }
   self->name_ = name;
+  for (const c10::Argument& argument : handle->schema().arguments()) self->names_.push_back(argument.name());
   self->cuda_ = cuda;
   self->routes_ = std::move(routes);
   self->given_ = given;
@@ -128,15 +130,15 @@ bool Override::resume() {
 
 Outcome Override::try_route(const Route& route, const c10::IValue* values, Found& found) const {
   const size_t count = route.op->args().size();
-  found.wrong = nullptr;
+  found.reason.clear();
   for (size_t i = count; i < given_; ++i) {
     if (values[i].isNone()) continue;
-    found.wrong = "an argument that the op has not";
+    found.reason = names_[i] + ": not None";
     return Outcome::kBadCall;
   }
   fill_call(*route.op, values, std::min(count, given_), found.call);
-  if (HD_UNLIKELY(!fits(route, found.call))) {
-    found.wrong = "strides that the overridden op does not read";
+  if (const int arg = misfit(route, found.call); HD_UNLIKELY(arg >= 0)) {
+    found.reason = route.op->args()[static_cast<size_t>(arg)].name + ": form";
     return Outcome::kBadCall;
   }
   found.dispatch = {};
@@ -165,13 +167,17 @@ HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& fo
   const Op& op = *route.op;
   if (outcome == Outcome::kRefused && is_failure(found.dispatch.result.status))
     Runtime::describe(op, found.call, outcome, found.dispatch);  // throws
+  if (outcome == Outcome::kEmptyOutput) {
+    op.counters().empty.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   if (outcome != Outcome::kBadCall)
-    return count_miss(op, Runtime::reason(outcome, found.dispatch),
+    return count_miss(op, Runtime::reason(op, found.call, outcome, found.dispatch),
                       [&] { return Runtime::describe(op, found.call, outcome, found.dispatch); });
-  const std::string wrong = found.wrong ? found.wrong : "arguments that the op does not take";
-  count_miss(op, "override: " + wrong, [&]() -> std::string {
+  const std::string reason = found.reason.empty() ? op.reason(found.call) : found.reason;
+  count_miss(op, "override: " + reason, [&]() -> std::string {
     const std::string start = text(name_, " is not served by ", op.name(), ": ");
-    if (found.wrong) return start + wrong;
+    if (!found.reason.empty()) return start + reason;
     try {
       op.complain(found.call);
     } catch (const Error& error) {
@@ -209,7 +215,7 @@ bool Override::serve(PyObject* const* args, size_t count) const {
     bool grad = false;
     if (HD_UNLIKELY(!read_arguments(op, full, call, grad))) return false;
     if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) return false;
-    if (HD_UNLIKELY(!fits(routes_[r], call))) continue;
+    if (HD_UNLIKELY(misfit(routes_[r], call) >= 0)) continue;
     const TensorView& written = call.tensors[op.mutated().front()];
     if (HD_UNLIKELY(written.dtype == DType::kNone || (written.slot == kCpuSlot) == cuda_)) return false;
     Dispatch found;

@@ -75,6 +75,7 @@ class Override {
   void miss(const Route& route, Outcome outcome, const Found& found) const;
 
   std::string name_;
+  std::vector<std::string> names_;  ///< of the overridden op's arguments
   bool cuda_ = true;
   std::vector<Route> routes_;
   size_t given_ = 0;

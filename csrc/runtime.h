@@ -59,12 +59,13 @@ struct DeviceTable {
 /// Why a call was not launched.
 enum class Outcome : uint8_t {
   kLaunched,
-  kEmpty,     ///< M = 0: there is nothing to do
-  kBadCall,   ///< an argument is wrong: Op::complain says which
-  kUnserved,  ///< nothing is wrong, but no variant has the values that are given: Op::unserved says which
-  kNoTable,   ///< no bundle is loaded for the device
-  kNoRow,     ///< the table has no such key
-  kRefused,   ///< the row's launcher says why in `result`
+  kEmpty,        ///< M = 0: there is nothing to do
+  kEmptyOutput,  ///< M = 0, but an output does not depend on M: the fallback is to write it
+  kBadCall,      ///< an argument is wrong: Op::complain says which
+  kUnserved,     ///< nothing is wrong, but no variant has the values that are given: Op::unserved says which
+  kNoTable,      ///< no bundle is loaded for the device
+  kNoRow,        ///< the table has no such key
+  kRefused,      ///< the row's launcher says why in `result`
 };
 
 /// What `Runtime::dispatch` found out, kept for the cold path.
@@ -91,7 +92,7 @@ class Runtime {
   Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const;
 
   /// The reason of an outcome, as counted in `stats`.
-  static std::string reason(Outcome outcome, const Dispatch& found);
+  static std::string reason(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
   /// The same for a person: the shape, the failed fact, the nearest rows, what to do.
   static std::string describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
   /// Every step of one call in words, without launching.

@@ -16,6 +16,7 @@ LEAST_ROUNDED = 1e-10
 def split_groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """x [rows, columns] as [rows, groups, group_size], a shorter last group filled up with zeros."""
     rows, columns = x.shape
+    group_size = max(min(group_size, columns), 1)  # a longer one needs no zeros
     groups = -(-columns // group_size)
     padded = torch.nn.functional.pad(x, (0, groups * group_size - columns))
     return padded.reshape(rows, groups, group_size)

@@ -18,12 +18,12 @@ FP8 = torch.float8_e4m3fn
 def quantize_rows(x: torch.Tensor, result: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None) -> None:
     """Write the rows of `x` to `result` in fp8 and their scales to `scale`.
 
-    x         float32 [rows, columns], at least one column
+    x         float32 [rows, columns]
     result    float8_e4m3fn [rows, columns], written: clamp(x / scale, -448, 448), a true division, ties to even
     scale     float32 [rows, 1], written: max(min(max |x| of the row, scale_ub) / 448, 1 / (448 * 512))
     scale_ub  float32 with one element, or None
     """
-    absmax = x.abs().amax(dim=-1, keepdim=True)
+    absmax = x.abs().amax(dim=-1, keepdim=True) if x.size(-1) else x.new_zeros(x.size(0), 1)
     if scale_ub is not None:
         absmax = torch.minimum(absmax, scale_ub.reshape(()))
     row_scale = (absmax / torch.full_like(absmax, FP8_MAX)).clamp(min=MIN_SCALE)

@@ -18,7 +18,7 @@ def reference(result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, gr
     result       float8_e4m3fn [M, K], written: clamp(input * (1 / scale), -448, 448); a NaN becomes 448
     input        bfloat16 or float16 [M, K], last dimension contiguous
     scale        float32 with one element
-    group_shape  None, or what a scale with more elements needs
+    group_shape  of no meaning to a scale of one element; what a scale with more elements needs
 
     All arithmetic is float32, and the reciprocal is rounded before it is multiplied by. What else vLLM's op
     takes has no kernel: a scale for each block of group_shape (rows, columns; -1 for all) elements, 2-D, or 1-D where the
@@ -64,7 +64,8 @@ SPEC = OpSpec(
         TensorArg("result", ("M", "K"), (FP8,), mutated=True),
         TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), layout="rows"),
         TensorArg("scale", ("*",), (torch.float32,), flat=True),
-        NoneArg("group_shape", "int[]?"),
+        # With a scale of one element, which the kernel takes, it says nothing; vLLM's layers always give it.
+        NoneArg("group_shape", "int[]?", ignored=True),
     ),
     reference=reference,
     sample=sample,
