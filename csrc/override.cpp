@@ -138,7 +138,7 @@ Outcome Override::try_route(const Route& route, const c10::IValue* values, Found
   }
   fill_call(*route.op, values, std::min(count, given_), found.call);
   if (const int arg = misfit(route, found.call); HD_UNLIKELY(arg >= 0)) {
-    found.reason = route.op->args()[static_cast<size_t>(arg)].name + ": form";
+    found.reason = route.op->args()[static_cast<size_t>(arg)].name + ": strides that the overridden op does not read";
     return Outcome::kBadCall;
   }
   found.dispatch = {};
@@ -149,21 +149,30 @@ bool Override::serve(const c10::IValue* values) const {
   Found found;
   Outcome outcome = Outcome::kBadCall;
   const Route* missed = nullptr;  // the first that took the arguments, if any did
+  std::string reasons;            // why the others did not
   for (const Route& route : routes_) {
     outcome = try_route(route, values, found);
     if (HD_LIKELY(is_done(outcome))) {
       bump_versions(*route.op, values);
       return true;
     }
-    if (!missed && outcome != Outcome::kBadCall) missed = &route;
+    if (outcome == Outcome::kBadCall)
+      add_reason(route, found, reasons);
+    else if (!missed)
+      missed = &route;
   }
   const Route& route = missed ? *missed : routes_.front();
   if (&route != &routes_.back()) outcome = try_route(route, values, found);
-  miss(route, outcome, found);
+  miss(route, outcome, found, reasons);
   return false;
 }
 
-HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& found) const {
+HD_COLD void Override::add_reason(const Route& route, const Found& found, std::string& reasons) const {
+  reasons += (reasons.empty() ? "" : "; ") + (found.reason.empty() ? route.op->reason(found.call) : found.reason);
+  if (routes_.size() > 1) reasons += " (" + route.op->name() + ")";
+}
+
+HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& found, const std::string& reasons) const {
   const Op& op = *route.op;
   if (outcome == Outcome::kRefused && is_failure(found.dispatch.result.status))
     Runtime::describe(op, found.call, outcome, found.dispatch);  // throws
@@ -172,12 +181,11 @@ HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& fo
     return;
   }
   if (outcome != Outcome::kBadCall)
-    return count_miss(op, Runtime::reason(op, found.call, outcome, found.dispatch),
+    return count_miss(op, reason_of(op, found.call, outcome, found.dispatch),
                       [&] { return Runtime::describe(op, found.call, outcome, found.dispatch); });
-  const std::string reason = found.reason.empty() ? op.reason(found.call) : found.reason;
-  count_miss(op, "override: " + reason, [&]() -> std::string {
+  count_miss(op, "override: " + reasons, [&]() -> std::string {
     const std::string start = text(name_, " is not served by ", op.name(), ": ");
-    if (!found.reason.empty()) return start + reason;
+    if (!found.reason.empty()) return start + found.reason;
     try {
       op.complain(found.call);
     } catch (const Error& error) {

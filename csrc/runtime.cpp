@@ -144,14 +144,14 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
   return Outcome::kLaunched;
 }
 
-std::string Runtime::reason(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+std::string Runtime::reason(Outcome outcome, const Dispatch& found) {
   switch (outcome) {
     case Outcome::kNoTable:
       return "no table";
     case Outcome::kNoRow:
       return "no row";
     case Outcome::kUnserved:
-      return "no variant: " + op.unserved_argument(call);
+      return "no variant";
     case Outcome::kRefused:
       return found.row->launcher->reason(found.result);
     default:

@@ -92,7 +92,7 @@ class Runtime {
   Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found) const;
 
   /// The reason of an outcome, as counted in `stats`.
-  static std::string reason(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
+  static std::string reason(Outcome outcome, const Dispatch& found);
   /// The same for a person: the shape, the failed fact, the nearest rows, what to do.
   static std::string describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
   /// Every step of one call in words, without launching.

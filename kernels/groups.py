@@ -47,7 +47,7 @@ def quantize_groups(
     groups [rows, groups of a row, group_size] and scale [rows, groups of a row] are float32.
     """
     quotient = (groups / scale.unsqueeze(-1)).clamp(fp8_min, fp8_max).to(FP8)
-    result.copy_(quotient.reshape(groups.shape[0], -1)[:, : result.shape[1]])
+    result.copy_(quotient.flatten(1)[:, : result.shape[1]])
 
 
 def poisoned_outputs(rows: int, columns: int, group_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..groups import absmax_scale, poisoned_outputs, power_of_two, quantize_groups, split_groups
 from ..numerics import FP8, FP8_MAX, random_rows
 
 NAME = "per_token_group_fp8_quant_packed"
+
+#: Elements of a row that share a scale.
+GROUP = 128
 
 
 def reference(
@@ -37,6 +41,8 @@ def reference(
 
     A group with an infinity has the exponent 255; the codes of groups with a NaN or an infinity are unspecified.
     """
+    if group_size != GROUP:
+        raise ArgumentError(f"{NAME}: group_size is {group_size}; expected {GROUP}")
     groups = split_groups(input.float(), group_size)
     scale = power_of_two(absmax_scale(groups.abs().amax(dim=-1).clamp(min=eps), fp8_max))
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
@@ -61,7 +67,7 @@ SPEC = OpSpec(
         TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16)),
         TensorArg("output_q", ("M", "K"), (FP8,), mutated=True),
         TensorArg("output_s_packed", ("M", "K/512"), (torch.int32,), mutated=True, layout="any"),
-        IntArg("group_size", values=(128,)),
+        IntArg("group_size", values=(GROUP,)),
         FloatArg("eps", minimum=0.0),
         FloatArg("fp8_min"),
         FloatArg("fp8_max"),

@@ -203,6 +203,8 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
         for arg in self.tensors():
             self._check_tensor(arg)
+        if any(isinstance(arg, NoneArg) and arg.ignored and arg.type != "int[]?" for arg in self.args):
+            raise HdispatchError(f"{self.name}: only arguments of type int[]? can be ignored")
         unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
         unbound -= {s for s in SYMBOLS if self.binder(s) is not None}
         if unbound:
