@@ -47,7 +47,7 @@ def reference(
     scale = power_of_two(absmax_scale(groups.abs().amax(dim=-1).clamp(min=eps), fp8_max))
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
-    output_s_packed.copy_(padded.contiguous().view(torch.int32))
+    output_s_packed.copy_(padded.contiguous().view(torch.int32) if padded.size(1) else padded)
     quantize_groups(groups, scale, output_q, fp8_min, fp8_max)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hdispatch.errors import ArgumentError
 from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant
 
 from ..numerics import FP8, FP8_MAX, random_rows
@@ -38,16 +39,22 @@ def _spread(scale: torch.Tensor, shape: torch.Size, group_shape: list[int] | Non
     if scale.numel() == 1:
         return scale.reshape(())
     m, k = shape[:-1].numel(), shape[-1]
+    blocks = tuple(scale.shape)
     if scale.dim() == 1:
-        if group_shape is None:
-            raise ValueError(
+        if group_shape is None or len(group_shape) != 2:
+            raise ArgumentError(
                 f"{NAME}: scale has {scale.numel()} elements in one dimension, which may be rows or columns; "
                 "pass group_shape: (1, -1) for a scale per row, (-1, 1) for a scale per column"
             )
-        rows, columns = (whole if part == -1 else part for part, whole in zip(group_shape, (m, k), strict=True))
-        scale = scale.reshape(m // rows, k // columns)
-    rows, columns = m // scale.shape[0], k // scale.shape[1]
-    return scale.repeat_interleave(rows, 0).repeat_interleave(columns, 1).reshape(shape)
+        sizes = [whole if part == -1 else part for part, whole in zip(group_shape, (m, k), strict=True)]
+        blocks = (m // max(sizes[0], 1), k // max(sizes[1], 1))
+    if len(blocks) != 2 or blocks[0] * blocks[1] != scale.numel() or m % max(blocks[0], 1) or k % max(blocks[1], 1):
+        raise ArgumentError(
+            f"{NAME}: scale has sizes {list(scale.shape)} and group_shape is {group_shape}; expected one element, or one "
+            f"for each block of the [{m}, {k}] of input"
+        )
+    rows, columns = m // max(blocks[0], 1), k // max(blocks[1], 1)
+    return scale.reshape(blocks).repeat_interleave(rows, 0).repeat_interleave(columns, 1).reshape(shape)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
