@@ -24,8 +24,8 @@ def reference(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor 
     Several dimensions may stand for M: [batch, length, K].
     r = rsqrt(mean(residual * residual) + epsilon) of each row of the new, rounded residual; all arithmetic is float32.
     """
-    residual.copy_(input.float().reshape(residual.shape) + residual.float())
-    input.copy_(normalized(residual.float(), weight, epsilon).reshape(input.shape))
+    residual.copy_((input.float() + residual.float().reshape(input.shape)).reshape(residual.shape))
+    input.copy_(normalized(residual.float().reshape(input.shape), weight, epsilon))
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:

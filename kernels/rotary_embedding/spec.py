@@ -48,15 +48,15 @@ def reference(
             f"expected at least 0 and at most head_size, {head_size}"
         )
     cos, sin = cos_sin_cache[positions.flatten()].float().chunk(2, dim=-1)
-    for tensor in (query, key):
-        if tensor is not None:
-            heads = _heads(tensor, head_size)[..., rope_dim_offset : rope_dim_offset + rotary]
-            leading = 1
-            while tensor.shape[:leading].numel() != positions.numel() and leading < tensor.dim():
-                leading += 1
-            tokens = tensor.shape[:leading]
-            angles = (*tokens, *(1 for _ in heads.shape[len(tokens) : -1]), rotary // 2)
-            heads.copy_(rotated(heads.float(), cos.view(angles), (-sin if inverse else sin).view(angles), is_neox))
+    tensors = [tensor for tensor in (query, key) if tensor is not None]
+    for tensor, whole in zip(tensors, [_heads(tensor, head_size) for tensor in tensors], strict=True):
+        heads = whole[..., rope_dim_offset : rope_dim_offset + rotary]
+        leading = 1
+        while tensor.shape[:leading].numel() != positions.numel() and leading < tensor.dim():
+            leading += 1
+        tokens = tensor.shape[:leading]
+        angles = (*tokens, *(1 for _ in heads.shape[len(tokens) : -1]), rotary // 2)
+        heads.copy_(rotated(heads.float(), cos.view(angles), (-sin if inverse else sin).view(angles), is_neox))
 
 
 def _heads(tensor: torch.Tensor, head_size: int) -> torch.Tensor:

@@ -48,7 +48,8 @@ def _spread(scale: torch.Tensor, shape: torch.Size, group_shape: list[int] | Non
             )
         sizes = [whole if part == -1 else part for part, whole in zip(group_shape, (m, k), strict=True)]
         blocks = (m // max(sizes[0], 1), k // max(sizes[1], 1))
-    if len(blocks) != 2 or blocks[0] * blocks[1] != scale.numel() or m % max(blocks[0], 1) or k % max(blocks[1], 1):
+    fits = len(blocks) == 2 and blocks[0] * blocks[1] == scale.numel()
+    if not fits or (m * k and not all(blocks)) or m % max(blocks[0], 1) or k % max(blocks[1], 1):
         raise ArgumentError(
             f"{NAME}: scale has sizes {list(scale.shape)} and group_shape is {group_shape}; expected one element, or one "
             f"for each block of the [{m}, {k}] of input"

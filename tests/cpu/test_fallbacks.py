@@ -146,6 +146,11 @@ def test_what_is_refused_by_name(door):
     with pytest.raises(hdispatch.ArgumentError, match="rows of 128 elements; expected a multiple of head_size, 80"):
         rope(head_size=80)
 
+    q, before = x.clone(), x.clone()
+    with pytest.raises(hdispatch.ArgumentError, match="rows of 100 elements"):
+        door("rotary_embedding")(positions, q, x[:, :100], 64, torch.randn(8, 64).bfloat16(), True, 0, False)
+    assert torch.equal(q, before)  # nothing is written before all is checked
+
     def qk(cache, head_dim):
         weights = torch.ones(64).bfloat16(), torch.ones(64).bfloat16()
         cache = torch.randn(8, cache).bfloat16()
@@ -161,6 +166,32 @@ def test_what_is_refused_by_name(door):
         door("per_token_group_fp8_quant_packed")(x, q, packed, 64, 1e-10, -448.0, 448.0)
     with pytest.raises(hdispatch.ArgumentError, match="scale has 4 elements in one dimension"):
         door("static_scaled_fp8_quant")(q, x, torch.ones(4), None)
+    for scale, group in ((torch.ones(0), None), (torch.ones(0), [1, -1]), (torch.ones(3), [1, -1]), (torch.ones(3, 2), None)):
+        with pytest.raises(hdispatch.ArgumentError, match="static_scaled_fp8_quant: scale has "):
+            door("static_scaled_fp8_quant")(q, x, scale, group)
+
+
+def test_another_shape_of_a_residual(door):
+    """What the door takes as [M, K] the fallback takes."""
+    x, residual, weight = torch.randn(9, 64).bfloat16(), torch.randn(9, 64).bfloat16(), torch.ones(64).bfloat16()
+    wanted = x.clone(), residual.clone()
+    hdispatch.ops.spec("fused_add_rms_norm").reference(*wanted, weight, 1e-6)
+    for shape in ((9, 64), (1, 9, 64), (9, 64, 1), (9, 1, 64), (3, 3, 64)):
+        got = x.clone(), residual.clone().view(shape)
+        door("fused_add_rms_norm")(*got, weight, 1e-6)
+        assert all(torch.equal(a.view(9, 64), b) for a, b in zip(got, wanted, strict=True))
+
+
+def test_rows_of_another_rank_are_one_thing(door):
+    """[M, 1, K] is [M, K] for every argument that the declaration pads or merges, whichever has which."""
+    x, weight = torch.randn(6, 64).bfloat16(), torch.randn(64).bfloat16()
+    wanted = torch.empty_like(x)
+    hdispatch.ops.spec("rms_norm").reference(wanted, x, weight, 1e-6)
+    for given, written in (((6, 1, 64), (6, 64)), ((6, 64), (6, 1, 64)), ((2, 3, 1, 64), (6, 64)), ((6, 64), (2, 3, 1, 64))):
+        for call in (door("rms_norm"), hdispatch.ops.spec("rms_norm").reference):
+            out = torch.full(written, float("nan"), dtype=x.dtype)
+            call(out, x.view(given), weight, 1e-6)
+            assert torch.equal(out.view(6, 64), wanted)
 
 
 def test_a_group_of_any_size(door):
