@@ -18,11 +18,14 @@ def reference(result: torch.Tensor, input: torch.Tensor) -> None:
     result    [M, N], dtype of input, written
     input     bfloat16 or float16 [M, 2 * N]: gate in the first half of a row, up in the second
 
+    Several dimensions may stand for M: [batch, length, 2 * N].
+
     gate / (1 + exp(-gate)) in float32 is rounded to the dtype of input, multiplied by up and rounded again: vLLM's kernel
     and torch's silu do so too.
     """
     gate, up = input.chunk(2, dim=-1)
-    result.copy_(torch.nn.functional.silu(gate.float()).to(input.dtype).float() * up.float())
+    y = torch.nn.functional.silu(gate.float()).to(input.dtype).float() * up.float()
+    result.copy_(y.reshape(result.shape))
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -35,8 +38,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 SPEC = OpSpec(
     name=NAME,
     args=(
-        TensorArg("result", ("M", "N"), "input", mutated=True),
-        TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16)),
+        TensorArg("result", ("M", "N"), "input", mutated=True, merge=True),
+        TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16), merge=True),
     ),
     reference=reference,
     sample=sample,
