@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, pdl, load, sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, pdl, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
 # helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates*.tar.xz (hdispatch tune
 # candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results).
-# TUNE, OPS, PDL and DISPATCH are more arguments of `hdispatch tune measure` and of the benchmarks, TESTS of pytest; for
+# FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL and DISPATCH are more arguments of `hdispatch tune measure` and of the benchmarks, TESTS of pytest; for
 # sanitize see scripts/sanitize.sh.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
@@ -38,6 +38,7 @@ for step in "$@"; do
   case $step in
     gpu-tests) python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
+    fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$carry/bundle" ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;
     tune) tune ;;
