@@ -521,10 +521,11 @@ std::string Op::memory_fault(const Call& call, const Say& say) const {
   for (const uint8_t i : mutated_)
     for (const TensorRule& rule : tensors_) {
       const uint8_t j = rule.arg;
-      if (i == j || (rule.is_mutated && j < i) || !has_elements(i) || !has_elements(j)) continue;
+      if (i == j || (rule.is_mutated && j < i) || !has_elements(j) || !has_elements(i)) continue;
       const TensorView &view = call.tensors[i], &other = call.tensors[j];
+      if (HD_LIKELY(view.storage != other.storage)) continue;
       const bool in_place = args_[i].in_place_of == j || args_[j].in_place_of == i;
-      if (view.storage != other.storage || (in_place && is_same_view(view, other)) || !overlap(view, other)) continue;
+      if ((in_place && is_same_view(view, other)) || !overlap(view, other)) continue;
       return say(args_[i], "overlap", "is written and shares memory with ", args_[j].name,
                  "; call .clone() on one of them");
     }

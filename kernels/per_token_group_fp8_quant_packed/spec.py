@@ -49,11 +49,11 @@ def reference(
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
     output_s_packed.copy_(padded.contiguous().view(torch.int32) if padded.size(1) else padded)
-    _padding(output_s_packed).zero_()
+    padding(output_s_packed).zero_()
     store_groups(clamp_low_first(times_inverse(groups, scale), fp8_min, fp8_max), output_q)
 
 
-def _padding(packed: torch.Tensor) -> torch.Tensor:
+def padding(packed: torch.Tensor) -> torch.Tensor:
     """The words behind each column of `packed` but the last, up to a multiple of four rows; none if its strides leave none."""
     rows, words = packed.shape
     pitch = (rows + 3) // 4 * 4
