@@ -1,7 +1,7 @@
 # The two commands of the README, and what a developer runs.
 #
 #   make demo      environment, extension, bundle of every row, then the dispatch microbenchmark
-#   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one)
+#   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
 #   make lint      ruff, mypy --strict, clang-format
 #   make sanitize  the C++ tests under ASan + UBSan, then under TSan
@@ -33,6 +33,7 @@ demo: setup
 
 test: setup-test core-test
 	$(PY) -m pytest tests -n 2
+	$(PY) scripts/fuzz.py 60
 
 test-vllm: setup-test
 	$(PY) scripts/fetch_vllm.py build/vllm

@@ -2,11 +2,12 @@
 
     python benchmarks/bit_equality.py BUNDLE --vllm LIBRARY [--elements 100000000] [--op NAME ...] [--json FILE]
 
-LIBRARY is the one behind torch.ops._C. Of every op that it has too, each variant runs on random rows (normal numbers of row
-magnitudes from 1/8 to 8, one in 4 rows with an outlier) until as many elements as asked for have been written. Of each
-output it prints how many elements have other bits, how many of those differ by more than one unit in the last place (of
-fp8: by more than one code), and the largest relative difference. Where an op adds squares, vLLM's order of adding is not
-ours; nothing else may differ: the exit status is 1 if another op has an element with other bits.
+LIBRARY is the one behind torch.ops._C. Of every op that it has too, GEMMs aside, each variant runs on random rows (normal
+numbers of row magnitudes from 1/8 to 8, one in 4 rows with an outlier) until as many elements as asked for have been
+written. For each output of an op it prints how many elements have other bits, how many of those differ by more than one
+unit in the last place (of fp8: by more than one code), the largest relative difference, and the variant and size where most
+differ; FILE has every variant and size. Where an op adds squares, vLLM's order of adding is not ours; nothing else may
+differ: the exit status is 1 if another op has an element with other bits.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ import torch
 from hdispatch.bench.machine import describe
 from hdispatch.opspec import OpSpec, Variant
 
-#: Our name -> vLLM's, where another.
-THEIRS = {"scaled_mm": None, "scaled_mm_blockwise": None, "ll_gemm_bf16": None, "ll_gemm_fp8": None}
+#: GEMMs, whose order of adding is a library's own.
+GEMMS = ("scaled_mm", "scaled_mm_blockwise", "ll_gemm_bf16", "ll_gemm_fp8")
 #: The ops that add: the order of a float32 sum decides the last bit.
 SUMS = ("rms_norm", "fused_add_rms_norm", "fused_qk_norm_rope", "rms_norm_dynamic_per_token_quant", "rms_norm_per_block_quant")
-#: Rows of one call, many so that few calls are needed; dynamic_scaled_fp8_quant takes few.
-ROWS = 2048
+#: Rows of one call, many so that few calls are needed, but no more elements of its largest tensor than that.
+ROWS, ELEMENTS = 2048, 2**25
+#: For the sizes that a row leaves open.
+OPEN = {"K": 3072, "N": 1024}
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
@@ -79,32 +83,71 @@ def copies(args: Sequence[Any]) -> list[Any]:
     return [copy(value) if isinstance(value, torch.Tensor) else value for value in args]
 
 
-def rows_of_a_call(spec: OpSpec, sizes: dict[str, int]) -> int:
-    """M of every call."""
-    if spec.name == "dynamic_scaled_fp8_quant":
-        return 64 * 5120 // sizes["K"]
-    return min(ROWS, spec.ladder[-1])
+def rows_of_a_call(spec: OpSpec, variant: Variant, sizes: dict[str, int]) -> int:
+    """M of every call; dynamic_scaled_fp8_quant takes few rows."""
+    row = max(abs(math.prod(spec.tensor_sizes(arg, {**sizes, "M": 1}, variant.static))) for arg in spec.tensors())
+    most = 64 * 5120 // row if spec.name == "dynamic_scaled_fp8_quant" else min(ROWS, spec.ladder[-1])
+    return max(1, min(most, ELEMENTS // row))
 
 
-def measure(spec: OpSpec, variant: Variant, sizes: dict[str, int], elements: int) -> dict[str, Difference]:
-    """Differences by output of one variant; at least one call, `elements` of the widest output."""
-    theirs = getattr(torch.ops._C, THEIRS.get(spec.name) or spec.name).default
-    count, device = len(theirs._schema.arguments), torch.device("cuda")
+def measure(
+    spec: OpSpec,
+    variant: Variant,
+    sizes: dict[str, int],
+    elements: int,
+    ours: Callable[..., Any],
+    theirs: Callable[..., Any],
+    device: torch.device,
+) -> dict[str, Difference]:
+    """Differences by output of one variant; at least one call, `elements` of the largest output."""
     found: dict[str, Difference] = {}
-    m, seed, done = rows_of_a_call(spec, sizes), 0, 0
-    while done < elements:
-        generator = torch.Generator(device).manual_seed(seed)
-        args = spec.sample(variant, {"M": m, **sizes}, device, generator)
+    m, seed, done = rows_of_a_call(spec, variant, sizes), 0, 0
+    while not found or done < elements:
+        args = spec.sample(variant, {"M": m, **sizes}, device, torch.Generator(device).manual_seed(seed))
         expected = copies(args)
-        theirs(*expected[:count], *([None] * (count - len(expected))))
-        with hdispatch.strict():
-            getattr(hdispatch.ops, spec.name)(*args)
-        for arg, got, want in zip(spec.args, args, expected, strict=True):
-            if getattr(arg, "mutated", False) and got is not None:
-                found.setdefault(arg.name, Difference()).add(got, want)
-        done += max(value.numel() for arg, value in zip(spec.args, args, strict=True) if getattr(arg, "mutated", False))
+        theirs(*expected)
+        ours(*args)
+        written = [
+            (arg.name, got, want)
+            for arg, got, want in zip(spec.args, args, expected, strict=True)
+            if getattr(arg, "mutated", False) and got is not None
+        ]
+        for name, got, want in written:
+            found.setdefault(name, Difference()).add(got, want)
+        done += max(got.numel() for _, got, _ in written)
         seed += 1
     return found
+
+
+def their_op(op: str) -> Callable[..., Any]:
+    """vLLM's op, called with our arguments: ours may have flags of their own at the end, or fewer optional ones."""
+    theirs = getattr(torch.ops._C, op).default
+    count = len(theirs._schema.arguments)
+    return lambda *args: theirs(*args[:count], *([None] * (count - len(args))))
+
+
+def cases(spec: OpSpec) -> Iterator[tuple[Variant, dict[str, int]]]:
+    """The variants that vLLM has, each with every size that rows are built for."""
+    for variant in spec.served_variants():
+        if spec.name.endswith("per_block_quant") and variant.static.get("scale_ue8m0"):
+            continue  # our own
+        for shape in [shape for shape in spec.shapes if shape] or [{}]:
+            yield variant, {symbol: shape.get(symbol, OPEN[symbol]) for symbol in spec.symbols() if symbol != "M"}
+
+
+def summary(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each output of an op; rows are those of --json."""
+    lines = []
+    for output in dict.fromkeys(row["output"] for row in rows):
+        own = [row for row in rows if row["output"] == output]
+        differ, elements, further = (sum(row[key] for row in own) for key in ("differ", "elements", "further"))
+        line = f"{op:36} {output:16} {differ:>9} of {elements} differ"
+        if differ:
+            worst = max(own, key=lambda row: row["differ"] / row["elements"])
+            line += f", {further} by more than one, at most {max(row['worst'] for row in own):.3g} of the value; most of "
+            line += f"{worst['variant']} {worst['sizes']}: {worst['differ'] / worst['elements']:.2g}"
+        lines.append(line)
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,33 +157,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--vllm", type=Path, required=True, metavar="LIBRARY", help="the library behind torch.ops._C")
     parser.add_argument("--elements", type=int, default=10**8, help="of each variant of an op, all sizes together")
     parser.add_argument("--op", action="append", help="only this op; more than once for more")
-    parser.add_argument("--json", type=Path, help="write the counts here too")
+    parser.add_argument("--json", type=Path, help="write the counts of every variant and size here")
     options = parser.parse_args(arguments)
     torch.ops.load_library(str(options.vllm))
     hdispatch.load(options.bundle)
     manifest = json.loads((options.bundle / "manifest.json").read_text())
-    rows, wrong = [], []
+    rows: list[dict[str, Any]] = []
     for op in options.op or sorted(manifest["ops"]):
-        spec = hdispatch.ops.spec(op)
-        if THEIRS.get(op, op) is None or not hasattr(torch.ops._C, op):
-            print(f"{op}: not in torch.ops._C")
+        if op in GEMMS or not hasattr(torch.ops._C, op):
+            print(f"{op:36} {'a GEMM' if op in GEMMS else 'not in torch.ops._C'}")
             continue
-        shapes = [shape for shape in spec.shapes if shape]
-        for variant in spec.served_variants():
-            if op.endswith("per_block_quant") and variant.static.get("scale_ue8m0"):
-                continue  # our own
-            for shape in shapes:
-                for name, found in measure(spec, variant, shape, options.elements // len(shapes)).items():
-                    rows.append({"op": op, "variant": variant.name, **shape, "output": name, **dataclasses.asdict(found)})
-                    where = f"{op:36} {variant.name:40} {' '.join(f'{k}={v}' for k, v in shape.items()):8} {name:16}"
-                    print(f"{where} {found.differ:>9} of {found.elements} differ, {found.further} by more than one", end="")
-                    print(f", at most {found.worst:.3g} of the value" if found.differ else "", flush=True)
-                    if found.differ and op not in SUMS:
-                        wrong.append(where)
+        with hdispatch.strict():
+            ours, theirs = getattr(hdispatch.ops, op), their_op(op)
+            found = of_op(hdispatch.ops.spec(op), options.elements, ours, theirs, torch.device("cuda"))
+        rows += found
+        print(*summary(op, found), sep="\n", flush=True)
     if options.json:
         options.json.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
-    print(f"{len(wrong)} outputs of ops that add nothing differ" if wrong else "no output of an op that adds nothing differs")
+    wrong = sorted({row["op"] for row in rows if row["differ"] and row["op"] not in SUMS})
+    print(f"ops that add nothing and differ: {', '.join(wrong)}" if wrong else "no op that adds nothing differs")
     return 1 if wrong else 0
+
+
+def of_op(
+    spec: OpSpec, elements: int, ours: Callable[..., Any], theirs: Callable[..., Any], device: torch.device
+) -> list[dict[str, Any]]:
+    """The rows of one op: a variant, a size and an output each; `elements` of each variant, all sizes together."""
+    rows = []
+    sizes_of_a_variant = len([shape for shape in spec.shapes if shape]) or 1
+    for variant, sizes in cases(spec):
+        for output, found in measure(spec, variant, sizes, elements // sizes_of_a_variant, ours, theirs, device).items():
+            where = {"op": spec.name, "variant": variant.name, "sizes": sizes, "output": output}
+            rows.append({**where, **dataclasses.asdict(found)})
+    return rows
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ inline constexpr DeviceSlot kNoSlot = ~0u;  ///< a device that no table can serv
 
 struct TensorView {
   uintptr_t data;             ///< address of the first element
+  uintptr_t storage;          ///< where its storage begins; 0 of one that was freed, or never held anything
   int64_t sizes[kMaxRank];    ///< elements; only the first `rank`
   int64_t strides[kMaxRank];  ///< elements; of a dimension of size 0 or 1 it means nothing
   DeviceSlot slot;

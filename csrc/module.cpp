@@ -100,6 +100,7 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
   ArgSpec arg;
   arg.name = get<std::string>(given, "name");
   arg.kind = to_kind(get<std::string>(given, "kind"));
+  if (arg.kind == ArgKind::kNone) arg.is_ignored = get<bool>(given, "ignored");
   if (arg.kind == ArgKind::kFloat) arg.minimum = get<double>(given, "minimum");
   if (arg.kind == ArgKind::kInteger || arg.kind == ArgKind::kBool) {
     arg.values = get<std::vector<int64_t>>(given, "values");
@@ -116,6 +117,12 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
   arg.is_flat = get<bool>(given, "flat");
   arg.is_broadcast = get<bool>(given, "broadcast");
   arg.is_padded = get<bool>(given, "pad");
+  arg.is_merged = get<bool>(given, "merge");
+  if (const auto other = get<std::string>(given, "in_place"); !other.empty()) {
+    const auto found = std::find(names.begin(), names.end(), other);
+    HD_CHECK_BUNDLE(found != names.end(), arg.name, " is in place of ", other, ", which is no argument");
+    arg.in_place_of = static_cast<int>(found - names.begin());
+  }
   return arg;
 }
 

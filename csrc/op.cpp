@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "check.h"
+#include "overlap.h"
 
 namespace hdispatch {
 
@@ -12,7 +13,20 @@ ForkMutex OpCounters::mutex;
 namespace {
 
 constexpr const char* kSymbolNames[] = {"M", "K", "N"};
-constexpr uint64_t kUnlisted = 15;  ///< nibble of a value that is not compiled in; no variant has it
+constexpr uint8_t kAllStrides = 15;  ///< of TensorRule::free_strides
+constexpr uint64_t kUnlisted = 15;   ///< nibble of a value that is not compiled in; no variant has it
+
+// What messages print, put into words only when they are wanted.
+struct Dims {
+  const ArgSpec& arg;
+  const std::vector<ArgSpec>& args;
+};
+struct Sizes {
+  const TensorView& view;
+};
+struct Slot {
+  DeviceSlot slot;
+};
 
 std::string print_dim(const Dim& dim, const std::vector<ArgSpec>& args) {
   if (dim.any) return "*";
@@ -23,21 +37,24 @@ std::string print_dim(const Dim& dim, const std::vector<ArgSpec>& args) {
   return dim.divisor == 1 ? out : out + "/" + std::to_string(dim.divisor);
 }
 
-std::string print_dims(const ArgSpec& arg, const std::vector<ArgSpec>& args) {
-  std::string out = "[";
-  for (const Dim& dim : arg.dims) out += (out.size() > 1 ? ", " : "") + print_dim(dim, args);
-  return out + "]";
+void append(std::string& out, const Dims& dims) {
+  out += "[";
+  for (size_t d = 0; d < dims.arg.dims.size(); ++d) out += (d ? ", " : "") + print_dim(dims.arg.dims[d], dims.args);
+  out += "]";
 }
 
-std::string print_sizes(const TensorView& view) {
-  std::string out = "[";
+void append(std::string& out, const Sizes& sizes) {
+  const TensorView& view = sizes.view;
+  out += "[";
   for (uint32_t i = 0; i < std::min(view.rank, kMaxRank); ++i) out += (i ? ", " : "") + std::to_string(view.sizes[i]);
-  return out + (view.rank > kMaxRank ? ", ...]" : "]");
+  out += view.rank > kMaxRank ? ", ...]" : "]";
 }
 
-std::string print_slot(DeviceSlot slot) {
-  if (slot == kCpuSlot) return "cpu";
-  return slot == kNoSlot ? "another device" : "cuda:" + std::to_string(slot - 1);
+void append(std::string& out, const Slot& slot) {
+  if (slot.slot == kCpuSlot)
+    out += "cpu";
+  else
+    out += slot.slot == kNoSlot ? "another device" : "cuda:" + std::to_string(slot.slot - 1);
 }
 
 const char* print_layout(Layout layout) {
@@ -61,6 +78,33 @@ int64_t times(int64_t a, int64_t b) {
 /// False for NaN too.
 bool in_range(double value, double minimum) { return value >= minimum && std::abs(value) <= kMaxFloat32; }
 
+/// What is wrong with an argument, or with the call as a whole, for a person.
+struct Words {
+  const std::string& op;
+  template <typename... Parts>
+  std::string operator()(const ArgSpec& arg, const char*, const Parts&... parts) const {
+    return text(op, ": ", arg.name, " ", parts...);
+  }
+  template <typename... Parts>
+  std::string call(const ArgSpec&, const char*, const Parts&... parts) const {
+    return text(op, ": ", parts...);
+  }
+};
+
+/// The same to count by: the argument and the kind of mismatch.
+struct Reason {
+  template <typename... Parts>
+  std::string operator()(const ArgSpec& arg, const char* kind, const Parts&...) const {
+    return arg.name + ": " + kind;
+  }
+  template <typename... Parts>
+  std::string call(const ArgSpec& arg, const char* kind, const Parts&...) const {
+    return arg.name + ": " + kind;
+  }
+};
+
+std::string_view or_empty(const char* given) { return given ? given : ""; }
+
 /// A one-element argument may have rank 0, as torch makes them.
 bool is_one_element(const ArgSpec& arg) {
   return arg.dims.size() == 1 && arg.dims[0].symbol == kSymbols && !arg.dims[0].any && arg.dims[0].factor == 1;
@@ -73,7 +117,7 @@ uint8_t free_strides(const ArgSpec& arg) {
     case Layout::kColumns:
       return 2;
     case Layout::kAny:
-      return 15;
+      return kAllStrides;
     default:
       return 0;
   }
@@ -98,6 +142,41 @@ bool flatten(TensorView& view) {
   view.sizes[0] = count;
   view.strides[0] = 1;
   return true;
+}
+
+/// Dimensions from `first` up to `past`, of `count` elements, become one, if their strides allow it.
+bool merge(TensorView& view, uint32_t first, uint32_t past) {
+  int64_t count = 1, stride = 1;
+  for (uint32_t d = past; d-- > first;) {
+    if (view.sizes[d] == 1) continue;
+    if (count == 1)
+      stride = view.strides[d];
+    else if (view.strides[d] != times(stride, count) && count != 0 && view.sizes[d] != 0)
+      return false;
+    count = times(count, view.sizes[d]);
+  }
+  view.sizes[first] = count;
+  view.strides[first] = stride;
+  for (uint32_t d = past; d < view.rank; ++d) {
+    view.sizes[d - past + first + 1] = view.sizes[d];
+    view.strides[d - past + first + 1] = view.strides[d];
+  }
+  view.rank -= past - first - 1;
+  return true;
+}
+
+/// A higher rank -> `rank`: the leading dimensions become one; of rank 2 those of M elements, if M is known, and those
+/// after them another. What hinders it; null if nothing does.
+const char* merge(TensorView& view, uint32_t rank, int64_t m) {
+  if (view.rank > kMaxRank) return "rank";
+  uint32_t leading = view.rank - rank + 1;
+  if (rank == 2 && m >= 0) {
+    int64_t count = view.sizes[0];
+    for (leading = 1; count != m && leading < view.rank - 1; ++leading) count = times(count, view.sizes[leading]);
+    if (count != m) return "size";
+  }
+  if (!merge(view, 0, leading)) return "strides";
+  return view.rank == rank || merge(view, rank - 1, view.rank) ? nullptr : "strides";
 }
 
 /// Dimensions of size 1 after the first, up to `rank`.
@@ -150,7 +229,7 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
       add_tensor(i, binders);
     } else if (arg.kind == ArgKind::kFloat) {
       scalars_.push_back({i, arg.minimum});
-    } else {
+    } else if (!arg.is_ignored) {
       integers_.push_back(i);
       integer_bits_ |= uint64_t{15} << (4 * i);
     }
@@ -166,15 +245,29 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
   HD_CHECK_BUNDLE(binders[kM] >= 0 && !args_[static_cast<size_t>(binders[kM])].is_optional, name_,
                   ": no required tensor carries the size M plainly");
   first_ = static_cast<uint8_t>(binders[kM]);
+  for (const Check& check : binders_)
+    if (check.symbol == kM) first_dimension_ = check.dimension;
+  std::stable_partition(reshapes_.begin(), reshapes_.end(), [this](const Reshape& item) { return item.arg == first_; });
+  for (const TensorRule& rule : tensors_)
+    if (!rule.is_mutated) read_.push_back(rule.arg);
 }
 
 void Op::add_tensor(uint8_t index, const std::array<int, kSymbols>& binders) {
   ArgSpec& arg = args_[index];
-  if (arg.is_mutated) mutated_.push_back(index);
+  if (arg.is_mutated) {
+    mutated_.push_back(index);
+    writes_without_rows_ |=
+        std::none_of(arg.dims.begin(), arg.dims.end(), [](const Dim& dim) { return !dim.any && dim.symbol == kM; });
+  }
   HD_CHECK_BUNDLE(!arg.dims.empty() && arg.dims.size() <= kMaxRank, name_, ": ", arg.name, " has rank ",
                   arg.dims.size(), "; it takes 1 to ", kMaxRank);
   HD_CHECK_BUNDLE(!arg.is_flat || arg.dims.size() == 1, name_, ": ", arg.name, " is flat and has rank ",
                   arg.dims.size());
+  HD_CHECK_BUNDLE(!arg.is_merged || (!arg.is_flat && arg.dims.size() > 1), name_, ": ", arg.name,
+                  " is merged and flat, or of rank 1");
+  HD_CHECK_BUNDLE(arg.in_place_of < 0 || (arg.is_mutated && static_cast<size_t>(arg.in_place_of) < args_.size() &&
+                                          args_[static_cast<size_t>(arg.in_place_of)].is_tensor()),
+                  name_, ": ", arg.name, " is in place of no tensor, or is not written");
   HD_CHECK_BUNDLE(arg.layout != Layout::kColumns || arg.dims.size() == 2, name_, ": ", arg.name,
                   " is column-major and has rank ", arg.dims.size());
   TensorRule rule{index,
@@ -187,7 +280,8 @@ void Op::add_tensor(uint8_t index, const std::array<int, kSymbols>& binders) {
                   arg.is_broadcast,
                   {},
                   {}};
-  if (arg.is_flat || arg.is_padded) reshapes_.push_back({index, rule.rank, arg.is_flat});
+  if (arg.is_flat || arg.is_padded || arg.is_merged)
+    reshapes_.push_back({index, rule.rank, arg.is_flat, arg.is_padded, arg.is_merged});
   bool bound[kSymbols] = {};
   for (uint8_t d = 0; d < arg.dims.size(); ++d) {
     Dim& dim = arg.dims[d];
@@ -227,12 +321,23 @@ uint8_t Op::derive(const Dim& dim) {
 
 bool Op::reshape(Call& call) const noexcept {
   for (const Reshape& item : reshapes_) {
-    TensorView& view = call.tensors[item.arg];
-    if (view.dtype == DType::kNone) continue;
-    if (HD_LIKELY(view.rank == item.rank)) continue;
-    if (HD_UNLIKELY(!(item.is_flat ? flatten(view) : pad(view, item.rank)))) return false;
+    const TensorView& view = call.tensors[item.arg];
+    if (HD_LIKELY(view.dtype == DType::kNone || view.rank == item.rank)) continue;
+    if (HD_UNLIKELY(reshape(item, call))) return false;
   }
   return true;
+}
+
+/// What keeps a tensor of another rank from becoming one of the declared rank; null if nothing does.
+const char* Op::reshape(const Reshape& item, Call& call) const noexcept {
+  TensorView& view = call.tensors[item.arg];
+  if (item.is_flat) return flatten(view) ? nullptr : view.rank > kMaxRank ? "rank" : "strides";
+  if (view.rank > item.rank && item.is_merged) {
+    const TensorView& first = call.tensors[first_];
+    const bool is_known = item.arg != first_ && first.dtype != DType::kNone && first.rank > first_dimension_;
+    return merge(view, item.rank, is_known ? first.sizes[first_dimension_] : -1);
+  }
+  return item.is_padded && pad(view, item.rank) ? nullptr : "rank";
 }
 
 bool Op::bind_symbols(Call& call) const noexcept {
@@ -279,10 +384,10 @@ bool Op::accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) 
     } else if (size <= 1) {  // of size 0: torch's strides go on as if it were 1
       view.strides[d] = contiguous;
     } else {
-      // What is written does not overlap itself; with all strides free that is the caller's to see to.
+      // What is written does not overlap itself; where all strides are free bind_tensors sees to that.
       if (HD_UNLIKELY(view.strides[d] != contiguous) &&
           (!(rule.free_strides >> d & 1) ||
-           (rule.is_mutated && view.strides[d] < (rule.free_strides == 15 ? 1 : contiguous))))
+           (rule.is_mutated && view.strides[d] < (rule.free_strides == kAllStrides ? 1 : contiguous))))
         return false;
       contiguous = times(contiguous, size);
     }
@@ -293,7 +398,10 @@ bool Op::accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) 
 bool Op::bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const noexcept {
   for (const TensorRule& rule : tensors_) {
     TensorView& view = call.tensors[rule.arg];
-    if (view.dtype == DType::kNone) continue;
+    if (view.dtype == DType::kNone) {
+      view.storage = rule.arg + 1u;  // no other argument's
+      continue;
+    }
     signature |= static_cast<uint64_t>(view.dtype) << (4 * rule.arg);
     if (HD_UNLIKELY(view.slot != slot)) return false;
     if (HD_UNLIKELY(view.rank != rule.rank)) {
@@ -317,6 +425,7 @@ bool Op::bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const no
         accepted = accept<4>(rule, view, call.sizes);
     }
     if (HD_UNLIKELY(!accepted)) return false;
+    if (HD_UNLIKELY(rule.is_mutated && rule.free_strides == kAllStrides) && may_overlap_itself(view)) return false;
   }
   return true;
 }
@@ -332,6 +441,7 @@ bool Op::bind_scalars(const Call& call, uint64_t& signature) const noexcept {
     } else if (!arg.values.empty()) {
       size_t at = 0;
       while (at < arg.values.size() && arg.values[at] != value) ++at;
+      if (HD_UNLIKELY(at == arg.values.size() && value < arg.least)) return false;
       signature |= (at < arg.values.size() ? at + 1 : kUnlisted) << (4 * i);
     } else if (HD_UNLIKELY(value < arg.least)) {
       return false;
@@ -380,75 +490,149 @@ std::string Op::unserved(const Call& call) const {
   return out;
 }
 
-void Op::complain(const Call& given) const {
-  Call call = given;
-  const auto refuse = [this](const ArgSpec& arg, auto&&... parts) {
-    fail(Fault::kCaller, name_, ": ", arg.name, " ", parts...);
+const std::string& Op::unserved_argument(const Call& call) const {
+  for (const uint8_t i : integers_) {
+    const ArgSpec& arg = args_[i];
+    if (arg.kind == ArgKind::kNone ? call.integers[i] != 0
+                                   : !arg.values.empty() && std::find(arg.values.begin(), arg.values.end(),
+                                                                      call.integers[i]) == arg.values.end())
+      return arg.name;
+  }
+  return name_;
+}
+
+HD_COLD bool Op::lacks_memory(const Call& call) const noexcept {
+  return !memory_fault(call, [](const ArgSpec&, const char* kind, const auto&...) {
+            return std::string(kind);
+          }).empty();
+}
+
+/// `say(arg, kind, parts…)` makes what is returned; nothing for a call without such a fault.
+template <typename Say>
+std::string Op::memory_fault(const Call& call, const Say& say) const {
+  const auto has_elements = [&call](uint8_t i) {
+    const TensorView& view = call.tensors[i];
+    return view.dtype != DType::kNone && view.rank <= kMaxRank && !is_empty(view);
   };
+  for (const TensorRule& rule : tensors_)
+    if (has_elements(rule.arg) && !call.tensors[rule.arg].storage)
+      return say(args_[rule.arg], "storage", "has sizes ", Sizes{call.tensors[rule.arg]},
+                 " and no memory: its storage was freed");
+  for (const uint8_t i : mutated_)
+    for (const TensorRule& rule : tensors_) {
+      const uint8_t j = rule.arg;
+      if (i == j || (rule.is_mutated && j < i) || !has_elements(j) || !has_elements(i)) continue;
+      const TensorView &view = call.tensors[i], &other = call.tensors[j];
+      if (HD_LIKELY(view.storage != other.storage)) continue;
+      const bool in_place = args_[i].in_place_of == j || args_[j].in_place_of == i;
+      if ((in_place && is_same_view(view, other)) || !overlap(view, other)) continue;
+      return say(args_[i], "overlap", "is written and shares memory with ", args_[j].name,
+                 "; call .clone() on one of them");
+    }
+  return {};
+}
+
+/// The first rule that a call breaks, as `say(arg, kind, parts…)` puts it.
+template <typename Say>
+std::string Op::first_fault(Call call, const Say& say) const {
+  if (std::string found = memory_fault(call, say); !found.empty()) return found;
+  for (const Reshape& item : reshapes_)  // the argument that gives M, which others are merged by
+    if (item.arg == first_ && call.tensors[first_].dtype != DType::kNone && call.tensors[first_].rank != item.rank)
+      reshape(item, call);
   DeviceSlot slot = kNoSlot;
   const ArgSpec* first = nullptr;
   for (const TensorRule& rule : tensors_) {
     TensorView& view = call.tensors[rule.arg];
     const ArgSpec& arg = args_[rule.arg];
+    const Dims dims{arg, args_};
     if (view.dtype == DType::kNone) {
-      if (!arg.is_optional) refuse(arg, "is None; it takes a tensor ", print_dims(arg, args_));
+      if (!arg.is_optional) return say(arg, "None", "is None; it takes a tensor ", dims);
       continue;
     }
-    std::string accepted;
-    bool ok = false;
-    for (const DType dtype : arg.dtypes) {
-      accepted += (accepted.empty() ? "" : " or ") + std::string(hdispatch::name(dtype));
-      ok = ok || dtype == view.dtype;
+    if (std::find(arg.dtypes.begin(), arg.dtypes.end(), view.dtype) == arg.dtypes.end()) {
+      std::string accepted;
+      for (const DType dtype : arg.dtypes)
+        accepted += (accepted.empty() ? "" : " or ") + std::string(hdispatch::name(dtype));
+      return say(arg, "dtype", "has dtype ", hdispatch::name(view.dtype), "; it takes ", accepted);
     }
-    if (!ok) refuse(arg, "has dtype ", hdispatch::name(view.dtype), "; it takes ", accepted);
     if (view.rank == 0 && rule.is_one_element) {
       view.rank = 1;
       view.sizes[0] = view.strides[0] = 1;
     }
-    if (arg.is_flat && view.rank > kMaxRank)
-      refuse(arg, "has rank ", view.rank, " (sizes ", print_sizes(view), "); it takes at most ", kMaxRank);
-    if (arg.is_flat && view.rank != 1 && !flatten(view))
-      refuse(arg, "with sizes ", print_sizes(view), " is not contiguous; it takes a contiguous tensor of ",
-             print_dims(arg, args_), " elements; call .contiguous() on it");
-    if (arg.is_padded) pad(view, rule.rank);
-    if (view.rank != arg.dims.size())
-      refuse(arg, "has rank ", view.rank, " (sizes ", print_sizes(view), "); it takes rank ", arg.dims.size(), ", ",
-             print_dims(arg, args_));
+    if (view.rank != rule.rank) {
+      const TensorView given = view;
+      const auto item = std::find_if(reshapes_.begin(), reshapes_.end(),
+                                     [&](const Reshape& reshape) { return reshape.arg == rule.arg; });
+      const std::string_view what = item == reshapes_.end() ? "rank" : or_empty(reshape(*item, call));
+      if (what == "rank" && arg.is_flat)
+        return say(arg, "rank", "has rank ", given.rank, " (sizes ", Sizes{given}, "); it takes at most ", kMaxRank);
+      if (what == "rank")
+        return say(arg, "rank", "has rank ", given.rank, " (sizes ", Sizes{given}, "); it takes rank ", rule.rank, ", ",
+                   dims);
+      if (what == "size")
+        return say(arg, "size", "with sizes ", Sizes{given}, " is not ", dims,
+                   " with M = ", call.tensors[first_].sizes[first_dimension_]);
+      if (what == "strides" && arg.is_flat)
+        return say(arg, "strides", "with sizes ", Sizes{given}, " is not contiguous; it takes a contiguous tensor of ",
+                   dims, " elements; call .contiguous() on it");
+      if (what == "strides")
+        return say(arg, "strides", "with sizes ", Sizes{given}, " has strides that cannot be merged to ", dims,
+                   "; call .contiguous() on it");
+    }
     if (!first) {
       first = &arg;
       slot = view.slot;
     } else if (view.slot != slot) {
-      refuse(arg, "is on ", print_slot(view.slot), "; ", first->name, " is on ", print_slot(slot),
-             "; all tensors are on one device");
+      return say(arg, "device", "is on ", Slot{view.slot}, "; ", first->name, " is on ", Slot{slot},
+                 "; all tensors are on one device");
     }
-    int64_t contiguous = 1;
-    for (uint32_t i = view.rank; i-- > 0;) {
-      const uint32_t d = rule.is_columns ? 1 - i : i;
-      if (view.sizes[d] <= 1) continue;
-      const bool is_free = rule.free_strides >> d & 1;
-      if (view.strides[d] != contiguous && !is_free)
-        refuse(arg, "has stride(", d, ") = ", view.strides[d], " with sizes ", print_sizes(view), "; it takes ",
-               contiguous, " (", print_layout(arg.layout), "); call .contiguous() on it");
-      const int64_t least = rule.free_strides == 15 ? 1 : contiguous;
-      if (view.strides[d] < least && rule.is_mutated)
-        refuse(arg, "has stride(", d, ") = ", view.strides[d], " with sizes ", print_sizes(view),
-               "; it is written and takes at least ", least, "; call .contiguous() on it");
-      contiguous = times(contiguous, view.sizes[d]);
-    }
+    if (std::string found = layout_fault(rule, view, say); !found.empty()) return found;
   }
-  for (const uint8_t i : integers_)
-    if (args_[i].kind != ArgKind::kNone && args_[i].values.empty() && call.integers[i] < args_[i].least)
-      refuse(args_[i], "is ", call.integers[i], "; it takes at least ", args_[i].least);
+  if (std::string found = size_fault(call, say); !found.empty()) return found;
+  return variant_fault(call, say);
+}
+
+template <typename Say>
+std::string Op::layout_fault(const TensorRule& rule, const TensorView& view, const Say& say) const {
+  const ArgSpec& arg = args_[rule.arg];
+  int64_t contiguous = 1;
+  for (uint32_t i = view.rank; i-- > 0;) {
+    const uint32_t d = rule.is_columns ? 1 - i : i;
+    if (view.sizes[d] <= 1) continue;
+    const bool is_free = rule.free_strides >> d & 1;
+    if (view.strides[d] != contiguous && !is_free)
+      return say(arg, "strides", "has stride(", d, ") = ", view.strides[d], " with sizes ", Sizes{view}, "; it takes ",
+                 contiguous, " (", print_layout(arg.layout), "); call .contiguous() on it");
+    const int64_t least = rule.free_strides == kAllStrides ? 1 : contiguous;
+    if (view.strides[d] < least && rule.is_mutated)
+      return say(arg, "strides", "has stride(", d, ") = ", view.strides[d], " with sizes ", Sizes{view},
+                 "; it is written and takes at least ", least, "; call .contiguous() on it");
+    contiguous = times(contiguous, view.sizes[d]);
+  }
+  if (rule.is_mutated && rule.free_strides == kAllStrides && may_overlap_itself(view))
+    return say(arg, "strides", "with sizes ", Sizes{view}, " and stride(0) = ", view.strides[0],
+               " may overlap itself; it is written: call .contiguous() on it");
+  return {};
+}
+
+template <typename Say>
+std::string Op::size_fault(Call& call, const Say& say) const {
+  for (const uint8_t i : integers_) {
+    const ArgSpec& arg = args_[i];
+    const bool is_listed = std::find(arg.values.begin(), arg.values.end(), call.integers[i]) != arg.values.end();
+    if (arg.kind != ArgKind::kNone && !is_listed && call.integers[i] < arg.least)
+      return say(arg, "value", "is ", call.integers[i], "; it takes at least ", arg.least);
+  }
   for (const Derived& item : derived_)
     if (item.divisor_arg >= 0 && call.integers[item.divisor_arg] < 1)
-      refuse(args_[static_cast<size_t>(item.divisor_arg)], "is ", call.integers[item.divisor_arg],
-             "; it takes at least 1");
+      return say(args_[static_cast<size_t>(item.divisor_arg)], "value", "is ", call.integers[item.divisor_arg],
+                 "; it takes at least 1");
   for (const Check& check : binders_) {
     if (call.tensors[check.arg].dtype == DType::kNone) continue;
     const int64_t size = call.tensors[check.arg].sizes[check.dimension];
     if (size % check.factor)
-      refuse(args_[check.arg], "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ",
-             check.factor);
+      return say(args_[check.arg], "size", "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ",
+                 check.factor);
   }
   HD_CHECK(bind_symbols(call), name_, ": the sizes of a call that breaks no rule cannot be read");
   for (const Check& check : checks_) {
@@ -459,14 +643,19 @@ void Op::complain(const Call& given) const {
     const bool literal = dim.symbol == kSymbols;
     const int64_t wanted = times(check.factor, call.sizes[check.symbol]);
     if (view.sizes[check.dimension] != wanted && !(arg.is_broadcast && view.sizes[check.dimension] == 1))
-      refuse(arg, "has size(", int{check.dimension}, ") = ", view.sizes[check.dimension], "; it takes ", wanted, " (",
-             print_dims(arg, args_), literal ? "" : " with ", literal ? "" : kSymbolNames[dim.symbol],
-             literal ? "" : " = ", literal ? "" : std::to_string(call.sizes[dim.symbol]), ")");
+      return say(arg, "size", "has size(", int{check.dimension}, ") = ", view.sizes[check.dimension], "; it takes ",
+                 wanted, " (", Dims{arg, args_}, literal ? "" : " with ", literal ? "" : kSymbolNames[dim.symbol],
+                 literal ? "" : " = ", literal ? "" : std::to_string(call.sizes[dim.symbol]), ")");
   }
+  return {};
+}
+
+template <typename Say>
+std::string Op::variant_fault(const Call& call, const Say& say) const {
   for (const ScalarRule& rule : scalars_)
     if (!in_range(call.scalars[rule.arg], rule.minimum))
-      refuse(args_[rule.arg], "is ", call.scalars[rule.arg], "; it takes a finite float32",
-             std::isinf(rule.minimum) ? "" : text(" of at least ", rule.minimum));
+      return say(args_[rule.arg], "value", "is ", call.scalars[rule.arg], "; it takes a finite float32",
+                 std::isinf(rule.minimum) ? "" : text(" of at least ", rule.minimum));
   uint64_t signature = 0;
   for (const TensorRule& rule : tensors_)
     signature |= static_cast<uint64_t>(call.tensors[rule.arg].dtype) << (4 * rule.arg);
@@ -478,12 +667,42 @@ void Op::complain(const Call& given) const {
              std::string(hdispatch::name(call.tensors[rule.arg].dtype));
     std::string variants;
     for (const Variant& variant : variants_) variants += (variants.empty() ? "" : ", ") + variant.name;
-    fail(Fault::kCaller, name_, ": no variant takes this combination of dtypes (", got, "); variants are ", variants);
+    return say.call(odd_one(signature), "dtype", "no variant takes this combination of dtypes (", got,
+                    "); variants are ", variants);
   }
   if (!fits(call.sizes[kK], call.sizes[kN]))
-    fail(Fault::kCaller, name_, ": K = ", call.sizes[kK], ", N = ", call.sizes[kN], "; sizes are below 2^32");
-  HD_CHECK(false, name_, ": bind refused a call that breaks no rule");
+    return say.call(args_[first_], "size", "K = ", call.sizes[kK], ", N = ", call.sizes[kN], "; sizes are below 2^32");
+  return {};
 }
+
+/// The tensor that differs from the variant that has most of a call's dtypes.
+const ArgSpec& Op::odd_one(uint64_t signature) const {
+  const auto has = [signature](uint64_t other, uint8_t arg) { return !((signature ^ other) >> 4 * arg & 15); };
+  const ArgSpec* odd = &args_[first_];
+  size_t most = 0;
+  for (const uint64_t other : signatures_) {
+    size_t same = 1;
+    const ArgSpec* differs = nullptr;
+    for (const TensorRule& rule : tensors_) {
+      if (has(other, rule.arg))
+        ++same;
+      else if (!differs)
+        differs = &args_[rule.arg];
+    }
+    if (!differs || same <= most) continue;
+    most = same;
+    odd = differs;
+  }
+  return *odd;
+}
+
+void Op::complain(const Call& call) const {
+  const std::string found = first_fault(call, Words{name_});
+  HD_CHECK(!found.empty(), name_, ": bind refused a call that breaks no rule");
+  throw Error(Fault::kCaller, found);
+}
+
+std::string Op::reason(const Call& call) const { return first_fault(call, Reason{}); }
 
 namespace {
 template <typename Items, typename Accept>

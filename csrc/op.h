@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "call.h"
+#include "check.h"
 #include "fork_mutex.h"
 #include "key.h"
 
@@ -51,6 +52,8 @@ struct ArgSpec {
   bool is_flat = false;       ///< rank 1: a contiguous tensor of any rank with as many elements
   bool is_broadcast = false;  ///< with is_flat: one element serves too, as a tensor of stride 0
   bool is_padded = false;     ///< lower ranks get dimensions of size 1 after the first
+  bool is_merged = false;     ///< of higher ranks the leading dimensions are merged; of rank 2 those of M elements
+  int in_place_of = -1;       ///< index of the argument that may be the same view, which is then overwritten
   // floats: finite and at least
   double minimum = -std::numeric_limits<double>::infinity();
   // integers and flags
@@ -58,6 +61,7 @@ struct ArgSpec {
   std::vector<int64_t> values;  ///< compiled in: any other is a miss; empty: all are served
   int64_t default_value = 0;
   bool has_default = false;
+  bool is_ignored = false;  ///< of kNone: anything is served, and no variant depends on it
 
   bool is_tensor() const noexcept { return kind == ArgKind::kTensor; }
 };
@@ -94,10 +98,18 @@ class Op {
   /// flattened, padded, broadcast; strides of dimensions of size <= 1 are made those of a contiguous tensor.
   Bound bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept;
 
+  /// Whether what the op writes shares no memory with its other arguments, and every tensor's storage is there. Of a
+  /// call that `bind` took.
+  bool has_memory(const Call& call) const noexcept;
+
   /// Throws kCaller with the first rule that the call breaks: the argument, what it got and what it takes.
   [[noreturn]] void complain(const Call& call) const;
+  /// The same without values, to count by: "scale: dtype".
+  std::string reason(const Call& call) const;
   /// The values that no variant has, in words.
   std::string unserved(const Call& call) const;
+  /// The first argument whose value no variant has.
+  const std::string& unserved_argument(const Call& call) const;
 
   int find_tensor(std::string_view name) const noexcept;  ///< argument index or -1
   int find_float(std::string_view name) const noexcept;
@@ -114,6 +126,8 @@ class Op {
   const std::vector<Variant>& variants() const noexcept { return variants_; }
   /// Indices of the arguments that the op writes.
   const std::vector<uint8_t>& mutated() const noexcept { return mutated_; }
+  /// Whether there is something to write without rows: an output has no dimension of M.
+  bool writes_without_rows() const noexcept { return writes_without_rows_; }
   OpCounters& counters() const noexcept { return counters_; }
 
  private:
@@ -146,15 +160,30 @@ class Op {
     uint8_t arg;
     double minimum;
   };
-  struct Reshape {  ///< a tensor that is flattened, or padded to `rank`
+  struct Reshape {  ///< a tensor that is flattened, or padded or merged to `rank`
     uint8_t arg;
     uint8_t rank;
     bool is_flat;
+    bool is_padded;
+    bool is_merged;
   };
 
   void add_tensor(uint8_t index, const std::array<int, kSymbols>& binders);
   uint8_t derive(const Dim& dim);
   bool reshape(Call& call) const noexcept;
+  const char* reshape(const Reshape& item, Call& call) const noexcept;
+  bool lacks_memory(const Call& call) const noexcept;
+  template <typename Say>
+  std::string first_fault(Call call, const Say& say) const;
+  template <typename Say>
+  std::string memory_fault(const Call& call, const Say& say) const;
+  template <typename Say>
+  std::string layout_fault(const TensorRule& rule, const TensorView& view, const Say& say) const;
+  template <typename Say>
+  std::string size_fault(Call& call, const Say& say) const;
+  template <typename Say>
+  std::string variant_fault(const Call& call, const Say& say) const;
+  const ArgSpec& odd_one(uint64_t signature) const;
   bool bind_symbols(Call& call) const noexcept;
   bool bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const noexcept;
   bool bind_scalars(const Call& call, uint64_t& signature) const noexcept;
@@ -168,7 +197,10 @@ class Op {
   std::vector<ArgSpec> args_;
   std::vector<Variant> variants_;
   std::array<bool, kSymbols> has_{};
-  uint8_t first_ = 0;                 ///< the argument that gives M, which every call has
+  uint8_t first_ = 0;            ///< the argument that gives M, which every call has
+  uint8_t first_dimension_ = 0;  ///< the dimension of it that is M
+  bool writes_without_rows_ = false;
+  std::vector<uint8_t> read_;         ///< the tensors that are only read
   std::vector<uint64_t> signatures_;  ///< of the variants, side by side
   std::vector<TensorRule> tensors_;
   std::vector<Reshape> reshapes_;
@@ -181,5 +213,21 @@ class Op {
   std::vector<uint8_t> mutated_;
   mutable OpCounters counters_;
 };
+
+/// As torch, by storages: only where two are one are addresses compared, out of line. Three outputs in registers and
+/// branches that are not taken cost 3 ns; loops over all pairs 9.
+inline bool Op::has_memory(const Call& call) const noexcept {
+  const size_t written = mutated_.size();
+  const auto storage = [&call](uint8_t arg) { return call.tensors[arg].storage; };
+  const uintptr_t a = written > 0 ? storage(mutated_[0]) : ~uintptr_t{0};
+  const uintptr_t b = written > 1 ? storage(mutated_[1]) : ~uintptr_t{1};
+  const uintptr_t c = written > 2 ? storage(mutated_[2]) : ~uintptr_t{2};
+  if (HD_UNLIKELY(written > 3 || !a || !b || !c || a == b || a == c || b == c)) return !lacks_memory(call);
+  for (const uint8_t arg : read_) {
+    const uintptr_t read = storage(arg);
+    if (HD_UNLIKELY(!read || read == a || read == b || read == c)) return !lacks_memory(call);
+  }
+  return true;
+}
 
 }  // namespace hdispatch

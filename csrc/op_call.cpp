@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
+#include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
@@ -40,10 +41,14 @@ PyObject* error_classes[6];  // by Fault; owned
 
 /// The miss: counts it and throws in strict mode. Returns if the fallback is to run.
 HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  if (outcome == Outcome::kEmptyOutput) {
+    op.counters().empty.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome == Outcome::kRefused && is_failure(found.result.status))
     Runtime::describe(op, call, outcome, found);  // throws
-  count_miss(op, Runtime::reason(outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
+  count_miss(op, reason_of(op, call, outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
 }
 
 // ---- the vectorcall door ----
@@ -78,9 +83,22 @@ HD_COLD double take_number(const Op& op, const ArgSpec& arg, PyObject* object) {
   fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes a float");
 }
 
+/// None, or a list or tuple of ints: what torch takes for int[]?.
+bool is_integers(PyObject* object) noexcept {
+  if (object == Py_None) return true;
+  if (!PyList_Check(object) && !PyTuple_Check(object)) return false;
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(object); ++i)
+    if (!PyLong_Check(PySequence_Fast_GET_ITEM(object, i))) return false;
+  return true;
+}
+
 /// An integer, a flag, or whether an argument that is served as None only is given.
 int64_t take_integer(const Op& op, const ArgSpec& arg, PyObject* object) {
-  if (arg.kind == ArgKind::kNone) return object != Py_None;
+  if (arg.kind == ArgKind::kNone) {
+    if (arg.is_ignored && HD_UNLIKELY(!is_integers(object)))
+      fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes ints or None");
+    return object != Py_None;
+  }
   if (HD_LIKELY(PyBool_Check(object)) && arg.kind == ArgKind::kBool) return object == Py_True;
   if (HD_LIKELY(arg.kind == ArgKind::kInteger && PyLong_Check(object) && !PyBool_Check(object))) {
     int overflow = 0;
@@ -98,7 +116,11 @@ HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
       requires_grad(op, op.args()[i]);
 }
 
+/// The fallback, whose answer does not depend on what the caller has switched on: autocast would change its arithmetic;
+/// outside inference mode it could not write to an inference tensor, which a kernel can.
 HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const c10::InferenceMode inference;
   PyObject* result = PyObject_Vectorcall(self->fallback, args, self->op->args().size(), nullptr);
   if (!result) return nullptr;
   Py_DECREF(result);
@@ -308,6 +330,7 @@ class MetaKernel final : public BoxedOp {
         is_known = is_known && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
         if (is_known) view_shape(tensor, view);
         view.slot = kCpuSlot;
+        view.storage = i + 1;  // it has none, so it shares none
       }
     }
     uint16_t variant = 0;
@@ -454,6 +477,11 @@ void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call
 void bump_versions(const Op& op, const c10::IValue* values) {
   for (const uint8_t i : op.mutated())
     if (values[i].isTensor() && values[i].toTensor().defined()) bump_version(values[i].toTensor());
+}
+
+std::string reason_of(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  const std::string reason = Runtime::reason(outcome, found);
+  return outcome == Outcome::kUnserved ? reason + ": " + op.unserved_argument(call) : reason;
 }
 
 void count_miss(const Op& op, const std::string& reason, const std::function<std::string()>& describe) {

@@ -81,6 +81,9 @@ void bump_versions(const Op& op, const c10::IValue* values);
 
 inline bool is_done(Outcome outcome) noexcept { return outcome == Outcome::kLaunched || outcome == Outcome::kEmpty; }
 
+/// What a miss is counted by.
+std::string reason_of(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
+
 /// Counts a miss. In strict mode throws kMiss with `describe()`; else the fallback is to run.
 void count_miss(const Op& op, const std::string& reason, const std::function<std::string()>& describe);
 

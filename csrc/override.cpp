@@ -38,12 +38,13 @@ bool has_form(const TensorView& view, Form form) noexcept {
   return false;
 }
 
-bool fits(const Route& route, const Call& call) noexcept {
+/// The first argument whose form is not the route's; -1 for none.
+int misfit(const Route& route, const Call& call) noexcept {
   for (const FormRule& rule : route.rules) {
     const bool by_rows = rule.flag >= 0 && !call.integers[rule.flag];
-    if (HD_UNLIKELY(!has_form(call.tensors[rule.arg], by_rows ? Form::kRows : rule.form))) return false;
+    if (HD_UNLIKELY(!has_form(call.tensors[rule.arg], by_rows ? Form::kRows : rule.form))) return rule.arg;
   }
-  return true;
+  return -1;
 }
 
 /// What torch says of our kernels when it lists an op's.
@@ -61,7 +62,7 @@ class NoWarnings final : public c10::WarningHandler {
 struct Override::Found {
   Call call;
   Dispatch dispatch;
-  const char* wrong = nullptr;  ///< why nothing was looked up, if so
+  std::string reason;  ///< why nothing was looked up, if so: an argument and a kind of mismatch
 };
 
 /// The kernel below ours.
@@ -101,6 +102,7 @@ Override* Override::make(const std::string& name, bool cuda, std::vector<Route> 
     self->defaults_.push_back(std::move(defaults));
   }
   self->name_ = name;
+  for (const c10::Argument& argument : handle->schema().arguments()) self->names_.push_back(argument.name());
   self->cuda_ = cuda;
   self->routes_ = std::move(routes);
   self->given_ = given;
@@ -129,15 +131,15 @@ bool Override::resume() {
 
 Outcome Override::try_route(const Route& route, const c10::IValue* values, Found& found) const {
   const size_t count = route.op->args().size();
-  found.wrong = nullptr;
+  found.reason.clear();
   for (size_t i = count; i < given_; ++i) {
     if (values[i].isNone()) continue;
-    found.wrong = "an argument that the op has not";
+    found.reason = names_[i] + ": not None";
     return Outcome::kBadCall;
   }
   fill_call(*route.op, values, std::min(count, given_), found.call);
-  if (HD_UNLIKELY(!fits(route, found.call))) {
-    found.wrong = "strides that the overridden op does not read";
+  if (const int arg = misfit(route, found.call); HD_UNLIKELY(arg >= 0)) {
+    found.reason = route.op->args()[static_cast<size_t>(arg)].name + ": strides that the overridden op does not read";
     return Outcome::kBadCall;
   }
   found.dispatch = {};
@@ -149,31 +151,43 @@ bool Override::serve(const c10::IValue* values) const {
   Found found;
   Outcome outcome = Outcome::kBadCall;
   const Route* missed = nullptr;  // the first that took the arguments, if any did
+  std::string reasons;            // why the others did not
   for (const Route& route : routes_) {
     outcome = try_route(route, values, found);
     if (HD_LIKELY(is_done(outcome))) {
       bump_versions(*route.op, values);
       return true;
     }
-    if (!missed && outcome != Outcome::kBadCall) missed = &route;
+    if (outcome == Outcome::kBadCall)
+      add_reason(route, found, reasons);
+    else if (!missed)
+      missed = &route;
   }
   const Route& route = missed ? *missed : routes_.front();
   if (&route != &routes_.back()) outcome = try_route(route, values, found);
-  miss(route, outcome, found);
+  miss(route, outcome, found, reasons);
   return false;
 }
 
-HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& found) const {
+HD_COLD void Override::add_reason(const Route& route, const Found& found, std::string& reasons) const {
+  reasons += (reasons.empty() ? "" : "; ") + (found.reason.empty() ? route.op->reason(found.call) : found.reason);
+  if (routes_.size() > 1) reasons += " (" + route.op->name() + ")";
+}
+
+HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& found, const std::string& reasons) const {
   const Op& op = *route.op;
   if (outcome == Outcome::kRefused && is_failure(found.dispatch.result.status))
     Runtime::describe(op, found.call, outcome, found.dispatch);  // throws
+  if (outcome == Outcome::kEmptyOutput) {
+    op.counters().empty.fetch_add(1, std::memory_order_relaxed);
+    return;
+  }
   if (outcome != Outcome::kBadCall)
-    return count_miss(op, Runtime::reason(outcome, found.dispatch),
+    return count_miss(op, reason_of(op, found.call, outcome, found.dispatch),
                       [&] { return Runtime::describe(op, found.call, outcome, found.dispatch); });
-  const std::string wrong = found.wrong ? found.wrong : "arguments that the op does not take";
-  count_miss(op, "override: " + wrong, [&]() -> std::string {
+  count_miss(op, "override: " + reasons, [&]() -> std::string {
     const std::string start = text(name_, " is not served by ", op.name(), ": ");
-    if (found.wrong) return start + wrong;
+    if (!found.reason.empty()) return start + found.reason;
     try {
       op.complain(found.call);
     } catch (const Error& error) {
@@ -211,7 +225,7 @@ bool Override::serve(PyObject* const* args, size_t count) const {
     bool grad = false;
     if (HD_UNLIKELY(!read_arguments(op, full, call, grad))) return false;
     if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) return false;
-    if (HD_UNLIKELY(!fits(routes_[r], call))) continue;
+    if (HD_UNLIKELY(misfit(routes_[r], call) >= 0)) continue;
     const TensorView& written = call.tensors[op.mutated().front()];
     if (HD_UNLIKELY(written.dtype == DType::kNone || (written.slot == kCpuSlot) == cuda_)) return false;
     const TableReader reader;

@@ -72,9 +72,11 @@ class Override {
   bool serve(PyObject* const* args, size_t count) const;
   bool serve(const c10::IValue* values) const;
   Outcome try_route(const Route& route, const c10::IValue* values, Found& found) const;
-  void miss(const Route& route, Outcome outcome, const Found& found) const;
+  void add_reason(const Route& route, const Found& found, std::string& reasons) const;
+  void miss(const Route& route, Outcome outcome, const Found& found, const std::string& reasons) const;
 
   std::string name_;
+  std::vector<std::string> names_;  ///< of the overridden op's arguments
   bool cuda_ = true;
   std::vector<Route> routes_;
   size_t given_ = 0;

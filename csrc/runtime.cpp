@@ -127,10 +127,11 @@ Outcome Runtime::lookup(const Op& op, Call& call, Dispatch& found) const noexcep
   uint16_t variant = 0;
   DeviceSlot slot = kNoSlot;
   const Bound bound = op.bind(call, variant, slot);
-  if (HD_UNLIKELY(bound != Bound::kYes)) return bound == Bound::kWrong ? Outcome::kBadCall : Outcome::kUnserved;
+  if (HD_UNLIKELY(bound == Bound::kWrong || !op.has_memory(call))) return Outcome::kBadCall;
+  if (HD_UNLIKELY(bound == Bound::kUnserved)) return Outcome::kUnserved;
   found.key = make_key(op.id(), variant, static_cast<uint32_t>(call.sizes[kK]), static_cast<uint32_t>(call.sizes[kN]),
                        0, kDeviceClass);
-  if (HD_UNLIKELY(call.sizes[kM] == 0)) return Outcome::kEmpty;
+  if (HD_UNLIKELY(call.sizes[kM] == 0)) return op.writes_without_rows() ? Outcome::kEmptyOutput : Outcome::kEmpty;
   found.table = table(slot);
   const OpRows* rows = HD_LIKELY(found.table != nullptr) ? found.table->rows_of(op) : nullptr;
   if (HD_UNLIKELY(!rows)) return Outcome::kNoTable;
@@ -211,6 +212,8 @@ std::string Runtime::explain(const Op& op, Call& call) const {
       text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
            "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN]);
   if (outcome == Outcome::kEmpty) return out + "\nnothing to launch: M is 0";
+  if (outcome == Outcome::kEmptyOutput)
+    return out + "\nnothing to launch: M is 0; the fallback writes what has no rows";
   if (outcome == Outcome::kNoTable) return out + "\nmiss     " + describe(op, call, outcome, found);
   const Ladder& ladder = found.table->ops[op.id()].ladder;
   const uint32_t bucket = key_bucket(found.key);

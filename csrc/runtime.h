@@ -63,12 +63,13 @@ struct DeviceTable {
 /// Why a call was not launched.
 enum class Outcome : uint8_t {
   kLaunched,
-  kEmpty,     ///< M = 0: there is nothing to do
-  kBadCall,   ///< an argument is wrong: Op::complain says which
-  kUnserved,  ///< nothing is wrong, but no variant has the values that are given: Op::unserved says which
-  kNoTable,   ///< no bundle is loaded for the device
-  kNoRow,     ///< the table has no such key
-  kRefused,   ///< the row's launcher says why in `result`
+  kEmpty,        ///< M = 0: there is nothing to do
+  kEmptyOutput,  ///< M = 0, but an output does not depend on M: the fallback is to write it
+  kBadCall,      ///< an argument is wrong: Op::complain says which
+  kUnserved,     ///< nothing is wrong, but no variant has the values that are given: Op::unserved says which
+  kNoTable,      ///< no bundle is loaded for the device
+  kNoRow,        ///< the table has no such key
+  kRefused,      ///< the row's launcher says why in `result`
 };
 
 /// What `Runtime::dispatch` found out, kept for the cold path. Valid as long as the `TableReader` that the caller made

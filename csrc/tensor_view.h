@@ -63,7 +63,8 @@ inline void view_of(const at::Tensor& tensor, bool is_mutated, TensorView& view)
   // Writing through `mutable_data` ends copy-on-write sharing; reading through `data` leaves it alone.
   const c10::Storage& storage = impl->unsafe_storage();
   const void* base = is_mutated ? storage.mutable_data() : storage.data();
-  view.data = reinterpret_cast<uintptr_t>(base) + static_cast<uintptr_t>(impl->storage_offset()) * impl->itemsize();
+  view.storage = reinterpret_cast<uintptr_t>(base);
+  view.data = view.storage + static_cast<uintptr_t>(impl->storage_offset()) * impl->itemsize();
 }
 
 inline void bump_version(const at::Tensor& tensor) {

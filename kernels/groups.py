@@ -16,6 +16,7 @@ LEAST_ROUNDED = 1e-10
 def split_groups(x: torch.Tensor, group_size: int) -> torch.Tensor:
     """x [rows, columns] as [rows, groups, group_size], a shorter last group filled up with zeros."""
     rows, columns = x.shape
+    group_size = max(min(group_size, columns), 1)  # a longer one needs no zeros
     groups = -(-columns // group_size)
     padded = torch.nn.functional.pad(x, (0, groups * group_size - columns))
     return padded.reshape(rows, groups, group_size)
@@ -50,7 +51,7 @@ def clamp_low_first(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
 
 def store_groups(groups: torch.Tensor, result: torch.Tensor) -> None:
     """Write to_fp8(groups), float32 [rows, groups of a row, group_size], to result [rows, columns]."""
-    result.copy_(to_fp8(groups).reshape(groups.shape[0], -1)[:, : result.shape[1]])
+    result.copy_(to_fp8(groups).flatten(1)[:, : result.shape[1]])
 
 
 def poisoned_outputs(rows: int, columns: int, group_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

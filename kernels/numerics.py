@@ -18,7 +18,7 @@ FP8 = torch.float8_e4m3fn
 def quantize_rows(x: torch.Tensor, result: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None) -> None:
     """Write the rows of `x` to `result` in fp8 and their scales to `scale`.
 
-    x         float32 [rows, columns], at least one column
+    x         float32 [rows, columns]
     result    float8_e4m3fn [rows, columns], written: to_fp8(x / scale), a true division
     scale     float32 [rows, 1], written: max(min(max |x| of the row, scale_ub) / 448, 1 / (448 * 512))
     scale_ub  float32 with one element, or None
@@ -32,7 +32,9 @@ def quantize_rows(x: torch.Tensor, result: torch.Tensor, scale: torch.Tensor, sc
 
 
 def absmax(x: torch.Tensor) -> torch.Tensor:
-    """max |x| along the last dimension, which is not empty; NaN is passed over, as CUDA C's fmaxf does: 0 of NaNs alone."""
+    """max |x| along the last dimension; NaN is passed over, as CUDA C's fmaxf does: 0 of NaNs alone, and of nothing."""
+    if not x.size(-1):
+        return x.new_zeros(x.shape[:-1])
     return torch.where(x.isnan(), torch.zeros_like(x), x.abs()).amax(dim=-1)
 
 

@@ -16,13 +16,14 @@ import os
 import triton
 import triton.language as tl
 
-from .sigmoid import SIGMOID
+from .sigmoid import SIGMOID, SILU
 
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
 #: See sigmoid.py.
 PTX_SIGMOID = tl.constexpr(SIGMOID)
+PTX_SILU = tl.constexpr(SILU)
 
 
 @triton.jit
@@ -81,13 +82,24 @@ def reciprocal(x):
 def silu(x):
     """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it; NaN of -inf.
 
-    Below -87.33 the reciprocal would be a subnormal number: there it is 0, and so is the result, with its sign.
+    Below -87.33 the reciprocal would be a subnormal number: there it is 0, and so is the result, with its sign. CUDA C has
+    no more than 1.1e-36 there, and the same zero from -88.73 on.
     """
     if APPROXIMATE:
         sigmoid = tl.inline_asm_elementwise(PTX_SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         sigmoid = reciprocal(tl.minimum(1.0 + tl.exp(x * -1.0), 3.4028234663852886e38))
     return x * sigmoid
+
+
+@triton.jit
+def divided_silu(x):
+    """x / (1 + exp(-x)) for x float32, bit for bit as CUDA C has it; NaN of -inf, and 0 where `silu` is."""
+    if APPROXIMATE:
+        quotient = tl.inline_asm_elementwise(PTX_SILU, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        quotient = x / (1.0 + tl.exp(x * -1.0))
+    return quotient
 
 
 @triton.jit

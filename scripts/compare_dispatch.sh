@@ -3,7 +3,7 @@
 #
 #   scripts/compare_dispatch.sh CARRY OUT       before gpu_visit.sh, whose editable install would hide the other revision
 #
-# CARRY holds before.tar.xz (git archive of the other revision), bundle/ that both load, and, optionally, bundle-before/ for
+# CARRY holds before.tar.xz (git archive of the other revision), bundle/ or bundle.tar.xz that both load, and, optionally, bundle-before/ for
 # the other revision and vllm_C.so.xz. OUT receives dispatch-{before,after}-{1,2,3}.json; a table of medians is printed.
 # DISPATCH is more arguments of `hdispatch bench dispatch`.
 set -euo pipefail
@@ -15,6 +15,8 @@ tar xJf "$carry/before.tar.xz" -C "$work/tree"
 python3 -m pip install -q --no-build-isolation --no-deps --target "$work/before" "$work/tree" > "$out/before.log" 2>&1 &
 python3 -m pip install -q --no-build-isolation --no-deps --target "$work/after" . > "$out/after.log" 2>&1
 wait $!
+bundles="$carry"
+[ -f "$carry/bundle.tar.xz" ] && { tar xJf "$carry/bundle.tar.xz" -C "$work"; bundles="$work"; }
 vllm=()
 if [ -f "$carry/vllm_C.so.xz" ]; then
   xz -dc "$carry/vllm_C.so.xz" > "$work/vllm_C.so"
@@ -22,7 +24,7 @@ if [ -f "$carry/vllm_C.so.xz" ]; then
 fi
 for round in 1 2 3; do
   for which in before after; do
-    bundle="$carry/bundle"
+    bundle="$bundles/bundle"
     [ "$which" = before ] && [ -d "$carry/bundle-before" ] && bundle="$carry/bundle-before"
     (cd "$work" && PYTHONPATH="$work/$which" python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" \
       --json "$out/dispatch-$which-$round.json" ${DISPATCH:-}) > "$out/dispatch-$which-$round.txt" 2>&1

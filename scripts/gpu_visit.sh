@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, tune, ops, dispatch, pdl, serve, load, sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve,
+#                                             vllm-tests, load, sanitize, make
 #
-# CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle) and, optionally,
-# helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C), candidates*.tar.xz (hdispatch tune
-# candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's, for the results); for serve
-# vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports. SERVE holds the arguments of the runs of `bench serve`,
-# separated by semicolons.
-# TUNE, OPS, PDL and DISPATCH are more arguments of `hdispatch tune measure` and of the benchmarks, TESTS of pytest; for
+# CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
+# that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
+# candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
+# for the results); for serve and vllm-tests vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports. SERVE holds the
+# arguments of the runs of `bench serve`, separated by semicolons; VLLM_TESTS is more of pytest's.
+# FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
+# `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest; for
 # sanitize see scripts/sanitize.sh.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
@@ -17,24 +19,31 @@ shift 2
 cd "$(dirname "$0")/.."
 site=$(mktemp -d)
 export HDISPATCH_REVISION="${HDISPATCH_REVISION:-$(cat "$carry/revision" 2>/dev/null)}"
-export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HDISPATCH_BUNDLE="$carry/bundle"
+bundle="$carry/bundle"
+[ -f "$carry/bundle.tar.xz" ] && { tar xJf "$carry/bundle.tar.xz" -C "$site" || exit 1; bundle="$site/bundle"; }
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HDISPATCH_BUNDLE="$bundle"
 [ -f "$carry/helion.tar.xz" ] && tar xJf "$carry/helion.tar.xz" -C "$site" &
 vllm=()
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
 
+# vLLM and what it imports, for steps that need it.
+with_vllm() {
+  local archive
+  for archive in vllm vllm_deps; do
+    [ -d "$site/$archive" ] || { mkdir "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive"; } || return 1
+  done
+  PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 "$@"
+}
+
 # One result for each run in SERVE: serve-1.json, serve-2.json, …; what the engines said is in serve-logs.tar.xz.
 serve() {
   local number=0 bad=0 arguments
-  for archive in vllm vllm_deps; do
-    mkdir -p "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive" || return 1
-  done
   while IFS= read -r -d ';' arguments; do
     number=$((number + 1))
-    PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 \
-      python3 -m hdispatch bench serve --bundle "$carry/bundle" --json "$out/serve-$number.json" --logs "$site/logs/$number" \
-      $arguments || bad=1
+    with_vllm python3 -m hdispatch bench serve --bundle "$bundle" --json "$out/serve-$number.json" \
+      --logs "$site/logs/$number" $arguments || bad=1
   done <<< "${SERVE:-};"
   tar cJf "$out/serve-logs.tar.xz" -C "$site/logs" .
   return $bad
@@ -56,15 +65,19 @@ for step in "$@"; do
   case $step in
     gpu-tests) python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
-    dispatch) python3 -m hdispatch bench dispatch --bundle "$carry/bundle" "${vllm[@]}" --json "$out/dispatch.json" \
+    fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$bundle" ;;
+    dispatch) python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;
     tune) tune ;;
-    ops) python3 -m hdispatch bench ops --bundle "$carry/bundle" "${vllm[@]}" --json "$out/ops.json" \
+    ops) python3 -m hdispatch bench ops --bundle "$bundle" "${vllm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
-    pdl) python3 -m hdispatch bench pdl --bundle "$carry/bundle" --json "$out/pdl.json" ${PDL:-} ;;
+    busy) python3 benchmarks/busy_thread.py "$bundle" "${vllm[@]}" --json "$out/busy.json" ;;
+    bits) python3 benchmarks/bit_equality.py "$bundle" --vllm "$site/vllm_C.so" --json "$out/bits.json" ${BITS:-} ;;
+    pdl) python3 -m hdispatch bench pdl --bundle "$bundle" --json "$out/pdl.json" ${PDL:-} ;;
     serve) serve ;;
+    vllm-tests) with_vllm python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} -q --durations=20 ;;
     sanitize) scripts/sanitize.sh ;;
-    load) python3 benchmarks/load_rows.py "$carry/bundle" --rows 1000 --json "$out/load_rows.json" ;;
+    load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
     *) echo "no step $step" >&2; false ;;
   esac > "$out/$step.txt" 2>&1 || { status=1; echo "step $step FAILED"; }

@@ -21,10 +21,11 @@ def reference(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor 
     weight    [K], dtype of input, or None for ones
     epsilon   added to the mean of the squares, at least 0
 
+    Several dimensions may stand for M: [batch, length, K].
     r = rsqrt(mean(residual * residual) + epsilon) of each row of the new, rounded residual; all arithmetic is float32.
     """
-    residual.copy_(input.float() + residual.float())
-    input.copy_(normalized(residual.float(), weight, epsilon))
+    residual.copy_((input.float() + residual.float().reshape(input.shape)).reshape(residual.shape))
+    input.copy_(normalized(residual.float().reshape(input.shape), weight, epsilon))
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -37,8 +38,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 SPEC = OpSpec(
     name=NAME,
     args=(
-        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), mutated=True, layout="rows"),
-        TensorArg("residual", ("M", "K"), "input", mutated=True),
+        TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), mutated=True, layout="rows", merge=True),
+        TensorArg("residual", ("M", "K"), "input", mutated=True, merge=True),
         TensorArg("weight", ("K",), "input", optional=True),
         FloatArg("epsilon", minimum=0.0),
     ),

@@ -39,7 +39,7 @@ def reference(
     eps            added to the mean of the squares, at least 0
     q_weight       [head_dim], dtype of qkv; of every q head
     k_weight       likewise
-    cos_sin_cache  bfloat16, float16 or float32 [positions, R], R at most head_dim: R / 2 cosines, then R / 2 sines
+    cos_sin_cache  bfloat16, float16 or float32 [positions, R], R even and at most head_dim: R / 2 cosines, then R / 2 sines
     is_neox        pairs are elements i and i + R / 2 of a head if set, 2 * i and 2 * i + 1 if not
     position_ids   int64 [M], rows of cos_sin_cache
     forced_token_heads_per_warp  ignored
@@ -65,8 +65,10 @@ def _check(
         raise ArgumentError(f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {counts} heads of {head_dim}")
     if any(weight.size(0) != head_dim for weight in weights):
         raise ArgumentError(f"{NAME}: weights have {[weight.size(0) for weight in weights]} elements; expected {head_dim}")
-    if cache.size(1) > head_dim:
-        raise ArgumentError(f"{NAME}: cos_sin_cache rotates {cache.size(1)} elements; expected at most head_dim, {head_dim}")
+    if cache.size(1) > head_dim or cache.size(1) % 2:
+        raise ArgumentError(
+            f"{NAME}: cos_sin_cache rotates {cache.size(1)} elements; expected an even number, at most head_dim, {head_dim}"
+        )
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -117,7 +119,7 @@ SPEC = OpSpec(
         IntArg("num_heads_q", minimum=0),
         IntArg("num_heads_k", minimum=0),
         IntArg("num_heads_v", minimum=0),
-        IntArg("head_dim", values=(128, 64, 256)),
+        IntArg("head_dim", values=(128, 64, 256), minimum=1),
         FloatArg("eps", minimum=0.0),
         TensorArg("q_weight", ("*",), "qkv"),
         TensorArg("k_weight", ("*",), "qkv"),

@@ -35,12 +35,14 @@ def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, x_scale: torc
 def fallback(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> None:
     """The op where no row serves: torch._scaled_mm, where it takes the operands."""
     (m, k), n = x.shape, w.size(0)
-    dense = x.stride(0) == k and w.stride(0) == k and out.is_contiguous()
-    if not (x.is_cuda and m and dense and k % 16 == 0 and n % 16 == 0):
+    dense = w.stride(0) == k and w.data_ptr() % 16 == 0
+    if not (x.is_cuda and m and n and k and dense and k % 16 == 0 and n % 16 == 0):
         reference(out, x, w, x_scale, w_scale)
         return
-    by_row = [scale.reshape(-1).expand(count).contiguous() for scale, count in ((x_scale, m), (w_scale, n))]
-    torch._scaled_mm(x, w.t(), by_row[0][:, None], by_row[1][None], out_dtype=out.dtype, use_fast_accum=True, out=out)
+    # What is small is copied: cuBLAS refuses strides of a single row, and addresses, that torch takes for good.
+    rows = torch.empty(m, k, dtype=x.dtype, device=x.device).copy_(x)
+    by_row = [torch.empty(c, device=x.device, dtype=s.dtype).copy_(s.reshape(-1)) for s, c in ((x_scale, m), (w_scale, n))]
+    out.copy_(torch._scaled_mm(rows, w.t(), by_row[0][:, None], by_row[1][None], out_dtype=out.dtype, use_fast_accum=True))
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:

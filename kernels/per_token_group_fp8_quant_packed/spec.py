@@ -5,12 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..groups import absmax_scale, clamp_low_first, poisoned_outputs, power_of_two, split_groups, store_groups, times_inverse
 from ..numerics import FP8, FP8_MAX, absmax, random_rows
 
 NAME = "per_token_group_fp8_quant_packed"
+
+#: Elements of a row that share a scale.
+GROUP = 128
 
 
 def reference(
@@ -38,16 +42,18 @@ def reference(
 
     NaN and infinities: see per_token_group_fp8_quant. The exponent of an infinite scale is 255.
     """
+    if group_size != GROUP:
+        raise ArgumentError(f"{NAME}: group_size is {group_size}; expected {GROUP}")
     groups = split_groups(input.float(), group_size)
     scale = power_of_two(absmax_scale(absmax(groups).clamp(min=eps), fp8_max))
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
-    output_s_packed.copy_(padded.contiguous().view(torch.int32))
-    _padding(output_s_packed).zero_()
+    output_s_packed.copy_(padded.contiguous().view(torch.int32) if padded.size(1) else padded)
+    padding(output_s_packed).zero_()
     store_groups(clamp_low_first(times_inverse(groups, scale), fp8_min, fp8_max), output_q)
 
 
-def _padding(packed: torch.Tensor) -> torch.Tensor:
+def padding(packed: torch.Tensor) -> torch.Tensor:
     """The words behind each column of `packed` but the last, up to a multiple of four rows; none if its strides leave none."""
     rows, words = packed.shape
     pitch = (rows + 3) // 4 * 4
@@ -72,7 +78,7 @@ SPEC = OpSpec(
         TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16)),
         TensorArg("output_q", ("M", "K"), (FP8,), mutated=True),
         TensorArg("output_s_packed", ("M", "K/512"), (torch.int32,), mutated=True, layout="any"),
-        IntArg("group_size", values=(128,)),
+        IntArg("group_size", values=(GROUP,)),
         FloatArg("eps", minimum=0.0),
         FloatArg("fp8_min"),
         FloatArg("fp8_max"),

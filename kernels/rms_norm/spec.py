@@ -15,14 +15,15 @@ NAME = "rms_norm"
 def reference(result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> None:
     """The op in torch.
 
-    result    [M, K] or [M, N, K] contiguous, dtype of input, written: input * r * weight, rounded once
+    result    [M, K] or [M, N, K] contiguous, dtype of input, written: input * r * weight, rounded once; may be input
     input     bfloat16 or float16 [M, K] or [M, N, K], last dimension contiguous
     weight    [K], dtype of input, or None for ones
     epsilon   added to the mean of the squares, at least 0
 
+    [M, K] is [M, 1, K], and [batch, length, N, K] is [batch * length, N, K].
     r = rsqrt(mean(input * input) + epsilon) of each row; all arithmetic is float32.
     """
-    result.copy_(normalized(input.float(), weight, epsilon))
+    result.copy_(normalized(input.float(), weight, epsilon).reshape(result.shape))
 
 
 def normalized(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
@@ -47,8 +48,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 SPEC = OpSpec(
     name=NAME,
     args=(
-        TensorArg("result", ("M", "N", "K"), "input", mutated=True, pad=True),
-        TensorArg("input", ("M", "N", "K"), (torch.bfloat16, torch.float16), layout="any", pad=True),
+        TensorArg("result", ("M", "N", "K"), "input", mutated=True, pad=True, merge=True, in_place="input"),
+        TensorArg("input", ("M", "N", "K"), (torch.bfloat16, torch.float16), layout="any", pad=True, merge=True),
         TensorArg("weight", ("K",), "input", optional=True),
         FloatArg("epsilon", minimum=0.0),
     ),

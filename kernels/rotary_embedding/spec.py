@@ -26,32 +26,37 @@ def reference(
 ) -> None:
     """The op in torch.
 
-    positions        int64 [M], rows of cos_sin_cache
+    positions        int64, M elements of any shape, rows of cos_sin_cache
     query            bfloat16 or float16 [M, K], rows of K / head_size heads, rotated in place
-    key              [M, N] likewise, dtype of query, or None
-    cos_sin_cache    bfloat16, float16 or float32 [positions, R]: R / 2 cosines, then R / 2 sines
+    key              [M, N] likewise, dtype of query, or None; shares no memory with query
+    cos_sin_cache    bfloat16, float16 or float32 [positions, R], R even: R / 2 cosines, then R / 2 sines
     is_neox          pairs are elements i and i + R / 2 of a head if set, 2 * i and 2 * i + 1 if not
     rope_dim_offset  the first of the R elements of a head that are rotated; the others stay as they are
     inverse          rotate by the negative angle
 
     (a, b) becomes (a * cos - b * sin, b * cos + a * sin): float32, rounded once.
 
-    Called by itself, the reference takes what vLLM's op takes: also float32, [batch, length] in the place of [M], and
-    [heads, head_size] in the place of K and N.
+    Several dimensions may stand for M, and heads and head_size for K and N: [batch, length, heads, head_size], where
+    strides allow to see that as [M, K]. Called by itself, the reference also takes other strides, and float32.
     """
     rotary = cos_sin_cache.size(1)
-    if rotary + rope_dim_offset > head_size:
+    if rotary % 2:
+        raise ArgumentError(f"{NAME}: cos_sin_cache has rows of {rotary} elements; expected cosines and as many sines")
+    if rope_dim_offset < 0 or rotary + rope_dim_offset > head_size:
         raise ArgumentError(
             f"{NAME}: cos_sin_cache rotates {rotary} elements from rope_dim_offset {rope_dim_offset} on; "
-            f"expected at most head_size, {head_size}"
+            f"expected at least 0 and at most head_size, {head_size}"
         )
     cos, sin = cos_sin_cache[positions.flatten()].float().chunk(2, dim=-1)
-    for tensor in (query, key):
-        if tensor is not None:
-            heads = _heads(tensor, head_size)[..., rope_dim_offset : rope_dim_offset + rotary]
-            tokens = tensor.shape[: 1 if tensor.size(0) == positions.numel() else 2]
-            angles = (*tokens, *(1 for _ in heads.shape[len(tokens) : -1]), rotary // 2)
-            heads.copy_(rotated(heads.float(), cos.view(angles), (-sin if inverse else sin).view(angles), is_neox))
+    tensors = [tensor for tensor in (query, key) if tensor is not None]
+    for tensor, whole in zip(tensors, [_heads(tensor, head_size) for tensor in tensors], strict=True):
+        heads = whole[..., rope_dim_offset : rope_dim_offset + rotary]
+        leading = 1
+        while tensor.shape[:leading].numel() != positions.numel() and leading < tensor.dim():
+            leading += 1
+        tokens = tensor.shape[:leading]
+        angles = (*tokens, *(1 for _ in heads.shape[len(tokens) : -1]), rotary // 2)
+        heads.copy_(rotated(heads.float(), cos.view(angles), (-sin if inverse else sin).view(angles), is_neox))
 
 
 def _heads(tensor: torch.Tensor, head_size: int) -> torch.Tensor:
@@ -83,12 +88,12 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("positions", ("M",), (torch.int64,), flat=True),
-        TensorArg("query", ("M", "K"), (torch.bfloat16, torch.float16), mutated=True, layout="rows"),
-        TensorArg("key", ("M", "N"), "query", mutated=True, optional=True, layout="rows"),
-        IntArg("head_size", values=(128, 64, 256)),
+        TensorArg("query", ("M", "K"), (torch.bfloat16, torch.float16), mutated=True, layout="rows", merge=True),
+        TensorArg("key", ("M", "N"), "query", mutated=True, optional=True, layout="rows", merge=True),
+        IntArg("head_size", values=(128, 64, 256), minimum=1),
         TensorArg("cos_sin_cache", ("*", "*"), (torch.bfloat16, torch.float16, torch.float32)),
         BoolArg("is_neox", values=(True, False)),
-        IntArg("rope_dim_offset", values=(0,), default=0),
+        IntArg("rope_dim_offset", values=(0,), default=0, minimum=0),
         BoolArg("inverse", values=(False,), default=False),
     ),
     reference=reference,

@@ -18,11 +18,15 @@ def reference(result: torch.Tensor, input: torch.Tensor) -> None:
     result    [M, N], dtype of input, written
     input     bfloat16 or float16 [M, 2 * N]: gate in the first half of a row, up in the second
 
+    Several dimensions may stand for M: [batch, length, 2 * N].
+
     gate / (1 + exp(-gate)) in float32 is rounded to the dtype of input, multiplied by up and rounded again: vLLM's kernel
-    and torch's silu do so too.
+    and torch's silu do so too. An up of -0 counts as +0, because vLLM's kernel adds 0 to it. The
+    kernels make a zero of the silu of gates from -88.73 to -87.33, which is less than 1.1e-36.
     """
     gate, up = input.chunk(2, dim=-1)
-    result.copy_(torch.nn.functional.silu(gate.float()).to(input.dtype).float() * up.float())
+    y = torch.nn.functional.silu(gate.float()).to(input.dtype).float() * (up.float() + 0.0)
+    result.copy_(y.reshape(result.shape))
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -35,8 +39,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 SPEC = OpSpec(
     name=NAME,
     args=(
-        TensorArg("result", ("M", "N"), "input", mutated=True),
-        TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16)),
+        TensorArg("result", ("M", "N"), "input", mutated=True, merge=True),
+        TensorArg("input", ("M", "2*N"), (torch.bfloat16, torch.float16), merge=True),
     ),
     reference=reference,
     sample=sample,

@@ -30,7 +30,9 @@ def reference(
                          scale = max(min(max |x of the group| / 448, scale_ub), 1 / (448 * 512))
     group_size           elements of a row that share a scale
     scale_ub             float32 with one element, or None: bounds the scale itself, unlike in the other ops
-    is_scale_transposed  ignored: the strides of scales say how they lie
+    is_scale_transposed  ignored: the strides of scales say how they lie, and scales[m, g] is the scale of group g of row m;
+                         padding is not written. vLLM's kernel knows no strides: it writes the scales one behind the other,
+                         column by column with the flag, which is the same unless scales are padded
     scale_ue8m0          not in vLLM's op: that scale, bounded from below as it is, is then rounded up to a power of two,
                          exp2(ceil(log2(scale))); so it is at least 2**-17
 

@@ -83,7 +83,7 @@ def _describe(spec: OpSpec, arg: Arg) -> dict[str, object]:
     if isinstance(arg, FloatArg):
         return {"kind": "float", "name": arg.name, "minimum": arg.minimum}
     if isinstance(arg, NoneArg):
-        return {"kind": "none", "name": arg.name}
+        return {"kind": "none", "name": arg.name, "ignored": arg.ignored}
     if not isinstance(arg, TensorArg):
         return {
             "kind": "bool" if isinstance(arg, BoolArg) else "int",
@@ -104,6 +104,8 @@ def _describe(spec: OpSpec, arg: Arg) -> dict[str, object]:
         "flat": arg.flat,
         "broadcast": arg.broadcast,
         "pad": arg.pad,
+        "merge": arg.merge,
+        "in_place": arg.in_place or "",
     }
 
 

@@ -51,6 +51,11 @@ class TensorArg:
     flat       one entry in dims; a contiguous tensor of any rank with that many elements is taken as 1-D
     broadcast  with flat: a tensor with one element serves too, as one of stride 0
     pad        a tensor of lower rank gets dimensions of size 1 after its first one: [M, K] for ("M", "N", "K")
+    merge      of a tensor of higher rank the leading dimensions become one, where their strides allow it: [1, M, K] for
+               ("M", "K"). Of rank 2, and with M known from another argument, those of M elements, and the others become
+               one too: [M, heads, head_size] for ("M", "K")
+    in_place   name of the argument that it may be, as the same view; the kernels read all of a row before they write it.
+               Otherwise what is written shares no memory with any other argument.
     """
 
     name: str
@@ -62,6 +67,8 @@ class TensorArg:
     flat: bool = False
     broadcast: bool = False
     pad: bool = False
+    merge: bool = False
+    in_place: str | None = None
 
     def free_strides(self) -> tuple[int, ...]:
         """The dimensions whose stride differs from call to call."""
@@ -103,10 +110,14 @@ class BoolArg:
 
 @dataclass(frozen=True)
 class NoneArg:
-    """An argument of a torch `type` (such as "int[]?") of which only None is served; anything else is a miss."""
+    """An argument of a torch `type` (such as "int[]?") of which only None is served; anything else is a miss.
+
+    ignored   anything is served: no kernel depends on it in calls that its guards let through
+    """
 
     name: str
     type: str = "int[]?"
+    ignored: bool = False
 
 
 Arg = TensorArg | FloatArg | IntArg | BoolArg | NoneArg
@@ -195,6 +206,8 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
         for arg in self.tensors():
             self._check_tensor(arg)
+        if any(isinstance(arg, NoneArg) and arg.ignored and arg.type != "int[]?" for arg in self.args):
+            raise HdispatchError(f"{self.name}: only arguments of type int[]? can be ignored")
         unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
         unbound -= {s for s in SYMBOLS if self.binder(s) is not None}
         if unbound:
@@ -216,6 +229,10 @@ class OpSpec:
                 )
         if (arg.flat and len(arg.dims) != 1) or (arg.broadcast and not arg.flat):
             raise HdispatchError(f"{self.name}: {arg.name}: flat takes one dimension, and broadcast takes flat")
+        if arg.merge and (arg.flat or len(arg.dims) < 2):
+            raise HdispatchError(f"{self.name}: {arg.name}: merge takes two dimensions or more, and not flat")
+        if arg.in_place is not None and not (arg.mutated and arg.in_place in {other.name for other in self.tensors()}):
+            raise HdispatchError(f"{self.name}: {arg.name}: in_place takes the name of a tensor, and that it is written")
         if arg.layout == "columns" and len(arg.dims) != 2:
             raise HdispatchError(f"{self.name}: {arg.name} has {len(arg.dims)} dimensions; the layout 'columns' takes 2")
 

@@ -123,7 +123,7 @@ inline std::vector<Variant> toy_variants() {
 inline TensorView contiguous(uintptr_t page, DType dtype, const std::vector<int64_t>& sizes,
                              DeviceSlot slot = kCpuSlot) {
   TensorView view{};
-  view.data = page * 4096;
+  view.data = view.storage = page * 4096;
   view.slot = slot;
   view.dtype = dtype;
   view.rank = static_cast<uint32_t>(sizes.size());

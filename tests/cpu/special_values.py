@@ -23,8 +23,9 @@ from hdispatch.opspec import OpSpec, Variant
 from hdispatch.testing.special_values import special_rows
 from numpy.typing import NDArray
 
-#: Small sizes; the row-wise Triton kernels run with rows that fit a block and with rows that do not.
-COLUMNS = 256
+#: Small sizes; the row-wise Triton kernels run with rows that fit a block and with rows that do not. Packed scales: the five
+#: groups of a row leave three bytes of its second word.
+COLUMNS, PACKED_COLUMNS = 256, 640
 #: op -> configs of its Triton kernel.
 ROWS = (
     {"rows": 1, "block": 256, "loop": False, "num_warps": 1},
@@ -41,6 +42,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "per_token_group_fp8_quant": GROUPS,
     "per_token_group_fp8_quant_packed": GROUPS,
     "silu_and_mul_per_block_quant": GROUPS,
+    "silu_and_mul": ({"block": 256, "num_warps": 1}, {"block": 64, "num_warps": 1}),
     "rms_norm_per_block_quant": ({"chunk": 256, "chunks": 1, "num_warps": 1}, {"chunk": 128, "chunks": 2, "num_warps": 1}),
 }
 HELION = ("dynamic_per_token_scaled_fp8_quant", "rms_norm_dynamic_per_token_quant", "silu_and_mul_dynamic_per_token_quant")
@@ -51,7 +53,7 @@ Rows = NDArray[np.float32]
 
 
 def like_the_gpu() -> None:
-    """Give Triton's interpreter the GPU's minimum, maximum, fma and conversions."""
+    """Give Triton's interpreter the GPU's minimum, maximum, fma, bfloat16 and conversions."""
     builder: Any = interpreter.InterpreterBuilder
     builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
@@ -64,6 +66,20 @@ def like_the_gpu() -> None:
         return interpreter.TensorHandle(exact.astype(a.data.dtype), c.dtype.scalar)
 
     builder.create_fma = fma
+
+    def bfloat16_too(operation: Any) -> Callable[..., Any]:
+        """The interpreter keeps bfloat16 as integers, and would add and multiply those."""
+
+        def run(self: Any, a: Any, b: Any) -> Any:
+            if a.dtype.scalar != tl.bfloat16:
+                return self.binary_op(a, b, operation)
+            x, y = ((v.data.astype(np.uint32) << 16).view(np.float32) for v in (a, b))
+            made = torch.from_numpy(np.atleast_1d(operation(x, y))).bfloat16().view(torch.int16).numpy().view(np.uint16)
+            return interpreter.TensorHandle(made, a.dtype.scalar)
+
+        return run
+
+    builder.create_fadd, builder.create_fmul = bfloat16_too(np.add), bfloat16_too(np.multiply)
     own = interpreter._convert_float
 
     builder.create_exp = lambda self, x: self.unary_op(x, lambda values: torch.exp(torch.from_numpy(values)).numpy())
@@ -95,11 +111,13 @@ def widened(rows: torch.Tensor) -> torch.Tensor:
 def arguments(spec: OpSpec, variant: Variant, scale_ub: float) -> dict[str, Any]:
     """Sample arguments by name, their inputs replaced by special rows."""
     dtype = variant.dtypes["input"]
-    special = special_rows(COLUMNS, dtype)
+    columns = PACKED_COLUMNS if spec.name.endswith("packed") else COLUMNS
+    special = special_rows(columns, dtype)
     if spec.name.startswith("silu"):
         # Every kind of gate with three kinds of up.
         special = torch.cat([torch.cat([special, special.roll(shift, 0)], dim=1) for shift in (0, 8, 19)])
-    sizes = {"M": len(special), "K": COLUMNS, "N": COLUMNS}
+    sizes = {"M": len(special), "K": columns, "N": columns}
+    assert sizes["M"] % 4, "packed scales would have no padded rows"
     values = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
     args = dict(zip((arg.name for arg in spec.args), values, strict=True))
     layouts = {arg.name: getattr(arg, "layout", "") for arg in spec.args}
@@ -155,6 +173,13 @@ def activated(x: Rows) -> Rows:
     # numpy's exp may differ from torch's in the last bit.
     exp = torch.exp(torch.from_numpy(-gate)).numpy()
     return gate * (F32(1) / (F32(1) + exp)) * up
+
+
+def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """Of vLLM's op silu_and_mul, which rounds silu to 16 bits and adds 0 to up."""
+    gate, up = x.float().chunk(2, dim=-1)
+    silu = torch.from_numpy(gate.numpy() / (F32(1) + torch.exp(-gate).numpy()))
+    return (silu.to(x.dtype).float() * (up + 0.0)).to(x.dtype)
 
 
 def normalized(args: dict[str, Any]) -> Rows:
@@ -218,6 +243,12 @@ def packed_storage(scale: Rows) -> NDArray[np.int32]:
 
 def check(spec: OpSpec, before: dict[str, Any], after: dict[str, Any]) -> None:
     """`after` is what vLLM's kernel would have made of `before`, bit for bit, and no byte more."""
+    if spec.name == "silu_and_mul":
+        numbers, wanted = after["result"], silu_and_mul(before["input"])
+        equal(numbers.isnan().numpy(), wanted.isnan().numpy(), "NaN")
+        numbers, wanted = (torch.where(wanted.isnan(), 0, values).view(torch.int16) for values in (numbers, wanted))
+        equal(numbers.numpy(), wanted.numpy(), "results")
+        return
     # The first two that the op has: its codes and, written by all but the static op, its scales.
     out, scale = [arg.name for arg in spec.args if arg.name in OUTPUTS][:2]
     ours = spec.name.endswith("per_block_quant") and before.get("scale_ue8m0")

@@ -214,7 +214,14 @@ def test_two_routes(door):
         call(out, a, torch.zeros(5), None)
         assert library.calls == ["mm"] * 4
         # Neither op takes the arguments; then the first one counts.
-        assert missed("override: arguments that the op does not take", 4, "by_rows")
+        form = "strides that the overridden op does not read"
+        assert counts("by_rows")["misses"] == {
+            f"override: scales: size (by_rows); scales: {form} (by_groups)": 1,
+            "override: scales: strides (by_rows); bias: not None (by_groups)": 1,
+            f"override: scales: strides (by_rows); out: {form} (by_groups)": 1,
+            "override: scales: size (by_rows); scales: rank (by_groups)": 1,
+        }
+        assert counts("by_rows")["fallbacks"] == 4
         assert hits(0, "by_groups")
 
         hdispatch.stats(reset=True)
@@ -261,7 +268,7 @@ def test_forms(form, served, others):
         hdispatch.stats(reset=True)
         for out in others:
             library.ops.more(out, torch.zeros(len(out), 256).bfloat16(), 128)
-        assert missed("override: strides that the overridden op does not read", len(others), "grouped")
+        assert missed("override: out: strides that the overridden op does not read", len(others), "grouped")
 
 
 def test_forms_by_flag():
@@ -279,7 +286,7 @@ def test_forms_by_flag():
     with (
         library.override({"more": (Route("grouped", (Form("out", "packed"),)),)}),
         hdispatch.strict(),
-        pytest.raises(hdispatch.MissError, match="more is not served by grouped: strides that the overridden op does not"),
+        pytest.raises(hdispatch.MissError, match="more is not served by grouped: out: strides that the overridden op does not"),
     ):
         library.ops.more(ROWS, a, 128)
 

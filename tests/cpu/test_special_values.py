@@ -1,4 +1,4 @@
-"""Every quantizing op on NaN, infinities, zeros, subnormal numbers and the largest ones: the answer of vLLM's kernel.
+"""Quantizing ops and silu_and_mul on NaN, infinities, zeros, subnormal and the largest numbers: vLLM's kernels' answers.
 
 special_values.py says how; it runs in a process of its own, once for each op and interpreter.
 """
@@ -26,6 +26,7 @@ TRITON = (
     "per_token_group_fp8_quant_packed",
     "rms_norm_per_block_quant",
     "silu_and_mul_per_block_quant",
+    "silu_and_mul",
 )
 
 

@@ -53,3 +53,32 @@ def test_more_tokens_run_the_fallback(bundle, op):
     spec.reference(*exact)
     assert error(args[0], exact[0]) <= ERRORS[torch.bfloat16]
     assert (hdispatch.stats()[op]["hits"], hdispatch.stats()[op]["fallbacks"]) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "change", ["out's row stride", "x's row stride", "addresses of scales", "address of x", "address of w"]
+)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 336, 3936), (1, 16, 16), (2, 336, 3936), (33, 80, 1040)])
+def test_the_fallback_of_ll_gemm_fp8_takes_what_the_schema_takes(m, n, k, change):
+    """cuBLAS refuses strides and addresses that the op takes: of a single row a stride means nothing, to cuBLAS it does."""
+    spec = hdispatch.ops.spec("ll_gemm_fp8")
+    args = make("ll_gemm_fp8", spec.typical_variant().name, {"K": k, "N": n}, m)
+
+    def moved(tensor, elements=4):
+        whole = torch.empty(tensor.numel() + elements, dtype=tensor.dtype, device="cuda")
+        return whole[elements:].view(tensor.shape).copy_(tensor)
+
+    if change == "out's row stride":
+        args[0] = torch.empty(m, n + 3, dtype=torch.bfloat16, device="cuda")[:, :n]
+    elif change == "x's row stride":
+        args[1] = torch.empty(m, k + 5, dtype=args[1].dtype, device="cuda")[:, :k].copy_(args[1])
+    elif change == "addresses of scales":
+        args[3], args[4] = moved(args[3], 1), moved(args[4], 1)
+    else:
+        index = 1 if change == "address of x" else 2
+        args[index] = moved(args[index])
+    exact = copy(args)
+    exact[0] = torch.empty_like(exact[0], dtype=torch.float32)
+    spec.fallback(*args)
+    spec.reference(*exact)
+    assert error(args[0], exact[0]) <= ERRORS[torch.bfloat16]

@@ -132,7 +132,7 @@ def test_scales_in_columns(bundle, override, name, scale, flag, m):
                 assert all(torch.equal(bits(got[i]), bits(wanted[i])) for i in written(name) if got[i] is not None)
     found = hdispatch.stats()[name]
     assert found["hits"] >= (3 if flag is None else 2), found
-    assert set(found["misses"]) <= {"override: strides that the overridden op does not read"}
+    assert all(reason.endswith(": strides that the overridden op does not read") for reason in found["misses"]), found
 
 
 @pytest.mark.parametrize(("name", "op"), CASES)
@@ -186,7 +186,7 @@ def test_misses_run_vllms_kernel(bundle, override):
     out = [torch.empty(16, 4096, device="cuda") for _ in range(3)]
     torch.ops._C.rms_norm(out[0], x, weight, 1e-6)
     torch.ops._C.rms_norm.default(out[1], x, weight, 1e-6)
-    assert hdispatch.stats()["rms_norm"]["misses"] == {"override: arguments that the op does not take": 2}
+    assert hdispatch.stats()["rms_norm"]["misses"] == {"override: input: dtype": 2}
     override.undo()
     torch.ops._C.rms_norm(out[2], x, weight, 1e-6)
     assert torch.equal(out[0], out[2])

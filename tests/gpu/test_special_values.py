@@ -1,4 +1,4 @@
-"""NaN, infinities, zeros, subnormal numbers and ±448 through every quantizing op, variant and bucket on the GPU.
+"""NaN, infinities, zeros, subnormal numbers and ±448 through every quantizing op and silu_and_mul, every variant and bucket.
 
 The results are those of vLLM's own kernels bit for bit where $HDISPATCH_VLLM_OPS names the library behind torch.ops._C, and
 else the reference's. Where vLLM adds squares in another order than we do, the scale may differ in its last bits, and a code
@@ -21,7 +21,7 @@ from .test_ops import OPS as ALL_OPS
 from .test_vllm import THEIRS, call_theirs
 
 LIBRARY = os.environ.get("HDISPATCH_VLLM_OPS")
-OPS = [op for op in ALL_OPS if op.endswith(("fp8_quant", "token_quant", "block_quant", "fp8_quant_packed"))]
+OPS = [op for op in ALL_OPS if op.endswith(("fp8_quant", "token_quant", "block_quant", "fp8_quant_packed", "silu_and_mul"))]
 #: The ops that add: the order of a sum may move their scales.
 NORMS = [op for op in OPS if op.startswith("rms_norm")]
 #: The scale and the codes that vLLM's kernel gives a row with one NaN, whose largest other number is 3.78125.
@@ -74,7 +74,10 @@ def compare(op, args, expected, where):
         name = f"{op} {where}: {spec_of(op).args[index].name}"
         if got.dtype in (torch.bfloat16, torch.float16):
             assert torch.equal(got.isnan(), want.isnan()), name
-            assert torch.equal(got[~got.isnan()], want[~got.isnan()]), name
+            got, want = got[~want.isnan()], want[~want.isnan()]
+            assert torch.equal(got, want), name
+            # Zeros of equal signs.
+            assert op != "silu_and_mul" or torch.equal(got.signbit(), want.signbit()), name
         elif got.dtype == torch.float8_e4m3fn and op in NORMS:
             compare_fp8(got, want, min_equal=0.99)
         elif got.dtype == torch.float32 and op in NORMS:
@@ -162,6 +165,8 @@ def test_every_door_and_the_reference(bundle, op):
                 for index in written(op):  # torch's exp may differ in the last bit
                     if got[index].dtype == torch.float8_e4m3fn:
                         compare_fp8(got[index], wanted[index], min_equal=0.99)
+                    elif got[index].dtype != torch.float32:
+                        torch.testing.assert_close(got[index], wanted[index], equal_nan=True)
                 continue
             compare(op, got, wanted, f"{variant.name} {door}")
 
@@ -198,8 +203,6 @@ def scales_of(layout, m, groups):
 def test_whole_scale_storage(bundle, op, layout):
     """The storage behind the scales is vLLM's, padding included."""
     spec, names = spec_of(op), [arg.name for arg in spec_of(op).args]
-    if op == "silu_and_mul_per_block_quant" and "padded" in layout:
-        pytest.skip("vLLM's kernel knows no padded scales: it writes them as if there were none")
     at = next(i for i in written(op) if args_dtype(spec, i) == torch.float32)
     for variant in spec.served_variants():
         if not has_original(op, variant):
@@ -215,7 +218,53 @@ def test_whole_scale_storage(bundle, op, layout):
             with hdispatch.strict():
                 getattr(hdispatch.ops, op)(*args)
             torch.cuda.synchronize()
+            if op == "silu_and_mul_per_block_quant" and "padded" in layout:
+                expected[at] = padded_by_strides(expected[at])
             compare(op, args, expected, f"{variant.name} {layout} M={m}")
+
+
+def padded_by_strides(flat):
+    """What vLLM's silu_and_mul_per_block_quant wrote as if columns had no padding, put where the strides have it."""
+    m, groups = flat.shape
+    placed = scales_of("padded", m, groups)
+    return placed.copy_(flat.as_strided((m, groups), (1, m)))
+
+
+@pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_gate(bundle, dtype):
+    """silu of all 65,536 gates: the results of silu_and_mul, and the scales of silu_and_mul_per_block_quant."""
+    gates = torch.arange(2**16, device="cuda").to(torch.int16).view(dtype)
+    # There exp(-gate) is finite and its reciprocal subnormal: ours is 0, vLLM's result less than 1.1e-36.
+    flushed = (gates.float() > -88.73) & (gates.float() < -87.33)
+    if "silu_and_mul" in OPS:
+        rows = torch.cat([gates.view(32, -1), torch.ones(32, 2048, dtype=dtype, device="cuda")], dim=1)
+        got, want = (torch.empty(32, 2048, dtype=dtype, device="cuda") for _ in range(2))
+        torch.ops._C.silu_and_mul(want, rows)
+        with hdispatch.strict():
+            hdispatch.ops.silu_and_mul(got, rows)
+        got, want = got.flatten(), want.flatten()
+        assert torch.equal(got.isnan(), want.isnan())
+        assert (want[flushed].float().abs() < 1.1e-36).all()
+        assert (got[flushed] == 0).all()
+        kept = ~flushed & ~want.isnan()
+        differ = gates[kept][got[kept].view(torch.int16) != want[kept].view(torch.int16)]
+        assert not len(differ), differ.tolist()
+    if "silu_and_mul_per_block_quant" in OPS:
+        # One gate to a group, so that its scale shows the bits of silu; ups that lift them above the least scale.
+        for up in (1.0, 2.0**15 if dtype == torch.float16 else 2.0**100):
+            ups = torch.full((1024, 4096), up, dtype=dtype, device="cuda")
+            rows = torch.cat([gates.repeat_interleave(64).view(1024, 4096), ups], dim=1)
+            outputs = [
+                (torch.empty(1024, 4096, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(1024, 64, device="cuda"))
+                for _ in range(2)
+            ]
+            torch.ops._C.silu_and_mul_per_block_quant(outputs[0][0], rows, outputs[0][1], 64, None, False)
+            with hdispatch.strict():
+                hdispatch.ops.silu_and_mul_per_block_quant(outputs[1][0], rows, outputs[1][1], 64, None, False)
+            want, got = (scales.flatten().view(torch.int32) for _, scales in outputs)
+            differ = gates[~flushed][(want != got)[~flushed]]
+            assert not len(differ), (up, differ.tolist())
 
 
 def args_dtype(spec, index):

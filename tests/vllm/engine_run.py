@@ -27,6 +27,8 @@ class Engine:
             simulation.start()
             limits = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 1024, "block_size": 16}
             defaults |= limits | {"worker_cls": "simulation.SimulatedWorker"}
+            if options.get("enable_lora"):
+                simulation.mock_lora()
         from hdispatch.bench import serve_model
         from vllm import LLM
 
@@ -41,11 +43,15 @@ class Engine:
         serve_model.fill_weights(self.model)
 
     def measure(self, steps: int, requests: int) -> dict[str, float]:
-        """Mean errors of the logits against float32."""
+        """Mean errors of the logits against float32, and how many calls of ours that took."""
+        from hdispatch import runtime
         from hdispatch.bench import serve_accuracy
 
+        before = runtime.stats()
         errors = serve_accuracy.measure(self.llm, self.runner, self.model, steps, requests)
-        return {name: serve_accuracy.average(errors, name) for name in ("relative", "kl")}
+        found: dict[str, float] = {name: serve_accuracy.average(errors, name) for name in ("relative", "kl")}
+        after = runtime.stats()
+        return found | {"calls": sum(after[op]["hits"] - before[op]["hits"] for op in after)}
 
     def facts(self) -> dict[str, Any]:
         """Whose layers run, why, and what the table missed."""
@@ -195,7 +201,13 @@ def storm(engine: Engine, steps: int, most: int, longest: int) -> dict[str, Any]
                 done += 1
     left = len(active)
     drain(20 * longest)
-    return {"done": done, "left": left, "unfinished": core.has_unfinished_requests(), "preempted": preempted[0], "memory": memory}
+    return {
+        "done": done,
+        "left": left,
+        "unfinished": core.has_unfinished_requests(),
+        "preempted": preempted[0],
+        "memory": memory,
+    }
 
 
 SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {

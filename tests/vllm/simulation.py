@@ -140,6 +140,14 @@ def mock_worker() -> type:
     return SimulatedWorker
 
 
+def mock_lora() -> None:
+    """LoRA's kernels, where no adapter is loaded: there is nothing to add."""
+    import vllm.lora.ops.triton_ops  # noqa: F401
+
+    for name in ("lora_shrink", "lora_expand"):
+        torch.library.impl(f"vllm::{name}", "CPU")(_nothing)
+
+
 def start(devices: int = 1) -> type:
     """Everything, and vLLM's LLM."""
     torch.set_num_threads(1)
