@@ -1,4 +1,4 @@
-"""What a long-lived engine meets, simulated: other weights, speculation, the V1 runner, LoRA, preemptions. tests/gpu has more."""
+"""What a long-lived engine meets, simulated: other weights, speculation, the V1 runner, LoRA, preemptions (more: tests/gpu)."""
 
 from __future__ import annotations
 
