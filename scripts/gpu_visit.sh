@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve, load,
-#                                             sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve,
+#                                             vllm-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
 # candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
-# for the results); for serve vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports. SERVE holds the arguments of
-# the runs of `bench serve`, separated by semicolons.
+# for the results); for serve and vllm-tests vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports. SERVE holds the
+# arguments of the runs of `bench serve`, separated by semicolons; VLLM_TESTS is more of pytest's.
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest; for
 # sanitize see scripts/sanitize.sh.
@@ -28,17 +28,25 @@ vllm=()
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
 
-# One result for each run in SERVE: serve-1.json, serve-2.json, …
-serve() {
-  local number=0 arguments
+# vLLM and what it imports, for steps that need it.
+with_vllm() {
+  local archive
   for archive in vllm vllm_deps; do
-    mkdir -p "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive" || return 1
+    [ -d "$site/$archive" ] || { mkdir "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive"; } || return 1
   done
+  PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 "$@"
+}
+
+# One result for each run in SERVE: serve-1.json, serve-2.json, …; what the engines said is in serve-logs.tar.xz.
+serve() {
+  local number=0 bad=0 arguments
   while IFS= read -r -d ';' arguments; do
     number=$((number + 1))
-    PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 \
-      python3 -m hdispatch bench serve --bundle "$bundle" --json "$out/serve-$number.json" $arguments || return 1
+    with_vllm python3 -m hdispatch bench serve --bundle "$bundle" --json "$out/serve-$number.json" \
+      --logs "$site/logs/$number" $arguments || bad=1
   done <<< "${SERVE:-};"
+  tar cJf "$out/serve-logs.tar.xz" -C "$site/logs" .
+  return $bad
 }
 
 # Measures every candidates*.tar.xz; timings of a tune that was cut short are gone on with.
@@ -67,6 +75,7 @@ for step in "$@"; do
     bits) python3 benchmarks/bit_equality.py "$bundle" --vllm "$site/vllm_C.so" --json "$out/bits.json" ${BITS:-} ;;
     pdl) python3 -m hdispatch bench pdl --bundle "$bundle" --json "$out/pdl.json" ${PDL:-} ;;
     serve) serve ;;
+    vllm-tests) with_vllm python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} -q --durations=20 ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;

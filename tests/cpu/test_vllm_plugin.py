@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from types import SimpleNamespace as Object
 
 import pytest
@@ -33,7 +34,7 @@ def test_a_wrong_switch_is_an_error(monkeypatch):
 
 def test_off_it_does_not_even_look_for_vllm(monkeypatch):
     monkeypatch.setenv("HDISPATCH", "0")
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)  # any import of it raises
+    monkeypatch.setitem(sys.modules, "vllm", None)  # any import of it raises
     plugin.register()
 
 
@@ -47,6 +48,62 @@ def test_a_bundle_must_be_named(monkeypatch, tmp_path):
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
     assert settings.bundle_folder() == tmp_path
     settings.load_bundle(torch.device("cpu"))  # the references serve CPU tensors: nothing to load
+
+
+# ---- what doctor says ----
+
+
+@pytest.fixture
+def fake_vllm(monkeypatch):
+    """A vLLM 0.33 on CUDA whose models are not there."""
+    monkeypatch.setattr(plugin.importlib.metadata, "version", lambda _: "0.33.0")
+    monkeypatch.setitem(sys.modules, "vllm", Object(__version__="0.33.0"))
+    platform = Object(is_cuda=lambda: True, device_name="cuda")
+    monkeypatch.setitem(sys.modules, "vllm.platforms", Object(current_platform=platform))
+    monkeypatch.setitem(sys.modules, "vllm.distributed", None)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    monkeypatch.setenv("HDISPATCH", "1")
+    return platform
+
+
+def test_doctor_says_why_vllm_would_not_be_served(monkeypatch, tmp_path, fake_vllm):
+    def reason():
+        found = plugin.examine()
+        assert not found["ok"]
+        assert found["version"] == "0.33.0"
+        return found["reason"]
+
+    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
+    assert reason().startswith("vLLM cannot be imported: ModuleNotFoundError")
+    fake_vllm.is_cuda = lambda: False
+    assert reason() == "vLLM runs on cuda; the plug-in is for CUDA"
+    sys.modules["vllm"].__version__ = "0.34.1"
+    assert reason() == "this is vLLM 0.34.1; the plug-in is for 0.33"
+    monkeypatch.setenv("HDISPATCH_BUNDLE", "")
+    assert "HDISPATCH=1 needs HDISPATCH_BUNDLE" in reason()
+    monkeypatch.setenv("HDISPATCH", "0")
+    assert reason() == "HDISPATCH is not 1: the plug-in does nothing"
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert reason() == "VLLM_PLUGINS is 'another', which leaves hdispatch out"
+    monkeypatch.setattr(plugin.importlib.metadata, "entry_points", lambda **_: [])
+    assert "no entry point in vllm.general_plugins" in reason()
+
+
+def test_doctor_without_vllm(monkeypatch):
+    def missing(name):
+        raise plugin.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(plugin.importlib.metadata, "version", missing)
+    assert plugin.examine() == {"ok": False, "reason": "vLLM is not installed", "version": None, "models": []}
+
+
+@pytest.mark.parametrize(("version", "cuda"), [("0.34.0", True), ("0.33.0", False)])
+def test_a_vllm_that_does_not_fit_is_left_alone(monkeypatch, caplog, fake_vllm, version, cuda):
+    sys.modules["vllm"].__version__ = version
+    fake_vllm.is_cuda = lambda: cuda
+    plugin.register()
+    assert "hdispatch: off: " in caplog.text
+    assert not plugin._OVERRIDE
 
 
 # ---- reasons ----

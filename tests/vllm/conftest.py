@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from hdispatch.bench import serve_model
 
+Answer = dict[str, Any]
+
 #: `make test-vllm` puts vLLM's tree and what it imports here.
 VLLM = Path(os.environ.get("HDISPATCH_VLLM", Path(__file__).parents[2] / "build" / "vllm"))
 HERE = Path(__file__).parent
@@ -34,15 +36,27 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture
-def simulate(environment: dict[str, str], tmp_path: Path) -> Callable[..., dict[str, Any]]:
+def simulate(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
     """Run one engine: simulate(model, scheme, **parameters of simulated_run.run) -> its answer and "log"."""
+    return lambda model, scheme, **given: ask("simulated_run.py", environment, tmp_path, model, scheme, given)
 
-    def run(model: str, scheme: str, **parameters: Any) -> dict[str, Any]:
-        serve_model.write_config(tmp_path, model, scheme)
-        command = [sys.executable, "simulated_run.py", str(tmp_path), json.dumps(parameters)]
-        done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False)
-        answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-        assert answers, done.stdout[-4000:] + done.stderr[-4000:]
-        return {**json.loads(answers[0].removeprefix("ANSWER ")), "log": done.stdout + done.stderr}
+
+@pytest.fixture
+def play(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
+    """Run a scenario of engine_run.py on a simulated engine: play(scenario, options, **parameters) -> its answer and "log"."""
+
+    def run(scenario: str, options: dict[str, Any] | None = None, **given: Any) -> Answer:
+        variables = environment | {"TORCHDYNAMO_DISABLE": "1"} | given.pop("variables", {})
+        fixed = {"scenario": scenario, "simulated": True, "options": options or {}}
+        return ask("engine_run.py", variables, tmp_path, given.pop("model", "tiny-qwen3"), "token", fixed | given)
 
     return run
+
+
+def ask(script: str, environment: dict[str, str], folder: Path, model: str, scheme: str, parameters: Any) -> Answer:
+    serve_model.write_config(folder, model, scheme)
+    command = [sys.executable, script, str(folder), json.dumps(parameters)]
+    done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
+    assert answers, done.stdout[-4000:] + done.stderr[-4000:]
+    return {**json.loads(answers[0].removeprefix("ANSWER ")), "log": done.stdout + done.stderr}

@@ -73,7 +73,7 @@ def mock_cuda(devices: int) -> None:
     cuda.mem_get_info = accelerator.get_memory_info = lambda *_: MEMORY
     cuda.memory.get_allocator_backend = lambda: "mock"
     accelerator.synchronize = accelerator.empty_cache = accelerator.set_device_index = _nothing
-    accelerator.reset_peak_memory_stats = _nothing
+    accelerator.reset_peak_memory_stats = cuda.reset_peak_memory_stats = cuda.empty_cache = _nothing
     accelerator.memory_stats = lambda *_: {}
     accelerator.memory_allocated = accelerator.max_memory_allocated = lambda *_: 0
     zeros = torch.zeros
@@ -138,6 +138,14 @@ def mock_worker() -> type:
             return 64 << 20
 
     return SimulatedWorker
+
+
+def mock_lora() -> None:
+    """LoRA's kernels, where no adapter is loaded: there is nothing to add."""
+    import vllm.lora.ops.triton_ops  # noqa: F401
+
+    for name in ("lora_shrink", "lora_expand"):
+        torch.library.impl(f"vllm::{name}", "CPU")(_nothing)
 
 
 def start(devices: int = 1) -> type:

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ class Options:
     together  modes whose engines live at the same time; their memory must fit the GPU
     profiled  batches whose host parts and GPU time are taken
     steps     of which logits are compared with float32; 0: none
+    requests  that these steps serve at once
+    logs      folder for what each engine says, MODE.log; None: only the end of it, where a mode fails
+    limit_s   most seconds for one answer; an engine that takes longer is ended
     """
 
     model: str
@@ -80,6 +84,10 @@ class Options:
     seed: int = 0
     profiled: tuple[int, ...] = ()
     steps: int = 0
+    requests: int = 32
+    prefills: tuple[tuple[int, int], ...] = PREFILLS
+    logs: Path | None = None
+    limit_s: float = 600.0
 
 
 #: Hears what begins, and the result so far.
@@ -103,9 +111,16 @@ def measure(options: Options, machine: dict[str, Any], tick: Tick, command: Sequ
         with _group(options, options.modes[at : at + options.together], result, tick, command) as engines:
             for what in _plan(options):
                 _ask_all(engines, what, result, tick)
-            for mode, engine in engines.items():
-                result["modes"][mode]["finished"] = engine.ask({"do": "finish"})
+            _finish(engines, result)
     return result
+
+
+def _finish(engines: Mapping[str, Process], result: Result) -> None:
+    for mode, engine in engines.items():
+        try:
+            result["modes"][mode]["finished"] = engine.ask({"do": "finish"})
+        except EngineError as error:
+            result["failed"][mode] = f"finish: {error}"
 
 
 @contextmanager
@@ -122,7 +137,8 @@ def _group(
             sizes = (options.ranks, options.kv_gib, options.layers, options.seed)
             setup = Setup(mode, graphs, served, options.model, options.scheme, bundle, *sizes)
             caches = stack.enter_context(tempfile.TemporaryDirectory(prefix="hdispatch-serve-", ignore_cleanup_errors=True))
-            engine = Process(setup, environment(setup, Path(caches)), command)
+            log = None if options.logs is None else options.logs / f"{mode}.log"
+            engine = Process(setup, environment(setup, Path(caches)), command, log, options.limit_s)
             stack.callback(engine.close)
             try:
                 started = engine.start()
@@ -154,7 +170,7 @@ class _Question:
 def _plan(options: Options) -> Iterator[_Question]:
     for batch in options.batches:
         yield _Question(f"batch {batch}", {"do": "decode", "batch": batch}, options.rounds, _keep_median("batches", str(batch)))
-    for requests, tokens in PREFILLS:
+    for requests, tokens in options.prefills:
         request = {"do": "prefill", "requests": requests, "tokens": tokens}
         yield _Question(
             f"prefill {requests}x{tokens}", request, options.rounds, _keep_median("prefills", f"{requests}x{tokens}")
@@ -162,7 +178,8 @@ def _plan(options: Options) -> Iterator[_Question]:
     for batch in options.profiled:
         yield _Question(f"profile of batch {batch}", {"do": "profile", "batch": batch}, 0, _keep_profile(str(batch)))
     if options.steps:
-        yield _Question("logits", {"do": "logits", "steps": options.steps, "file": "/dev/null"}, 0, _keep_logits)
+        request = {"do": "logits", "steps": options.steps, "requests": options.requests}
+        yield _Question("logits", request, 0, _keep_logits)
 
 
 def _keep_median(group: str, name: str) -> Callable[[Mode, list[dict[str, Any]]], None]:
@@ -211,8 +228,11 @@ class EngineError(HdispatchError):
 class Process:
     """A process of `serve_worker`, asked over pipes."""
 
-    def __init__(self, setup: Setup, environment: Mapping[str, str], command: Sequence[str]) -> None:
-        self._log = tempfile.TemporaryFile()  # noqa: SIM115
+    def __init__(
+        self, setup: Setup, environment: Mapping[str, str], command: Sequence[str], log: Path | None, limit_s: float
+    ) -> None:
+        self._log: IO[bytes] = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115
+        self._limit_s = limit_s
         self._process = subprocess.Popen(
             [*command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True, env=dict(environment)
         )
@@ -228,12 +248,20 @@ class Process:
 
     def _exchange(self, line: str) -> dict[str, Any]:
         stdin, stdout = self._process.stdin, self._process.stdout
+        late = threading.Event()
+        timer = threading.Timer(self._limit_s, self._end, (late,))
+        timer.start()
         try:
             _pipe(stdin).write(line)
             _pipe(stdin).flush()
             answer = _pipe(stdout).readline()
         except BrokenPipeError:
             answer = ""
+        finally:
+            timer.cancel()
+        if late.is_set():
+            self._process.wait()
+            raise EngineError(f"the engine gave no answer within {self._limit_s:.0f} s and was ended; it said: {self._said()}")
         if not answer:
             raise EngineError(f"the engine ended with status {self._process.wait()}; it said: {self._said()}")
         found: dict[str, Any] = json.loads(answer)
@@ -241,11 +269,16 @@ class Process:
             raise EngineError(f"{found['error']}; it said: {self._said()}")
         return found
 
+    def _end(self, late: threading.Event) -> None:
+        late.set()
+        self._process.kill()
+
     def is_gone(self) -> bool:
         """Whether it has ended."""
         return self._process.poll() is not None
 
     def _said(self) -> str:
+        # The process shares the file's position: reading to the end leaves it there.
         self._log.seek(0)
         return self._log.read().decode(errors="replace").strip()[-SAID:]
 

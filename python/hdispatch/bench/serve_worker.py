@@ -121,13 +121,22 @@ class _Engine:
         folder = Path(tempfile.mkdtemp(prefix="hdispatch-model-"))
         serve_model.write_config(folder, setup.model, setup.scheme)
         options = self._options(folder)
+        free, _ = torch.cuda.mem_get_info()
         began = time.perf_counter()
         self._llm = LLM(**options)
         torch.cuda.synchronize()
         self._init_s = time.perf_counter() - began
+        self._memory = {
+            "device_bytes": free - torch.cuda.mem_get_info()[0],
+            "allocated_bytes": torch.cuda.memory_allocated(),
+            "reserved_bytes": torch.cuda.memory_reserved(),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+        }
         self._model = self._fill(serve_model.fill_weights)
         self._check_served()
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
     def _options(self, folder: Path) -> dict[str, Any]:
         setup = self._setup
@@ -194,19 +203,19 @@ class _Engine:
         return found
 
     def started(self) -> dict[str, Any]:
-        """Seconds of start-up, and memory after it."""
+        """Seconds of start-up, and memory after it, before the weights are filled.
+
+        device_bytes is what the GPU has less: with graphs and code, for which torch's allocator has no figure.
+        """
         weights = sum(p.numel() * p.element_size() for p in self._model.parameters()) if self._model is not None else 0
-        memory = self._torch.cuda
         return {
             "import_s": self._import_s,
             "init_s": self._init_s,
             "load_s": self._load_s,
             "weights_bytes": weights,
             "kv_bytes": int(self._setup.kv_gib * 2**30),
-            "allocated_bytes": memory.memory_allocated(),
-            "reserved_bytes": memory.memory_reserved(),
-            "peak_bytes": memory.max_memory_allocated(),
-            "gpu": memory.get_device_name(),
+            **self._memory,
+            "gpu": self._torch.cuda.get_device_name(),
         }
 
     def decode(self, batch: int) -> dict[str, Any]:
@@ -229,16 +238,18 @@ class _Engine:
             return {}
         return serve_profile.profile(self._llm, self._runner, self._model, lambda: _Window(self._llm, batch, self._torch))
 
-    def logits(self, file: str, steps: int) -> dict[str, Any]:
-        """Errors of the logits of forced tokens against a float32 evaluation of the weights; raw figures go to `file`."""
+    def logits(self, steps: int, requests: int) -> dict[str, Any]:
+        """Errors of the logits of forced tokens against a float32 evaluation of the weights; see `serve_accuracy.Errors`."""
         from . import serve_accuracy
 
         if self._runner is None:
             raise RuntimeError("logits are compared on one rank")
-        return serve_accuracy.measure(self._llm, self._runner, self._model, steps, Path(file))
+        found = serve_accuracy.measure(self._llm, self._runner, self._model, steps, requests)
+        self._torch.cuda.empty_cache()
+        return {**found}
 
     def finish(self) -> dict[str, Any]:
-        """Peak memory, and what hdispatch's ops did."""
+        """Peak memory since the start, and what hdispatch's ops did."""
         from .. import runtime
 
         stats = {op: counts for op, counts in runtime.stats().items() if counts["hits"] or counts["misses"]}

@@ -37,11 +37,14 @@ modes:
   ours+compiled the default configuration with the plug-in's layers
 
 A mode that cannot run is named with its reason.
-exit code: with --check, 1 if a mode did not run, the table missed a call, or our logits' error is above 1.02 times eager's.
+exit code: with --check, 1 if a mode did not run, the table missed a call, or our logits' error, relative or as KL divergence,
+is above 1.02 times eager's over all steps or at any one. Ratios have their noise, the standard error over requests.
 """
 
-#: At most this times the error of vLLM's own layers.
+#: At most this times the error of vLLM's own layers, over all steps and at each.
 ACCURATE = 1.02
+#: Errors of logits, as `serve_accuracy.Errors` names them -> in words.
+ERRORS = {"relative": "relative error", "kl": "KL divergence"}
 
 
 def add_serve_parser(kinds: Any) -> None:
@@ -69,7 +72,10 @@ def add_serve_parser(kinds: Any) -> None:
     add("--layers", metavar="N", type=numbers.whole, help="fewer layers than the model has")
     add("--profile", metavar="N,N", type=ms, default=(), help="batches whose host parts and GPU time are taken")
     add("--logits", metavar="N", type=numbers.whole, default=0, help="compare the logits of N steps with float32 (default: 0)")
+    add("--requests", metavar="N", type=numbers.whole, default=32, help="requests of --logits, at most 64 (default: 32)")
     add("--json", metavar="FILE", type=Path, help="write the result as JSON")
+    add("--logs", metavar="DIR", type=Path, help="write what each engine says to DIR/MODE.log")
+    add("--limit", metavar="S", type=numbers.real, default=600, help="most seconds for an answer of an engine (default: 600)")
     add("--check", action="store_true", help="exit with 1 if something is not as it should be; see below")
     parser.set_defaults(run=run)
 
@@ -101,7 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.layers,
         profiled=arguments.profile,
         steps=arguments.logits,
+        requests=arguments.requests,
+        logs=arguments.logs,
+        limit_s=arguments.limit,
     )
+    if arguments.logs:
+        arguments.logs.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else None
     began = time.monotonic()
 
@@ -140,9 +151,9 @@ _START = [
     "import s",
     "engine s",
     "weights GB",
-    "activations MB",
-    "peak GB",
-    "reserved GB",
+    "GPU GB beside weights and KV",
+    "torch's own MB",
+    "peak in use MB",
     "hits",
     "misses",
 ]
@@ -150,16 +161,16 @@ _START = [
 
 def _start_row(mode: str, found: Any) -> list[str]:
     started, finished = found["started"], found["finished"]
-    activations = started["peak_bytes"] - started["weights_bytes"] - started["kv_bytes"]
+    held = started["weights_bytes"] + started["kv_bytes"]
     misses = sum(sum(counts.values()) for counts in finished.get("misses", {}).values())
     return [
         mode,
         f"{started['import_s']:.1f}",
         f"{started['init_s']:.1f}",
         f"{started['weights_bytes'] / 1e9:.2f}",
-        f"{activations / 1e6:.0f}",
-        f"{finished.get('peak_bytes', 0) / 1e9:.2f}",
-        f"{finished.get('reserved_bytes', 0) / 1e9:.2f}",
+        f"{(started['device_bytes'] - held) / 1e9:.2f}",
+        f"{(started['allocated_bytes'] - held) / 1e6:.0f}",
+        f"{(finished.get('peak_bytes', held) - held) / 1e6:.0f}",
         str(finished.get("hits", "")),
         str(misses),
     ]
@@ -180,19 +191,21 @@ def _profile_lines(modes: dict[str, Any]) -> list[str]:
 
 
 def _logit_lines(modes: dict[str, Any]) -> list[str]:
+    from ..bench import serve_accuracy as accuracy
+
+    measured = {mode: found["logits"] for mode, found in modes.items() if found["logits"]}
+    if not measured:
+        return []
     rows = []
-    for mode, found in modes.items():
-        if found["logits"]:
-            relative, kl = found["logits"]["relative"], found["logits"]["kl"]
-            rows.append([mode, *(f"{x:.5f}" for x in (relative[0], mean(relative[1:]), relative[-1]))])
-            rows[-1] += [f"{x:.6f}" for x in (kl[0], mean(kl[1:]), kl[-1])]
-    head = ["logits against float32", "prefill", "decode, mean", "last step", "KL prefill", "KL decode", "KL last"]
-    return ["", table(head, rows)] if rows else []
-
-
-def mean(figures: list[float]) -> float:
-    """The mean, 0 of none."""
-    return sum(figures) / len(figures) if figures else 0.0
+    for mode, errors in measured.items():
+        for name in ERRORS:
+            parts = (slice(1), slice(1, None), slice(-1, None))
+            rows.append([f"{mode}, {ERRORS[name]}", *(f"{accuracy.average(errors, name, part):.3g}" for part in parts), ""])
+            if mode != "eager" and "eager" in measured:
+                ratios = [accuracy.compare(errors, measured["eager"], name, part) for part in parts]
+                worst = max(accuracy.compare_steps(errors, measured["eager"], name), key=lambda each: each.value)
+                rows.append(["    times eager's", *map(str, ratios), str(worst)])
+    return ["", table(["logits against float32", "prefill", "decode", "last step", "worst step"], rows)]
 
 
 def _ms(value: float | None) -> str:
@@ -209,8 +222,26 @@ def judge(result: Any) -> list[str]:
     reference = modes.get("eager", {}).get("logits")
     for mode, figures in modes.items():
         if mode.startswith("ours") and figures["logits"] and reference:
-            for name in ("relative", "kl"):
-                ours, theirs = mean(figures["logits"][name]), mean(reference[name])
-                if ours > ACCURATE * theirs:
-                    found.append(f"{mode}: {name} of the logits is {ours:.5g}, {ours / theirs:.3f} times eager's {theirs:.5g}")
+            found += [f"{mode}: {complaint}" for complaint in _judge_logits(figures["logits"], reference)]
+    return found
+
+
+def _judge_logits(ours: Any, theirs: Any) -> list[str]:
+    """Where our logits' error is above the bound: over all steps, and at any step alone, the prefill and the last included."""
+    from ..bench import serve_accuracy as accuracy
+
+    found = []
+    for name, words_of in ERRORS.items():
+        whole = accuracy.compare(ours, theirs, name)
+        if not whole.value <= ACCURATE:  # NaN is no pass
+            found.append(f"{words_of} over all steps is {whole} times eager's; at most {ACCURATE}")
+        steps = accuracy.compare_steps(ours, theirs, name)
+        above = {step: ratio for step, ratio in enumerate(steps) if not ratio.value <= ACCURATE}
+        if above:
+            clear = sum(not ratio.value - 2 * ratio.noise <= ACCURATE for ratio in above.values())
+            step, worst = max(above.items(), key=lambda each: each[1].value)
+            found.append(
+                f"{words_of} is above {ACCURATE} times eager's at {len(above)} of {len(steps)} steps, at {clear} of them by"
+                f" more than twice the noise; the worst is step {step}, {worst}"
+            )
     return found

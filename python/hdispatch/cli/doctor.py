@@ -24,9 +24,9 @@ from .text import count, print_json
 BUNDLE_VARIABLE = "HDISPATCH_BUNDLE"
 
 DESCRIPTION = """\
-Say what is installed, which backends can build and why not, whether the GPU can be reached, and whether a bundle would be
-served here, down to the reason if not. Launches nothing. Where the extension does not fit the torch that is installed, that is
-what it says.
+Say what is installed, which backends can build and why not, whether the GPU can be reached, whether a bundle would be served
+here, down to the reason if not, and whether the plug-in would serve vLLM. Launches nothing. Where the extension does not fit
+the torch that is installed, that is what it says.
 
   hdispatch doctor                  the environment, and $HDISPATCH_BUNDLE if it is set
   hdispatch doctor bundle           the same with this bundle
@@ -99,6 +99,7 @@ def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -
         "gpu": gpu,
         "backends": {name: _examined(check) for name, check in BACKENDS.items()},
         "bundle": served,
+        "vllm": _examine_vllm(extension["ok"]),
         "serving": {"ok": not problems, "reason": "; ".join(problems)},
     }
 
@@ -153,6 +154,15 @@ def _examine_bundle(folder: Path | None, sha256: str | None, extension: bool, gp
     except HdispatchError as error:
         return found | {"reason": str(error)}
     return found | {"ok": True}
+
+
+def _examine_vllm(extension: bool) -> dict[str, Any]:
+    """Whether `vllm serve` would be served by the plug-in."""
+    if not extension:
+        return {"ok": False, "reason": "not looked for without the extension", "version": None, "models": []}
+    from ..integrations.vllm import plugin
+
+    return plugin.examine()
 
 
 def _examined(check: Callable[[], str]) -> dict[str, Any]:
@@ -266,6 +276,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  libcuda    {_verdict(found['driver'], 'found')}",
         f"  GPU        {_verdict(found['gpu'], ', '.join(each['name'] for each in found['gpu']['devices']))}",
         f"  bundle     {_verdict(bundle, _words_of_bundle(bundle))}",
+        f"  vLLM       {_verdict(found['vllm'], _words_of_vllm(found['vllm']))}",
     ]
     lines += ["building", *(f"  {name:10} {_verdict(each, each['found'])}" for name, each in found["backends"].items())]
     lines.append(
@@ -281,6 +292,10 @@ def _why(found: dict[str, Any]) -> str:
 
 def _words_of_bundle(bundle: dict[str, Any]) -> str:
     return f"{bundle['folder']}, {count(bundle['rows'], 'row')} for {bundle['target']}" if bundle["ok"] else ""
+
+
+def _words_of_vllm(vllm: dict[str, Any]) -> str:
+    return f"{vllm['version']}, its ops and the layers of {', '.join(vllm['models'])}" if vllm["ok"] else ""
 
 
 def _verdict(part: dict[str, Any], found: str) -> str:

@@ -34,6 +34,7 @@ class FusedForward:
     LAYER: ClassVar[type]
     hdispatch_reason: str | None = None
     _layers: FusedLayers | None = None
+    #: What `_identity` said; empty where the layers are refused; None before the first step.
     _bound: tuple[Any, ...] | None = None
     _config: Any = None
     model: Any
@@ -63,6 +64,8 @@ class FusedForward:
         bound = self._bound
         if bound is None:
             return False
+        if not bound:  # refused, which other weights would not change
+            return True
         first, first_address, last, last_address, parameters = bound
         return (
             parameters[0]["weight"] is first
@@ -79,12 +82,11 @@ class FusedForward:
             support.check_config(self._config)
             self._layers = self._make_layers(decoder)
         except support.UnsupportedError as error:
-            self._layers, self.hdispatch_reason = None, str(error)
+            self._layers, self._bound, self.hdispatch_reason = None, (), str(error)
             settings.logger.warning("hdispatch: %s takes vLLM's own layers: %s", type(self).__name__, error)
         else:
-            self.hdispatch_reason = None
+            self._bound, self.hdispatch_reason = _identity(decoder), None
             self._say(time.perf_counter() - began)
-        self._bound = _identity(decoder)
 
     def _make_layers(self, decoder: Any) -> FusedLayers:
         support.check_model(decoder, self.LAYER)
@@ -124,9 +126,8 @@ class FusedForward:
 def _identity(decoder: Any) -> tuple[Any, ...]:
     """The first and the last matrix, their addresses, and the modules' tables of parameters."""
     parameters = [decoder.layers[0].self_attn.qkv_proj._parameters, decoder.layers[-1].mlp.down_proj._parameters]
-    first, last = (each.get("weight") for each in parameters)
-    addresses = [0 if each is None else each.data_ptr() for each in (first, last)]
-    return first, addresses[0], last, addresses[1], parameters
+    first, last = (each["weight"] for each in parameters)
+    return first, first.data_ptr(), last, last.data_ptr(), parameters
 
 
 class Qwen3ForCausalLM(FusedForward, qwen3.Qwen3ForCausalLM):

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import os
+from typing import Any
+
 import torch
 
+from ...errors import HdispatchError
 from . import settings
 from .override import Override, override_vllm_ops
+
+#: The release of vLLM whose layers and ops these are.
+VERSION = "0.33"
+#: Where vLLM looks for plug-ins, ours among them, and the variable that may leave it out.
+GROUP, NAME, ALLOWED = "vllm.general_plugins", "hdispatch", "VLLM_PLUGINS"
 
 #: The override that `register` made; kept for the life of the process.
 _OVERRIDE: list[Override] = []
@@ -22,10 +32,9 @@ def register() -> None:
     """
     if not settings.is_on() or _OVERRIDE:
         return
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cuda():
-        settings.logger.warning("hdispatch: off, since vLLM runs on %s; it serves CUDA", current_platform.device_name)
+    reason = _unfit()
+    if reason:
+        settings.logger.warning("hdispatch: off: %s", reason)
         return
     settings.bundle_folder()
     from . import models
@@ -43,3 +52,50 @@ def _on_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parame
 
 
 _DONE: list[bool] = []
+
+
+def _unfit() -> str:
+    """Why this vLLM cannot be served; empty if it can."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    if not vllm.__version__.startswith(f"{VERSION}."):
+        return f"this is vLLM {vllm.__version__}; the plug-in is for {VERSION}"
+    if not current_platform.is_cuda():
+        return f"vLLM runs on {current_platform.device_name or 'no device that it knows'}; the plug-in is for CUDA"
+    return ""
+
+
+def examine() -> dict[str, Any]:
+    """What `register` would do here, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models"}.
+
+    Imports vLLM where it is installed and all else is as it should be, which takes seconds; registers nothing. What speaks
+    against one model is known when it is made: vLLM's log says it.
+    """
+    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": []}
+    try:
+        found["version"] = importlib.metadata.version("vllm")
+        found["reason"] = _switched_off() or _unfit()
+        if found["reason"]:
+            return found
+        from . import models
+    except importlib.metadata.PackageNotFoundError:
+        return found | {"reason": "vLLM is not installed"}
+    except HdispatchError as error:
+        return found | {"reason": str(error)}
+    except Exception as error:  # a broken install fails in any way it likes
+        return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
+    return found | {"ok": True, "models": list(models.ARCHITECTURES)}
+
+
+def _switched_off() -> str:
+    """Why vLLM would not call `register`, or it would do nothing; empty if neither. `HdispatchError` for wrong settings."""
+    if NAME not in {each.name for each in importlib.metadata.entry_points(group=GROUP)}:
+        return f"hdispatch's metadata has no entry point in {GROUP}; install it again"
+    allowed = os.environ.get(ALLOWED)
+    if allowed is not None and NAME not in allowed.split(","):
+        return f"{ALLOWED} is {allowed!r}, which leaves {NAME} out"
+    if not settings.is_on():
+        return f"{settings.SWITCH} is not 1: the plug-in does nothing"
+    settings.bundle_folder()
+    return ""

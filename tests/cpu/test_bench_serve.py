@@ -1,0 +1,156 @@
+"""`hdispatch bench serve` without vLLM: processes that answer, fail or hang; how errors of logits are compared and judged."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from hdispatch.bench import serve, serve_accuracy
+from hdispatch.bench.serve_accuracy import compare, compare_steps
+from hdispatch.cli import bench_serve
+
+#: A process that answers as serve_worker does; FAULT says what goes wrong, and at which request.
+WORKER = """
+import json, sys, time
+setup = json.loads(sys.stdin.readline())
+print("log of", setup["mode"], file=sys.stderr, flush=True)
+started = dict(import_s=1, init_s=2, load_s=0, weights_bytes=100, kv_bytes=50, device_bytes=300, allocated_bytes=200,
+               reserved_bytes=250, peak_bytes=220, gpu="none")
+fault, at = FAULT
+if setup["mode"] == fault and at == "start":
+    sys.exit("no start")
+print(json.dumps(started), flush=True)
+for n, line in enumerate(sys.stdin):
+    request = json.loads(line)
+    what = request["do"]
+    if setup["mode"] == fault and at == what:
+        sys.exit("gone")
+    if setup["mode"] == fault and at == "hang":
+        time.sleep(60)
+    if setup["mode"] == fault and at == "error":
+        print(json.dumps({"error": "ValueError: no"}), flush=True)
+        continue
+    if what == "logits":
+        answer = {"relative": [[0.01] * request["steps"]] * request["requests"]}
+        answer["kl"] = answer["relative"]
+    elif what == "finish":
+        answer = dict(peak_bytes=230, reserved_bytes=260, hits=7, misses={})
+    else:
+        answer = {"ms": 1.0 + n}
+    print(json.dumps(answer), flush=True)
+"""
+
+
+def measure(tmp_path, fault, at, limit_s=20.0):
+    command = (sys.executable, "-c", WORKER.replace("FAULT", repr((fault, at))))
+    options = serve.Options(
+        "tiny-qwen3", "token", ("eager", "ours"), tmp_path, (1, 4), 2, 2, steps=3, logs=tmp_path, limit_s=limit_s
+    )
+    return serve.measure(options, {"gpu": "none"}, lambda *_: None, command)
+
+
+def test_a_run(tmp_path):
+    result = measure(tmp_path, None, None)
+    assert set(result["modes"]) == {"eager", "ours"}
+    assert result["failed"] == {}
+    # The first of three turns warms up; the median of the others counts.
+    assert result["modes"]["ours"]["batches"] == {"1": 2.5, "4": 5.5}
+    assert list(result["modes"]["eager"]["prefills"]) == ["1x128", "1x1024", "4x1024"]
+    assert (tmp_path / "eager.log").read_text() == "log of eager\n"
+    text = bench_serve.describe(result)
+    assert "1.0000 ± 0.0000" in text
+    assert bench_serve.judge(result) == []
+
+
+@pytest.mark.parametrize(
+    ("at", "said"),
+    [
+        ("start", "the engine ended with status 1; it said: log of ours\nno start"),
+        ("prefill", "prefill 4x1024: the engine ended with status"),
+        ("error", "ValueError: no; it said: log of ours"),
+        ("finish", "finish: the engine ended with status 1; it said: log of ours\ngone"),
+    ],
+)
+def test_a_mode_that_fails_is_named_with_what_it_said(tmp_path, at, said):
+    result = measure(tmp_path, "ours", at)
+    if at == "prefill":  # it is out after the first
+        said = said.replace("4x1024", "1x128")
+    assert said in result["failed"]["ours"]
+    assert result["modes"]["eager"]["finished"]["hits"] == 7
+    assert "ours did not run" in bench_serve.judge(result)
+    assert "ours did not run: " in bench_serve.describe(result)
+
+
+def test_an_engine_that_hangs_is_ended(tmp_path):
+    result = measure(tmp_path, "ours", "hang", limit_s=3)
+    assert "batch 1: the engine gave no answer within 3 s and was ended; it said: log of ours" in result["failed"]["ours"]
+    assert result["modes"]["eager"]["batches"]["4"] > 0
+
+
+# ---- logits ----
+
+
+def errors(requests, steps, scale=1.0, seed=0, spread=0.05):
+    generator = torch.Generator().manual_seed(seed)
+    relative = scale * (1 + spread * torch.randn(requests, steps, generator=generator, dtype=torch.float64)).abs() * 0.02
+    return {"relative": relative.tolist(), "kl": (relative**2).tolist()}
+
+
+def test_ratios_of_errors():
+    theirs = errors(32, 64)
+    ours = {name: [[2 * each for each in row] for row in rows] for name, rows in theirs.items()}
+    for name in ("relative", "kl"):
+        ratio = compare(ours, theirs, name)
+        assert (ratio.value, ratio.noise) == pytest.approx((2, 0))
+        assert [each.value for each in compare_steps(ours, theirs, name)] == pytest.approx([2.0] * 64)
+
+
+def test_the_noise_is_that_of_another_draw_of_requests():
+    """The standard deviation of ratios over many draws, by one draw's own estimate."""
+    for name in ("relative", "kl"):
+        drawn = [compare(errors(32, 1, seed=2 * n), errors(32, 1, seed=2 * n + 1), name) for n in range(300)]
+        found = torch.tensor([each.value for each in drawn])
+        assert found.mean() == pytest.approx(1, abs=0.01)
+        assert torch.tensor([each.noise for each in drawn]).mean() == pytest.approx(float(found.std()), rel=0.15)
+
+
+def result_of(theirs, ours):
+    modes = {"eager": {"logits": theirs, "finished": {}}, "ours": {"logits": ours, "finished": {}}}
+    return {"modes": modes, "failed": {}}
+
+
+def test_the_verdict_is_on_all_steps_and_on_each():
+    theirs = errors(32, 64)
+    assert bench_serve.judge(result_of(theirs, theirs)) == []
+    one_step = {name: [[*row[:5], row[5] * 1.05, *row[6:]] for row in rows] for name, rows in theirs.items()}
+    complaints = bench_serve.judge(result_of(theirs, one_step))
+    assert complaints == [
+        f"ours: {words} is above 1.02 times eager's at 1 of 64 steps, at 1 of them by more than twice the noise;"
+        " the worst is step 5, 1.0500 ± 0.0000"
+        for words in ("relative error", "KL divergence")
+    ]
+    complaints = bench_serve.judge(result_of(theirs, errors(32, 64, scale=1.05)))
+    assert "relative error over all steps is 1.0500" in complaints[0]
+    # A noisy comparison fails as the bound says, and says that it is noise.
+    (_, noisy, *_) = bench_serve.judge(result_of(theirs, errors(32, 64, scale=1.03, seed=1, spread=0.2)))
+    assert "of 64 steps, at " in noisy
+
+
+def test_nan_is_no_pass():
+    theirs = errors(8, 4)
+    broken = {name: [[math.nan] * 4 for _ in rows] for name, rows in theirs.items()}
+    assert len(bench_serve.judge(result_of(theirs, broken))) == 4
+
+
+def test_prompts_fit_a_prefill_and_differ():
+    for requests in (1, 2, 8, 32, 64):
+        sizes = serve_accuracy.lengths(requests)
+        assert len(set(sizes)) == requests
+        assert sum(sizes) <= 4096
+    with pytest.raises(ValueError, match="at most 64"):
+        serve_accuracy.lengths(128)
+    tokens = serve_accuracy.sequence(3, 20, 5)
+    assert tokens.tolist()[:20] == serve_accuracy.prompt(3, 20)
+    assert tokens[20:].tolist() == [int(serve_accuracy.forced(torch.tensor(position))) for position in range(19, 23)]
