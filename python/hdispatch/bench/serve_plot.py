@@ -42,6 +42,8 @@ def draw(result: Result, file: Path) -> None:
 
 def _panel(axes: Any, figures: dict[str, dict[str, float]]) -> None:
     """A group of bars for each name, one bar for each mode."""
+    from matplotlib.ticker import LogLocator
+
     names = list(dict.fromkeys(name for found in figures.values() for name in found))
     width = BARS / len(figures)
     for index, (mode, found) in enumerate(figures.items()):
@@ -49,6 +51,7 @@ def _panel(axes: Any, figures: dict[str, dict[str, float]]) -> None:
         bars = axes.bar(at, list(found.values()), width * 0.94, color=COLORS[mode], label=mode)
         axes.bar_label(bars, [f"{value:.3g}" for value in found.values()], fontsize=5, rotation=90, padding=2)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.margins(y=0.15)
     axes.yaxis.set_major_formatter(lambda value, _at: f"{value:g}")
     axes.yaxis.set_minor_formatter("")
