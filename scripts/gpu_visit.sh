@@ -2,13 +2,14 @@
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
 #   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve,
-#                                             vllm-tests, load, sanitize, make
+#                                             server, vllm-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
 # candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
-# for the results); for serve and vllm-tests vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports. SERVE holds the
-# arguments of the runs of `bench serve`, separated by semicolons; VLLM_TESTS is more of pytest's.
+# for the results); for serve, server and vllm-tests vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports, and
+# vllm_server.tar.xz, those that its server needs. SERVE holds the arguments of the runs of `bench serve`, separated by
+# semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest.
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest; for
 # sanitize see scripts/sanitize.sh.
@@ -31,10 +32,11 @@ wait
 # vLLM and what it imports, for steps that need it.
 with_vllm() {
   local archive
-  for archive in vllm vllm_deps; do
-    [ -d "$site/$archive" ] || { mkdir "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive"; } || return 1
+  for archive in vllm vllm_deps vllm_server; do
+    [ -d "$site/$archive" ] || [ ! -f "$carry/$archive.tar.xz" ] && continue
+    mkdir "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive" || return 1
   done
-  PYTHONPATH="$site/vllm:$site/vllm_deps:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 "$@"
+  PYTHONPATH="$site/vllm:$site/vllm_deps:$site/vllm_server:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 "$@"
 }
 
 # One result for each run in SERVE: serve-1.json, serve-2.json, …; what the engines said is in serve-logs.tar.xz.
@@ -75,6 +77,8 @@ for step in "$@"; do
     bits) python3 benchmarks/bit_equality.py "$bundle" --vllm "$site/vllm_C.so" --json "$out/bits.json" ${BITS:-} ;;
     pdl) python3 -m hdispatch bench pdl --bundle "$bundle" --json "$out/pdl.json" ${PDL:-} ;;
     serve) serve ;;
+    server) with_vllm python3 benchmarks/serve_server.py "$bundle" --json "$out/server.json" --logs "$site/logs/server" \
+        ${SERVER:-}; bad=$?; tar cJf "$out/server-logs.tar.xz" -C "$site/logs/server" .; (exit $bad) ;;
     vllm-tests) with_vllm python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} -q --durations=20 ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;

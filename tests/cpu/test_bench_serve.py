@@ -7,7 +7,8 @@ import sys
 
 import pytest
 import torch
-from hdispatch.bench import serve, serve_accuracy
+from hdispatch import HdispatchError
+from hdispatch.bench import serve, serve_accuracy, serve_plot
 from hdispatch.bench.serve_accuracy import compare, compare_steps
 from hdispatch.cli import bench_serve
 
@@ -62,6 +63,17 @@ def test_a_run(tmp_path):
     text = bench_serve.describe(result)
     assert "1.0000 ± 0.0000" in text
     assert bench_serve.judge(result) == []
+
+
+def test_a_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    result = measure(tmp_path, None, None)
+    serve_plot.draw(result, tmp_path / "serve.png")
+    assert (tmp_path / "serve.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(HdispatchError, match="cannot write"):
+        serve_plot.draw(result, tmp_path / "none" / "serve.png")
+    with pytest.raises(HdispatchError, match="nothing was measured"):
+        serve_plot.draw(result | {"modes": {}}, tmp_path / "serve.png")
 
 
 @pytest.mark.parametrize(

@@ -345,3 +345,81 @@ def test_layers_stay_within_the_limit(model, scheme):
 def test_as_many_rows_as_asked_where_they_fit():
     assert rows_within([Buffer("a", 8, torch.float32, frozenset({0}))], 100) == 100
     assert rows_within([Buffer("a", 1 << 24, torch.float32, frozenset({0}))], 4096) == 128
+
+
+# ---- a step ----
+
+HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE = 256, 4, 2, 64, 384
+
+
+def make_weights(scheme, count=2):
+    """Random weights of `count` layers without norms of q and k."""
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    def matrix(k, n):
+        if not scheme.quantized:
+            return schemes.Linear((normal(n, k) / k**0.5).bfloat16(), bias=normal(n).bfloat16())
+        weight = (100 * normal(n, k)).to(FP8).t()
+        shape = (-(-k // 128), -(-n // 128)) if isinstance(scheme, schemes.BlockFp8) else (n, 1)
+        scale = (0.5 + torch.rand(shape, generator=generator)) / (100 * k**0.5)
+        given = torch.tensor([0.01]) if isinstance(scheme, schemes.StaticFp8) else None
+        return schemes.Linear(weight, scale, normal(n).bfloat16(), given)
+
+    shape = weights.Shape(HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE)
+    found = [
+        weights.Layer(
+            *((1 + 0.1 * normal(HIDDEN)).bfloat16() for _ in range(2)),
+            *(None, None),
+            matrix(HIDDEN, shape.qkv),
+            matrix(shape.attended, HIDDEN),
+            matrix(HIDDEN, 2 * INTERMEDIATE),
+            matrix(INTERMEDIATE, HIDDEN),
+            Object(layer_name=f"layer {n}"),
+        )
+        for n in range(count)
+    ]
+    rope = normal(512, HEAD).bfloat16()
+    norm = (1 + 0.1 * normal(HIDDEN)).bfloat16()
+    embedding = normal(64, HIDDEN).bfloat16()
+    return weights.Weights(shape, scheme, torch.bfloat16, 1e-6, embedding, norm, rope, True, tuple(found))
+
+
+def run_step(bound, rows, reduce, most=512):
+    """A step without attention, as vLLM's memory profile makes it."""
+    context = Object(attn_metadata=None)
+    fused = layers.FusedLayers(Object(), bound, most, None, lambda: context, reduce)
+    embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    fused.arena.memory.fill_(255)  # NaN in every type
+    return [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
+
+
+@pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
+@pytest.mark.parametrize("rows", [1, 7, 130])
+def test_sums_over_ranks_are_read_where_they_are(scheme, rows):
+    """A sum that is a new tensor, or the same one, and chunks of rows: the bits of the step without sums."""
+    bound = make_weights(scheme)
+    (expected, again) = run_step(bound, rows, None)
+    assert expected.isfinite().all()
+    assert torch.equal(expected, again)
+    summed = []
+
+    def copied(x):
+        summed.append(x.clone())
+        x.fill_(float("nan"))  # nothing reads what was summed
+        return summed[-1]
+
+    assert all(torch.equal(each, expected) for each in run_step(bound, rows, copied))
+    assert len(summed) == 2 * 2 * 2  # halves, layers, steps
+    assert all(torch.equal(each, expected) for each in run_step(bound, rows, lambda x: x))
+
+
+@pytest.mark.parametrize("reduce", [None, torch.clone])
+@pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
+def test_chunks_of_a_step(monkeypatch, scheme, reduce):
+    bound = make_weights(scheme)
+    expected, _ = run_step(bound, 300, None)
+    monkeypatch.setattr(layers, "rows_within", lambda *_: 128)
+    assert all(torch.equal(each, expected) for each in run_step(bound, 300, reduce))

@@ -74,6 +74,7 @@ def add_serve_parser(kinds: Any) -> None:
     add("--logits", metavar="N", type=numbers.whole, default=0, help="compare the logits of N steps with float32 (default: 0)")
     add("--requests", metavar="N", type=numbers.whole, default=32, help="requests of --logits, at most 64 (default: 32)")
     add("--json", metavar="FILE", type=Path, help="write the result as JSON")
+    add("--plot", metavar="FILE.png", type=Path, help="draw ms by batch, to the first token, and start-up (needs matplotlib)")
     add("--logs", metavar="DIR", type=Path, help="write what each engine says to DIR/MODE.log")
     add("--limit", metavar="S", type=numbers.real, default=600, help="most seconds for an answer of an engine (default: 600)")
     add("--check", action="store_true", help="exit with 1 if something is not as it should be; see below")
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and judge if asked to."""
     import torch
 
-    from ..bench import machine, serve
+    from ..bench import machine, plot, serve, serve_plot
 
     unknown = [mode for mode in arguments.modes if mode not in serve.MODES]
     if unknown:
@@ -94,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise HdispatchError(f"no bundle is named: give --bundle DIR or set ${BUNDLE_VARIABLE}")
     if importlib.util.find_spec("vllm") is None:
         raise HdispatchError("vLLM is not installed; bench serve measures it")
+    if arguments.plot:
+        plot.require()
     options = serve.Options(
         arguments.model,
         arguments.scheme,
@@ -125,6 +128,8 @@ def run(arguments: argparse.Namespace) -> int:
     result = serve.measure(options, machine.describe(device), tick)
     tick("done", result)
     print(describe(result))
+    if arguments.plot:
+        serve_plot.draw(result, arguments.plot)
     complaints = judge(result)
     for complaint in complaints:
         print(f"not as it should be: {complaint}")

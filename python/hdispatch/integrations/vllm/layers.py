@@ -71,6 +71,10 @@ class Rows:
     activated: Operand
 
 
+#: An op, and its arguments before and after the one that is known only in the step; None after: all are known.
+Fed = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...] | None]
+
+
 @dataclass(frozen=True)
 class Plan:
     """All that a step of m rows calls, apart from what is known only then.
@@ -78,7 +82,9 @@ class Plan:
     fronts  of each layer, the calls before rotary embedding: norm and qkv product
     ropes   of each layer, the arguments of the rotary embedding without the positions
     outs    of each layer, from attention to the out product
-    backs   of each layer, from the second norm to the down product
+    backs   of each layer, from the second norm to the down product; with a sum over ranks, to the activation
+    downs   of each layer, the down product, where sums over ranks are taken
+    summed  of each layer, `backs` and the `fronts` of the next one with a place for the sum that they read
     """
 
     rows: Rows
@@ -90,6 +96,8 @@ class Plan:
     ropes: tuple[tuple[Any, ...], ...]
     outs: tuple[tuple[Call, ...], ...]
     backs: tuple[tuple[Call, ...], ...]
+    downs: tuple[tuple[Call, ...], ...]
+    summed: tuple[tuple[tuple[Fed, ...], tuple[Fed, ...]], ...]
     final: tuple[Any, ...]
 
 
@@ -204,23 +212,30 @@ class FusedLayers:
         return plan.rows.hidden
 
     def _run_parallel(self, plan: Plan, positions: torch.Tensor, metadata: Any, slots: Any) -> torch.Tensor:
-        """With a sum over ranks after each half of a layer."""
+        """With a sum over ranks after each half of a layer: a new tensor, which the calls after it read where it is."""
         before, after = self._around(positions)
         hidden, reduce = plan.rows.hidden, self._reduce
         assert reduce is not None
         if metadata is None:
             plan.rows.attended.zero_()
-        for n, (front, rotated, out, back) in enumerate(zip(plan.fronts, plan.ropes, plan.outs, plan.backs, strict=True)):
-            _call(front)
+            shared: tuple[Any, ...] = ()
+        else:
+            shared = self.attention.arguments(plan.out, metadata)
+        _call(plan.fronts[0])
+        total = hidden
+        for n, (rotated, out, down, (back, front)) in enumerate(
+            zip(plan.ropes, plan.outs, plan.downs, plan.summed, strict=True)
+        ):
             self._rope(*before, *rotated, *after)
             if metadata is not None:
-                self._attend(n, plan.q, plan.k, plan.v, self.attention.arguments(plan.out, metadata), slots)
+                self._attend(n, plan.q, plan.k, plan.v, shared, slots)
             _call(out)
-            hidden.copy_(reduce(hidden))
-            _call(back)
-            hidden.copy_(reduce(hidden))
-        ops.fused_add_rms_norm(*plan.final)
-        return hidden
+            _feed(back, reduce(hidden))
+            _call(down)
+            total = reduce(hidden)
+            _feed(front, total)
+        ops.fused_add_rms_norm(total, *plan.final[1:])
+        return total
 
     def _attend(self, n: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: tuple[Any, ...], slots: Any) -> None:
         """Write the cache of layer n, then attend."""
@@ -263,7 +278,7 @@ class FusedLayers:
             for rows, around, at in chunks:
                 _call(self._out(rows, layer))
                 self._sum(rows.hidden)
-                _call(self._back(rows, layer))
+                _call((*self._back(rows, layer), *self._down(rows, layer)))
                 self._sum(rows.hidden)
                 if n + 1 < len(layers):
                     self._run_front(rows, layers[n + 1], around, first=False)
@@ -298,13 +313,19 @@ class FusedLayers:
         view = self.arena.view
         rows = self._rows(m, view("residual", m), view("qkv", m), view("attended", m))
         layers = self.weights.layers
+        fronts = tuple(self._front(rows, layer, first=layer is layers[0]) for layer in layers)
+        backs = tuple(self._back(rows, layer) for layer in layers)
+        downs = tuple(self._down(rows, layer) for layer in layers)
+        parallel = self._reduce is not None
         plan = Plan(
             rows,
             *self._attention_views(rows.qkv, rows.attended),
-            tuple(self._front(rows, layer, first=layer is layers[0]) for layer in layers),
+            fronts,
             tuple(self._rope_arguments(rows.qkv, layer) for layer in layers),
             tuple(self._out(rows, layer) for layer in layers),
-            tuple(self._back(rows, layer) for layer in layers),
+            backs if parallel else tuple(a + b for a, b in zip(backs, downs, strict=True)),
+            downs,
+            _with_places(backs, fronts, rows.hidden) if parallel else (),
             (rows.hidden, rows.residual, self.weights.final_norm, self.weights.epsilon),
         )
         self._plans[m] = plan
@@ -368,10 +389,41 @@ class FusedLayers:
             *scheme.norm(rows.hidden, rows.normed, layer.output_norm, self.weights.epsilon, rows.residual, layer.gate_up),
             *scheme.product(rows.gate_up, rows.normed, layer.gate_up),
             *scheme.activate(rows.gate_up, rows.activated, layer.down),
-            *scheme.product(rows.hidden, rows.activated, layer.down),
         )
+
+    def _down(self, rows: Rows, layer: Layer) -> tuple[Call, ...]:
+        return tuple(self.weights.scheme.product(rows.hidden, rows.activated, layer.down))
 
 
 def _call(calls: tuple[Call, ...]) -> None:
     for op, arguments in calls:
         op(*arguments)
+
+
+def _with_places(
+    backs: tuple[tuple[Call, ...], ...], fronts: tuple[tuple[Call, ...], ...], hidden: torch.Tensor
+) -> tuple[tuple[tuple[Fed, ...], tuple[Fed, ...]], ...]:
+    """Of each layer, its back and the next one's front, both with a place where they read or change `hidden`."""
+    following = (*fronts[1:], ())
+    return tuple(
+        (tuple(_with_place(call, hidden) for call in back), tuple(_with_place(call, hidden) for call in front))
+        for back, front in zip(backs, following, strict=True)
+    )
+
+
+def _with_place(call: Call, hidden: torch.Tensor) -> Fed:
+    op, arguments = call
+    places = [at for at, each in enumerate(arguments) if each is hidden]
+    if not places:
+        return op, arguments, None
+    (at,) = places
+    return op, arguments[:at], arguments[at + 1 :]
+
+
+def _feed(calls: tuple[Fed, ...], x: torch.Tensor) -> None:
+    """Make the calls, with x where they have a place."""
+    for op, before, after in calls:
+        if after is None:
+            op(*before)
+        else:
+            op(*before, x, *after)
