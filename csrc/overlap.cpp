@@ -120,7 +120,9 @@ bool may_overlap_itself(const TensorView& view) noexcept {
   int64_t extent = 1;
   for (uint32_t d = 0; d < rank; ++d) {
     if (strides[d] < extent) return true;
-    extent += (sizes[d] - 1) * strides[d];
+    int64_t span = 0;  // of sizes that no memory has, what does not fit is said to overlap
+    if (__builtin_mul_overflow(sizes[d] - 1, strides[d], &span) || __builtin_add_overflow(extent, span, &extent))
+      return true;
   }
   return false;
 }

@@ -64,6 +64,10 @@ AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 }
 
 
+#: Ops whose results are compared by a norm.
+GEMMS = ("scaled_mm", "scaled_mm_blockwise", "ll_gemm_bf16", "ll_gemm_fp8")
+
+
 class FailureError(Exception):
     """A call did what it must not."""
 
@@ -80,6 +84,7 @@ class Case:
         self.notes: list[str] = []
         self.expects: str = "result"  # or "error", or "either"
         self.is_finite = True
+        self.is_comparable = True
         self.sizes = self._sizes()
         self.args: Args = self.spec.sample(self.variant, self.sizes, device, self.generator)
         if self.random.random() < 0.2:
@@ -118,7 +123,10 @@ class Case:
                 continue
             if tensor.numel() and self.random.random() < 0.7:
                 value = self.random.choice(values[:4] if tensor.element_size() == 1 else values)
+                # Of a matrix product nothing but the norm of the error is compared, which one outlier would be.
+                is_outlier = self.spec.name in GEMMS and tensor.dtype == torch.float32
                 self.is_finite = self.is_finite and math.isfinite(value)
+                self.is_comparable = self.is_comparable and not is_outlier
                 flat = tensor.flatten().clone()
                 flat[self.random.randrange(flat.numel())] = value
                 tensor.copy_(flat.view(tensor.shape))
@@ -361,7 +369,10 @@ def run_door(case: Case, door: str, seed: int) -> tuple[str, Args]:
     if is_written(case, outcome):
         for arg, value in zip(case.spec.args, args, strict=True):
             if isinstance(arg, TensorArg) and arg.mutated and value is not None:
-                before.pop(case.spec.args.index(arg), None)
+                # It may be the same view as an argument that the op allows.
+                mine = value.untyped_storage().data_ptr()
+                for i in [i for i in before if i == case.spec.args.index(arg) or args[i].untyped_storage().data_ptr() == mine]:
+                    del before[i]
                 for guard, buffer in zip(kept, memory, strict=True):
                     if is_in(value, [buffer]) and value.numel():
                         inside = guard.view(value.dtype).as_strided(value.shape, value.stride(), value.storage_offset())
@@ -413,6 +424,8 @@ def without_common(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def check_results(case: Case, outcome: str, args: Args) -> None:
     """The outputs against the reference's of the canonical arguments."""
     if case.expects != "result" or not is_written(case, outcome) or (outcome == "hit" and not case.is_finite):
+        return
+    if not case.is_comparable or (case.spec.name in GEMMS and not case.is_finite):
         return
     wanted = [a.clone() if isinstance(a, torch.Tensor) else a for a in case.args]
     try:

@@ -57,7 +57,7 @@ def padding(packed: torch.Tensor) -> torch.Tensor:
     """The words behind each column of `packed` but the last, up to a multiple of four rows; none if its strides leave none."""
     rows, words = packed.shape
     pitch = (rows + 3) // 4 * 4
-    if not rows or not words or packed.stride() != (1, pitch):
+    if not rows or not words or packed.stride(1) != pitch or (rows > 1 and packed.stride(0) != 1):
         return packed[:0]
     return packed.as_strided((words - 1, pitch - rows), (pitch, 1), packed.storage_offset() + rows)
 

@@ -55,7 +55,8 @@ def per_token_group_fp8_quant_packed(
     here = (row < m) & (group_in_row < groups_of_row)
     inside = here[:, None]
     offset = (row.to(tl.int64) * groups_of_row + group_in_row)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    place = row.to(tl.int64) * row_stride + (group_in_row // 4).to(tl.int64) * word_stride
+    step = tl.where(m == 1, 1, row_stride)  # the stride of one row means nothing
+    place = row.to(tl.int64) * step + (group_in_row // 4).to(tl.int64) * word_stride
     inverse = reciprocal(fp8_max)
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -70,7 +71,7 @@ def per_token_group_fp8_quant_packed(
     byte = output_s_packed.to(tl.pointer_type(tl.uint8), bitcast=True) + place * 4 + group_in_row % 4
     # The words behind a column; behind the last one they are nobody's.
     rows = (m + 3) // 4 * 4
-    padding = (row_stride == 1) & (word_stride == rows) & (row < rows) & (group_in_row // 4 < words_of_row - 1)
+    padding = (step == 1) & (word_stride == rows) & (row < rows) & (group_in_row // 4 < words_of_row - 1)
     tl.store(byte, exponent, (row < m) | padding)
 
 

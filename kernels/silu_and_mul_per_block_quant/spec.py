@@ -38,14 +38,16 @@ def reference(
 
     x = gate * (1 / (1 + exp(-gate))) * up in float32, never rounded to the dtype of input. Signs of zeros are kept.
 
-    As vLLM's kernel has it: NaN does not count in max |x|, and its code is 448 (0x7e); a gate of -inf makes one. An
+    As vLLM's kernel has it: NaN does not count in max |x|, and its code is 448 (0x7e); a gate of -inf makes one. The scale of
+    a group of NaNs alone is scale_ub, or the least one without it. An
     infinite x makes the scale of its group infinite; its own code is then 448, whatever its sign, and those of finite x are
     zeros of their signs. Where scale_ub keeps the scale finite, the code of an infinite x is 448 or -448.
     """
     groups = split_groups(silu_and_mul(input), group_size)
     scale = absmax_scale(absmax(groups))
     if scale_ub is not None:
-        scale = torch.fmin(scale, scale_ub.reshape(()))
+        bound = scale_ub.reshape(())
+        scale = torch.where(groups.isnan().all(-1), torch.fmax(bound, torch.zeros_like(bound)), torch.fmin(scale, bound))
     scale = bounded_scale(scale, scale_ue8m0)
     scales.copy_(scale)
     store_groups(groups / scale.unsqueeze(-1), out)

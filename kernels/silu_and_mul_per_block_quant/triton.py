@@ -15,7 +15,7 @@ from hdispatch.opspec import Variant
 
 from ..per_token_group_fp8_quant import triton as shared
 from ..per_token_group_fp8_quant.triton import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
-from ..triton_device import bounded, clamp_rows, silu
+from ..triton_device import clamp_rows, silu
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -55,7 +55,7 @@ def silu_and_mul_per_block_quant(
     x = silu(gate) * up
     scale = absmax_scale(tl.max(tl.abs(x), 1), 448.0, 1.0 / 448.0)
     if scale_ub is not None:
-        scale = bounded(scale, bound)
+        scale = tl.minimum(scale, bound)  # the bound of a scale that is NaN, which a group of NaNs has
     scale = tl.maximum(scale, 1.0 / (448.0 * 512.0))
     if UE8M0:
         scale = power_of_two(scale)

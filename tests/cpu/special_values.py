@@ -223,7 +223,7 @@ def vllm(op: str, args: dict[str, Any]) -> tuple[NDArray[np.uint8], Rows | NDArr
         return codes(x * (F32(1) / scale)[..., None]).reshape(rows.shape), scale
     if op == "silu_and_mul_per_block_quant":
         x = grouped(activated(rows), args["group_size"])
-        scale = absmax(x) / F32(448)
+        scale = np.fmax.reduce(np.abs(x), axis=-1) / F32(448)  # NaN of NaNs alone
         scale = np.fmax(scale if bound is None else np.fmin(scale, F32(bound)), F32(1 / (448 * 512)))
         return codes(x / scale[..., None]).reshape(len(rows), -1), scale
     x = normalized(args) if op.startswith("rms") else activated(rows) if op.startswith("silu") else rows

@@ -186,7 +186,7 @@ def test_misses_run_vllms_kernel(bundle, override):
     out = [torch.empty(16, 4096, device="cuda") for _ in range(3)]
     torch.ops._C.rms_norm(out[0], x, weight, 1e-6)
     torch.ops._C.rms_norm.default(out[1], x, weight, 1e-6)
-    assert hdispatch.stats()["rms_norm"]["misses"] == {"override: input: dtype": 2}
+    assert hdispatch.stats()["rms_norm"]["misses"] == {"override: result: dtype": 2}
     override.undo()
     torch.ops._C.rms_norm(out[2], x, weight, 1e-6)
     assert torch.equal(out[0], out[2])
