@@ -123,8 +123,9 @@ class Case:
                 continue
             if tensor.numel() and self.random.random() < 0.7:
                 value = self.random.choice(values[:4] if tensor.element_size() == 1 else values)
-                # Of a matrix product nothing but the norm of the error is compared, which one outlier would be.
-                is_outlier = self.spec.name in GEMMS and tensor.dtype == torch.float32
+                # Of a matrix product nothing but the norm of the error is compared, which one outlier would be; and tensor
+                # cores add fp8 products in some 14 bits of the largest one.
+                is_outlier = self.spec.name in GEMMS and (tensor.dtype == torch.float32 or abs(value) == 448)
                 self.is_finite = self.is_finite and math.isfinite(value)
                 self.is_comparable = self.is_comparable and not is_outlier
                 flat = tensor.flatten().clone()
