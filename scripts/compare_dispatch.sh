@@ -10,6 +10,7 @@ set -euo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
+export HDISPATCH_REVISION="${HDISPATCH_REVISION:-$(cat "$carry/revision" 2>/dev/null)}"  # of "after"
 mkdir "$work/tree"
 tar xJf "$carry/before.tar.xz" -C "$work/tree"
 python3 -m pip install -q --no-build-isolation --no-deps --target "$work/before" "$work/tree" > "$out/before.log" 2>&1 &
