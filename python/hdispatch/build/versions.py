@@ -67,7 +67,8 @@ def _package(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError as error:
-        raise BuildError(f"{name} is not installed; the build wing needs it: pip install 'hdispatch[build]'") from error
+        extra = "cutedsl" if name.startswith("nvidia-cutlass-dsl") or name == "apache-tvm-ffi" else "build"
+        raise BuildError(f"{name} is not installed; the build wing needs it: pip install 'hdispatch[{extra}]'") from error
 
 
 @functools.cache
