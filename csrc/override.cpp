@@ -58,6 +58,16 @@ class NoWarnings final : public c10::WarningHandler {
 
 }  // namespace
 
+namespace {
+
+/// A launch that was tried and failed is final: its error is raised, and nothing else may serve the call.
+void raise_failure(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  if (HD_UNLIKELY(outcome == Outcome::kRefused && is_failure(found.result.status)))
+    Runtime::describe(op, call, outcome, found);  // throws
+}
+
+}  // namespace
+
 /// A call that the table did not serve.
 struct Override::Found {
   Call call;
@@ -158,6 +168,7 @@ bool Override::serve(const c10::IValue* values) const {
       bump_versions(*route.op, values);
       return true;
     }
+    raise_failure(*route.op, found.call, outcome, found.dispatch);
     if (outcome == Outcome::kBadCall)
       add_reason(route, found, reasons);
     else if (!missed)
@@ -165,6 +176,11 @@ bool Override::serve(const c10::IValue* values) const {
   }
   const Route& route = missed ? *missed : routes_.front();
   if (&route != &routes_.back()) outcome = try_route(route, values, found);
+  raise_failure(*route.op, found.call, outcome, found.dispatch);
+  if (HD_UNLIKELY(is_done(outcome))) {  // another table serves by now
+    bump_versions(*route.op, values);
+    return true;
+  }
   miss(route, outcome, found, reasons);
   return false;
 }
@@ -176,8 +192,6 @@ HD_COLD void Override::add_reason(const Route& route, const Found& found, std::s
 
 HD_COLD void Override::miss(const Route& route, Outcome outcome, const Found& found, const std::string& reasons) const {
   const Op& op = *route.op;
-  if (outcome == Outcome::kRefused && is_failure(found.dispatch.result.status))
-    Runtime::describe(op, found.call, outcome, found.dispatch);  // throws
   if (outcome == Outcome::kEmptyOutput) {
     op.counters().empty.fetch_add(1, std::memory_order_relaxed);
     return;
@@ -230,7 +244,11 @@ bool Override::serve(PyObject* const* args, size_t count) const {
     if (HD_UNLIKELY(written.dtype == DType::kNone || (written.slot == kCpuSlot) == cuda_)) return false;
     const TableReader reader;
     Dispatch found;
-    if (HD_UNLIKELY(!is_done(Runtime::get().dispatch(op, call, current_stream, found, &kGil)))) continue;
+    const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found, &kGil);
+    if (HD_UNLIKELY(!is_done(outcome))) {
+      raise_failure(op, call, outcome, found);
+      continue;
+    }
     for (const uint8_t i : op.mutated())
       if (full[i] != Py_None) bump_version(THPVariable_Unpack(full[i]));
     return true;
@@ -245,7 +263,11 @@ PyObject* Override::call_door(PyObject* door, PyObject* const* args, size_t flag
       Py_RETURN_NONE;
   } catch (abi::__forced_unwind&) {
     throw;
-  } catch (const Error&) {  // of a wrong type: torch says so
+  } catch (const Error& error) {
+    if (error.fault() != Fault::kCaller) {  // of a wrong type: torch says so
+      set_python_error();
+      return nullptr;
+    }
   } catch (...) {
     set_python_error();
     return nullptr;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -61,6 +62,10 @@ class Registration:
         _SERVING.remove(self)
 
 
+class _Update:
+    """Stands for an update that is under way."""
+
+
 class _Serving:
     """What each device (index, or -1 for the null driver) is served from, and its table kept in step.
 
@@ -73,7 +78,7 @@ class _Serving:
         self._bundles: dict[int, Bundle] = {}
         self._registered: dict[int, list[Registration]] = {}  # by device, in order
         self._stale: set[int] = set()  # devices whose table is not what it should be
-        self._is_updating = False
+        self._update_under_way: weakref.ref[_Update] | None = None
         # The child of a fork has one thread: it finds the lock free and the tables whole.
         os.register_at_fork(before=self._lock.acquire, after_in_parent=self._lock.release, after_in_child=self._lock.release)
 
@@ -101,7 +106,11 @@ class _Serving:
         """Serve from a function too."""
         with self._lock:
             mine = self._registered.setdefault(registration.device, [])
-            self._change(registration.device, lambda: mine.append(registration), lambda: mine.remove(registration))
+            self._change(
+                registration.device,
+                lambda: mine.append(registration),
+                lambda: mine.remove(registration) if registration in mine else None,
+            )
 
     def remove(self, registration: Registration) -> None:
         """Serve from a function no longer; nothing happens the second time."""
@@ -109,7 +118,12 @@ class _Serving:
             mine = self._registered.get(registration.device, [])
             if registration in mine:
                 at = mine.index(registration)
-                self._change(registration.device, lambda: mine.remove(registration), lambda: mine.insert(at, registration))
+                self._change(
+                    registration.device,
+                    lambda: mine.remove(registration),
+                    lambda: None if registration in mine else mine.insert(at, registration),
+                )
+            self._update()  # what an interrupted change left behind
 
     def _put(self, device: int, bundle: Bundle | None) -> None:
         self._bundles.pop(device, None)
@@ -117,25 +131,33 @@ class _Serving:
             self._bundles[device] = bundle
 
     def _change(self, device: int, change: Callable[[], None], revert: Callable[[], None]) -> None:
-        change()
+        # Stale before it changes: an interrupt anywhere leaves a table that the next change publishes.
+        self._stale.add(device)
         try:
-            self._update(device)
+            change()
+            self._update()
         except BaseException:
+            self._stale.add(device)
             revert()
-            self._update(device)
+            self._update()
             raise
 
-    def _update(self, device: int) -> None:
-        self._stale.add(device)
-        if self._is_updating:
+    def _update(self) -> None:
+        if self._update_under_way is not None and self._update_under_way() is not None:
             return  # inside an update of this thread, which will see to it
-        self._is_updating = True
+        mine = _Update()  # gone with this call, even where an interrupt skips the end of it
+        self._update_under_way = weakref.ref(mine)
         try:
             while self._stale:
-                each = self._stale.pop()
-                _publish(each, self._bundles.get(each), tuple(self._registered.get(each, ())))
+                each = next(iter(self._stale))
+                self._stale.discard(each)  # a finalizer that changes it meanwhile makes it stale again
+                try:
+                    _publish(each, self._bundles.get(each), tuple(self._registered.get(each, ())))
+                except BaseException:
+                    self._stale.add(each)
+                    raise
         finally:
-            self._is_updating = False
+            self._update_under_way = None
 
 
 _SERVING = _Serving()
@@ -223,6 +245,7 @@ def register(
         op, key, function, args=args, guards=guards, stream=stream, pdl=pdl, early=early, m_range=m_range, label=label
     )
     index = _cuda_device("", device) if driver == "cuda" else -1
+    functions.add_all(_builder(index, True, True), [made], {})  # what cannot be a row is refused here, on its own
     registration = Registration(made, index)
     _SERVING.add(registration)
     return registration
@@ -373,7 +396,7 @@ class strict:
     """
 
     def __init__(self, on: bool = True) -> None:
-        self._on = on
+        self._on = bool(on)
         self._open: list[_Block] = []
 
     def __enter__(self) -> None:
@@ -384,6 +407,8 @@ class strict:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         here = [each for each in _BLOCKS.get() if each.owner is self and each.is_open]
+        if not (here or self._open):
+            raise HdispatchError("this strict block is not open")
         block = (here or self._open)[-1]  # of this context, unless the block is left in another than it was entered in
         block.is_open = False
         self._open.remove(block)

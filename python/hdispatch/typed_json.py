@@ -49,7 +49,17 @@ def parse(text: str | bytes) -> Any:
             todo += [(f"{path}.{name}", inner, depth + 1) for name, inner in each.items() if isinstance(inner, _CONTAINERS)]
         elif isinstance(each, list):
             todo += [(f"{path}[{at}]", inner, depth + 1) for at, inner in enumerate(each) if isinstance(inner, _CONTAINERS)]
+    escape = b"\\ud" if isinstance(text, bytes) else "\\ud"
+    if escape in text.lower():  # type: ignore[operator]
+        _refuse_surrogates(value)
     return value
+
+
+def _refuse_surrogates(value: Any) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise Mismatch(f" holds {error.object[error.start]!a}, half of a character, which no file can have") from None
 
 
 _CONTAINERS = (dict, list, _Repeated)

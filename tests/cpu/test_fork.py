@@ -156,3 +156,61 @@ def test_a_finalizer_unregisters_while_its_thread_registers(function):
     assert hdispatch.registered() == []
     assert hdispatch.ops.toy.pick(4, 77) is None
     assert hdispatch.ops.toy.pick(4, 64) is not None
+
+
+def test_a_finalizer_registers_what_cannot_be_a_row(function):
+    """The bad call is refused on its own; the one in whose middle it came, and later ones, are not."""
+    refused = []
+
+    class Owner:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            try:
+                hdispatch.register("toy", Key("bfloat16", K=2**40), function, args=[], stream="none", driver="null")
+            except hdispatch.BundleError as error:
+                refused.append(error)
+
+    threshold = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(20):
+            Owner()
+            register(function).unregister()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.collect()
+    assert len(refused) == 20
+    assert hdispatch.registered() == []
+    register(function).unregister()
+
+
+def test_an_interrupt_in_the_middle_of_a_change(function):
+    """KeyboardInterrupt at any line of a change: list and table agree after the next one."""
+    import sys
+
+    from hdispatch import runtime
+
+    code = {runtime._Serving._change.__code__, runtime._Serving._update.__code__}
+    for line in range(60):
+        registration = register(function)
+        left = [line]
+
+        def trace(frame, event, _arg, left=left):
+            if frame.f_code in code and event == "line":
+                left[0] -= 1
+                if left[0] == 0:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            registration.unregister()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        registration.unregister()
+        assert hdispatch.registered() == []
+        assert hdispatch.ops.toy.pick(4, 77) is None

@@ -288,3 +288,28 @@ def test_there_is_a_bundle_whenever_the_writer_is_killed(tmp_path):
         os.waitpid(child, 0)
         assert read_bundle(place)[1] == toy.files()
     write(place, fill(TEXTS[0]))
+
+
+@pytest.mark.parametrize("name", [".", "..", "here"])
+def test_the_folder_that_the_process_is_in(tmp_path, monkeypatch, name):
+    """Exchanging it would leave the caller's shell in a folder that is gone."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    given = tmp_path / "here" if name == "here" else Path(name)
+    with pytest.raises(BuildError, match="the folder that this runs in, or holds it: name a folder in it"):
+        check_out(given)
+    check_out(given / "bundle")
+
+
+def test_what_cannot_be_listed_is_not_ours(tmp_path, monkeypatch):
+    bundle = toy.write(tmp_path / "bundle")
+    real = os.scandir
+
+    def scandir(path):
+        if Path(path).name == ARTIFACTS:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BuildError, match="cannot be listed: Permission denied"):
+        check_out(bundle)

@@ -471,3 +471,28 @@ def test_a_process_ends_with_overrides_on(folder):
         [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
+
+
+def test_a_launch_that_fails_is_final(library, door):
+    """Its error is raised once, at every door; it is not launched again, and the former kernel does not run."""
+    tvm_ffi = pytest.importorskip("tvm_ffi", reason="needs apache-tvm-ffi: pip install 'hdispatch[ffi]'")
+    calls = []
+
+    def once() -> None:
+        calls.append(1)
+        if len(calls) == 1:
+            raise ValueError("the first time")
+
+    registration = hdispatch.register(
+        "toy", hdispatch.Key("bfloat16", K=999), tvm_ffi.convert(once), args=[], stream="none", driver="null"
+    )
+    try:
+        with library.override():
+            with pytest.raises(hdispatch.FunctionError, match="the first time"):
+                door(*toy.arguments(4, 999))
+            assert calls == [1]
+            door(*toy.arguments(4, 999))
+            assert calls == [1, 1]
+        assert library.calls == []
+    finally:
+        registration.unregister()

@@ -148,3 +148,13 @@ def test_a_block_left_in_another_context():
     contextvars.copy_context().run(next, suspended)
     suspended.close()
     assert not raises()
+
+
+def test_a_block_that_is_left_twice():
+    mode = hdispatch.strict()
+    with mode:
+        pass
+    with pytest.raises(hdispatch.HdispatchError, match="not open"):
+        mode.__exit__(None, None, None)
+    with hdispatch.strict("yes"):  # type: ignore[arg-type]
+        assert raises()

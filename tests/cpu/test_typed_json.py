@@ -121,6 +121,7 @@ def test_floats_are_finite(value):
         ('{"b": [0, {"c": {"a": 1, "x": 0, "a": 2}}]}', r"^\.b\[1\]\.c repeats the name 'a'"),
         ("[" * 100_000, f"^ is nested deeper than {MOST_NESTED}"),
         ("[" * 70 + "]" * 70, f"nested deeper than {MOST_NESTED}"),
+        (r'{"a": ["\ud800"]}', "half of a character"),
     ],
 )
 def test_nothing_is_lost_in_parsing(text, message):

@@ -34,7 +34,12 @@ def check_out(out: Path) -> None:
     it and, where there is a bundle, exchanging two folders there.
     """
     place = resolve(out)
+    here = Path.cwd()
+    if place == here or place in here.parents:
+        raise BuildError(f"{out} is the folder that this runs in, or holds it: name a folder in it, such as {out / 'bundle'}")
     replaced = _check_replaceable(out, place)
+    if replaced and not os.access(place, os.W_OK | os.X_OK):
+        raise BuildError(f"{out} cannot be replaced: it is not writable; make it so (chmod u+w), or name another folder")
     with _scratch(out, place) as scratch:
         if replaced:
             for name in ("a", "b"):
@@ -190,11 +195,18 @@ def _json(text: bytes) -> dict[str, Any]:
 def _others(place: Path, listed: set[str]) -> Iterator[str]:
     """What is in a folder besides the listed files and the folders that they are in."""
     folders = {ARTIFACTS, *(str(parent) for name in listed for parent in Path(name).parents)}
-    for path in place.rglob("*"):  # links to folders are not entered
+    # Links to folders are not entered. What cannot be listed is not known to be ours.
+    for path in (Path(root, name) for root, inner, files in os.walk(place, onerror=_raise) for name in (*inner, *files)):
         name = str(path.relative_to(place))
         plain = not path.is_symlink() and (path.is_dir() if name in folders else path.is_file() and name in listed)
         if not plain:
             yield name
+
+
+def _raise(error: OSError) -> None:
+    raise BuildError(
+        f"{error.filename} cannot be listed: {error.strerror}; make it readable, or name another folder"
+    ) from error
 
 
 def _exchange(one: Path, other: Path, out: Path) -> None:
