@@ -237,7 +237,7 @@ def test_names_that_are_no_files(bundle):
     os.mkfifo(bundle / "pipe")
     for name in ("folder", "pipe", "loop", "", ".", "a\0b", "\ud800", "x" * 5000, "missing", "folder/missing", ONE + "/x"):
         toy.write(bundle, relisted(name))
-        with pytest.raises(hdispatch.BundleError, match=r"is not a file|cannot be read|strings hold no NUL|half of a character"):
+        with pytest.raises(hdispatch.BundleError, match=r"not a file|cannot be read|hold no NUL|half of a character"):
             hdispatch.read_bundle(bundle)
 
 
