@@ -12,7 +12,7 @@
 # semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest.
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest; for
-# sanitize see scripts/sanitize.sh.
+# sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -79,7 +79,8 @@ for step in "$@"; do
     serve) serve ;;
     server) with_vllm python3 benchmarks/serve_server.py "$bundle" --json "$out/server.json" --logs "$site/logs/server" \
         ${SERVER:-}; bad=$?; tar cJf "$out/server-logs.tar.xz" -C "$site/logs/server" .; (exit $bad) ;;
-    vllm-tests) with_vllm python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} -q --durations=20 ;;
+    vllm-tests) with_vllm timeout -s INT "${LIMIT:-600}" python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} \
+        -q -n 6 --tb=short --durations=20 ;;  # an engine a test: each takes 40 s of one core, and 10 GB of the GPU
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
