@@ -21,6 +21,8 @@ import pytest
 SEED = 20261126
 #: Functions each of whose tests makes hundreds of calls -> how many of them run.
 LONG = {"test_cutlass_fp8_gemm_m_sweep": 2}
+#: Bytes that torch may keep for later tests.
+MUCH = 2 << 30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -141,10 +143,12 @@ def dist_init() -> None:
 
 @pytest.fixture(autouse=True)
 def as_it_was() -> Iterator[None]:
-    """The default device and Dynamo's caches, as vLLM's conftest leaves them after each test."""
+    """The default device, Dynamo's caches and much memory, as vLLM's conftest leaves them after each test."""
     import torch
 
     yield
     torch.set_default_device(None)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() > MUCH:
+        torch.cuda.empty_cache()  # other processes run tests beside this one

@@ -30,18 +30,28 @@ def plugin(monkeypatch):
 
 
 @pytest.fixture
-def run(script, tmp_path, monkeypatch):
-    """Run the source of a test file on "vLLM's kernels": run(source, **options) -> Run."""
+def tree(tmp_path, monkeypatch):
+    """A folder with packages `tests` and `vllm`, and no tests; processes there load bundles with the null driver."""
     folder = tmp_path / "tree"
     for package in ("tests", "tests/kernels", "tests/kernels/core", "vllm", "vllm/utils"):
         (folder / package).mkdir(parents=True)
         (folder / package / "__init__.py").touch()
-    (folder / "vllm/utils/torch_utils.py").write_text("def set_random_seed(seed): ...\n")
+    (folder / "vllm/utils/torch_utils.py").write_text(
+        "import functools, hdispatch\n"
+        "hdispatch.load = functools.partial(hdispatch.load, driver='null')\n"
+        "def set_random_seed(seed): ...\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(folder))
+    return folder
+
+
+@pytest.fixture
+def run(script, tree, tmp_path):
+    """Run the source of a test file on "vLLM's kernels": run(source, **options) -> Run."""
 
     def go(source, sample=0, timeout=120.0):
-        (folder / "tests/kernels" / FILE).write_text(source)
-        options = argparse.Namespace(logs=tmp_path, tests=folder, sample=sample, timeout=timeout)
+        (tree / "tests/kernels" / FILE).write_text(source)
+        options = argparse.Namespace(logs=tmp_path, tests=tree, sample=sample, timeout=timeout, jobs=2)
         return script.run_file(FILE, None, options, time.monotonic() + 300)
 
     return go
@@ -129,6 +139,40 @@ def test_counters_are_sums(script, tmp_path):
     assert found.refused == {"op": "why"}
     assert script.gaps(found, found) is None
     assert script.total([found, found])["op"] == {"hits": 6, "empty": 2, "misses": {"x": 8, "y": 2}}
+
+
+def test_both_runs(script, tree, tmp_path, monkeypatch, capsys):
+    """The null driver launches nothing: what a launch serves is wrong under the override alone."""
+    (tree / "tests/kernels" / FILE).write_text(
+        "import hdispatch, pytest, torch\n"
+        "def silu_and_mul(dtype):\n"
+        "    out, x = torch.full((3, 64), 7.0, dtype=dtype), torch.zeros(3, 128, dtype=dtype)\n"
+        "    hdispatch.ops.silu_and_mul(out, x)\n"
+        "    assert (out == 0).all()\n"
+        "def test_served(): silu_and_mul(torch.bfloat16)\n"
+        "def test_wrong_either_way(): assert False\n"
+        "def test_without_calls(): ...\n"
+    )
+    bundle = fuzz_script().write_null_bundle(tmp_path / "bundle", ["silu_and_mul"])
+    result, logs = tmp_path / "out.json", tmp_path / "logs"
+    command = ["run", str(bundle), str(tree), "--json", str(result), "--logs", str(logs), "--files", FILE]
+    monkeypatch.setattr(sys, "argv", ["vllm_kernel_tests.py", *command])
+    assert script.main() == 1
+    found = json.loads(result.read_text())
+    served = {"silu_and_mul": {"hits": 1, "empty": 0, "misses": {}}}
+    assert found["ops"] == found["files"][FILE]["ops"] == served
+    assert found["files"][FILE]["vllm"] == {"passed": 2, "failed": 1, "skipped": 0, "not run": 0}
+    assert found["files"][FILE]["override"] == {"passed": 1, "failed": 2, "skipped": 0, "not run": 0}
+    assert found["files"][FILE]["ours"] == [f"tests/kernels/{FILE}::test_served"]
+    assert found["files"][FILE]["incomplete"] is None
+    said = capsys.readouterr().out
+    assert f"FAILED under the override alone: tests/kernels/{FILE}::test_served" in said
+    assert "1 tests fail on vLLM's own kernels" in said
+
+
+def fuzz_script():
+    """scripts/fuzz.py, which writes a bundle with rows of every op."""
+    return importlib.import_module("fuzz")
 
 
 def test_pack(script, tmp_path, monkeypatch):
