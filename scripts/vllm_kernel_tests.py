@@ -72,7 +72,7 @@ def pack(sdist: Path, archive: Path) -> None:
 
 @dataclass
 class Run:
-    """What became of the tests of one file. `ended` says how pytest did; `stopped`: by the time limit."""
+    """What became of the tests of one file. `ended` says how pytest did, `stopped`: by the time limit; `log` is its output."""
 
     outcomes: dict[str, str] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -82,6 +82,7 @@ class Run:
     ended: str = ""
     stopped: bool = False
     seconds: float = 0.0
+    log: Path | None = None
 
     def read(self, records: Path) -> None:
         """Take the lines that the plugin wrote; in a process that died by itself, the test that it was in has failed."""
@@ -130,7 +131,7 @@ def run_file(name: str, bundle: Path | None, options: argparse.Namespace, deadli
     path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parent), os.environ.get("PYTHONPATH")]))
     threads = str(max((os.cpu_count() or 1) // options.jobs, 1))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
-    run, start = Run(), time.monotonic()
+    run, start = Run(log=log), time.monotonic()
     limit = max(min(options.timeout, deadline - start), 1.0)
     with log.open("w") as output:
         try:
@@ -200,6 +201,15 @@ def print_failures(pairs: dict[str, tuple[Run, Run]]) -> None:
         print(f"    {name}")
 
 
+def print_gaps(incomplete: dict[str, str], pairs: dict[str, tuple[Run, Run]]) -> None:
+    """What the comparison lacks, and the end of pytest's output where it did not run to its end."""
+    for name, why in incomplete.items():
+        print(f"\nINCOMPLETE: {name}: {why}")
+        for run in pairs[name]:
+            if run.log and run.ended not in ("exit status 0", "exit status 1"):
+                print("\n".join(f"    {line}" for line in run.log.read_text(errors="replace").splitlines()[-15:]))
+
+
 def run_all(options: argparse.Namespace) -> int:
     """Both runs of every file, some at a time; the report. The exit status."""
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -216,8 +226,7 @@ def run_all(options: argparse.Namespace) -> int:
     print_ops(ops)
     print_failures(pairs)
     incomplete = {name: why for name, pair in pairs.items() if (why := gaps(*pair))}
-    for name, why in incomplete.items():
-        print(f"INCOMPLETE: {name}: {why}; see its log")
+    print_gaps(incomplete, pairs)
     failures = {name: ours(*pair) for name, pair in pairs.items()}
     if options.json:
         files = {

@@ -97,9 +97,11 @@ def test_a_time_limit_is_nobodys(run, script):
     assert script.gaps(found, found) == "1 of 2 tests ran on vLLM's kernels: stopped after 20 s"
 
 
-def test_a_file_that_cannot_be_imported_is_a_gap(run, script):
+def test_a_file_that_cannot_be_imported_is_a_gap(run, script, capsys):
     found = run("import no_such_module\n")
     assert script.gaps(found, found) == "0 of 0 tests ran on vLLM's kernels: exit status 2"
+    script.print_gaps({FILE: "why"}, {FILE: (found, found)})
+    assert "No module named 'no_such_module'" in capsys.readouterr().out
 
 
 def test_sample(plugin, run):
