@@ -51,8 +51,7 @@ def at_most_448(x: torch.Tensor) -> torch.Tensor:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_device.py."""
     if INTERPRETED:
-        total = torch.fmin(1.0 + torch.exp(x * -1.0), torch.full_like(x, torch.finfo(torch.float32).max))
-        return x * torch.where(total > 2.0**126, torch.zeros_like(x), 1.0 / total)
+        return x * (1.0 / (1.0 + torch.exp(x * -1.0)))
     return x * hl.inline_triton(INLINE_SIGMOID, args=(x,), output_like=x)
 
 
