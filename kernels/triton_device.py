@@ -17,13 +17,25 @@ import triton
 import triton.language as tl
 
 from .sigmoid import SIGMOID, SILU
+from .widen import WIDEN
 
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
-#: See sigmoid.py.
+#: See sigmoid.py and widen.py.
 PTX_SIGMOID = tl.constexpr(SIGMOID)
 PTX_SILU = tl.constexpr(SILU)
+PTX_WIDEN = tl.constexpr(WIDEN)
+
+
+@triton.jit
+def widened(x):
+    """x of any float dtype in float32."""
+    if APPROXIMATE and x.dtype == tl.bfloat16:
+        wide = tl.inline_asm_elementwise(PTX_WIDEN, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit
@@ -107,5 +119,5 @@ def divided_silu(x):
 @triton.jit
 def fp8_times(x, inverse):
     """clamp(x * inverse, -448, 448) in fp8, for x of any float dtype and inverse a float32; NaN becomes 448."""
-    quotient = x.to(tl.float32) * inverse
+    quotient = widened(x) * inverse
     return tl.clamp(quotient, -448.0, 448.0).to(tl.float8e4nv)

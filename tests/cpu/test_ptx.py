@@ -1,4 +1,4 @@
-"""The PTX of kernels/sigmoid.py, run in numpy over all gates of 16 bits: vLLM's silu bit for bit.
+"""The PTX of kernels/sigmoid.py and widen.py, run in numpy over all numbers of 16 bits: vLLM's silu bit for bit.
 
 Every instruction is exact as PTX defines it, flushing included, but for the approximate ones: those are correctly rounded here,
 and then moved by some units in the last place, as a GPU's may be.
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hdispatch.kernels.sigmoid import SIGMOID, SILU
+from hdispatch.kernels.widen import WIDEN
 from numpy.typing import NDArray
 
 F32 = np.float32
@@ -148,3 +149,16 @@ def test_ends():
         np.testing.assert_allclose(got[4:8], x[4:8].astype(np.float64) * np.exp(x[4:8].astype(np.float64)), rtol=3e-6)
         assert (got[8:11] == [0, 100, np.inf]).all()
         assert np.isinf(total[1:4]).all()
+
+
+def test_widening_is_exact():
+    """Both numbers of a register, the second in the upper half, bits of NaN included."""
+    numbers = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
+    pairs = torch.stack([numbers, numbers.flip(0)], dim=1).contiguous()
+    registers = {"$2": pairs.view(torch.int32).flatten().numpy().view(np.uint32)}
+    operations = {"shl.b32": np.left_shift, "and.b32": np.bitwise_and}
+    for statement in WIDEN.strip(";").split(";"):
+        name, target, source, number = re.split(r"[ ,]+", statement.strip())
+        registers[target] = operations[name](registers[source], np.uint32(int(number, 0)))
+    for place in (0, 1):
+        assert np.array_equal(registers[f"${place}"].view(np.int32), pairs[:, place].float().numpy().view(np.int32))
