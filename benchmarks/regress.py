@@ -68,9 +68,8 @@ def main() -> int:
         ratios = [new[cell].median / old[cell].median for cell in both if str(dict(cell).get("op")) == op]
         mean = math.exp(statistics.fmean(map(math.log, ratios)))
         print(f"{op:44} {len(ratios):4} cells, new / old {mean:.3f}, worst {max(ratios):.3f}")
-    print(
-        f"{len(slower)} of {len(both)} cells slower; {len(old) - len(both)} only in the old file, {len(new) - len(both)} in the new"
-    )
+    alone = f"{len(old) - len(both)} only in the old file, {len(new) - len(both)} in the new"
+    print(f"{len(slower)} of {len(both)} cells slower; {alone}")
     return 1 if slower else 0
 
 
