@@ -58,7 +58,7 @@ def layer_buffers(weights: Weights) -> list[Buffer]:
 
 
 def chunk_rows(m: int, most: int) -> int:
-    """Rows of each chunk of m, at most `most`; the last one is shorter. Chunks start where tensors are as aligned as at row 0."""
+    """Rows of each chunk of m, at most `most`, the last one shorter. Chunks start where tensors are aligned as at row 0."""
     count = -(-m // most)
     return min(most, -(-m // (16 * count)) * 16)
 
