@@ -39,6 +39,7 @@ struct OpRows {
 
 struct DeviceTable {
   const Driver* driver = nullptr;
+  uint64_t generation = 0;  ///< of no other table, also of none before; not 0
   DeviceSlot slot = kNoSlot;
   CUcontext context = nullptr;
   bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
@@ -81,6 +82,19 @@ struct Dispatch {
   LaunchResult result{LaunchStatus::kLaunched, 0};
 };
 
+/// A table's context is current on this thread while one lives. For many launches: it asks the driver each time.
+class LaunchContext {
+ public:
+  explicit LaunchContext(const DeviceTable& table) noexcept;
+  ~LaunchContext();
+  LaunchContext(const LaunchContext&) = delete;
+  LaunchContext& operator=(const LaunchContext&) = delete;
+
+ private:
+  const DeviceTable& table_;
+  const bool pop_;
+};
+
 /// A lock of the caller's that others may need before the GPU goes on: let go of while a launch may block.
 struct CallerLock {
   void* (*release)();
@@ -105,6 +119,9 @@ class Runtime {
   Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found,
                    const CallerLock* lock = nullptr) const;
 
+  /// The same without the launch: kLaunched and the row that is to serve the call, or why none does.
+  Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
+
   /// The reason of an outcome, as counted in `stats`.
   static std::string reason(Outcome outcome, const Dispatch& found);
   /// The same for a person: the shape, the failed fact, the nearest rows, what to do.
@@ -128,7 +145,6 @@ class Runtime {
 
  private:
   Runtime() = default;
-  Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
   void replace(DeviceSlot slot, std::shared_ptr<const DeviceTable> table);
 
   /// A table that was taken away while calls may have been in it.

@@ -26,6 +26,7 @@ from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
+from .sequence import Sequence, Workspace
 
 __version__ = "0.1.0"
 
@@ -40,6 +41,8 @@ __all__ = [
     "Key",
     "MissError",
     "Registration",
+    "Sequence",
+    "Workspace",
     "explain",
     "load",
     "loaded",
