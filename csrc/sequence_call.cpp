@@ -20,6 +20,7 @@
 #include <exception>
 #include <list>
 
+#include "overlap.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -142,6 +143,7 @@ class SequenceDoor {
   };
 
   void read(PyObject* const* args, Given& given) const;
+  void check_chunks(const Given& given) const;
   SequenceInputs inputs(const Given& given, const Plan& plan) const {
     return {given.views.data(), given.integers.data(), plan.temps.data(), given.m, given.device};
   }
@@ -215,9 +217,27 @@ void SequenceDoor::read(PyObject* const* args, Given& given) const {
   given.stream = current_stream(given.device);
 }
 
+/// In chunks a step writes some rows before the one in front of it has read all: slots must not overlap.
+HD_COLD void SequenceDoor::check_chunks(const Given& given) const {
+  const std::vector<SequenceSlot>& slots = sequence_.slots();
+  const auto is_there = [&](size_t i) {
+    return slots[i].is_tensor && given.views[i].dtype != DType::kNone && given.views[i].rank <= kMaxRank;
+  };
+  for (size_t i = 0; i < slots.size(); ++i)
+    for (size_t j = 0; j < slots.size(); ++j) {
+      const TensorView &a = given.views[i], &b = given.views[j];
+      if (i == j || !slots[i].is_written || !is_there(i) || !is_there(j) || a.storage != b.storage) continue;
+      if (!is_same_view(a, b) && overlap(a, b))
+        fail(Fault::kCaller, "sequence ", sequence_.name(), ": slot ", slots[i].name,
+             " is written and shares memory with slot ", slots[j].name, ", and M = ", given.m, " is more than max_rows = ",
+             sequence_.max_rows(), ", so that rows are made in chunks; call .clone() on one of them");
+    }
+}
+
 void SequenceDoor::call(PyObject* const* args) {
   Given given;
   read(args, given);
+  if (HD_UNLIKELY(sequence_.is_chunked(given.m))) check_chunks(given);
   const TableReader reader;
   if (HD_UNLIKELY(given.m == 0 || !no_modes())) {  // there is nothing to resolve, or modes want to see every op
     if (given.m == 0) counters_.empty.fetch_add(1, std::memory_order_relaxed);
@@ -290,7 +310,7 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   const SequencePlan::Foreign foreign = [&](size_t run) {
     call_foreign(plan.launches.runs()[run], plan.stacks[run], plan, inputs, slots, results);
   };
-  SequenceRun failed;
+  size_t failed = 0;
   LaunchResult result{};
   std::exception_ptr error;
   PyThreadState* const state = PyEval_SaveThread();
@@ -306,7 +326,7 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   }
   PyEval_RestoreThread(state);
   if (error) std::rethrow_exception(error);
-  if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) plan.launches.raise(result, failed, inputs);
+  if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) plan.launches.raise(result, failed);
 }
 
 void SequenceDoor::bump_versions(PyObject* const* args) const {

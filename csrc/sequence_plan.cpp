@@ -318,7 +318,7 @@ inline void SequencePlan::note(PendingWrites& pending, const Launch& launch, boo
   for (uint32_t i = 0; i < launch.outputs; ++i) is_early ? pending.join(range[i]) : pending.append(range[i]);
 }
 
-LaunchResult SequencePlan::launch(const Foreign& foreign, SequenceRun& failed) {
+LaunchResult SequencePlan::launch(const Foreign& foreign, size_t& failed) {
   const LaunchFn make = table_ ? table_->driver->launch : nullptr;
   PendingWrites* pending = nullptr;
   for (Launch& each : launches_) {
@@ -352,7 +352,7 @@ LaunchResult SequencePlan::launch(const Foreign& foreign, SequenceRun& failed) {
     }
     if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) {
       if (pending) pending->forget();
-      failed = runs_[each.run];
+      failed = static_cast<size_t>(&each - launches_.data());
       return result;
     }
     if (each.is_noted) note(*pending, each, is_early);
@@ -362,18 +362,11 @@ LaunchResult SequencePlan::launch(const Foreign& foreign, SequenceRun& failed) {
   return {LaunchStatus::kLaunched, 0};
 }
 
-void SequencePlan::raise(const LaunchResult& result, const SequenceRun& failed, const SequenceInputs& inputs) const {
-  Miss miss;
-  Call call;
-  const std::string where = sequence_.place(failed.step);
-  HD_CHECK(look_up(failed, inputs, call, miss), where, "its row is gone");
-  miss.found.result = result;
-  try {
-    Runtime::describe(*sequence_.steps()[failed.step].op, call, Outcome::kRefused, miss.found);  // throws
-  } catch (const Error& error) {
-    throw Error(error.fault(), where + error.what());
-  }
-  fail(Fault::kInternal, where, "it failed without an error");
+void SequencePlan::raise(const LaunchResult& result, size_t failed) const {
+  const Launch& launch = launches_[failed];
+  const std::string where = sequence_.place(runs_[launch.run].step) + launch.launcher->head().kernel;
+  launch.launcher->raise(result, where);
+  fail(Fault::kInternal, where, " failed without an error");
 }
 
 std::string explain(const Sequence& sequence, const SequenceInputs& inputs) {

@@ -46,11 +46,11 @@ class SequencePlan {
   /// Puts another call's addresses and integers in. kOther: this plan does not serve such a call, resolve one that does.
   Update update(const SequenceInputs& inputs, Miss& miss);
 
-  /// Makes all launches, in order. kLaunched, or what the driver or a function answered to the launch of `failed`.
-  LaunchResult launch(const Foreign& foreign, SequenceRun& failed);
+  /// Makes all launches, in order. kLaunched, or what the driver or a function answered to launch number `failed`.
+  LaunchResult launch(const Foreign& foreign, size_t& failed);
 
   /// Throws what a failed launch has left to say; on the thread that launched.
-  [[noreturn]] void raise(const LaunchResult& result, const SequenceRun& failed, const SequenceInputs& inputs) const;
+  [[noreturn]] void raise(const LaunchResult& result, size_t failed) const;
 
   /// The table of the launches; null where there are foreign steps alone, or nothing is resolved.
   const DeviceTable* table() const noexcept { return table_; }
