@@ -161,8 +161,7 @@ uintptr_t Sequence::bytes_of(uint32_t temp, int64_t m) const noexcept {
 uintptr_t Sequence::arrange(const std::vector<uint32_t>& temps, const std::vector<Life>& lives, int64_t m,
                             std::vector<uintptr_t>& offsets) const {
   std::vector<uint32_t> order = temps;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](uint32_t a, uint32_t b) { return bytes_of(a, m) > bytes_of(b, m); });
+  std::stable_sort(order.begin(), order.end(), [&](uint32_t a, uint32_t b) { return bytes_of(a, m) > bytes_of(b, m); });
   offsets.assign(temps_.size(), 0);
   struct Placed {
     uintptr_t begin, end;

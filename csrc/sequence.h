@@ -147,11 +147,11 @@ class Sequence {
   std::vector<SequenceTemp> temps_;
   std::vector<SequenceStep> steps_;
   int64_t max_rows_;
-  std::vector<Life> lives_;              ///< by temporary
-  std::vector<bool> is_whole_;           ///< by temporary: needed by more than one of `groups_`
-  std::vector<Life> whole_lives_;        ///< by temporary, of whole groups
+  std::vector<Life> lives_;                            ///< by temporary
+  std::vector<bool> is_whole_;                         ///< by temporary: needed by more than one of `groups_`
+  std::vector<Life> whole_lives_;                      ///< by temporary, of whole groups
   std::vector<std::pair<uint32_t, uint32_t>> groups_;  ///< runs of steps by rows, and single ones: first, past the last
-  std::vector<uintptr_t> offsets_;       ///< by temporary, in the workspace
+  std::vector<uintptr_t> offsets_;                     ///< by temporary, in the workspace
   uintptr_t workspace_bytes_ = 0;
 };
 

@@ -229,8 +229,9 @@ HD_COLD void SequenceDoor::check_chunks(const Given& given) const {
       if (i == j || !slots[i].is_written || !is_there(i) || !is_there(j) || a.storage != b.storage) continue;
       if (!is_same_view(a, b) && overlap(a, b))
         fail(Fault::kCaller, "sequence ", sequence_.name(), ": slot ", slots[i].name,
-             " is written and shares memory with slot ", slots[j].name, ", and M = ", given.m, " is more than max_rows = ",
-             sequence_.max_rows(), ", so that rows are made in chunks; call .clone() on one of them");
+             " is written and shares memory with slot ", slots[j].name, ", and M = ", given.m,
+             " is more than max_rows = ", sequence_.max_rows(),
+             ", so that rows are made in chunks; call .clone() on one of them");
     }
 }
 
@@ -284,9 +285,8 @@ std::unique_ptr<SequenceDoor::Plan> SequenceDoor::take_plan(const Given& given, 
   }
   const DeviceTable* table = Runtime::get().table(given.device);
   const uint64_t generation = table ? table->generation : 0;
-  plans_.remove_if([&](const auto& each) {
-    return !each->launches.is_of(generation) && each->lane.first == given.device;
-  });
+  plans_.remove_if(
+      [&](const auto& each) { return !each->launches.is_of(generation) && each->lane.first == given.device; });
   std::unique_ptr<Plan> plan = make_plan(given, lane);
   is_served = plan->launches.resolve(inputs(given, *plan), given.stream, miss);
   if (!is_served || !has_foreign_) return plan;
@@ -315,9 +315,8 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   std::exception_ptr error;
   PyThreadState* const state = PyEval_SaveThread();
   try {
-    const std::optional<LaunchContext> context = plan.launches.table()
-                                                     ? std::optional<LaunchContext>(std::in_place, *plan.launches.table())
-                                                     : std::nullopt;
+    const std::optional<LaunchContext> context =
+        plan.launches.table() ? std::optional<LaunchContext>(std::in_place, *plan.launches.table()) : std::nullopt;
     result = plan.launches.launch(foreign, failed);
   } catch (abi::__forced_unwind&) {
     throw;
@@ -355,8 +354,7 @@ HD_COLD void SequenceDoor::miss(const SequencePlan::Miss& miss) const {
     const std::lock_guard lock(OpCounters::mutex);
     ++counters_.misses[reason];
   }
-  if (strict_mode.holds())
-    fail(Fault::kMiss, where, Runtime::describe(*step.op, miss.call, miss.outcome, miss.found));
+  if (strict_mode.holds()) fail(Fault::kMiss, where, Runtime::describe(*step.op, miss.call, miss.outcome, miss.found));
   counters_.fallbacks.fetch_add(1, std::memory_order_relaxed);
 }
 
@@ -448,14 +446,13 @@ HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObj
       } else if (arg.kind == Argument::Kind::kInteger) {
         made.push_back(py::int_(given.integers[arg.index]));
       } else {
-        const at::Tensor found =
-            tensor(sequence_.steps()[run.step].tensors[arg.index], run, plan, inputs, slots);
+        const at::Tensor found = tensor(sequence_.steps()[run.step].tensors[arg.index], run, plan, inputs, slots);
         made.push_back(found.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(found)) : py::none());
       }
       pointers.push_back(made.back().ptr());
     }
-    PyObject* result = PyObject_Vectorcall(reinterpret_cast<PyObject*>(const_cast<OpObject*>(step.op)),
-                                           pointers.data(), pointers.size(), nullptr);
+    PyObject* result = PyObject_Vectorcall(reinterpret_cast<PyObject*>(const_cast<OpObject*>(step.op)), pointers.data(),
+                                           pointers.size(), nullptr);
     if (!result) throw python_error();
     Py_DECREF(result);
   }
@@ -533,8 +530,7 @@ PyObject* get_workspace_bytes(PyObject* self, void*) {
 }
 PyObject* repr(PyObject* self) {
   const Sequence& sequence = reinterpret_cast<SequenceObject*>(self)->door->sequence();
-  return PyUnicode_FromFormat("<hdispatch sequence %s of %zu steps>", sequence.name().c_str(),
-                              sequence.steps().size());
+  return PyUnicode_FromFormat("<hdispatch sequence %s of %zu steps>", sequence.name().c_str(), sequence.steps().size());
 }
 
 /// Never freed, as those of ops: what was counted stays when a sequence goes.

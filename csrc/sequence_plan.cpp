@@ -131,13 +131,13 @@ bool SequencePlan::resolve_run(uint32_t index, const SequenceInputs& inputs, Mis
     keep_values(launch, *code, call, block);
   }
   add_ranges(launch, call);
-  launch.may_be_early = launcher.is_tracked() && !launcher.head().early.empty() &&
-                        (code ? has_pdl(launch.config)
-                              : static_cast<const FfiLauncher&>(launcher).begins_early(launch.kept->function));
+  launch.may_be_early =
+      launcher.is_tracked() && !launcher.head().early.empty() &&
+      (code ? has_pdl(launch.config) : static_cast<const FfiLauncher&>(launcher).begins_early(launch.kept->function));
   launches_.push_back(launch);
   const auto same = [&step](const auto& each) { return each.first == step.op; };
   const auto found = std::find_if(hits_.begin(), hits_.end(), same);
-  found == hits_.end() ? hits_.emplace_back(step.op, 1) : *found = {step.op, found->second + 1};
+  found == hits_.end() ? hits_.emplace_back(step.op, 1) : * found = {step.op, found->second + 1};
   return true;
 }
 
@@ -171,8 +171,7 @@ void SequencePlan::keep_values(Launch& launch, const CubinLauncher& launcher, co
     if (slots[arg] < 0) return;
     SlotUse& use = uses_[static_cast<size_t>(slots[arg])];
     use.mask |= mask;
-    use.addresses.push_back(
-        {launch.value + value, block.values[value] - slots_[static_cast<size_t>(slots[arg])].data});
+    use.addresses.push_back({launch.value + value, block.values[value] - slots_[static_cast<size_t>(slots[arg])].data});
   });
 }
 
@@ -207,8 +206,7 @@ void SequencePlan::set_ranges(const Launch& launch, const Call& call) {
   Range* range = ranges_.data() + launch.ranges;
   for (const uint8_t arg : launch.launcher->head().early) *range++ = extent(call.tensors[arg]);
   for (const Output& output : launch.launcher->head().outputs)
-    if (call.tensors[output.arg].dtype != DType::kNone)
-      *range++ = Launcher::written(output, call.tensors[output.arg]);
+    if (call.tensors[output.arg].dtype != DType::kNone) *range++ = Launcher::written(output, call.tensors[output.arg]);
 }
 
 /// What must be known of all: addresses of parameters, and whose writes somebody asks for.
@@ -371,11 +369,11 @@ void SequencePlan::raise(const LaunchResult& result, size_t failed) const {
 
 std::string explain(const Sequence& sequence, const SequenceInputs& inputs) {
   const std::vector<SequenceRun> runs = sequence.order(inputs.m);
-  std::string out = text("sequence ", sequence.name(), "\nM        ", inputs.m,
-                         sequence.is_chunked(inputs.m) ? text(", in chunks of at most ", sequence.max_rows()) : "",
-                         "\nmemory   ", sequence.workspace_bytes(), " bytes of workspace",
-                         sequence.is_chunked(inputs.m) ? text(", ", sequence.whole_bytes(inputs.m), " of this call")
-                                                       : "");
+  std::string out =
+      text("sequence ", sequence.name(), "\nM        ", inputs.m,
+           sequence.is_chunked(inputs.m) ? text(", in chunks of at most ", sequence.max_rows()) : "", "\nmemory   ",
+           sequence.workspace_bytes(), " bytes of workspace",
+           sequence.is_chunked(inputs.m) ? text(", ", sequence.whole_bytes(inputs.m), " of this call") : "");
   for (const SequenceRun& run : runs) {
     const SequenceStep& step = sequence.steps()[run.step];
     out += text("\nstep ", run.step, run.step < 10 ? "   " : run.step < 100 ? "  " : " ", step.name);

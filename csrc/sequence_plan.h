@@ -43,7 +43,8 @@ class SequencePlan {
   /// Makes all launches ready for `stream`; false: nothing is to be launched, and `miss` says why.
   bool resolve(const SequenceInputs& inputs, CUstream stream, Miss& miss);
 
-  /// Puts another call's addresses and integers in. kOther: this plan does not serve such a call, resolve one that does.
+  /// Puts another call's addresses and integers in. kOther: this plan does not serve such a call, resolve one that
+  /// does.
   Update update(const SequenceInputs& inputs, Miss& miss);
 
   /// Makes all launches, in order. kLaunched, or what the driver or a function answered to launch number `failed`.

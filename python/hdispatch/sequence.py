@@ -15,7 +15,8 @@ A size is an int, or depends on the rows M of a call: "M", "2*M", "M+1". Of a sl
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence as Items
+from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from typing import Any, NamedTuple
 
 import torch
@@ -200,14 +201,8 @@ class Sequence:
         given = _bind(where, [(arg.name, *_default(arg)) for arg in spec.args], args, kwargs)
         made = []
         for arg, value in zip(spec.args, given, strict=True):
-            written = isinstance(arg, TensorArg) and arg.mutated
-            if isinstance(value, SequenceTensor) and not isinstance(arg, TensorArg):
-                raise ArgumentError(f"{where}: {arg.name} is {value}; it takes no tensor")
-            if isinstance(value, SequenceInteger) and not isinstance(arg, IntArg | BoolArg):
-                raise ArgumentError(f"{where}: {arg.name} is the integer slot {value.name}; it takes no int")
-            if isinstance(value, SequenceResult):
-                raise ArgumentError(f"{where}: {arg.name} is the result of a foreign step; copy it into a temporary first")
-            made.append(self._argument(where, arg.name, value, written))
+            _check_kind(where, arg, value)
+            made.append(self._argument(where, arg.name, value, isinstance(arg, TensorArg) and arg.mutated))
         if by_rows is None:
             by_rows = _works_by_rows(spec, given)
         self._add_step(op.name, op, None, made, by_rows)
@@ -241,9 +236,7 @@ class Sequence:
     def freeze(self) -> _C.Sequence:
         """The callable: takes the slots and returns None. The sequence takes no more steps."""
         if self._frozen is None:
-            self._frozen = _C.make_sequence(
-                self.name, self._slots, self._temps, self._steps, self.max_rows, self.workspace
-            )
+            self._frozen = _C.make_sequence(self.name, self._slots, self._temps, self._steps, self.max_rows, self.workspace)
         return self._frozen
 
     def _open(self) -> None:
@@ -285,12 +278,26 @@ class Sequence:
         return value._place, value._index, list(value._views), written
 
 
+def _check_kind(where: str, arg: Any, value: Any) -> None:
+    """Refuse what the op's argument cannot be; C++ checks the values of the others."""
+    if isinstance(value, SequenceResult):
+        raise ArgumentError(f"{where}: {arg.name} is the result of a foreign step; copy it into a temporary first")
+    if isinstance(value, SequenceInteger) and not isinstance(arg, IntArg | BoolArg):
+        raise ArgumentError(f"{where}: {arg.name} is the integer slot {value.name}; it takes no int")
+    if not isinstance(arg, TensorArg):
+        if isinstance(value, SequenceTensor):
+            raise ArgumentError(f"{where}: {arg.name} is {value}; it takes no tensor")
+    elif not isinstance(value, SequenceTensor | torch.Tensor) and not (value is None and arg.optional):
+        given = "None" if value is None else f"a {type(value).__name__}"
+        raise ArgumentError(f"{where}: {arg.name} is {given}; it takes a tensor")
+
+
 def _default(arg: Any) -> tuple[bool, Any]:
     """Whether an argument may be left out, and what it is then."""
     if isinstance(arg, TensorArg):
         return arg.optional, None
     default = getattr(arg, "default", None)
-    return default is not None or not hasattr(arg, "minimum") and not hasattr(arg, "values"), default
+    return default is not None or (not hasattr(arg, "minimum") and not hasattr(arg, "values")), default
 
 
 def _bind(where: str, wanted: list[tuple[str, bool, Any]], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
