@@ -9,7 +9,7 @@ from types import ModuleType
 import hdispatch
 import pytest
 import torch
-from hdispatch import Key, _C
+from hdispatch import _C, Key
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "eager_decoder.py"
 PROMPT = [1, 2, 3, 4, 5]
