@@ -77,6 +77,7 @@ def paths(layers: Layers, m: int, driver: str) -> tuple[dict[str, Callable[[], f
 
 
 def main() -> None:
+    """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--driver", choices=("null", "cuda"), default="cuda" if torch.cuda.is_available() else "null")

@@ -110,6 +110,20 @@ int64_t take_integer(const Op& op, const ArgSpec& arg, PyObject* object) {
        arg.kind == ArgKind::kBool ? "a bool" : "an int");
 }
 
+/// A string: where it is, and its position among the argument's values.
+void take_text(const Op& op, const ArgSpec& arg, PyObject* object, Call& call, size_t i) {
+  if (HD_UNLIKELY(!PyUnicode_Check(object)))
+    fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes a str");
+  Py_ssize_t size = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(object, &size);  // kept by the string
+  if (HD_UNLIKELY(!data)) {
+    PyErr_Clear();
+    fail(Fault::kCaller, op.name(), ": ", arg.name, " is a str with half a character, which UTF-8 does not have");
+  }
+  call.texts[i] = {data, static_cast<size_t>(size)};
+  call.integers[i] = arg.position(call.texts[i]);
+}
+
 HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
   for (size_t i = 0; i < op.args().size(); ++i)
     if (op.args()[i].is_tensor() && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
@@ -169,13 +183,13 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
   }
 }
 
-/// pick(M, K=0, N=0, variant=0) -> index of the manifest's row, or None: the key and the probe alone.
+/// pick(M, K=0, N=0, variant=0, second=1) -> index of the manifest's row, or None: the key and the probe alone.
 PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
   const Op& op = *reinterpret_cast<const OpObject*>(callable)->op;
-  int64_t given[4] = {};
-  if (count < 1 || count > 4) {
-    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0) takes 1 to 4 ints, got %zd", op.name().c_str(),
-                 count);
+  int64_t given[5] = {0, 0, 0, 0, 1};
+  if (count < 1 || count > 5) {
+    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0, second=1) takes 1 to 5 ints, got %zd",
+                 op.name().c_str(), count);
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -188,10 +202,11 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
     const DeviceTable* table = runtime.table(slot);
     const OpRows* rows = table ? table->rows_of(op) : nullptr;
     if (!rows) continue;
-    if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
-    const Key key =
-        make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
-                 static_cast<uint32_t>(given[2]), static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
+    if (given[0] < 1 || given[4] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
+    uint32_t bucket = rows->ladder.bucket(given[0]);
+    if (rows->second_arg >= 0) bucket = rows->with_second(bucket, given[4]);
+    const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
+                             static_cast<uint32_t>(given[2]), static_cast<uint16_t>(bucket), kDeviceClass);
     const Row* row = table->find(*rows, key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
@@ -220,6 +235,8 @@ inline void take_value(const ArgSpec& arg, const c10::IValue& value, Call& call,
     call.scalars[i] = value.toDouble();
   else if (arg.kind == ArgKind::kNone)
     call.integers[i] = !value.isNone();
+  else if (HD_UNLIKELY(arg.kind == ArgKind::kString))
+    call.integers[i] = arg.position(call.texts[i] = {value.toStringRef().data(), value.toStringRef().size()});
   else
     call.integers[i] = value.isBool() ? value.toBool() : value.toInt();
 }
@@ -396,12 +413,22 @@ PyObject* small_int(int64_t value) {
   if (!object) throw python_error();
   return object;
 }
+
+/// The same for a string.
+PyObject* lasting_text(const std::string& value) {
+  static auto* made = new std::map<std::string, PyObject*>;
+  PyObject*& object = (*made)[value];
+  if (!object) object = PyUnicode_FromStringAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
+  if (!object) throw python_error();
+  return object;
+}
 }  // namespace
 
 PyObject* default_argument(const ArgSpec& arg) {
   if (arg.kind == ArgKind::kNone || (arg.is_tensor() && arg.is_optional)) return Py_None;
   if (!arg.has_default) return nullptr;
   if (arg.kind == ArgKind::kBool) return arg.default_value ? Py_True : Py_False;
+  if (arg.kind == ArgKind::kString) return lasting_text(arg.texts[static_cast<size_t>(arg.default_value)]);
   return small_int(arg.default_value);
 }
 
@@ -438,7 +465,10 @@ bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad)
     if (arg.is_tensor()) {
       if (HD_UNLIKELY(take_tensor(object, arg, call.tensors[i], grad))) return false;
     } else if (arg.kind != ArgKind::kFloat) {
-      call.integers[i] = take_integer(op, arg, object);
+      if (HD_UNLIKELY(arg.kind == ArgKind::kString))
+        take_text(op, arg, object, call, i);
+      else
+        call.integers[i] = take_integer(op, arg, object);
     } else if (HD_LIKELY(PyFloat_CheckExact(object))) {
       call.scalars[i] = PyFloat_AS_DOUBLE(object);
     } else if (PyFloat_Check(object)) {
@@ -464,6 +494,10 @@ void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call
     if (HD_UNLIKELY(i >= given)) {  // absent
       call.integers[i] = arg.default_value;
       call.tensors[i].dtype = DType::kNone;
+      if (arg.kind == ArgKind::kString) {
+        const std::string& text = arg.texts[static_cast<size_t>(arg.default_value)];
+        call.texts[i] = {text.data(), text.size()};
+      }
     } else if (!arg.is_tensor()) {
       take_value(arg, values[i], call, i);
     } else if (values[i].isNone() || !values[i].toTensor().defined()) {
@@ -497,8 +531,8 @@ void count_miss(const Op& op, const std::string& reason, const std::function<std
 PyObject* make_op_type() {
   static PyMethodDef methods[] = {
       {"pick", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&pick)), METH_FASTCALL,
-       "pick(M, K=0, N=0, variant=0, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None. Launches "
-       "nothing."},
+       "pick(M, K=0, N=0, variant=0, second=1, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None; "
+       "second is the value of the integer argument with a ladder, if the op has one. Launches nothing."},
       {nullptr, nullptr, 0, nullptr}};
   static PyMemberDef members[] = {
       {"__vectorcalloffset__", T_PYSSIZET, offsetof(OpObject, vectorcall), READONLY, nullptr},

@@ -111,7 +111,7 @@ Sequence::Sequence(std::string name, std::vector<SequenceSlot> slots, std::vecto
   find_lives();
   std::vector<uint32_t> all(temps_.size());
   for (uint32_t i = 0; i < all.size(); ++i) all[i] = i;
-  workspace_bytes_ = arrange(all, lives_, max_rows_, offsets_);
+  arena_bytes_ = arrange(all, lives_, max_rows_, offsets_);
 }
 
 std::string Sequence::place(uint32_t step) const {
@@ -199,9 +199,9 @@ uintptr_t Sequence::whole_bytes(int64_t m) const {
   return is_chunked(m) ? arrange_whole(m, offsets) : 0;
 }
 
-std::vector<uintptr_t> Sequence::addresses(int64_t m, uintptr_t workspace, uintptr_t whole) const {
+std::vector<uintptr_t> Sequence::addresses(int64_t m, uintptr_t arena, uintptr_t whole) const {
   std::vector<uintptr_t> found = offsets_;
-  for (uintptr_t& each : found) each += workspace;
+  for (uintptr_t& each : found) each += arena;
   if (!is_chunked(m)) return found;
   std::vector<uintptr_t> offsets;
   arrange_whole(m, offsets);

@@ -3,7 +3,7 @@
 // Described once, then frozen: any number of threads may read it. What depends on M and on what a call gives is made by
 // sequence_plan.h. A step is a call of one of our ops, or a foreign one, which only the door can make.
 //
-// Temporaries live in a workspace for `max_rows` rows, at offsets such that two of them share bytes only where one is
+// Temporaries live in an arena for `max_rows` rows, at offsets such that two of them share bytes only where one is
 // needed no more before the other is. A call of more rows runs steps that work by rows in chunks. What crosses a step
 // that does not, or goes from one run of such steps to another, is whole: it has all rows, in memory of that call.
 #pragma once
@@ -112,12 +112,12 @@ class Sequence {
   /// A step's call on some rows, of one of our ops. False: `arg` is the argument whose view cannot be made.
   bool make_call(const SequenceRun& run, const SequenceInputs& inputs, Call& call, uint32_t& arg) const noexcept;
 
-  /// Bytes of the workspace, for `max_rows` rows.
-  uintptr_t workspace_bytes() const noexcept { return workspace_bytes_; }
+  /// Bytes of the arena, for `max_rows` rows.
+  uintptr_t arena_bytes() const noexcept { return arena_bytes_; }
   /// Bytes of the temporaries that are whole, in a call of more than `max_rows`; 0 of fewer.
   uintptr_t whole_bytes(int64_t m) const;
-  /// Where each temporary lies, given the addresses of `workspace_bytes` and of `whole_bytes(m)`.
-  std::vector<uintptr_t> addresses(int64_t m, uintptr_t workspace, uintptr_t whole) const;
+  /// Where each temporary lies, given the addresses of `arena_bytes` and of `whole_bytes(m)`.
+  std::vector<uintptr_t> addresses(int64_t m, uintptr_t arena, uintptr_t whole) const;
 
   bool is_chunked(int64_t m) const noexcept { return m > max_rows_; }
   const std::string& name() const noexcept { return name_; }
@@ -151,8 +151,8 @@ class Sequence {
   std::vector<bool> is_whole_;                         ///< by temporary: needed by more than one of `groups_`
   std::vector<Life> whole_lives_;                      ///< by temporary, of whole groups
   std::vector<std::pair<uint32_t, uint32_t>> groups_;  ///< runs of steps by rows, and single ones: first, past the last
-  std::vector<uintptr_t> offsets_;                     ///< by temporary, in the workspace
-  uintptr_t workspace_bytes_ = 0;
+  std::vector<uintptr_t> offsets_;                     ///< by temporary, in the arena
+  uintptr_t arena_bytes_ = 0;
 };
 
 /// What torch's functions do to sizes, strides and address. False where torch refuses, or would copy.

@@ -70,14 +70,14 @@ at::Tensor allocate(DeviceSlot device, size_t bytes) {
                    at::TensorOptions().dtype(c10::ScalarType::Byte).device(where));
 }
 
-const at::Tensor& Workspace::get(const Lane& lane, size_t bytes) {
+const at::Tensor& Arena::get(const Lane& lane, size_t bytes) {
   std::vector<at::Tensor>& made = made_[lane];
   if (made.empty() || static_cast<size_t>(made.back().numel()) < bytes + Sequence::kAlignment)
     made.push_back(allocate(lane.first, bytes));
   return made.back();
 }
 
-size_t Workspace::bytes() const {
+size_t Arena::bytes() const {
   size_t total = 0;
   for (const auto& [lane, made] : made_)
     for (const at::Tensor& each : made) total += static_cast<size_t>(each.numel());
@@ -115,12 +115,12 @@ struct Given {
 class SequenceDoor {
  public:
   SequenceDoor(Sequence sequence, std::vector<Step> steps, std::vector<at::Tensor> constants,
-               std::vector<at::Tensor> written, std::shared_ptr<Workspace> workspace)
+               std::vector<at::Tensor> written, std::shared_ptr<Arena> arena)
       : sequence_(std::move(sequence)),
         steps_(std::move(steps)),
         constants_(std::move(constants)),
         written_(std::move(written)),
-        workspace_(std::move(workspace)),
+        arena_(std::move(arena)),
         counters_(counters_of(sequence_.name())) {
     has_foreign_ = std::any_of(steps_.begin(), steps_.end(), [](const Step& step) { return !step.op; });
   }
@@ -135,8 +135,8 @@ class SequenceDoor {
     explicit Plan(const Sequence& sequence) : launches(sequence) {}
     SequencePlan launches;
     int64_t m = 0;
-    Workspace::Lane lane{};
-    at::Tensor memory;  ///< the workspace
+    Arena::Lane lane{};
+    at::Tensor memory;  ///< the arena
     at::Tensor whole;   ///< of a call in chunks
     std::vector<uintptr_t> temps;
     std::vector<std::vector<c10::IValue>> stacks;  ///< by run; slots' places are empty
@@ -147,7 +147,7 @@ class SequenceDoor {
   SequenceInputs inputs(const Given& given, const Plan& plan) const {
     return {given.views.data(), given.integers.data(), plan.temps.data(), given.m, given.device};
   }
-  std::unique_ptr<Plan> make_plan(const Given& given, const Workspace::Lane& lane);
+  std::unique_ptr<Plan> make_plan(const Given& given, const Arena::Lane& lane);
   std::unique_ptr<Plan> take_plan(const Given& given, SequencePlan::Miss& miss, bool& is_served);
   void keep(std::unique_ptr<Plan> plan);
   std::vector<c10::IValue> make_stack(const SequenceRun& run, const Plan& plan, const SequenceInputs& inputs) const;
@@ -166,16 +166,18 @@ class SequenceDoor {
   std::vector<Step> steps_;
   std::vector<at::Tensor> constants_;  ///< whatever their owners do, this memory stays
   std::vector<at::Tensor> written_;    ///< constants that are written, as they were given
-  std::shared_ptr<Workspace> workspace_;
+  std::shared_ptr<Arena> arena_;
   OpCounters& counters_;
   bool has_foreign_ = false;
   std::list<std::unique_ptr<Plan>> plans_;  ///< that no call has, the last used one first
 };
 
-/// The thread, where there is no stream.
-Workspace::Lane lane_of(const Given& given) {
+/// The thread, where there is no stream, or one handle for a stream of each thread (CU_STREAM_PER_THREAD).
+Arena::Lane lane_of(const Given& given) {
   const auto stream = reinterpret_cast<uintptr_t>(given.stream);
-  return {given.device, given.device == kCpuSlot ? static_cast<uintptr_t>(pthread_self()) : stream};
+  constexpr uintptr_t kStreamPerThread = 2;
+  const bool is_threads = given.device == kCpuSlot || stream == kStreamPerThread;
+  return {given.device, is_threads ? static_cast<uintptr_t>(pthread_self()) : stream};
 }
 
 // ---- a call ----
@@ -259,11 +261,11 @@ void SequenceDoor::call(PyObject* const* args) {
   counters_.hits.fetch_add(1, std::memory_order_relaxed);
 }
 
-std::unique_ptr<SequenceDoor::Plan> SequenceDoor::make_plan(const Given& given, const Workspace::Lane& lane) {
+std::unique_ptr<SequenceDoor::Plan> SequenceDoor::make_plan(const Given& given, const Arena::Lane& lane) {
   auto plan = std::make_unique<Plan>(sequence_);
   plan->m = given.m;
   plan->lane = lane;
-  plan->memory = workspace_->get(lane, sequence_.workspace_bytes());
+  plan->memory = arena_->get(lane, sequence_.arena_bytes());
   if (sequence_.is_chunked(given.m)) plan->whole = allocate(given.device, sequence_.whole_bytes(given.m));
   plan->temps = sequence_.addresses(given.m, aligned(plan->memory), plan->whole.defined() ? aligned(plan->whole) : 0);
   return plan;
@@ -272,7 +274,7 @@ std::unique_ptr<SequenceDoor::Plan> SequenceDoor::make_plan(const Given& given, 
 /// Taken out of the list: a plan is one call's at a time.
 std::unique_ptr<SequenceDoor::Plan> SequenceDoor::take_plan(const Given& given, SequencePlan::Miss& miss,
                                                             bool& is_served) {
-  const Workspace::Lane lane = lane_of(given);
+  const Arena::Lane lane = lane_of(given);
   for (auto at = plans_.begin(); at != plans_.end(); ++at) {
     Plan& each = **at;
     if (each.m != given.m || each.lane != lane) continue;
@@ -288,7 +290,7 @@ std::unique_ptr<SequenceDoor::Plan> SequenceDoor::take_plan(const Given& given, 
   plans_.remove_if(
       [&](const auto& each) { return !each->launches.is_of(generation) && each->lane.first == given.device; });
   std::unique_ptr<Plan> plan = make_plan(given, lane);
-  is_served = plan->launches.resolve(inputs(given, *plan), given.stream, miss);
+  is_served = plan->launches.resolve(inputs(given, *plan), given.stream, miss, &kGil);
   if (!is_served || !has_foreign_) return plan;
   for (const SequenceRun& run : plan->launches.runs())
     plan->stacks.push_back(steps_[run.step].op ? std::vector<c10::IValue>()
@@ -525,8 +527,8 @@ void deallocate(PyObject* self) {
 PyObject* get_name(PyObject* self, void*) {
   return PyUnicode_FromString(reinterpret_cast<SequenceObject*>(self)->door->sequence().name().c_str());
 }
-PyObject* get_workspace_bytes(PyObject* self, void*) {
-  return PyLong_FromSize_t(reinterpret_cast<SequenceObject*>(self)->door->sequence().workspace_bytes());
+PyObject* get_arena_bytes(PyObject* self, void*) {
+  return PyLong_FromSize_t(reinterpret_cast<SequenceObject*>(self)->door->sequence().arena_bytes());
 }
 PyObject* repr(PyObject* self) {
   const Sequence& sequence = reinterpret_cast<SequenceObject*>(self)->door->sequence();
@@ -682,7 +684,7 @@ class StepReader {
 }  // namespace
 
 PyObject* make_sequence(PyObject* type, const std::string& name, const py::list& slots, const py::list& temps,
-                        const py::list& steps, int64_t max_rows, std::shared_ptr<Workspace> workspace,
+                        const py::list& steps, int64_t max_rows, std::shared_ptr<Arena> arena,
                         const OpObject& (*as_op)(const py::handle&)) {
   std::vector<SequenceSlot> made_slots;
   for (const auto& item : slots) {
@@ -700,7 +702,7 @@ PyObject* make_sequence(PyObject* type, const std::string& name, const py::list&
   for (const auto& step : steps) reader.add(step.cast<py::dict>(), as_op);
   auto door = std::make_unique<SequenceDoor>(
       Sequence(name, std::move(made_slots), std::move(made_temps), std::move(reader.steps), max_rows),
-      std::move(reader.door_steps), std::move(reader.constants), std::move(reader.written), std::move(workspace));
+      std::move(reader.door_steps), std::move(reader.constants), std::move(reader.written), std::move(arena));
   SequenceObject* self = PyObject_New(SequenceObject, reinterpret_cast<PyTypeObject*>(type));
   if (!self) throw python_error();
   self->vectorcall = vectorcall;
@@ -727,7 +729,7 @@ PyObject* make_sequence_type() {
       {nullptr, 0, 0, 0, nullptr}};
   static PyGetSetDef getset[] = {
       {"name", get_name, nullptr, "The sequence's name.", nullptr},
-      {"workspace_bytes", get_workspace_bytes, nullptr, "Bytes of temporaries, for max_rows rows.", nullptr},
+      {"arena_bytes", get_arena_bytes, nullptr, "Bytes of temporaries, for max_rows rows.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
                                 {Py_tp_repr, reinterpret_cast<void*>(&repr)},

@@ -8,9 +8,9 @@
 namespace hdispatch {
 namespace {
 
-/// The slot of each tensor argument; -1 of what is none.
-std::array<int, kMaxArgs> slots_of(const SequenceStep& step) {
-  std::array<int, kMaxArgs> slots;
+/// The slot of each tensor argument; -1 of what is none, as the op's workspace after the arguments.
+std::array<int, kMaxArgs + 1> slots_of(const SequenceStep& step) {
+  std::array<int, kMaxArgs + 1> slots;
   slots.fill(-1);
   for (const StepTensor& tensor : step.tensors)
     if (!tensor.is_temp) slots[tensor.arg] = static_cast<int>(tensor.index);
@@ -59,7 +59,8 @@ void SequencePlan::begin(const SequenceInputs& inputs, CUstream stream) {
   fixed_.erase(std::unique(fixed_.begin(), fixed_.end()), fixed_.end());
 }
 
-bool SequencePlan::resolve(const SequenceInputs& inputs, CUstream stream, Miss& miss) {
+bool SequencePlan::resolve(const SequenceInputs& inputs, CUstream stream, Miss& miss, const CallerLock* lock) {
+  lock_ = lock;
   do {  // again where another table has been published in between
     begin(inputs, stream);
     for (uint32_t run = 0; run < runs_.size(); ++run)
@@ -106,6 +107,10 @@ bool SequencePlan::resolve_run(uint32_t index, const SequenceInputs& inputs, Mis
   is_mixed_ |= table_ && miss.found.table != table_;
   table_ = miss.found.table;
   generation_ = table_->generation;
+  if (step.op->workspace() >= 0) {
+    const LaunchContext context(*table_);
+    Runtime::give_workspace(*step.op, call, miss.found, stream_, lock_, false);
+  }
   const Launcher& launcher = *miss.found.row->launcher;
   const auto* code = dynamic_cast<const CubinLauncher*>(&launcher);
   launch.launcher = &launcher;
@@ -164,7 +169,7 @@ bool SequencePlan::fill_kept(Launch& launch, const Launcher& launcher, Miss& mis
 void SequencePlan::keep_values(Launch& launch, const CubinLauncher& launcher, const Call& call,
                                const CubinLauncher::Block& block) {
   const SequenceStep& step = sequence_.steps()[runs_[launch.run].step];
-  const std::array<int, kMaxArgs> slots = slots_of(step);
+  const std::array<int, kMaxArgs + 1> slots = slots_of(step);
   launch.value = static_cast<uint32_t>(values_.size());
   values_.insert(values_.end(), block.values, block.values + launcher.count_values(call.sizes[kM]));
   launcher.each_address(call.sizes[kM], [&](uint32_t value, uint32_t arg, uint64_t mask) {
@@ -187,7 +192,7 @@ void SequencePlan::add_ranges(Launch& launch, const Call& call) {
   ranges_.resize(ranges_.size() + launch.early + launch.outputs);
   set_ranges(launch, call);
   if (launch.kept) return;
-  const std::array<int, kMaxArgs> slots = slots_of(sequence_.steps()[runs_[launch.run].step]);
+  const std::array<int, kMaxArgs + 1> slots = slots_of(sequence_.steps()[runs_[launch.run].step]);
   uint32_t at = launch.ranges;
   const auto patch = [&](uint32_t arg) {
     const Range& range = ranges_[at];
@@ -290,11 +295,18 @@ SequencePlan::Update SequencePlan::update(const SequenceInputs& inputs, Miss& mi
 /// False without a miss where the whole plan is to be resolved again: another table, or another number of ranges.
 bool SequencePlan::resolve_again(Launch& launch, const SequenceInputs& inputs, Miss& miss) {
   Kept& kept = *launch.kept;
+  const Op& op = *sequence_.steps()[runs_[launch.run].step].op;
+  const TensorView workspace = kept.call.tensors[op.args().size()];  // a block stays as long as the process
   if (!look_up(runs_[launch.run], inputs, kept.call, miss)) {
     if (miss.outcome == Outcome::kEmpty) miss.outcome = Outcome::kLaunched;
     return false;
   }
   if (miss.found.table != table_) return false;
+  if (op.workspace() >= 0) {
+    const auto bytes = static_cast<int64_t>(op.variants()[key_variant(miss.found.key)].workspace_bytes);
+    if (bytes != (workspace.dtype == DType::kNone ? 0 : workspace.sizes[0])) return false;
+    kept.call.tensors[op.args().size()] = workspace;
+  }
   const Launcher& launcher = *miss.found.row->launcher;
   const RecordHead& head = launcher.head();
   // Who is asked for what it writes was settled for the row that was there.
@@ -372,7 +384,7 @@ std::string explain(const Sequence& sequence, const SequenceInputs& inputs) {
   std::string out =
       text("sequence ", sequence.name(), "\nM        ", inputs.m,
            sequence.is_chunked(inputs.m) ? text(", in chunks of at most ", sequence.max_rows()) : "", "\nmemory   ",
-           sequence.workspace_bytes(), " bytes of workspace",
+           sequence.arena_bytes(), " bytes of arena",
            sequence.is_chunked(inputs.m) ? text(", ", sequence.whole_bytes(inputs.m), " of this call") : "");
   for (const SequenceRun& run : runs) {
     const SequenceStep& step = sequence.steps()[run.step];

@@ -40,8 +40,10 @@ class SequencePlan {
   SequencePlan(const SequencePlan&) = delete;
   SequencePlan& operator=(const SequencePlan&) = delete;
 
-  /// Makes all launches ready for `stream`; false: nothing is to be launched, and `miss` says why.
-  bool resolve(const SequenceInputs& inputs, CUstream stream, Miss& miss);
+  /// Makes all launches ready for `stream`; false: nothing is to be launched, and `miss` says why. Without `lock`,
+  /// which the caller holds, where a kernel's workspace has to be made. Throws kDriver where there is no memory for
+  /// one.
+  bool resolve(const SequenceInputs& inputs, CUstream stream, Miss& miss, const CallerLock* lock = nullptr);
 
   /// Puts another call's addresses and integers in. kOther: this plan does not serve such a call, resolve one that
   /// does.
@@ -124,6 +126,7 @@ class SequencePlan {
   const DeviceTable* table_ = nullptr;  ///< null: foreign steps alone
   uint64_t generation_ = 0;             ///< of the table
   CUstream stream_ = nullptr;
+  const CallerLock* lock_ = nullptr;
   int64_t m_ = 0;
   std::vector<uintptr_t> temps_;
   std::vector<TensorView> slots_;  ///< what the launches are ready for

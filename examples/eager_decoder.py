@@ -92,6 +92,7 @@ def generate(prompt: list[int], count: int, device: torch.device, layers: int = 
 
 
 def main() -> None:
+    """Print the tokens, and what the sequence did."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if len(sys.argv) > 1:
         hdispatch.load(sys.argv[1], driver="cuda" if device.type == "cuda" else "null")

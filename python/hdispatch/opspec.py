@@ -15,7 +15,7 @@ read, else among the required ones, else among the optional ones (then it is 0 w
 occurrence is checked against it. A symbol that no argument carries is 0 in the key.
 
 Variants. What is compiled in: the dtypes of the tensors, the pattern of absent optional arguments, and the values of
-integers and flags that list their `values`. `dtypes` of an argument are alternatives; an argument that says
+integers, flags and strings that list their `values`. `dtypes` of an argument are alternatives; an argument that says
 `dtypes="input"` has the dtype of the argument of that name. A value that is not listed is a miss, not an error.
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import keyword
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -30,6 +31,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from .errors import HdispatchError
+from .ladders import Ladders
+from .manifest import OpEntry
 
 #: Symbols that `TensorArg.dims` may use, in the order of the C++ `Symbol` enumeration.
 SYMBOLS = ("M", "K", "N")
@@ -91,12 +94,29 @@ class FloatArg:
 
 @dataclass(frozen=True)
 class IntArg:
-    """An integer. With `values` it is compiled in, part of the variant; without, any of at least `minimum` at run time."""
+    """An integer. With `values` it is compiled in, part of the variant; without, any of at least `minimum` at run time.
+
+    ladder   of one run-time integer of an op, with a minimum of at least 1: the upper edges of buckets of its value, ascending;
+             the last has no upper end. A config is then chosen for each bucket of M and of it. The kernel still gets the value
+    """
 
     name: str
     values: tuple[int, ...] | None = None
     default: int | None = None
     minimum: int = -(2**31)
+    ladder: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class StrArg:
+    """A string that is one of `values`, compiled in as an integer's are; any other is a miss. Any Unicode, NUL and "" too.
+
+    default   one of the values, of printable ASCII without quotes and backslashes: torch's schemas hold no other
+    """
+
+    name: str
+    values: tuple[str, ...]
+    default: str | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +140,31 @@ class NoneArg:
     ignored: bool = False
 
 
-Arg = TensorArg | FloatArg | IntArg | BoolArg | NoneArg
+@dataclass(frozen=True)
+class WorkspaceArg:
+    """Memory of the runtime's that an op's kernels get: one block per device and stream, zeroed once, shared by all ops.
+
+    It is no argument of the op: the host function gets it after the op's arguments, as a uint8 tensor [bytes] at an address
+    that is a multiple of 256 (`workspace[4096:].view(torch.float32)`); the fallback does not. A kernel finds in it what the
+    last one on the stream left, of whatever op, but for counters: what is to be zero at its beginning it leaves at zero. So
+    counters are of ops that agree where they are, and everything else is written before it is read.
+
+    bytes    of a block, the same for every call of a variant; or what says so of each: 0 for one without
+    """
+
+    name: str
+    bytes: int | Callable[[Variant], int]
+
+
+Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
+
+#: A value that is compiled in.
+Static = int | bool | str
+
+#: Arguments of an op, and values that one of them lists: csrc/op.h has four bits for each.
+MAX_ARGS, MAX_VALUES = 32, 13
+#: Edges of a ladder, as csrc/ladder.h.
+MAX_EDGES = 64
 
 
 class Dim(NamedTuple):
@@ -149,7 +193,7 @@ class Variant:
     #: names of the optional arguments that are None.
     none: frozenset[str]
     #: value of each argument that is compiled in, by name.
-    static: dict[str, int | bool] = field(hash=False, default_factory=dict)
+    static: dict[str, Static] = field(hash=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -160,11 +204,14 @@ class OpSpec:
                                 same arguments and order as the op.
     sample(variant, sizes, device, generator) -> list
                                 random arguments of a variant, `sizes` like {"M": 16, "K": 4096}; mutated arguments
-                                that are not read are poisoned. Inputs with free strides come contiguous.
+                                that are not read are poisoned. Inputs with free strides come contiguous. Of an op with a
+                                second ladder, `sizes` has its integer too, {"max_seq_len": 512}, where buckets are measured
+                                or traced; elsewhere it may be missing.
     shapes                      the (K, N) combinations that get rows, as {"K": 4096}. A symbol that is left out makes rows
                                 that serve every size of it; the kernel's module then says that it is GENERIC in it.
     ladder                      upper edges of the buckets of M, ascending; the last bucket has no upper end.
-    config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}.
+    config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}; and
+                                -> the argument with a second ladder, {"max_seq_len": "max_seq_len"}.
     foreign_key                 a key of vLLM's files, which has other names -> the one with those of config_key; other keys
                                 as they are.
     served                      which variants a bundle holds; all if None.
@@ -174,6 +221,7 @@ class OpSpec:
                                 square root of K and relative to the output's own; 0 where they add in float32.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
+    workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
     fallback                    what serves calls that no row does; `reference` if None. Same arguments, and it takes all that
                                 the schema does.
     """
@@ -193,10 +241,12 @@ class OpSpec:
     closed: bool = False
     fallback: Callable[..., None] | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
+    workspace: WorkspaceArg | None = None
 
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""
         names = [arg.name for arg in self.args]
+        names += [self.workspace.name] if self.workspace is not None else []
         for name in (self.name, *names):
             if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
                 raise HdispatchError(f"{self.name}: {name!r} is not a name that Python and torch's schemas take")
@@ -204,8 +254,13 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: argument names repeat: {names}")
         if list(self.ladder) != sorted(set(self.ladder)) or not self.ladder or self.ladder[0] < 1:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
+        if len(self.args) > MAX_ARGS:
+            raise HdispatchError(f"{self.name}: {len(self.args)} arguments; an op takes at most {MAX_ARGS}")
+        self._check_second_ladder()
         for arg in self.tensors():
             self._check_tensor(arg)
+        for static in self.static_args():
+            self._check_values(static)
         if any(isinstance(arg, NoneArg) and arg.ignored and arg.type != "int[]?" for arg in self.args):
             raise HdispatchError(f"{self.name}: only arguments of type int[]? can be ignored")
         unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
@@ -216,11 +271,45 @@ class OpSpec:
         if binder is not None and binder[0].optional:
             raise HdispatchError(f"{self.name}: only {binder[0].name}, which may be None, carries M")
 
+    def _check_second_ladder(self) -> None:
+        found = [arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None]
+        if len(found) > 1:
+            raise HdispatchError(f"{self.name}: {found[0].name} and {found[1].name} have ladders; one integer may")
+        for arg in found:
+            edges = arg.ladder or ()
+            if arg.values is not None or arg.minimum < 1:
+                raise HdispatchError(f"{self.name}: {arg.name} has a ladder; it takes a minimum of at least 1 and no values")
+            if list(edges) != sorted(set(edges)) or not edges or edges[0] < arg.minimum or len(edges) > MAX_EDGES:
+                raise HdispatchError(
+                    f"{self.name}: the ladder {edges} of {arg.name} is not a list of 1 to {MAX_EDGES} ascending edges of at "
+                    f"least {arg.minimum}"
+                )
+        unknown = set(self.config_key.values()) - {*SYMBOLS, *(arg.name for arg in found)}
+        if unknown:
+            raise HdispatchError(f"{self.name}: config_key names {sorted(unknown)}, no size and no argument with a ladder")
+
+    def _check_values(self, arg: IntArg | BoolArg | StrArg) -> None:
+        values = tuple(arg.values or ())
+        if not 1 <= len(values) <= MAX_VALUES or len(set(values)) != len(values):
+            raise HdispatchError(f"{self.name}: {arg.name} lists {values}; it takes 1 to {MAX_VALUES} different values")
+        if not isinstance(arg, StrArg):
+            return
+        for value in values:
+            if not isinstance(value, str) or not _is_utf8(value):
+                raise HdispatchError(f"{self.name}: {arg.name} lists {value!r}; it takes strings that UTF-8 has")
+        if arg.default is not None and arg.default not in values:
+            raise HdispatchError(f"{self.name}: the default of {arg.name} is {arg.default!r}, none of its values {values}")
+        if arg.default is not None and not re.fullmatch(r"""[ !#-&(-\[\]-~]*""", arg.default):
+            raise HdispatchError(
+                f"{self.name}: the default of {arg.name} is {arg.default!r}; torch's schemas take printable ASCII without "
+                "quotes and backslashes there"
+            )
+
     def _check_tensor(self, arg: TensorArg) -> None:
         sources = {other.name for other in self.tensors() if not isinstance(other.dtypes, str)}
         if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
             raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own")
-        static = {other.name for other in self.static_args()}
+        static = {other.name for other in self.static_args() if not isinstance(other, StrArg)}
         for dim in arg.dims:
             divisor = parse_dim(dim).divisor
             if isinstance(divisor, str) and divisor not in static:
@@ -240,9 +329,63 @@ class OpSpec:
         """The tensor arguments in order."""
         return (arg for arg in self.args if isinstance(arg, TensorArg))
 
-    def static_args(self) -> list[IntArg | BoolArg]:
+    def static_args(self) -> list[IntArg | BoolArg | StrArg]:
         """The arguments whose values are compiled in, in order."""
-        return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg)) and arg.values is not None]
+        return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
+
+    def workspace_bytes(self, variant: Variant) -> int:
+        """Bytes of the workspace that a variant's kernels get; 0: none. HdispatchError for what is no size."""
+        if self.workspace is None:
+            return 0
+        size = self.workspace.bytes
+        found = size if isinstance(size, int) else size(variant)
+        if not isinstance(found, int) or not 0 <= found < 2**48:
+            raise HdispatchError(f"{self.name}: {self.workspace.name} of {variant.name} is {found!r} bytes; it takes 0 or more")
+        return found
+
+    def make_workspace(self, variant: Variant, device: torch.device) -> list[torch.Tensor | None]:
+        """What a host function takes after the op's arguments, for who calls it without the runtime; [] for most ops."""
+        if self.workspace is None:
+            return []
+        size = self.workspace_bytes(variant)
+        return [torch.zeros(size, dtype=torch.uint8, device=device) if size else None]
+
+    def entry(self, variants: Sequence[str] | None = None) -> OpEntry:
+        """The op as a manifest has it, with all variants or those named."""
+        chosen = [v for v in self.variants() if variants is None or v.name in variants]
+        arguments = self.variant_arguments()
+        entry: OpEntry = {
+            "schema": self.schema(),
+            "ladder": list(self.ladder),
+            "variants": {v.name: arguments[v.name] for v in chosen},
+        }
+        if self.second is not None:
+            entry["second"] = {"arg": self.second.name, "ladder": list(self.second.ladder or ())}
+        if self.workspace is not None:
+            entry["workspace"] = {"arg": self.workspace.name, "bytes": {v.name: self.workspace_bytes(v) for v in chosen}}
+        return entry
+
+    def difference(self, entry: OpEntry) -> str | None:
+        """How an op in a manifest is another than this one, in words; None if it is not. The edges of ladders may differ."""
+        mine = self.entry(list(entry["variants"]))
+        for name in ("schema", "variants", "workspace"):
+            if entry.get(name) != mine.get(name):
+                return f"{entry.get(name)} and not {mine.get(name)}" if name != "variants" else "other variants or arguments"
+        theirs, ours = entry.get("second"), mine.get("second")
+        if (theirs and theirs["arg"]) != (ours and ours["arg"]):
+            return f"a second ladder of {theirs and theirs['arg']} and not of {ours and ours['arg']}"
+        return None
+
+    @property
+    def second(self) -> IntArg | None:
+        """The integer argument with a ladder of its own, if there is one."""
+        return next((arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None), None)
+
+    @property
+    def ladders(self) -> Ladders:
+        """The op's buckets."""
+        second = self.second
+        return Ladders(self.ladder) if second is None else Ladders(self.ladder, second.name, second.ladder or ())
 
     def binder(self, symbol: str) -> tuple[TensorArg, int] | None:
         """The tensor and the dimension that give a symbol its value; None if nothing carries it."""
@@ -263,7 +406,7 @@ class OpSpec:
         Optional tensors default to None where only arguments with defaults follow them.
         """
         parts: list[str] = []
-        aliases = iter("abcdefghijklmnopqrstuvwxyz")
+        aliases = itertools.chain("abcdefghijklmnopqrstuvwxyz", (f"a{number}" for number in itertools.count()))
         for index, arg in enumerate(self.args):
             parts.append(_declare(arg, aliases, all(_has_default(rest) for rest in self.args[index:])))
         return f"{self.name}({', '.join(parts)}) -> ()"
@@ -272,11 +415,12 @@ class OpSpec:
         """Every variant: the product of dtype alternatives, presence of each optional argument and static values.
 
         A name reads `bfloat16`, `bfloat16+residual` where optional arguments are present, `bfloat16+group_size=64`,
-        `bfloat16+is_neox` where a flag is set.
+        `bfloat16+is_neox` where a flag is set, `bfloat16+kv_cache_dtype=fp8` (a string with other than letters, digits and
+        `_.-` as Python writes it).
         """
         free = [(arg.name, arg.dtypes) for arg in self.tensors() if not isinstance(arg.dtypes, str)]
         optional = [arg.name for arg in self.tensors() if arg.optional]
-        static = [(arg.name, arg.values) for arg in self.static_args() if arg.values is not None]
+        static: list[tuple[str, tuple[Static, ...]]] = [(arg.name, arg.values or ()) for arg in self.static_args()]
         found = []
         for present in itertools.product((False, True), repeat=len(optional)):
             none = frozenset(name for name, here in zip(optional, present, strict=True) if not here)
@@ -287,7 +431,7 @@ class OpSpec:
                     found.append(self._variant(chosen, none, fixed))
         return found
 
-    def _variant(self, chosen: dict[str, torch.dtype], none: frozenset[str], static: dict[str, int | bool]) -> Variant:
+    def _variant(self, chosen: dict[str, torch.dtype], none: frozenset[str], static: dict[str, Static]) -> Variant:
         dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
         varied = [
             dtype_name(chosen[arg.name])
@@ -296,7 +440,7 @@ class OpSpec:
         ]
         present = [arg.name for arg in self.tensors() if arg.optional and arg.name not in none]
         values = [
-            name if value is True else f"{name}={value}"
+            name if value is True else f"{name}={_shown(value)}"
             for name, value in static.items()
             if value is not False and len(next(a.values or () for a in self.static_args() if a.name == name)) > 1
         ]
@@ -325,7 +469,7 @@ class OpSpec:
         return {
             v.name: {
                 **{arg: dtype_name(dtype) for arg, dtype in v.dtypes.items()},
-                **{arg: int(value) for arg, value in v.static.items()},
+                **{arg: value if isinstance(value, str) else int(value) for arg, value in v.static.items()},
             }
             for v in self.variants()
         }
@@ -343,9 +487,7 @@ class OpSpec:
         binders = {symbol: self.binder(symbol) for symbol in shape}
         return {symbol: size for symbol, size in shape.items() if (found := binders[symbol]) and found[0].name not in none}
 
-    def tensor_sizes(
-        self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None
-    ) -> list[Any]:
+    def tensor_sizes(self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, Static] | None = None) -> list[Any]:
         """The sizes of an argument for given symbols and static values; -1 where any size will do."""
 
         def size(dim: Dim) -> Any:
@@ -354,7 +496,7 @@ class OpSpec:
             if dim.symbol == "*":
                 return -1
             whole = dim.factor * sizes[dim.symbol]
-            by = dim.divisor if isinstance(dim.divisor, int) else (static or {})[dim.divisor]
+            by = dim.divisor if isinstance(dim.divisor, int) else int((static or {})[dim.divisor])
             return whole if by == 1 else (whole + (by - 1)) // by
 
         return [size(parse_dim(dim)) for dim in arg.dims]
@@ -373,6 +515,8 @@ def _declare(arg: Arg, aliases: Iterator[str], trailing: bool) -> str:
         return f"float {arg.name}"
     if isinstance(arg, NoneArg):
         return f"{arg.type} {arg.name}" + ("=None" if trailing else "")
+    if isinstance(arg, StrArg):
+        return f"str {arg.name}" + (f'="{arg.default}"' if arg.default is not None and trailing else "")
     kind = "bool" if isinstance(arg, BoolArg) else "int"
     return f"{kind} {arg.name}" + (f"={arg.default}" if arg.default is not None and trailing else "")
 
@@ -380,7 +524,21 @@ def _declare(arg: Arg, aliases: Iterator[str], trailing: bool) -> str:
 def _has_default(arg: Arg) -> bool:
     if isinstance(arg, TensorArg):
         return arg.optional
-    return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg)) and arg.default is not None)
+    return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.default is not None)
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True
+
+
+def _shown(value: Static) -> str:
+    """A value in a variant's name."""
+    plain = not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_.\-]+", value)
+    return str(value) if plain else ascii(value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -402,8 +560,3 @@ def parse_dim(dim: str | int) -> Dim:
             f"dimension {dim!r} is not SYMBOL, FACTOR*SYMBOL, either of them /DIVISOR, or *, with SYMBOL one of {SYMBOLS}"
         )
     return Dim(int(factor or 1), symbol, (int(by) if by.isdigit() else by) if slash else 1)
-
-
-def bucket_index(ladder: Sequence[int], m: int) -> int:
-    """Index of the bucket that serves M = m: the first edge at or above it, else the last. The C++ ladder agrees (tested)."""
-    return next((i for i, edge in enumerate(ladder) if m <= edge), len(ladder) - 1)

@@ -25,9 +25,9 @@ from . import _C, ops
 from .errors import ArgumentError, HdispatchError
 from .opspec import BoolArg, IntArg, OpSpec, TensorArg, dtype_name, parse_dim
 
-Workspace = _C.Workspace
+Arena = _C.Arena
 
-#: Rows for which a workspace is made, where a sequence does not say.
+#: Rows for which an arena is made, where a sequence does not say.
 MAX_ROWS = 1024
 
 _DIM = re.compile(r"(?:(\d+)\*)?M(?:\+(\d+))?")
@@ -129,15 +129,15 @@ class Sequence:
     """Describes a sequence; `freeze` makes it a callable. Sizes and dtypes are checked when it is called.
 
     name       for errors and `stats`, which counts it under this name; not that of an op
-    max_rows   rows of the workspace. A call of more rows makes steps that work by rows in chunks of at most so many
-    workspace  memory of temporaries; default one of its own. Sequences that run one after the other on a stream may share one
+    max_rows   rows of the arena. A call of more rows makes steps that work by rows in chunks of at most so many
+    arena  memory of temporaries; default one of its own. Sequences that run one after the other on a stream may share one
     """
 
-    def __init__(self, name: str, *, max_rows: int = MAX_ROWS, workspace: Workspace | None = None) -> None:
+    def __init__(self, name: str, *, max_rows: int = MAX_ROWS, arena: Arena | None = None) -> None:
         if not name or name in ops.names():
             raise ArgumentError(f"a sequence is named {name!r}; it takes a name that no op has")
         self.name, self.max_rows = name, max_rows
-        self.workspace = Workspace() if workspace is None else workspace
+        self.arena = Arena() if arena is None else arena
         self._slots: list[tuple[str, Any, str | None, bool, bool, bool]] = []
         self._temps: list[tuple[list[Dim], str]] = []
         self._steps: list[dict[str, Any]] = []
@@ -178,7 +178,7 @@ class Sequence:
         self._slots.append((name, *rest))
 
     def temp(self, dims: Items[int | str], dtype: torch.dtype) -> SequenceTensor:
-        """A tensor of the workspace, contiguous: its content matters from the first to the last step that has it."""
+        """A tensor of the arena, contiguous: its content matters from the first to the last step that has it."""
         self._open()
         sizes = _sizes(dims, f"sequence {self.name}: temporary {len(self._temps)}")
         self._temps.append((list(sizes), dtype_name(dtype)))
@@ -236,7 +236,7 @@ class Sequence:
     def freeze(self) -> _C.Sequence:
         """The callable: takes the slots and returns None. The sequence takes no more steps."""
         if self._frozen is None:
-            self._frozen = _C.make_sequence(self.name, self._slots, self._temps, self._steps, self.max_rows, self.workspace)
+            self._frozen = _C.make_sequence(self.name, self._slots, self._temps, self._steps, self.max_rows, self.arena)
         return self._frozen
 
     def _open(self) -> None:

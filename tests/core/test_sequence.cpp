@@ -157,8 +157,8 @@ TEST(temporaries_share_bytes_only_where_they_are_not_needed_at_once) {
     const Sequence sequence("s", {slot("x", {rows()}, kByte)}, temps, steps, max_rows);
     // Which steps are made between which, in order, for both ways.
     for (const int64_t m : {max_rows, 3 * max_rows + 1}) {
-      const uintptr_t workspace = 1 << 20, whole = uintptr_t{1} << 40;
-      const std::vector<uintptr_t> at = sequence.addresses(m, workspace, whole);
+      const uintptr_t arena = 1 << 20, whole = uintptr_t{1} << 40;
+      const std::vector<uintptr_t> at = sequence.addresses(m, arena, whole);
       const std::vector<SequenceRun> order = sequence.order(m);
       // Walk the order: who wrote each byte last must be who reads it. A use is a write of the use's temporary.
       std::vector<std::pair<size_t, size_t>> life(count, {order.size(), 0});
@@ -195,7 +195,7 @@ TEST(temporaries_share_bytes_only_where_they_are_not_needed_at_once) {
                                                    temps[t].dims[1].constant);
         if (used[t].empty()) continue;
         CHECK(at[t] >= whole ? at[t] + n <= whole + sequence.whole_bytes(m)
-                             : at[t] + n <= workspace + sequence.workspace_bytes());
+                             : at[t] + n <= arena + sequence.arena_bytes());
       }
     }
   }

@@ -533,7 +533,7 @@ def test_which_steps_work_by_rows():
 # ---- threads, processes, locks ----
 
 
-def test_threads_have_workspaces_of_their_own(served):
+def test_threads_have_arenas_of_their_own(served):
     sequence = block("threads")
     faults: list[str] = []
 
@@ -647,15 +647,15 @@ def test_versions_of_what_is_written(served):
     assert out._version > before[1]
 
 
-def test_workspaces(served):
-    shared = hdispatch.Workspace()
-    small, large = block("small", workspace=shared, max_rows=2), block("large", workspace=shared, max_rows=64)
+def test_arenas(served):
+    shared = hdispatch.Arena()
+    small, large = block("small", arena=shared, max_rows=2), block("large", arena=shared, max_rows=64)
     assert shared.nbytes == 0
     check(small, 2)
-    assert small.workspace_bytes <= shared.nbytes < 2 * small.workspace_bytes + 1024
+    assert small.arena_bytes <= shared.nbytes < 2 * small.arena_bytes + 1024
     check(large, 2)
     grown = shared.nbytes
-    assert grown >= large.workspace_bytes
+    assert grown >= large.arena_bytes
     check(small, 2)
     check(large, 60)
     assert shared.nbytes == grown

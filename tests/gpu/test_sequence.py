@@ -1,4 +1,4 @@
-"""Sequences on a GPU: all layers of a decoder as one call, bit for bit what the single ops give; captured, chunked, threaded."""
+"""Sequences on a GPU: layers of a decoder as one call, bit for bit what single ops give; captured, chunked, threaded."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_chunks(layers: Layers) -> None:
 
 @pytest.mark.parametrize("warm", [True, False])
 def test_captured(layers: Layers, warm: bool) -> None:
-    """Also where the workspace is made in the capture itself: it is then of the graph's pool."""
+    """Also where the arena is made in the capture itself: it is then of the graph's pool."""
     sequence = layers.sequence("gpu captured")
     residual, positions = layers.inputs(16)
     given = residual.clone()
@@ -95,7 +95,7 @@ def test_captured(layers: Layers, warm: bool) -> None:
         positions.copy_(places)
         graph.replay()
         assert is_same(residual, one_by_one(layers, other, positions))
-    # The workspace serves eager calls on that stream too.
+    # The arena serves eager calls on that stream too.
     residual.copy_(given)
     expected = one_by_one(layers, given, positions)
     torch.cuda.synchronize()
@@ -171,7 +171,7 @@ def test_foreign_steps(layers: Layers) -> None:
 def test_slots_are_checked(layers: Layers) -> None:
     sequence = layers.sequence("gpu checked")
     residual, positions = layers.inputs(4)
-    with pytest.raises(hdispatch.ArgumentError, match="position_ids is on cpu; .* all tensors are on one device"):
+    with pytest.raises(hdispatch.ArgumentError, match=r"position_ids is on cpu; .* all tensors are on one device"):
         sequence(residual, positions.cpu())
     with pytest.raises(hdispatch.ArgumentError, match="slot residual has dtype float32; it takes bfloat16"):
         sequence(residual.float(), positions)
