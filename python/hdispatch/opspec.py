@@ -57,6 +57,8 @@ class TensorArg:
     merge      of a tensor of higher rank the leading dimensions become one, where their strides allow it: [1, M, K] for
                ("M", "K"). Of rank 2, and with M known from another argument, those of M elements, and the others become
                one too: [M, heads, head_size] for ("M", "K")
+    multiple   with layout "any", 16: the strides of all dimensions but the last are taken to be multiples of 16 elements
+               where that makes better code (whole vectors in Triton), and a guard tests it there; else 1
     in_place   name of the argument that it may be, as the same view; the kernels read all of a row before they write it.
                Otherwise what is written shares no memory with any other argument.
     """
@@ -72,6 +74,7 @@ class TensorArg:
     pad: bool = False
     merge: bool = False
     in_place: str | None = None
+    multiple: int = 1
 
     def free_strides(self) -> tuple[int, ...]:
         """The dimensions whose stride differs from call to call."""
@@ -322,6 +325,10 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: {arg.name}: merge takes two dimensions or more, and not flat")
         if arg.in_place is not None and not (arg.mutated and arg.in_place in {other.name for other in self.tensors()}):
             raise HdispatchError(f"{self.name}: {arg.name}: in_place takes the name of a tensor, and that it is written")
+        if arg.multiple not in ((1, 16) if arg.layout == "any" else (1,)):
+            raise HdispatchError(
+                f"{self.name}: {arg.name} has multiple {arg.multiple}; it takes 1, with the layout 'any' 16 too"
+            )
         if arg.layout == "columns" and len(arg.dims) != 2:
             raise HdispatchError(f"{self.name}: {arg.name} has {len(arg.dims)} dimensions; the layout 'columns' takes 2")
 

@@ -440,7 +440,7 @@ void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag
   table->context = context_of(slot);
   table->only_device = only_device;
   table->ops.resize(op.id() + 1u);
-  table->ops[op.id()] = {&op, Ladder(kEdges), 1, {~0ull}};
+  table->ops[op.id()] = {&op, -1, 1, {~0ull}, Ladder(kEdges), {}};
   table->launchers.push_back(std::make_unique<CubinLauncher>(
       tagged(tag), driver, [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
   std::vector<Row> rows;

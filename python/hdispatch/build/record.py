@@ -188,7 +188,7 @@ class Candidate:
     def serves(self, bucket: int) -> bool:
         """Whether the code is valid for all of a bucket."""
         ladders = self.maker.spec.ladders
-        if not serves(*self.interval, ladders, bucket):
+        if not serves(*self.interval, ladders, bucket, self.maker.spec.closed):
             return False
         if ladders.arg is None:
             return True
