@@ -423,7 +423,7 @@ void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue>
   try {
     step.foreign->callBoxed(stack);
   } catch (const c10::Error& error) {
-    throw std::runtime_error(sequence_.place(run.step) + error.what_without_backtrace());
+    fail(Fault::kFunction, sequence_.place(run.step), error.what_without_backtrace());
   }
   if (stack.size() == 1 && stack[0].isTensor()) results[run.step] = stack[0].toTensor();
 }

@@ -207,11 +207,16 @@ class Sequence:
             by_rows = _works_by_rows(spec, given)
         self._add_step(op.name, op, None, made, by_rows)
 
-    def add_torch(self, op: Any, *args: Any, by_rows: bool = False, **kwargs: Any) -> SequenceResult | None:
+    def add_torch(
+        self, op: Any, *args: Any, by_rows: bool = False, writes: Items[str] = (), **kwargs: Any
+    ) -> SequenceResult | None:
         """A call of any other op of torch's dispatcher, an overload as `torch.ops.aten.copy_.default`, from C++.
 
-        It runs below autograd, without the GIL unless its kernel takes it. by_rows as in `add`. Returns what it returns, if
-        that is a tensor: an argument of later foreign steps.
+        It runs below autograd, without the GIL unless its kernel takes it. Returns what it returns, if that is a tensor: an
+        argument of later foreign steps.
+
+        by_rows  as in `add`
+        writes   arguments that it writes and its schema does not mark
         """
         if not hasattr(op, "_schema"):
             raise ArgumentError(f"{self._where(str(op))}: it takes an overload, such as torch.ops.aten.copy_.default")
@@ -222,11 +227,14 @@ class Sequence:
         if len(args) > positional:
             raise ArgumentError(f"{where}: got {len(args)} positional arguments; it takes {positional}: {schema}")
         given = _bind(where, wanted, args, kwargs)
+        unknown = [name for name in writes if name not in {a.name for a in schema.arguments}]
+        if unknown:
+            raise ArgumentError(f"{where}: it is said to write {unknown[0]!r}, which is no argument: {schema}")
         made = []
         for arg, value in zip(schema.arguments, given, strict=True):
             if by_rows and isinstance(value, SequenceResult):
                 raise ArgumentError(f"{where}: {arg.name} is the result of a foreign step, which has all rows: by_rows=False")
-            written = arg.alias_info is not None and arg.alias_info.is_write
+            written = arg.name in writes or (arg.alias_info is not None and arg.alias_info.is_write)
             made.append(self._argument(where, arg.name, value, written))
         overload = schema.name, schema.overload_name
         self._add_step(schema.name, None, overload, made, by_rows)

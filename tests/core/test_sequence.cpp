@@ -303,7 +303,8 @@ void publish(const std::vector<const Op*>& ops, const std::vector<bool>& early) 
 std::string print(const std::vector<NullLaunch>& launches) {
   std::string out;
   for (const NullLaunch& launch : launches) {
-    out += text(launch.function, " ", launch.config.grid[0], " pdl ", launch.attributes.size());
+    out += text(launch.function, " ", launch.config.grid[0], "x", launch.config.grid[1], " pdl ",
+                launch.attributes.size());
     for (const auto& bytes : launch.params) {
       uint64_t value = 0;
       std::memcpy(&value, bytes.data(), bytes.size());
@@ -522,6 +523,78 @@ TEST(nothing_is_launched_where_a_step_has_no_row) {
   CHECK_EQ(recorded([&] { CHECK(!plan.resolve(with(made, 4), nullptr, miss)); }), "");
   CHECK(miss.step == 1 && miss.outcome == Outcome::kNoTable);
   CHECK_CONTAINS(explain(sequence, with(made, 4)), "step 0   toy: row 2, waits\nstep 1   toy: miss ");
+}
+
+/// The toy op with a workspace, and an integer with a ladder in the place of epsilon: a record for each bucket of it.
+const Op& publish_with_integer(const std::vector<int64_t>& lengths) {
+  std::vector<ArgSpec> args = toy_args();
+  args[kEpsilon] = int_arg("length", {}, 1);
+  args[kEpsilon].has_ladder = true;
+  std::vector<Variant> variants = toy_variants();
+  for (Variant& variant : variants) variant.workspace_bytes = 4096;
+  const Op& op = runtime().define_op("sequence_long", "", args, variants, "workspace");
+  TableBuilder builder(-1, 0, true);
+  builder.set_ladder(op, kEdges, lengths);
+  builder.add_module("a.cubin", {});
+  const auto find = [&](std::string_view name) { return op.find_integer(name); };
+  for (uint32_t bucket = 0; bucket < kEdges.size() * lengths.size(); ++bucket) {
+    Record record = toy_record(false);
+    record.kernel = "bucket" + std::to_string(bucket);
+    record.grid[1] = Expr(tokens("length", 99, "+", 100, "//"), toy_tensor, find);
+    record.guards.push_back({Expr(tokens("length", 1000, "<"), toy_tensor, find), "length < 1000"});
+    Param length;
+    length.kind = ParamKind::kI32;
+    length.value = Expr(tokens("length"), toy_tensor, find);
+    record.params[5] = length;
+    Param workspace;
+    workspace.arg = op.workspace();
+    record.params.push_back(workspace);
+    record.outputs.push_back({static_cast<uint8_t>(op.workspace()), true});
+    for (Cubin& cubin : record.cubins) {
+      cubin.function = record.kernel;
+      cubin.params.push_back(6);
+    }
+    builder.add_row(op, 0, kK, 0, bucket, builder.add_record(std::move(record)));
+  }
+  builder.publish();
+  return op;
+}
+
+TEST(integers_of_a_call_are_resolved_again) {
+  const std::vector<int64_t> lengths = {100, 300};
+  const Op& op = publish_with_integer(lengths);
+  std::vector<SequenceSlot> slots = toy_slots();
+  SequenceSlot integer;
+  integer.name = "length";
+  integer.is_tensor = false;
+  slots.push_back(integer);
+  SequenceStep changing = toy_step(&op, {of_slot(kResult, 0), of_slot(kInput, 1), of_slot(kScale, 2)});
+  changing.integers = {{kEpsilon, 3}};
+  SequenceStep fixed_one = toy_step(&op, {of_slot(kResult, 0), of_slot(kInput, 1), of_slot(kScale, 2)});
+  fixed_one.call.integers[kEpsilon] = 7;
+  const Sequence sequence("s", slots, {}, {changing, fixed_one, changing}, 64);
+  SequencePlan plan(sequence);
+  SequencePlan::Miss miss;
+  const TableReader reader;
+  Random random(4);
+  for (int i = 0; i < 300; ++i) {
+    const int64_t m = random.in(1, 6);
+    Inputs made = toy_inputs(sequence, m, static_cast<uintptr_t>(random.in(10, 12)) * 3);
+    made.slots.push_back(absent());
+    made.integers = {0, 0, 0, random.of(std::vector<int64_t>{1, 99, 100, 101, 299, 300, 301, 999, 1000, 0})};
+    const int64_t length = made.integers[3];
+    const SequenceInputs& inputs = with(made, m);
+    const SequencePlan::Update update = plan.update(inputs, miss);
+    const bool is_ready = update == SequencePlan::Update::kReady ||
+                          (update == SequencePlan::Update::kOther && plan.resolve(inputs, nullptr, miss));
+    CHECK_EQ(is_ready, length > 0 && length < 1000);
+    if (!is_ready) {
+      CHECK(miss.outcome == (length ? Outcome::kRefused : Outcome::kBadCall));
+      CHECK_EQ(miss.step, 0u);
+      continue;
+    }
+    CHECK_EQ(recorded([&] { launch(plan); }), recorded([&] { one_by_one(sequence, inputs); }));
+  }
 }
 
 TEST(foreign_steps_are_called_in_their_place) {

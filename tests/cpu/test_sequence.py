@@ -383,6 +383,39 @@ def test_foreign_steps(served):
         sequence(random(4, K), torch.arange(4), poisoned(4, K), torch.zeros(9, K), 0)
 
 
+def test_a_foreign_step_whose_schema_marks_nothing():
+    library = torch.library.Library("hdispatch_unmarked", "FRAGMENT")
+    library.define("fill(Tensor out, float value) -> ()")
+    library.impl("fill", lambda out, value: (out.fill_(value), None)[1], "CPU")
+    fill = torch.ops.hdispatch_unmarked.fill.default
+    s = Sequence("unmarked")
+    out, a = s.slot("out", ("M",), torch.float32, written=True), s.temp(("M",), torch.float32)
+    with pytest.raises(ArgumentError, match=r"it reads out, which is <temp 0 of sequence unmarked>; no step before it"):
+        s.add_torch(fill, a, 2.0)
+    with pytest.raises(ArgumentError, match=r"it is said to write 'to', which is no argument"):
+        s.add_torch(fill, a, 2.0, writes=("to",))
+    s.add_torch(fill, a, 2.0, writes=("out",))
+    s.add_torch(torch.ops.aten.copy_.default, out, a)
+    result = poisoned(3)
+    s.freeze()(result)
+    assert result.tolist() == [2.0] * 3
+
+
+def test_a_slot_that_may_be_none(served):
+    s = Sequence("optional")
+    x, gate = s.slot("x", ("M", K), torch.float32), s.slot("gate", ("M", K), torch.float32, optional=True)
+    out = s.slot("out", ("M", K), torch.float32, written=True)
+    s.add(OP, out, x, WEIGHTS[0], 1.0, 1, gate)
+    sequence = s.freeze()
+    for given in (None, random(3, K, seed=5), None):
+        result, expected = poisoned(3, K), poisoned(3, K)
+        sequence(random(3, K), given, result)
+        OP(expected, random(3, K), WEIGHTS[0], 1.0, 1, given)
+        assert torch.equal(result, expected)
+    sequence(random(3, K), out=poisoned(3, K))
+    assert stats("optional")["hits"] == 4
+
+
 def test_a_foreign_step_in_python_takes_the_lock(served):
     seen: list[int] = []
 
@@ -411,7 +444,7 @@ def test_errors_of_steps_name_them(served, module):
     s.add(OP, a, x, WEIGHTS[0], 1.0, 1)
     s.add_torch(torch.ops.aten.index_select.out, x, 0, index, out=a)
     sequence = s.freeze()
-    with pytest.raises(RuntimeError, match=r"sequence failing, step 1 \(aten::index_select\): .*ndex out of"):
+    with pytest.raises(hdispatch.FunctionError, match=r"sequence failing, step 1 \(aten::index_select\): .*ndex out of"):
         sequence(random(3, K), torch.tensor([0, 1, 99]))
     sequence(random(3, K), torch.tensor([0, 1, 2]))
     hdispatch.register(OP, Key(PLAIN), module.raise_it, args=[], driver="null", stream="none", label="bad")
