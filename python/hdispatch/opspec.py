@@ -143,20 +143,25 @@ class NoneArg:
     ignored: bool = False
 
 
+#: The first bytes of every workspace are counters.
+WORKSPACE_COUNTERS = 2**16
+
+
 @dataclass(frozen=True)
 class WorkspaceArg:
     """Memory of the runtime's that an op's kernels get: one block per device and stream, zeroed once, shared by all ops.
 
-    It is no argument of the op: the host function gets it after the op's arguments, as a uint8 tensor [bytes] at an address
-    that is a multiple of 256 (`workspace[4096:].view(torch.float32)`); the fallback does not. A kernel finds in it what the
-    last one on the stream left, of whatever op, but for counters: what is to be zero at its beginning it leaves at zero. So
-    counters are of ops that agree where they are, and everything else is written before it is read.
+    It is no argument of the op: the host function gets it after the op's arguments, as a uint8 tensor at an address that is a
+    multiple of 256, of which it makes views (`workspace[WORKSPACE_COUNTERS:].view(torch.float32)`); the fallback does not.
 
-    bytes    of a block, the same for every call of a variant; or what says so of each: 0 for one without
+    workspace[:WORKSPACE_COUNTERS]   counters, the same ones for every op: zero when a kernel begins, and to be left at zero
+    workspace[WORKSPACE_COUNTERS:]   `bytes` bytes, which hold anything when a kernel begins: written before they are read
+
+    bytes    the same for every call of a variant; or what says so of each: 0 for counters alone, None for no workspace
     """
 
     name: str
-    bytes: int | Callable[[Variant], int]
+    bytes: int | Callable[[Variant], int | None]
 
 
 Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
@@ -341,14 +346,16 @@ class OpSpec:
         return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
 
     def workspace_bytes(self, variant: Variant) -> int:
-        """Bytes of the workspace that a variant's kernels get; 0: none. HdispatchError for what is no size."""
+        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError for what is no size."""
         if self.workspace is None:
             return 0
         size = self.workspace.bytes
         found = size if isinstance(size, int) else size(variant)
+        if found is None:
+            return 0
         if not isinstance(found, int) or not 0 <= found < 2**48:
             raise HdispatchError(f"{self.name}: {self.workspace.name} of {variant.name} is {found!r} bytes; it takes 0 or more")
-        return found
+        return WORKSPACE_COUNTERS + found
 
     def make_workspace(self, variant: Variant, device: torch.device) -> list[torch.Tensor | None]:
         """What a host function takes after the op's arguments, for who calls it without the runtime; [] for most ops."""
