@@ -102,7 +102,8 @@ def main() -> None:
             print(f"M {m:5}  {name:28}{median:9.1f} ns a launch ({low:.1f} to {high:.1f}), above bare launches {above:8.1f}")
             found.append({"M": m, "path": name, "launches": launches, "ns": median, "low": low, "high": high})
     if options.json:
-        facts = {"machine": machine.describe(layers.device if options.driver == "cuda" else None), "driver": options.driver, "layers": options.layers, "paths": found}
+        here = machine.describe(layers.device if options.driver == "cuda" else None)
+        facts = {"machine": here, "driver": options.driver, "layers": options.layers, "paths": found}
         options.json.write_text(json.dumps(facts, indent=1) + "\n")
 
 
