@@ -14,6 +14,7 @@ import pytest
 import torch
 import toy
 from hdispatch import ArgumentError, HdispatchError, Key, MissError, Sequence
+from hdispatch.bench.decoder import Layers, Shape
 from hdispatch.manifest import FfiArg
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 from hdispatch.testing import null
@@ -349,6 +350,23 @@ def test_weights_as_slots(served):
         expected = poisoned(6, K)
         OP(expected, between, each, 1.0, 1, None)
     assert torch.equal(result, expected)
+
+
+def test_decoder_layers_in_chunks_of_their_references():
+    """What benchmarks and the GPU's tests run: every step works by rows."""
+    shape = Shape(hidden=256, intermediate=512, heads=2, kv_heads=1, layers=2, positions=64)
+    layers = Layers(torch.device("cpu"), shape)
+    sequence = layers.sequence("decoder", max_rows=4)
+    for m in (1, 4, 5, 9):
+        residual, positions = layers.inputs(m)
+        given, expected = residual.clone(), residual.clone()
+        for op, arguments in layers.single(expected, positions):
+            op(*arguments)
+        sequence(residual, positions)
+        assert torch.equal(residual, expected)
+        assert not torch.equal(residual, given)
+    explained = hdispatch.explain(sequence, *layers.inputs(9))
+    assert explained.count(" rows 0..3: miss ") == explained.count(" rows 6..9: miss ") == 9 * 2 + 1
 
 
 # ---- foreign steps ----
