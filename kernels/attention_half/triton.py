@@ -16,37 +16,46 @@ from ..lib.workspace import workspace_floats
 
 GENERIC = ("N",)
 INDEX_BITS = 64
-# What is read before the wait: lengths and blocks, which no kernel of a step writes, and into L2 the cache, of which no other
-# launch of a step writes this layer's.
-EARLY_READS = ("block_table", "seq_lens", "kv_cache")
+# All but qkv, which the kernel before this one writes: no kernel of a step writes the others, and of its launches only this one
+# writes this layer's cache.
+EARLY_READS = (
+    "q_weight",
+    "k_weight",
+    "cos_sin_cache",
+    "positions",
+    "slot_mapping",
+    "kv_cache",
+    "block_table",
+    "seq_lens",
+)
 
 
 @triton.jit
-def turned_heads(at, weight, cos_sin, half, eps, here, D: tl.constexpr, NORM: tl.constexpr):
-    """Heads at `at` [rows] as [rows, D] float32: RMS norm with the weights at weight [rows], then NeoX rotation.
+def partners(half, D: tl.constexpr):
+    """For the elements [D] of a head: how far the other element of its pair is, and whether it is the pair's first.
 
-    cos_sin points to half cosines, then half sines. The operations and their order are those of fused_qk_norm_rope: of each
-    element its pair is loaded too, the squares of pairs are added first, so that every sum has what that kernel's has, twice.
+    NeoX: elements i and i + half for i < half; the rest have pairs too, for the sum of squares. Steps are the same for 8
+    elements in a row, so that what is loaded with them are vectors.
     """
     d = tl.arange(0, D)
-    low = d < half
-    rotated = d < 2 * half
-    # Beside the rotary dimensions any partner will do; there are pairs of the rest for the sum of squares.
     rest = D // 2 - half
-    other = tl.where(low, d + half, tl.where(rotated, d - half, tl.where(d < 2 * half + rest, d + rest, d - rest)))
-    first = (low | ((d >= 2 * half) & (d < 2 * half + rest)))[None, :]
-    x = tl.load(at[:, None] + d[None, :], here[:, None], other=0.0).to(tl.float32)
-    y = tl.load(at[:, None] + other[None, :], here[:, None], other=0.0).to(tl.float32)
-    angle = tl.where(low, d, d - half)
-    cos = tl.load(cos_sin + angle, rotated, other=1.0).to(tl.float32)[None, :]
-    sin = tl.load(cos_sin + half + angle, rotated, other=0.0).to(tl.float32)[None, :]
-    a, b = tl.where(first, x, y), tl.where(first, y, x)
+    low, rotated, rest_low = d < half, d < 2 * half, d < 2 * half + rest
+    step = tl.where(low, half, tl.where(rotated, -half, tl.where(rest_low, rest, -rest)))
+    return step, low | (~rotated & rest_low)
+
+
+@triton.jit
+def turned(x, y, x_weight, y_weight, first, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads x [rows, D] in float32 after RMS norm and rotation; y has of each element the other one of its pair.
+
+    The operations and their order are those of fused_qk_norm_rope, whose threads add the squares of each pair first: here
+    every sum has what is added there, twice.
+    """
     if NORM:
+        a, b = tl.where(first, x, y), tl.where(first, y, x)
         rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) * (0.5 / D) + eps)[:, None]
-        x_weight = tl.load(weight[:, None] + d[None, :], here[:, None], other=0.0).to(tl.float32)
-        y_weight = tl.load(weight[:, None] + other[None, :], here[:, None], other=0.0).to(tl.float32)
         x, y = x * (rstd * x_weight), y * (rstd * y_weight)
-    return tl.where(low[None, :], x * cos - y * sin, x * cos + y * sin)
+    return tl.where(first, x * cos - y * sin, x * cos + y * sin)
 
 
 @triton.jit
@@ -88,8 +97,8 @@ def attention_half(
     """Grid (splits, kv heads, requests). The cache's tokens are split; the new one belongs to the last split that is used.
 
     Of ROWS rows the first G are query heads, and the next one is k, which costs nothing there. eighths is half of the rotary
-    dimension / 8: so its rows are seen to be aligned. EARLY: lengths and blocks are read and the first tile is brought to
-    L2 before the wait.
+    dimension / 8: so its rows are seen to be aligned. EARLY: all but qkv is read, and the first tile is brought to L2, before
+    the wait.
     """
     split = tl.program_id(0)
     head = tl.program_id(1)
@@ -99,6 +108,8 @@ def attention_half(
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
     old = tl.load(seq_lens + request) - 1
+    position = tl.load(positions + request)
+    slot = tl.load(slot_mapping + request)
     size = split_tokens(max_seq_len - 1, chunk)
     used = tl.minimum(tl.maximum(tl.cdiv(old, size), 1), tl.num_programs(0))
     if split >= used:
@@ -115,29 +126,39 @@ def attention_half(
     coming = blocks_of(table, token, end, inverse)
     if EARLY:
         prefetch(cache, places_of(coming, token, page, inverse, block_stride, slot_stride), D)
-        if PDL:
-            tl.extra.cuda.gdc_wait()
 
     row = tl.arange(0, ROWS)
     d = tl.arange(0, D)
+    own = tl.broadcast_to(d[None, :], (ROWS, D))
+    step, first = partners(half, D)
+    other, first = own + step[None, :], first[None, :]
+    # As matrices, here too, the constants get the heads' layout in registers.
+    x_weight, y_weight = 1.0, 1.0
+    if NORM:
+        weight = tl.where(row < G, q_weight, k_weight)[:, None]
+        x_weight, y_weight = tl.load(weight + own).to(tl.float32), tl.load(weight + other).to(tl.float32)
+    rotated = own < 2 * half
+    angle = cos_sin_cache + position * (2 * half) + tl.where(d < half, 0, -half)[None, :] + own
+    cos = tl.load(angle, rotated, other=1.0).to(tl.float32)
+    sin = tl.load(angle + half, rotated, other=0.0).to(tl.float32)
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_wait()
+
+    line = qkv + request.to(tl.int64) * qkv_row
+    heads_at = line + (tl.where(row < G, head * G + row, heads * G + head) * D)[:, None]
+    here = (row <= G)[:, None]
+    x = tl.load(heads_at + own, here, other=0.0).to(tl.float32)
+    y = tl.load(heads_at + other, here, other=0.0).to(tl.float32)
+    v_new = tl.load(line + (heads * (G + 1) + head) * D + d)
     dtype: tl.constexpr = qkv.dtype.element_ty
     work: tl.constexpr = tl.float32 if INTERPRETED else dtype
-    line = qkv + request.to(tl.int64) * qkv_row
-    position = tl.load(positions + request)
-    slot = tl.load(slot_mapping + request)
-    v_new = tl.load(line + (heads * (G + 1) + head) * D + d)
-    at = line + tl.where(row < G, head * G + row, heads * G + head) * D
-    if NORM:
-        weight = tl.where(row < G, q_weight, k_weight)
-    else:
-        weight = at
-    x = turned_heads(at, weight, cos_sin_cache + position * (2 * half), half, eps, row <= G, D, NORM).to(dtype)
+    x = turned(x, y, x_weight, y_weight, first, cos, sin, eps, D, NORM).to(dtype)
 
     writes = is_last & (slot >= 0)
     # Unsigned, of 32 bits: a cheaper division.
     block = (slot.to(tl.uint32) // tl.cast(page, tl.uint32)).to(tl.int64)
     place = cache + block * block_stride + (slot - block * page) * slot_stride
-    tl.store(place + tl.broadcast_to(d[None, :], (ROWS, D)), x, ((row == G) & writes)[:, None])
+    tl.store(place + own, x, ((row == G) & writes)[:, None])
     tl.store(place + D + d, v_new, (d < D) & writes)
 
     scale_log2 = scale * LOG2E
@@ -182,6 +203,8 @@ def launch(
     lib.check_cache("attention_half", kv_cache, heads, group, max_seq_len)
     if qkv.size(1) != (heads + 2 * kv_heads) * dim:
         raise ValueError(f"attention_half: rows of {qkv.size(1)} elements are not {heads} + 2 * {kv_heads} heads of {dim}")
+    if qkv.stride(0) % 16 != 0:
+        raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
     if rotary % 16 != 0 or rotary > dim:
         raise ValueError(f"attention_half: {rotary} of {dim} elements rotated; the kernel takes multiples of 16")
     if workspace.size(0) < workspace_floats(dim):
