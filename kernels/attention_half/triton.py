@@ -173,7 +173,7 @@ def attention_half(
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, l, acc, 1.0, 1, G, D, AT_ONCE)
+    finish(out, out_row, workspace, used, m, l, acc, 1.0, 1, G, D, triton.next_power_of_2(G), AT_ONCE)
 
 
 def launch(
@@ -251,8 +251,6 @@ def launch(
     )
 
 
-def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    dim = sizes["K"]
-    tiles = [(64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 3)] if dim < 256 else [(32, 4, 3), (64, 8, 2), (32, 4, 2)]
-    return [{"tile": tile, "num_warps": warps, "stages": stages, "chunk": 256} for tile, warps, stages in tiles]
+    return lib.candidates(sizes["K"], int(variant.static["group"]))

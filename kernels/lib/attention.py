@@ -54,6 +54,19 @@ def rows_at_once(rows: int, dim: int, warps: int) -> int:
     return max(1, 64 * 32 * warps // (triton.next_power_of_2(rows) * dim))
 
 
+def candidates(dim: int, rows: int) -> list[dict[str, Any]]:
+    """Configs worth measuring, for heads of `dim` elements and blocks of `rows` query rows."""
+    if dim >= 256 or rows > 32:
+        tiles = [(32, 4, 3), (32, 8, 3), (64, 8, 2), (32, 4, 2)]
+    else:
+        tiles = [(64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 3)]
+    return [
+        {"tile": tile, "num_warps": warps, "stages": stages, "chunk": chunk}
+        for tile, warps, stages in tiles
+        for chunk in (128, 256, 512, 1024)
+    ]
+
+
 @triton.jit
 def split_tokens(max_tokens, chunk):
     """Tokens of a split of this grid: `chunk`, or as many times that as the grid has too few splits."""
@@ -136,8 +149,9 @@ def tokens_of_split(
         v = tl.load(cache + D + place[:, None] + d[None, :], inside[:, None], other=0.0)
         s = tl.dot(x, tl.trans(k.to(x.dtype))) * scale_log2
         if SOFTCAP:
-            # softcap * tanh(s / softcap), all of it times log2(e)
-            s = softcap_log2 * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / softcap_log2)) + 1.0))
+            if softcap_log2 > 0:
+                # softcap * tanh(s / softcap), all of it times log2(e)
+                s = softcap_log2 * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / softcap_log2)) + 1.0))
         seen = inside[None, :]
         if CAUSAL:
             seen = seen & (token[None, :] < limit[:, None])
@@ -162,6 +176,13 @@ def weighted(acc, l):
 
 
 @triton.jit
+def outputs_of(row, out_row, G: tl.constexpr, D: tl.constexpr):
+    """Where the output of a block's rows begins, queries of all G heads in turn."""
+    heads = tl.num_programs(1) * G
+    return tl.program_id(2).to(tl.int64) * out_row + (row // G * heads + tl.program_id(1) * G + row % G) * D
+
+
+@triton.jit
 def finish(
     out,
     out_row,
@@ -171,23 +192,22 @@ def finish(
     l,
     acc,
     factor,
-    QUERIES: tl.constexpr,
+    queries,
     G: tl.constexpr,
     D: tl.constexpr,
+    PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Writes the output of one (request, kv head): of its only split, or of all `used` ones by the last that comes here.
 
-    out [requests * QUERIES, heads, D], rows of out_row elements; factor multiplies all of it.
+    out [requests, queries, heads, D], rows of out_row elements for a request; factor multiplies all of it. PADDED is a power
+    of two of at least queries * G.
     """
-    split = tl.program_id(0)
-    head = tl.program_id(1)
-    request = tl.program_id(2)
     row = tl.arange(0, acc.shape[0])
     d = tl.arange(0, D)
-    live = row < QUERIES * G
+    live = row < queries * G
     if used == 1:
-        at = (request * QUERIES + row // G).to(tl.int64) * out_row + (head * G + row % G) * D
+        at = outputs_of(row, out_row, G, D)
         y = (weighted(acc, l) * factor).to(out.dtype.element_ty)
         tl.store(out + at[:, None] + d[None, :], y, live[:, None])
     else:
@@ -195,15 +215,15 @@ def finish(
         tops = workspace + _COUNTERS
         sums = tops + _ROWS
         parts = sums + _ROWS
-        pair = request * tl.num_programs(1) + head
-        cell = (pair * tl.num_programs(0) + split) * (QUERIES * G) + row
+        pair = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        cell = (pair * tl.num_programs(0) + tl.program_id(0)) * (queries * G) + row
         tl.store(parts + cell[:, None] * D + d[None, :], acc, live[:, None])
         tl.store(tops + cell, m, live)
         tl.store(sums + cell, l, live)
         tl.debug_barrier()
         if tl.atomic_add(counters + pair, 1, sem="acq_rel") == used - 1:
             tl.store(counters + pair, 0)
-            combine(out, out_row, tops, sums, parts, used, factor, QUERIES, G, D, AT_ONCE)
+            combine(out, out_row, tops, sums, parts, used, factor, queries, G, D, PADDED, AT_ONCE)
 
 
 @triton.jit
@@ -215,26 +235,24 @@ def combine(
     parts,
     used,
     factor,
-    QUERIES: tl.constexpr,
+    queries,
     G: tl.constexpr,
     D: tl.constexpr,
+    PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
     """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each."""
-    head = tl.program_id(1)
-    request = tl.program_id(2)
-    first = (request * tl.num_programs(1) + head) * tl.num_programs(0)
-    PADDED: tl.constexpr = triton.next_power_of_2(QUERIES * G)
+    first = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
     d = tl.arange(0, D)
     s = tl.arange(0, AT_ONCE)
     row = tl.arange(0, PADDED)
-    live = row < QUERIES * G
+    live = row < queries * G
     m = tl.full([PADDED], float("-inf"), tl.float32)
     l = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, D], tl.float32)
     for start in range(0, used, AT_ONCE):
         here = (start + s < used)[:, None] & live[None, :]
-        cell = (first + start + s)[:, None] * (QUERIES * G) + row[None, :]
+        cell = (first + start + s)[:, None] * (queries * G) + row[None, :]
         # From L2: the first-level cache may have what an earlier launch left there.
         part = tl.load(parts + cell[:, :, None] * D + d[None, None, :], here[:, :, None], other=0.0, cache_modifier=".cg")
         top_here = tl.load(tops + cell, here, other=float("-inf"), cache_modifier=".cg")
@@ -246,5 +264,5 @@ def combine(
         l = l * alpha + tl.sum(sum_here * weight, 0)
         acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
         m = top
-    at = (request * QUERIES + row // G).to(tl.int64) * out_row + (head * G + row % G) * D
+    at = outputs_of(row, out_row, G, D)
     tl.store(out + at[:, None] + d[None, :], (weighted(acc, l) * factor).to(out.dtype.element_ty), live[:, None])

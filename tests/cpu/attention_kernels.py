@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from hdispatch.kernels.lib.paged_kv import Paged, random_paged
 from hdispatch.kernels.lib.workspace import COUNTERS, workspace_floats
-from hdispatch.testing.numeric import assert_no_poison, compare_outputs
+from hdispatch.testing.numeric import assert_no_poison
 from special_values import copied, like_the_gpu
 
 CPU = torch.device("cpu")
@@ -45,7 +45,8 @@ def only_written(paged: Paged, lengths: list[int], page: int) -> None:
         at = torch.arange(length)
         written[table[request, at // page].long(), at % page] = True
         table[request, -(-length // page) :] = 2**31 - 1
-    kv.masked_fill_(~written[:, None, :, None], float("nan"))
+    nan = torch.full((), float("nan")).to(kv.dtype).view(torch.uint8 if kv.dtype.itemsize == 1 else torch.int16)
+    kv.view(nan.dtype).masked_fill_(~written[:, None, :, None], nan)
 
 
 def half(
@@ -143,6 +144,91 @@ def check_output(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert not counters.any(), f"{int(counters.count_nonzero())} counters are not back at zero"
 
 
+def decode(
+    lengths: list[int],
+    group: int = 4,
+    dim: int = 64,
+    kv_heads: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    cache: torch.dtype | None = None,
+    queries: int = 1,
+    max_queries: int = 1,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: bool = False,
+    page: int = 16,
+    longer: int = 0,
+) -> dict[str, Any]:
+    """Arguments of paged_attention_decode by name; q is part of rows of q, k and v, as models have it."""
+    random = generator(sum(lengths) + group + dim + queries)
+    heads, m = kv_heads * group, len(lengths)
+    paged = random_paged(torch.tensor(lengths).clamp(min=1), kv_heads, dim, page, cache or dtype, CPU, random)
+    only_written(paged, lengths, page)
+    rows = torch.randn(m, queries, heads + 2 * kv_heads, dim, generator=random).to(dtype)
+    q = rows[:, :, :heads]
+    return {
+        "out": torch.full((m, queries, heads, dim), float("nan"), dtype=dtype),
+        "q": q,
+        "kv_cache": paged.kv_cache,
+        "block_table": paged.block_table,
+        "seq_lens": torch.tensor(lengths).int(),
+        "sinks": torch.randn(heads, generator=random).to(dtype) if sinks else None,
+        "workspace": torch.zeros(workspace_floats(dim)),
+        "max_seq_len": max(*lengths, 1) + longer,
+        "scale": dim**-0.5,
+        "softcap": softcap,
+        "window": window,
+        "k_scale": 0.5 if cache else 1.0,
+        "v_scale": 0.25 if cache else 1.0,
+        "group": group,
+        "max_queries": max_queries,
+    }
+
+
+FP8 = torch.float8_e4m3fn
+DECODE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "one split": (decode([100]), {**TILE, "chunk": 128}),
+    "length 1": (decode([1]), {**TILE, "chunk": 32}),
+    "ragged, with and without splits": (decode([129, 33, 5, 1, 97]), {**TILE, "chunk": 32}),
+    "splits that end at a tile": (decode([65, 64, 63, 128], kv_heads=1), {**TILE, "chunk": 64}),
+    "many splits": (decode([700], kv_heads=1), {**TILE, "chunk": 32}),
+    "padding": (decode([70, 0, 0]), {**TILE, "chunk": 32}),
+    "longer than the longest": (decode([70, 40], longer=500), {**TILE, "chunk": 32}),
+    "fewer splits than chunks": (decode([200] * 3, group=16, kv_heads=1, longer=40000), {**TILE, "chunk": 32}),
+    "group 1": (decode([70, 40], group=1), {**TILE, "chunk": 32}),
+    "group 5": (decode([70, 40], group=5), {**TILE, "chunk": 32}),
+    "group 7, float16": (decode([70, 40], group=7, dtype=torch.float16), {**TILE, "chunk": 32}),
+    "group 16": (decode([70, 40], group=16, kv_heads=1), {**TILE, "chunk": 32}),
+    "head_dim 128": (decode([70, 40], dim=128, group=2), {**TILE, "chunk": 32}),
+    "head_dim 256": (decode([70, 40], dim=256, group=8, kv_heads=1), {**TILE, "chunk": 32}),
+    "window": (decode([100, 50, 5], window=20), {**TILE, "chunk": 32}),
+    "window over splits": (decode([200, 77], window=90, kv_heads=1), {**TILE, "chunk": 32}),
+    "window of one": (decode([65, 64], window=1, kv_heads=1), {**TILE, "chunk": 32}),
+    "softcap": (decode([100, 50], softcap=5.0), {**TILE, "chunk": 32}),
+    "sinks": (decode([100, 1, 0], group=8, kv_heads=1, sinks=True), {**TILE, "chunk": 32}),
+    "sinks and a window": (decode([100, 50], group=8, kv_heads=1, sinks=True, window=30), {**TILE, "chunk": 32}),
+    "3 queries": (decode([100, 33, 3], queries=3, max_queries=4), {**TILE, "chunk": 32}),
+    "3 queries of one token": (decode([1, 2, 65], queries=3, max_queries=4, kv_heads=1), {**TILE, "chunk": 32}),
+    "1 query where 4 may be": (decode([100, 33], queries=1, max_queries=4, kv_heads=1), {**TILE, "chunk": 32}),
+    "8 queries of group 8": (decode([100, 8], group=8, queries=8, max_queries=8, kv_heads=1), {**TILE, "chunk": 32}),
+    "5 queries of group 5 in a window": (
+        decode([100, 33], group=5, queries=5, max_queries=8, kv_heads=1, window=30),
+        {**TILE, "chunk": 32},
+    ),
+    "fp8": (decode([100, 50], cache=FP8), {**TILE, "chunk": 32}),
+    "fp8, pages of 48": (decode([100, 50], cache=FP8, page=48, queries=2, max_queries=4), {**TILE, "chunk": 32}),
+}
+
+
+def check_decode(before: dict[str, Any], call: Callable[[dict[str, Any]], None]) -> None:
+    want, got = copied(before), copied(before)
+    importlib.import_module("hdispatch.kernels.paged_attention_decode.spec").reference(*want.values())
+    for _ in range(2):
+        got["out"].fill_(float("nan"))
+        call(got)
+    check_output(got, want)
+
+
 def check_neighbours() -> None:
     """A request's result is the same to the bit, whatever the requests beside it and however long the longest may be."""
     together = half([129, 33, 70])
@@ -171,6 +257,11 @@ def failures() -> dict[str, str | None]:
 
     for name, (args, config) in HALF.items():
         note(f"attention_half: {name}", lambda args=args, config=config: check_half(args, launched("attention_half", config)))
+    for name, (args, config) in DECODE.items():
+        note(
+            f"paged_attention_decode: {name}",
+            lambda args=args, config=config: check_decode(args, launched("paged_attention_decode", config)),
+        )
     note("attention_half: neighbours", check_neighbours)
     return found
 
