@@ -4,13 +4,14 @@
 #pragma once
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 #include "dtype.h"
 
 namespace hdispatch {
 
-inline constexpr uint32_t kMaxArgs = 16;  ///< of an op; a signature is 16 nibbles
+inline constexpr uint32_t kMaxArgs = 32;  ///< of an op; a signature is 32 nibbles
 inline constexpr uint32_t kMaxRank = 4;   ///< of a tensor argument
 
 inline constexpr uint32_t kMaxDerived = 4;  ///< quotients of symbols among an op's dimensions
@@ -34,10 +35,19 @@ struct TensorView {
   DType dtype;  ///< kNone: the argument is absent and nothing else is set
 };
 
+/// A string that the caller holds: UTF-8, which may hold NULs.
+struct Text {
+  const char* data;
+  size_t size;
+};
+
 struct Call {
   TensorView tensors[kMaxArgs];  ///< by argument index; entries of scalars are not set
   double scalars[kMaxArgs];      ///< by argument index; floats
-  int64_t integers[kMaxArgs];    ///< by argument index; integers, flags; 1 for what is given and served as None only
+  /// By argument index; integers, flags; 1 for what is given and served as None only; a string's position among its
+  /// argument's values, or -1.
+  int64_t integers[kMaxArgs];
+  Text texts[kMaxArgs];  ///< by argument index; strings, for messages
   /// M, K, N; 1 for sizes that are literal; then the op's quotients. Set by Op::bind.
   int64_t sizes[kSymbols + 1 + kMaxDerived];
 };

@@ -56,6 +56,7 @@ enum TypeIndex : int32_t {
   kTypeFloat = 3,
   kTypeOpaquePtr = 4,
   kTypeTensorPtr = 7,  ///< DLTensor*
+  kTypeRawStr = 8,     ///< const char*, up to NUL
   kTypeObjectBegin = 64,
   kTypeError = 67,
   kTypeFunction = 68,

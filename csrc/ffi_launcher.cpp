@@ -104,6 +104,9 @@ void FfiLauncher::add(uint32_t index, bool pdl) {
       start = of_float(arg.constant);
       if (arg.arg >= 0) values_.push_back({at, from, nullptr, false});
       return;
+    case FfiArgKind::kString:
+      start = of_pointer(ffi::kTypeRawStr, const_cast<char*>(arg.text.c_str()));  // the callee only reads it
+      return;
     case FfiArgKind::kStream:
       HD_CHECK_BUNDLE(stream_ < 0, record_.kernel, ": arguments ", stream_, " and ", index, " are both the stream");
       stream_ = static_cast<int>(index);
@@ -230,6 +233,9 @@ std::string FfiLauncher::explain(const Call& call, LaunchResult& result) const {
         break;
       case FfiArgKind::kNone:
         out += "None";
+        break;
+      case FfiArgKind::kString:
+        out += text("\"", arg.text, "\"");
         break;
       case FfiArgKind::kStream:
         out += "stream";

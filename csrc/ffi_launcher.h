@@ -14,8 +14,8 @@ namespace hdispatch {
 
 class FfiLauncher final : public Launcher {
  public:
-  static constexpr uint32_t kMaxFfiArgs = 24;  ///< of a function
-  static constexpr uint32_t kMaxTensors = 12;  ///< among them
+  static constexpr uint32_t kMaxFfiArgs = kMaxArgs + 8;  ///< of a function: the op's, the stream, constants
+  static constexpr uint32_t kMaxTensors = kMaxArgs + 1;  ///< among them
 
   /// Checks the record's limits (kBundle). The tensors of its calls live in `slot`. `pdl` = false passes 0 for kPdl.
   FfiLauncher(FfiRecord record, const FfiFunction& function, DeviceSlot slot, bool pdl = true);

@@ -90,7 +90,7 @@ Layout to_layout(const std::string& name) {
 }
 
 ArgKind to_kind(const std::string& name) {
-  constexpr std::string_view kNames[] = {"tensor", "float", "int", "bool", "none"};
+  constexpr std::string_view kNames[] = {"tensor", "float", "int", "bool", "none", "str"};
   const auto* found = std::find(std::begin(kNames), std::end(kNames), name);
   HD_CHECK_BUNDLE(found != std::end(kNames), "argument kind \"", name, "\" is not known");
   return static_cast<ArgKind>(found - std::begin(kNames));
@@ -107,6 +107,15 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
     arg.least = get<int64_t>(given, "minimum");
     arg.has_default = !given["default"].is_none();
     if (arg.has_default) arg.default_value = get<int64_t>(given, "default");
+  }
+  if (arg.kind == ArgKind::kString) {
+    arg.texts = get<std::vector<std::string>>(given, "values");
+    for (size_t i = 0; i < arg.texts.size(); ++i) arg.values.push_back(static_cast<int64_t>(i));
+    const auto default_text = get<std::optional<std::string>>(given, "default");
+    arg.has_default = default_text.has_value();
+    if (arg.has_default) arg.default_value = arg.position({default_text->data(), default_text->size()});
+    HD_CHECK_BUNDLE(!arg.has_default || arg.default_value >= 0, arg.name, ": the default ", shown(given["default"]),
+                    " is not among the values");
   }
   if (!arg.is_tensor()) return arg;
   for (const auto& dim : get<py::list>(given, "dims")) arg.dims.push_back(to_dim(dim, names));
@@ -129,6 +138,12 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
 /// Nibble of argument `i` in a variant's signature: a dtype's name, or one of the argument's values.
 uint64_t to_nibble(const ArgSpec& arg, const py::handle& given) {
   if (arg.is_tensor()) return static_cast<uint64_t>(to_dtype(given.cast<std::string>()));
+  if (arg.kind == ArgKind::kString) {
+    const auto text = given.cast<std::string>();
+    const int64_t position = arg.position({text.data(), text.size()});
+    HD_CHECK_BUNDLE(position >= 0, arg.name, " has no value ", shown(given));
+    return static_cast<uint64_t>(position) + 1;
+  }
   const auto found = std::find(arg.values.begin(), arg.values.end(), given.cast<int64_t>());
   HD_CHECK_BUNDLE(found != arg.values.end(), arg.name, " has no value ", given.cast<int64_t>());
   return static_cast<uint64_t>(found - arg.values.begin()) + 1;
@@ -138,15 +153,16 @@ py::object define_op(const std::string& name, const std::string& schema, const p
                      const py::object& fallback, const py::str& doc) {
   std::vector<std::string> names;
   for (const auto& arg : args) names.push_back(get<std::string>(arg.cast<py::dict>(), "name"));
+  HD_CHECK_BUNDLE(names.size() <= kMaxArgs, name, ": ", names.size(), " arguments; an op takes at most ", kMaxArgs);
   std::vector<ArgSpec> specs;
   for (const auto& arg : args) specs.push_back(to_arg(arg.cast<py::dict>(), names));
   std::vector<Variant> made;
   for (const auto& item : variants) {
     const auto [variant_name, given] = item.cast<std::pair<std::string, py::dict>>();
-    Variant variant{variant_name, 0};
+    Variant variant{variant_name, {}};
     for (size_t i = 0; i < specs.size(); ++i)
       if (given.contains(specs[i].name.c_str()))
-        variant.signature |= to_nibble(specs[i], given[specs[i].name.c_str()]) << (4 * i);
+        variant.signature.set(static_cast<uint32_t>(i), to_nibble(specs[i], given[specs[i].name.c_str()]));
     made.push_back(std::move(variant));
   }
   const Op& op = Runtime::get().define_op(name, schema, std::move(specs), std::move(made));
@@ -315,6 +331,8 @@ FfiArg to_ffi_arg(const py::dict& given, const Op& op) {
     HD_CHECK_BUNDLE(arg.arg >= 0, op.name(), " has no float argument \"", arg.name, "\"");
   } else if (arg.kind == FfiArgKind::kInt || arg.kind == FfiArgKind::kBool) {
     arg.value = to_expr(get<py::list>(given, "value"), op);
+  } else if (arg.kind == FfiArgKind::kString) {
+    arg.text = get<std::string>(given, "text");
   }
   return arg;
 }

@@ -27,6 +27,9 @@ struct Sizes {
 struct Slot {
   DeviceSlot slot;
 };
+struct Quoted {
+  Text text;
+};
 
 std::string print_dim(const Dim& dim, const std::vector<ArgSpec>& args) {
   if (dim.any) return "*";
@@ -55,6 +58,24 @@ void append(std::string& out, const Slot& slot) {
     out += "cpu";
   else
     out += slot.slot == kNoSlot ? "another device" : "cuda:" + std::to_string(slot.slot - 1);
+}
+
+/// The beginning of a string in quotes, cut between characters; what is not printed, NUL too, as \xNN.
+void append(std::string& out, const Quoted& quoted) {
+  constexpr size_t kMost = 100;
+  const char* const bytes = quoted.text.data;
+  size_t end = std::min(quoted.text.size, kMost);
+  while (end < quoted.text.size && end > 0 && (bytes[end] & 0xc0) == 0x80) --end;
+  out += '"';
+  for (size_t i = 0; i < end; ++i) {
+    const auto byte = static_cast<unsigned char>(bytes[i]);
+    constexpr const char* kDigits = "0123456789abcdef";
+    if (byte < 0x20 || byte == 0x7f)
+      out += {'\\', 'x', kDigits[byte >> 4], kDigits[byte & 15]};
+    else
+      out += bytes[i];
+  }
+  out += end < quoted.text.size ? "\"..." : "\"";
 }
 
 const char* print_layout(Layout layout) {
@@ -231,7 +252,7 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
       scalars_.push_back({i, arg.minimum});
     } else if (!arg.is_ignored) {
       integers_.push_back(i);
-      integer_bits_ |= uint64_t{15} << (4 * i);
+      integer_bits_.set(i, 15);
     }
   }
   for (uint8_t symbol = 0; symbol < kSymbols; ++symbol) {
@@ -395,14 +416,15 @@ bool Op::accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) 
   return true;
 }
 
-bool Op::bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const noexcept {
+bool Op::bind_tensors(Call& call, DeviceSlot slot, Signature& bound) const noexcept {
+  Signature signature;  // not through the reference, which the views that are written might alias
   for (const TensorRule& rule : tensors_) {
     TensorView& view = call.tensors[rule.arg];
     if (view.dtype == DType::kNone) {
       view.storage = rule.arg + 1u;  // no other argument's
       continue;
     }
-    signature |= static_cast<uint64_t>(view.dtype) << (4 * rule.arg);
+    signature.set(rule.arg, static_cast<uint64_t>(view.dtype));
     if (HD_UNLIKELY(view.slot != slot)) return false;
     if (HD_UNLIKELY(view.rank != rule.rank)) {
       if (view.rank != 0 || !rule.is_one_element) return false;
@@ -427,22 +449,23 @@ bool Op::bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const no
     if (HD_UNLIKELY(!accepted)) return false;
     if (HD_UNLIKELY(rule.is_mutated && rule.free_strides == kAllStrides) && may_overlap_itself(view)) return false;
   }
+  bound = signature;
   return true;
 }
 
-bool Op::bind_scalars(const Call& call, uint64_t& signature) const noexcept {
+bool Op::bind_scalars(const Call& call, Signature& signature) const noexcept {
   for (const ScalarRule& rule : scalars_)
     if (HD_UNLIKELY(!in_range(call.scalars[rule.arg], rule.minimum))) return false;
   for (const uint8_t i : integers_) {
     const ArgSpec& arg = args_[i];
     const int64_t value = call.integers[i];
     if (arg.kind == ArgKind::kNone) {
-      signature |= (value ? kUnlisted : 0) << (4 * i);
+      signature.set(i, value ? kUnlisted : 0);
     } else if (!arg.values.empty()) {
       size_t at = 0;
       while (at < arg.values.size() && arg.values[at] != value) ++at;
       if (HD_UNLIKELY(at == arg.values.size() && value < arg.least)) return false;
-      signature |= (at < arg.values.size() ? at + 1 : kUnlisted) << (4 * i);
+      signature.set(i, at < arg.values.size() ? at + 1 : kUnlisted);
     } else if (HD_UNLIKELY(value < arg.least)) {
       return false;
     }
@@ -453,11 +476,11 @@ bool Op::bind_scalars(const Call& call, uint64_t& signature) const noexcept {
 Bound Op::bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept {
   if (HD_UNLIKELY(!reshape(call) || !bind_symbols(call))) return Bound::kWrong;
   slot = call.tensors[first_].slot;
-  uint64_t signature = 0;
+  Signature signature;
   if (HD_UNLIKELY(!bind_tensors(call, slot, signature))) return Bound::kWrong;
   if (HD_UNLIKELY(!bind_scalars(call, signature))) return Bound::kWrong;
   uint16_t found = 0;
-  while (signatures_[found] != signature) {
+  while (!(signatures_[found] == signature)) {
     if (HD_LIKELY(++found != signatures_.size())) continue;
     return is_unlisted(signature) ? Bound::kUnserved : Bound::kWrong;
   }
@@ -466,9 +489,9 @@ Bound Op::bind(Call& call, uint16_t& variant, DeviceSlot& slot) const noexcept {
 }
 
 /// Whether a signature that no variant has would have one but for the values that are not listed.
-bool Op::is_unlisted(uint64_t signature) const noexcept {
-  const auto has_value = [&](uint8_t i) { return (signature >> 4 * i & 15) == kUnlisted; };
-  const auto has_dtypes = [&](uint64_t other) { return ((signature ^ other) & ~integer_bits_) == 0; };
+bool Op::is_unlisted(const Signature& signature) const noexcept {
+  const auto has_value = [&](uint8_t i) { return signature.get(i) == kUnlisted; };
+  const auto has_dtypes = [&](const Signature& other) { return signature.same_but(integer_bits_, other); };
   return std::any_of(integers_.begin(), integers_.end(), has_value) &&
          std::any_of(signatures_.begin(), signatures_.end(), has_dtypes);
 }
@@ -482,6 +505,11 @@ std::string Op::unserved(const Call& call) const {
     out += out.empty() ? "" : "; ";
     if (arg.kind == ArgKind::kNone) {
       out += arg.name + " is given, None is served";
+      continue;
+    }
+    if (arg.kind == ArgKind::kString) {
+      out += text(arg.name, " is ", Quoted{call.texts[i]}, ", served are");
+      for (const std::string& value : arg.texts) out += text(" ", Quoted{{value.data(), value.size()}});
       continue;
     }
     out += text(arg.name, " is ", call.integers[i], ", served are");
@@ -656,9 +684,8 @@ std::string Op::variant_fault(const Call& call, const Say& say) const {
     if (!in_range(call.scalars[rule.arg], rule.minimum))
       return say(args_[rule.arg], "value", "is ", call.scalars[rule.arg], "; it takes a finite float32",
                  std::isinf(rule.minimum) ? "" : text(" of at least ", rule.minimum));
-  uint64_t signature = 0;
-  for (const TensorRule& rule : tensors_)
-    signature |= static_cast<uint64_t>(call.tensors[rule.arg].dtype) << (4 * rule.arg);
+  Signature signature;
+  for (const TensorRule& rule : tensors_) signature.set(rule.arg, static_cast<uint64_t>(call.tensors[rule.arg].dtype));
   bind_scalars(call, signature);
   if (std::find(signatures_.begin(), signatures_.end(), signature) == signatures_.end()) {
     std::string got;
@@ -676,11 +703,11 @@ std::string Op::variant_fault(const Call& call, const Say& say) const {
 }
 
 /// The tensor that differs from the variant that has most of a call's dtypes.
-const ArgSpec& Op::odd_one(uint64_t signature) const {
-  const auto has = [signature](uint64_t other, uint8_t arg) { return !((signature ^ other) >> 4 * arg & 15); };
+const ArgSpec& Op::odd_one(const Signature& signature) const {
+  const auto has = [&](const Signature& other, uint8_t arg) { return signature.get(arg) == other.get(arg); };
   const ArgSpec* odd = &args_[first_];
   size_t most = 0;
-  for (const uint64_t other : signatures_) {
+  for (const Signature& other : signatures_) {
     size_t same = 1;
     const ArgSpec* differs = nullptr;
     for (const TensorRule& rule : tensors_) {

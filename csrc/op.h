@@ -11,6 +11,7 @@
 #include <limits>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "call.h"
@@ -30,7 +31,7 @@ struct Dim {
   int divisor_arg = -1;  ///< the value of that integer argument
 };
 
-enum class ArgKind : uint8_t { kTensor, kFloat, kInteger, kBool, kNone };
+enum class ArgKind : uint8_t { kTensor, kFloat, kInteger, kBool, kNone, kString };
 
 /// Which strides of a tensor are free. Those of dimensions of size <= 1 mean nothing.
 enum class Layout : uint8_t {
@@ -56,21 +57,52 @@ struct ArgSpec {
   int in_place_of = -1;       ///< index of the argument that may be the same view, which is then overwritten
   // floats: finite and at least
   double minimum = -std::numeric_limits<double>::infinity();
-  // integers and flags
+  // integers, flags and strings
   int64_t least = INT64_MIN;
-  std::vector<int64_t> values;  ///< compiled in: any other is a miss; empty: all are served
+  std::vector<int64_t> values;     ///< compiled in: any other is a miss; empty: all are served
+  std::vector<std::string> texts;  ///< of kString, whose `values` are the positions in it
   int64_t default_value = 0;
   bool has_default = false;
   bool is_ignored = false;  ///< of kNone: anything is served, and no variant depends on it
 
   bool is_tensor() const noexcept { return kind == ArgKind::kTensor; }
+  /// What a call holds of a string: its position among the values; -1 for one that is not listed.
+  int64_t position(const Text& given) const noexcept {
+    const std::string_view text(given.data, given.size);
+    for (size_t i = 0; i < texts.size(); ++i)
+      if (texts[i] == text) return static_cast<int64_t>(i);
+    return -1;
+  }
 };
+
+/// Four bits of each argument: the DType of a tensor, 0 if absent; 1 + the position of a compiled-in value; else 0.
+/// Two words in registers: an index into an array would go through memory with every tensor.
+class Signature {
+ public:
+  constexpr void set(uint32_t arg, uint64_t nibble) noexcept {
+    const uint64_t bits = nibble << (4 * (arg & 15));
+    low_ |= arg < 16 ? bits : 0;
+    high_ |= arg < 16 ? 0 : bits;
+  }
+  constexpr uint64_t get(uint32_t arg) const noexcept { return (arg < 16 ? low_ : high_) >> (4 * (arg & 15)) & 15; }
+  /// Whether the other is the same but for the nibbles that are not 0 in the mask.
+  constexpr bool same_but(const Signature& mask, const Signature& other) const noexcept {
+    return (((low_ ^ other.low_) & ~mask.low_) | ((high_ ^ other.high_) & ~mask.high_)) == 0;
+  }
+  friend constexpr bool operator==(const Signature& a, const Signature& b) noexcept {
+    return ((a.low_ ^ b.low_) | (a.high_ ^ b.high_)) == 0;
+  }
+
+ private:
+  uint64_t low_ = 0;
+  uint64_t high_ = 0;
+};
+static_assert(kMaxArgs <= 32, "a signature holds 32 arguments");
 
 /// One combination of dtypes and absent optional arguments. Its index in Op::variants is the key's.
 struct Variant {
   std::string name;
-  /// Nibble i is of argument i: the DType of a tensor, 0 if absent; 1 + the position of a compiled-in value; else 0.
-  uint64_t signature = 0;
+  Signature signature;
 };
 
 /// What one op has done since the start. Hits are counted lock-free; the rest is off the hot path.
@@ -183,11 +215,11 @@ class Op {
   std::string size_fault(Call& call, const Say& say) const;
   template <typename Say>
   std::string variant_fault(const Call& call, const Say& say) const;
-  const ArgSpec& odd_one(uint64_t signature) const;
+  const ArgSpec& odd_one(const Signature& signature) const;
   bool bind_symbols(Call& call) const noexcept;
-  bool bind_tensors(Call& call, DeviceSlot slot, uint64_t& signature) const noexcept;
-  bool bind_scalars(const Call& call, uint64_t& signature) const noexcept;
-  bool is_unlisted(uint64_t signature) const noexcept;
+  bool bind_tensors(Call& call, DeviceSlot slot, Signature& signature) const noexcept;
+  bool bind_scalars(const Call& call, Signature& signature) const noexcept;
+  bool is_unlisted(const Signature& signature) const noexcept;
   template <uint32_t kRank>
   static bool accept(const TensorRule& rule, TensorView& view, const int64_t* sizes) noexcept;
 
@@ -200,14 +232,14 @@ class Op {
   uint8_t first_ = 0;            ///< the argument that gives M, which every call has
   uint8_t first_dimension_ = 0;  ///< the dimension of it that is M
   bool writes_without_rows_ = false;
-  std::vector<uint8_t> read_;         ///< the tensors that are only read
-  std::vector<uint64_t> signatures_;  ///< of the variants, side by side
+  std::vector<uint8_t> read_;          ///< the tensors that are only read
+  std::vector<Signature> signatures_;  ///< of the variants, side by side
   std::vector<TensorRule> tensors_;
   std::vector<Reshape> reshapes_;
   std::vector<Derived> derived_;
   std::vector<ScalarRule> scalars_;
-  std::vector<uint8_t> integers_;  ///< integers, flags and what is served as None only
-  uint64_t integer_bits_ = 0;      ///< their nibbles of a signature
+  std::vector<uint8_t> integers_;  ///< integers, flags, strings and what is served as None only
+  Signature integer_bits_;         ///< their nibbles of a signature, all ones
   std::vector<Check> binders_;     ///< the occurrences that bind
   std::vector<Check> checks_;      ///< all others
   std::vector<uint8_t> mutated_;

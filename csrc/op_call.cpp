@@ -110,6 +110,20 @@ int64_t take_integer(const Op& op, const ArgSpec& arg, PyObject* object) {
        arg.kind == ArgKind::kBool ? "a bool" : "an int");
 }
 
+/// A string: where it is, and its position among the argument's values.
+void take_text(const Op& op, const ArgSpec& arg, PyObject* object, Call& call, size_t i) {
+  if (HD_UNLIKELY(!PyUnicode_Check(object)))
+    fail(Fault::kCaller, op.name(), ": ", arg.name, " is a ", Py_TYPE(object)->tp_name, "; it takes a str");
+  Py_ssize_t size = 0;
+  const char* data = PyUnicode_AsUTF8AndSize(object, &size);  // kept by the string
+  if (HD_UNLIKELY(!data)) {
+    PyErr_Clear();
+    fail(Fault::kCaller, op.name(), ": ", arg.name, " is a str with half a character, which UTF-8 does not have");
+  }
+  call.texts[i] = {data, static_cast<size_t>(size)};
+  call.integers[i] = arg.position(call.texts[i]);
+}
+
 HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
   for (size_t i = 0; i < op.args().size(); ++i)
     if (op.args()[i].is_tensor() && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
@@ -220,6 +234,8 @@ inline void take_value(const ArgSpec& arg, const c10::IValue& value, Call& call,
     call.scalars[i] = value.toDouble();
   else if (arg.kind == ArgKind::kNone)
     call.integers[i] = !value.isNone();
+  else if (HD_UNLIKELY(arg.kind == ArgKind::kString))
+    call.integers[i] = arg.position(call.texts[i] = {value.toStringRef().data(), value.toStringRef().size()});
   else
     call.integers[i] = value.isBool() ? value.toBool() : value.toInt();
 }
@@ -396,12 +412,22 @@ PyObject* small_int(int64_t value) {
   if (!object) throw python_error();
   return object;
 }
+
+/// The same for a string.
+PyObject* lasting_text(const std::string& value) {
+  static auto* made = new std::map<std::string, PyObject*>;
+  PyObject*& object = (*made)[value];
+  if (!object) object = PyUnicode_FromStringAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
+  if (!object) throw python_error();
+  return object;
+}
 }  // namespace
 
 PyObject* default_argument(const ArgSpec& arg) {
   if (arg.kind == ArgKind::kNone || (arg.is_tensor() && arg.is_optional)) return Py_None;
   if (!arg.has_default) return nullptr;
   if (arg.kind == ArgKind::kBool) return arg.default_value ? Py_True : Py_False;
+  if (arg.kind == ArgKind::kString) return lasting_text(arg.texts[static_cast<size_t>(arg.default_value)]);
   return small_int(arg.default_value);
 }
 
@@ -438,7 +464,10 @@ bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad)
     if (arg.is_tensor()) {
       if (HD_UNLIKELY(take_tensor(object, arg, call.tensors[i], grad))) return false;
     } else if (arg.kind != ArgKind::kFloat) {
-      call.integers[i] = take_integer(op, arg, object);
+      if (HD_UNLIKELY(arg.kind == ArgKind::kString))
+        take_text(op, arg, object, call, i);
+      else
+        call.integers[i] = take_integer(op, arg, object);
     } else if (HD_LIKELY(PyFloat_CheckExact(object))) {
       call.scalars[i] = PyFloat_AS_DOUBLE(object);
     } else if (PyFloat_Check(object)) {
@@ -464,6 +493,10 @@ void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call
     if (HD_UNLIKELY(i >= given)) {  // absent
       call.integers[i] = arg.default_value;
       call.tensors[i].dtype = DType::kNone;
+      if (arg.kind == ArgKind::kString) {
+        const std::string& text = arg.texts[static_cast<size_t>(arg.default_value)];
+        call.texts[i] = {text.data(), text.size()};
+      }
     } else if (!arg.is_tensor()) {
       take_value(arg, values[i], call, i);
     } else if (values[i].isNone() || !values[i].toTensor().defined()) {

@@ -67,7 +67,7 @@ inline Range extent_by_rows(const TensorView& view) noexcept {
 
 class PendingWrites {
  public:
-  static constexpr uint32_t kRanges = 32;  ///< at least kMaxArgs: a launch's outputs always fit an empty set
+  static constexpr uint32_t kRanges = 40;  ///< above kMaxArgs: a launch's outputs always fit an empty set
   static constexpr uint32_t kStreams = 4;  ///< sets per thread
 
   /// This thread's set for launches on `stream` of the device in that slot, until the thread's next call of this.
@@ -126,6 +126,6 @@ class PendingWrites {
   Range hull_{UINTPTR_MAX, 0};  ///< of all ranges
   std::array<Range, kRanges> ranges_{};
 };
-static_assert(PendingWrites::kRanges >= kMaxArgs);
+static_assert(PendingWrites::kRanges > kMaxArgs);
 
 }  // namespace hdispatch

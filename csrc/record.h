@@ -105,9 +105,9 @@ struct Record : RecordHead {
   std::array<Cubin, kMClasses> cubins;
 };
 
-enum class FfiArgKind : uint8_t { kTensor, kNone, kInt, kBool, kFloat, kStream, kPdl };
-inline constexpr std::array<std::string_view, 7> kFfiArgKindNames = {"tensor", "none",   "int", "bool",
-                                                                     "float",  "stream", "pdl"};
+enum class FfiArgKind : uint8_t { kTensor, kNone, kInt, kBool, kFloat, kStream, kPdl, kString };
+inline constexpr std::array<std::string_view, 8> kFfiArgKindNames = {"tensor", "none",   "int", "bool",
+                                                                     "float",  "stream", "pdl", "str"};
 
 /// One argument of a function with TVM FFI's ABI.
 struct FfiArg {
@@ -118,6 +118,7 @@ struct FfiArg {
   DType dtype = DType::kNone;  ///< kTensor: as which type of the same size it is passed; kNone: its own
   Expr value;                  ///< kInt, kBool
   double constant = 0;         ///< kFloat with arg < 0
+  std::string text;            ///< kString: the constant, without NUL
   std::string name;            ///< of the argument, for messages
 };
 

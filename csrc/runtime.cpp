@@ -289,7 +289,7 @@ void check_reads(const Op& op, const Variant& variant, const Launcher& launcher,
   const auto check_tensor = [&](uint32_t arg) {
     HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor(), "row ", row, ": ", kernel, " reads tensor ",
                     arg, ", which ", op.name(), " has not");
-    HD_CHECK_BUNDLE(variant.signature >> 4 * arg & 0xf, "row ", row, ": ", kernel, " reads ", op.args()[arg].name,
+    HD_CHECK_BUNDLE(variant.signature.get(arg), "row ", row, ": ", kernel, " reads ", op.args()[arg].name,
                     ", which is None in variant ", variant.name);
   };
   const Reads reads = launcher.reads();

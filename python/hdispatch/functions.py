@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from . import _C, ops
 from .errors import HdispatchError
 from .manifest import FfiArg, Guard, check_views
-from .opspec import BoolArg, FloatArg, NoneArg, OpSpec, TensorArg
+from .opspec import BoolArg, FloatArg, NoneArg, OpSpec, StrArg, TensorArg
 
 Stream = Literal["environment", "argument", "none"]
 MAX_M = 2**63 - 1
@@ -101,8 +101,8 @@ def raw_function(function: object) -> Any:
 
 
 def default_args(spec: OpSpec, variant: str, stream: Stream = "environment") -> list[FfiArg]:
-    """The op's arguments in order, None where the variant has none, then the stream if it is an argument."""
-    absent = set(spec.variant(variant).none)
+    """The op's arguments in order, None where the variant has none, the variant's strings, then the stream if it is one."""
+    absent, static = set(spec.variant(variant).none), spec.variant(variant).static
     made: list[FfiArg] = []
     for arg in spec.args:
         if isinstance(arg, NoneArg) or arg.name in absent:
@@ -111,6 +111,8 @@ def default_args(spec: OpSpec, variant: str, stream: Stream = "environment") -> 
             made.append({"kind": "tensor", "arg": arg.name})
         elif isinstance(arg, FloatArg):
             made.append({"kind": "float", "arg": arg.name})
+        elif isinstance(arg, StrArg):
+            made.append({"kind": "str", "text": str(static[arg.name])})
         else:
             made.append({"kind": "bool" if isinstance(arg, BoolArg) else "int", "value": [arg.name]})
     return [*made, {"kind": "stream"}] if stream == "argument" else made

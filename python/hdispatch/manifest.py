@@ -191,6 +191,7 @@ class FfiArg(TypedDict):
                    of size 0 or 1 is that of a contiguous tensor
            none    what an absent optional argument, or one that was None when the function was compiled, takes
            int bool float
+           str     the constant `text`, as a C string
            stream  the stream, as an opaque pointer; at most one
            pdl     an int: 1 if the record says that its kernels wait themselves (`pdl`) and the bundle is loaded with pdl
     arg    tensor: the tensor argument, which is given in every variant of the record's rows; float: the float argument,
@@ -200,15 +201,17 @@ class FfiArg(TypedDict):
     dtype  tensor: passed as this type of the same size, `uint8` for `float8_e4m3fn`, say; default its own
     value  int and bool
     const  float: a constant
+    text   str: a constant without NUL
     """
 
-    kind: Literal["tensor", "none", "int", "bool", "float", "stream", "pdl"]
+    kind: Literal["tensor", "none", "int", "bool", "float", "stream", "pdl", "str"]
     arg: NotRequired[str]
     align: NotRequired[int]
     dims: NotRequired[list[int]]
     dtype: NotRequired[str]
     value: NotRequired[Expr]
     const: NotRequired[float]
+    text: NotRequired[str]
 
 
 class FfiRecord(RecordHead):

@@ -17,7 +17,7 @@ import torch
 
 from . import _C
 from .errors import HdispatchError
-from .opspec import Arg, BoolArg, FloatArg, NoneArg, OpSpec, TensorArg, dtype_name, parse_dim
+from .opspec import Arg, BoolArg, FloatArg, NoneArg, OpSpec, StrArg, TensorArg, dtype_name, parse_dim
 
 _SPECS: dict[str, OpSpec] = {}
 _OPS: dict[str, _C.Op] = {}
@@ -84,6 +84,8 @@ def _describe(spec: OpSpec, arg: Arg) -> dict[str, object]:
         return {"kind": "float", "name": arg.name, "minimum": arg.minimum}
     if isinstance(arg, NoneArg):
         return {"kind": "none", "name": arg.name, "ignored": arg.ignored}
+    if isinstance(arg, StrArg):
+        return {"kind": "str", "name": arg.name, "values": list(arg.values), "default": arg.default}
     if not isinstance(arg, TensorArg):
         return {
             "kind": "bool" if isinstance(arg, BoolArg) else "int",

@@ -15,7 +15,7 @@ read, else among the required ones, else among the optional ones (then it is 0 w
 occurrence is checked against it. A symbol that no argument carries is 0 in the key.
 
 Variants. What is compiled in: the dtypes of the tensors, the pattern of absent optional arguments, and the values of
-integers and flags that list their `values`. `dtypes` of an argument are alternatives; an argument that says
+integers, flags and strings that list their `values`. `dtypes` of an argument are alternatives; an argument that says
 `dtypes="input"` has the dtype of the argument of that name. A value that is not listed is a miss, not an error.
 """
 
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import keyword
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -100,6 +101,18 @@ class IntArg:
 
 
 @dataclass(frozen=True)
+class StrArg:
+    """A string that is one of `values`, compiled in as an integer's are; any other is a miss. Any Unicode, NUL and "" too.
+
+    default   one of the values, of printable ASCII without quotes and backslashes: torch's schemas hold no other
+    """
+
+    name: str
+    values: tuple[str, ...]
+    default: str | None = None
+
+
+@dataclass(frozen=True)
 class BoolArg:
     """A flag. With `values` it is compiled in; without (`values=None`) it is accepted and no variant depends on it."""
 
@@ -120,7 +133,13 @@ class NoneArg:
     ignored: bool = False
 
 
-Arg = TensorArg | FloatArg | IntArg | BoolArg | NoneArg
+Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
+
+#: A value that is compiled in.
+Static = int | bool | str
+
+#: Arguments of an op, and values that one of them lists: csrc/op.h has four bits for each.
+MAX_ARGS, MAX_VALUES = 32, 13
 
 
 class Dim(NamedTuple):
@@ -149,7 +168,7 @@ class Variant:
     #: names of the optional arguments that are None.
     none: frozenset[str]
     #: value of each argument that is compiled in, by name.
-    static: dict[str, int | bool] = field(hash=False, default_factory=dict)
+    static: dict[str, Static] = field(hash=False, default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -204,8 +223,12 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: argument names repeat: {names}")
         if list(self.ladder) != sorted(set(self.ladder)) or not self.ladder or self.ladder[0] < 1:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
+        if len(self.args) > MAX_ARGS:
+            raise HdispatchError(f"{self.name}: {len(self.args)} arguments; an op takes at most {MAX_ARGS}")
         for arg in self.tensors():
             self._check_tensor(arg)
+        for static in self.static_args():
+            self._check_values(static)
         if any(isinstance(arg, NoneArg) and arg.ignored and arg.type != "int[]?" for arg in self.args):
             raise HdispatchError(f"{self.name}: only arguments of type int[]? can be ignored")
         unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
@@ -216,11 +239,28 @@ class OpSpec:
         if binder is not None and binder[0].optional:
             raise HdispatchError(f"{self.name}: only {binder[0].name}, which may be None, carries M")
 
+    def _check_values(self, arg: IntArg | BoolArg | StrArg) -> None:
+        values = tuple(arg.values or ())
+        if not 1 <= len(values) <= MAX_VALUES or len(set(values)) != len(values):
+            raise HdispatchError(f"{self.name}: {arg.name} lists {values}; it takes 1 to {MAX_VALUES} different values")
+        if not isinstance(arg, StrArg):
+            return
+        for value in values:
+            if not isinstance(value, str) or not _is_utf8(value):
+                raise HdispatchError(f"{self.name}: {arg.name} lists {value!r}; it takes strings that UTF-8 has")
+        if arg.default is not None and arg.default not in values:
+            raise HdispatchError(f"{self.name}: the default of {arg.name} is {arg.default!r}, none of its values {values}")
+        if arg.default is not None and not re.fullmatch(r"""[ !#-&(-\[\]-~]*""", arg.default):
+            raise HdispatchError(
+                f"{self.name}: the default of {arg.name} is {arg.default!r}; torch's schemas take printable ASCII without "
+                "quotes and backslashes there"
+            )
+
     def _check_tensor(self, arg: TensorArg) -> None:
         sources = {other.name for other in self.tensors() if not isinstance(other.dtypes, str)}
         if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
             raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own")
-        static = {other.name for other in self.static_args()}
+        static = {other.name for other in self.static_args() if not isinstance(other, StrArg)}
         for dim in arg.dims:
             divisor = parse_dim(dim).divisor
             if isinstance(divisor, str) and divisor not in static:
@@ -240,9 +280,9 @@ class OpSpec:
         """The tensor arguments in order."""
         return (arg for arg in self.args if isinstance(arg, TensorArg))
 
-    def static_args(self) -> list[IntArg | BoolArg]:
+    def static_args(self) -> list[IntArg | BoolArg | StrArg]:
         """The arguments whose values are compiled in, in order."""
-        return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg)) and arg.values is not None]
+        return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
 
     def binder(self, symbol: str) -> tuple[TensorArg, int] | None:
         """The tensor and the dimension that give a symbol its value; None if nothing carries it."""
@@ -263,7 +303,7 @@ class OpSpec:
         Optional tensors default to None where only arguments with defaults follow them.
         """
         parts: list[str] = []
-        aliases = iter("abcdefghijklmnopqrstuvwxyz")
+        aliases = itertools.chain("abcdefghijklmnopqrstuvwxyz", (f"a{number}" for number in itertools.count()))
         for index, arg in enumerate(self.args):
             parts.append(_declare(arg, aliases, all(_has_default(rest) for rest in self.args[index:])))
         return f"{self.name}({', '.join(parts)}) -> ()"
@@ -272,11 +312,12 @@ class OpSpec:
         """Every variant: the product of dtype alternatives, presence of each optional argument and static values.
 
         A name reads `bfloat16`, `bfloat16+residual` where optional arguments are present, `bfloat16+group_size=64`,
-        `bfloat16+is_neox` where a flag is set.
+        `bfloat16+is_neox` where a flag is set, `bfloat16+kv_cache_dtype=fp8` (a string with other than letters, digits and
+        `_.-` as Python writes it).
         """
         free = [(arg.name, arg.dtypes) for arg in self.tensors() if not isinstance(arg.dtypes, str)]
         optional = [arg.name for arg in self.tensors() if arg.optional]
-        static = [(arg.name, arg.values) for arg in self.static_args() if arg.values is not None]
+        static: list[tuple[str, tuple[Static, ...]]] = [(arg.name, arg.values or ()) for arg in self.static_args()]
         found = []
         for present in itertools.product((False, True), repeat=len(optional)):
             none = frozenset(name for name, here in zip(optional, present, strict=True) if not here)
@@ -287,7 +328,7 @@ class OpSpec:
                     found.append(self._variant(chosen, none, fixed))
         return found
 
-    def _variant(self, chosen: dict[str, torch.dtype], none: frozenset[str], static: dict[str, int | bool]) -> Variant:
+    def _variant(self, chosen: dict[str, torch.dtype], none: frozenset[str], static: dict[str, Static]) -> Variant:
         dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
         varied = [
             dtype_name(chosen[arg.name])
@@ -296,7 +337,7 @@ class OpSpec:
         ]
         present = [arg.name for arg in self.tensors() if arg.optional and arg.name not in none]
         values = [
-            name if value is True else f"{name}={value}"
+            name if value is True else f"{name}={_shown(value)}"
             for name, value in static.items()
             if value is not False and len(next(a.values or () for a in self.static_args() if a.name == name)) > 1
         ]
@@ -325,7 +366,7 @@ class OpSpec:
         return {
             v.name: {
                 **{arg: dtype_name(dtype) for arg, dtype in v.dtypes.items()},
-                **{arg: int(value) for arg, value in v.static.items()},
+                **{arg: value if isinstance(value, str) else int(value) for arg, value in v.static.items()},
             }
             for v in self.variants()
         }
@@ -343,9 +384,7 @@ class OpSpec:
         binders = {symbol: self.binder(symbol) for symbol in shape}
         return {symbol: size for symbol, size in shape.items() if (found := binders[symbol]) and found[0].name not in none}
 
-    def tensor_sizes(
-        self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, int | bool] | None = None
-    ) -> list[Any]:
+    def tensor_sizes(self, arg: TensorArg, sizes: Mapping[str, Any], static: Mapping[str, Static] | None = None) -> list[Any]:
         """The sizes of an argument for given symbols and static values; -1 where any size will do."""
 
         def size(dim: Dim) -> Any:
@@ -354,7 +393,7 @@ class OpSpec:
             if dim.symbol == "*":
                 return -1
             whole = dim.factor * sizes[dim.symbol]
-            by = dim.divisor if isinstance(dim.divisor, int) else (static or {})[dim.divisor]
+            by = dim.divisor if isinstance(dim.divisor, int) else int((static or {})[dim.divisor])
             return whole if by == 1 else (whole + (by - 1)) // by
 
         return [size(parse_dim(dim)) for dim in arg.dims]
@@ -373,6 +412,8 @@ def _declare(arg: Arg, aliases: Iterator[str], trailing: bool) -> str:
         return f"float {arg.name}"
     if isinstance(arg, NoneArg):
         return f"{arg.type} {arg.name}" + ("=None" if trailing else "")
+    if isinstance(arg, StrArg):
+        return f"str {arg.name}" + (f'="{arg.default}"' if arg.default is not None and trailing else "")
     kind = "bool" if isinstance(arg, BoolArg) else "int"
     return f"{kind} {arg.name}" + (f"={arg.default}" if arg.default is not None and trailing else "")
 
@@ -380,7 +421,21 @@ def _declare(arg: Arg, aliases: Iterator[str], trailing: bool) -> str:
 def _has_default(arg: Arg) -> bool:
     if isinstance(arg, TensorArg):
         return arg.optional
-    return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg)) and arg.default is not None)
+    return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.default is not None)
+
+
+def _is_utf8(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a character
+        return False
+    return True
+
+
+def _shown(value: Static) -> str:
+    """A value in a variant's name."""
+    plain = not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_.\-]+", value)
+    return str(value) if plain else ascii(value)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

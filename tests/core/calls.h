@@ -100,9 +100,9 @@ inline std::vector<ArgSpec> toy_args() {
   return args;
 }
 
-inline uint64_t signature(const std::vector<std::pair<int, DType>>& dtypes) {
-  uint64_t out = 0;
-  for (const auto& [index, dtype] : dtypes) out |= static_cast<uint64_t>(dtype) << (4 * index);
+inline Signature signature(const std::vector<std::pair<int, DType>>& dtypes) {
+  Signature out;
+  for (const auto& [index, dtype] : dtypes) out.set(static_cast<uint32_t>(index), static_cast<uint64_t>(dtype));
   return out;
 }
 

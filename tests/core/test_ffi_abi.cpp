@@ -53,7 +53,8 @@ static_assert(int{kCodeBFloat} == kDLBfloat && int{kCodeBool} == kDLBool);
 static_assert(int{kCodeFloat8E4M3FN} == kDLFloat8_e4m3fn && int{kCodeFloat8E5M2} == kDLFloat8_e5m2);
 static_assert(int{kTypeNone} == kTVMFFINone && int{kTypeInt} == kTVMFFIInt && int{kTypeBool} == kTVMFFIBool);
 static_assert(int{kTypeFloat} == kTVMFFIFloat && int{kTypeOpaquePtr} == kTVMFFIOpaquePtr);
-static_assert(int{kTypeTensorPtr} == kTVMFFIDLTensorPtr && int{kTypeObjectBegin} == kTVMFFIStaticObjectBegin);
+static_assert(int{kTypeTensorPtr} == kTVMFFIDLTensorPtr && int{kTypeRawStr} == kTVMFFIRawStr);
+static_assert(int{kTypeObjectBegin} == kTVMFFIStaticObjectBegin);
 static_assert(int{kTypeError} == kTVMFFIError && int{kTypeFunction} == kTVMFFIFunction);
 
 /// Parameter by parameter of the same size: pointers are pointers, enums are ints.

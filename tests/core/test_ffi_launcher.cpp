@@ -286,10 +286,10 @@ TEST(what_a_launcher_refuses) {
   CHECK_FAULT(kBundle, "there is no function", make([](FfiRecord&) {}, {}));
   CHECK_FAULT(kBundle, "alignment 24 is not a power of two", make([](FfiRecord& r) { r.args[0].align = 24; }));
   CHECK_FAULT(kBundle, "5 dimensions of input", make([](FfiRecord& r) { r.args[1].dims = {0, 0, 0, 0, 0}; }));
-  CHECK_FAULT(kBundle, "25 arguments; a function takes at most 24",
-              make([](FfiRecord& r) { r.args.assign(25, simple(FfiArgKind::kNone)); }));
-  CHECK_FAULT(kBundle, "13 tensors; a function takes at most 12",
-              make([](FfiRecord& r) { r.args.assign(13, tensor(kInput)); }));
+  CHECK_FAULT(kBundle, "41 arguments; a function takes at most 40",
+              make([](FfiRecord& r) { r.args.assign(41, simple(FfiArgKind::kNone)); }));
+  CHECK_FAULT(kBundle, "34 tensors; a function takes at most 33",
+              make([](FfiRecord& r) { r.args.assign(34, tensor(kInput)); }));
   CHECK_FAULT(kBundle, "arguments 5 and 6 are both the stream",
               make([](FfiRecord& r) { r.args[6] = simple(FfiArgKind::kStream); }));
   CHECK_FAULT(kBundle, "libtvm_ffi is not loaded",

@@ -223,6 +223,69 @@ TEST(factors) {
                  "halves: result has size(1) = 6143; it takes 6144 ([M, N] with N = 6144)");
 }
 
+TEST(signatures_hold_four_bits_of_each_argument) {
+  Signature bits, mask;
+  for (uint32_t i = 0; i < kMaxArgs; ++i) bits.set(i, (i * 7 + 3) % 15);
+  for (uint32_t i = 0; i < kMaxArgs; ++i) CHECK_EQ(bits.get(i), (i * 7 + 3) % 15);
+  for (uint32_t i = 0; i < kMaxArgs; ++i) {
+    Signature other = bits, mine;
+    other.set(i, ~bits.get(i) & 15);
+    mine.set(i, 15);
+    CHECK(!(bits == other) && !bits.same_but(mask, other) && bits.same_but(mine, other));
+  }
+}
+
+/// out! [M], 16 floats of which nothing depends, late [M] of two dtypes, mode "" or "fp8\0" or "fp8", last!? [M]: 20.
+Op wide() {
+  std::vector<ArgSpec> args = {tensor_arg("out", {symbol(kM)}, {DType::kFloat32})};
+  args[0].is_mutated = true;
+  for (int i = 0; i < 16; ++i) args.push_back(float_arg("f" + std::to_string(i), 0.0));
+  args.push_back(tensor_arg("late", {symbol(kM)}, {DType::kFloat32, DType::kBFloat16}));
+  args.push_back(int_arg("mode", {0, 1, 2}));
+  args.back().kind = ArgKind::kString;
+  args.back().texts = {"", std::string("fp8\0", 4), "fp8"};
+  args.push_back(tensor_arg("last", {symbol(kM)}, {DType::kFloat32}));
+  args.back().is_mutated = args.back().is_optional = true;
+  std::vector<Variant> variants;
+  for (const bool last : {false, true})
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
+      for (uint64_t mode = 1; mode <= 3; ++mode) {
+        Signature bits = signature({{0, DType::kFloat32}, {17, dtype}});
+        bits.set(18, mode);
+        if (last) bits.set(19, static_cast<uint64_t>(DType::kFloat32));
+        variants.push_back({std::to_string(variants.size()), bits});
+      }
+  return Op(0, "wide", "", args, variants);
+}
+
+TEST(arguments_beyond_the_sixteenth) {
+  const Op op = wide();
+  uint16_t expected = 0;
+  for (const bool last : {false, true})
+    for (const DType dtype : {DType::kFloat32, DType::kBFloat16})
+      for (const std::string& mode : op.args()[18].texts) {
+        Call call{};
+        call.tensors[0] = contiguous(1, DType::kFloat32, {5});
+        call.tensors[17] = contiguous(2, dtype, {5});
+        call.tensors[19] = last ? contiguous(3, DType::kFloat32, {5}) : absent();
+        call.texts[18] = {mode.data(), mode.size()};
+        call.integers[18] = op.args()[18].position(call.texts[18]);
+        Call wrong = call, other = call;
+        const Found found = bind(op, call);
+        CHECK(found.ok);
+        CHECK_EQ(found.variant, expected++);
+        wrong.tensors[17].dtype = DType::kFloat16;
+        CHECK_CONTAINS(complaint(wrong, op), "wide: late has dtype float16; it takes float32 or bfloat16");
+        other.texts[18] = {"fp8\0\1", 5};
+        other.integers[18] = op.args()[18].position(other.texts[18]);
+        uint16_t variant = 0;
+        DeviceSlot slot = kNoSlot;
+        CHECK(op.bind(other, variant, slot) == Bound::kUnserved);
+        CHECK_EQ(op.unserved(other), std::string("mode is \"fp8\\x00\\x01\", served are \"\" \"fp8\\x00\" \"fp8\""));
+        CHECK_EQ(op.unserved_argument(other), std::string("mode"));
+      }
+}
+
 TEST(bad_declarations_are_refused) {
   const auto make = [](auto change) {
     std::vector<ArgSpec> args = toy_args();
@@ -231,7 +294,7 @@ TEST(bad_declarations_are_refused) {
     return Op(0, "bad", "", args, variants);
   };
   CHECK_FAULT(kBundle, "bad: no variants", make([](auto&, auto& variants) { variants.clear(); }));
-  CHECK_FAULT(kBundle, "bad: 17 arguments", make([](auto& args, auto&) { args.resize(17, float_arg("more", 0)); }));
+  CHECK_FAULT(kBundle, "bad: 33 arguments", make([](auto& args, auto&) { args.resize(33, float_arg("more", 0)); }));
   CHECK_FAULT(kBundle, "weight has rank 0", make([](auto& args, auto&) { args[kWeight].dims.clear(); }));
   CHECK_FAULT(kBundle, "weight has rank 5", make([](auto& args, auto&) { args[kWeight].dims.resize(5); }));
   CHECK_FAULT(kBundle, "dimension 1 of scale is 0", make([](auto& args, auto&) { args[kScale].dims[1] = exactly(0); }));
@@ -505,9 +568,12 @@ Op choosing() {
                                flag_arg("quiet", {}),
                                none_arg("shape")};
   std::vector<Variant> variants;
-  for (const uint64_t group : {1, 2})
-    variants.push_back({"group" + std::to_string(group),
-                        static_cast<uint64_t>(DType::kFloat32) | group << (4 * kGroup) | uint64_t{1} << (4 * kRound)});
+  for (const uint64_t group : {1, 2}) {
+    Signature bits = signature({{0, DType::kFloat32}});
+    bits.set(kGroup, group);
+    bits.set(kRound, 1);
+    variants.push_back({"group" + std::to_string(group), bits});
+  }
   return Op(0, "choosing", "", args, variants);
 }
 
@@ -683,11 +749,12 @@ Op random_op(Random& random) {
   std::vector<Variant> variants;
   for (const bool present : {true, false})
     for (const uint64_t by : {1, 2}) {
-      uint64_t bits = by << 4;
+      Signature bits;
+      bits.set(1, by);
       for (size_t i = 0; i < args.size(); ++i) {
         if (args[i].is_tensor() && (present || !args[i].is_optional))
-          bits |= static_cast<uint64_t>(args[i].dtypes[0]) << 4 * i;
-        if (args[i].kind == ArgKind::kBool) bits |= uint64_t{1} << 4 * i;
+          bits.set(static_cast<uint32_t>(i), static_cast<uint64_t>(args[i].dtypes[0]));
+        if (args[i].kind == ArgKind::kBool) bits.set(static_cast<uint32_t>(i), 1);
       }
       variants.push_back({std::string(present ? "present" : "absent") + std::to_string(by), bits});
     }
@@ -832,7 +899,7 @@ TEST(bind_and_complain_agree) {
         CHECK(result == Bound::kYes);
         const Variant& found = op.variants()[variant];
         const Variant& wanted = op.variants()[static_cast<size_t>(present ? by - 1 : by + 1)];
-        CHECK_EQ(found.signature, wanted.signature);
+        CHECK(found.signature == wanted.signature);
         CHECK_EQ(slot, DeviceSlot{1});
         for (size_t s = 0; s < op.args()[0].dims.size(); ++s) CHECK_EQ(call.sizes[s], sizes[s]);
         check_views(op, call, sizes, by);

@@ -226,7 +226,8 @@ TEST(a_long_chain_begins_anew_now_and_then) {
   run(*run.quantize, call_of(0, 990));
   int plain = 0;
   for (uintptr_t i = 1; i <= 100; ++i) plain += !run(*run.multiply, call_of(4 * i, 990));
-  CHECK(plain >= 8 && plain <= 10);
+  const int fillings = 100 / (PendingWrites::kRanges / 3 + 1);  // of a set, by three outputs a launch
+  CHECK(plain >= fillings - 1 && plain <= fillings + 1);
   plain = 0;
   for (uintptr_t i = 1; i <= 100; ++i) plain += !run(*run.multiply, call_of(4 * (i % 8), 990));
   CHECK(plain <= 1);

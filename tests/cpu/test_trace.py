@@ -109,6 +109,10 @@ def test_facts_about_row_strides_become_guards(worker):
         worker.call("host_functions:guards", "on_stride")
 
 
+def test_a_fact_that_the_host_function_checks_too_is_one_guard(worker):
+    assert worker.call("host_functions:guards", "checked") == worker.call("host_functions:guards", "good")
+
+
 @pytest.mark.parametrize(
     ("host", "one", "mult16", "other"),
     [  # [always 1, always a multiple of 16]

@@ -29,7 +29,7 @@ from ..errors import BuildError
 from ..manifest import Expr, FfiArg, FfiRecord, Guard
 from ..opspec import OpSpec, TensorArg
 from . import op_package
-from .expr import render
+from .expr import guards_of
 from .store import Store, digest
 from .target import GpuTarget
 from .unit import Built, Unit, bucket_bounds, early_reads, load_spec
@@ -173,4 +173,4 @@ def _guards(spec: OpSpec, unit: Unit, program: Program) -> list[Guard]:
             continue
         expr: Expr = [leaf, multiple, "%", 0, "=="]
         exprs.append([*expr, f"{name}.size({dimension}", 1, "==", "or"] if dot else expr)
-    return [{"expr": expr, "text": render(expr)} for expr in exprs]
+    return guards_of(exprs)

@@ -16,7 +16,7 @@ import sympy  # type: ignore[import-untyped]
 from torch.utils._sympy import functions as torch_sympy
 
 from ..errors import BuildError
-from ..manifest import Expr
+from ..manifest import Expr, Guard
 
 #: Values on the stack at once, as in csrc/expr.h.
 MAX_DEPTH = 16
@@ -196,6 +196,12 @@ def render(tokens: Expr) -> str:
         right = f"({right})" if right_binds <= binds else right
         stack.append((f"{left} {token} {right}", binds))
     return stack[-1][0]
+
+
+def guards_of(exprs: Iterable[Expr]) -> list[Guard]:
+    """Guards for these facts, each fact once: a host function's own check and a rule of the build may say the same."""
+    unique = {tuple(expr): expr for expr in exprs}
+    return [{"expr": expr, "text": render(expr)} for expr in unique.values()]
 
 
 def divisor(value: Value, known: Mapping[sympy.Symbol, int]) -> int:

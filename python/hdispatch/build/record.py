@@ -20,7 +20,7 @@ from ..errors import BuildError
 from ..manifest import M_CLASSES, Cubin, CubinRecord, Expr, Guard, MClass, Param, Record
 from ..opspec import OpSpec
 from . import triton_backend
-from .expr import OPERATORS, evaluate, postfix, render, turns
+from .expr import OPERATORS, evaluate, guards_of, postfix, render, turns
 from .store import Store
 from .target import GpuTarget
 from .trace import (
@@ -178,7 +178,7 @@ class Candidate:
             for m in (1, 2, 16, 33):
                 if self.interval[0] <= m <= self.interval[1] and (problem := self.objection(m, 0, other)):
                     raise BuildError(f"the code is not valid for {other} and M = {m}: {problem}")
-        return [{"expr": expr, "text": render(expr)} for expr in exprs]
+        return guards_of(exprs)
 
     def _int32_guard(self, name: str) -> Expr:
         """The last element of a row-strided tensor is within reach of 32-bit offsets: rows * stride < 2**31."""

@@ -284,6 +284,8 @@ def _words_of_ffi_arg(arg: FfiArg, record: FfiRecord) -> str:
         return words + (f", a multiple of {arg['align']} bytes" if arg.get("align", 1) > 1 else "")
     if kind in ("int", "bool"):
         return f"{kind:6} {words_of(arg['value'])}"
+    if kind == "str":
+        return f"{kind:6} {arg['text']!r}"
     if kind == "float":
         return f"{kind:6} {arg['const'] if 'const' in arg else arg['arg']}"
     if kind == "pdl":

@@ -37,14 +37,14 @@ def launches() -> list[dict[str, Any]]:
 
 
 def ffi_argument(param: bytes) -> Any:
-    """What a host function would have got: None, an int, bool or float; {pointer}, the stream; or a tensor.
+    """What a host function would have got: None, an int, bool or float; {pointer}, the stream or a string; or a tensor.
 
     {address, device: (type, id), dtype: (code, bits, lanes), shape, strides (elements)}, types and codes as DLPack's.
     """
     if len(param) == _FFI_VALUE.size:
         kind, _, value = _FFI_VALUE.unpack(param)
         integer = int.from_bytes(value, "little", signed=True)
-        return [None, integer, bool(integer), struct.unpack("<d", value)[0], {"pointer": integer}][kind]
+        return [None, integer, bool(integer), struct.unpack("<d", value)[0], {"pointer": integer}][min(kind, 4)]
     address, device, index, rank, code, bits, lanes = _FFI_TENSOR.unpack_from(param)
     sizes = struct.unpack_from(f"<{2 * rank}q", param, _FFI_TENSOR.size)
     return {
