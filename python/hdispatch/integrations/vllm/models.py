@@ -16,7 +16,7 @@ from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 
 from . import settings, support, weights
-from .attention import FlashAttention3
+from .attention import Attention
 from .layers import FusedLayers
 
 if TYPE_CHECKING:
@@ -97,13 +97,13 @@ class FusedForward:
         config = self._config
         bound = weights.bind(decoder, config.model_config.dtype)
         settings.load_bundle(bound.embedding.device)
-        scale = bound.layers[0].attention.impl.scale
+        scheduler = config.scheduler_config
         ranks = get_tensor_model_parallel_world_size()
         return FusedLayers(
             decoder,
             bound,
-            config.scheduler_config.max_num_batched_tokens,
-            FlashAttention3(bound.layers, scale, canonicalize_singleton_dim_strides),
+            scheduler.max_num_batched_tokens,
+            Attention(bound, config.model_config.max_model_len, scheduler.max_num_seqs, canonicalize_singleton_dim_strides),
             get_forward_context,
             tensor_model_parallel_all_reduce if ranks > 1 else None,
             self._layers,

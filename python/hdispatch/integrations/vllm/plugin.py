@@ -28,7 +28,7 @@ def register() -> None:
     whose decoder layers we run whole (`models.ARCHITECTURES`). The bundle of HDISPATCH_BUNDLE is loaded later, when the model
     is made: only then has a worker chosen its device.
 
-    Raises `HdispatchError` for a wrong HDISPATCH, or where HDISPATCH_BUNDLE names no folder.
+    Raises `HdispatchError` for a wrong HDISPATCH or HDISPATCH_ATTENTION, or where HDISPATCH_BUNDLE names no folder.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -37,6 +37,7 @@ def register() -> None:
         settings.logger.warning("hdispatch: off: %s", reason)
         return
     settings.bundle_folder()
+    settings.attention()
     from . import models
 
     models.register()
@@ -98,4 +99,5 @@ def _switched_off() -> str:
     if not settings.is_on():
         return f"{settings.SWITCH} is not 1: the plug-in does nothing"
     settings.bundle_folder()
+    settings.attention()
     return ""

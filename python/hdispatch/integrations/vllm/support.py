@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
+
+from ... import _C, runtime
 
 DTYPES = (torch.bfloat16, torch.float16)
 #: Head sizes that fused_qk_norm_rope and rotary_embedding have rows for.
@@ -83,3 +86,21 @@ def step_reason(layers: Any, positions: torch.Tensor, intermediate_tensors: obje
     if layers.model.aux_hidden_state_layers:
         return "hidden states of layers in between are asked for"
     return None
+
+
+def loaded_ladder(op: str, device: torch.device) -> tuple[int, ...]:
+    """The edges of the buckets of M of an op in the bundle that serves a CUDA device; none without bundle or rows."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    for bundle in runtime.loaded():
+        if bundle.device == index and op in bundle.manifest["ops"]:
+            return tuple(bundle.manifest["ops"][op]["ladder"])
+    return ()
+
+
+def objection(op: _C.Op, *arguments: Any) -> str | None:
+    """Why the launch table would not serve a call; None if it would. Launches nothing. Raises what a wrong call raises."""
+    *_, last = runtime.explain(op, *arguments).splitlines()
+    kind, _, reason = last.partition(" ")
+    if kind not in ("miss", "fallback"):
+        return None
+    return re.sub(r"[;,][^;,]* leave strict mode to use the fallback$", "", reason.strip())
