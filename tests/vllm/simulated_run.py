@@ -91,7 +91,8 @@ STEPS: list[dict[str, Any]] = []
 
 
 def run_both() -> None:
-    """Let every step run in vLLM's own layers first, and note how far ours are from them."""
+    """Let every step run in vLLM's own layers first; note how far ours are from them, and how often attention_half runs."""
+    from hdispatch import runtime
     from hdispatch.integrations.vllm import models
     from vllm.forward_context import get_forward_context
 
@@ -100,7 +101,9 @@ def run_both() -> None:
 
         def forward(self: Any, *given: Any, ours: Any = ours, theirs: Any = theirs, **named: Any) -> torch.Tensor:
             expected = theirs(self, *given, **named).float()
+            before = runtime.stats()["attention_half"]["fallbacks"]
             found = ours(self, *given, **named)
+            halves = runtime.stats()["attention_half"]["fallbacks"] - before
             metadata = get_forward_context().attn_metadata
             if metadata:
                 first = next(iter(metadata.values()))
@@ -108,7 +111,8 @@ def run_both() -> None:
                 difference = (found[:rows].float() - expected[:rows]).norm() / expected[:rows].norm()
                 requests = first.seq_lens.numel()
                 kind = "decode" if first.max_query_len == 1 else "prefill" if requests == 1 else "mixed"
-                STEPS.append({"kind": kind, "rows": rows, "requests": requests, "difference": float(difference)})
+                step = {"kind": kind, "rows": rows, "requests": requests, "difference": float(difference)}
+                STEPS.append(step | {"halves": halves})
             return found
 
         fused.forward = forward

@@ -50,17 +50,25 @@ class Heads:
 class Attention:
     """Attention of a model's layers on one device and stream.
 
-    weights       of the layers
-    longest       tokens of the longest request, vLLM's max_model_len
-    most          requests of a step, vLLM's max_num_seqs
-    canonical     gives dimensions of size 1 the stride that a contiguous tensor has
-    decode_reason why decode steps take FlashAttention 3 too; None if they take attention_half. Decided by `bind`.
+    weights        of the layers
+    longest        tokens of the longest request, vLLM's max_model_len
+    most           requests of a step, vLLM's max_num_seqs
+    canonical      gives dimensions of size 1 the stride that a contiguous tensor has
+    former         of weights that are no more: its workspace is used again, since graphs may have been captured with it
+    decode_reason  why decode steps take FlashAttention 3 too; None if they take attention_half. Decided by `bind`.
 
     Call `is_bound` before each step that has caches, and `bind` where it says no: vLLM replaces the caches after profiling and
     on waking up.
     """
 
-    def __init__(self, weights: Weights, longest: int, most: int, canonical: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        longest: int,
+        most: int,
+        canonical: Callable[[torch.Tensor], torch.Tensor],
+        former: Attention | None = None,
+    ) -> None:
         self._weights, self._longest, self._most, self._canonical = weights, longest, most, canonical
         self._layers = [layer.attention for layer in weights.layers]
         self._scale = self._layers[0].impl.scale
@@ -68,7 +76,10 @@ class Attention:
         self._first = self._last = None
         self._caches: list[torch.Tensor] = []
         self._views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        self._workspace: torch.Tensor | None = None
+        size, device = _WORKSPACE.workspace_floats(weights.shape.head_size), weights.embedding.device
+        kept = None if former is None else former._workspace
+        fits = kept is not None and (kept.numel(), kept.device) == (size, device)
+        self._workspace: torch.Tensor = kept if kept is not None and fits else torch.zeros(size, device=device)
         self._normed = weights.layers[0].q_norm is not None
         self._setting = settings.attention()
         self._said: str | None = ""
@@ -89,10 +100,6 @@ class Attention:
             self._views.append((self._canonical(k), self._canonical(v), *scales))
             self._caches.append(self._canonical(plain(attention.kv_cache)))
         self._first, self._last = self._layers[0].kv_cache, self._layers[-1].kv_cache
-        if self._workspace is None:
-            self._workspace = torch.zeros(
-                _WORKSPACE.workspace_floats(self._weights.shape.head_size), device=self._caches[0].device
-            )
         self.decode_reason = self._decide()
         if self.decode_reason != self._said:
             self._said = self.decode_reason
@@ -104,9 +111,9 @@ class Attention:
         if self._setting == "fa3":
             return f"{settings.ATTENTION} is fa3"
         device = self._caches[0].device
-        if device.type != "cuda":  # the reference serves
-            return None
         ladder = loaded_ladder("attention_half", device)
+        if not ladder and device.type != "cuda":  # the reference serves
+            return None
         for requests in sorted({min(edge, self._most) for edge in (*ladder, self._most)}):
             for length in (1, self._longest):
                 reason = objection(ops.attention_half, *self._example(requests, length))

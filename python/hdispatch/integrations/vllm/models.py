@@ -97,16 +97,22 @@ class FusedForward:
         config = self._config
         bound = weights.bind(decoder, config.model_config.dtype)
         settings.load_bundle(bound.embedding.device)
-        scheduler = config.scheduler_config
+        scheduler, former = config.scheduler_config, self._layers
         ranks = get_tensor_model_parallel_world_size()
         return FusedLayers(
             decoder,
             bound,
             scheduler.max_num_batched_tokens,
-            Attention(bound, config.model_config.max_model_len, scheduler.max_num_seqs, canonicalize_singleton_dim_strides),
+            Attention(
+                bound,
+                config.model_config.max_model_len,
+                scheduler.max_num_seqs,
+                canonicalize_singleton_dim_strides,
+                None if former is None else former.attention,
+            ),
             get_forward_context,
             tensor_model_parallel_all_reduce if ranks > 1 else None,
-            self._layers,
+            former,
         )
 
     def _say(self, seconds: float) -> None:

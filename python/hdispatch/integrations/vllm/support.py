@@ -89,8 +89,8 @@ def step_reason(layers: Any, positions: torch.Tensor, intermediate_tensors: obje
 
 
 def loaded_ladder(op: str, device: torch.device) -> tuple[int, ...]:
-    """The edges of the buckets of M of an op in the bundle that serves a CUDA device; none without bundle or rows."""
-    index = torch.cuda.current_device() if device.index is None else device.index
+    """The edges of the buckets of M of an op in the bundle that serves a device's tensors; none without one."""
+    index = -1 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
     for bundle in runtime.loaded():
         if bundle.device == index and op in bundle.manifest["ops"]:
             return tuple(bundle.manifest["ops"][op]["ladder"])
