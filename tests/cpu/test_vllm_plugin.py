@@ -403,7 +403,7 @@ def make_weights(scheme, count=2):
 
 
 def make_attention(bound, longest=512, former=None):
-    return attention_module.Attention(bound, longest, 64, lambda x: x, former)
+    return attention_module.Attention(bound, lambda: longest, 64, lambda x: x, former)
 
 
 def run_step(bound, rows, reduce, most=512):

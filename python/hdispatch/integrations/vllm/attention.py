@@ -51,7 +51,7 @@ class Attention:
     """Attention of a model's layers on one device and stream.
 
     weights        of the layers
-    longest        tokens of the longest request, vLLM's max_model_len
+    longest        tells the tokens of the longest request, vLLM's max_model_len, which vLLM may set when it knows its memory
     most           requests of a step, vLLM's max_num_seqs
     canonical      gives dimensions of size 1 the stride that a contiguous tensor has
     former         of weights that are no more: its workspace is used again, since graphs may have been captured with it
@@ -64,12 +64,13 @@ class Attention:
     def __init__(
         self,
         weights: Weights,
-        longest: int,
+        longest: Callable[[], int],
         most: int,
         canonical: Callable[[torch.Tensor], torch.Tensor],
         former: Attention | None = None,
     ) -> None:
-        self._weights, self._longest, self._most, self._canonical = weights, longest, most, canonical
+        self._weights, self._tell_longest, self._most, self._canonical = weights, longest, most, canonical
+        self._longest = 0
         self._layers = [layer.attention for layer in weights.layers]
         self._scale = self._layers[0].impl.scale
         self._group = weights.shape.heads // weights.shape.kv_heads
@@ -100,6 +101,7 @@ class Attention:
             self._views.append((self._canonical(k), self._canonical(v), *scales))
             self._caches.append(self._canonical(plain(attention.kv_cache)))
         self._first, self._last = self._layers[0].kv_cache, self._layers[-1].kv_cache
+        self._longest = self._tell_longest()
         self.decode_reason = self._decide()
         if self.decode_reason != self._said:
             self._said = self.decode_reason

@@ -14,8 +14,9 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-from . import settings, support, weights
+from . import sampling, settings, support, weights
 from .attention import Attention
 from .layers import FusedLayers
 
@@ -53,6 +54,10 @@ class FusedForward:
         if layers is None or support.step_reason(layers, positions, intermediate_tensors) is not None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
         return layers.forward(input_ids, positions, inputs_embeds)
+
+    def get_model_state_cls(self) -> type:
+        """The class of the model's state in vLLM's V2 runner: vLLM's own choice, with our sampler for greedy steps."""
+        return sampling.state_class(resolve_model_state_cls(self._config, self.model))
 
     def load_weights(self, given: Any) -> set[str]:
         """vLLM's own, after which the weights are bound anew."""
@@ -105,7 +110,7 @@ class FusedForward:
             scheduler.max_num_batched_tokens,
             Attention(
                 bound,
-                config.model_config.max_model_len,
+                lambda: int(config.model_config.max_model_len),
                 scheduler.max_num_seqs,
                 canonicalize_singleton_dim_strides,
                 None if former is None else former.attention,
