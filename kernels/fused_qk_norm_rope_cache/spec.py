@@ -8,7 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..fused_qk_norm_rope.spec import MODELS, foreign_key, split_heads
+from ..fused_qk_norm_rope.spec import foreign_key, split_heads
 from ..lib.paged_kv import random_slots, write
 from ..numerics import random_rows
 from ..rms_norm.spec import normalized, random_weight
@@ -114,9 +114,12 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Both norms or none; caches of angles are of the dtype of qkv, or float32."""
-    dtypes = variant.dtypes
-    return ("q_weight" in dtypes) == ("k_weight" in dtypes) and dtypes["cos_sin_cache"] in (dtypes["qkv"], torch.float32)
+    """Both norms or none; caches of angles as models have them; interleaved pairs in bfloat16."""
+    qkv, angles = variant.dtypes["qkv"], variant.dtypes["cos_sin_cache"]
+    if ("q_weight" in variant.dtypes) != ("k_weight" in variant.dtypes):
+        return False
+    usual = qkv == angles or (qkv == torch.bfloat16 and angles == torch.float32)
+    return usual and (bool(variant.static["is_neox"]) or qkv == angles == torch.bfloat16)
 
 
 SPEC = OpSpec(
@@ -137,7 +140,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in MODELS), {}),
+    # The kernel divides by nothing of a row's width.
+    shapes=({},),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
     doc=reference.__doc__ or "",
