@@ -133,12 +133,11 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Both norms or none; caches of angles are of the dtype of qkv, or float32; the heads of models that are in bfloat16."""
+    """Both norms or none; caches of angles of the dtype of qkv; every group in bfloat16, the usual ones in float16."""
     dtypes = variant.dtypes
-    if ("q_weight" in dtypes) != ("k_weight" in dtypes) or dtypes["cos_sin_cache"] not in (dtypes["qkv"], torch.float32):
+    if ("q_weight" in dtypes) != ("k_weight" in dtypes) or dtypes["cos_sin_cache"] != dtypes["qkv"]:
         return False
-    usual = dtypes["qkv"] == dtypes["cos_sin_cache"] == torch.bfloat16
-    return usual or variant.static["group"] in (4, 8)
+    return dtypes["qkv"] == torch.bfloat16 or variant.static["group"] in (4, 8)
 
 
 SPEC = OpSpec(

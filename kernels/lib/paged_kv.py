@@ -169,3 +169,13 @@ def _on_cpu(generator: torch.Generator) -> torch.Generator:
 def softmax_scale(dim: int) -> float:
     """1 / sqrt(dim)."""
     return 1 / math.sqrt(dim)
+
+
+def random_slots(
+    tokens: int, page: int, device: torch.device, generator: torch.Generator
+) -> tuple[torch.Tensor, int]:
+    """Places int64 [tokens], none twice, the third one negative; and how many blocks of `page` tokens they are in."""
+    blocks = -(-tokens // page) + 1
+    slots = torch.randperm(blocks * page, generator=_on_cpu(generator))[:tokens]
+    slots[2:3] = -1
+    return slots.to(device), blocks

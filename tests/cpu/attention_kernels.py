@@ -229,6 +229,44 @@ def check_decode(before: dict[str, Any], call: Callable[[dict[str, Any]], None])
     check_output(got, want)
 
 
+def sampled(op: str, variant: str, m: int, k: int, n: int = 0) -> dict[str, Any]:
+    """Sample arguments by name; what is written has NaN where nothing is."""
+    spec = importlib.import_module(f"hdispatch.kernels.{op}.spec").SPEC
+    values = spec.sample(spec.variant(variant), {"M": m, "K": k, "N": n}, CPU, generator(m + k + n))
+    args = dict(zip((arg.name for arg in spec.args), values, strict=True))
+    for name in ("kv_cache", "key_cache", "value_cache"):
+        if name in args:
+            (args[name].view(torch.uint8) if args[name].dtype.itemsize == 1 else args[name].view(torch.int16)).fill_(0x7F)
+    return args
+
+
+WRITES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {}
+for name, dtypes in {"bfloat16": "bfloat16-bfloat16", "float16": "float16-float16"}.items():
+    args = sampled("reshape_and_cache_flash", f"{dtypes}+kv_cache_dtype=auto", 7, 64, 3)
+    WRITES[f"reshape_and_cache_flash: {name}"] = ("reshape_and_cache_flash", args, {"tokens": 2, "block": 128, "num_warps": 1})
+for cache in ("uint8", "float8_e4m3fn"):
+    args = sampled("reshape_and_cache_flash", f"bfloat16-{cache}+kv_cache_dtype=fp8", 5, 64, 2)
+    args["key"][1, 0, :3] = torch.tensor([float("nan"), float("inf"), -1e30])
+    WRITES[f"reshape_and_cache_flash: {cache}"] = ("reshape_and_cache_flash", args, {"tokens": 1, "block": 256, "num_warps": 1})
+for flags in ("head_dim=64+is_neox", "head_dim=64", "q_weight+k_weight+head_dim=64+is_neox", "q_weight+k_weight+head_dim=64"):
+    args = sampled("fused_qk_norm_rope_cache", f"bfloat16-bfloat16+{flags}", 5, 10 * 64)
+    WRITES[f"fused_qk_norm_rope_cache: {flags}"] = ("fused_qk_norm_rope_cache", args, {"tokens": 2, "num_warps": 1})
+
+
+def check_writes(op: str, before: dict[str, Any], call: Callable[[dict[str, Any]], None]) -> None:
+    """Every byte is the reference's, or of q and k, whose sums have another order, one unit away."""
+    want, got = copied(before), copied(before)
+    importlib.import_module(f"hdispatch.kernels.{op}.spec").reference(*want.values())
+    call(got)
+    for name, tensor in want.items():
+        if isinstance(tensor, torch.Tensor) and tensor.dtype.itemsize <= 2:
+            bits = torch.uint8 if tensor.dtype.itemsize == 1 else torch.int16
+            apart = (got[name].view(bits).int() - tensor.view(bits).int()).abs()
+            most = 1 if op.startswith("fused") else 0
+            assert apart.max() <= most, f"{name} differs by {int(apart.max())} units"
+            assert (apart != 0).float().mean() < 1e-3, f"{int((apart != 0).sum())} elements of {name} differ"
+
+
 def check_neighbours() -> None:
     """A request's result is the same to the bit, whatever the requests beside it and however long the longest may be."""
     together = half([129, 33, 70])
@@ -262,6 +300,8 @@ def failures() -> dict[str, str | None]:
             f"paged_attention_decode: {name}",
             lambda args=args, config=config: check_decode(args, launched("paged_attention_decode", config)),
         )
+    for name, (op, args, config) in WRITES.items():
+        note(name, lambda op=op, args=args, config=config: check_writes(op, args, launched(op, config)))
     note("attention_half: neighbours", check_neighbours)
     return found
 
