@@ -403,7 +403,7 @@ def make_weights(scheme, count=2):
 
 
 def make_attention(bound, longest=512, former=None):
-    return attention_module.Attention(bound, lambda: longest, 64, lambda x: x, former)
+    return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x, former)
 
 
 def run_step(bound, rows, reduce, most=512):
@@ -546,15 +546,15 @@ def test_steps_that_take_attention_half(monkeypatch, setting, longest, change, t
     assert attention._is_decode(decode_step([5, 16], **change)[0]) is taken
 
 
-def test_decode_steps_keep_flash_attention_where_rows_are_missing(monkeypatch, caplog):
-    """Every bucket of M is asked for, up to the requests of a step, for the shortest and the longest requests; said once."""
+def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monkeypatch, caplog):
+    """Every bucket of M is asked for, up to the rows of a step, for the shortest and the longest requests; said once."""
     asked = []
 
     def refuse(op, *arguments):
         hdispatch.explain(op, *arguments)  # raises for a wrong call
-        out, length = arguments[0], arguments[11]
-        asked.append((out.size(0), length))
-        return "no row of it" if out.size(0) == 64 else None
+        half = op.name == "attention_half"
+        asked.append((arguments[0].size(0), arguments[11] if half else None))
+        return f"no row of {op.name}" if arguments[0].size(0) == (64 if half else 256) else None
 
     monkeypatch.setattr(attention_module, "loaded_ladder", lambda *_: (1, 8, 64, 256))
     monkeypatch.setattr(attention_module, "objection", refuse)
@@ -562,17 +562,23 @@ def test_decode_steps_keep_flash_attention_where_rows_are_missing(monkeypatch, c
     bound = with_caches(make_weights(schemes.Scheme()))
     attention = make_attention(bound)
     attention.bind()
-    assert asked == [(1, 1), (1, 512), (8, 1), (8, 512), (64, 1)]
-    assert attention.decode_reason == "no row of it"
+    assert asked == [(1, 1), (1, 512), (8, 1), (8, 512), (64, 1), (1, None), (8, None), (64, None), (256, None)]
+    assert (attention.decode_reason, attention.write_reason) == (
+        "no row of attention_half",
+        "no row of fused_qk_norm_rope_cache",
+    )
     attention.bind()
-    assert caplog.text.count("decode steps take FlashAttention 3: no row of it") == 1
+    said = (
+        "decode steps take FlashAttention 3: no row of attention_half; others FlashAttention 3 after vLLM's cache write: no row"
+    )
+    assert caplog.text.count(said) == 1
     monkeypatch.setattr(attention_module, "objection", lambda *_: None)
     assert attention.is_bound()
     bound.layers[-1].attention.kv_cache = bound.layers[-1].attention.kv_cache.clone()
     assert not attention.is_bound()
     attention.bind()
-    assert attention.decode_reason is None
-    assert "decode steps take attention_half" in caplog.text
+    assert (attention.decode_reason, attention.write_reason) == (None, None)
+    assert "decode steps take attention_half; others FlashAttention 3 after fused_qk_norm_rope_cache" in caplog.text
 
 
 def test_why_the_table_does_not_serve_a_call():
@@ -586,7 +592,7 @@ def example(neox=True):
     bound = with_caches(make_weights(schemes.Scheme()))
     attention = make_attention(dataclasses.replace(bound, neox=neox))
     attention.bind()
-    return attention._example(3, 100)
+    return attention._half_example(3, 100)
 
 
 def test_weights_bound_again_keep_the_workspace_that_graphs_have():

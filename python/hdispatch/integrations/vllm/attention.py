@@ -1,7 +1,8 @@
 """Attention of a step, with all that lies between the qkv product and its output: as calls of each layer.
 
-Steps of one new token per request, pure decode, are one call of attention_half per layer. Others are rotary embedding, vLLM's
-cache write and FlashAttention 3, called without vLLM's Python around them.
+Steps of one new token per request, pure decode, are one call of attention_half per layer. Others are fused_qk_norm_rope_cache
+and FlashAttention 3, which is called without vLLM's Python around it; where the bundle has no rows of the former, rotary
+embedding and vLLM's cache write.
 """
 
 from __future__ import annotations
@@ -28,14 +29,19 @@ _WORKSPACE = importlib.import_module("hdispatch.kernels.lib.workspace")
 GRAPH_TOKENS = 8192
 
 
+#: Most rows that the launch table is asked about, when vLLM has given nearly all memory to the caches: 20 MB of an 8B model.
+ASKED_ROWS = 1024
+
+
 @dataclass(frozen=True)
 class Heads:
     """Some rows of a step as attention takes them, and of each layer the arguments that are known before the step.
 
-    qkv    [tokens, heads + 2 * kv heads of head size elements], with q, k, v [tokens, heads or kv heads, head size] of it
-    out    [tokens, heads, head size]
-    ropes  of the rotary embedding, without the positions
-    halves of attention_half, those before the positions
+    qkv     [tokens, heads + 2 * kv heads of head size elements], with q, k, v [tokens, heads or kv heads, head size] of it
+    out     [tokens, heads, head size]
+    ropes   arguments of the rotary embedding, without the positions
+    writes  of fused_qk_norm_rope_cache, those before the positions
+    halves  of attention_half, those before the positions
     """
 
     qkv: torch.Tensor
@@ -44,6 +50,7 @@ class Heads:
     k: torch.Tensor
     v: torch.Tensor
     ropes: tuple[tuple[Any, ...], ...]
+    writes: tuple[tuple[Any, ...], ...]
     halves: tuple[tuple[Any, ...], ...]
 
 
@@ -52,10 +59,11 @@ class Attention:
 
     weights        of the layers
     longest        tells the tokens of the longest request, vLLM's max_model_len, which vLLM may set when it knows its memory
-    most           requests of a step, vLLM's max_num_seqs
+    most           requests of a step, vLLM's max_num_seqs, and tokens, its max_num_batched_tokens
     canonical      gives dimensions of size 1 the stride that a contiguous tensor has
     former         of weights that are no more: its workspace is used again, since graphs may have been captured with it
     decode_reason  why decode steps take FlashAttention 3 too; None if they take attention_half. Decided by `bind`.
+    write_reason   why FlashAttention 3 comes after vLLM's cache write; None if after fused_qk_norm_rope_cache. Likewise.
 
     Call `is_bound` before each step that has caches, and `bind` where it says no: vLLM replaces the caches after profiling and
     on waking up.
@@ -65,11 +73,12 @@ class Attention:
         self,
         weights: Weights,
         longest: Callable[[], int],
-        most: int,
+        most: tuple[int, int],
         canonical: Callable[[torch.Tensor], torch.Tensor],
         former: Attention | None = None,
     ) -> None:
-        self._weights, self._tell_longest, self._most, self._canonical = weights, longest, most, canonical
+        self._weights, self._tell_longest, self._canonical = weights, longest, canonical
+        self._most, self._most_tokens = most
         self._longest = 0
         self._layers = [layer.attention for layer in weights.layers]
         self._scale = self._layers[0].impl.scale
@@ -83,8 +92,9 @@ class Attention:
         self._workspace: torch.Tensor = kept if kept is not None and fits else torch.zeros(size, device=device)
         self._normed = weights.layers[0].q_norm is not None
         self._setting = settings.attention()
-        self._said: str | None = ""
+        self._said = ""
         self.decode_reason: str | None = "no step has had caches yet"
+        self.write_reason: str | None = self.decode_reason
 
     # ---- caches ----
 
@@ -102,35 +112,57 @@ class Attention:
             self._caches.append(self._canonical(plain(attention.kv_cache)))
         self._first, self._last = self._layers[0].kv_cache, self._layers[-1].kv_cache
         self._longest = self._tell_longest()
-        self.decode_reason = self._decide()
-        if self.decode_reason != self._said:
-            self._said = self.decode_reason
-            what = "attention_half" if self._said is None else f"FlashAttention 3: {self._said}"
-            settings.logger.info("hdispatch: decode steps take %s", what)
-
-    def _decide(self) -> str | None:
-        """Why the launch table does not serve attention_half at some number of requests; None if it does at all of them."""
         if self._setting == "fa3":
-            return f"{settings.ATTENTION} is fa3"
+            self.decode_reason = f"{settings.ATTENTION} is fa3"
+        else:
+            self.decode_reason = self._objection(ops.attention_half, self._half_example, self._most, (1, self._longest))
+        self.write_reason = self._objection(ops.fused_qk_norm_rope_cache, self._write_example, self._most_tokens, (1,))
+        self._say()
+
+    def _say(self) -> None:
+        """One line in the log on what steps take, unless it is what it was."""
+        decode = "attention_half" if self.decode_reason is None else f"FlashAttention 3: {self.decode_reason}"
+        write = "fused_qk_norm_rope_cache" if self.write_reason is None else f"vLLM's cache write: {self.write_reason}"
+        said = f"decode steps take {decode}; others FlashAttention 3 after {write}"
+        if said != self._said:
+            self._said = said
+            settings.logger.info("hdispatch: %s", said)
+
+    def _objection(
+        self, op: Any, example: Callable[[int, int], tuple[Any, ...]], most: int, lengths: tuple[int, ...]
+    ) -> str | None:
+        """Why the launch table does not serve the op at some number of rows up to `most`; None if it does at all of them.
+
+        example  gives arguments for a number of rows and one of the lengths
+        """
         device = self._caches[0].device
-        ladder = loaded_ladder("attention_half", device)
+        ladder = loaded_ladder(op.name, device)
         if not ladder and device.type != "cuda":  # the reference serves
             return None
-        for requests in sorted({min(edge, self._most) for edge in (*ladder, self._most)}):
-            for length in (1, self._longest):
-                reason = objection(ops.attention_half, *self._example(requests, length))
+        for rows in sorted({min(edge, most, ASKED_ROWS) for edge in (*ladder, most)}):
+            for length in lengths:
+                reason = objection(op, *example(rows, length))
                 if reason is not None:
                     return reason
         return None
 
-    def _example(self, requests: int, length: int) -> tuple[Any, ...]:
-        """Arguments as those of a decode step of the first layer, to ask about, not to run."""
-        shape, weights, device = self._weights.shape, self._weights, self._caches[0].device
-        qkv = torch.empty(requests, shape.qkv, dtype=weights.dtype, device=device)
-        heads = self.plan(qkv, torch.empty(requests, shape.attended, dtype=weights.dtype, device=device))
-        long = torch.empty(requests, dtype=torch.int64, device=device)
-        short = torch.empty(requests, dtype=torch.int32, device=device)
+    def _half_example(self, requests: int, length: int) -> tuple[Any, ...]:
+        """Arguments of attention_half as in a decode step of the first layer, to ask about, not to run."""
+        heads, long = self._example(requests)
+        short = torch.empty(requests, dtype=torch.int32, device=long.device)
         return (*heads.halves[0], long, long, self._caches[0], short.view(requests, 1), short, *self._rest_of_half(length))
+
+    def _write_example(self, tokens: int, _: int) -> tuple[Any, ...]:
+        """Arguments of fused_qk_norm_rope_cache, likewise."""
+        heads, long = self._example(tokens)
+        return (*heads.writes[0], long, long, self._caches[0])
+
+    def _example(self, rows: int) -> tuple[Heads, torch.Tensor]:
+        """Heads, and what has the form of positions and slots."""
+        shape, dtype, device = self._weights.shape, self._weights.dtype, self._caches[0].device
+        qkv = torch.empty(rows, shape.qkv, dtype=dtype, device=device)
+        attended = torch.empty(rows, shape.attended, dtype=dtype, device=device)
+        return self.plan(qkv, attended), torch.empty(rows, dtype=torch.int64, device=device)
 
     # ---- a step ----
 
@@ -141,14 +173,15 @@ class Attention:
         q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
         out = attended.view(tokens, shape.heads, shape.head_size)
         halves = tuple((out, qkv, layer.q_norm, layer.k_norm, weights.rope_cache) for layer in weights.layers)
+        sizes = (shape.heads, shape.kv_heads, shape.head_size, weights.epsilon)
+        writes = tuple((qkv, *sizes, *half[2:], weights.neox) for half in halves)
         ropes: tuple[tuple[Any, ...], ...]
         if self._normed:
-            sizes = (shape.heads, shape.kv_heads, shape.kv_heads, shape.head_size, weights.epsilon)
-            ropes = tuple((qkv, *sizes, *half[2:], weights.neox) for half in halves)
+            ropes = tuple((qkv, shape.heads, shape.kv_heads, *write[2:]) for write in writes)
         else:
             flat_q, flat_k = qkv[:, : shape.attended], qkv[:, shape.attended : -shape.kv_heads * shape.head_size]
             ropes = ((flat_q, flat_k, shape.head_size, weights.rope_cache, weights.neox),) * len(halves)
-        return Heads(qkv, out, q, k, v, ropes, halves)
+        return Heads(qkv, out, q, k, v, ropes, writes, halves)
 
     def calls(self, heads: Heads, positions: torch.Tensor, metadata: Any, slots: Any) -> list[tuple[Call, ...]]:
         """Of each layer, what is called between its qkv product and its out product.
@@ -162,14 +195,13 @@ class Attention:
         """
         if metadata is None:
             return [(rope,) for rope in self._ropes(heads, positions)]
-        if self._is_decode(metadata):
-            return self._half_calls(heads, positions, metadata, slots)
-        write, attend = torch.ops._C_cache_ops.reshape_and_cache_flash.default._op, torch.ops._vllm_fa3_C.fwd.default._op
-        q, k, v, shared = heads.q, heads.k, heads.v, self._rest_of_fwd(heads.out, metadata)
-        return [
-            (rope, (write, (k, v, keys, values, slots, "auto", *scales)), (attend, (q, keys, values, *shared)))
-            for rope, (keys, values, *scales) in zip(self._ropes(heads, positions), self._views, strict=True)
-        ]
+        is_decode = self._is_decode(metadata)
+        tokens = min(positions.size(0), metadata.seq_lens.size(0) if is_decode else slots.size(0))
+        if tokens < positions.size(0):  # padding that vLLM has no requests or slots for
+            heads, positions = self.plan(heads.qkv[:tokens], heads.out[:tokens].flatten(1)), positions[:tokens]
+        if tokens < slots.size(0):
+            slots = slots[:tokens]
+        return (self._half_calls if is_decode else self._flash_calls)(heads, positions, metadata, slots)
 
     def _is_decode(self, metadata: Any) -> bool:
         """Whether every request has one new token and attention_half is to serve them."""
@@ -187,17 +219,26 @@ class Attention:
         return ((ops.rotary_embedding, (positions, *rope)) for rope in heads.ropes)
 
     def _half_calls(self, heads: Heads, positions: torch.Tensor, metadata: Any, slots: Any) -> list[tuple[Call, ...]]:
-        table, lengths = metadata.block_table, metadata.seq_lens
-        requests = lengths.size(0)
-        if requests != positions.size(0):  # padding that vLLM has no requests for
-            heads = self.plan(heads.qkv[:requests], heads.out[:requests].flatten(1))
-            positions = positions[:requests]
-        if requests != slots.size(0):
-            slots = slots[:requests]
-        rest = (table, lengths, *self._rest_of_half(metadata.max_seq_len))
-        op = ops.attention_half
+        op, rest = ops.attention_half, (metadata.block_table, metadata.seq_lens, *self._rest_of_half(metadata.max_seq_len))
         return [
             ((op, (*half, positions, slots, cache, *rest)),) for half, cache in zip(heads.halves, self._caches, strict=True)
+        ]
+
+    def _flash_calls(self, heads: Heads, positions: torch.Tensor, metadata: Any, slots: Any) -> list[tuple[Call, ...]]:
+        attend, q, rest = torch.ops._vllm_fa3_C.fwd.default._op, heads.q, self._rest_of_fwd(heads.out, metadata)
+        attends = [(attend, (q, keys, values, *rest)) for keys, values, *_ in self._views]
+        if self.write_reason is None:
+            op = ops.fused_qk_norm_rope_cache
+            return [
+                ((op, (*write, positions, slots, cache)), attention)
+                for write, cache, attention in zip(heads.writes, self._caches, attends, strict=True)
+            ]
+        write, k, v = torch.ops._C_cache_ops.reshape_and_cache_flash.default._op, heads.k, heads.v
+        return [
+            (rope, (write, (k, v, keys, values, slots, "auto", *scales)), attention)
+            for rope, (keys, values, *scales), attention in zip(
+                self._ropes(heads, positions), self._views, attends, strict=True
+            )
         ]
 
     def _rest_of_half(self, max_seq_len: int) -> tuple[Any, ...]:

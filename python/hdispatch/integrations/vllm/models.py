@@ -111,7 +111,7 @@ class FusedForward:
             Attention(
                 bound,
                 lambda: int(config.model_config.max_model_len),
-                scheduler.max_num_seqs,
+                (scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
                 canonicalize_singleton_dim_strides,
                 None if former is None else former.attention,
             ),
