@@ -10,6 +10,7 @@ from types import SimpleNamespace as Object
 import hdispatch
 import pytest
 import torch
+import toy
 from hdispatch import HdispatchError
 from hdispatch.integrations.vllm import attention as attention_module
 from hdispatch.integrations.vllm import layers, plugin, schemes, settings, support, weights, workspace
@@ -586,6 +587,25 @@ def test_why_the_table_does_not_serve_a_call():
     assert found.startswith("attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4): no bundle with this op is loaded")
     found = support.objection(hdispatch.ops.attention_half, *example(neox=False))
     assert found == "attention_half: no variant has these values: is_neox is 0, served are 1"
+
+
+def test_rows_of_a_loaded_bundle(tmp_path):
+    """Served, no row, a guard that fails: of the bundle that serves the tensors' device."""
+    op = hdispatch.ops.toy
+    bundle = hdispatch.load(toy.write(tmp_path / "toy"), driver="null")
+    try:
+        assert support.loaded_ladder("toy", torch.device("cpu")) == (1, 2, 4, 8, 16)
+        assert support.loaded_ladder("attention_half", torch.device("cpu")) == ()
+        assert support.objection(op, *toy.arguments()) is None
+        assert support.objection(op, *toy.arguments(4, 513)) == (
+            "toy(bfloat16, M=4, K=513, N=0): the launch table has no row for it"
+        )
+        strided = toy.arguments()
+        strided[1] = torch.zeros(4, 72, dtype=torch.bfloat16)[:, :64]
+        assert "guard: input.stride(0) % 16 == 0 does not hold" in support.objection(op, *strided)
+    finally:
+        bundle.unload()
+    assert support.loaded_ladder("toy", torch.device("cpu")) == ()
 
 
 def example(neox=True):

@@ -103,4 +103,5 @@ def objection(op: _C.Op, *arguments: Any) -> str | None:
     kind, _, reason = last.partition(" ")
     if kind not in ("miss", "fallback"):
         return None
-    return re.sub(r"[;,][^;,]* leave strict mode to use the fallback$", "", reason.strip())
+    # What else there is, and how to leave strict mode, is for whoever made the call.
+    return re.sub(r"; (nearest rows: .*|leave strict mode .*)$", "", reason.strip())
