@@ -512,6 +512,34 @@ def test_padded_rows_of_a_decode_step_are_harmless():
     assert all(torch.equal(mine, each) for mine, each in zip(longer_caches, caches, strict=True))
 
 
+@pytest.mark.parametrize("reduce", [None, torch.clone])
+def test_decode_steps_in_chunks_and_with_sums(monkeypatch, reduce):
+    """More requests than the arena has rows, and sums over ranks: the bits of a step without either; caches too."""
+    lengths = [1 + 7 * request % 60 for request in range(150)]
+    metadata, slots = decode_step(lengths)
+    monkeypatch.setattr(sys.modules[__name__], "BLOCKS", 4 * len(lengths) + 1)
+    embedded = torch.randn(len(lengths), HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+
+    def run(reduce):
+        bound = with_caches(make_weights(schemes.PerTokenFp8()))
+        names = [layer.attention.layer_name for layer in bound.layers]
+        context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+        fused = layers.FusedLayers(Object(), bound, 512, make_attention(bound), lambda: context, reduce)
+        fused.arena.memory.fill_(255)
+        found = fused.forward(None, metadata.seq_lens.long() - 1, embedded).clone()
+        assert fused.attention.decode_reason is None
+        return fused.arena.rows, [found, *(layer.attention.kv_cache for layer in bound.layers)]
+
+    rows, expected = run(None)
+    assert rows == 512
+    assert all(each.isfinite().all() for each in expected)
+    for limit in (128, 512):
+        monkeypatch.setattr(layers, "rows_within", lambda *_, limit=limit: limit)
+        rows, found = run(reduce)
+        assert rows == limit
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_a_decode_step_writes_the_new_tokens_alone():
     bound = with_caches(make_weights(schemes.Scheme()))
     before = [layer.attention.kv_cache.clone() for layer in bound.layers]
