@@ -40,8 +40,9 @@ def reference(
     k_scale         float32 with one element; v_scale likewise
     """
     for cache, x, scale in ((key_cache, key, k_scale), (value_cache, value, v_scale)):
-        if (kv_cache_dtype == "auto") != (cache.dtype == key.dtype):
-            raise ArgumentError(f"{NAME}: a cache of {cache.dtype}; expected what kv_cache_dtype, {kv_cache_dtype!r}, says")
+        dtypes = (key.dtype,) if kv_cache_dtype == "auto" else (FP8, torch.uint8)
+        if cache.dtype not in dtypes:
+            raise ArgumentError(f"{NAME}: a cache of {cache.dtype}; with kv_cache_dtype {kv_cache_dtype!r} it is one of {dtypes}")
         if kv_cache_dtype == "auto":
             stored = x
         else:

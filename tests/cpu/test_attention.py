@@ -160,13 +160,11 @@ WRONG = {
     "attention_half": {
         "qkv": lambda x: x[:, :-64],
         "kv_cache": lambda x: x[:, :1],
-        "k_weight": lambda _x: None,
         "cos_sin_cache": lambda x: x.repeat(1, 2),
     },
     "paged_attention_decode": {"max_queries": lambda _x: 1, "group": lambda _x: 2},
     "fused_qk_norm_rope_cache": {
         "num_heads_q": lambda x: x + 1,
-        "k_weight": lambda _x: None,
         "cos_sin_cache": lambda x: x.repeat(1, 4),
         "kv_cache": lambda x: x[:, :1],
     },
