@@ -62,7 +62,7 @@ def reference(
     q and k are normalized and rotated as by fused_qk_norm_rope, in float32, and rounded once; the new token takes part with
     the k and v that the cache gets. Scores, softmax and sums are float32.
     """
-    m, heads, dim = out.shape
+    heads, dim = out.shape[1:]
     kv_heads = heads // group
     _check(qkv, heads, kv_heads, dim, cos_sin_cache, kv_cache)
     x = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
@@ -89,9 +89,7 @@ def _check(
 ) -> None:
     """What the declaration cannot say."""
     if qkv.size(1) != (heads + 2 * kv_heads) * dim:
-        raise ArgumentError(
-            f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {heads} + 2 * {kv_heads} heads of {dim}, as out and group say"
-        )
+        raise ArgumentError(f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {heads} + 2 * {kv_heads} heads of {dim}")
     if kv_cache.size(1) != kv_heads or kv_heads * (heads // max(kv_heads, 1)) != heads:
         raise ArgumentError(f"{NAME}: kv_cache has {kv_cache.size(1)} heads; expected {heads} query heads / group")
     if cos_sin_cache.size(1) > dim or cos_sin_cache.size(1) % 2:
