@@ -496,16 +496,17 @@ def write_null_bundle(folder: Path, names: list[str]) -> Path:
     }
     for name in names:
         spec = hdispatch.ops.spec(name)
-        ladder, variants = list(spec.ladder), [v.name for v in spec.served_variants()]
-        every = spec.variant_arguments()
-        manifest["ops"][name] = {"schema": spec.schema(), "ladder": ladder, "variants": {v: every[v] for v in variants}}
+        variants, ladders = [v.name for v in spec.served_variants()], spec.ladders
+        manifest["ops"][name] = spec.entry(variants)
         pointers = [{"kind": "ptr", "arg": arg.name, "align": 16} for arg in spec.tensors() if not arg.optional]
         cubins = {kind: {**code, "file": file, "params": list(range(len(pointers)))} for kind in ("one", "mult16", "other")}
         record = {"launcher": "cubin", "backend": "triton", "kernel": name, "config": {}, "m_min": 1, "m_max": 2**31 - 1}
         record |= {"grid": [["M"], [1], [1]], "params": pointers, "guards": [], "cubins": cubins}
+        if ladders.arg is not None:
+            record |= {"second_min": 1, "second_max": 2**63 - 1}
         row = {"op": name, "K": 0, "N": 0, "record": len(manifest["records"]), "build_seconds": 0.0, "bytes": 0}
         manifest["records"].append(record)
-        manifest["rows"] += [{**row, "variant": v, "bucket": b} for v, b in itertools.product(variants, range(len(ladder)))]
+        manifest["rows"] += [{**row, "variant": v, "bucket": b} for v, b in itertools.product(variants, range(ladders.count))]
     (folder / ARTIFACTS).mkdir(parents=True)
     (folder / file).write_bytes(content)
     text = json.dumps(manifest).encode()
