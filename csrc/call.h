@@ -42,8 +42,9 @@ struct Text {
 };
 
 struct Call {
-  TensorView tensors[kMaxArgs];  ///< by argument index; entries of scalars are not set
-  double scalars[kMaxArgs];      ///< by argument index; floats
+  /// By argument index; entries of scalars are not set. After the arguments the op's workspace, once a row has it.
+  TensorView tensors[kMaxArgs + 1];
+  double scalars[kMaxArgs];  ///< by argument index; floats
   /// By argument index; integers, flags; 1 for what is given and served as None only; a string's position among its
   /// argument's values, or -1.
   int64_t integers[kMaxArgs];

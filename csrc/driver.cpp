@@ -4,6 +4,7 @@
 #include <dlfcn.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <mutex>
 
@@ -55,6 +56,12 @@ Library open_library() {
   resolve(handle, d.stream_query, "cuStreamQuery", missing);
   resolve(handle, d.stream_is_capturing, "cuStreamIsCapturing", missing);
   resolve(handle, d.capture_mode_exchange, "cuThreadExchangeStreamCaptureMode", missing);
+  resolve(handle, d.memory_allocate, "cuMemAlloc_v2", missing);
+  resolve(handle, d.memory_free, "cuMemFree_v2", missing);
+  resolve(handle, d.memory_zero, "cuMemsetD8Async", missing);
+  resolve(handle, d.stream_create, "cuStreamCreate", missing);
+  resolve(handle, d.stream_synchronize, "cuStreamSynchronize", missing);
+  resolve(handle, d.stream_destroy, "cuStreamDestroy_v2", missing);
   resolve(handle, d.function_param_info, "cuFuncGetParamInfo", nullptr);
   resolve(handle, d.function_load, "cuFuncLoad", nullptr);
   resolve(handle, d.library_kernel_count, "cuLibraryGetKernelCount", nullptr);
@@ -159,6 +166,23 @@ CUresult null_encode(TensorMap* out, int type, uint32_t rank, void* address, con
   return kCudaSuccess;
 }
 
+/// As aligned as the driver's memory.
+CUresult null_allocate(uintptr_t* out, size_t bytes) {
+  constexpr size_t kAlign = 256;
+  *out = reinterpret_cast<uintptr_t>(std::aligned_alloc(kAlign, (bytes + kAlign - 1) / kAlign * kAlign));
+  return *out ? kCudaSuccess : kCudaOutOfMemory;
+}
+
+CUresult null_free(uintptr_t address) {
+  std::free(reinterpret_cast<void*>(address));
+  return kCudaSuccess;
+}
+
+CUresult null_zero(uintptr_t address, unsigned char value, size_t bytes, CUstream) {
+  std::memset(reinterpret_cast<void*>(address), value, bytes);
+  return kCudaSuccess;
+}
+
 CUresult null_text(CUresult, const char** out) {
   *out = "(null driver)";
   return kCudaSuccess;
@@ -189,6 +213,12 @@ const Driver& null_driver() {
       .stream_query = nullptr,
       .stream_is_capturing = nullptr,
       .capture_mode_exchange = nullptr,
+      .memory_allocate = null_allocate,
+      .memory_free = null_free,
+      .memory_zero = null_zero,
+      .stream_create = accept_null<CUstream, unsigned>,
+      .stream_synchronize = accept<CUstream>,
+      .stream_destroy = accept<CUstream>,
       .function_param_info = nullptr,
       .function_load = nullptr,
       .library_kernel_count = nullptr,

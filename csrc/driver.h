@@ -27,8 +27,10 @@ using CUkernel = struct CUkern_st*;
 
 inline constexpr CUresult kCudaSuccess = 0;
 inline constexpr CUresult kCudaInvalidValue = 1;
+inline constexpr CUresult kCudaOutOfMemory = 2;
 inline constexpr int kNotCapturing = 0;        ///< CU_STREAM_CAPTURE_STATUS_NONE
 inline constexpr int kCaptureModeRelaxed = 2;  ///< CU_STREAM_CAPTURE_MODE_RELAXED
+inline constexpr unsigned kStreamNonBlocking = 1;
 
 /// CUlaunchAttribute: an id and a 64-byte union, of which only these members are used.
 struct LaunchAttribute {
@@ -123,6 +125,13 @@ struct Driver {
   CUresult (*stream_query)(CUstream);
   CUresult (*stream_is_capturing)(CUstream, int*);
   CUresult (*capture_mode_exchange)(int*);
+  /// cuMemAlloc, cuMemFree, cuMemsetD8Async and streams of our own. The null driver's memory is the host's.
+  CUresult (*memory_allocate)(uintptr_t*, size_t);
+  CUresult (*memory_free)(uintptr_t);
+  CUresult (*memory_zero)(uintptr_t, unsigned char, size_t, CUstream);
+  CUresult (*stream_create)(CUstream*, unsigned);
+  CUresult (*stream_synchronize)(CUstream);
+  CUresult (*stream_destroy)(CUstream);
   /// May be null: CUDA 12.4 has them, older drivers do not.
   CUresult (*function_param_info)(CUfunction, size_t, size_t*, size_t*);
   CUresult (*function_load)(CUfunction);

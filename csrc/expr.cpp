@@ -91,13 +91,25 @@ void Expr::shorten() {
   } else if (steps_.size() == 5 && steps_[2].code == Code::kAdd && steps_[4].code == Code::kDiv &&
              steps_[3].code == Code::kPush && steps_[3].value > 0) {
     // (symbol + (c - 1)) // c, with the sum in either order
-    const Step& left = steps_[0].code == Code::kSymbol ? steps_[0] : steps_[1];
-    const Step& right = steps_[0].code == Code::kSymbol ? steps_[1] : steps_[0];
-    if (left.code == Code::kSymbol && right.code == Code::kPush && right.value == steps_[3].value - 1) {
-      form_ = Form::kCeilDiv;
+    const Step& left = steps_[0].code == Code::kPush ? steps_[1] : steps_[0];
+    const Step& right = steps_[0].code == Code::kPush ? steps_[0] : steps_[1];
+    const bool is_integer = left.code == Code::kInteger;
+    if ((left.code == Code::kSymbol || is_integer) && right.code == Code::kPush && right.value == steps_[3].value - 1) {
+      form_ = is_integer ? Form::kIntegerCeilDiv : Form::kCeilDiv;
       symbol_ = left.dimension;
+      tensor_ = left.tensor;
       constant_ = steps_[3].value;
     }
+  } else if (steps_.size() == 1 && steps_[0].code == Code::kInteger) {
+    form_ = Form::kInteger;
+    tensor_ = steps_[0].tensor;
+  } else if (steps_.size() == 7 && steps_[0].code == Code::kInteger && steps_[1].code == Code::kPush &&
+             steps_[2].code == Code::kGe && steps_[3].code == Code::kInteger && steps_[3].tensor == steps_[0].tensor &&
+             steps_[4].code == Code::kPush && steps_[5].code == Code::kLe && steps_[6].code == Code::kAnd) {
+    form_ = Form::kIntegerWithin;
+    tensor_ = steps_[0].tensor;
+    constant_ = steps_[1].value;
+    most_ = steps_[4].value;
   }
 }
 
@@ -152,7 +164,22 @@ bool Expr::apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept {
   }
 }
 
+/// The forms of one integer argument.
+bool Expr::evaluate_integer(int64_t integer, int64_t& value) const noexcept {
+  if (form_ == Form::kInteger) {
+    value = integer;
+  } else if (form_ == Form::kIntegerWithin) {
+    value = integer >= constant_ && integer <= most_;
+  } else {
+    int64_t sum = 0;  // it may be negative
+    if (__builtin_add_overflow(integer, constant_ - 1, &sum)) return false;
+    value = sum / constant_ - (sum % constant_ < 0);
+  }
+  return true;
+}
+
 bool Expr::evaluate_code(const Call& call, int64_t& value) const noexcept {
+  if (HD_UNLIKELY(form_ != Form::kCode)) return evaluate_integer(call.integers[tensor_], value);
   int64_t stack[kMaxDepth];
   int64_t* top = stack;
   for (const Step& step : steps_) {

@@ -81,6 +81,10 @@ class Expr {
     kCeilDiv,          ///< (size + constant_ - 1) // constant_
     kStrideDivisible,  ///< stride % (constant_ + 1) == 0, a power of two
     kCode,             ///< any other: steps_
+    // Not in `evaluate`, whose switch is the faster the fewer cases it has.
+    kInteger,         ///< an integer argument
+    kIntegerCeilDiv,  ///< (integer + constant_ - 1) // constant_
+    kIntegerWithin,   ///< constant_ <= integer <= most_
   };
   enum class Code : uint8_t {
     kPush,
@@ -111,14 +115,16 @@ class Expr {
     int64_t value;      ///< kPush
   };
 
+  bool evaluate_integer(int64_t integer, int64_t& value) const noexcept;
   bool evaluate_code(const Call& call, int64_t& value) const noexcept;
   static bool apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept;
   void shorten();
 
   Form form_ = Form::kConst;
   uint8_t symbol_ = 0;  ///< or the dimension of a stride
-  uint8_t tensor_ = 0;
+  uint8_t tensor_ = 0;  ///< or an integer argument
   int64_t constant_ = 0;
+  int64_t most_ = 0;
   std::vector<Step> steps_;
 };
 

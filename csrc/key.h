@@ -3,8 +3,9 @@
 //   word 0   op:16 | variant:16 | bucket:16 | device class:16
 //   word 1   K:32 | N:32
 //
-// Nothing is rounded or dropped: K = 513 and K = 512 differ. Only M is bucketed. Sizes that do not fit are refused at
-// the door (`fits`). Golden values of packing and hash are pinned in tests/core/test_key.cpp.
+// Nothing is rounded or dropped: K = 513 and K = 512 differ. Only M is bucketed, and an integer argument with a ladder
+// of its own: the bucket is then (bucket of M) * (buckets of the integer) + (bucket of the integer). Sizes that do not
+// fit are refused at the door (`fits`). Golden values of packing and hash are pinned in tests/core/test_key.cpp.
 #pragma once
 
 #include <cstdint>

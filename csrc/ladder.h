@@ -1,4 +1,4 @@
-// ladder.h -- M -> bucket.
+// ladder.h -- M, or a run-time integer beside it, -> bucket.
 //
 // A ladder is the ascending list of the buckets' upper edges. Bucket i holds edges[i-1] < M <= edges[i]; the last one
 // also holds everything above, so that every M >= 1 has a bucket. The bucket selects a row; it never changes a result.

@@ -107,6 +107,7 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
     arg.least = get<int64_t>(given, "minimum");
     arg.has_default = !given["default"].is_none();
     if (arg.has_default) arg.default_value = get<int64_t>(given, "default");
+    arg.has_ladder = given.contains("ladder") && get<bool>(given, "ladder");
   }
   if (arg.kind == ArgKind::kString) {
     arg.texts = get<std::vector<std::string>>(given, "values");
@@ -150,7 +151,8 @@ uint64_t to_nibble(const ArgSpec& arg, const py::handle& given) {
 }
 
 py::object define_op(const std::string& name, const std::string& schema, const py::list& args, const py::list& variants,
-                     const py::object& fallback, const py::str& doc) {
+                     const py::object& fallback, const py::str& doc, const std::string& workspace,
+                     const std::vector<uint64_t>& workspace_bytes) {
   std::vector<std::string> names;
   for (const auto& arg : args) names.push_back(get<std::string>(arg.cast<py::dict>(), "name"));
   HD_CHECK_BUNDLE(names.size() <= kMaxArgs, name, ": ", names.size(), " arguments; an op takes at most ", kMaxArgs);
@@ -159,13 +161,13 @@ py::object define_op(const std::string& name, const std::string& schema, const p
   std::vector<Variant> made;
   for (const auto& item : variants) {
     const auto [variant_name, given] = item.cast<std::pair<std::string, py::dict>>();
-    Variant variant{variant_name, {}};
+    Variant variant{variant_name, {}, workspace.empty() ? 0 : workspace_bytes.at(made.size())};
     for (size_t i = 0; i < specs.size(); ++i)
       if (given.contains(specs[i].name.c_str()))
         variant.signature.set(static_cast<uint32_t>(i), to_nibble(specs[i], given[specs[i].name.c_str()]));
     made.push_back(std::move(variant));
   }
-  const Op& op = Runtime::get().define_op(name, schema, std::move(specs), std::move(made));
+  const Op& op = Runtime::get().define_op(name, schema, std::move(specs), std::move(made), workspace);
   return py::reinterpret_steal<py::object>(
       reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr(), doc.ptr())));
 }
@@ -249,7 +251,7 @@ Param to_param(const py::dict& given, const Op& op) {
   param.kind = static_cast<ParamKind>(index);
   if (param.kind == ParamKind::kPtr || param.kind == ParamKind::kTensorMap) {
     const auto name = get<std::string>(given, "arg");
-    param.arg = op.find_tensor(name);
+    param.arg = op.find_memory(name);
     param.name = name;
     HD_CHECK_BUNDLE(param.arg >= 0, op.name(), " has no tensor argument \"", name, "\"");
     if (given.contains("align")) param.align = get<uint32_t>(given, "align");
@@ -284,6 +286,18 @@ Cubin to_cubin(const py::dict& given) {
   return cubin;
 }
 
+/// The values of the integer argument with a ladder for which a record is valid, as a guard.
+Guard second_guard(const py::dict& given, const Op& op) {
+  const std::string& name = op.args()[static_cast<size_t>(op.second())].name;
+  const auto least = get<int64_t>(given, "second_min");
+  const auto most = get<int64_t>(given, "second_max");
+  HD_CHECK_BUNDLE(least <= most, get<std::string>(given, "kernel"), ": valid for ", name, " in [", least, ", ", most,
+                  "], which is empty");
+  const std::vector<Token> tokens = {name, least, ">=", name, most, "<=", "and"};
+  Expr expr(tokens, nullptr, [&op](std::string_view word) { return op.find_integer(word); });
+  return {std::move(expr), text(least, " <= ", name, " <= ", most)};
+}
+
 void read_head(const py::dict& given, const Op& op, RecordHead& record) {
   record.kernel = get<std::string>(given, "kernel");
   record.m_min = get<int64_t>(given, "m_min");
@@ -291,6 +305,7 @@ void read_head(const py::dict& given, const Op& op, RecordHead& record) {
   const auto guards = get<py::list>(given, "guards");
   HD_CHECK_BUNDLE(guards.size() <= kMaxGuards, record.kernel, ": ", guards.size(), " guards; a record takes at most ",
                   kMaxGuards);
+  if (op.second() >= 0) record.guards.push_back(second_guard(given, op));
   for (const auto& item : guards) {
     const auto guard = item.cast<py::dict>();
     record.guards.push_back({to_expr(get<py::list>(guard, "expr"), op), get<std::string>(guard, "text")});
@@ -300,6 +315,8 @@ void read_head(const py::dict& given, const Op& op, RecordHead& record) {
     const bool by_rows = (spec.layout == Layout::kContiguous || spec.layout == Layout::kRows) && !spec.is_broadcast;
     record.outputs.push_back({arg, by_rows && !spec.dims.empty()});
   }
+  // Read and written by whatever code takes it. Without rows: its one dimension is its extent.
+  if (op.workspace() >= 0) record.outputs.push_back({static_cast<uint8_t>(op.workspace()), true});
   if (given.contains("early")) {
     for (const auto& name : get<std::vector<std::string>>(given, "early")) {
       const int arg = op.find_tensor(name);
@@ -318,7 +335,7 @@ FfiArg to_ffi_arg(const py::dict& given, const Op& op) {
   arg.kind = static_cast<FfiArgKind>(named - kFfiArgKindNames.begin());
   if (arg.kind == FfiArgKind::kTensor) {
     arg.name = get<std::string>(given, "arg");
-    arg.arg = op.find_tensor(arg.name);
+    arg.arg = op.find_memory(arg.name);
     HD_CHECK_BUNDLE(arg.arg >= 0, op.name(), " has no tensor argument \"", arg.name, "\"");
     if (given.contains("align")) arg.align = get<uint32_t>(given, "align");
     if (given.contains("dims")) arg.dims = get<std::vector<uint8_t>>(given, "dims");
@@ -457,7 +474,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("Op") = py::reinterpret_borrow<py::object>(op_type);
 
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
-        py::arg("fallback"), py::arg("doc"));
+        py::arg("fallback"), py::arg("doc"), py::arg("workspace") = "",
+        py::arg("workspace_bytes") = std::vector<uint64_t>{});
   py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
       .def("undo", &Override::undo)
       .def("resume", &Override::resume)
@@ -475,10 +493,9 @@ PYBIND11_MODULE(_C, m) {
            py::arg("early_reads") = true)
       .def(
           "set_ladder",
-          [](TableBuilder& self, const py::object& op, const std::vector<int64_t>& edges) {
-            self.set_ladder(*as_op(op).op, edges);
-          },
-          py::arg("op"), py::arg("edges"))
+          [](TableBuilder& self, const py::object& op, const std::vector<int64_t>& edges,
+             const std::vector<int64_t>& second) { self.set_ladder(*as_op(op).op, edges, second); },
+          py::arg("op"), py::arg("edges"), py::arg("second") = std::vector<int64_t>{})
       .def(
           "add_module",
           [](TableBuilder& self, const std::string& file, const py::bytes& image, const std::string& digest) {

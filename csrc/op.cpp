@@ -233,15 +233,21 @@ std::array<int, kSymbols> find_binders(const std::vector<ArgSpec>& args) {
 
 }  // namespace
 
-Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants)
+Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants,
+       std::string workspace)
     : id_(id),
       name_(std::move(name)),
       schema_(std::move(schema)),
       args_(std::move(args)),
-      variants_(std::move(variants)) {
+      variants_(std::move(variants)),
+      workspace_(std::move(workspace)) {
   HD_CHECK_BUNDLE(args_.size() <= kMaxArgs, name_, ": ", args_.size(), " arguments; an op takes at most ", kMaxArgs);
   HD_CHECK_BUNDLE(!variants_.empty(), name_, ": no variants");
-  for (const Variant& variant : variants_) signatures_.push_back(variant.signature);
+  for (const Variant& variant : variants_) {
+    signatures_.push_back(variant.signature);
+    HD_CHECK_BUNDLE(!variant.workspace_bytes || !workspace_.empty(), name_, ": variant ", variant.name, " asks for ",
+                    variant.workspace_bytes, " bytes of a workspace without a name");
+  }
   const std::array<int, kSymbols> binders = find_binders(args_);
   for (uint8_t i = 0; i < args_.size(); ++i) {
     const ArgSpec& arg = args_[i];
@@ -251,6 +257,11 @@ Op::Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> a
     } else if (arg.kind == ArgKind::kFloat) {
       scalars_.push_back({i, arg.minimum});
     } else if (!arg.is_ignored) {
+      if (arg.has_ladder) {
+        HD_CHECK_BUNDLE(arg.kind == ArgKind::kInteger && arg.values.empty() && arg.least >= 1 && second_ < 0, name_,
+                        ": ", arg.name, " has a ladder; one integer may, without values and of at least 1");
+        second_ = i;
+      }
       integers_.push_back(i);
       integer_bits_.set(i, 15);
     }
@@ -742,6 +753,9 @@ int index_of(const Items& items, std::string_view name, Accept accept) {
 
 int Op::find_tensor(std::string_view name) const noexcept {
   return index_of(args_, name, [](const ArgSpec& arg) { return arg.is_tensor(); });
+}
+int Op::find_memory(std::string_view name) const noexcept {
+  return workspace() >= 0 && name == workspace_ ? workspace() : find_tensor(name);
 }
 int Op::find_float(std::string_view name) const noexcept {
   return index_of(args_, name, [](const ArgSpec& arg) { return arg.kind == ArgKind::kFloat; });

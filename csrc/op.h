@@ -63,6 +63,7 @@ struct ArgSpec {
   std::vector<std::string> texts;  ///< of kString, whose `values` are the positions in it
   int64_t default_value = 0;
   bool has_default = false;
+  bool has_ladder = false;  ///< of kInteger without values: bucketed in the key, beside M
   bool is_ignored = false;  ///< of kNone: anything is served, and no variant depends on it
 
   bool is_tensor() const noexcept { return kind == ArgKind::kTensor; }
@@ -103,6 +104,7 @@ static_assert(kMaxArgs <= 32, "a signature holds 32 arguments");
 struct Variant {
   std::string name;
   Signature signature;
+  uint64_t workspace_bytes = 0;  ///< of memory of the runtime's that its kernels get
 };
 
 /// What one op has done since the start. Hits are counted lock-free; the rest is off the hot path.
@@ -124,7 +126,9 @@ enum class Bound : uint8_t {
 class Op {
  public:
   /// Throws kBundle if the declaration cannot be dispatched. `id` is unique in the process.
-  Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
+  /// `workspace`: the name by which kernels take the memory that some variants ask for; empty where none does.
+  Op(uint16_t id, std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants,
+     std::string workspace = {});
 
   /// Checks the call and sets call.sizes. `slot` is where all tensors live. Views become what the declaration says:
   /// flattened, padded, broadcast; strides of dimensions of size <= 1 are made those of a contiguous tensor.
@@ -144,12 +148,24 @@ class Op {
   const std::string& unserved_argument(const Call& call) const;
 
   int find_tensor(std::string_view name) const noexcept;  ///< argument index or -1
+  int find_memory(std::string_view name) const noexcept;  ///< the same; of the workspace too
   int find_float(std::string_view name) const noexcept;
   int find_integer(std::string_view name) const noexcept;
   int find_variant(std::string_view name) const noexcept;
 
   /// Whether a tensor carries the size; if none does it is 0 in every key.
   bool has(Symbol symbol) const noexcept { return has_[symbol]; }
+
+  /// By what index and name records take the workspace, as a tensor; -1 for an op without one.
+  int workspace() const noexcept { return workspace_.empty() ? -1 : static_cast<int>(args_.size()); }
+  const std::string& workspace_name() const noexcept { return workspace_; }
+  /// The name of what a record takes: an argument, or the workspace.
+  const std::string& tensor_name(uint32_t index) const noexcept {
+    return index < args_.size() ? args_[index].name : workspace_;
+  }
+
+  /// The integer argument that has a ladder beside M's; -1 for none.
+  int second() const noexcept { return second_; }
 
   uint16_t id() const noexcept { return id_; }
   const std::string& name() const noexcept { return name_; }
@@ -229,6 +245,8 @@ class Op {
   std::vector<ArgSpec> args_;
   std::vector<Variant> variants_;
   std::array<bool, kSymbols> has_{};
+  std::string workspace_;
+  int second_ = -1;
   uint8_t first_ = 0;            ///< the argument that gives M, which every call has
   uint8_t first_dimension_ = 0;  ///< the dimension of it that is M
   bool writes_without_rows_ = false;

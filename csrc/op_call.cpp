@@ -183,13 +183,13 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
   }
 }
 
-/// pick(M, K=0, N=0, variant=0) -> index of the manifest's row, or None: the key and the probe alone.
+/// pick(M, K=0, N=0, variant=0, second=1) -> index of the manifest's row, or None: the key and the probe alone.
 PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
   const Op& op = *reinterpret_cast<const OpObject*>(callable)->op;
-  int64_t given[4] = {};
-  if (count < 1 || count > 4) {
-    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0) takes 1 to 4 ints, got %zd", op.name().c_str(),
-                 count);
+  int64_t given[5] = {0, 0, 0, 0, 1};
+  if (count < 1 || count > 5) {
+    PyErr_Format(PyExc_TypeError, "%s.pick(M, K=0, N=0, variant=0, second=1) takes 1 to 5 ints, got %zd",
+                 op.name().c_str(), count);
     return nullptr;
   }
   for (Py_ssize_t i = 0; i < count; ++i) {
@@ -202,10 +202,11 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
     const DeviceTable* table = runtime.table(slot);
     const OpRows* rows = table ? table->rows_of(op) : nullptr;
     if (!rows) continue;
-    if (given[0] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
-    const Key key =
-        make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
-                 static_cast<uint32_t>(given[2]), static_cast<uint16_t>(rows->ladder.bucket(given[0])), kDeviceClass);
+    if (given[0] < 1 || given[4] < 1 || given[3] < 0 || given[3] > 0xffff || !fits(given[1], given[2])) Py_RETURN_NONE;
+    uint32_t bucket = rows->ladder.bucket(given[0]);
+    if (rows->second_arg >= 0) bucket = rows->with_second(bucket, given[4]);
+    const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
+                             static_cast<uint32_t>(given[2]), static_cast<uint16_t>(bucket), kDeviceClass);
     const Row* row = table->find(*rows, key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
@@ -530,8 +531,8 @@ void count_miss(const Op& op, const std::string& reason, const std::function<std
 PyObject* make_op_type() {
   static PyMethodDef methods[] = {
       {"pick", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&pick)), METH_FASTCALL,
-       "pick(M, K=0, N=0, variant=0, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None. Launches "
-       "nothing."},
+       "pick(M, K=0, N=0, variant=0, second=1, /)\n--\n\nIndex of the bundle's row that serves these sizes, or None; "
+       "second is the value of the integer argument with a ladder, if the op has one. Launches nothing."},
       {nullptr, nullptr, 0, nullptr}};
   static PyMemberDef members[] = {
       {"__vectorcalloffset__", T_PYSSIZET, offsetof(OpObject, vectorcall), READONLY, nullptr},

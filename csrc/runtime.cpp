@@ -7,6 +7,7 @@
 
 #include "check.h"
 #include "launch_queue.h"
+#include "workspace.h"
 
 namespace hdispatch {
 namespace {
@@ -61,27 +62,54 @@ class ContextScope {
   const Driver& driver_;
 };
 
-std::string print_row(const Op& op, const Row& row, const Ladder& ladder) {
-  const uint16_t bucket = key_bucket(row.key);
-  const bool last = bucket + 1u == ladder.size();
+std::string print_bucket(const Ladder& ladder, uint32_t bucket) {
+  const bool last = bucket + 1 == ladder.size();
+  return text(ladder.first(bucket), "..", last ? "" : std::to_string(ladder.edge(bucket)));
+}
+
+/// `M 9..16, max_seq_len 129..512`.
+std::string print_buckets(const OpRows& rows, uint32_t bucket) {
+  if (rows.second_arg < 0) return "M " + print_bucket(rows.ladder, bucket);
+  const uint32_t width = rows.second.size();
+  return text("M ", print_bucket(rows.ladder, bucket / width), ", ",
+              rows.op->args()[static_cast<size_t>(rows.second_arg)].name, " ",
+              print_bucket(rows.second, bucket % width));
+}
+
+std::string print_row(const OpRows& rows, const Row& row) {
+  const Op& op = *rows.op;
   const auto size = [&op](uint32_t value, Symbol symbol) {
     return value || !op.has(symbol) ? std::to_string(value) : std::string("any");
   };
   return text("(", op.variants()[key_variant(row.key)].name, ", K=", size(key_k(row.key), kK),
-              ", N=", size(key_n(row.key), kN), ", M ", ladder.first(bucket), "..",
-              last ? "" : std::to_string(ladder.edge(bucket)), ")");
+              ", N=", size(key_n(row.key), kN), ", ", print_buckets(rows, key_bucket(row.key)), ")");
+}
+
+/// Elements of a workspace are bytes.
+void set_workspace(const Op& op, Call& call, DeviceSlot slot, uintptr_t address, uint64_t bytes) {
+  TensorView& view = call.tensors[op.workspace()];
+  view.data = view.storage = address;
+  view.sizes[0] = static_cast<int64_t>(bytes);
+  view.strides[0] = 1;
+  view.slot = slot;
+  view.rank = 1;
+  view.dtype = bytes ? DType::kUInt8 : DType::kNone;
 }
 
 /// Up to three rows of the op, same variant first, then by distance in K and N and in buckets, one per (variant, K, N).
+/// Buckets of M count before those of the integer that has a ladder too.
 std::string nearest_rows(const Op& op, const Call& call, const Dispatch& found) {
   std::vector<const Row*> rows;
   for (const Row& row : found.table->table.rows())
     if (key_op(row.key) == op.id()) rows.push_back(&row);
+  const OpRows& found_rows = found.table->ops[op.id()];
+  const uint32_t width = found_rows.second_arg < 0 ? 1 : found_rows.second.size();
   const auto distance = [&](const Row* row) {
     const auto apart = [](int64_t a, int64_t b) { return a < b ? b - a : a - b; };
     return std::make_tuple(key_variant(row->key) != key_variant(found.key),
                            apart(key_k(row->key), call.sizes[kK]) + apart(key_n(row->key), call.sizes[kN]),
-                           apart(key_bucket(row->key), key_bucket(found.key)));
+                           apart(key_bucket(row->key) / width, key_bucket(found.key) / width),
+                           apart(key_bucket(row->key) % width, key_bucket(found.key) % width));
   };
   std::stable_sort(rows.begin(), rows.end(), [&](const Row* a, const Row* b) { return distance(a) < distance(b); });
   if (rows.empty()) return "none: the bundle has no row of this op";
@@ -89,15 +117,22 @@ std::string nearest_rows(const Op& op, const Call& call, const Dispatch& found) 
   std::set<std::tuple<uint16_t, uint32_t, uint32_t>> named;
   for (const Row* row : rows) {
     if (!named.insert({key_variant(row->key), key_k(row->key), key_n(row->key)}).second) continue;
-    out += (out.empty() ? "" : ", ") + print_row(op, *row, found.table->ops[op.id()].ladder);
+    out += (out.empty() ? "" : ", ") + print_row(found_rows, *row);
     if (named.size() == 3) break;
   }
   return out;
 }
 
+/// `max_seq_len=512` after a separator, where the op has an integer with a ladder.
+std::string print_second(const Op& op, const Call& call, const char* separator) {
+  if (op.second() < 0) return {};
+  const auto arg = static_cast<size_t>(op.second());
+  return text(separator, op.args()[arg].name, "=", call.integers[arg]);
+}
+
 std::string print_shape(const Op& op, const Call& call, const Dispatch& found) {
   return text(op.name(), "(", op.variants()[key_variant(found.key)].name, ", M=", call.sizes[kM],
-              ", K=", call.sizes[kK], ", N=", call.sizes[kN], ")");
+              ", K=", call.sizes[kK], ", N=", call.sizes[kN], print_second(op, call, ", "), ")");
 }
 
 }  // namespace
@@ -109,11 +144,12 @@ Runtime& Runtime::get() {
 }
 
 const Op& Runtime::define_op(std::string name, std::string schema, std::vector<ArgSpec> args,
-                             std::vector<Variant> variants) {
+                             std::vector<Variant> variants, std::string workspace) {
   HD_CHECK_BUNDLE(!find_op(name), "op ", name, " is defined already");
   HD_CHECK_BUNDLE(ops_.size() < 0xffff, "too many ops");
   const auto id = static_cast<uint16_t>(ops_.size());
-  ops_.push_back(std::make_unique<Op>(id, std::move(name), std::move(schema), std::move(args), std::move(variants)));
+  ops_.push_back(std::make_unique<Op>(id, std::move(name), std::move(schema), std::move(args), std::move(variants),
+                                      std::move(workspace)));
   return *ops_.back();
 }
 
@@ -135,9 +171,34 @@ Outcome Runtime::lookup(const Op& op, Call& call, Dispatch& found) const noexcep
   found.table = table(slot);
   const OpRows* rows = HD_LIKELY(found.table != nullptr) ? found.table->rows_of(op) : nullptr;
   if (HD_UNLIKELY(!rows)) return Outcome::kNoTable;
-  found.key.word0 |= uint64_t{rows->ladder.bucket(call.sizes[kM])} << 32;
+  uint32_t bucket = rows->ladder.bucket(call.sizes[kM]);
+  if (HD_UNLIKELY(rows->second_arg >= 0)) bucket = rows->with_second(bucket, call.integers[rows->second_arg]);
+  found.key.word0 |= uint64_t{bucket} << 32;
   found.row = found.table->find(*rows, found.key);
   return HD_LIKELY(found.row != nullptr) ? Outcome::kLaunched : Outcome::kNoRow;
+}
+
+/// The stream's memory, as a tensor after the arguments. Without the caller's lock where it has to be made: zeros are
+/// waited for. `pop`: the table's context was pushed, and is popped again if this throws.
+void Runtime::give_workspace(const Op& op, Call& call, const Dispatch& found, CUstream stream, const CallerLock* lock,
+                             bool pop) {
+  const uint64_t bytes = op.variants()[key_variant(found.key)].workspace_bytes;
+  const DeviceTable& table = *found.table;
+  uintptr_t address = 0;
+  if (bytes) {
+    const bool may_block = lock && !Workspace::has(table.slot, stream, bytes);
+    void* const released = may_block ? lock->release() : nullptr;
+    try {
+      address = Workspace::get(*table.driver, table.slot, stream, bytes);
+    } catch (...) {
+      CUcontext popped = nullptr;
+      if (pop) table.driver->context_pop(&popped);
+      if (may_block) lock->acquire(released);
+      throw;
+    }
+    if (may_block) lock->acquire(released);
+  }
+  set_workspace(op, call, table.slot, address, bytes);
 }
 
 Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found, const CallerLock* lock) const {
@@ -149,6 +210,7 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
   const DeviceTable& table = *found.table;
   const bool pop = HD_UNLIKELY(thread_context != table.context || !table.only_device) && enter(table);
   const CUstream stream = stream_of(table.slot);
+  if (HD_UNLIKELY(op.workspace() >= 0)) give_workspace(op, call, found, stream, lock, pop);
   const Launcher& launcher = *found.row->launcher;
   const bool may_block =
       lock && !(launcher.only_launches() && LaunchQueue::has_room(*table.driver, table.slot, stream));
@@ -197,7 +259,7 @@ std::string Runtime::describe(const Op& op, const Call& call, Outcome outcome, c
         found.row->launcher->raise(found.result,
                                    text(shape, ", row ", found.row->index, ", ", found.row->launcher->head().kernel));
       return text(shape, ": ", found.row->launcher->describe(found.result, call), " of row ", found.row->index, " ",
-                  print_row(op, *found.row, found.table->ops[op.id()].ladder));
+                  print_row(found.table->ops[op.id()], *found.row));
     default:
       return shape;
   }
@@ -210,15 +272,13 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   if (outcome == Outcome::kUnserved) return "miss     " + describe(op, call, outcome, found);
   std::string out =
       text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
-           "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN]);
+           "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN], print_second(op, call, " "));
   if (outcome == Outcome::kEmpty) return out + "\nnothing to launch: M is 0";
   if (outcome == Outcome::kEmptyOutput)
     return out + "\nnothing to launch: M is 0; the fallback writes what has no rows";
   if (outcome == Outcome::kNoTable) return out + "\nmiss     " + describe(op, call, outcome, found);
-  const Ladder& ladder = found.table->ops[op.id()].ladder;
   const uint32_t bucket = key_bucket(found.key);
-  out += text("\nbucket   ", bucket, ": M ", ladder.first(bucket), "..",
-              bucket + 1 == ladder.size() ? "" : std::to_string(ladder.edge(bucket)), "\nkey      ",
+  out += text("\nbucket   ", bucket, ": ", print_buckets(found.table->ops[op.id()], bucket), "\nkey      ",
               Hex{found.key.word0}, " ", Hex{found.key.word1});
   if (outcome == Outcome::kNoRow) return out + "\nmiss     " + describe(op, call, outcome, found);
   const Launcher& launcher = *found.row->launcher;
@@ -232,6 +292,11 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   }
   for (const uint8_t arg : launcher.head().early)
     out += text("\nearly    ", op.args()[arg].name, " may be read before the wait");
+  if (op.workspace() >= 0) {
+    const uint64_t bytes = op.variants()[key_variant(found.key)].workspace_bytes;
+    out += text("\nworkspace ", bytes, " bytes of the stream's");
+    set_workspace(op, call, found.table->slot, 0, bytes);  // whatever address it will have is as aligned
+  }
   const std::string launch = launcher.explain(call, found.result);
   if (found.result.status != LaunchStatus::kLaunched)
     return out + "\nfallback " + describe(op, call, Outcome::kRefused, found);
@@ -287,6 +352,11 @@ constexpr const char* kPublished = "the builder's table is published";
 void check_reads(const Op& op, const Variant& variant, const Launcher& launcher, uint32_t row) {
   const std::string& kernel = launcher.head().kernel;
   const auto check_tensor = [&](uint32_t arg) {
+    if (op.workspace() >= 0 && static_cast<int>(arg) == op.workspace()) {
+      HD_CHECK_BUNDLE(variant.workspace_bytes, "row ", row, ": ", kernel, " reads ", op.workspace_name(),
+                      ", of which variant ", variant.name, " asks for nothing");
+      return;
+    }
     HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor(), "row ", row, ": ", kernel, " reads tensor ",
                     arg, ", which ", op.name(), " has not");
     HD_CHECK_BUNDLE(variant.signature.get(arg), "row ", row, ": ", kernel, " reads ", op.args()[arg].name,
@@ -297,6 +367,7 @@ void check_reads(const Op& op, const Variant& variant, const Launcher& launcher,
   for (const uint8_t arg : launcher.head().early) check_tensor(arg);
   for (const auto& [arg, dimension] : reads.dimensions) {
     check_tensor(arg);
+    if (arg == op.args().size()) continue;  // the workspace, of one dimension
     HD_CHECK_BUNDLE(dimension < op.args()[arg].dims.size(), "row ", row, ": ", kernel, " reads dimension ", dimension,
                     " of ", op.args()[arg].name, ", which has rank ", op.args()[arg].dims.size());
   }
@@ -345,11 +416,17 @@ void TableBuilder::extend(std::shared_ptr<const DeviceTable> base) {
   made_->base = std::move(base);
 }
 
-void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges) {
+void TableBuilder::set_ladder(const Op& op, const std::vector<int64_t>& edges, const std::vector<int64_t>& second) {
   HD_CHECK(made_, kPublished);
+  HD_CHECK_BUNDLE(second.empty() == (op.second() < 0), op.name(), ": ", second.size(), " edges of a second ladder; ",
+                  op.second() < 0 ? "it has no integer argument with one"
+                                  : op.args()[static_cast<size_t>(op.second())].name + " has one");
   if (made_->ops.size() <= op.id()) made_->ops.resize(op.id() + 1u);
-  made_->ops[op.id()].op = &op;
-  made_->ops[op.id()].ladder = Ladder(edges);
+  OpRows& rows = made_->ops[op.id()];
+  rows.op = &op;
+  rows.ladder = Ladder(edges);
+  if (op.second() >= 0) rows.second = Ladder(second);
+  rows.second_arg = op.second();
 }
 
 void TableBuilder::add_module(const std::string& file, std::span<const char> image, const std::string& digest) {
@@ -428,8 +505,8 @@ void TableBuilder::add_row(const Op& op, uint16_t variant, int64_t k, int64_t n,
                   made_->launchers.size());
   HD_CHECK_BUNDLE(variant < op.variants().size(), "row ", index, ": ", op.name(), " has no variant ", variant);
   HD_CHECK_BUNDLE(fits(k, n), "row ", index, ": K = ", k, ", N = ", n, "; sizes are below 2^32");
-  HD_CHECK_BUNDLE(op.id() < made_->ops.size() && bucket < made_->ops[op.id()].ladder.size(), "row ", index, ": ",
-                  op.name(), " has no bucket ", bucket);
+  HD_CHECK_BUNDLE(op.id() < made_->ops.size() && bucket < made_->ops[op.id()].buckets(), "row ", index, ": ", op.name(),
+                  " has no bucket ", bucket);
   check_reads(op, op.variants()[variant], *made_->launchers[record], index);
   rows_.push_back({make_key(op.id(), variant, static_cast<uint32_t>(k), static_cast<uint32_t>(n),
                             static_cast<uint16_t>(bucket), kDeviceClass),

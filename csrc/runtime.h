@@ -28,13 +28,22 @@ namespace hdispatch {
 /// Bits of the key for the kind of device; one table serves one device, so one class suffices until tables are shared.
 inline constexpr uint16_t kDeviceClass = 0;
 
-/// How the rows of one op are found: its ladder, and which sizes of the key its rows leave open.
+/// How the rows of one op are found: its ladders, and which sizes of the key its rows leave open.
 struct OpRows {
   const Op* op = nullptr;
-  Ladder ladder;            ///< size 0 for ops that the bundle has not
+  int second_arg = -1;      ///< the integer argument that has a ladder; -1: the op has none
   uint32_t mask_count = 0;  ///< 1 for an op whose rows are all exact
   /// For the key's second word, K and N: the most exact first. A row with K = 0 serves every K.
   std::array<uint64_t, 4> masks{};
+  Ladder ladder;  ///< of M; size 0 for ops that the bundle has not
+  Ladder second;  ///< of the integer argument that has one
+
+  static_assert(Ladder::kMaxBuckets * Ladder::kMaxBuckets <= 0x10000, "a key has 16 bits for the bucket");
+  uint32_t buckets() const noexcept { return ladder.size() * (second_arg < 0 ? 1 : second.size()); }
+  /// The bucket of both ladders, of an op that has two.
+  uint32_t with_second(uint32_t bucket_of_m, int64_t integer) const noexcept {
+    return bucket_of_m * second.size() + second.bucket(integer);
+  }
 };
 
 struct DeviceTable {
@@ -96,7 +105,8 @@ class Runtime {
 
   /// Defines an op; throws kBundle if the name is taken. The reference lives as long as the process. GIL or no thread
   /// race.
-  const Op& define_op(std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants);
+  const Op& define_op(std::string name, std::string schema, std::vector<ArgSpec> args, std::vector<Variant> variants,
+                      std::string workspace = {});
   const Op* find_op(std::string_view name) const noexcept;
 
   /// Serves one call: check, key, probe, guards, launch. The hot path. It may block for as long as the driver does, and
@@ -128,6 +138,8 @@ class Runtime {
 
  private:
   Runtime() = default;
+  static void give_workspace(const Op& op, Call& call, const Dispatch& found, CUstream stream, const CallerLock* lock,
+                             bool pop);
   Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
   void replace(DeviceSlot slot, std::shared_ptr<const DeviceTable> table);
 
@@ -158,7 +170,8 @@ class TableBuilder {
   /// Begins with the ladders and rows of a finished table of the same device; rows of the same key take their place.
   void extend(std::shared_ptr<const DeviceTable> base);
 
-  void set_ladder(const Op& op, const std::vector<int64_t>& edges);
+  /// `second`: edges of the op's integer argument with a ladder; empty where it has none.
+  void set_ladder(const Op& op, const std::vector<int64_t>& edges, const std::vector<int64_t>& second = {});
   /// Loads a cubin's image under its file name. `digest` names its content: the module of a finished table with the
   /// same one is shared. Empty: it is loaded for this table alone.
   void add_module(const std::string& file, std::span<const char> image, const std::string& digest = {});

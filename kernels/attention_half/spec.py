@@ -42,8 +42,8 @@ def reference(
 
     out            [M, N, K], dtype of qkv, written: the attention's output of N query heads of K elements
     qkv            bfloat16 or float16 [M, (N + 2 * N / group) * K]: the heads of q, k and v of each request's new token
-    q_weight       [K], dtype of qkv: of the RMS norm of every head of q; or None, then k_weight too: no norm
-    k_weight       likewise of k
+    q_weight       [K], dtype of qkv: of the RMS norm of every q head; or None: no norm
+    k_weight       likewise of every k head
     cos_sin_cache  bfloat16, float16 or float32 [positions, R], R even and at most K: R / 2 cosines, then R / 2 sines
     positions      int64 [M], rows of cos_sin_cache
     slot_mapping   int64 [M]: the new token's place, block * page + place in the block, as block_table has it; of a
@@ -62,9 +62,9 @@ def reference(
     q and k are normalized and rotated as by fused_qk_norm_rope, in float32, and rounded once; the new token takes part with
     the k and v that the cache gets. Scores, softmax and sums are float32.
     """
-    m, heads, dim = out.shape
+    heads, dim = out.shape[1:]
     kv_heads = heads // group
-    _check(qkv, heads, kv_heads, dim, (q_weight, k_weight), cos_sin_cache, kv_cache)
+    _check(qkv, heads, kv_heads, dim, cos_sin_cache, kv_cache)
     x = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
     cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, dim=-1)
     turned = []
@@ -84,19 +84,14 @@ def _check(
     heads: int,
     kv_heads: int,
     dim: int,
-    weights: tuple[torch.Tensor | None, torch.Tensor | None],
     cos_sin_cache: torch.Tensor,
     kv_cache: torch.Tensor,
 ) -> None:
     """What the declaration cannot say."""
     if qkv.size(1) != (heads + 2 * kv_heads) * dim:
-        raise ArgumentError(
-            f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {heads} + 2 * {kv_heads} heads of {dim}, as out and group say"
-        )
+        raise ArgumentError(f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {heads} + 2 * {kv_heads} heads of {dim}")
     if kv_cache.size(1) != kv_heads or kv_heads * (heads // max(kv_heads, 1)) != heads:
         raise ArgumentError(f"{NAME}: kv_cache has {kv_cache.size(1)} heads; expected {heads} query heads / group")
-    if (weights[0] is None) != (weights[1] is None):
-        raise ArgumentError(f"{NAME}: one of q_weight and k_weight is None; expected both or neither")
     if cos_sin_cache.size(1) > dim or cos_sin_cache.size(1) % 2:
         raise ArgumentError(
             f"{NAME}: cos_sin_cache rotates {cos_sin_cache.size(1)} elements; expected an even number, at most {dim}"

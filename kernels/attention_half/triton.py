@@ -165,15 +165,15 @@ def attention_half(
     x = x.to(work)
     scores = tl.sum(tl.where(row[None, :] == G, tl.dot(x, tl.trans(x)), 0.0), 1) * scale_log2
     m = tl.where(is_last, scores, float("-inf"))
-    l = tl.where(is_last, tl.full([ROWS], 1.0, tl.float32), 0.0)
+    total = tl.where(is_last, tl.full([ROWS], 1.0, tl.float32), 0.0)
     acc = tl.zeros([ROWS, D], tl.float32) + tl.where(is_last, v_new.to(tl.float32), 0.0)[None, :]
-    m, l, acc = tokens_of_split(
-        x, m, l, acc, cache, table, coming, begin, end, row, 0, scale_log2, 0.0, page, inverse, block_stride, slot_stride,
+    m, total, acc = tokens_of_split(
+        x, m, total, acc, cache, table, coming, begin, end, row, 0, scale_log2, 0.0, page, inverse, block_stride, slot_stride,
         D, TILE, STAGES, False, False, False,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, l, acc, 1.0, 1, G, D, triton.next_power_of_2(G), AT_ONCE)
+    finish(out, out_row, workspace, used, m, total, acc, 1.0, 1, G, D, triton.next_power_of_2(G), AT_ONCE)
 
 
 def launch(

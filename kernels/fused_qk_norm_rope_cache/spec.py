@@ -39,8 +39,8 @@ def reference(
     qkv            bfloat16 or float16 [M, K], K = (num_heads_q + 2 * num_heads_k) * head_dim: the heads of q are normalized
                    and rotated in place, those of k and v stay as they are
     eps            added to the mean of the squares, at least 0
-    q_weight       [head_dim], dtype of qkv: of every q head; or None, then k_weight too: no norm
-    k_weight       likewise of k
+    q_weight       [head_dim], dtype of qkv: of every q head; or None: no norm
+    k_weight       likewise of every k head
     cos_sin_cache  bfloat16, float16 or float32 [positions, R], R even and at most head_dim: R / 2 cosines, then R / 2 sines
     is_neox        pairs are elements i and i + R / 2 of a head if set, 2 * i and 2 * i + 1 if not
     position_ids   int64 [M], rows of cos_sin_cache
@@ -78,8 +78,6 @@ def _check(
         raise ArgumentError(
             f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {q_heads} + 2 * {k_heads} heads of {head_dim}"
         )
-    if (weights[0] is None) != (weights[1] is None):
-        raise ArgumentError(f"{NAME}: one of q_weight and k_weight is None; expected both or neither")
     if any(weight is not None and weight.size(0) != head_dim for weight in weights):
         raise ArgumentError(f"{NAME}: weights are {[w.shape for w in weights if w is not None]}; expected {head_dim} elements")
     if cos_sin_cache.size(1) > head_dim or cos_sin_cache.size(1) % 2:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from hdispatch.opspec import Variant
 
-from ..fused_qk_norm_rope.triton import candidates as candidates  # noqa: PLC0414 -- the same tiles
+from ..fused_qk_norm_rope.triton import candidates as candidates
 from ..rope import program_tile
 
 GENERIC = ("K",)
@@ -153,7 +152,9 @@ def launch(
     """One program per tile of tokens and heads, as in rotary_embedding."""
     rotary, name = cos_sin_cache.size(1), "fused_qk_norm_rope_cache"
     if (num_heads_q + 2 * num_heads_k) * head_dim != qkv.size(1):
-        raise ValueError(f"{name}: rows of {qkv.size(1)} elements are not {num_heads_q} + 2 * {num_heads_k} heads of {head_dim}")
+        raise ValueError(
+            f"{name}: rows of {qkv.size(1)} elements are not {num_heads_q} + 2 * {num_heads_k} heads of {head_dim}"
+        )
     for weight in (q_weight, k_weight):
         if weight is not None and weight.size(0) != head_dim:
             raise ValueError(f"{name}: a weight is {weight.shape}; heads have {head_dim}")

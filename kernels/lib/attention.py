@@ -41,7 +41,9 @@ def check_cache(op: str, kv_cache: torch.Tensor, heads: Any, group: int, max_seq
     if kv_cache.size(1) * group != heads:
         raise ValueError(f"{op}: the cache has {kv_cache.size(1)} heads of {group} query heads each, q has {heads}")
     if kv_cache.size(2) % 16 != 0 or kv_cache.size(2) * max_seq_len > 2**32:
-        raise ValueError(f"{op}: pages of {kv_cache.size(2)} tokens; the kernel takes multiples of 16, with max_seq_len to 2**32")
+        raise ValueError(
+            f"{op}: pages of {kv_cache.size(2)} tokens; the kernel takes multiples of 16, with max_seq_len to 2**32"
+        )
     if kv_cache.stride(3) != 1:
         raise ValueError(f"{op}: K and V of a head have the stride {kv_cache.stride(3)}; the kernel takes 1")
     for axis in range(3):
@@ -100,7 +102,7 @@ def prefetch(cache, place, D: tl.constexpr):
     if not INTERPRETED:
         at = cache + place[:, None] + (tl.arange(0, LINES) * LINE)[None, :]
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,total", [at], dtype=tl.int32, is_pure=False, pack=1
         )
 
 
@@ -108,7 +110,7 @@ def prefetch(cache, place, D: tl.constexpr):
 def tokens_of_split(
     x,
     m,
-    l,
+    total,
     acc,
     cache,
     table,
@@ -130,9 +132,9 @@ def tokens_of_split(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
 ):
-    """(m, l, acc) after the tokens begin to end, TILE at a time.
+    """(m, total, acc) after the tokens begin to end, TILE at a time.
 
-    x [rows, D] has the dtype in which matrices are multiplied; m, l [rows], acc [rows, D] float32: the greatest score so
+    x [rows, D] has the dtype in which matrices are multiplied; m, total [rows], acc [rows, D] float32: the greatest score so
     far times log2(e), the sum of exp2(score - m), and that of the V's with these weights. A row sees tokens below limit[row]
     (with CAUSAL) and from limit[row] - window on (with WINDOW).
 
@@ -148,10 +150,9 @@ def tokens_of_split(
         k = tl.load(cache + place[:, None] + d[None, :], inside[:, None], other=0.0)
         v = tl.load(cache + D + place[:, None] + d[None, :], inside[:, None], other=0.0)
         s = tl.dot(x, tl.trans(k.to(x.dtype))) * scale_log2
-        if SOFTCAP:
-            if softcap_log2 > 0:
-                # softcap * tanh(s / softcap), all of it times log2(e)
-                s = softcap_log2 * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / softcap_log2)) + 1.0))
+        if SOFTCAP and softcap_log2 > 0:
+            # softcap * tanh(s / softcap), all of it times log2(e)
+            s = softcap_log2 * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / softcap_log2)) + 1.0))
         seen = inside[None, :]
         if CAUSAL:
             seen = seen & (token[None, :] < limit[:, None])
@@ -163,16 +164,16 @@ def tokens_of_split(
         safe = tl.where(top == float("-inf"), 0.0, top)
         p = tl.exp2(s - safe[:, None])
         alpha = tl.exp2(m - safe)
-        l = l * alpha + tl.sum(p, 1)
+        total = total * alpha + tl.sum(p, 1)
         acc = tl.dot(p.to(x.dtype), v.to(x.dtype), acc * alpha[:, None])
         m = top
-    return m, l, acc
+    return m, total, acc
 
 
 @triton.jit
-def weighted(acc, l):
-    """acc / l by rows; 0 of a row that saw no token."""
-    return tl.where(l == 0.0, 0.0, 1.0 / l)[:, None] * acc
+def weighted(acc, total):
+    """acc / total by rows; 0 of a row that saw no token."""
+    return tl.where(total == 0.0, 0.0, 1.0 / total)[:, None] * acc
 
 
 @triton.jit
@@ -189,7 +190,7 @@ def finish(
     workspace,
     used,
     m,
-    l,
+    total,
     acc,
     factor,
     queries,
@@ -208,7 +209,7 @@ def finish(
     live = row < queries * G
     if used == 1:
         at = outputs_of(row, out_row, G, D)
-        y = (weighted(acc, l) * factor).to(out.dtype.element_ty)
+        y = (weighted(acc, total) * factor).to(out.dtype.element_ty)
         tl.store(out + at[:, None] + d[None, :], y, live[:, None])
     else:
         counters = workspace.to(tl.pointer_type(tl.int32))
@@ -219,7 +220,7 @@ def finish(
         cell = (pair * tl.num_programs(0) + tl.program_id(0)) * (queries * G) + row
         tl.store(parts + cell[:, None] * D + d[None, :], acc, live[:, None])
         tl.store(tops + cell, m, live)
-        tl.store(sums + cell, l, live)
+        tl.store(sums + cell, total, live)
         tl.debug_barrier()
         if tl.atomic_add(counters + pair, 1, sem="acq_rel") == used - 1:
             tl.store(counters + pair, 0)
@@ -248,7 +249,7 @@ def combine(
     row = tl.arange(0, PADDED)
     live = row < queries * G
     m = tl.full([PADDED], float("-inf"), tl.float32)
-    l = tl.zeros([PADDED], tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, D], tl.float32)
     for start in range(0, used, AT_ONCE):
         here = (start + s < used)[:, None] & live[None, :]
@@ -261,8 +262,8 @@ def combine(
         safe = tl.where(top == float("-inf"), 0.0, top)
         weight = tl.exp2(top_here - safe[None, :])
         alpha = tl.exp2(m - safe)
-        l = l * alpha + tl.sum(sum_here * weight, 0)
+        total = total * alpha + tl.sum(sum_here * weight, 0)
         acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
         m = top
     at = outputs_of(row, out_row, G, D)
-    tl.store(out + at[:, None] + d[None, :], (weighted(acc, l) * factor).to(out.dtype.element_ty), live[:, None])
+    tl.store(out + at[:, None] + d[None, :], (weighted(acc, total) * factor).to(out.dtype.element_ty), live[:, None])

@@ -145,7 +145,9 @@ def random_paged(
     own, shared = order[: max(1, requests)], order[max(1, requests) :]
     table = shared[torch.arange(requests * width) % len(shared)].view(requests, width)
     table.scatter_(1, last[:, None], own[:requests, None])
-    kv = torch.randn(blocks, page, kv_heads, 2 * dim, generator=generator, device=generator.device).to(device=device, dtype=dtype)
+    kv = torch.randn(blocks, page, kv_heads, 2 * dim, generator=generator, device=generator.device).to(
+        device=device, dtype=dtype
+    )
     slots = own[:requests] * page + (seq_lens - 1) % page
     return Paged(kv.transpose(1, 2), table.int().to(device), seq_lens.int().to(device), slots.to(device))
 
@@ -171,9 +173,7 @@ def softmax_scale(dim: int) -> float:
     return 1 / math.sqrt(dim)
 
 
-def random_slots(
-    tokens: int, page: int, device: torch.device, generator: torch.Generator
-) -> tuple[torch.Tensor, int]:
+def random_slots(tokens: int, page: int, device: torch.device, generator: torch.Generator) -> tuple[torch.Tensor, int]:
     """Places int64 [tokens], none twice, the third one negative; and how many blocks of `page` tokens they are in."""
     blocks = -(-tokens // page) + 1
     slots = torch.randperm(blocks * page, generator=_on_cpu(generator))[:tokens]

@@ -84,11 +84,10 @@ def paged_attention_decode(
     d = tl.arange(0, D)
     live = row < queries * G
     m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    if SINKS:
-        if split == 0:
-            m = tl.load(sinks + head * G + row % G).to(tl.float32) * LOG2E
-            l += 1.0
+    total = tl.zeros([ROWS], tl.float32)
+    if SINKS and split == 0:
+        m = tl.load(sinks + head * G + row % G).to(tl.float32) * LOG2E
+        total += 1.0
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -103,13 +102,13 @@ def paged_attention_decode(
     # A row sees the tokens up to its query's own.
     limit = length - queries + 1 + row // G
     acc = tl.zeros([ROWS, D], tl.float32)
-    m, l, acc = tokens_of_split(
-        x, m, l, acc, kv_cache + head.to(tl.int64) * head_stride, table, coming, begin, end, limit, window,
+    m, total, acc = tokens_of_split(
+        x, m, total, acc, kv_cache + head.to(tl.int64) * head_stride, table, coming, begin, end, limit, window,
         scale * k_scale * LOG2E, softcap * LOG2E, page, inverse, block_stride, slot_stride, D, TILE, STAGES, CAUSAL, True, True,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, l, acc, v_scale, queries, G, D, PADDED, AT_ONCE)
+    finish(out, out_row, workspace, used, m, total, acc, v_scale, queries, G, D, PADDED, AT_ONCE)
 
 
 def launch(
@@ -139,14 +138,18 @@ def launch(
     kv_heads, page = kv_cache.size(1), kv_cache.size(2)
     lib.check_cache("paged_attention_decode", kv_cache, heads, group, max_seq_len)
     if queries > max_queries or out.size(1) != queries:
-        raise ValueError(f"paged_attention_decode: {queries} queries, {out.size(1)} in out; the kernel takes up to {max_queries}")
+        raise ValueError(
+            f"paged_attention_decode: {queries} queries, {out.size(1)} in out; the kernel takes up to {max_queries}"
+        )
     if q.stride(3) != 1:
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
     for axis in range(3):
         if q.stride(axis) % 16 != 0:
             raise ValueError(f"paged_attention_decode: q has strides {q.stride()}; the kernel takes multiples of 16")
     if workspace.size(0) < workspace_floats(dim):
-        raise ValueError(f"paged_attention_decode: a workspace of {workspace.size(0)}; expected {workspace_floats(dim)} elements")
+        raise ValueError(
+            f"paged_attention_decode: a workspace of {workspace.size(0)}; expected {workspace_floats(dim)} elements"
+        )
     pdl, warps, rows = config.get("pdl", True), config["num_warps"], max_queries * group
     _launcher(
         paged_attention_decode,

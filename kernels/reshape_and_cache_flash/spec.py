@@ -40,14 +40,15 @@ def reference(
     k_scale         float32 with one element; v_scale likewise
     """
     for cache, x, scale in ((key_cache, key, k_scale), (value_cache, value, v_scale)):
-        if (kv_cache_dtype == "auto") != (cache.dtype == key.dtype):
-            raise ArgumentError(f"{NAME}: a cache of {cache.dtype}; expected what kv_cache_dtype, {kv_cache_dtype!r}, says")
-        if kv_cache_dtype == "auto":
-            stored = x
-        else:
-            stored = (x.float() / scale.reshape(())).clamp(-448, 448).to(FP8).view(torch.uint8)
+        dtypes = (key.dtype,) if kv_cache_dtype == "auto" else (FP8, torch.uint8)
+        if cache.dtype not in dtypes:
+            raise ArgumentError(
+                f"{NAME}: a cache of {cache.dtype}; with kv_cache_dtype {kv_cache_dtype!r} it is one of {dtypes}"
+            )
+        quantized = kv_cache_dtype != "auto"
+        stored = (x.float() / scale.reshape(())).clamp(-448, 448).to(FP8).view(torch.uint8) if quantized else x
         # Bytes: torch selects between numbers of none of the fp8 dtypes.
-        target = cache if kv_cache_dtype == "auto" else cache.view(torch.uint8)
+        target = cache.view(torch.uint8) if quantized else cache
         write(target.transpose(1, 2), slot_mapping, stored)
 
 

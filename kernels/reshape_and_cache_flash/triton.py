@@ -93,13 +93,17 @@ def launch(
     tokens, heads, dim = key.shape
     columns, page = heads * dim, key_cache.size(1)
     if value_cache.size(0) != key_cache.size(0) or value_cache.size(1) != page:
-        raise ValueError(f"reshape_and_cache_flash: caches of {key_cache.shape} and {value_cache.shape}; the kernel takes like ones")
+        raise ValueError(
+            f"reshape_and_cache_flash: caches of {key_cache.shape} and {value_cache.shape}; the kernel takes like ones"
+        )
     for cache in (key_cache, value_cache):
         if cache.stride(3) != 1:
             raise ValueError(f"reshape_and_cache_flash: heads of a cache have the stride {cache.stride(3)}; the kernel takes 1")
         for axis in range(3):
             if cache.stride(axis) % 16 != 0:
-                raise ValueError(f"reshape_and_cache_flash: a cache has strides {cache.stride()}; the kernel takes multiples of 16")
+                raise ValueError(
+                    f"reshape_and_cache_flash: a cache has strides {cache.stride()}; the kernel takes multiples of 16"
+                )
     pdl, block = config.get("pdl", True), config["block"]
     _launcher(
         reshape_and_cache_flash,

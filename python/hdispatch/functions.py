@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 from . import _C, ops
 from .errors import HdispatchError
+from .ladders import Ladders
 from .manifest import FfiArg, Guard, check_views
 from .opspec import BoolArg, FloatArg, NoneArg, OpSpec, StrArg, TensorArg
 
@@ -21,12 +22,14 @@ class Key(NamedTuple):
     variant  the name of one of the op's variants: `OpSpec.variants()`
     K, N     exactly this size; 0: every size of it. A row with the exact size comes before one without
     M        any M of one bucket of the op's ladder, whose Ms are served; None: every M
+    second   likewise of the integer argument that has a ladder; None: every value
     """
 
     variant: str
     K: int = 0
     N: int = 0
     M: int | None = None
+    second: int | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,9 @@ def make(
         raise HdispatchError(f"{name} has no variant {key.variant!r}; it has {', '.join(spec.variant_arguments())}")
     if key.M is not None and key.M < 1:
         raise HdispatchError(f"M is {key.M}; a bucket's Ms are 1 or more")
+    if key.second is not None and (spec.second is None or key.second < 1):
+        has = "has no argument with a ladder" if spec.second is None else f"takes a {spec.second.name} of at least 1"
+        raise HdispatchError(f"the key's second is {key.second}; {name} {has}")
     if stream not in ("environment", "argument", "none"):
         raise HdispatchError(f"stream is {stream!r}; it takes 'environment', 'argument' or 'none'")
     raw = _keep(function)
@@ -69,6 +75,7 @@ def make(
         "function": label,
         "m_min": m_range[0] if m_range else 1,
         "m_max": m_range[1] if m_range else MAX_M,
+        **({} if spec.second is None else {"second_min": 1, "second_max": MAX_M}),
         "guards": [dict(guard) for guard in guards],
         "early": list(early),
         "args": [dict(arg) for arg in taken],
@@ -101,7 +108,9 @@ def raw_function(function: object) -> Any:
 
 
 def default_args(spec: OpSpec, variant: str, stream: Stream = "environment") -> list[FfiArg]:
-    """The op's arguments in order, None where the variant has none, the variant's strings, then the stream if it is one."""
+    """The op's arguments in order, None where the variant has none, the variant's strings; then the workspace of an op
+    that has one, and the stream if it is an argument.
+    """
     absent, static = set(spec.variant(variant).none), spec.variant(variant).static
     made: list[FfiArg] = []
     for arg in spec.args:
@@ -115,21 +124,28 @@ def default_args(spec: OpSpec, variant: str, stream: Stream = "environment") -> 
             made.append({"kind": "str", "text": str(static[arg.name])})
         else:
             made.append({"kind": "bool" if isinstance(arg, BoolArg) else "int", "value": [arg.name]})
+    if spec.workspace is not None:
+        has_one = spec.workspace_bytes(spec.variant(variant)) > 0
+        made.append({"kind": "tensor", "arg": spec.workspace.name} if has_one else {"kind": "none"})
     return [*made, {"kind": "stream"}] if stream == "argument" else made
 
 
-def add_all(builder: _C.TableBuilder, functions: Sequence[Function], ladders: dict[str, list[int]]) -> None:
+def add_all(builder: _C.TableBuilder, functions: Sequence[Function], ladders: dict[str, Ladders]) -> None:
     """Put functions into a table; of several with one key the last one. `ladders` are those of the ops that it has already."""
     rows: dict[tuple[str, str, int, int, int], int] = {}
     ladders = dict(ladders)
     for each in functions:
         op = ops.get(each.op)
         if each.op not in ladders:
-            ladders[each.op] = list(ops.spec(each.op).ladder)
-            builder.set_ladder(op, ladders[each.op])
-        edges = ladders[each.op]
+            ladders[each.op] = ops.spec(each.op).ladders
+            builder.set_ladder(op, ladders[each.op].m, ladders[each.op].second)
+        served = ladders[each.op]
         index = builder.add_function(op, each.record, each.handle)
-        buckets = range(len(edges)) if each.key.M is None else [_C.bucket(edges, each.key.M)]
+        buckets = set(range(served.count))
+        if each.key.M is not None:
+            buckets &= set(served.of_m(_C.bucket(served.m, each.key.M)))
+        if each.key.second is not None:
+            buckets &= set(served.of_second(each.key.second))
         rows |= {(each.op, each.key.variant, each.key.K, each.key.N, bucket): index for bucket in buckets}
     for (name, variant, k, n, bucket), index in rows.items():
         builder.add_row(ops.get(name), variant, k, n, bucket, index)

@@ -36,9 +36,10 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, cast
 
 from .errors import BundleError
+from .ladders import Ladders
 from .typed_json import Mismatch, check, parse
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.sha256"
 ARTIFACTS = "artifacts"
@@ -113,7 +114,7 @@ class Param(TypedDict):
     """One parameter of the kernel, in the order of its signature, before a class drops any.
 
     kind   ptr; i1 i8 i16 i32 i64 (signed two's complement, i1 is one byte 0 or 1); f32 f64; tensor_map (128 bytes)
-    arg    ptr, tensor_map: the tensor argument; f32, f64: the float argument, unless `const` is given
+    arg    ptr, tensor_map: the tensor argument, ptr: or the workspace; f32, f64: the float argument, unless `const` is given
     offset ptr, tensor_map: bytes past the tensor's data pointer, default 0
     align  ptr only: the address that is passed is a multiple of this many bytes, else the guard fails; 1 if not assumed
     value  integers only
@@ -158,6 +159,8 @@ class Cubin(TypedDict):
 class RecordHead(TypedDict):
     """What every record has. It is valid for m_min <= M <= m_max and where all guards hold; rows share records.
 
+    second_min and second_max are given for an op with a second ladder, and bound the value of its integer likewise.
+
     early lists the tensor arguments that code with `pdl` may read before it waits for its predecessors; none if it is
     missing. Code without early reads waits before it releases its dependents.
     """
@@ -167,6 +170,8 @@ class RecordHead(TypedDict):
     config: dict[str, Any]
     m_min: int
     m_max: int
+    second_min: NotRequired[int]
+    second_max: NotRequired[int]
     guards: list[Guard]
     early: NotRequired[list[str]]
 
@@ -194,8 +199,8 @@ class FfiArg(TypedDict):
            str     the constant `text`, as a C string
            stream  the stream, as an opaque pointer; at most one
            pdl     an int: 1 if the record says that its kernels wait themselves (`pdl`) and the bundle is loaded with pdl
-    arg    tensor: the tensor argument, which is given in every variant of the record's rows; float: the float argument,
-           unless `const` is given
+    arg    tensor: the tensor argument, or the workspace, which every variant of the record's rows has; float: the float
+           argument, unless `const` is given
     align  tensor: the address is a multiple of this many bytes, else the guard fails; 1 if not assumed
     dims   tensor: which of its dimensions are passed, in this order; default all. [1, 0] is the transposed view
     dtype  tensor: passed as this type of the same size, `uint8` for `float8_e4m3fn`, say; default its own
@@ -252,7 +257,8 @@ class Tuned(TypedDict):
 
 
 class Row(TypedDict):
-    """One row of the launch table: a key and the record that serves it. `bucket` is an index into the op's ladder.
+    """One row of the launch table: a key and the record that serves it. `bucket` is an index into the op's ladder; of an op
+    with a second ladder, that index times the second's number of edges, plus an index into the second.
 
     A K or N of 0 stands for every size of it, where the op has that size: such a row serves what no exact one does.
 
@@ -271,13 +277,42 @@ class Row(TypedDict):
     tuned: NotRequired[Tuned]
 
 
+class SecondLadder(TypedDict):
+    """The buckets of an integer argument, beside those of M."""
+
+    arg: str
+    ladder: list[int]
+
+
+class Workspace(TypedDict):
+    """Memory of the runtime's, one block per device and stream: by what name records take it, as a tensor of bytes, and how
+    many bytes each variant asks for.
+    """
+
+    arg: str
+    bytes: dict[str, int]
+
+
 class OpEntry(TypedDict):
-    """An op as it was when the bundle was built. Loading compares it with the installed op."""
+    """An op as it was when the bundle was built. Loading compares it with the installed op.
+
+    second is given for an op with a second ladder, workspace for one whose kernels take memory of the runtime's.
+    """
 
     schema: str
     ladder: list[int]
+    second: NotRequired[SecondLadder]
+    workspace: NotRequired[Workspace]
     #: variant name -> argument name -> dtype name, `float8_e4m3fn`, or compiled-in value; absent arguments are missing
     variants: dict[str, dict[str, str | int]]
+
+
+def ladders_of(entry: OpEntry) -> Ladders:
+    """The buckets of an op in a bundle."""
+    second = entry.get("second")
+    if second is None:
+        return Ladders(tuple(entry["ladder"]))
+    return Ladders(tuple(entry["ladder"]), second["arg"], tuple(second["ladder"]))
 
 
 class Target(TypedDict):
@@ -488,6 +523,7 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
             _check_shared(where, record, manifest["target"])
     seen: dict[tuple[str, str, int, int, int], int] = {}
     owners: dict[int, str] = {}
+    counts = {op: ladders_of(entry).count for op, entry in ops.items()}
     called: set[tuple[str, str, int]] = set()
     for index, row in enumerate(manifest["rows"]):
         op, key = row["op"], (row["op"], row["variant"], row["K"], row["N"], row["bucket"])
@@ -497,8 +533,8 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
             raise BundleError(f"{where}: rows {seen[key]} and {index} have the same key {key}")
         if row["variant"] not in ops[op]["variants"]:
             raise BundleError(f"{where}: row {index} is of variant {row['variant']!r}, which is not among those of {op}")
-        if not 0 <= row["bucket"] < len(ops[op]["ladder"]):
-            raise BundleError(f"{where}: row {index} names bucket {row['bucket']} of {len(ops[op]['ladder'])}")
+        if not 0 <= row["bucket"] < counts[op]:
+            raise BundleError(f"{where}: row {index} names bucket {row['bucket']} of {counts[op]}")
         if not 0 <= row["record"] < len(records):
             raise BundleError(f"{where}: row {index} names record {row['record']} of {len(records)}")
         # A record's arguments are those of one op.
@@ -509,6 +545,8 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
         if (same := (op, row["variant"], row["record"])) not in called:
             called.add(same)
             record = records[row["record"]]
+            if "second" in ops[op] and not {"second_min", "second_max"} <= record.keys():
+                raise BundleError(f"{where}: row {index}: {record['kernel']} does not say for which {ops[op]['second']['arg']}")
             if record["launcher"] == "tvm_ffi":
                 check_views(f"{where}: row {index}: {record['kernel']}", record["args"], ops[op]["variants"][row["variant"]])
 

@@ -17,7 +17,7 @@ import torch
 
 from . import _C
 from .errors import HdispatchError
-from .opspec import Arg, BoolArg, FloatArg, NoneArg, OpSpec, StrArg, TensorArg, dtype_name, parse_dim
+from .opspec import Arg, BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg, dtype_name, parse_dim
 
 _SPECS: dict[str, OpSpec] = {}
 _OPS: dict[str, _C.Op] = {}
@@ -35,7 +35,12 @@ def define(spec: OpSpec) -> _C.Op:
     variants = list(spec.variant_arguments().items())
     doc = f"{spec.schema()}\n\n{inspect.cleandoc(spec.doc or spec.reference.__doc__ or '')}"
     described = [_describe(spec, arg) for arg in spec.args]
-    op = _C.define_op(spec.name, spec.schema(), described, variants, spec.fallback or spec.reference, doc)
+    reference = spec.fallback or spec.reference
+    if spec.workspace is None:
+        op = _C.define_op(spec.name, spec.schema(), described, variants, reference, doc)
+    else:
+        sizes = [spec.workspace_bytes(variant) for variant in spec.variants()]
+        op = _C.define_op(spec.name, spec.schema(), described, variants, reference, doc, spec.workspace.name, sizes)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
     globals()[spec.name] = op
@@ -93,6 +98,7 @@ def _describe(spec: OpSpec, arg: Arg) -> dict[str, object]:
             "values": [int(value) for value in arg.values or ()],
             "minimum": 0 if isinstance(arg, BoolArg) else arg.minimum,
             "default": None if arg.default is None else int(arg.default),
+            "ladder": isinstance(arg, IntArg) and arg.ladder is not None,
         }
     source = next(a for a in spec.tensors() if a.name == arg.dtypes) if isinstance(arg.dtypes, str) else arg
     return {

@@ -31,6 +31,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from .errors import HdispatchError
+from .ladders import Ladders
+from .manifest import OpEntry
 
 #: Symbols that `TensorArg.dims` may use, in the order of the C++ `Symbol` enumeration.
 SYMBOLS = ("M", "K", "N")
@@ -92,12 +94,17 @@ class FloatArg:
 
 @dataclass(frozen=True)
 class IntArg:
-    """An integer. With `values` it is compiled in, part of the variant; without, any of at least `minimum` at run time."""
+    """An integer. With `values` it is compiled in, part of the variant; without, any of at least `minimum` at run time.
+
+    ladder   of one run-time integer of an op, with a minimum of at least 1: the upper edges of buckets of its value, ascending;
+             the last has no upper end. A config is then chosen for each bucket of M and of it. The kernel still gets the value
+    """
 
     name: str
     values: tuple[int, ...] | None = None
     default: int | None = None
     minimum: int = -(2**31)
+    ladder: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +140,22 @@ class NoneArg:
     ignored: bool = False
 
 
+@dataclass(frozen=True)
+class WorkspaceArg:
+    """Memory of the runtime's that an op's kernels get: one block per device and stream, zeroed once, shared by all ops.
+
+    It is no argument of the op: the host function gets it after the op's arguments, as a uint8 tensor [bytes] at an address
+    that is a multiple of 256 (`workspace[4096:].view(torch.float32)`); the fallback does not. A kernel finds in it what the
+    last one on the stream left, of whatever op, but for counters: what is to be zero at its beginning it leaves at zero. So
+    counters are of ops that agree where they are, and everything else is written before it is read.
+
+    bytes    of a block, the same for every call of a variant; or what says so of each: 0 for one without
+    """
+
+    name: str
+    bytes: int | Callable[[Variant], int]
+
+
 Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
 
 #: A value that is compiled in.
@@ -140,6 +163,8 @@ Static = int | bool | str
 
 #: Arguments of an op, and values that one of them lists: csrc/op.h has four bits for each.
 MAX_ARGS, MAX_VALUES = 32, 13
+#: Edges of a ladder, as csrc/ladder.h.
+MAX_EDGES = 64
 
 
 class Dim(NamedTuple):
@@ -179,11 +204,14 @@ class OpSpec:
                                 same arguments and order as the op.
     sample(variant, sizes, device, generator) -> list
                                 random arguments of a variant, `sizes` like {"M": 16, "K": 4096}; mutated arguments
-                                that are not read are poisoned. Inputs with free strides come contiguous.
+                                that are not read are poisoned. Inputs with free strides come contiguous. Of an op with a
+                                second ladder, `sizes` has its integer too, {"max_seq_len": 512}, where buckets are measured
+                                or traced; elsewhere it may be missing.
     shapes                      the (K, N) combinations that get rows, as {"K": 4096}. A symbol that is left out makes rows
                                 that serve every size of it; the kernel's module then says that it is GENERIC in it.
     ladder                      upper edges of the buckets of M, ascending; the last bucket has no upper end.
-    config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}.
+    config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}; and
+                                -> the argument with a second ladder, {"max_seq_len": "max_seq_len"}.
     foreign_key                 a key of vLLM's files, which has other names -> the one with those of config_key; other keys
                                 as they are.
     served                      which variants a bundle holds; all if None.
@@ -193,6 +221,7 @@ class OpSpec:
                                 square root of K and relative to the output's own; 0 where they add in float32.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
+    workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
     fallback                    what serves calls that no row does; `reference` if None. Same arguments, and it takes all that
                                 the schema does.
     """
@@ -212,10 +241,12 @@ class OpSpec:
     closed: bool = False
     fallback: Callable[..., None] | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
+    workspace: WorkspaceArg | None = None
 
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""
         names = [arg.name for arg in self.args]
+        names += [self.workspace.name] if self.workspace is not None else []
         for name in (self.name, *names):
             if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
                 raise HdispatchError(f"{self.name}: {name!r} is not a name that Python and torch's schemas take")
@@ -225,6 +256,7 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
         if len(self.args) > MAX_ARGS:
             raise HdispatchError(f"{self.name}: {len(self.args)} arguments; an op takes at most {MAX_ARGS}")
+        self._check_second_ladder()
         for arg in self.tensors():
             self._check_tensor(arg)
         for static in self.static_args():
@@ -238,6 +270,23 @@ class OpSpec:
         binder = self.binder("M")
         if binder is not None and binder[0].optional:
             raise HdispatchError(f"{self.name}: only {binder[0].name}, which may be None, carries M")
+
+    def _check_second_ladder(self) -> None:
+        found = [arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None]
+        if len(found) > 1:
+            raise HdispatchError(f"{self.name}: {found[0].name} and {found[1].name} have ladders; one integer may")
+        for arg in found:
+            edges = arg.ladder or ()
+            if arg.values is not None or arg.minimum < 1:
+                raise HdispatchError(f"{self.name}: {arg.name} has a ladder; it takes a minimum of at least 1 and no values")
+            if list(edges) != sorted(set(edges)) or not edges or edges[0] < arg.minimum or len(edges) > MAX_EDGES:
+                raise HdispatchError(
+                    f"{self.name}: the ladder {edges} of {arg.name} is not a list of 1 to {MAX_EDGES} ascending edges of at "
+                    f"least {arg.minimum}"
+                )
+        unknown = set(self.config_key.values()) - {*SYMBOLS, *(arg.name for arg in found)}
+        if unknown:
+            raise HdispatchError(f"{self.name}: config_key names {sorted(unknown)}, no size and no argument with a ladder")
 
     def _check_values(self, arg: IntArg | BoolArg | StrArg) -> None:
         values = tuple(arg.values or ())
@@ -283,6 +332,60 @@ class OpSpec:
     def static_args(self) -> list[IntArg | BoolArg | StrArg]:
         """The arguments whose values are compiled in, in order."""
         return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
+
+    def workspace_bytes(self, variant: Variant) -> int:
+        """Bytes of the workspace that a variant's kernels get; 0: none. HdispatchError for what is no size."""
+        if self.workspace is None:
+            return 0
+        size = self.workspace.bytes
+        found = size if isinstance(size, int) else size(variant)
+        if not isinstance(found, int) or not 0 <= found < 2**48:
+            raise HdispatchError(f"{self.name}: {self.workspace.name} of {variant.name} is {found!r} bytes; it takes 0 or more")
+        return found
+
+    def make_workspace(self, variant: Variant, device: torch.device) -> list[torch.Tensor | None]:
+        """What a host function takes after the op's arguments, for who calls it without the runtime; [] for most ops."""
+        if self.workspace is None:
+            return []
+        size = self.workspace_bytes(variant)
+        return [torch.zeros(size, dtype=torch.uint8, device=device) if size else None]
+
+    def entry(self, variants: Sequence[str] | None = None) -> OpEntry:
+        """The op as a manifest has it, with all variants or those named."""
+        chosen = [v for v in self.variants() if variants is None or v.name in variants]
+        arguments = self.variant_arguments()
+        entry: OpEntry = {
+            "schema": self.schema(),
+            "ladder": list(self.ladder),
+            "variants": {v.name: arguments[v.name] for v in chosen},
+        }
+        if self.second is not None:
+            entry["second"] = {"arg": self.second.name, "ladder": list(self.second.ladder or ())}
+        if self.workspace is not None:
+            entry["workspace"] = {"arg": self.workspace.name, "bytes": {v.name: self.workspace_bytes(v) for v in chosen}}
+        return entry
+
+    def difference(self, entry: OpEntry) -> str | None:
+        """How an op in a manifest is another than this one, in words; None if it is not. The edges of ladders may differ."""
+        mine = self.entry(list(entry["variants"]))
+        for name in ("schema", "variants", "workspace"):
+            if entry.get(name) != mine.get(name):
+                return f"{entry.get(name)} and not {mine.get(name)}" if name != "variants" else "other variants or arguments"
+        theirs, ours = entry.get("second"), mine.get("second")
+        if (theirs and theirs["arg"]) != (ours and ours["arg"]):
+            return f"a second ladder of {theirs and theirs['arg']} and not of {ours and ours['arg']}"
+        return None
+
+    @property
+    def second(self) -> IntArg | None:
+        """The integer argument with a ladder of its own, if there is one."""
+        return next((arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None), None)
+
+    @property
+    def ladders(self) -> Ladders:
+        """The op's buckets."""
+        second = self.second
+        return Ladders(self.ladder) if second is None else Ladders(self.ladder, second.name, second.ladder or ())
 
     def binder(self, symbol: str) -> tuple[TensorArg, int] | None:
         """The tensor and the dimension that give a symbol its value; None if nothing carries it."""
@@ -457,8 +560,3 @@ def parse_dim(dim: str | int) -> Dim:
             f"dimension {dim!r} is not SYMBOL, FACTOR*SYMBOL, either of them /DIVISOR, or *, with SYMBOL one of {SYMBOLS}"
         )
     return Dim(int(factor or 1), symbol, (int(by) if by.isdigit() else by) if slash else 1)
-
-
-def bucket_index(ladder: Sequence[int], m: int) -> int:
-    """Index of the bucket that serves M = m: the first edge at or above it, else the last. The C++ ladder agrees (tested)."""
-    return next((i for i, edge in enumerate(ladder) if m <= edge), len(ladder) - 1)

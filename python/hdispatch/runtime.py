@@ -17,7 +17,8 @@ import torch
 from . import _C, functions, host, ops
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
-from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, read_bundle
+from .ladders import Ladders
+from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_bundle
 
 
 @dataclass(frozen=True)
@@ -225,7 +226,7 @@ def register(
               CuteDSL's compiled functions. It is called as it is, without Python, and kept for ever. It launches on the
               stream that it is given, and writes the op's mutated arguments.
     args      what it is called with (`manifest.FfiArg`); default the op's arguments in order, tensors as DLTensor views
-              (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not
+              (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not; then the op's workspace
     guards    facts (`manifest.Guard`) without which the call goes to the fallback, counted. The function's own checks raise
               instead, and take microseconds to: what a call may have goes here or into `align` of its argument
     stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument" (or as `args`
@@ -265,10 +266,10 @@ def _publish(device: int, bundle: Bundle | None, registered: Sequence[Registrati
             _C.publish(bundle._table)
         return
     builder = _builder(device, bundle.pdl if bundle else True, bundle.early_reads if bundle else True)
-    ladders = {}
+    ladders: dict[str, Ladders] = {}
     if bundle is not None and bundle._table is not None:
         builder.extend(bundle._table)
-        ladders = {name: entry["ladder"] for name, entry in bundle.manifest["ops"].items()}
+        ladders = {name: ladders_of(entry) for name, entry in bundle.manifest["ops"].items()}
     functions.add_all(builder, [each.function for each in registered], ladders)
     builder.publish()
 
@@ -330,17 +331,18 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
                 f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
             )
         spec = ops.spec(name)
-        if entry["schema"] != spec.schema() or not entry["variants"].items() <= spec.variant_arguments().items():
+        if (other := spec.difference(entry)) is not None:
             raise BundleError(
                 f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} "
-                "with other variants or arguments; rebuild"
+                f"with other variants or arguments ({other}); rebuild"
             )
         found[name] = ops.get(name)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}
     try:
         for name, op in found.items():
-            builder.set_ladder(op, manifest["ops"][name]["ladder"])
+            ladders = ladders_of(manifest["ops"][name])
+            builder.set_ladder(op, ladders.m, ladders.second)
         libraries = {record["file"] for record in manifest["records"] if record["launcher"] == "tvm_ffi"}
         for name, content in contents.items():
             if name in libraries:

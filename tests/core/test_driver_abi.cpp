@@ -123,6 +123,12 @@ SAME_FUNCTION(function_get, cuFuncGetAttribute);
 SAME_FUNCTION(function_set, cuFuncSetAttribute);
 SAME_FUNCTION(tensor_map_encode, cuTensorMapEncodeTiled);
 SAME_FUNCTION(stream_query, cuStreamQuery);
+SAME_FUNCTION(memory_allocate, cuMemAlloc);
+SAME_FUNCTION(memory_free, cuMemFree);
+SAME_FUNCTION(memory_zero, cuMemsetD8Async);
+SAME_FUNCTION(stream_create, cuStreamCreate);
+SAME_FUNCTION(stream_synchronize, cuStreamSynchronize);
+SAME_FUNCTION(stream_destroy, cuStreamDestroy);
 SAME_FUNCTION(stream_is_capturing, cuStreamIsCapturing);
 SAME_FUNCTION(capture_mode_exchange, cuThreadExchangeStreamCaptureMode);
 #if CUDA_VERSION >= 12040

@@ -13,7 +13,7 @@ __extension__ typedef __int128 Wide;
 
 constexpr const char* kOperators[] = {
     "+", "-", "*", "//", "%", "min", "max", "==", "!=", "<", "<=", ">", ">=", "and", "or"};
-constexpr const char* kLeaves[] = {"M", "K", "N", "input.size(0)", "input.stride(0)", "scale.stride(1)"};
+constexpr const char* kLeaves[] = {"M", "K", "N", "input.size(0)", "input.stride(0)", "scale.stride(1)", "count"};
 constexpr const char* kWrong[] = {"", "m", "input.size(9)", "nobody.size(0)", "input.size(", "**", "not", "(", "1"};
 constexpr int64_t kNumbers[] = {0, 1, 2, 3, 4, 15, 16, 127, 128, -1, -2, -16, INT64_MAX, INT64_MAX - 1, INT64_MIN};
 
@@ -62,6 +62,7 @@ int64_t leaf(const std::string& word, const Call& call) {
   if (word == "N") return call.sizes[kN];
   if (word == "input.size(0)") return call.tensors[kInput].sizes[0];
   if (word == "input.stride(0)") return call.tensors[kInput].strides[0];
+  if (word == "count") return call.integers[kEpsilon];
   return call.tensors[kScale].strides[1];
 }
 
@@ -114,6 +115,7 @@ Call random_call(Random& random) {
   call.tensors[kInput].sizes[0] = random.in(0, 300);
   call.tensors[kInput].strides[0] = random.one_in(3) ? random.of(kNumbers) : 8 * random.in(-4, 40);
   call.tensors[kScale].strides[1] = random.of(kNumbers);
+  call.integers[kEpsilon] = random.one_in(2) ? random.of(kNumbers) : random.in(-300, 300);
   return call;
 }
 
@@ -127,7 +129,7 @@ bool check(const std::vector<Token>& stream, Random& random) {
   const bool valid = is_valid(stream);
   std::optional<Expr> made;
   try {
-    made.emplace(stream, toy_tensor);
+    made.emplace(stream, toy_tensor, [](std::string_view name) { return name == "count" ? int{kEpsilon} : -1; });
   } catch (const Error& error) {
     CHECK(error.fault() == Fault::kBundle);
   }
@@ -188,13 +190,16 @@ TEST(the_shortened_forms) {
     const int64_t c = random.one_in(4) ? random.of(kNumbers) : random.in(-4, 64);
     std::vector<Token> stream;
     if (random.one_in(2)) {
-      stream = tokens("M", c == INT64_MIN ? c : c - 1, "+", c, "//");
+      stream = tokens(random.one_in(2) ? "M" : "count", c == INT64_MIN ? c : c - 1, "+", c, "//");
       if (random.one_in(2)) std::swap(stream[0], stream[1]);
+    } else if (random.one_in(2)) {
+      stream =
+          tokens("count", c, ">=", "count", random.one_in(4) ? random.of(kNumbers) : random.in(-4, 300), "<=", "and");
     } else {
       stream = tokens("input.stride(0)", c, "%", 0, "==");
     }
     if (random.one_in(3)) {
-      const auto at = static_cast<size_t>(random.in(0, 4));
+      const auto at = static_cast<size_t>(random.in(0, static_cast<int64_t>(stream.size()) - 1));
       const auto* word = std::get_if<std::string>(&stream[at]);
       stream[at] = word && is_in(*word, kOperators) ? Token(std::string(random.of(kOperators))) : random_leaf(random);
     }

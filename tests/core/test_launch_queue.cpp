@@ -142,7 +142,7 @@ TEST(a_call_lets_go_of_the_lock_where_its_launch_may_block) {
   table->driver = &launching;
   table->slot = 1;
   table->ops.resize(op.id() + 1u);
-  table->ops[op.id()] = {&op, Ladder({16}), 1, {~0ull}};
+  table->ops[op.id()] = {&op, -1, 1, {~0ull}, Ladder({16}), {}};
   Record record;
   record.kernel = "kernel";
   record.grid = {expr(1), expr(1), expr(1)};

@@ -226,6 +226,70 @@ TEST(a_table_with_early_reads_keeps_what_is_pending) {
   }
 }
 
+/// The toy op with an integer that has a ladder, in the place of epsilon.
+const Op& new_op_with_ladder() {
+  static int made = 0;
+  std::vector<ArgSpec> args = toy_args();
+  args[kEpsilon] = int_arg("length", {}, 1);
+  args[kEpsilon].has_ladder = true;
+  return runtime().define_op("long_toy" + std::to_string(made++), "", args, toy_variants());
+}
+
+TEST(two_ladders) {
+  const Op& op = new_op_with_ladder();
+  CHECK_EQ(op.second(), int{kEpsilon});
+  const std::vector<int64_t> lengths = {128, 512, 4096};
+  TableBuilder builder(-1, 0, true);
+  builder.set_ladder(op, kEdges, lengths);
+  builder.add_module("a.cubin", {});
+  for (uint32_t bucket = 0; bucket < kEdges.size() * lengths.size(); ++bucket)
+    builder.add_row(op, 0, 64, 0, bucket, builder.add_record(tagged(bucket + 1)));
+  const auto buckets = static_cast<uint32_t>(kEdges.size() * lengths.size());
+  CHECK_FAULT(kBundle, "has no bucket 15", builder.add_row(op, 0, 64, 0, buckets, 0));
+  builder.publish();
+  const auto number = [](const std::vector<int64_t>& edges, int64_t value) {
+    size_t i = 0;
+    while (i + 1 < edges.size() && value > edges[i]) ++i;
+    return i;
+  };
+  for (const int64_t m_edge : kEdges)
+    for (const int64_t edge : lengths)
+      for (const int64_t m : {m_edge - 1, m_edge, m_edge + 1})
+        for (const int64_t length : {int64_t{1}, edge - 1, edge, edge + 1, INT64_MAX}) {
+          if (m < 1) continue;
+          Call call = toy_call(m, 64);
+          call.integers[kEpsilon] = length;
+          Dispatch found;
+          CHECK(runtime().dispatch(op, call, no_stream, found) == Outcome::kLaunched);
+          CHECK_EQ(key_bucket(found.key), number(kEdges, m) * lengths.size() + number(lengths, length));
+          CHECK_EQ(found.row->index, uint32_t{key_bucket(found.key)});
+        }
+  Call call = toy_call(3, 64);
+  call.integers[kEpsilon] = 600;
+  CHECK_CONTAINS(runtime().explain(op, call), "bucket   8: M 3..4, length 513..");
+  CHECK_CONTAINS(runtime().explain(op, call), "sizes    M=3 K=64 N=0 length=600");
+  runtime().withdraw(kCpuSlot);
+}
+
+TEST(what_two_ladders_refuse) {
+  TableBuilder builder(-1, 0, true);
+  const Op& one = new_op();
+  const Op& two = new_op_with_ladder();
+  CHECK_FAULT(kBundle, "0 edges of a second ladder; length has one", builder.set_ladder(two, kEdges));
+  CHECK_FAULT(kBundle, "1 edges of a second ladder; it has no integer", builder.set_ladder(one, kEdges, {4}));
+  const auto define = [](auto change) {
+    std::vector<ArgSpec> args = toy_args();
+    args[kEpsilon] = int_arg("length", {}, 1);
+    args[kEpsilon].has_ladder = true;
+    change(args);
+    Op(0, "bad", "", args, toy_variants());
+  };
+  CHECK_FAULT(kBundle, "one integer may, without values and of at least 1",
+              define([](auto& args) { args[kEpsilon].least = 0; }));
+  CHECK_FAULT(kBundle, "one integer may", define([](auto& args) { args[kEpsilon].values = {1}; }));
+  CHECK_FAULT(kBundle, "one integer may", define([](auto& args) { args.push_back(args[kEpsilon]); }));
+}
+
 TEST(replacing_and_withdrawing) {
   const Op& op = new_op();
   publish(op, {64}, tagged(1));
@@ -376,7 +440,7 @@ void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag
   table->context = context_of(slot);
   table->only_device = only_device;
   table->ops.resize(op.id() + 1u);
-  table->ops[op.id()] = {&op, Ladder(kEdges), 1, {~0ull}};
+  table->ops[op.id()] = {&op, -1, 1, {~0ull}, Ladder(kEdges), {}};
   table->launchers.push_back(std::make_unique<CubinLauncher>(
       tagged(tag), driver, [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
   std::vector<Row> rows;

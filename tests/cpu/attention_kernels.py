@@ -1,8 +1,8 @@
 """The attention ops' Triton kernels, interpreted on the CPU, against the float32 references; prints failures as JSON.
 
 Run as a program, since the interpreter is switched on by the environment: test_attention.py does. A cache has NaN wherever no
-token was written, tables have blocks that do not exist behind a request's end, outputs are poisoned, and every kernel runs twice
-on the same workspace, whose counters must be zero afterwards.
+token was written, tables have blocks that do not exist behind a request's end, outputs are poisoned, and every kernel runs
+twice on the same workspace, whose counters must be zero afterwards.
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ def looped(q, paged, lengths, rule, newest=None):
             begin = max(0, end - rule.window) if rule.window else 0
             for head in range(q.size(2)):
                 kv_head = head * paged.kv_cache.size(1) // q.size(2)
-                scores = [float(q[request, query, head].double() @ rows[t][kv_head, :dim]) * rule.scale for t in range(begin, end)]
+                scores = [
+                    float(q[request, query, head].double() @ rows[t][kv_head, :dim]) * rule.scale for t in range(begin, end)
+                ]
                 if rule.softcap:
                     scores = [rule.softcap * math.tanh(s / rule.softcap) for s in scores]
                 total = sum(math.exp(s) for s in scores) + (math.exp(rule.sinks[head]) if rule.sinks is not None else 0)
@@ -160,13 +162,11 @@ WRONG = {
     "attention_half": {
         "qkv": lambda x: x[:, :-64],
         "kv_cache": lambda x: x[:, :1],
-        "k_weight": lambda _x: None,
         "cos_sin_cache": lambda x: x.repeat(1, 2),
     },
     "paged_attention_decode": {"max_queries": lambda _x: 1, "group": lambda _x: 2},
     "fused_qk_norm_rope_cache": {
         "num_heads_q": lambda x: x + 1,
-        "k_weight": lambda _x: None,
         "cos_sin_cache": lambda x: x.repeat(1, 4),
         "kv_cache": lambda x: x[:, :1],
     },

@@ -28,7 +28,7 @@ def share(bundle: Path) -> dict[str, int]:
     manifest, _ = read_bundle(bundle)
     spec = hdispatch.ops.spec(OP)
     file = configs.read(configs.installed(OP) / "nvidia_h200.json", spec)
-    picked = [file.pick(spec, {"K": 2048}, edge) for edge in spec.ladder]
+    picked = [file.pick(spec, {"K": 2048}, {"M": edge}) for edge in spec.ladder]
     assert len(manifest["records"]) >= len({store.digest([entry.backend, entry.config]) for entry in picked})
     return {"rows": len(spec.ladder), "records": len(manifest["records"]), "cubins": len(manifest["files"])}
 

@@ -49,15 +49,17 @@ def write(folder: Path, content: object, name: str = "nvidia_h200.json") -> Path
 )
 def test_pick_as_vllm_does(tmp_path, hidden, edge, picked):
     file = configs.read(write(tmp_path, [entry(2048, 64), entry(2048, 1), entry(2048, 16), entry(4096, 8)]), SPEC)
-    assert file.pick(SPEC, {"K": hidden}, edge).config["name"] == picked
+    assert file.pick(SPEC, {"K": hidden}, {"M": edge}).config["name"] == picked
 
 
 def test_the_default_serves_only_where_nothing_else_is(tmp_path):
     default = {"key": {}, "config": {"name": "default"}}
-    assert configs.read(write(tmp_path, [default]), SPEC).pick(SPEC, {"K": 1}, 1).config["name"] == "default"
-    assert configs.read(write(tmp_path, [default, entry(2048, 1)]), SPEC).pick(SPEC, {"K": 9}, 9).config["name"] == "2048/1"
+    assert configs.read(write(tmp_path, [default]), SPEC).pick(SPEC, {"K": 1}, {"M": 1}).config["name"] == "default"
+    assert (
+        configs.read(write(tmp_path, [default, entry(2048, 1)]), SPEC).pick(SPEC, {"K": 9}, {"M": 9}).config["name"] == "2048/1"
+    )
     with pytest.raises(BuildError, match="has no entry"):
-        configs.read(write(tmp_path, []), SPEC).pick(SPEC, {"K": 1}, 1)
+        configs.read(write(tmp_path, []), SPEC).pick(SPEC, {"K": 1}, {"M": 1})
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_vllms_keys_of_several_sizes():
         configs.ConfigEntry({"K": k, "N": n, "M": m}, {"at": [k, n, m]}) for k in (64, 128) for n in (1, 8) for m in (1, 4)
     )
     file = configs.ConfigFile(Path("x"), entries)
-    assert file.pick(spec, {"K": 120, "N": 3}, 2).config["at"] == [128, 1, 4]
+    assert file.pick(spec, {"K": 120, "N": 3}, {"M": 2}).config["at"] == [128, 1, 4]
 
 
 def test_entries_that_stand_in_for_a_backend(tmp_path):
@@ -235,7 +237,7 @@ def test_equal_rows_of_other_heads_are_no_repetition(tmp_path):
     content = [{"key": key, "config": {**HELION, "num_warps": 2**at}} for at, key in enumerate(keys)]
     spec = hdispatch.ops.spec("fused_qk_norm_rope")
     file = configs.read(write(tmp_path, content[:2]), spec)
-    assert file.pick(spec, {"K": 4096}, 4).config["num_warps"] == 1
+    assert file.pick(spec, {"K": 4096}, {"M": 4}).config["num_warps"] == 1
     with pytest.raises(BuildError, match="entry 2 repeats the key of entry 0"):
         configs.read(write(tmp_path, content), spec)
 
@@ -247,8 +249,8 @@ def test_entries_for_a_value_of_an_argument(tmp_path):
     file = configs.read(write(tmp_path, [{"key": key, "config": {"name": key["group_size"]}} for key in keys]), spec)
     for group, picked in ((64, 64), (128, 128), (32, 64)):
         variant = spec.variant(f"any+group_size={group}")
-        assert file.pick(spec, {"K": 64}, 16, variant).config["name"] == picked
-    assert file.pick(spec, {"K": 64}, 16).config["name"] == 128, "the typical variant's"
+        assert file.pick(spec, {"K": 64}, {"M": 16}, variant).config["name"] == picked
+    assert file.pick(spec, {"K": 64}, {"M": 16}).config["name"] == 128, "the typical variant's"
 
 
 def collected(op: str, more: Path) -> tuple[list[configs.ConfigFile], list[str]]:
@@ -297,7 +299,7 @@ def test_vllms_own_files_load():
             assert entry.backend == "helion"
             assert set(entry.sizes) in ({*spec.config_key.values()}, set()), f"{path}: {entry}"
         for shape in spec.shapes:
-            assert [file.pick(spec, shape, edge) for edge in spec.ladder]
+            assert [file.pick(spec, shape, {"M": edge}) for edge in spec.ladder]
         files, notes = collected(path.parent.name, folder)
         has_helion = "helion" in op_package.backends_of(f"{op_package.KERNELS}.{path.parent.name}")
         assert any(each.path == path for each in files) == has_helion

@@ -18,7 +18,7 @@ import pytest
 import torch
 import toy
 from hdispatch import _C
-from hdispatch.opspec import bucket_index
+from hdispatch.ladders import bucket_index
 from hdispatch.testing import null
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -322,7 +322,7 @@ def test_pick():
         (4, 64, 0, 2**16),
     ):
         assert pick(*nothing) is None
-    for wrong in ((), (1, 2, 3, 4, 5), ("4", 64), (4.0, 64), (None,)):
+    for wrong in ((), (1, 2, 3, 4, 5, 6), ("4", 64), (4.0, 64), (None,)):
         with pytest.raises(TypeError):
             pick(*wrong)
     with pytest.raises(OverflowError):

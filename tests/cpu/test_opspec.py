@@ -9,7 +9,8 @@ import pytest
 import torch
 import toy
 from hdispatch import HdispatchError
-from hdispatch.opspec import FloatArg, TensorArg, bucket_index, parse_dim
+from hdispatch.ladders import bucket_index
+from hdispatch.opspec import FloatArg, TensorArg, parse_dim
 
 SPEC = toy.SPEC
 X = TensorArg("x", ("M", "K"), (torch.float32,))

@@ -27,8 +27,9 @@ from hdispatch.build import build, pool
 from hdispatch.build.expr import evaluate
 from hdispatch.build.trace import FLOAT_HINT, CallMaker
 from hdispatch.build.unit import HINT, class_of
+from hdispatch.ladders import bucket_index
 from hdispatch.manifest import Manifest, Record, read_bundle
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg, bucket_index
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker
 from triton_example.spec import SPEC as EXAMPLE

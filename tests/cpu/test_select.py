@@ -66,7 +66,7 @@ def run(lines: list[timings.Timing], folder: Path, **options: Any) -> select.OpR
 
 def picks(folder: Path, shape: dict[str, int]) -> list[str]:
     file = configs.read(folder / "toy_select" / "nvidia_h200.json", SPEC)
-    return [file.pick(SPEC, shape, edge).config["name"] for edge in SPEC.ladder]
+    return [file.pick(SPEC, shape, {"M": edge}).config["name"] for edge in SPEC.ladder]
 
 
 def test_the_fewest_configs_and_their_edges(tmp_path):
@@ -475,18 +475,18 @@ def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_p
     ]
     found = tuned.Measurements(SPEC, report.path)
     record: Any = {"backend": "cutedsl", "config": {"name": "fast"}}
-    assert found.of("float32", {"K": 64}, 1, record) == {"us": 50.0, "others": {"triton": 100.0}}
-    assert found.of("float32", {"K": 64}, 8, record) is None, "another config was chosen there"
-    assert found.of("other", {"K": 64}, 1, record) is None
-    assert found.of("float32", {}, 1, record) is None
+    assert found.of("float32", {"K": 64}, {"M": 1}, record) == {"us": 50.0, "others": {"triton": 100.0}}
+    assert found.of("float32", {"K": 64}, {"M": 8}, record) is None, "another config was chosen there"
+    assert found.of("other", {"K": 64}, {"M": 1}, record) is None
+    assert found.of("float32", {}, {"M": 1}, record) is None
     assert not tuned.Measurements(SPEC, tmp_path / "nothing.json").times
     (tmp_path / "odd.tuned.json").write_text('{"variants": 3}')
     with pytest.raises(BuildError, match=r"cannot read the measurements in .*odd\.tuned\.json: variants is 3"):
         tuned.Measurements(SPEC, tmp_path / "odd.json")
     file = configs.read(report.path, SPEC)
     alone = file.available(["triton"], "triton")
-    assert [alone.pick(SPEC, {"K": 64}, edge).config["name"] for edge in SPEC.ladder] == ["a", "a", "b", "b"]
+    assert [alone.pick(SPEC, {"K": 64}, {"M": edge}).config["name"] for edge in SPEC.ladder] == ["a", "a", "b", "b"]
     both = file.available(["triton", "cutedsl"], "triton")
-    assert [both.pick(SPEC, {"K": 64}, edge).config["name"] for edge in SPEC.ladder] == ["fast", "fast", "b", "b"]
+    assert [both.pick(SPEC, {"K": 64}, {"M": edge}).config["name"] for edge in SPEC.ladder] == ["fast", "fast", "b", "b"]
     again = run(lines, tmp_path, backends_of=lambda _op: ["triton", "cutedsl"])
     assert json.loads(again.path.read_text()) == data, "entries that stand in are replaced, not kept"

@@ -239,7 +239,7 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
         for shape in spec.shapes:
             sizes = {symbol: size for symbol, size in shape.items() if symbol in symbols}
             for edge in spec.ladder:
-                entry = part.pick(spec, shape, edge)
+                entry = part.pick(spec, shape, {"M": edge})
                 picked.append(entry)
                 if not default:
                     assert entry.shape == sizes, f"{file.path}: {shape} is served by the config of another shape: {entry}"

@@ -59,7 +59,7 @@ def autotune(
             break
         spec, sizes = load_spec(point.package), sizes_of(point)
         path = out / spec.name / gpu.config_file
-        given = {**dict(point.row), "M": sizes["M"]}
+        given = {**dict(point.row), **spec.ladders.edges(point.bucket)}
         key = {named: given[symbol] for named, symbol in spec.config_key.items() if symbol in given}
         entries = [entry.raw for entry in configs.read(path, spec).entries] if path.is_file() else []
         if any(entry["key"] == key for entry in entries):
@@ -90,5 +90,6 @@ def _best(point: Point, spec: OpSpec, sizes: dict[str, int], effort: str) -> dic
     settings.autotune_progress_bar = False
     device = torch.device("cuda", torch.cuda.current_device())
     arguments = spec.sample(spec.variant(point.variant), sizes, device, torch.Generator(device).manual_seed(0))
+    arguments += spec.make_workspace(spec.variant(point.variant), device)
     found = helion.Kernel(kernel.fn, configs=[], settings=settings).autotune(arguments, force=True)
     return dict(found)

@@ -143,12 +143,12 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
     for shape in shapes:
         if wrong := {symbol: value for symbol, value in shape.items() if not 1 <= value < 2**32}:
             raise BuildError(f"{spec.name}: the shape {shape} has {wrong}; sizes are 1 to {2**32 - 1}")
-    buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(len(spec.ladder)))
+    buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(spec.ladders.count))
     rows: dict[bytes, list[tuple[dict[str, int], int]]] = {}
     picked: dict[bytes, tuple[str, dict[str, int], dict[str, Any]]] = {}
     for shape in shapes:
         for bucket in buckets:
-            entry = file.pick(spec, shape, spec.ladder[bucket])
+            entry = file.pick(spec, shape, spec.ladders.edges(bucket))
             backend = entry.backend or backends[0]
             known = {symbol: size for symbol, size in shape.items() if symbol not in op_package.generic_sizes(package, backend)}
             key = store.canonical([backend, known, entry.config])
@@ -224,8 +224,9 @@ def _measured(
     }
 
     def with_times(entry: Entry) -> Entry:
-        measurements, ladder = found[entry.op], specs[entry.op].ladder
-        times = {bucket: measurements.of(entry.variant, entry.shape, ladder[bucket], entry.record) for bucket in entry.buckets}
+        measurements, ladders = found[entry.op], specs[entry.op].ladders
+        edges = {bucket: ladders.edges(bucket) for bucket in entry.buckets}
+        times = {bucket: measurements.of(entry.variant, entry.shape, edges[bucket], entry.record) for bucket in entry.buckets}
         return replace(entry, tuned={bucket: tuned for bucket, tuned in times.items() if tuned is not None})
 
     return [with_times(entry) for entry in entries]

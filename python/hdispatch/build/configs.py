@@ -40,7 +40,8 @@ _HELION = "block_sizes"
 
 @dataclass(frozen=True)
 class ConfigEntry:
-    """One entry of a file. `sizes` of its key are by symbol: {"K": 4096, "M": 16}; empty for the default.
+    """One entry of a file. `sizes` of its key are by symbol: {"K": 4096, "M": 16}; empty for the default. Of an op with a
+    second ladder they may have the name of its integer too.
 
     backend is that of the kernel that the config is for, None for the op's first one; without, if given, the backend that
     has to be absent for the entry to count. arguments: values of compiled-in arguments that the entry is for, none for all
@@ -57,8 +58,8 @@ class ConfigEntry:
 
     @property
     def shape(self) -> dict[str, int]:
-        """The sizes besides M."""
-        return {symbol: size for symbol, size in self.sizes.items() if symbol != "M"}
+        """The sizes of a row: K and N."""
+        return {symbol: size for symbol, size in self.sizes.items() if symbol in SYMBOLS and symbol != "M"}
 
 
 @dataclass(frozen=True)
@@ -93,36 +94,47 @@ class ConfigFile:
                 if name is not None and name not in backends:
                     raise BuildError(f"{self.path}: {entry.label} is for {name!r}; the op has kernels of {sorted(backends)}")
 
-    def pick(self, spec: OpSpec, shape: Mapping[str, int], edge: int, variant: Variant | None = None) -> ConfigEntry:
-        """The entry for a bucket of M up to `edge`; the op's typical variant is meant if none is given.
+    def pick(
+        self, spec: OpSpec, shape: Mapping[str, int], edges: Mapping[str, int], variant: Variant | None = None
+    ) -> ConfigEntry:
+        """The entry for a bucket up to `edges`, as `Ladders.edges` gives them; the op's typical variant is meant if none is.
 
         For a shape with all its sizes: among the entries with sizes the ones with the nearest ones (earlier names of
         `config_key` first, and the earlier entry of two equally near). For a shape that leaves sizes out: the entries that
-        leave out the same. Among those the smallest M of at least `edge`, or else the largest. Where there are none: the
-        default, and of a file without one any entry. BuildError if the file has no entry.
+        leave out the same. Among those the smallest M of at least the edge, or else the largest; then likewise the second
+        ladder's integer. Where there are none: the default, and of a file without one any entry. BuildError if the file has no
+        entry.
         """
         if not self.entries:
             raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
         if any(entry.arguments for entry in self.entries):
             fitting = self.for_variant(variant or spec.typical_variant())
-            return ConfigFile(self.path, tuple(replace(e, arguments={}) for e in fitting.entries)).pick(spec, shape, edge)
-        symbols = [symbol for symbol in spec.config_key.values() if symbol != "M"]
+            return ConfigFile(self.path, tuple(replace(e, arguments={}) for e in fitting.entries)).pick(spec, shape, edges)
+        symbols = [symbol for symbol in spec.config_key.values() if symbol in SYMBOLS[1:]]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
         like = [e for e in self.entries if e.sizes and set(e.shape) == set(given)]
         default = next((entry for entry in self.entries if not entry.sizes), None)
         if not like:
-            return default or self.pick(spec, self._complete(symbols), edge)
+            return default or self.pick(spec, self._complete(symbols), edges)
         nearest = min((e.sizes for e in like), key=lambda sizes: [abs(sizes[s] - shape[s]) for s in given])
         same = [entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)]
-        same.sort(key=lambda entry: entry.sizes.get("M", 0))
-        return next((entry for entry in same if entry.sizes.get("M", edge) >= edge), same[-1])
+        for name, edge in edges.items():
+            same = _at_edge(same, name, edge)
+        return same[0]
 
     def _complete(self, symbols: list[str]) -> dict[str, int]:
         """The sizes of the entry that has the largest ones."""
         return max(
             ({s: e.sizes[s] for s in symbols if s in e.sizes} for e in self.entries), key=lambda sizes: [*sizes.values()]
         )
+
+
+def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEntry]:
+    """Those for the smallest value of at least an edge, or else for the largest; one without the name is for every value."""
+    found = sorted(entries, key=lambda entry: entry.sizes.get(name, 0))
+    best = next((entry for entry in found if entry.sizes.get(name, edge) >= edge), found[-1])
+    return [entry for entry in found if entry.sizes.get(name) == best.sizes.get(name)]
 
 
 def read(path: Path, spec: OpSpec) -> ConfigFile:

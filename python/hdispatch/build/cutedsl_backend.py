@@ -32,7 +32,7 @@ from . import op_package
 from .expr import guards_of
 from .store import Store, digest
 from .target import GpuTarget
-from .unit import Built, Unit, bucket_bounds, early_reads, load_spec
+from .unit import Built, Unit, early_reads, load_spec
 
 #: Raised when what is stored about an object file, or how it is compiled, changes.
 CODE_FORMAT = 1
@@ -106,6 +106,8 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
         "pdl": True,
         "env_stream": False,
     }
+    if spec.second is not None:  # the code does not get it
+        record |= {"second_min": spec.second.minimum, "second_max": 2**63 - 1}
     if early := early_reads(module, spec, spec.variant(unit.variant)):
         record["early"] = list(early)
     return [{"record": record, "buckets": list(unit.buckets), "seconds": round(time.monotonic() - start, 3)}]
@@ -122,7 +124,7 @@ def _program(module: Any, spec: OpSpec, unit: Unit, target: GpuTarget) -> Progra
             "choose fewer warps, steps or copies"
         )
     for bucket in unit.buckets:
-        first, last = bucket_bounds(spec.ladder, bucket)
+        first, last = spec.ladders.bounds(bucket)
         if (last or spec.ladder[-1]) > program.largest_m:
             raise BuildError(
                 f"bucket {bucket} holds M from {first} to {last or spec.ladder[-1]}, the config {unit.config} takes at most "

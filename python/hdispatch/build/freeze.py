@@ -21,7 +21,6 @@ from ..manifest import (
     Cubin,
     FileEntry,
     Manifest,
-    OpEntry,
     Record,
     Row,
     Tuned,
@@ -33,7 +32,7 @@ from . import ffi_link
 from .out import check_out, write
 from .store import Store, digest, sync_folder
 from .target import GpuTarget
-from .unit import bucket_bounds, class_of, classes_of, serves
+from .unit import class_of, classes_of, serves, serves_second
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def freeze(
         "hdispatch": version("hdispatch"),
         "target": target.manifest(),
         "tools": _tools(entries),
-        "ops": {name: op_entry(specs[name]) for name in sorted({entry.op for entry in entries})},
+        "ops": {name: specs[name].entry() for name in sorted({entry.op for entry in entries})},
         "files": files,
         "records": [_with_files(record) for record in records.values()],
         "rows": sorted(rows, key=_row_order),
@@ -114,11 +113,6 @@ def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:
     for name, data in contents.items():
         _write_file(folder / name, data)
     sync_folder(folder / ARTIFACTS)
-
-
-def op_entry(spec: OpSpec) -> OpEntry:
-    """An op as a manifest has it."""
-    return {"schema": spec.schema(), "ladder": list(spec.ladder), "variants": spec.variant_arguments()}
 
 
 def manifest_text(manifest: Manifest) -> bytes:
@@ -149,7 +143,7 @@ def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: 
         spec = specs[op]
         for variant in spec.served_variants():
             for shape in spec.shapes:
-                for bucket in range(len(spec.ladder)):
+                for bucket in range(spec.ladders.count):
                     row = spec.row_shape(variant.name, shape)
                     key = (op, variant.name, row.get("K", 0), row.get("N", 0), bucket)
                     if key not in seen:
@@ -160,13 +154,21 @@ def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: 
 
 def _check_bucket(spec: OpSpec, entry: Entry, bucket: int) -> None:
     record = entry.record
-    first, last = bucket_bounds(spec.ladder, bucket)
+    first, last = spec.ladders.bounds(bucket)
     name = _name((entry.op, entry.variant, entry.shape.get("K", 0), entry.shape.get("N", 0), bucket))
-    if not serves(record["m_min"], record["m_max"], spec.ladder, bucket, spec.closed):
+    if not serves(record["m_min"], record["m_max"], spec.ladders, bucket, spec.closed):
         raise BuildError(
             f"gap: {name} holds M from {first} to {last or 'any'}, "
             f"its record is valid for {record['m_min']} to {record['m_max']} only"
         )
+    if spec.second is not None:
+        low, high = record.get("second_min"), record.get("second_max")
+        if low is None or high is None or not serves_second(low, high, spec.ladders, bucket):
+            first_value, last_value = spec.ladders.second_bounds(bucket)
+            raise BuildError(
+                f"gap: {name} holds {spec.second.name} from {first_value} to {last_value or 'any'}, "
+                f"its record is valid for {low} to {high} only"
+            )
     if record["launcher"] == "tvm_ffi":
         return
     missing = classes_of(first, last or record["m_max"]) - set(record["cubins"])

@@ -43,14 +43,14 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
     host = bound.compile_config(kernel.configs[0])
     extractors = [*bound._specialize_extra(), *bound._guarded_input_facts()]
 
-    def key(m: int, row_padding: int) -> tuple[Hashable, ...]:
-        args = maker.concrete(m, row_padding).args
+    def key(m: int, row_padding: int, sizes: Mapping[str, int]) -> tuple[Hashable, ...]:
+        args = maker.concrete(m, row_padding, sizes).args
         return (kernel._base_specialization_key(args), *(extract(args) for extract in extractors))
 
-    wanted = key(hint, ROW_PADDING)
+    wanted = key(hint, ROW_PADDING, {})
     return HostSide(
         host=host,
-        agrees=lambda m, row_padding: key(m, row_padding) == wanted,
+        agrees=lambda m, row_padding, sizes: key(m, row_padding, sizes) == wanted,
         index_bits=64 if bound.env.index_dtype == torch.int64 else 32,
         turns=turns(guard.expr for guard in bound.env.shape_env.guards),
     )

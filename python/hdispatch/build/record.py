@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from types import ModuleType
+from typing import NamedTuple
 
 import sympy  # type: ignore[import-untyped]
 
@@ -39,7 +40,7 @@ from .trace import (
     trace,
 )
 from .triton_backend import Code, MapCode
-from .unit import HINT, OPEN_BUCKET_M, Built, Unit, bucket_bounds, classes_of, load_spec, serves
+from .unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, load_spec, serves, serves_second
 
 INT32_MAX = 2**31 - 1
 MAX_GRID = (INT32_MAX, 65535, 65535)
@@ -64,10 +65,12 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
     spec = load_spec(unit.package)
     remaining = list(unit.buckets)
     built: list[Built] = []
-    for hint in _hints(spec.ladder, unit.buckets):
+    for hint in _hints(spec, unit.buckets):
+        if not _may_serve(spec, hint, remaining):
+            continue
         start = time.monotonic()
-        candidate = Candidate(unit, spec, backend, hint)
-        served = [bucket for bucket in remaining if serves(*candidate.interval, spec.ladder, bucket)]
+        candidate = Candidate(unit, spec, backend, hint.m, hint.second)
+        served = [bucket for bucket in remaining if candidate.serves(bucket)]
         remaining = [bucket for bucket in remaining if bucket not in served]
         if served:
             record = candidate.record(served, target, tools, store)
@@ -77,21 +80,43 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
     raise _gap(unit, spec, backend, remaining[0])
 
 
-def _hints(ladder: Sequence[int], buckets: Sequence[int]) -> list[int]:
-    """Ms to generate code for until every bucket is served: a common one, then one within each bucket."""
-    own = [_hint_in(ladder, bucket) for bucket in buckets]
-    return own if own == [1] else [HINT, *own]
+class _Hint(NamedTuple):
+    """What code is generated for: an M and, of an op with a second ladder, a value of its integer."""
+
+    m: int
+    second: int | None = None
 
 
-def _hint_in(ladder: Sequence[int], bucket: int) -> int:
-    first, last = bucket_bounds(ladder, bucket)
-    return last or first + 1
+def _hints(spec: OpSpec, buckets: Sequence[int]) -> list[_Hint]:
+    """What to generate code for until every bucket is served: a common M, then one within each bucket."""
+    own = [_hint_in(spec, bucket) for bucket in buckets]
+    if all(hint.m == 1 for hint in own):
+        return own
+    return [*dict.fromkeys(_Hint(HINT, hint.second) for hint in own), *own]
+
+
+def _hint_in(spec: OpSpec, bucket: int) -> _Hint:
+    first, last = spec.ladders.bounds(bucket)
+    if spec.second is None:
+        return _Hint(last or first + 1)
+    low, high = spec.ladders.second_bounds(bucket)
+    return _Hint(last or first + 1, high or low + 1)
+
+
+def _may_serve(spec: OpSpec, hint: _Hint, buckets: Sequence[int]) -> bool:
+    """Whether code for a value of the second integer may serve one of the buckets: it holds that value."""
+    if hint.second is None:
+        return bool(buckets)
+    return bool(set(spec.ladders.of_second(hint.second)) & set(buckets))
 
 
 def _gap(unit: Unit, spec: OpSpec, backend: ModuleType, bucket: int) -> BuildError:
-    first, last = bucket_bounds(spec.ladder, bucket)
-    candidate = Candidate(unit, spec, backend, _hint_in(spec.ladder, bucket))
+    hint = _hint_in(spec, bucket)
+    candidate = Candidate(unit, spec, backend, hint.m, hint.second)
+    first, last = spec.ladders.bounds(bucket)
     low, high = candidate.interval
+    if serves(low, high, spec.ladders, bucket, spec.closed) and spec.second is not None:
+        return _second_gap(spec, candidate, bucket)
     problem = candidate.objection(low - 1) if low > first else candidate.objection(high + 1)
     return BuildError(
         f"bucket {bucket} holds M from {first} to {last or f'at least {OPEN_BUCKET_M}'}, "
@@ -100,14 +125,29 @@ def _gap(unit: Unit, spec: OpSpec, backend: ModuleType, bucket: int) -> BuildErr
     )
 
 
-class Candidate:
-    """A unit's kernel, generated and traced for one hint of M."""
+def _second_gap(spec: OpSpec, candidate: Candidate, bucket: int) -> BuildError:
+    name = spec.ladders.arg
+    first, last = spec.ladders.second_bounds(bucket)
+    low, high = candidate.second_interval
+    if serves_second(low, high, spec.ladders, bucket):
+        return BuildError(f"bucket {bucket}: {candidate.corner_objection(bucket)}. Choose another config, or another ladder")
+    problem = candidate.objection(candidate.hint, second=low - 1 if low > first else high + 1)
+    return BuildError(
+        f"bucket {bucket} holds {name} from {first} to {last or f'at least {OPEN_BUCKET_M}'}, "
+        f"but code generated for {name} = {candidate.second} is valid for {low} to {high} only: {problem}. "
+        "Choose another config, or another ladder"
+    )
 
-    def __init__(self, unit: Unit, spec: OpSpec, backend: ModuleType, hint: int) -> None:
+
+class Candidate:
+    """A unit's kernel, generated and traced for one hint of M, and of the second ladder's integer."""
+
+    def __init__(self, unit: Unit, spec: OpSpec, backend: ModuleType, hint: int, second: int | None = None) -> None:
         self.unit = unit
         self.hint = hint
+        self.second = second
         self.module = importlib.import_module(f"{unit.package}.{unit.backend}")
-        self.maker = CallMaker(spec, spec.variant(unit.variant), unit.shape)
+        self.maker = CallMaker(spec, spec.variant(unit.variant), unit.shape, second)
         self.side: HostSide = backend.host_side(self.module, unit.config, self.maker, hint)
         self.trace = trace(self.side.host, self.maker.symbolic(hint))
 
@@ -126,24 +166,72 @@ class Candidate:
                 raise BuildError(f"code is valid for M = {low} and {high}, but not for {m}: {problem}")
         return low, high
 
-    def objection(self, m: int, row_padding: int = ROW_PADDING, other: Mapping[str, int] | None = None) -> str | None:
+    @cached_property
+    def second_interval(self) -> tuple[int, int]:
+        """The same of the integer that has a ladder, for M = hint; everything for an op without one."""
+        arg = self.maker.spec.second
+        if arg is None or self.second is None:
+            return 1, INT32_MAX
+        hint = self.second
+
+        def objection(value: int) -> str | None:
+            return self.objection(self.hint, second=value)
+
+        if problem := objection(hint):
+            raise BuildError(f"code generated for {arg.name} = {hint} is not valid for it: {problem}")
+        low, high = _border(hint, arg.minimum, objection), _border(hint, INT32_MAX, objection)
+        for value in sorted({*_CHECKED_MS, low + 1, high - 1} | turns(self.trace.guards)):
+            if low < value < high and (problem := objection(value)):
+                raise BuildError(f"code is valid for {arg.name} = {low} and {high}, but not for {value}: {problem}")
+        return low, high
+
+    def serves(self, bucket: int) -> bool:
+        """Whether the code is valid for all of a bucket."""
+        ladders = self.maker.spec.ladders
+        if not serves(*self.interval, ladders, bucket, self.maker.spec.closed):
+            return False
+        if ladders.arg is None:
+            return True
+        return serves_second(*self.second_interval, ladders, bucket) and self.corner_objection(bucket) is None
+
+    def corner_objection(self, bucket: int) -> str | None:
+        """What is wrong where both ladders' values are at a bucket's ends: the intervals are those of one at a time."""
+        ladders = self.maker.spec.ladders
+        low, high = self.interval
+        ends = ladders.bounds(bucket)
+        values = ladders.second_bounds(bucket)
+        open_value = min(max(OPEN_BUCKET_M, ladders.second[-1] + 1), self.second_interval[1])
+        for m in {max(ends[0], low), min(ends[1] or max(OPEN_BUCKET_M, ladders.m[-1] + 1), high)}:
+            for value in {values[0], values[1] or open_value}:
+                if problem := self.objection(m, second=value):
+                    return f"the code is not valid for M = {m} and {ladders.arg} = {value}: {problem}"
+        return None
+
+    def objection(
+        self, m: int, row_padding: int = ROW_PADDING, other: Mapping[str, int] | None = None, second: int | None = None
+    ) -> str | None:
         """Why the traced launch is not what should happen at this M (and `other` generic sizes); None if it is.
 
-        Calls that a guard of the record refuses are none of its business.
+        `second` is a value of the integer that has a ladder; None: the one that the code was generated for. Calls that a
+        guard of the record refuses are none of its business.
         """
-        if (elements := self.maker.elements(m, other)) > MAX_ELEMENTS[self.side.index_bits]:
+        values = dict(other or {})
+        if second is not None and self.maker.spec.second is not None:
+            values[self.maker.spec.second.name] = second
+        is_corner = second is not None and m != self.hint
+        if (elements := self.maker.elements(m, values)) > MAX_ELEMENTS[self.side.index_bits]:
             return f"a tensor has {elements} elements, too many for {self.side.index_bits}-bit offsets"
-        sizes = self.maker.leaf_values(m, row_padding, other)
-        if (other or row_padding not in (0, ROW_PADDING)) and self.is_refused(sizes):
+        sizes = self.maker.leaf_values(m, row_padding, values)
+        if (other or is_corner or row_padding not in (0, ROW_PADDING)) and self.is_refused(sizes):
             return None
-        if not other and not self.side.agrees(m, row_padding):
+        if not other and not self.side.agrees(m, row_padding, values):
             return f"{self.unit.backend} would generate other code for M = {m} and rows padded by {row_padding} elements"
         for guard in self.assumptions:
             # Views assume M != 1 idly; at 1 the run below decides.
             if not evaluate(guard, sizes) and (m > 1 or _leaves(guard) != {"M"}):
                 return f"the host function assumes {render(guard)}"
         expected = self.trace.launch.at({symbol: sizes[leaf] for symbol, leaf in self.trace.leaves.items()})
-        actual = trace(self.side.host, self.maker.concrete(m, row_padding, other)).launch
+        actual = trace(self.side.host, self.maker.concrete(m, row_padding, values)).launch
         return _difference(expected, actual) or _misfit(actual, self.trace.launch)
 
     @cached_property
@@ -164,8 +252,9 @@ class Candidate:
         )
 
     def guards(self, classes: Sequence[MClass]) -> list[Guard]:
-        """The facts about row strides that a call is tested for; what is about M alone is in the interval."""
-        exprs = [assumption for assumption in self.assumptions if _leaves(assumption) - {"M"}]
+        """The facts that a call is tested for; what is about M alone, or the second integer alone, is in its interval."""
+        own = ({"M"}, {self.maker.spec.ladders.arg})
+        exprs = [assumption for assumption in self.assumptions if not any(_leaves(assumption) <= leaf for leaf in own)]
         assumed = {leaf for m_class in classes for leaf in triton_backend.assumed_strides(self.trace, m_class)}
         exprs += [[leaf, ALIGNMENT, "%", 0, "=="] for leaf in sorted(assumed)]
         exprs += [[symbol, 1, ">="] for symbol in self.maker.generic()]
@@ -195,10 +284,10 @@ class Candidate:
     def record(self, buckets: Sequence[int], target: GpuTarget, tools: Mapping[str, str], store: Store) -> Record:
         """The record for these buckets: compiles the classes of M that occur in them."""
         low, high = self.interval
-        ladder = self.maker.spec.ladder
+        ladders = self.maker.spec.ladders
         occurring: set[MClass] = set()
         for bucket in buckets:
-            first, last = bucket_bounds(ladder, bucket)
+            first, last = ladders.bounds(bucket)
             occurring |= classes_of(max(first, low), min(last or high, high))
         classes = [m_class for m_class in M_CLASSES if m_class in occurring]
         early = bool(self.side.early)
@@ -220,6 +309,8 @@ class Candidate:
             "guards": self.guards(classes),
             "cubins": {m_class: _cubin(code, taken) for m_class, code in codes.items()},
         }
+        if ladders.arg is not None:
+            record["second_min"], record["second_max"] = self.second_interval
         if self.side.early:
             record["early"] = list(self.side.early)
         return record

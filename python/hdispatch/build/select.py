@@ -139,10 +139,13 @@ def _refused_sizes(spec: OpSpec, timing: Timing) -> str | None:
             return f"{symbol} is {size}; {spec.name} has the sizes {has}, and 0 stands for one that it has not"
     if not any(row.items() <= sizes.items() for row in spec.shapes):
         return f"K is {timing['K']} and N is {timing['N']}; {spec.name} has rows for {list(spec.shapes)}"
-    if (bucket := timing["bucket"]) >= len(spec.ladder):
-        return f"bucket is {bucket}; {spec.name} has {len(spec.ladder)} of them, from 0"
-    if timing["M"] != spec.ladder[bucket]:
-        return f"M is {timing['M']}; bucket {bucket} of {spec.name} is measured at its edge, {spec.ladder[bucket]}"
+    if (bucket := timing["bucket"]) >= spec.ladders.count:
+        return f"bucket is {bucket}; {spec.name} has {spec.ladders.count} of them, from 0"
+    edges = spec.ladders.edges(bucket)
+    if timing["M"] != edges["M"]:
+        return f"M is {timing['M']}; bucket {bucket} of {spec.name} is measured at its edge, {edges['M']}"
+    if (name := spec.ladders.arg) is not None and timing.get("second") != edges[name]:
+        return f"second is {timing.get('second')}; bucket {bucket} of {spec.name} is measured at {name} = {edges[name]}"
     if unknown := sorted(set(timing["generic"]) - set(spec.symbols())):
         return f"generic names {unknown[0]!r}; {spec.name} has the sizes {', '.join(spec.symbols())}"
     return None
@@ -159,7 +162,7 @@ def _select_op(
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
     for backend in OPTIONAL:
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
-    shapes = [{spec.config_key[k]: v for k, v in entry["key"].items() if spec.config_key[k] != "M"} for entry in entries]
+    shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key[k] in SYMBOLS[1:]} for e in entries]
     present = configs.read(path, spec).entries if path.exists() else ()
     others = [entry.raw for entry in present if entry.shape not in shapes]  # the default is the row for any size
     if others:
@@ -473,14 +476,21 @@ def _entries(spec: OpSpec, choices: Mapping[Slot, ConfigKey], default_backend: s
     slots = sorted(choices, key=lambda slot: (not slot[0], slot))  # the row for any size last
     for slot, following in zip(slots, [*slots[1:], None], strict=True):
         config = choices[slot]
-        if following is not None and following[0] == slot[0] and choices[following] == config:
+        if following is not None and choices[following] == config and _serves_too(spec, following, slot):
             continue
-        sizes = {**dict(slot[0]), "M": spec.ladder[slot[1]]}
+        sizes = {**dict(slot[0]), **spec.ladders.edges(slot[1])}
         entry: dict[str, Any] = {"key": {name: sizes[symbol] for name, symbol in spec.config_key.items() if symbol in sizes}}
         if config.backend != default_backend:
             entry["backend"] = config.backend
         entries.append({**entry, "config": json.loads(config.config)})
     return entries
+
+
+def _serves_too(spec: OpSpec, following: Slot, slot: Slot) -> bool:
+    """Whether what a file has for the next bucket serves this one: of two ladders an M has entries of its own."""
+    if following[0] != slot[0]:
+        return False
+    return spec.second is None or spec.ladders.split(following[1])[0] == spec.ladders.split(slot[1])[0]
 
 
 def _text(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -511,7 +521,7 @@ def _companion(
         "versions": [json.loads(text) for text in sorted(versions)],
         "times": [
             {
-                "key": {names.get(symbol, symbol): size for symbol, size in (*shape, ("M", spec.ladder[bucket]))},
+                "key": {names.get(symbol, symbol): size for symbol, size in (*shape, *spec.ladders.edges(bucket).items())},
                 "backend": choice.config.backend,
                 "config": json.loads(choice.config.config),
                 "us": round(choice.us, 3),

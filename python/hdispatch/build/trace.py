@@ -195,11 +195,13 @@ class CallMaker:
 
     Free are M, the sizes that `shape` leaves out, `*` dimensions, free strides, run-time integers and floats. A free
     integer is a leaf of the record's expressions and has the leaf's name: "M", "K", "x.size(0)", "x.stride(0)", "heads".
+    The integer with a ladder is thought of as `second`; None: its first edge.
     """
 
     spec: OpSpec
     variant: Variant
     shape: Mapping[str, int]
+    second: int | None = None
     _samples: dict[tuple[tuple[str, int], ...], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def symbolic(self, hint: int, *, floats: bool = True) -> Call:
@@ -208,7 +210,7 @@ class CallMaker:
         A hint of 1 would merge M with every size that is 1.
         """
         env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
-        call = Call(self._names(), (), FakeTensorMode(shape_env=env), env)
+        call = Call(self._host_names(), (), FakeTensorMode(shape_env=env), env)
         made: dict[str, Any] = {}
         thought_of = self.leaf_values(hint)
 
@@ -237,23 +239,30 @@ class CallMaker:
         """A call with everything known, as `leaf_values` says."""
         mode = FakeTensorMode()
         values = self.leaf_values(m, row_padding, sizes)
-        return Call(self._names(), self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT), mode)
+        return Call(self._host_names(), self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT), mode)
 
     def leaf_values(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
         """A value for every leaf: M = m; sizes that are generic as given, or as the spec hints; others as in a sample call.
+        `sizes` may have the integer with a ladder too.
 
         Free strides are those of a contiguous tensor with rows (or columns) `row_padding` elements longer than their width;
         a broadcast tensor has one element where row_padding is 0; of layout "any", large paddings are column-major.
         Strides of dimensions of size 1 are as in `_free_strides`.
         """
-        whole = {**self._sizes(sizes), "M": m}
+        given = dict(sizes or {})
+        ladders = self.spec.ladders
+        second = given.pop(ladders.arg, None) if ladders.arg is not None else None
+        whole = {**self._sizes(given), "M": m}
         values = {symbol: whole[symbol] for symbol in ("M", *self.generic())}
         for arg in self.present():
             dims = self._known_dims(arg, whole)
             values |= {f"{arg.name}.size({i})": dims[i] for i, dim in enumerate(arg.dims) if dim == "*"}
             values |= {f"{arg.name}.stride({i})": stride for i, stride in _free_strides(arg, dims, row_padding).items()}
         for integer in self.integers():
-            values[integer.name] = int(self._sampled(whole)[integer.name])
+            if integer.name == ladders.arg:
+                values[integer.name] = next(value for value in (second, self.second, ladders.second[0]) if value is not None)
+            else:
+                values[integer.name] = int(self._sampled(whole)[integer.name])
         return values
 
     def generic(self) -> tuple[str, ...]:
@@ -304,7 +313,8 @@ class CallMaker:
 
     def _sizes(self, sizes: Mapping[str, int] | None) -> dict[str, int]:
         hints = {symbol: self.spec.hint(symbol) if self._has(symbol) else 0 for symbol in self.spec.symbols() if symbol != "M"}
-        return {**hints, **self.shape, **(sizes or {})}
+        given = {symbol: size for symbol, size in (sizes or {}).items() if symbol in SYMBOLS}
+        return {**hints, **self.shape, **given}
 
     def _known_dims(self, arg: TensorArg, whole: Mapping[str, int]) -> list[int]:
         dims = self.spec.tensor_sizes(arg, whole, self.variant.static)
@@ -317,7 +327,10 @@ class CallMaker:
         """The arguments of a sample call of two rows, by name."""
         key = tuple(sorted((name, size) for name, size in whole.items() if name != "M"))
         if key not in self._samples:
-            args = self.spec.sample(self.variant, {**dict(key), "M": 2}, torch.device("cpu"), torch.Generator().manual_seed(0))
+            second = {name: size for name, size in self.spec.ladders.edges(0).items() if name != "M"}
+            args = self.spec.sample(
+                self.variant, {**dict(key), **second, "M": 2}, torch.device("cpu"), torch.Generator().manual_seed(0)
+            )
             self._samples[key] = dict(zip(self._names(), args, strict=True))
         return self._samples[key]
 
@@ -338,6 +351,18 @@ class CallMaker:
     def _names(self) -> tuple[str, ...]:
         return tuple(arg.name for arg in self.spec.args)
 
+    def _host_names(self) -> tuple[str, ...]:
+        """What a host function takes: the op's arguments and its workspace."""
+        workspace = self.spec.workspace
+        return self._names() if workspace is None else (*self._names(), workspace.name)
+
+    def _workspace(self, mode: FakeTensorMode) -> tuple[torch.Tensor | None, ...]:
+        if self.spec.workspace is None:
+            return ()
+        size = self.spec.workspace_bytes(self.variant)
+        with mode:
+            return (torch.empty(size, dtype=torch.uint8, device="cuda") if size else None,)
+
     def _args(self, mode: FakeTensorMode, leaf: Callable[[str], Any], real: Callable[[str], Any]) -> tuple[object, ...]:
         def value(arg: Arg) -> object:
             if isinstance(arg, FloatArg):
@@ -350,7 +375,7 @@ class CallMaker:
                 return self.variant.static[arg.name]
             return leaf(arg.name) if isinstance(arg, IntArg) else Ignored()
 
-        return tuple(value(arg) for arg in self.spec.args)
+        return (*(value(arg) for arg in self.spec.args), *self._workspace(mode))
 
     def _tensor(self, mode: FakeTensorMode, arg: TensorArg, leaf: Callable[[str], Any]) -> torch.Tensor:
         whole = {
@@ -406,14 +431,15 @@ class HostSide:
     """A kernel with a config, ready to trace.
 
     host         takes the op's arguments and `_launcher`
-    agrees       whether the code is valid for M = m and rows `row_padding` elements longer than their width, as the DSL sees it
+    agrees       whether the code is valid for M = m, rows `row_padding` elements longer than their width, and other sizes, as
+                 the DSL sees it
     index_bits   width of the kernel's offsets; with 32 no tensor may have 2**31 elements
     turns        Ms at which the code might cease to be valid, as far as the DSL can tell; `agrees` is asked there
     early        tensor arguments that the code may read before it waits for the kernel before it
     """
 
     host: Callable[..., object]
-    agrees: Callable[[int, int], bool]
+    agrees: Callable[[int, int, Mapping[str, int]], bool]
     index_bits: Literal[32, 64]
     turns: frozenset[int]
     early: tuple[str, ...] = ()

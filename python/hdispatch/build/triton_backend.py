@@ -351,7 +351,7 @@ def _check_ptx(name: str, function: str, ptx: str, kinds: Mapping[str, Kind], nu
 
 
 def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, _hint: int) -> HostSide:
-    """`kernels/<op>/triton.py`: a function `launch(*args, config, _launcher)` that takes the op's arguments.
+    """`kernels/<op>/triton.py`: a function `launch(*args, config, _launcher)` of the op's arguments, then its workspace.
 
     It calls `_launcher(kernel, grid, *args, **options)` once, `kernel` being a @triton.jit function; the config's entries
     are its own business (block sizes, num_warps). Offsets are taken to be 32 bits wide unless the module says
@@ -369,4 +369,6 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, _
         return launch(*args, config=dict(config), _launcher=_launcher)
 
     host.__wrapped__ = launch  # type: ignore[attr-defined]
-    return HostSide(host, lambda _m, _row_padding: True, bits, frozenset(), early_reads(module, maker.spec, maker.variant))
+    return HostSide(
+        host, lambda _m, _row_padding, _sizes: True, bits, frozenset(), early_reads(module, maker.spec, maker.variant)
+    )

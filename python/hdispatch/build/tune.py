@@ -139,15 +139,15 @@ def points_of(package: str, scope: Scope, *, measured: bool = True) -> list[Poin
     variants = list(scope.variants(spec)) if scope.variants else [spec.typical_variant().name]
     rows = list(scope.shapes(spec)) if scope.shapes else list(spec.shapes)
     rows = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
-    buckets = list(scope.buckets(spec)) if scope.buckets else list(range(len(spec.ladder)))
+    buckets = list(scope.buckets(spec)) if scope.buckets else list(range(spec.ladders.count))
     return [Point(package, variant, _items(row), bucket) for variant in variants for row in rows for bucket in buckets]
 
 
 def sizes_of(point: Point) -> dict[str, int]:
-    """All sizes to measure a point at, M included: open ones as the spec hints."""
+    """All sizes to measure a point at, the buckets' edges included: open ones as the spec hints."""
     spec = load_spec(point.package)
     hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
-    return {**hinted, **dict(point.row), "M": spec.ladder[point.bucket]}
+    return {**hinted, **dict(point.row), **spec.ladders.edges(point.bucket)}
 
 
 #: Which unit makes an option's record for a point; sizes that are not compiled in do not tell units apart.
@@ -253,7 +253,7 @@ class Options:
             package=package,
             backend=backend,
             variant=points[0].variant,
-            points=[{**dict(point.row), "M": spec.ladder[point.bucket]} for point in points],
+            points=[{**dict(point.row), **spec.ladders.edges(point.bucket)} for point in points],
             full=[sizes_of(point) if point in measured else None for point in points],
             shapes=[{symbol: size for symbol, size in point.row if symbol not in generic} for point in points],
             radius=self.scope.radius,
@@ -274,17 +274,17 @@ class Options:
         """What the config files have for a point: for one that is not measured, what was meant for open sizes."""
         spec, backends = self.specs[point.package], self.backends[point.package]
         first = op_package.backends_of(point.package)[0]
-        variant, edge = spec.variant(point.variant), spec.ladder[point.bucket]
-        entries = [file.pick(spec, dict(point.row), edge, variant) for file in self.files[point.package]]
+        variant, edges = spec.variant(point.variant), spec.ladders.edges(point.bucket)
+        entries = [file.pick(spec, dict(point.row), edges, variant) for file in self.files[point.package]]
         if any(point.row == other.row for other in self.open_points):
-            entries = [entry for entry in entries if entry.sizes.keys() <= {"M", *dict(point.row)}]
+            entries = [entry for entry in entries if entry.sizes.keys() <= {*edges, *dict(point.row)}]
         found = [ConfigKey(entry.backend or first, canonical(entry.config)) for entry in entries]
         return [option for option in found if option.backend in backends]
 
     def _nearby(self, point: Point, own: Mapping[Point, Sequence[ConfigKey]]) -> list[ConfigKey]:
         """The options of the neighbouring buckets."""
-        distances = [d for near in range(1, self.scope.spread + 1) for d in (-near, near)]
-        neighbours = [dataclasses.replace(point, bucket=point.bucket + distance) for distance in distances]
+        near = self.specs[point.package].ladders.near(point.bucket, self.scope.spread)
+        neighbours = [dataclasses.replace(point, bucket=bucket) for bucket in near]
         return [option for neighbour in neighbours for option in own.get(neighbour, ())]
 
 
@@ -372,7 +372,7 @@ class _Bundle:
 
     def _competitors(self, point: Point, options: Sequence[ConfigKey]) -> list[_Competitor]:
         """The records for a point, one for each code; of several with one code, the same one at every point."""
-        edge = self.found.specs[point.package].ladder[point.bucket]
+        edge = self.found.specs[point.package].ladders.edges(point.bucket)["M"]
         groups: dict[bytes, list[_Competitor]] = {}
         for option in options:
             key = self.found.unit_key(point, option)
@@ -463,8 +463,9 @@ class _Bundle:
 
     def _cell(self, point: Point, records: list[int]) -> Cell:
         sizes = sizes_of(point)
-        return {
-            "op": self.found.specs[point.package].name,
+        spec = self.found.specs[point.package]
+        cell: Cell = {
+            "op": spec.name,
             "variant": point.variant,
             "K": sizes.get("K", 0),
             "N": sizes.get("N", 0),
@@ -472,6 +473,9 @@ class _Bundle:
             "M": sizes["M"],
             "records": records,
         }
+        if spec.second is not None:
+            cell["second"] = sizes[spec.second.name]
+        return cell
 
 
 def _code(record: Record, m_class: MClass) -> bytes:

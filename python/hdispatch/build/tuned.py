@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from ..errors import BuildError
 from ..manifest import Record, Tuned
-from ..opspec import OpSpec
+from ..opspec import SYMBOLS, OpSpec
 from ..typed_json import Mismatch, check, parse
 
 
@@ -42,7 +42,7 @@ class Measurements:
 
     def __init__(self, spec: OpSpec, path: Path) -> None:
         """BuildError if there is a file and it cannot be read."""
-        self.named = set(spec.config_key.values()) - {"M"}
+        self.named = set(spec.config_key.values()) & set(SYMBOLS) - {"M"}
         self.variants: frozenset[str] = frozenset()
         self.times: dict[tuple[tuple[str, int], ...], _Time] = {}
         if not (file := companion(path)).is_file():
@@ -59,9 +59,9 @@ class Measurements:
                 f"cannot read the measurements in {file}: {str(error).lstrip('.')}; select once more, or remove it"
             ) from error
 
-    def of(self, variant: str, shape: Mapping[str, int], edge: int, record: Record) -> Tuned | None:
-        """What was measured for a row's record at its bucket's upper edge; None if this variant or config was not."""
-        sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | {"M": edge}
+    def of(self, variant: str, shape: Mapping[str, int], edges: Mapping[str, int], record: Record) -> Tuned | None:
+        """What was measured for a row's record at its bucket's upper edges; None if this variant or config was not."""
+        sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | dict(edges)
         time = self.times.get(tuple(sorted(sizes.items())))
         if time is None or variant not in self.variants:
             return None

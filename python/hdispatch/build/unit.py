@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, TypedDict
 
 from ..errors import BuildError
+from ..ladders import Ladders
 from ..manifest import MClass, Record
 from ..opspec import OpSpec, Variant
 
 #: M that a host function is traced with first.
 HINT = 64
 
-#: The last bucket of a ladder has no upper end, but a record has: it must reach at least this M.
+#: The last bucket of a ladder has no upper end, but a record has: it must reach at least this M, or second integer.
 OPEN_BUCKET_M = 2**15
 
 
@@ -25,7 +26,7 @@ class Unit:
 
     package   dotted name of the package with the op's spec.py and `<backend>.py`
     shape     the sizes that are compiled in
-    buckets   indices into the op's ladder
+    buckets   the op's, as `OpSpec.ladders` numbers them
     rows      which rows the records serve: (shape of the row, bucket)
     """
 
@@ -97,21 +98,21 @@ def early_reads(module: ModuleType, spec: OpSpec, variant: Variant) -> tuple[str
     return tuple(name for name in given if name not in variant.none)
 
 
-def bucket_bounds(ladder: Sequence[int], bucket: int) -> tuple[int, int | None]:
-    """First and last M of a bucket; None for the last bucket, which has no end."""
-    first = 1 if bucket == 0 else ladder[bucket - 1] + 1
-    return first, (None if bucket == len(ladder) - 1 else ladder[bucket])
-
-
-def serves(m_min: int, m_max: int, ladder: Sequence[int], bucket: int, closed: bool = False) -> bool:
+def serves(m_min: int, m_max: int, ladders: Ladders, bucket: int, closed: bool = False) -> bool:
     """Whether m_min..m_max holds every M of a bucket; of the open one, for its Ms up to OPEN_BUCKET_M and past its edge.
 
     `closed`: the last bucket is not open, it ends at its edge.
     """
-    first, last = bucket_bounds(ladder, bucket)
+    first, last = ladders.bounds(bucket)
     if closed and last is None:
-        last = ladder[-1]
-    return m_min <= first and m_max >= (last or max(OPEN_BUCKET_M, ladder[-1] + 1))
+        last = ladders.m[-1]
+    return m_min <= first and m_max >= (last or max(OPEN_BUCKET_M, ladders.m[-1] + 1))
+
+
+def serves_second(low: int, high: int, ladders: Ladders, bucket: int) -> bool:
+    """The same of the values of the second ladder's integer; of an op that has one."""
+    first, last = ladders.second_bounds(bucket)
+    return low <= first and high >= (last or max(OPEN_BUCKET_M, ladders.second[-1] + 1))
 
 
 def class_of(m: int) -> MClass:

@@ -16,19 +16,19 @@ def first_candidates(spec: OpSpec, package: str, backend: str, target: GpuTarget
 
     A Triton kernel's list decides, a Helion kernel's list or else Helion's default config. BuildError if there is neither.
     """
-    points = [(shape, edge) for shape in spec.shapes for edge in spec.ladder]
+    points = [(shape, spec.ladders.edges(bucket)) for shape in spec.shapes for bucket in range(spec.ladders.count)]
     hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
     question = space.Question(
         package=package,
         backend=backend,
         variant=spec.typical_variant().name,
-        points=[{**shape, "M": edge} for shape, edge in points],
-        full=[{**hinted, **shape, "M": edge} for shape, edge in points],
+        points=[{**shape, **edges} for shape, edges in points],
+        full=[{**hinted, **shape, **edges} for shape, edges in points],
         shapes=[dict(shape) for shape, _ in points],
         radius=0,
     )
     (found,) = space.ask([question], target)
-    entries = [ConfigEntry({**shape, "M": edge}, said[0]) for (shape, edge), said in zip(points, found, strict=True) if said]
+    entries = [ConfigEntry({**shape, **edges}, said[0]) for (shape, edges), said in zip(points, found, strict=True) if said]
     if not entries:
         raise BuildError(
             f"{spec.name}: no configs; {folder} has neither {target.config_file} nor {FALLBACK}, and {package}.{backend} "

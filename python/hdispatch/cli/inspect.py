@@ -16,10 +16,10 @@ from ..manifest import (
     FfiRecord,
     Manifest,
     Param,
-    Row,
     TensorMap,
     Tuned,
     artifacts_of,
+    ladders_of,
     read_files,
 )
 from .numbers import whole
@@ -104,7 +104,9 @@ def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
     """What the table shows of a row."""
     row = manifest["rows"][number]
     record = manifest["records"][row["record"]]
-    first, last = m_range(manifest, row)
+    ladders = ladders_of(manifest["ops"][row["op"]])
+    first, last = ladders.bounds(row["bucket"])
+    second_first, second_last = ladders.second_bounds(row["bucket"]) if ladders.arg else (0, None)
     cubins = list(record["cubins"].values()) if record["launcher"] == "cubin" else []
     return {
         "row": number,
@@ -114,6 +116,7 @@ def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
         "N": row["N"],
         "m_first": first,
         "m_last": last,
+        **({"second": {"arg": ladders.arg, "first": second_first, "last": second_last}} if ladders.arg else {}),
         "record": row["record"],
         "launcher": record["launcher"],
         "backend": record["backend"],
@@ -126,13 +129,6 @@ def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
         "build_seconds": row["build_seconds"],
         "tuned": row.get("tuned"),
     }
-
-
-def m_range(manifest: Manifest, row: Row) -> tuple[int, int | None]:
-    """The Ms of a row's bucket; the last bucket has no upper end."""
-    ladder = manifest["ops"][row["op"]]["ladder"]
-    first = ladder[row["bucket"] - 1] + 1 if row["bucket"] else 1
-    return first, None if row["bucket"] == len(ladder) - 1 else ladder[row["bucket"]]
 
 
 def totals(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
@@ -185,7 +181,7 @@ def _cells(facts: dict[str, Any]) -> list[str]:
         facts["variant"],
         facts["kernel"].removeprefix(f"hdispatch.kernels.{facts['op']}."),
         *(str(facts[symbol]) if facts[symbol] else "-" for symbol in ("K", "N")),
-        words_of_range(facts["m_first"], facts["m_last"]),
+        words_of_bucket(facts),
         _each(facts["warps"]) or "-",
         _each(facts["shared_bytes"]) or "-",
         "yes" if facts["pdl"] else "no",
@@ -213,6 +209,13 @@ def words_of_range(first: int, last: int | None) -> str:
     return f"{first}.." if last is None else str(first) if first == last else f"{first}..{last}"
 
 
+def words_of_bucket(facts: dict[str, Any]) -> str:
+    """`9..16`; of an op with a second ladder `9..16, max_seq_len 129..512`."""
+    words = words_of_range(facts["m_first"], facts["m_last"])
+    second = facts.get("second")
+    return words if second is None else f"{words}, {second['arg']} {words_of_range(second['first'], second['last'])}"
+
+
 def describe_totals(sums: dict[str, Any]) -> str:
     """The totals in words."""
     names = ("rows", "records", "cubins", "functions") if sums["functions"] else ("rows", "records", "cubins")
@@ -231,11 +234,16 @@ def describe_row(manifest: Manifest, number: int) -> str:
     config = ", ".join(f"{name}={value!r}" for name, value in record["config"].items())
     sharing = sum(each["record"] == row["record"] for each in manifest["rows"])
     lines = [
-        f"row {number}: {row['op']}, {row['variant']}, {sizes}, M {words_of_range(facts['m_first'], facts['m_last'])}",
+        f"row {number}: {row['op']}, {row['variant']}, {sizes}, M {words_of_bucket(facts)}",
         f"record  {row['record']}, which serves {count(sharing, 'row')}",
         f"kernel  {record['kernel']} by {record['backend']}",
         f"config  {config or '(none)'}",
         f"valid   {record['m_min']} <= M <= {record['m_max']}",
+        *(
+            [f"        {record['second_min']} <= {facts['second']['arg']} <= {record['second_max']}"]
+            if "second" in facts
+            else []
+        ),
         *(_inputs_of_cubins(record) if record["launcher"] == "cubin" else _inputs_of_function(record)),
         "guards" if record["guards"] else "guards  (none)",
         *(f"  {guard['text']}" for guard in record["guards"]),

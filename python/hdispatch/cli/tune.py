@@ -75,7 +75,9 @@ def _add_scope(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the typical one of each op)")
     parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes; every op must have one of them (default: all)")
     parser.add_argument(
-        "--buckets", metavar="1,16,…", help="only the buckets with these upper edges; every op must have them (default: all)"
+        "--buckets",
+        metavar="1,16,…",
+        help="only the buckets of M with these upper edges; every op must have them (default: all)",
     )
 
 
@@ -200,7 +202,7 @@ def _chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
         known = [str(edge) for edge in spec.ladder]
         if unknown := [edge for edge in edges if edge not in known]:
             raise HdispatchError(f"--buckets: {unknown[0]!r} is no upper edge of {spec.name}, which has {list(spec.ladder)}")
-        return [known.index(edge) for edge in edges]
+        return [bucket for edge in edges for bucket in spec.ladders.of_m(known.index(edge))]
 
     return choose
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
 
 from ..errors import BundleError
-from ..manifest import MANIFEST_NAME, Manifest, read_files
+from ..manifest import MANIFEST_NAME, Manifest, ladders_of, read_files
 from ..typed_json import Mismatch, check, parse
 
 CANDIDATES_NAME = "candidates.json"
@@ -23,6 +23,7 @@ class Cell(TypedDict):
 
     K, N   the sizes that are measured; 0 for one that the op has not
     M      the upper edge of the bucket: where it is measured
+    second likewise of the second ladder's integer, if the op has one
     """
 
     op: str
@@ -31,6 +32,7 @@ class Cell(TypedDict):
     N: int
     bucket: int
     M: int
+    second: NotRequired[int]
     records: list[int]
 
 
@@ -95,7 +97,7 @@ def _check_cells(path: Path, manifest: Manifest, candidates: Candidates) -> None
         raise BundleError(f"{path}: tells of {len(candidates['origins'])} records; the manifest has {records}")
     for index, cell in enumerate(candidates["cells"]):
         known = cell["op"] in ops and cell["variant"] in ops[cell["op"]]["variants"]
-        if not known or not 0 <= cell["bucket"] < len(ops[cell["op"]]["ladder"]):
+        if not known or not 0 <= cell["bucket"] < ladders_of(ops[cell["op"]]).count:
             name = f"{cell['op']} {cell['variant']} bucket {cell['bucket']}"
             raise BundleError(f"{path}: cell {index} is of {name}, which the manifest does not have")
         if not cell["records"] or any(not 0 <= record < records for record in cell["records"]):

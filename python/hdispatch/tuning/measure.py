@@ -23,7 +23,8 @@ import torch
 
 from .. import _C, ops
 from ..errors import BundleError, HdispatchError
-from ..manifest import MANIFEST_NAME, Manifest, MClass, Record, artifacts_of
+from ..ladders import Ladders, bucket_bounds
+from ..manifest import MANIFEST_NAME, Manifest, MClass, Record, artifacts_of, ladders_of
 from ..opspec import OpSpec, TensorArg
 from ..runtime import check_target, strict
 from ..testing.device_timer import Queued, Replay, Timed, interleave, rotation_count, timing_event
@@ -79,7 +80,7 @@ class Device:
     def publish(self, rows: OneRow) -> Serve:
         """Serve that one row, and nothing else; what is returned does so again, without loading its code once more."""
         builder = _C.TableBuilder(self.index, self.device_count(), True)
-        builder.set_ladder(rows.op, rows.ladder)
+        builder.set_ladder(rows.op, rows.ladders.m, rows.ladders.second)
         add = builder.add_library if rows.record["launcher"] == "tvm_ffi" else builder.add_module
         for name, content in rows.files.items():
             add(name, content)
@@ -129,7 +130,7 @@ class OneRow:
     """The launch table of one candidate in one cell."""
 
     op: _C.Op
-    ladder: list[int]
+    ladders: Ladders
     variant: str
     k: int
     n: int
@@ -330,10 +331,10 @@ def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
     """Refuse a bundle whose ops are not the installed ones."""
     for name, entry in bundle["manifest"]["ops"].items():
         spec = ops.spec(name)
-        if entry["schema"] != spec.schema() or not entry["variants"].items() <= spec.variant_arguments().items():
+        if (other := spec.difference(entry)) is not None:
             raise BundleError(
                 f"{folder / MANIFEST_NAME}: made for {entry['schema']}; the installed op is {spec.schema()}, with other "
-                "variants or arguments; make the candidates again"
+                f"variants or arguments ({other}); make the candidates again"
             )
 
 
@@ -466,7 +467,7 @@ class Bench:
             record = {**record, "cubins": {only: record["cubins"][only]}}
         return OneRow(
             op=ops.get(cell["op"]),
-            ladder=manifest["ops"][cell["op"]]["ladder"],
+            ladders=ladders_of(manifest["ops"][cell["op"]]),
             variant=cell["variant"],
             k=cell["K"],
             n=cell["N"],
@@ -507,6 +508,7 @@ def line_of(
     """The line of a candidate, by its record's index, in a cell."""
     record = bundle["manifest"]["records"][index]
     origin = bundle["candidates"]["origins"][index]
+    second: _Second = {"second": cell["second"]} if "second" in cell else {}
     return {
         "op": cell["op"],
         "variant": cell["variant"],
@@ -514,6 +516,7 @@ def line_of(
         "N": cell["N"],
         "bucket": cell["bucket"],
         "M": cell["M"],
+        **second,
         "backend": record["backend"],
         "config": record["config"],
         "generic": origin["generic"],
@@ -528,6 +531,10 @@ def line_of(
         "versions": {**versions, "tools": bundle["manifest"]["tools"]},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+class _Second(TypedDict):
+    second: NotRequired[int]
 
 
 class _Times(TypedDict):
@@ -567,13 +574,16 @@ class _Subject:
         self.variant = spec.variant(cell["variant"])
         every = {"K": cell["K"], "N": cell["N"]}
         sizes = {symbol: every[symbol] for symbol in spec.symbols() if symbol != "M"}
+        if spec.second is not None:
+            sizes[spec.second.name] = cell["second"]
         generator = torch.Generator(device.torch_device).manual_seed(seed)
 
         def sample(m: int) -> list[Any]:
             return spec.sample(self.variant, {**sizes, "M": m}, device.torch_device, generator)
 
         arguments = sample(cell["M"])
-        checked_m = checked_rows(spec.ladder, cell["bucket"], max((t.numel() for t in _tensors(arguments)), default=0))
+        bucket_of_m, _ = spec.ladders.split(cell["bucket"])
+        checked_m = checked_rows(spec.ladder, bucket_of_m, max((t.numel() for t in _tensors(arguments)), default=0))
         self.checked = arguments if checked_m == cell["M"] else sample(checked_m)
         self.want = copied(self.checked)
         spec.reference(*self.want)
@@ -633,7 +643,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 def checked_rows(ladder: Sequence[int], bucket: int, elements: int) -> int:
     """The M to check with: the bucket's edge; for a call with a tensor of very many elements its smallest M of that class."""
     edge = ladder[bucket]
-    first = ladder[bucket - 1] + 1 if bucket else 1
+    first, _ = bucket_bounds(ladder, bucket)
     if elements <= CHECKED_ELEMENTS or edge % 16:
         return edge
     return min(edge, (first + 15) // 16 * 16)

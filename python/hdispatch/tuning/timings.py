@@ -24,7 +24,7 @@ BROKE: tuple[Status, ...] = ("fatal", "timeout")
 
 
 #: Of which numbers of a line not to take what.
-POSITIVE = ("us", "q1", "q3", "stream_us", "warm_us", "M")
+POSITIVE = ("us", "q1", "q3", "stream_us", "warm_us", "M", "second")
 NOT_NEGATIVE = ("K", "N", "bucket", "rounds", "compile_seconds", "device_seconds")
 
 
@@ -51,7 +51,7 @@ class ConfigKey(NamedTuple):
 class Timing(TypedDict):
     """One line: a candidate in a cell. Times are µs per launch in a replayed graph; absent where it was not timed.
 
-    M               where it was timed, the bucket's edge
+    M, second       where it was timed, the bucket's edges; second for an op with a second ladder
     generic         sizes that are not compiled into the candidate's code
     artifacts       SHA-256 of the candidate's cubins
     why             what is wrong with it, if its status is not ok
@@ -69,6 +69,7 @@ class Timing(TypedDict):
     N: int
     bucket: int
     M: int
+    second: NotRequired[int]
     backend: str
     config: dict[str, Any]
     generic: list[str]

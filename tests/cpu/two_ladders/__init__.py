@@ -1,0 +1,1 @@
+"""An op with two ladders, whose config files test_ladders.py writes."""
