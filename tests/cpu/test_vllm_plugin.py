@@ -15,6 +15,7 @@ from hdispatch import HdispatchError
 from hdispatch.integrations.vllm import attention as attention_module
 from hdispatch.integrations.vllm import layers, plugin, schemes, settings, support, weights, workspace
 from hdispatch.integrations.vllm.workspace import Arena, Buffer, place, rows_within, total_size
+from hdispatch.ladders import Ladders
 
 FP8 = torch.float8_e4m3fn
 
@@ -576,7 +577,7 @@ def test_steps_that_take_attention_half(monkeypatch, setting, longest, change, t
 
 
 def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monkeypatch, caplog):
-    """Every bucket of M is asked for, up to the rows of a step, for the shortest and the longest requests; said once."""
+    """Every bucket is asked for, up to the rows of a step and the longest request; said once."""
     asked = []
 
     def refuse(op, *arguments):
@@ -585,13 +586,17 @@ def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monke
         asked.append((arguments[0].size(0), arguments[11] if half else None))
         return f"no row of {op.name}" if arguments[0].size(0) == (64 if half else 256) else None
 
-    monkeypatch.setattr(attention_module, "loaded_ladder", lambda *_: (1, 8, 64, 256))
+    monkeypatch.setattr(
+        attention_module,
+        "loaded_ladders",
+        lambda op, _: Ladders((1, 8, 64, 256), *(("max_seq_len", (64, 1024)) if op == "attention_half" else ())),
+    )
     monkeypatch.setattr(attention_module, "objection", refuse)
     caplog.set_level("INFO", logger="vllm.hdispatch")
     bound = with_caches(make_weights(schemes.Scheme()))
     attention = make_attention(bound)
     attention.bind()
-    assert asked == [(1, 1), (1, 512), (8, 1), (8, 512), (64, 1), (1, None), (8, None), (64, None), (256, None)]
+    assert asked == [(1, 64), (1, 512), (8, 64), (8, 512), (64, 64), (1, None), (8, None), (64, None), (256, None)]
     assert (attention.decode_reason, attention.write_reason) == (
         "no row of attention_half",
         "no row of fused_qk_norm_rope_cache",
@@ -622,8 +627,8 @@ def test_rows_of_a_loaded_bundle(tmp_path):
     op = hdispatch.ops.toy
     bundle = hdispatch.load(toy.write(tmp_path / "toy"), driver="null")
     try:
-        assert support.loaded_ladder("toy", torch.device("cpu")) == (1, 2, 4, 8, 16)
-        assert support.loaded_ladder("attention_half", torch.device("cpu")) == ()
+        assert support.loaded_ladders("toy", torch.device("cpu")) == Ladders((1, 2, 4, 8, 16))
+        assert support.loaded_ladders("attention_half", torch.device("cpu")) == Ladders(())
         assert support.objection(op, *toy.arguments()) is None
         assert support.objection(op, *toy.arguments(4, 513)) == (
             "toy(bfloat16, M=4, K=513, N=0): the launch table has no row for it"
@@ -633,7 +638,7 @@ def test_rows_of_a_loaded_bundle(tmp_path):
         assert "guard: input.stride(0) % 16 == 0 does not hold" in support.objection(op, *strided)
     finally:
         bundle.unload()
-    assert support.loaded_ladder("toy", torch.device("cpu")) == ()
+    assert support.loaded_ladders("toy", torch.device("cpu")) == Ladders(())
 
 
 def example(neox=True):

@@ -17,7 +17,7 @@ import torch
 from ... import ops
 from . import settings
 from .schemes import Call
-from .support import loaded_ladder, objection
+from .support import loaded_ladders, objection
 from .weights import Weights, plain
 
 #: A folder of its own in a checkout, which mypy does not find.
@@ -115,8 +115,8 @@ class Attention:
         if self._setting == "fa3":
             self.decode_reason = f"{settings.ATTENTION} is fa3"
         else:
-            self.decode_reason = self._objection(ops.attention_half, self._half_example, self._most, (1, self._longest))
-        self.write_reason = self._objection(ops.fused_qk_norm_rope_cache, self._write_example, self._most_tokens, (1,))
+            self.decode_reason = self._objection(ops.attention_half, self._half_example, self._most)
+        self.write_reason = self._objection(ops.fused_qk_norm_rope_cache, self._write_example, self._most_tokens)
         self._say()
 
     def _say(self) -> None:
@@ -128,18 +128,17 @@ class Attention:
             self._said = said
             settings.logger.info("hdispatch: %s", said)
 
-    def _objection(
-        self, op: Any, example: Callable[[int, int], tuple[Any, ...]], most: int, lengths: tuple[int, ...]
-    ) -> str | None:
-        """Why the launch table does not serve the op at some number of rows up to `most`; None if it does at all of them.
+    def _objection(self, op: Any, example: Callable[[int, int], tuple[Any, ...]], most: int) -> str | None:
+        """Why the launch table does not serve the op in some bucket up to `most` rows; None if it does in all of them.
 
-        example  gives arguments for a number of rows and one of the lengths
+        example  gives arguments for a number of rows and a length of the longest request
         """
         device = self._caches[0].device
-        ladder = loaded_ladder(op.name, device)
-        if not ladder and device.type != "cuda":  # the reference serves
+        ladders = loaded_ladders(op.name, device)
+        if not ladders.m and device.type != "cuda":  # the reference serves
             return None
-        for rows in sorted({min(edge, most, ASKED_ROWS) for edge in (*ladder, most)}):
+        lengths = sorted({min(edge, self._longest) for edge in (*ladders.second, self._longest)})
+        for rows in sorted({min(edge, most, ASKED_ROWS) for edge in (*ladders.m, most)}):
             for length in lengths:
                 reason = objection(op, *example(rows, length))
                 if reason is not None:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from ... import _C, runtime
+from ...ladders import Ladders
+from ...manifest import ladders_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 #: Head sizes that fused_qk_norm_rope and rotary_embedding have rows for.
@@ -88,13 +90,13 @@ def step_reason(layers: Any, positions: torch.Tensor, intermediate_tensors: obje
     return None
 
 
-def loaded_ladder(op: str, device: torch.device) -> tuple[int, ...]:
-    """The edges of the buckets of M of an op in the bundle that serves a device's tensors; none without one."""
+def loaded_ladders(op: str, device: torch.device) -> Ladders:
+    """The buckets of an op in the bundle that serves a device's tensors; empty without one."""
     index = -1 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
     for bundle in runtime.loaded():
         if bundle.device == index and op in bundle.manifest["ops"]:
-            return tuple(bundle.manifest["ops"][op]["ladder"])
-    return ()
+            return ladders_of(bundle.manifest["ops"][op])
+    return Ladders(())
 
 
 def objection(op: _C.Op, *arguments: Any) -> str | None:
