@@ -102,7 +102,7 @@ def prefetch(cache, place, D: tl.constexpr):
     if not INTERPRETED:
         at = cache + place[:, None] + (tl.arange(0, LINES) * LINE)[None, :]
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,total", [at], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
         )
 
 

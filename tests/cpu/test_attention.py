@@ -18,7 +18,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.kernels.lib import paged_kv
 from hdispatch.kernels.lib.paged_kv import Rule, attend, random_lengths, random_paged, random_slots, write
-from hdispatch.kernels.lib.workspace import COUNTERS, ROWS, cells, workspace_floats
+from hdispatch.kernels.lib.workspace import BYTES, COUNTERS, LARGEST_HEAD, ROWS, cells
 
 CPU = torch.device("cpu")
 PROGRAM = Path(__file__).with_name("attention_kernels.py")
@@ -147,15 +147,16 @@ def test_a_workspace_holds_the_splits_of_every_block() -> None:
     for rows in (1, 4, 5, 7, 8, 16, 56, 64, 128):
         assert 0 < cells(rows) <= COUNTERS
         assert cells(rows) * rows <= ROWS
-    assert workspace_floats(128) == COUNTERS + ROWS * 130
+    assert BYTES == 4 * (COUNTERS + ROWS * (2 + LARGEST_HEAD))
+    for op in ("attention_half", "paged_attention_decode"):
+        assert max(shape["K"] for shape in hdispatch.ops.spec(op).shapes) <= LARGEST_HEAD
 
 
 def sample(op: str, m: int = 3, k: int = 64, n: int = 8, variant: str | None = None) -> dict:
     spec = hdispatch.ops.spec(op)
     chosen = spec.typical_variant() if variant is None else spec.variant(variant)
     values = spec.sample(chosen, {"M": m, "K": k, "N": n}, CPU, generator())
-    args = spec.args if len(values) == len(spec.args) else spec.call_args
-    return dict(zip((arg.name for arg in args), values, strict=True))
+    return dict(zip((arg.name for arg in spec.args), values, strict=True))
 
 
 WRONG = {
