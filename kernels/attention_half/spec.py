@@ -143,7 +143,7 @@ SPEC = OpSpec(
         TensorArg("cos_sin_cache", ("*", "*"), (torch.bfloat16, torch.float16, torch.float32)),
         TensorArg("positions", ("M",), (torch.int64,)),
         TensorArg("slot_mapping", ("M",), (torch.int64,)),
-        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), "qkv", mutated=True, layout="any"),
+        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), "qkv", mutated=True, layout="any", multiple=16),
         TensorArg("block_table", ("M", "*"), (torch.int32,), layout="rows"),
         TensorArg("seq_lens", ("M",), (torch.int32,)),
         IntArg("max_seq_len", minimum=1, ladder=LENGTHS),

@@ -240,7 +240,7 @@ def launch(
         NORM=q_weight is not None,
         TILE=config["tile"],
         STAGES=config["stages"],
-        AT_ONCE=lib.rows_at_once(group, dim, warps),
+        AT_ONCE=config.get("at_once", lib.rows_at_once(group, dim, warps)),
         EARLY=config.get("early", True),
         PDL=pdl,
         num_warps=warps,
@@ -250,4 +250,4 @@ def launch(
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    return lib.candidates(sizes["K"], int(variant.static["group"]))
+    return lib.candidates(sizes, int(variant.static["group"]))

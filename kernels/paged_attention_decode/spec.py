@@ -114,8 +114,8 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("out", ("M", "*", "N", "K"), "q", mutated=True, layout="rows", pad=True),
-        TensorArg("q", ("M", "*", "N", "K"), (torch.bfloat16, torch.float16), layout="any", pad=True),
-        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), (torch.bfloat16, torch.float16, FP8), layout="any"),
+        TensorArg("q", ("M", "*", "N", "K"), (torch.bfloat16, torch.float16), layout="any", multiple=16, pad=True),
+        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), (torch.bfloat16, torch.float16, FP8), layout="any", multiple=16),
         TensorArg("block_table", ("M", "*"), (torch.int32,), layout="rows"),
         TensorArg("seq_lens", ("M",), (torch.int32,)),
         TensorArg("sinks", ("N",), "q", optional=True),

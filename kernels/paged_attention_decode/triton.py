@@ -142,9 +142,6 @@ def launch(
         )
     if q.stride(3) != 1:
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
-    for axis in range(3):
-        if q.stride(axis) % 16 != 0:
-            raise ValueError(f"paged_attention_decode: q has strides {q.stride()}; the kernel takes multiples of 16")
     pdl, warps, rows = config.get("pdl", True), config["num_warps"], max_queries * group
     _launcher(
         paged_attention_decode,
@@ -182,7 +179,7 @@ def launch(
         SINKS=sinks is not None,
         TILE=config["tile"],
         STAGES=config["stages"],
-        AT_ONCE=lib.rows_at_once(rows, dim, warps),
+        AT_ONCE=config.get("at_once", lib.rows_at_once(rows, dim, warps)),
         PDL=pdl,
         num_warps=warps,
         launch_pdl=pdl,
@@ -191,4 +188,4 @@ def launch(
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    return lib.candidates(sizes["K"], int(variant.static["group"]) * int(variant.static["max_queries"]))
+    return lib.candidates(sizes, int(variant.static["group"]) * int(variant.static["max_queries"]))

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from hdispatch.kernels.lib.paged_kv import Paged, random_paged
-from hdispatch.kernels.lib.workspace import BYTES, COUNTERS
+from hdispatch.kernels.lib.workspace import BYTES
+from hdispatch.opspec import WORKSPACE_COUNTERS
 from hdispatch.testing.numeric import assert_no_poison
 from special_values import copied, like_the_gpu
 
@@ -96,7 +97,7 @@ def half(
         "eps": 1e-6,
         "group": group,
         "is_neox": True,
-        "workspace": torch.zeros(BYTES, dtype=torch.uint8),
+        "workspace": torch.zeros(WORKSPACE_COUNTERS + BYTES, dtype=torch.uint8),
     }
 
 
@@ -146,7 +147,7 @@ def check_output(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert_no_poison(got["out"], "out")
     error = (got["out"].float() - want["out"].float()).abs().max()
     assert error <= TOLERANCE, f"out differs by {error:.4f}"
-    counters = got["workspace"][: 4 * COUNTERS].view(torch.int32)
+    counters = got["workspace"][:WORKSPACE_COUNTERS].view(torch.int32)
     assert not counters.any(), f"{int(counters.count_nonzero())} counters are not back at zero"
 
 
@@ -187,7 +188,7 @@ def decode(
         "v_scale": 0.25 if cache else 1.0,
         "group": group,
         "max_queries": max_queries,
-        "workspace": torch.zeros(BYTES, dtype=torch.uint8),
+        "workspace": torch.zeros(WORKSPACE_COUNTERS + BYTES, dtype=torch.uint8),
     }
 
 
