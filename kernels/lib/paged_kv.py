@@ -111,10 +111,10 @@ def write(kv_cache: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor) -> None
     # Without a mask as index, for which the host would wait: tokens of no place repeat one that has a place, and where none
     # has they write back what is there.
     real = slots >= 0
-    stand_in = real.int().argmax()
-    slots = torch.where(real, slots, slots[stand_in]).clamp(min=0)
+    stand_in = real.int().argmax().unsqueeze(0)
+    slots = torch.where(real, slots, slots.index_select(0, stand_in)).clamp(min=0)
     block, place = slots // page, slots % page
-    kv = torch.where(real[:, None, None], kv, kv[stand_in])
+    kv = torch.where(real[:, None, None], kv, kv.index_select(0, stand_in))
     kept = kv_cache[block, :, place]
     kv_cache[block, :, place] = torch.where(real.any(), kv, kept)
 
