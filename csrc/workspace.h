@@ -3,7 +3,8 @@
 //
 // A kernel that splits its work leaves partial results, and counts who is done, in memory that no argument of the call
 // holds. All launches on one stream share its block, since they run in the stream's order; each finds it as the last
-// one left it: zero before the first, and counters are zero again when a kernel ends. Two streams have two blocks.
+// one left it: zero before the first. Its first 64 KiB are counters, which every kernel leaves at zero
+// (opspec.py, WorkspaceArg). Two streams have two blocks.
 //
 //   - A block is allocated and zeroed at the first launch that needs it, or one that needs a larger one. That works
 //     while the stream is being captured: this thread's capture mode is relaxed meanwhile, the zeros are written on a

@@ -57,6 +57,8 @@ class TensorArg:
     merge      of a tensor of higher rank the leading dimensions become one, where their strides allow it: [1, M, K] for
                ("M", "K"). Of rank 2, and with M known from another argument, those of M elements, and the others become
                one too: [M, heads, head_size] for ("M", "K")
+    multiple   with layout "any", 16: the strides of all dimensions but the last are taken to be multiples of 16 elements
+               where that makes better code (whole vectors in Triton), and a guard tests it there; else 1
     in_place   name of the argument that it may be, as the same view; the kernels read all of a row before they write it.
                Otherwise what is written shares no memory with any other argument.
     """
@@ -72,6 +74,7 @@ class TensorArg:
     pad: bool = False
     merge: bool = False
     in_place: str | None = None
+    multiple: int = 1
 
     def free_strides(self) -> tuple[int, ...]:
         """The dimensions whose stride differs from call to call."""
@@ -140,20 +143,25 @@ class NoneArg:
     ignored: bool = False
 
 
+#: The first bytes of every workspace are counters.
+WORKSPACE_COUNTERS = 2**16
+
+
 @dataclass(frozen=True)
 class WorkspaceArg:
     """Memory of the runtime's that an op's kernels get: one block per device and stream, zeroed once, shared by all ops.
 
-    It is no argument of the op: the host function gets it after the op's arguments, as a uint8 tensor [bytes] at an address
-    that is a multiple of 256 (`workspace[4096:].view(torch.float32)`); the fallback does not. A kernel finds in it what the
-    last one on the stream left, of whatever op, but for counters: what is to be zero at its beginning it leaves at zero. So
-    counters are of ops that agree where they are, and everything else is written before it is read.
+    It is no argument of the op: the host function gets it after the op's arguments, as a uint8 tensor at an address that is a
+    multiple of 256, of which it makes views (`workspace[WORKSPACE_COUNTERS:].view(torch.float32)`); the fallback does not.
 
-    bytes    of a block, the same for every call of a variant; or what says so of each: 0 for one without
+    workspace[:WORKSPACE_COUNTERS]   counters, the same ones for every op: zero when a kernel begins, and to be left at zero
+    workspace[WORKSPACE_COUNTERS:]   `bytes` bytes, which hold anything when a kernel begins: written before they are read
+
+    bytes    the same for every call of a variant; or what says so of each: 0 for counters alone, None for no workspace
     """
 
     name: str
-    bytes: int | Callable[[Variant], int]
+    bytes: int | Callable[[Variant], int | None]
 
 
 Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
@@ -322,6 +330,10 @@ class OpSpec:
             raise HdispatchError(f"{self.name}: {arg.name}: merge takes two dimensions or more, and not flat")
         if arg.in_place is not None and not (arg.mutated and arg.in_place in {other.name for other in self.tensors()}):
             raise HdispatchError(f"{self.name}: {arg.name}: in_place takes the name of a tensor, and that it is written")
+        if arg.multiple not in ((1, 16) if arg.layout == "any" else (1,)):
+            raise HdispatchError(
+                f"{self.name}: {arg.name} has multiple {arg.multiple}; it takes 1, with the layout 'any' 16 too"
+            )
         if arg.layout == "columns" and len(arg.dims) != 2:
             raise HdispatchError(f"{self.name}: {arg.name} has {len(arg.dims)} dimensions; the layout 'columns' takes 2")
 
@@ -334,14 +346,16 @@ class OpSpec:
         return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
 
     def workspace_bytes(self, variant: Variant) -> int:
-        """Bytes of the workspace that a variant's kernels get; 0: none. HdispatchError for what is no size."""
+        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError for what is no size."""
         if self.workspace is None:
             return 0
         size = self.workspace.bytes
         found = size if isinstance(size, int) else size(variant)
+        if found is None:
+            return 0
         if not isinstance(found, int) or not 0 <= found < 2**48:
             raise HdispatchError(f"{self.name}: {self.workspace.name} of {variant.name} is {found!r} bytes; it takes 0 or more")
-        return found
+        return WORKSPACE_COUNTERS + found
 
     def make_workspace(self, variant: Variant, device: torch.device) -> list[torch.Tensor | None]:
         """What a host function takes after the op's arguments, for who calls it without the runtime; [] for most ops."""

@@ -3,6 +3,7 @@
 # ruff: noqa: ARG005
 from __future__ import annotations
 
+import dataclasses
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -189,10 +190,27 @@ def candidate(name: str, hint: int = 64, index_bits: int = 32) -> Candidate:
     module.INDEX_BITS = index_bits  # type: ignore[attr-defined]
     made = Candidate.__new__(Candidate)
     made.unit = Unit("toy", "triton", "any", SPEC.shapes[0], {}, (0, 1, 2))
-    made.hint, made.module, made.maker = hint, module, maker()
+    made.hint, made.second, made.module, made.maker = hint, None, module, maker()
     made.side = triton_backend.host_side(module, {}, made.maker, hint)
     made.trace = trace(made.side.host, made.maker.symbolic(hint))
     return made
+
+
+def any_layout(multiple: int) -> dict[str, Any]:
+    """Which strides of a tensor of layout "any" are proved to be multiples of 16, and the record's guards."""
+    args = (SPEC.args[0], TensorArg("input", ("M", 4, "K"), (torch.float32,), layout="any", multiple=multiple), SPEC.args[2])
+    spec = dataclasses.replace(SPEC, args=args)
+
+    def host(result, input, eps, *, _launcher):
+        _launcher(copy, (result.shape[0],), result, input, eps, input.stride(2), input.stride(0), input.stride(1), 64)
+
+    found = trace(host, CallMaker(spec, spec.variants()[0], {"K": 64}).symbolic(64))
+    proved = triton_backend.samples(found, "other")
+    names = {"stride(0)": "stride", "stride(1)": "other", "stride(2)": "m"}
+    return {
+        "proved": [stride for stride, name in names.items() if proved[name].multiple],
+        "guarded": sorted(triton_backend.assumed_strides(found, "other")),
+    }
 
 
 def launched(name: str) -> dict[str, Any]:

@@ -88,6 +88,8 @@ def test_buckets():
         ((FloatArg("e"),), r"sizes \['M'\]"),
         ((dataclasses.replace(X, name="class"),), "'class' is not a name"),
         ((dataclasses.replace(X, name=""),), "'' is not a name"),
+        ((dataclasses.replace(X, multiple=16),), "x has multiple 16; it takes 1, with the layout 'any' 16 too"),
+        ((dataclasses.replace(X, layout="any", multiple=8),), "x has multiple 8"),
     ],
 )
 def test_refused_arguments(args, words):

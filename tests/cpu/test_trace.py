@@ -113,6 +113,12 @@ def test_a_fact_that_the_host_function_checks_too_is_one_guard(worker):
     assert worker.call("host_functions:guards", "checked") == worker.call("host_functions:guards", "good")
 
 
+@pytest.mark.parametrize(("multiple", "proved"), [(1, []), (16, ["stride(0)", "stride(1)"])])
+def test_strides_of_any_layout_are_multiples_where_the_op_says_so(worker, multiple, proved):
+    found = worker.call("host_functions:any_layout", multiple)
+    assert found == {"proved": proved, "guarded": [f"input.{stride}" for stride in proved]}
+
+
 @pytest.mark.parametrize(
     ("host", "one", "mult16", "other"),
     [  # [always 1, always a multiple of 16]

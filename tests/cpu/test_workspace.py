@@ -27,7 +27,7 @@ from toy import write_text
 
 NAME = SPEC.name
 OP = hdispatch.ops.define(SPEC) if NAME not in hdispatch.ops.names() else hdispatch.ops.get(NAME)
-PLAIN, DOUBLED = 64 * 4 * 5 + 1024, 64 * 4 * 5
+PLAIN, DOUBLED = 2**16 + 64 * 4 * 4 + 1024, 2**16 + 64 * 4 * 4
 HERE = Path(__file__).parent
 
 
@@ -106,7 +106,7 @@ def test_every_launch_gets_the_block(bundle):
     found = addresses(*(arguments(m, doubled) for m in (1, 2, 15, 16, 17, 64) for doubled in (False, True)))
     assert len(set(found)) == 1
     counters, parts = found[0]
-    assert (counters % 256, parts - counters) == (0, 256)
+    assert (counters % 256, parts - counters) == (0, 2**16)
     assert hdispatch.stats()[NAME]["hits"] == 12
     words = hdispatch.explain(OP, *arguments())
     assert f"workspace {PLAIN} bytes of the stream's" in words
@@ -135,7 +135,7 @@ def test_a_function_uses_it(tmp_path):
     cpp = pytest.importorskip("tvm_ffi.cpp")
     source = """
     int64_t count(tvm::ffi::TensorView out, tvm::ffi::TensorView x, bool doubled, tvm::ffi::TensorView memory) {
-      if (memory.ndim() != 1 || memory.size(0) < 1280) TVM_FFI_THROW(ValueError) << memory.size(0);
+      if (memory.ndim() != 1 || memory.size(0) < 65536 + 1024) TVM_FFI_THROW(ValueError) << memory.size(0);
       int64_t* counter = static_cast<int64_t*>(memory.data_ptr()) + 100;
       static_cast<float*>(out.data_ptr())[0] = static_cast<float>(++*counter);
       return 0;
@@ -182,7 +182,7 @@ for variant in SPEC.variants():
         want = [torch.zeros(m, 1), *args[1:]]
         SPEC.reference(*want)
         torch.testing.assert_close(args[0], want[0])
-        assert int(memory[0][:256].count_nonzero()) == 0
+        assert int(memory[0][:2**16].count_nonzero()) == 0
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -196,9 +196,9 @@ def test_the_manifest(folder, capsys):
     assert manifest["ops"][NAME]["workspace"]["bytes"] == {"any": PLAIN, "any+doubled": DOUBLED}
     params = manifest["records"][0]["params"]
     assert params[2] == {"kind": "ptr", "arg": "memory", "align": 16}
-    assert params[3] == {"kind": "ptr", "arg": "memory", "align": 16, "offset": [256]}
+    assert params[3] == {"kind": "ptr", "arg": "memory", "align": 16, "offset": [2**16]}
     assert main(["inspect", str(folder), "--row", "0"]) == 0
-    assert "ptr  memory + 256 bytes" in capsys.readouterr().out
+    assert "ptr  memory + 65536 bytes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

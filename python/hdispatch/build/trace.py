@@ -340,6 +340,8 @@ class CallMaker:
             return 1 if name == "M" else ALIGNMENT
         argument, _, field_name = name.partition(".stride(")
         arg = next((arg for arg in self.present() if arg.name == argument), None)
+        if arg is not None and field_name and arg.layout == "any":
+            return arg.multiple if int(field_name.rstrip(")")) < len(arg.dims) - 1 else 1
         if arg is None or not field_name or arg.layout not in ("rows", "columns"):
             return 1
         # Rows that are contiguous must not fail the guard. Generic sizes are taken to be multiples.

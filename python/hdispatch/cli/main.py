@@ -37,7 +37,8 @@ words:
   kernel    the source of one implementation of an op
   variant   one combination of dtypes and of optional arguments that are given, e.g. bfloat16+residual
   config    tuned parameters of a kernel
-  bucket    an interval of M, the number of rows of a call; a bucket chooses the config and never changes the answer
+  bucket    an interval of M, the number of rows of a call, and of the integer that has a ladder beside M, if the op has one;
+            a bucket chooses the config and never changes the answer
   record    what one compiled kernel needs to be launched: grid, parameters and guards as expressions in the call's sizes
   row       a key (op, variant, K, N, bucket) and the record that serves it
   bundle    the folder that serving loads: a manifest and compiled kernels

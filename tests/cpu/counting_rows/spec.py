@@ -32,6 +32,6 @@ SPEC = OpSpec(
     config_key={"width": "K", "rows": "M"},
     ladder=(16, ROWS),
     closed=True,
-    # counters, then parts; the plain variant has room for more
-    workspace=WorkspaceArg("memory", lambda variant: ROWS * 4 * (1 + SPLITS) + (0 if variant.static["doubled"] else 1024)),
+    # the plain variant has room for more
+    workspace=WorkspaceArg("memory", lambda variant: ROWS * 4 * SPLITS + (0 if variant.static["doubled"] else 1024)),
 )

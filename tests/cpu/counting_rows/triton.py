@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from hdispatch.opspec import WORKSPACE_COUNTERS
 
 ROWS, SPLITS = 64, 4
 
@@ -26,8 +27,8 @@ def launch(out, x, doubled, memory, *, config, _launcher):
     m, k = x.shape
     if m > ROWS:
         raise ValueError("counting_rows: more rows than the workspace has counters")
-    counters = memory[: 4 * ROWS].view(torch.int32)
-    parts = memory[4 * ROWS :].view(torch.float32)
+    counters = memory[:WORKSPACE_COUNTERS].view(torch.int32)
+    parts = memory[WORKSPACE_COUNTERS:].view(torch.float32)
     pdl = config.get("pdl", True)
     options = {"num_warps": 1} | ({"launch_pdl": True} if pdl else {})
     factor = 2 if doubled else 1
