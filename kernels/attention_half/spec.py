@@ -6,17 +6,17 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
-from ..lib.paged_kv import Rule, attend, random_lengths, random_paged, softmax_scale, write
-from ..lib.workspace import workspace_floats
+from ..lib.paged_kv import LENGTHS, Rule, attend, random_lengths, random_paged, softmax_scale, write
+from ..lib.workspace import BYTES
 from ..numerics import random_rows
 from ..rms_norm.spec import normalized, random_weight
 from ..rope import random_cache, rotated
 
 NAME = "attention_half"
 
-#: Tokens of the longest request of a sample call, and of a block of its cache.
+#: Tokens of the longest request of a sample call, unless it is asked for, and of a block of its cache.
 LONGEST, PAGE = 100, 16
 
 
@@ -31,7 +31,6 @@ def reference(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    workspace: torch.Tensor,  # noqa: ARG001 -- the kernels' own
     max_seq_len: int,
     scale: float,
     eps: float,
@@ -52,7 +51,6 @@ def reference(
                    written
     block_table    int32 [M, columns]: the blocks of each request's tokens
     seq_lens       int32 [M]: tokens of each request, the new one included; 1 if less
-    workspace      float32, zeros before its first use; calls that may run at the same time have one each
     max_seq_len    at least the largest of seq_lens
     scale          factor of q k^T
     eps            added to the mean of the squares, at least 0
@@ -103,7 +101,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     m, dim, dtype, group = sizes["M"], sizes["K"], variant.dtypes["qkv"], int(variant.static["group"])
     kv_heads = max(1, sizes["N"] // group)
     heads = kv_heads * group
-    lengths = random_lengths(m, LONGEST, generator)
+    longest = sizes.get("max_seq_len", LONGEST)
+    lengths = random_lengths(m, longest, generator)
     paged = random_paged(lengths, kv_heads, dim, PAGE, dtype, device, generator)
     weights = [
         random_weight(dim, dtype, device, generator) if name in variant.dtypes else None for name in ("q_weight", "k_weight")
@@ -118,8 +117,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
         paged.kv_cache,
         paged.block_table,
         paged.seq_lens,
-        torch.zeros(workspace_floats(dim), device=device),
-        LONGEST,
+        longest,
         softmax_scale(dim),
         1e-6,
         group,
@@ -145,11 +143,10 @@ SPEC = OpSpec(
         TensorArg("cos_sin_cache", ("*", "*"), (torch.bfloat16, torch.float16, torch.float32)),
         TensorArg("positions", ("M",), (torch.int64,)),
         TensorArg("slot_mapping", ("M",), (torch.int64,)),
-        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), "qkv", mutated=True, layout="any"),
+        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), "qkv", mutated=True, layout="any", multiple=16),
         TensorArg("block_table", ("M", "*"), (torch.int32,), layout="rows"),
         TensorArg("seq_lens", ("M",), (torch.int32,)),
-        TensorArg("workspace", ("*",), (torch.float32,), mutated=True),
-        IntArg("max_seq_len", minimum=1),
+        IntArg("max_seq_len", minimum=1, ladder=LENGTHS),
         FloatArg("scale", minimum=0.0),
         FloatArg("eps", minimum=0.0),
         IntArg("group", values=(4, 8, 2, 1, 5, 7, 16), minimum=1),
@@ -158,9 +155,10 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
-    config_key={"head_dim": "K", "num_tokens": "M"},
+    config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     hints={"N": 32},
+    workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+group=4",

@@ -12,7 +12,6 @@ from hdispatch.opspec import Variant
 
 from ..lib import attention as lib
 from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
-from ..lib.workspace import workspace_floats
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -187,12 +186,12 @@ def launch(
     kv_cache: torch.Tensor,
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
-    workspace: torch.Tensor,
     max_seq_len: int,
     scale: float,
     eps: float,
     group: int,
     _is_neox: bool,
+    workspace: torch.Tensor,
     *,
     config: dict[str, Any],
     _launcher: Callable[..., None],
@@ -207,8 +206,6 @@ def launch(
         raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
     if rotary % 16 != 0 or rotary > dim:
         raise ValueError(f"attention_half: {rotary} of {dim} elements rotated; the kernel takes multiples of 16")
-    if workspace.size(0) < workspace_floats(dim):
-        raise ValueError(f"attention_half: the workspace has {workspace.size(0)} elements; expected {workspace_floats(dim)}")
     pdl, warps = config.get("pdl", True), config["num_warps"]
     _launcher(
         attention_half,
@@ -223,7 +220,7 @@ def launch(
         kv_cache,
         block_table,
         seq_lens,
-        workspace,
+        workspace.view(torch.float32),
         max_seq_len,
         scale,
         eps,
@@ -243,7 +240,7 @@ def launch(
         NORM=q_weight is not None,
         TILE=config["tile"],
         STAGES=config["stages"],
-        AT_ONCE=lib.rows_at_once(group, dim, warps),
+        AT_ONCE=config.get("at_once", lib.rows_at_once(group, dim, warps)),
         EARLY=config.get("early", True),
         PDL=pdl,
         num_warps=warps,
@@ -253,4 +250,4 @@ def launch(
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    return lib.candidates(sizes["K"], int(variant.static["group"]))
+    return lib.candidates(sizes, int(variant.static["group"]))

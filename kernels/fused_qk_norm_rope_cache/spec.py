@@ -134,7 +134,7 @@ SPEC = OpSpec(
         BoolArg("is_neox", values=(True, False)),
         TensorArg("position_ids", ("M",), (torch.int64,)),
         TensorArg("slot_mapping", ("M",), (torch.int64,)),
-        TensorArg("kv_cache", ("*", "*", "*", "*"), "qkv", mutated=True, layout="any"),
+        TensorArg("kv_cache", ("*", "*", "*", "*"), "qkv", mutated=True, layout="any", multiple=16),
     ),
     reference=reference,
     sample=sample,

@@ -162,9 +162,6 @@ def launch(
         raise ValueError(f"{name}: {rotary} of {head_dim} elements rotated; the kernel takes multiples of 16")
     if kv_cache.size(1) != num_heads_k or kv_cache.size(3) != 2 * head_dim or kv_cache.stride(3) != 1:
         raise ValueError(f"{name}: a cache of {kv_cache.shape}, the last stride {kv_cache.stride(3)}; heads have {head_dim}")
-    for axis in range(3):
-        if kv_cache.stride(axis) % 16 != 0:
-            raise ValueError(f"{name}: the cache has strides {kv_cache.stride()}; the kernel takes multiples of 16")
     tokens, heads = program_tile(head_dim, is_neox, config)
     q_tiles, k_tiles = (num_heads_q + heads - 1) // heads, (num_heads_k + heads - 1) // heads
     pdl = config.get("pdl", True)

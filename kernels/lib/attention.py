@@ -16,13 +16,17 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from hdispatch.opspec import WORKSPACE_COUNTERS
 
-from .workspace import COUNTERS, ROWS, cells
+from .workspace import ROWS, cells
 
 #: Triton's interpreter multiplies bfloat16 as integers, and knows no PTX.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
-_COUNTERS, _ROWS = tl.constexpr(COUNTERS), tl.constexpr(ROWS)
+#: A chunk that no request is longer than: no splits.
+WHOLE = 2**20
+# In elements of float32.
+_COUNTERS, _ROWS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(ROWS)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -46,9 +50,6 @@ def check_cache(op: str, kv_cache: torch.Tensor, heads: Any, group: int, max_seq
         )
     if kv_cache.stride(3) != 1:
         raise ValueError(f"{op}: K and V of a head have the stride {kv_cache.stride(3)}; the kernel takes 1")
-    for axis in range(3):
-        if kv_cache.stride(axis) % 16 != 0:
-            raise ValueError(f"{op}: the cache has strides {kv_cache.stride()}; the kernel takes multiples of 16")
 
 
 def rows_at_once(rows: int, dim: int, warps: int) -> int:
@@ -56,17 +57,25 @@ def rows_at_once(rows: int, dim: int, warps: int) -> int:
     return max(1, 64 * 32 * warps // (triton.next_power_of_2(rows) * dim))
 
 
-def candidates(dim: int, rows: int) -> list[dict[str, Any]]:
-    """Configs worth measuring, for heads of `dim` elements and blocks of `rows` query rows."""
+def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
+    """Configs worth measuring, for blocks of `rows` query rows; where requests have as many blocks as the GPU holds, no splits.
+
+    at_once  splits that the last block adds up at once; more of them cost registers
+    """
+    dim, longest = sizes["K"], sizes.get("max_seq_len", 2**15)
     if dim >= 256 or rows > 32:
         tiles = [(32, 4, 3), (32, 8, 3), (64, 8, 2), (32, 4, 2)]
     else:
         tiles = [(64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 3)]
-    return [
+    chunks = [chunk for chunk in (64, 128, 256, 512, 1024, 2048) if chunk < longest and sizes["M"] * longest < 2048 * chunk]
+    shapes = [
         {"tile": tile, "num_warps": warps, "stages": stages, "chunk": chunk}
         for tile, warps, stages in tiles
-        for chunk in (128, 256, 512, 1024)
+        for chunk in (*(chunk for chunk in chunks if chunk >= tile), WHOLE)
     ]
+    tile, warps, _ = tiles[0]
+    more = 2 * rows_at_once(rows, dim, warps)
+    return shapes + [{**shape, "at_once": more} for shape in shapes if shape["tile"] == tile and shape["chunk"] != WHOLE]
 
 
 @triton.jit
@@ -102,7 +111,7 @@ def prefetch(cache, place, D: tl.constexpr):
     if not INTERPRETED:
         at = cache + place[:, None] + (tl.arange(0, LINES) * LINE)[None, :]
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,total", [at], dtype=tl.int32, is_pure=False, pack=1
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
         )
 
 

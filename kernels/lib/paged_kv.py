@@ -13,8 +13,13 @@ import torch
 
 #: Elements of K and V that are gathered at once: requests take turns.
 GATHERED = 2**27
-#: Elements of the caches that sample calls have at most; requests then share all blocks but the one of their newest tokens.
-SAMPLED = 2**26
+#: Upper edges of the buckets of max_seq_len.
+LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+#: Elements of the caches that sample calls have at most, on the CPU and on a GPU; requests then share all blocks but the one of
+#: their newest token.
+SAMPLED, SAMPLED_ON_GPU = 2**22, 2**30
+#: Different random numbers in them; an odd number, so that no two tokens are alike.
+DRAWN = 2**20 - 3
 
 
 class Rule(NamedTuple):
@@ -106,10 +111,10 @@ def write(kv_cache: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor) -> None
     # Without a mask as index, for which the host would wait: tokens of no place repeat one that has a place, and where none
     # has they write back what is there.
     real = slots >= 0
-    stand_in = real.int().argmax()
-    slots = torch.where(real, slots, slots[stand_in]).clamp(min=0)
+    stand_in = real.int().argmax().unsqueeze(0)
+    slots = torch.where(real, slots, slots.index_select(0, stand_in)).clamp(min=0)
     block, place = slots // page, slots % page
-    kv = torch.where(real[:, None, None], kv, kv[stand_in])
+    kv = torch.where(real[:, None, None], kv, kv.index_select(0, stand_in))
     kept = kv_cache[block, :, place]
     kv_cache[block, :, place] = torch.where(real.any(), kv, kept)
 
@@ -131,12 +136,14 @@ def random_paged(
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator,
-    most: int = SAMPLED,
+    most: int | None = None,
 ) -> Paged:
     """Requests of the given lengths (int64 on the CPU, at least 1), blocks in random order, each token's heads side by side.
 
-    Past `most` elements the requests share blocks, but for the one of their newest token.
+    Past `most` elements, or those of SAMPLED, the requests share blocks, but for the one of their newest token.
     """
+    if most is None:
+        most = SAMPLED if device.type == "cpu" else SAMPLED_ON_GPU
     requests = len(seq_lens)
     longest = int(seq_lens.max()) if requests else 1
     width, last = -(-longest // page), (seq_lens - 1) // page
@@ -145,9 +152,10 @@ def random_paged(
     own, shared = order[: max(1, requests)], order[max(1, requests) :]
     table = shared[torch.arange(requests * width) % len(shared)].view(requests, width)
     table.scatter_(1, last[:, None], own[:requests, None])
-    kv = torch.randn(blocks, page, kv_heads, 2 * dim, generator=generator, device=generator.device).to(
-        device=device, dtype=dtype
-    )
+    # Drawn once for a few millions of elements: more would take longer than what is called with them.
+    elements = blocks * page * kv_heads * 2 * dim
+    drawn = torch.randn(min(elements, DRAWN), generator=generator, device=generator.device).to(device=device, dtype=dtype)
+    kv = drawn.repeat(-(-elements // len(drawn)))[:elements].view(blocks, page, kv_heads, 2 * dim)
     slots = own[:requests] * page + (seq_lens - 1) % page
     return Paged(kv.transpose(1, 2), table.int().to(device), seq_lens.int().to(device), slots.to(device))
 

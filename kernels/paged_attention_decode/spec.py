@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
-from ..lib.paged_kv import Rule, attend, random_lengths, random_paged, softmax_scale
-from ..lib.workspace import workspace_floats
+from ..lib.paged_kv import LENGTHS, Rule, attend, random_lengths, random_paged, softmax_scale
+from ..lib.workspace import BYTES
 from ..numerics import FP8
 
 NAME = "paged_attention_decode"
 
-#: Tokens of the longest request of a sample call, and of a block of its cache.
+#: Tokens of the longest request of a sample call, unless it is asked for, and of a block of its cache.
 LONGEST, PAGE = 100, 16
 
 
@@ -25,7 +25,6 @@ def reference(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     sinks: torch.Tensor | None,
-    workspace: torch.Tensor,  # noqa: ARG001 -- the kernels' own
     max_seq_len: int,
     scale: float,
     softcap: float,
@@ -44,7 +43,6 @@ def reference(
     block_table  int32 [M, columns]: the blocks of each request's tokens
     seq_lens     int32 [M]: tokens of each request, the new ones included; 0 gives zeros
     sinks        [N], dtype of q: a score for each head that takes part in the softmax and has no value; or None
-    workspace    float32, zeros before its first use; calls that may run at the same time have one each
     max_seq_len  at least the largest of seq_lens
     scale        factor of q k^T
     softcap      c > 0: scores s become c * tanh(s / c); 0: they stay
@@ -76,7 +74,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     group, queries = int(variant.static["group"]), int(variant.static["max_queries"])
     kv_heads = max(1, sizes["N"] // group)
     heads = kv_heads * group
-    lengths = random_lengths(m, LONGEST, generator).clamp(min=queries)
+    longest = sizes.get("max_seq_len", LONGEST)
+    lengths = random_lengths(m, longest, generator).clamp(min=queries)
     paged = random_paged(lengths, kv_heads, dim, PAGE, variant.dtypes["kv_cache"], device, generator)
     q = torch.randn(m, queries, heads, dim, generator=generator, device=generator.device).to(device=device, dtype=dtype)
     sinks = None
@@ -90,8 +89,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
         paged.block_table,
         paged.seq_lens,
         sinks,
-        torch.zeros(workspace_floats(dim), device=device),
-        LONGEST,
+        longest,
         softmax_scale(dim),
         0.0,
         0,
@@ -116,13 +114,12 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("out", ("M", "*", "N", "K"), "q", mutated=True, layout="rows", pad=True),
-        TensorArg("q", ("M", "*", "N", "K"), (torch.bfloat16, torch.float16), layout="any", pad=True),
-        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), (torch.bfloat16, torch.float16, FP8), layout="any"),
+        TensorArg("q", ("M", "*", "N", "K"), (torch.bfloat16, torch.float16), layout="any", multiple=16, pad=True),
+        TensorArg("kv_cache", ("*", "N/group", "*", "2*K"), (torch.bfloat16, torch.float16, FP8), layout="any", multiple=16),
         TensorArg("block_table", ("M", "*"), (torch.int32,), layout="rows"),
         TensorArg("seq_lens", ("M",), (torch.int32,)),
         TensorArg("sinks", ("N",), "q", optional=True),
-        TensorArg("workspace", ("*",), (torch.float32,), mutated=True),
-        IntArg("max_seq_len", minimum=1),
+        IntArg("max_seq_len", minimum=1, ladder=LENGTHS),
         FloatArg("scale", minimum=0.0),
         FloatArg("softcap", minimum=0.0),
         IntArg("window", minimum=0),
@@ -134,9 +131,10 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
-    config_key={"head_dim": "K", "num_tokens": "M"},
+    config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     hints={"N": 32},
+    workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+group=4+max_queries=1",

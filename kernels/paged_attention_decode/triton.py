@@ -12,7 +12,6 @@ from hdispatch.opspec import Variant
 
 from ..lib import attention as lib
 from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, split_tokens, tokens_of_split
-from ..lib.workspace import workspace_floats
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -118,7 +117,6 @@ def launch(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     sinks: torch.Tensor | None,
-    workspace: torch.Tensor,
     max_seq_len: int,
     scale: float,
     softcap: float,
@@ -127,6 +125,7 @@ def launch(
     v_scale: float,
     group: int,
     max_queries: int,
+    workspace: torch.Tensor,
     *,
     config: dict[str, Any],
     _launcher: Callable[..., None],
@@ -143,13 +142,6 @@ def launch(
         )
     if q.stride(3) != 1:
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
-    for axis in range(3):
-        if q.stride(axis) % 16 != 0:
-            raise ValueError(f"paged_attention_decode: q has strides {q.stride()}; the kernel takes multiples of 16")
-    if workspace.size(0) < workspace_floats(dim):
-        raise ValueError(
-            f"paged_attention_decode: a workspace of {workspace.size(0)}; expected {workspace_floats(dim)} elements"
-        )
     pdl, warps, rows = config.get("pdl", True), config["num_warps"], max_queries * group
     _launcher(
         paged_attention_decode,
@@ -160,7 +152,7 @@ def launch(
         block_table,
         seq_lens,
         sinks,
-        workspace,
+        workspace.view(torch.float32),
         max_seq_len,
         scale,
         softcap,
@@ -187,7 +179,7 @@ def launch(
         SINKS=sinks is not None,
         TILE=config["tile"],
         STAGES=config["stages"],
-        AT_ONCE=lib.rows_at_once(rows, dim, warps),
+        AT_ONCE=config.get("at_once", lib.rows_at_once(rows, dim, warps)),
         PDL=pdl,
         num_warps=warps,
         launch_pdl=pdl,
@@ -196,4 +188,4 @@ def launch(
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    return lib.candidates(sizes["K"], int(variant.static["group"]) * int(variant.static["max_queries"]))
+    return lib.candidates(sizes, int(variant.static["group"]) * int(variant.static["max_queries"]))

@@ -73,8 +73,15 @@ SPEC = OpSpec(
     args=(
         TensorArg("key", ("M", "N", "K"), (torch.bfloat16, torch.float16), layout="rows"),
         TensorArg("value", ("M", "N", "K"), "key", layout="rows"),
-        TensorArg("key_cache", ("*", "*", "N", "K"), (torch.bfloat16, torch.float16, FP8, torch.uint8), True, layout="any"),
-        TensorArg("value_cache", ("*", "*", "N", "K"), "key_cache", True, layout="any"),
+        TensorArg(
+            "key_cache",
+            ("*", "*", "N", "K"),
+            (torch.bfloat16, torch.float16, FP8, torch.uint8),
+            True,
+            layout="any",
+            multiple=16,
+        ),
+        TensorArg("value_cache", ("*", "*", "N", "K"), "key_cache", True, layout="any", multiple=16),
         TensorArg("slot_mapping", ("M",), (torch.int64,)),
         StrArg("kv_cache_dtype", ("auto", "fp8", "fp8_e4m3")),
         TensorArg("k_scale", (1,), (torch.float32,), flat=True),

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 from hdispatch.kernels.lib.paged_kv import Paged, random_paged
-from hdispatch.kernels.lib.workspace import COUNTERS, workspace_floats
+from hdispatch.kernels.lib.workspace import BYTES
+from hdispatch.opspec import WORKSPACE_COUNTERS
 from hdispatch.testing.numeric import assert_no_poison
 from special_values import copied, like_the_gpu
 
@@ -35,6 +36,12 @@ def launcher(kernel: Any, grid: tuple[int, ...], *values: Any, **options: Any) -
 def launched(op: str, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
     module = importlib.import_module(f"hdispatch.kernels.{op}.triton")
     return lambda args: module.launch(*args.values(), config={**config, "pdl": False}, _launcher=launcher)
+
+
+def refer(op: str, args: dict[str, Any]) -> None:
+    """Calls the op's reference, which has no workspace."""
+    reference = importlib.import_module(f"hdispatch.kernels.{op}.spec").reference
+    reference(*(value for name, value in args.items() if name != "workspace"))
 
 
 def only_written(paged: Paged, lengths: list[int], page: int) -> None:
@@ -85,12 +92,12 @@ def half(
         "kv_cache": paged.kv_cache,
         "block_table": paged.block_table,
         "seq_lens": torch.tensor(lengths).int(),
-        "workspace": torch.zeros(workspace_floats(dim)),
         "max_seq_len": max(*lengths, 1) + longer,
         "scale": dim**-0.5,
         "eps": 1e-6,
         "group": group,
         "is_neox": True,
+        "workspace": torch.zeros(WORKSPACE_COUNTERS + BYTES, dtype=torch.uint8),
     }
 
 
@@ -123,7 +130,7 @@ HALF: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def check_half(before: dict[str, Any], call: Callable[[dict[str, Any]], None]) -> None:
     want, got = copied(before), copied(before)
-    importlib.import_module("hdispatch.kernels.attention_half.spec").reference(*want.values())
+    refer("attention_half", want)
     for _ in range(2):
         got["out"].fill_(float("nan"))
         call(got)
@@ -140,7 +147,7 @@ def check_output(got: dict[str, Any], want: dict[str, Any]) -> None:
     assert_no_poison(got["out"], "out")
     error = (got["out"].float() - want["out"].float()).abs().max()
     assert error <= TOLERANCE, f"out differs by {error:.4f}"
-    counters = got["workspace"][:COUNTERS].view(torch.int32)
+    counters = got["workspace"][:WORKSPACE_COUNTERS].view(torch.int32)
     assert not counters.any(), f"{int(counters.count_nonzero())} counters are not back at zero"
 
 
@@ -173,7 +180,6 @@ def decode(
         "block_table": paged.block_table,
         "seq_lens": torch.tensor(lengths).int(),
         "sinks": torch.randn(heads, generator=random).to(dtype) if sinks else None,
-        "workspace": torch.zeros(workspace_floats(dim)),
         "max_seq_len": max(*lengths, 1) + longer,
         "scale": dim**-0.5,
         "softcap": softcap,
@@ -182,6 +188,7 @@ def decode(
         "v_scale": 0.25 if cache else 1.0,
         "group": group,
         "max_queries": max_queries,
+        "workspace": torch.zeros(WORKSPACE_COUNTERS + BYTES, dtype=torch.uint8),
     }
 
 
@@ -222,7 +229,7 @@ DECODE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 def check_decode(before: dict[str, Any], call: Callable[[dict[str, Any]], None]) -> None:
     want, got = copied(before), copied(before)
-    importlib.import_module("hdispatch.kernels.paged_attention_decode.spec").reference(*want.values())
+    refer("paged_attention_decode", want)
     for _ in range(2):
         got["out"].fill_(float("nan"))
         call(got)
@@ -256,7 +263,7 @@ for flags in ("head_dim=64+is_neox", "head_dim=64", "q_weight+k_weight+head_dim=
 def check_writes(op: str, before: dict[str, Any], call: Callable[[dict[str, Any]], None]) -> None:
     """Every byte is the reference's, or of q and k, whose sums have another order, one unit away."""
     want, got = copied(before), copied(before)
-    importlib.import_module(f"hdispatch.kernels.{op}.spec").reference(*want.values())
+    refer(op, want)
     call(got)
     for name, tensor in want.items():
         if isinstance(tensor, torch.Tensor) and tensor.dtype.itemsize <= 2:

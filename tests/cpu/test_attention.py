@@ -18,7 +18,8 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.kernels.lib import paged_kv
 from hdispatch.kernels.lib.paged_kv import Rule, attend, random_lengths, random_paged, random_slots, write
-from hdispatch.kernels.lib.workspace import COUNTERS, ROWS, cells, workspace_floats
+from hdispatch.kernels.lib.workspace import BYTES, LARGEST_HEAD, PAIRS, ROWS, cells
+from hdispatch.opspec import WORKSPACE_COUNTERS
 
 CPU = torch.device("cpu")
 PROGRAM = Path(__file__).with_name("attention_kernels.py")
@@ -145,17 +146,18 @@ def test_random_caches_hold_what_they_promise() -> None:
 
 def test_a_workspace_holds_the_splits_of_every_block() -> None:
     for rows in (1, 4, 5, 7, 8, 16, 56, 64, 128):
-        assert 0 < cells(rows) <= COUNTERS
+        assert 0 < cells(rows) <= PAIRS <= WORKSPACE_COUNTERS // 4
         assert cells(rows) * rows <= ROWS
-    assert workspace_floats(128) == COUNTERS + ROWS * 130
+    assert BYTES == 4 * ROWS * (2 + LARGEST_HEAD)
+    for op in ("attention_half", "paged_attention_decode"):
+        assert max(shape["K"] for shape in hdispatch.ops.spec(op).shapes) <= LARGEST_HEAD
 
 
 def sample(op: str, m: int = 3, k: int = 64, n: int = 8, variant: str | None = None) -> dict:
     spec = hdispatch.ops.spec(op)
     chosen = spec.typical_variant() if variant is None else spec.variant(variant)
     values = spec.sample(chosen, {"M": m, "K": k, "N": n}, CPU, generator())
-    args = spec.args if len(values) == len(spec.args) else spec.call_args
-    return dict(zip((arg.name for arg in args), values, strict=True))
+    return dict(zip((arg.name for arg in spec.args), values, strict=True))
 
 
 WRONG = {

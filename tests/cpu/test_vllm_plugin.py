@@ -404,8 +404,8 @@ def make_weights(scheme, count=2):
     return weights.Weights(shape, scheme, torch.bfloat16, 1e-6, embedding, norm, rope, True, tuple(found))
 
 
-def make_attention(bound, longest=512, former=None):
-    return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x, former)
+def make_attention(bound, longest=512):
+    return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x)
 
 
 def run_step(bound, rows, reduce, most=512):
@@ -592,7 +592,7 @@ def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monke
     def refuse(op, *arguments):
         hdispatch.explain(op, *arguments)  # raises for a wrong call
         half = op.name == "attention_half"
-        asked.append((arguments[0].size(0), arguments[11] if half else None))
+        asked.append((arguments[0].size(0), arguments[10] if half else None))
         return f"no row of {op.name}" if arguments[0].size(0) == (64 if half else 256) else None
 
     monkeypatch.setattr(
@@ -626,7 +626,7 @@ def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monke
 
 def test_why_the_table_does_not_serve_a_call():
     found = support.objection(hdispatch.ops.attention_half, *example())
-    assert found.startswith("attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4): no bundle with this op is loaded")
+    assert found.startswith("attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4, max_seq_len=100): no bundle with this op")
     found = support.objection(hdispatch.ops.attention_half, *example(neox=False))
     assert found == "attention_half: no variant has these values: is_neox is 0, served are 1"
 
@@ -655,10 +655,3 @@ def example(neox=True):
     attention = make_attention(dataclasses.replace(bound, neox=neox))
     attention.bind()
     return attention._half_example(3, 100)
-
-
-def test_weights_bound_again_keep_the_workspace_that_graphs_have():
-    bound = make_weights(schemes.Scheme())
-    first = make_attention(bound)
-    assert make_attention(bound, former=first)._workspace is first._workspace
-    assert make_attention(bound)._workspace is not first._workspace

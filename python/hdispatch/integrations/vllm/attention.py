@@ -7,7 +7,6 @@ embedding and vLLM's cache write.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,6 @@ from . import settings
 from .schemes import Call
 from .support import loaded_ladders, objection
 from .weights import Weights, plain
-
-#: A folder of its own in a checkout, which mypy does not find.
-_WORKSPACE = importlib.import_module("hdispatch.kernels.lib.workspace")
 
 #: Longest model whose CUDA graphs take attention_half. vLLM captures one graph for all lengths, as if every request had
 #: max_model_len tokens. FlashAttention 3 then splits requests by their lengths on the device; attention_half has as many blocks
@@ -61,7 +57,6 @@ class Attention:
     longest        tells the tokens of the longest request, vLLM's max_model_len, which vLLM may set when it knows its memory
     most           requests of a step, vLLM's max_num_seqs, and tokens, its max_num_batched_tokens
     canonical      gives dimensions of size 1 the stride that a contiguous tensor has
-    former         of weights that are no more: its workspace is used again, since graphs may have been captured with it
     decode_reason  why decode steps take FlashAttention 3 too; None if they take attention_half. Decided by `bind`.
     write_reason   why FlashAttention 3 comes after vLLM's cache write; None if after fused_qk_norm_rope_cache. Likewise.
 
@@ -75,7 +70,6 @@ class Attention:
         longest: Callable[[], int],
         most: tuple[int, int],
         canonical: Callable[[torch.Tensor], torch.Tensor],
-        former: Attention | None = None,
     ) -> None:
         self._weights, self._tell_longest, self._canonical = weights, longest, canonical
         self._most, self._most_tokens = most
@@ -86,10 +80,6 @@ class Attention:
         self._first = self._last = None
         self._caches: list[torch.Tensor] = []
         self._views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
-        size, device = _WORKSPACE.workspace_floats(weights.shape.head_size), weights.embedding.device
-        kept = None if former is None else former._workspace
-        fits = kept is not None and (kept.numel(), kept.device) == (size, device)
-        self._workspace: torch.Tensor = kept if kept is not None and fits else torch.zeros(size, device=device)
         self._normed = weights.layers[0].q_norm is not None
         self._setting = settings.attention()
         self._said = ""
@@ -243,7 +233,7 @@ class Attention:
     def _rest_of_half(self, max_seq_len: int) -> tuple[Any, ...]:
         """The arguments of attention_half after the lengths."""
         weights = self._weights
-        return self._workspace, max_seq_len, self._scale, weights.epsilon, self._group, weights.neox
+        return max_seq_len, self._scale, weights.epsilon, self._group, weights.neox
 
     def _rest_of_fwd(self, out: torch.Tensor, metadata: Any) -> tuple[Any, ...]:
         """What follows q, k and v in a call of FlashAttention 3's fwd; the same for every layer of a step."""

@@ -102,7 +102,7 @@ class FusedForward:
         config = self._config
         bound = weights.bind(decoder, config.model_config.dtype)
         settings.load_bundle(bound.embedding.device)
-        scheduler, former = config.scheduler_config, self._layers
+        scheduler = config.scheduler_config
         ranks = get_tensor_model_parallel_world_size()
         return FusedLayers(
             decoder,
@@ -113,11 +113,10 @@ class FusedForward:
                 lambda: int(config.model_config.max_model_len),
                 (scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
                 canonicalize_singleton_dim_strides,
-                None if former is None else former.attention,
             ),
             get_forward_context,
             tensor_model_parallel_all_reduce if ranks > 1 else None,
-            former,
+            self._layers,
         )
 
     def _say(self, seconds: float) -> None:
