@@ -246,8 +246,11 @@ std::vector<SequenceRun> Sequence::order(int64_t m) const {
   std::vector<SequenceRun> runs;
   for (const auto& [first, past] : groups_) {
     const bool is_cut = is_chunked(m) && steps_[first].by_rows;
-    const int64_t chunks = is_cut ? (m + max_rows_ - 1) / max_rows_ : 1;
-    const int64_t rows = is_cut ? (m + chunks - 1) / chunks : m;
+    int64_t chunks = is_cut ? (m + max_rows_ - 1) / max_rows_ : 1;
+    // Chunks begin where tensors are aligned as at row 0, also those with 8 bytes a row.
+    const int64_t even = (m + chunks - 1) / chunks;
+    const int64_t rows = is_cut ? std::min(max_rows_, (even + kChunkRows - 1) / kChunkRows * kChunkRows) : m;
+    chunks = is_cut ? (m + rows - 1) / rows : 1;
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (uint32_t step = first; step < past; ++step)
         runs.push_back({step, chunk * rows, std::min(rows, m - chunk * rows)});

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import itertools
+import pathlib
 import sys
 from types import SimpleNamespace as Object
 
@@ -14,7 +16,7 @@ import toy
 from hdispatch import HdispatchError
 from hdispatch.integrations.vllm import attention as attention_module
 from hdispatch.integrations.vllm import layers, plugin, schemes, settings, support, weights, workspace
-from hdispatch.integrations.vllm.workspace import Arena, Buffer, place, rows_within, total_size
+from hdispatch.integrations.vllm.workspace import rows_within
 from hdispatch.ladders import Ladders
 
 FP8 = torch.float8_e4m3fn
@@ -312,71 +314,68 @@ def test_weights_that_are_refused(module, reason):
 
 # ---- workspace ----
 
-
-def check_no_overlap(buffers, rows):
-    offsets = place(buffers, rows)
-    for a, b in itertools.combinations(buffers, 2):
-        if a.steps & b.steps:
-            begin, end = offsets[a.name], offsets[a.name] + a.size(rows)
-            assert end <= offsets[b.name] or offsets[b.name] + b.size(rows) <= begin, (a, b)
-    assert all(offset % workspace.ALIGNMENT == 0 for offset in offsets.values())
-
-
-def test_buffers_that_are_never_needed_at_once_share_bytes():
-    buffers = [
-        Buffer("a", 100, torch.float32, frozenset({0, 1})),
-        Buffer("b", 200, torch.float32, frozenset({2})),
-        Buffer("c", 10, torch.bfloat16, frozenset({1, 2})),
-    ]
-    check_no_overlap(buffers, 7)
-    assert total_size(buffers, 7) == buffers[1].size(7) + buffers[2].size(7)
-    arena = Arena(buffers, 7, torch.device("cpu"))
-    arena.view("b", 7).fill_(1)
-    arena.view("c", 7).fill_(2)
-    assert arena.view("b", 7).eq(1).all()
-    assert arena.view("a", 3).shape == (3, 100)
-
-
-def test_columns():
-    arena = Arena([Buffer("s", 3, torch.float32, frozenset({0}), columns=True)], 9, torch.device("cpu"))
-    assert (arena.view("s", 5).shape, arena.view("s", 5).stride()) == ((5, 3), (1, 5))
-
-
 #: hidden, heads, kv heads, intermediate of Qwen3 8B, 1.7B, Llama 70B on one of four ranks.
 SHAPES = {"8b": (4096, 32, 8, 12288), "1.7b": (2048, 16, 8, 6144), "70b": (8192, 16, 2, 7168)}
 
 
 @pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
 @pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.usefixtures("flash_attention")
 def test_layers_stay_within_the_limit(model, scheme):
+    """All kinds of steps, all layers or halves of them, take what the workspace was made for."""
     hidden, heads, kv_heads, intermediate = SHAPES[model]
-    shape = weights.Shape(hidden, heads, kv_heads, 128, intermediate)
-    buffers = layers.layer_buffers(Object(shape=shape, scheme=scheme, dtype=torch.bfloat16))
-    rows = rows_within(buffers, 8192)
-    check_no_overlap(buffers, rows)
-    assert total_size(buffers, rows) <= workspace.LIMIT_BYTES < 100e6
-    assert rows >= 512
-    assert rows % 128 == 0
+    bound = with_caches(make_weights(scheme, 3, weights.Shape(hidden, heads, kv_heads, 128, intermediate), torch.empty))
+    for reduce in (None, torch.clone):
+        attention = make_attention(bound)
+        fused = layers.FusedLayers(Object(), bound, 8192, attention, lambda: None, reduce)
+        space = fused.workspace
+        assert space.memory.numel() == space.rows * space.row_bytes + workspace.ALIGNMENT
+        assert space.memory.numel() <= workspace.LIMIT_BYTES + workspace.ALIGNMENT < 100e6
+        assert space.rows >= 512
+        assert space.rows % 128 == 0
+        attention.bind()
+        for kind in attention_module.Kind:
+            found = fused._make_steps(kind, few=False)
+            assert len(found.sequences) == (1 if reduce is None else 6)
+            assert found.arena_bytes == space.rows * space.row_bytes
 
 
-def test_as_many_rows_as_asked_where_they_fit():
-    assert rows_within([Buffer("a", 8, torch.float32, frozenset({0}))], 100) == 100
-    assert rows_within([Buffer("a", 1 << 24, torch.float32, frozenset({0}))], 4096) == 128
+def test_rows_within_a_limit():
+    assert rows_within(100, 100) == 128
+    assert rows_within(100, 129) == 256
+    assert rows_within(workspace.LIMIT_BYTES // 300, 4096) == 256
+    assert rows_within(1 << 24, 4096) == 128  # whatever they take
+
+
+def test_the_arena_stays_where_weights_of_the_same_shape_come():
+    """Graphs may have been captured with it."""
+    bound = make_weights(schemes.PerTokenFp8())
+    first = make_layers(bound, None)
+    assert make_layers(make_weights(schemes.PerTokenFp8()), None, former=first).workspace is first.workspace
+    assert make_layers(make_weights(schemes.BlockFp8()), None, former=first).workspace is not first.workspace
 
 
 # ---- a step ----
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE = 256, 4, 2, 64, 384
+SHAPE = weights.Shape(HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE)
 
 
-def make_weights(scheme, count=2):
-    """Random weights of `count` layers without norms of q and k."""
+def make_weights(scheme, count=2, shape=SHAPE, make=None):
+    """Weights of `count` layers without norms of q and k; random, unless `make` makes tensors of their sizes."""
     generator = torch.Generator().manual_seed(5)
+    hidden = shape.hidden
 
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator) if make is None else make(sizes)
 
     def matrix(k, n):
+        if make is not None and scheme.quantized:
+            blocks = isinstance(scheme, schemes.BlockFp8)
+            scale = torch.ones((-(-k // 128), -(-n // 128)) if blocks else (n, 1))
+            return schemes.Linear(make((n, k), dtype=FP8).t(), scale, None, torch.ones(1))
+        if make is not None:
+            return schemes.Linear(make((n, k), dtype=torch.bfloat16))
         if not scheme.quantized:
             return schemes.Linear((normal(n, k) / k**0.5).bfloat16(), bias=normal(n).bfloat16())
         weight = (100 * normal(n, k)).to(FP8).t()
@@ -385,35 +384,46 @@ def make_weights(scheme, count=2):
         given = torch.tensor([0.01]) if isinstance(scheme, schemes.StaticFp8) else None
         return schemes.Linear(weight, scale, normal(n).bfloat16(), given)
 
-    shape = weights.Shape(HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE)
     found = [
         weights.Layer(
-            *((1 + 0.1 * normal(HIDDEN)).bfloat16() for _ in range(2)),
+            *((1 + 0.1 * normal(hidden)).bfloat16() for _ in range(2)),
             *(None, None),
-            matrix(HIDDEN, shape.qkv),
-            matrix(shape.attended, HIDDEN),
-            matrix(HIDDEN, 2 * INTERMEDIATE),
-            matrix(INTERMEDIATE, HIDDEN),
-            Object(layer_name=f"layer {n}", impl=Object(scale=HEAD**-0.5), head_size=HEAD, kv_cache=torch.tensor([])),
+            matrix(hidden, shape.qkv),
+            matrix(shape.attended, hidden),
+            matrix(hidden, 2 * shape.intermediate),
+            matrix(shape.intermediate, hidden),
+            attention_layer(f"layer {n}", shape),
         )
         for n in range(count)
     ]
-    rope = normal(512, HEAD).bfloat16()
-    norm = (1 + 0.1 * normal(HIDDEN)).bfloat16()
-    embedding = normal(64, HIDDEN).bfloat16()
+    rope = normal(512, shape.head_size).bfloat16()
+    norm = (1 + 0.1 * normal(hidden)).bfloat16()
+    embedding = normal(64, hidden).bfloat16()
     return weights.Weights(shape, scheme, torch.bfloat16, 1e-6, embedding, norm, rope, True, tuple(found))
+
+
+def attention_layer(name, shape):
+    """An attention layer of vLLM's that has no cache yet."""
+    size = shape.head_size
+    return Object(layer_name=name, impl=Object(scale=size**-0.5), head_size=size, kv_cache=torch.tensor([]))
 
 
 def make_attention(bound, longest=512):
     return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x)
 
 
-def run_step(bound, rows, reduce, most=512):
+def make_layers(bound, reduce, context=None, most=512, former=None):
+    """Layers whose arena is NaN in every type."""
+    context = context or Object(attn_metadata=None)
+    fused = layers.FusedLayers(Object(), bound, most, make_attention(bound), lambda: context, reduce, former)
+    fused.workspace.memory.fill_(255)
+    return fused
+
+
+def run_step(bound, rows, reduce):
     """A step without attention, as vLLM's memory profile makes it."""
-    context = Object(attn_metadata=None)
-    fused = layers.FusedLayers(Object(), bound, most, make_attention(bound), lambda: context, reduce)
+    fused = make_layers(bound, reduce)
     embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
-    fused.arena.memory.fill_(255)  # NaN in every type
     return [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
 
 
@@ -446,25 +456,30 @@ def test_chunks_of_a_step(monkeypatch, scheme, reduce):
     assert all(torch.equal(each, expected) for each in run_step(bound, 300, reduce))
 
 
-@pytest.mark.parametrize(("m", "most"), [(129, 128), (300, 128), (333, 256), (4097, 4096), (1025, 1024), (8191, 1152)])
-def test_chunks_start_at_aligned_rows(m, most):
-    """int64 positions from row 113 on would be 8-byte aligned, and kernels take 16."""
-    size = layers.chunk_rows(m, most)
-    assert size % 16 == 0
-    assert size <= most
-    assert m / size <= -(-m // most)
-
-
 # ---- attention of a step ----
 
 PAGE, BLOCKS = 16, 40
+
+
+@pytest.fixture
+def flash_attention():
+    """FlashAttention 3's op and vLLM's cache write, as the simulated engine has them."""
+    path = pathlib.Path(__file__).parents[1] / "vllm" / "simulated_ops.py"
+    spec = importlib.util.spec_from_file_location("simulated_ops", path)
+    simulated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(simulated)
+    library = torch.library._scoped_library
+    with library("_C_cache_ops", "FRAGMENT") as cache, library("_vllm_fa3_C", "FRAGMENT") as fa3:
+        simulated.define_cache_and_attention(cache, fa3)
+        yield
 
 
 def with_caches(bound):
     """The same layers with caches of random tokens."""
     generator = torch.Generator().manual_seed(9)
     for layer in bound.layers:
-        cache = torch.randn(BLOCKS, PAGE, KV_HEADS, 2 * HEAD, generator=generator).bfloat16().transpose(1, 2)
+        sizes = BLOCKS, PAGE, bound.shape.kv_heads, 2 * bound.shape.head_size
+        cache = torch.randn(sizes, generator=generator).bfloat16().transpose(1, 2)
         layer.attention.kv_cache = cache
         layer.attention._k_scale = layer.attention._v_scale = torch.ones(1)
     return bound
@@ -472,7 +487,7 @@ def with_caches(bound):
 
 def decode_step(lengths, slots=None, **changes):
     """Metadata and slots of a step of one new token per request; 0: a padded row. Blocks of a request are its own."""
-    width = 4
+    width = max(4, -(-max(lengths) // PAGE))
     table = torch.arange(1, len(lengths) * width + 1, dtype=torch.int32).view(len(lengths), width)
     last = torch.tensor(lengths) - 1
     at = table[torch.arange(len(lengths)), last.clamp(min=0) // PAGE].long() * PAGE + last % PAGE
@@ -487,58 +502,44 @@ def decode_step(lengths, slots=None, **changes):
     return changed(found, changes), slots
 
 
-def half_outputs(bound, lengths, rows):
-    """Outputs of every layer's calls for `rows` tokens, poisoned before, and the caches after them."""
-    attention = make_attention(bound)
-    attention.bind()
+def decode(bound, lengths, rows, reduce=None):
+    """The hidden states of a decode step with `rows` tokens and as many requests as lengths; and the caches after it."""
     metadata, slots = decode_step(lengths)
-    padding = rows - len(lengths)
-    qkv = torch.randn(rows, bound.shape.qkv, generator=torch.Generator().manual_seed(3)).bfloat16()
-    attended = torch.full((rows, bound.shape.attended), float("nan"), dtype=torch.bfloat16)
-    positions = torch.cat((metadata.seq_lens.long() - 1, torch.full((padding,), 7))).clamp(min=0)
-    slots = torch.cat((slots, torch.full((padding,), -1)))
-    outputs = []
-    for ((op, arguments),) in attention.calls(attention.plan(qkv, attended), positions, metadata, slots):
-        assert op is hdispatch.ops.attention_half
-        op(*arguments)
-        outputs.append(attended.clone())
-        attended.fill_(float("nan"))
-    return outputs, [layer.attention.kv_cache.clone() for layer in bound.layers]
+    positions = torch.cat((metadata.seq_lens.long() - 1, torch.full((rows - len(lengths),), 7))).clamp(min=0)
+    names = [layer.attention.layer_name for layer in bound.layers]
+    context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+    fused = make_layers(bound, reduce, context)
+    embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    before = hdispatch.stats()["attention_half"]["fallbacks"]
+    found = fused.forward(None, positions, embedded)
+    assert hdispatch.stats()["attention_half"]["fallbacks"] - before == len(bound.layers)
+    assert fused.attention.decode_reason is None
+    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32)}
+    return fused.workspace.rows, found, [layer.attention.kv_cache.clone() for layer in bound.layers]
 
 
 def test_padded_rows_of_a_decode_step_are_harmless():
     """Rows with requests of no token, as in full graphs, and rows without requests: the same bits and caches as without."""
     lengths = [1, 17, 40, 64]
-    expected, caches = half_outputs(with_caches(make_weights(schemes.Scheme())), lengths, 4)
-    assert all(each.isfinite().all() for each in expected)
-    assert not torch.equal(expected[0], expected[1])  # every layer has its own cache
-    padded, padded_caches = half_outputs(with_caches(make_weights(schemes.Scheme())), [*lengths, 0, 0], 6)
-    assert all(torch.equal(mine[:4], each) for mine, each in zip(padded, expected, strict=True))
-    assert all(each.isfinite().all() for each in padded)
-    assert all(torch.equal(mine, each) for mine, each in zip(padded_caches, caches, strict=True))
-    longer, longer_caches = half_outputs(with_caches(make_weights(schemes.Scheme())), lengths, 6)
-    assert all(torch.equal(mine[:4], each) for mine, each in zip(longer, expected, strict=True))
-    assert all(each[4:].isnan().all() for each in longer)
-    assert all(torch.equal(mine, each) for mine, each in zip(longer_caches, caches, strict=True))
+    _, expected, caches = decode(with_caches(make_weights(schemes.PerTokenFp8())), lengths, 4)
+    assert expected.isfinite().all()
+    assert not torch.equal(*caches)
+    for each in ([*lengths, 0, 0], lengths):
+        _, padded, padded_caches = decode(with_caches(make_weights(schemes.PerTokenFp8())), each, 6)
+        assert torch.equal(padded[:4], expected)
+        assert padded.isfinite().all()
+        assert all(torch.equal(mine, other) for mine, other in zip(padded_caches, caches, strict=True))
 
 
 @pytest.mark.parametrize("reduce", [None, torch.clone])
 def test_decode_steps_in_chunks_and_with_sums(monkeypatch, reduce):
     """More requests than the arena has rows, and sums over ranks: the bits of a step without either; caches too."""
     lengths = [1 + 7 * request % 60 for request in range(150)]
-    metadata, slots = decode_step(lengths)
     monkeypatch.setattr(sys.modules[__name__], "BLOCKS", 4 * len(lengths) + 1)
-    embedded = torch.randn(len(lengths), HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
 
     def run(reduce):
-        bound = with_caches(make_weights(schemes.PerTokenFp8()))
-        names = [layer.attention.layer_name for layer in bound.layers]
-        context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
-        fused = layers.FusedLayers(Object(), bound, 512, make_attention(bound), lambda: context, reduce)
-        fused.arena.memory.fill_(255)
-        found = fused.forward(None, metadata.seq_lens.long() - 1, embedded).clone()
-        assert fused.attention.decode_reason is None
-        return fused.arena.rows, [found, *(layer.attention.kv_cache for layer in bound.layers)]
+        rows, found, caches = decode(with_caches(make_weights(schemes.PerTokenFp8())), lengths, 150, reduce)
+        return rows, [found, *caches]
 
     rows, expected = run(None)
     assert rows == 512
@@ -550,10 +551,98 @@ def test_decode_steps_in_chunks_and_with_sums(monkeypatch, reduce):
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+def mixed_step(queries, lengths):
+    """Metadata, slots and positions of a step with so many new tokens of requests that have `lengths` after it."""
+    found, _ = decode_step(lengths)
+    starts = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+    places = [(row, at) for row, (q, n) in enumerate(zip(queries, lengths, strict=True)) for at in range(n - q, n)]
+    slots = torch.tensor([int(found.block_table[row, at // PAGE]) * PAGE + at % PAGE for row, at in places])
+    more = {"max_query_len": max(queries), "num_actual_tokens": len(places), "query_start_loc": starts, "causal": True}
+    more |= {"scheduler_metadata": None, "max_num_splits": 0}
+    return changed(found, more), slots, torch.tensor([at for _, at in places])
+
+
+@pytest.mark.usefixtures("flash_attention")
+@pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.PerTokenFp8(), schemes.BlockFp8()])
+@pytest.mark.parametrize("written", [True, False])
+def test_steps_with_flash_attention(monkeypatch, scheme, written):
+    """Prompts beside decoding requests: the same bits in chunks, with sums over ranks, with rows that vLLM has no slots for."""
+    if not written:
+        monkeypatch.setattr(attention_module, "objection", lambda *_: "no row")
+        monkeypatch.setattr(attention_module, "loaded_ladders", lambda *_: Ladders((1,)))
+    queries, lengths = [1, 60, 33, 1, 50, 64], [40, 60, 64, 1, 61, 64]
+    metadata, slots, positions = mixed_step(queries, lengths)
+    tokens = len(positions)
+    embedded = torch.randn(tokens + 5, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+
+    def run(limit, reduce, padding=0):
+        monkeypatch.setattr(layers, "rows_within", lambda *_: limit)
+        bound = with_caches(make_weights(scheme))
+        names = [layer.attention.layer_name for layer in bound.layers]
+        context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+        fused = make_layers(bound, reduce, context)
+        given = torch.nn.functional.pad(positions, (0, padding), value=7)
+        found = fused.forward(None, given, embedded[: tokens + padding])[:tokens]
+        assert set(fused._steps) == {(attention_module.Kind.FLASH, False)}
+        assert (fused.attention.write_reason is None) is written
+        return [found, *(layer.attention.kv_cache.clone() for layer in bound.layers)]
+
+    expected = run(512, None)
+    assert all(each.isfinite().all() for each in expected)
+    for changes in ((128, None), (512, torch.clone), (128, torch.clone), (512, None, 5), (128, torch.clone, 5)):
+        found = run(*changes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), changes
+
+
+@pytest.mark.usefixtures("flash_attention")
+def test_decode_steps_of_both_kinds_are_near(monkeypatch):
+    lengths = [1, 17, 40, 64]
+    _, half, half_caches = decode(with_caches(make_weights(schemes.Scheme())), lengths, 4)
+    metadata, slots, positions = mixed_step([1] * 4, lengths)
+    monkeypatch.setenv("HDISPATCH_ATTENTION", "fa3")
+    bound = with_caches(make_weights(schemes.Scheme()))
+    names = [layer.attention.layer_name for layer in bound.layers]
+    context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+    embedded = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    flash = make_layers(bound, None, context).forward(None, positions, embedded)
+    assert (flash.float() - half.float()).norm() < 0.01 * flash.float().norm()
+    for mine, layer in zip(half_caches, bound.layers, strict=True):
+        assert (mine.float() - layer.attention.kv_cache.float()).norm() < 0.01 * mine.float().norm()
+
+
+def test_caches_that_are_replaced_are_those_that_steps_write():
+    """vLLM makes new caches after profiling and on waking up."""
+    bound = with_caches(make_weights(schemes.PerTokenFp8()))
+    metadata, slots = decode_step([5, 16])
+    names = [layer.attention.layer_name for layer in bound.layers]
+    context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+    fused = make_layers(bound, None, context)
+    embedded = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    expected = fused.forward(None, torch.tensor([4, 15]), embedded)
+    written = [layer.attention.kv_cache for layer in bound.layers]
+    kept = [each.clone() for each in written]
+    with_caches(bound)
+    assert torch.equal(fused.forward(None, torch.tensor([4, 15]), embedded), expected)
+    for layer, old, copy in zip(bound.layers, written, kept, strict=True):
+        assert torch.equal(old, copy)
+        assert torch.equal(layer.attention.kv_cache, copy)
+
+
+def test_lengths_that_attention_half_is_told():
+    """In steps of 64 tokens, so that a sequence is seldom resolved for it; never more than the longest request may have."""
+    attention = make_attention(with_caches(make_weights(schemes.Scheme())), 500)
+    attention.bind()
+    told = []
+    for longest in (1, 64, 65, 499, 500):
+        metadata, slots = decode_step([1, longest])
+        told.append(attention.given(attention_module.Kind.HALF, torch.zeros(2), metadata, slots)[-1])
+    assert told == [64, 64, 128, 500, 500]
+
+
 def test_a_decode_step_writes_the_new_tokens_alone():
     bound = with_caches(make_weights(schemes.Scheme()))
     before = [layer.attention.kv_cache.clone() for layer in bound.layers]
-    _, caches = half_outputs(bound, [5, 16], 2)
+    _, _, caches = decode(bound, [5, 16], 2)
     _, slots = decode_step([5, 16])
     for old, new in zip(before, caches, strict=True):
         other = (old != new).any(-1).any(1).nonzero().tolist()
@@ -626,7 +715,9 @@ def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monke
 
 def test_why_the_table_does_not_serve_a_call():
     found = support.objection(hdispatch.ops.attention_half, *example())
-    assert found.startswith("attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4, max_seq_len=100): no bundle with this op")
+    assert found.startswith(
+        "attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4, max_seq_len=100): no bundle with this op"
+    )
     found = support.objection(hdispatch.ops.attention_half, *example(neox=False))
     assert found == "attention_half: no variant has these values: is_neox is 0, served are 1"
 

@@ -55,7 +55,7 @@ class Engine:
         errors = serve_accuracy.measure(self.llm, self.runner, self.model, steps, requests)
         found: dict[str, float] = {name: serve_accuracy.average(errors, name) for name in ("relative", "kl")}
         after = runtime.stats()
-        return found | {"calls": sum(after[op]["hits"] - before[op]["hits"] for op in after)}
+        return found | {"calls": sum(after[op]["hits"] - before[op]["hits"] for op in before)}
 
     def facts(self) -> dict[str, Any]:
         """Whose layers run, why, and what the table missed."""

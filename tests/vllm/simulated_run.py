@@ -130,7 +130,7 @@ def run_both() -> None:
 def shrink_arena(limit: int) -> None:
     from hdispatch.integrations.vllm import layers, workspace
 
-    layers.rows_within = lambda buffers, most: workspace.rows_within(buffers, most, limit)
+    layers.rows_within = lambda row_bytes, most: workspace.rows_within(row_bytes, most, limit)
 
 
 def turn_rows_off() -> None:
@@ -153,10 +153,11 @@ def decisions() -> list[dict[str, Any]]:
     found = []
     for model in MODELS:
         layers = getattr(model, "_layers", None)
-        arena = None if layers is None else {"rows": layers.arena.rows, "bytes": layers.arena.memory.numel()}
-        plans = None if layers is None else sorted(layers._plans)
+        workspace = None if layers is None else layers.workspace
+        arena = None if workspace is None else {"rows": workspace.rows, "bytes": workspace.memory.numel()}
+        kinds = None if layers is None else sorted(kind.name for kind, _ in layers._steps)
         reason = getattr(model, "hdispatch_reason", "not ours")
-        found.append({"class": type(model).__module__, "reason": reason, "arena": arena, "plans": plans})
+        found.append({"class": type(model).__module__, "reason": reason, "arena": arena, "kinds": kinds})
     return found
 
 

@@ -1,21 +1,21 @@
-"""Attention of a step, with all that lies between the qkv product and its output: as calls of each layer.
+"""Attention of a step, with all that lies between the qkv product and its output: as steps of a sequence.
 
-Steps of one new token per request, pure decode, are one call of attention_half per layer. Others are fused_qk_norm_rope_cache
+Steps of one new token per request, pure decode, are one launch of attention_half per layer. Others are fused_qk_norm_rope_cache
 and FlashAttention 3, which is called without vLLM's Python around it; where the bundle has no rows of the former, rotary
 embedding and vLLM's cache write.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import enum
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ... import ops
+from ...sequence import Sequence, SequenceTensor
 from . import settings
-from .schemes import Call
 from .support import loaded_ladders, objection
 from .weights import Weights, plain
 
@@ -29,25 +29,17 @@ GRAPH_TOKENS = 8192
 ASKED_ROWS = 1024
 
 
-@dataclass(frozen=True)
-class Heads:
-    """Some rows of a step as attention takes them, and of each layer the arguments that are known before the step.
+#: Of `max_seq_len`, as attention_half gets it, in tokens: a sequence resolves what takes it anew when it changes, and a decode
+#: step's would change each time.
+LENGTH_STEP = 64
 
-    qkv     [tokens, heads + 2 * kv heads of head size elements], with q, k, v [tokens, heads or kv heads, head size] of it
-    out     [tokens, heads, head size]
-    ropes   arguments of the rotary embedding, without the positions
-    writes  of fused_qk_norm_rope_cache, those before the positions
-    halves  of attention_half, those before the positions
-    """
 
-    qkv: torch.Tensor
-    out: torch.Tensor
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    ropes: tuple[tuple[Any, ...], ...]
-    writes: tuple[tuple[Any, ...], ...]
-    halves: tuple[tuple[Any, ...], ...]
+class Kind(enum.Enum):
+    """What attends in a step."""
+
+    NOTHING = "a step without caches: vLLM's memory profile"
+    HALF = "attention_half"
+    FLASH = "FlashAttention 3"
 
 
 class Attention:
@@ -137,60 +129,34 @@ class Attention:
 
     def _half_example(self, requests: int, length: int) -> tuple[Any, ...]:
         """Arguments of attention_half as in a decode step of the first layer, to ask about, not to run."""
-        heads, long = self._example(requests)
+        weights, layer, shape = self._weights, self._weights.layers[0], self._weights.shape
+        qkv, long = self._example(requests)
+        out = qkv.new_empty(requests, shape.heads, shape.head_size)
         short = torch.empty(requests, dtype=torch.int32, device=long.device)
-        return (*heads.halves[0], long, long, self._caches[0], short.view(requests, 1), short, *self._rest_of_half(length))
+        turn = layer.q_norm, layer.k_norm, weights.rope_cache
+        return (out, qkv, *turn, long, long, self._caches[0], short.view(requests, 1), short, *self._rest_of_half(length))
 
     def _write_example(self, tokens: int, _: int) -> tuple[Any, ...]:
         """Arguments of fused_qk_norm_rope_cache, likewise."""
-        heads, long = self._example(tokens)
-        return (*heads.writes[0], long, long, self._caches[0])
+        weights, layer, shape = self._weights, self._weights.layers[0], self._weights.shape
+        qkv, long = self._example(tokens)
+        sizes = shape.heads, shape.kv_heads, shape.head_size, weights.epsilon
+        turn = layer.q_norm, layer.k_norm, weights.rope_cache
+        return (qkv, *sizes, *turn, weights.neox, long, long, self._caches[0])
 
-    def _example(self, rows: int) -> tuple[Heads, torch.Tensor]:
-        """Heads, and what has the form of positions and slots."""
-        shape, dtype, device = self._weights.shape, self._weights.dtype, self._caches[0].device
-        qkv = torch.empty(rows, shape.qkv, dtype=dtype, device=device)
-        attended = torch.empty(rows, shape.attended, dtype=dtype, device=device)
-        return self.plan(qkv, attended), torch.empty(rows, dtype=torch.int64, device=device)
+    def _example(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A qkv product, and what has the form of positions and slots."""
+        device = self._caches[0].device
+        qkv = torch.empty(rows, self._weights.shape.qkv, dtype=self._weights.dtype, device=device)
+        return qkv, torch.empty(rows, dtype=torch.int64, device=device)
 
-    # ---- a step ----
+    # ---- the steps of a sequence ----
 
-    def plan(self, qkv: torch.Tensor, attended: torch.Tensor) -> Heads:
-        """Views of qkv [tokens, …] and of the output [tokens, heads * head size], and every layer's arguments."""
-        weights, shape, tokens = self._weights, self._weights.shape, qkv.size(0)
-        heads = qkv.view(tokens, shape.heads + 2 * shape.kv_heads, shape.head_size)
-        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        out = attended.view(tokens, shape.heads, shape.head_size)
-        halves = tuple((out, qkv, layer.q_norm, layer.k_norm, weights.rope_cache) for layer in weights.layers)
-        sizes = (shape.heads, shape.kv_heads, shape.head_size, weights.epsilon)
-        writes = tuple((qkv, *sizes, *half[2:], weights.neox) for half in halves)
-        ropes: tuple[tuple[Any, ...], ...]
-        if self._normed:
-            ropes = tuple((qkv, shape.heads, shape.kv_heads, *write[2:]) for write in writes)
-        else:
-            flat_q, flat_k = qkv[:, : shape.attended], qkv[:, shape.attended : -shape.kv_heads * shape.head_size]
-            ropes = ((flat_q, flat_k, shape.head_size, weights.rope_cache, weights.neox),) * len(halves)
-        return Heads(qkv, out, q, k, v, ropes, writes, halves)
-
-    def calls(self, heads: Heads, positions: torch.Tensor, metadata: Any, slots: Any) -> list[tuple[Call, ...]]:
-        """Of each layer, what is called between its qkv product and its out product.
-
-        heads      of the step's tokens
-        positions  int64 [tokens]
-        metadata   vLLM's FlashAttentionMetadata; None in a run without caches, which has nothing to attend to
-        slots      int64 [tokens]: where the cache gets each token's K and V; negative: nowhere
-
-        Tokens behind metadata.num_actual_tokens are padding: what is left in their rows of the output does not matter.
-        """
+    def kind(self, metadata: Any) -> Kind:
+        """What serves a step with vLLM's FlashAttentionMetadata, or with None where there are no caches."""
         if metadata is None:
-            return [(rope,) for rope in self._ropes(heads, positions)]
-        is_decode = self._is_decode(metadata)
-        tokens = min(positions.size(0), metadata.seq_lens.size(0) if is_decode else slots.size(0))
-        if tokens < positions.size(0):  # padding that vLLM has no requests or slots for
-            heads, positions = self.plan(heads.qkv[:tokens], heads.out[:tokens].flatten(1)), positions[:tokens]
-        if tokens < slots.size(0):
-            slots = slots[:tokens]
-        return (self._half_calls if is_decode else self._flash_calls)(heads, positions, metadata, slots)
+            return Kind.NOTHING
+        return Kind.HALF if self._is_decode(metadata) else Kind.FLASH
 
     def _is_decode(self, metadata: Any) -> bool:
         """Whether every request has one new token and attention_half is to serve them."""
@@ -201,46 +167,105 @@ class Attention:
             and (metadata.max_seq_len < self._longest or self._longest <= GRAPH_TOKENS or self._setting == "half")
         )
 
-    def _ropes(self, heads: Heads, positions: torch.Tensor) -> Iterable[Call]:
-        """Norm and rotary embedding of each layer: fused_qk_norm_rope takes the positions last, rotary_embedding first."""
-        if self._normed:
-            return ((ops.fused_qk_norm_rope, (*rope, positions)) for rope in heads.ropes)
-        return ((ops.rotary_embedding, (positions, *rope)) for rope in heads.ropes)
+    def declare(self, s: Sequence, kind: Kind) -> dict[str, Any]:
+        """The slots that steps of a kind have: `given` has their values, in the same order."""
+        found: dict[str, Any] = {"positions": s.slot("positions", ("M",), torch.int64)}
+        if kind is Kind.NOTHING:
+            return found
+        found["slot_mapping"] = s.slot("slot_mapping", ("M",), torch.int64)
+        if kind is Kind.HALF:
+            found["block_table"] = s.slot("block_table", ("M", "*"), torch.int32)
+            found["seq_lens"] = s.slot("seq_lens", ("M",), torch.int32)
+            return found | {"max_seq_len": s.int_slot("max_seq_len")}
+        found |= {name: s.slot(name, None, torch.int32) for name in ("block_table", "seq_lens", "query_start_loc")}
+        found["scheduler_metadata"] = s.slot("scheduler_metadata", None, torch.int32, optional=True)
+        return found | {name: s.int_slot(name) for name in ("max_query_len", "max_seq_len", "causal", "max_num_splits")}
 
-    def _half_calls(self, heads: Heads, positions: torch.Tensor, metadata: Any, slots: Any) -> list[tuple[Call, ...]]:
-        op, rest = ops.attention_half, (metadata.block_table, metadata.seq_lens, *self._rest_of_half(metadata.max_seq_len))
-        return [
-            ((op, (*half, positions, slots, cache, *rest)),) for half, cache in zip(heads.halves, self._caches, strict=True)
-        ]
+    def given(self, kind: Kind, positions: torch.Tensor, metadata: Any, slots: Any) -> tuple[Any, ...]:
+        """The values of a step's slots.
 
-    def _flash_calls(self, heads: Heads, positions: torch.Tensor, metadata: Any, slots: Any) -> list[tuple[Call, ...]]:
-        attend, q, rest = torch.ops._vllm_fa3_C.fwd.default._op, heads.q, self._rest_of_fwd(heads.out, metadata)
-        attends = [(attend, (q, keys, values, *rest)) for keys, values, *_ in self._views]
+        positions  int64 [M]
+        slots      int64: where the cache gets each token's K and V; negative: nowhere
+
+        vLLM may have requests or slots for some of the tokens only. The rest is padding: what is left in its rows of the output
+        does not matter.
+        """
+        if kind is Kind.NOTHING:
+            return (positions,)
+        rows, found = positions.size(0), metadata
+        slots = _with_rows(slots, rows, -1)
+        if kind is Kind.HALF:
+            longest = min(-(-found.max_seq_len // LENGTH_STEP) * LENGTH_STEP, max(self._longest, found.max_seq_len))
+            table = _with_rows(found.block_table, rows, 0)
+            return positions, slots, table, _with_rows(found.seq_lens, rows, 0), longest
+        tensors = found.block_table, found.seq_lens, found.query_start_loc, found.scheduler_metadata
+        return positions, slots, *tensors, found.max_query_len, found.max_seq_len, found.causal, found.max_num_splits
+
+    def add(self, s: Sequence, kind: Kind, slots: dict[str, Any], n: int, qkv: SequenceTensor, out: SequenceTensor) -> None:
+        """The steps of layer n from `qkv`, [M, (heads + 2 * kv heads) * head size], to `out`, [M, heads * head size]."""
+        layer, weights, shape = self._weights.layers[n], self._weights, self._weights.shape
+        heads, kv_heads, size = shape.heads, shape.kv_heads, shape.head_size
+        turn = layer.q_norm, layer.k_norm, weights.rope_cache
+        if kind is Kind.NOTHING:  # first, so that both buffers matter at once as in every other step
+            s.add_torch(torch.ops.aten.zero_.default, out)
+            self._add_rope(s, slots, n, qkv)
+            return
+        if kind is Kind.HALF:
+            cached = slots["slot_mapping"], self._caches[n], slots["block_table"], slots["seq_lens"]
+            rest = self._rest_of_half(slots["max_seq_len"])
+            s.add(ops.attention_half, out.view("M", heads, size), qkv, *turn, slots["positions"], *cached, *rest)
+            return
         if self.write_reason is None:
-            op = ops.fused_qk_norm_rope_cache
-            return [
-                ((op, (*write, positions, slots, cache)), attention)
-                for write, cache, attention in zip(heads.writes, self._caches, attends, strict=True)
-            ]
-        write, k, v = torch.ops._C_cache_ops.reshape_and_cache_flash.default._op, heads.k, heads.v
-        return [
-            (rope, (write, (k, v, keys, values, slots, "auto", *scales)), attention)
-            for rope, (keys, values, *scales), attention in zip(
-                self._ropes(heads, positions), self._views, attends, strict=True
-            )
-        ]
+            sizes = heads, kv_heads, size, weights.epsilon
+            places = slots["positions"], slots["slot_mapping"]
+            s.add(ops.fused_qk_norm_rope_cache, qkv, *sizes, *turn, weights.neox, *places, self._caches[n])
+        else:
+            self._add_rope(s, slots, n, qkv)
+            each = qkv.view("M", heads + 2 * kv_heads, size)
+            k, v = each.narrow(1, heads, kv_heads), each.narrow(1, heads + kv_heads, kv_heads)
+            keys, values, *scales = self._views[n]
+            write = torch.ops._C_cache_ops.reshape_and_cache_flash.default
+            s.add_torch(write, k, v, keys, values, slots["slot_mapping"], "auto", *scales)
+        self._add_flash(s, slots, n, qkv, out)
 
-    def _rest_of_half(self, max_seq_len: int) -> tuple[Any, ...]:
+    def _add_rope(self, s: Sequence, slots: dict[str, Any], n: int, qkv: SequenceTensor) -> None:
+        """Norm and rotary embedding. Not by rows: so qkv is whole in all kinds of steps, and vLLM's memory profile sees it."""
+        layer, weights, shape = self._weights.layers[n], self._weights, self._weights.shape
+        if self._normed:
+            sizes = shape.heads, shape.kv_heads, shape.kv_heads, shape.head_size, weights.epsilon
+            turn = layer.q_norm, layer.k_norm, weights.rope_cache
+            s.add(ops.fused_qk_norm_rope, qkv, *sizes, *turn, weights.neox, slots["positions"], by_rows=False)
+        else:
+            q, k = qkv.columns(0, shape.attended), qkv.columns(shape.attended, shape.qkv - shape.kv_heads * shape.head_size)
+            rest = shape.head_size, weights.rope_cache, weights.neox
+            s.add(ops.rotary_embedding, slots["positions"], q, k, *rest, by_rows=False)
+
+    def _add_flash(self, s: Sequence, slots: dict[str, Any], n: int, qkv: SequenceTensor, out: SequenceTensor) -> None:
+        shape, (keys, values, *_) = self._weights.shape, self._views[n]
+        q = qkv.view("M", shape.heads + 2 * shape.kv_heads, shape.head_size).narrow(1, 0, shape.heads)
+        to = out.view("M", shape.heads, shape.head_size)
+        rest = self._rest_of_fwd(to, slots)
+        s.add_torch(torch.ops._vllm_fa3_C.fwd.default, q, keys, values, *rest, writes=("out",))
+
+    def _rest_of_half(self, max_seq_len: Any) -> tuple[Any, ...]:
         """The arguments of attention_half after the lengths."""
         weights = self._weights
         return max_seq_len, self._scale, weights.epsilon, self._group, weights.neox
 
-    def _rest_of_fwd(self, out: torch.Tensor, metadata: Any) -> tuple[Any, ...]:
-        """What follows q, k and v in a call of FlashAttention 3's fwd; the same for every layer of a step."""
+    def _rest_of_fwd(self, out: SequenceTensor, slots: dict[str, Any]) -> tuple[Any, ...]:
+        """What follows q, k and v in a call of FlashAttention 3's fwd."""
         return (
-            *(None, None, None, out, metadata.query_start_loc, None, None, None),
-            *(metadata.seq_lens, metadata.max_query_len, metadata.max_seq_len, metadata.block_table),
+            *(None, None, None, out, slots["query_start_loc"], None, None, None),
+            *(slots["seq_lens"], slots["max_query_len"], slots["max_seq_len"], slots["block_table"]),
             *(None, None, None, None, None, None, None, None),
-            *(self._scale, metadata.causal, -1, -1, 0.0, True),
-            *(metadata.scheduler_metadata, metadata.max_num_splits, None, 0, None, 1, 0, None),
+            *(self._scale, slots["causal"], -1, -1, 0.0, True),
+            *(slots["scheduler_metadata"], slots["max_num_splits"], None, 0, None, 1, 0, None),
         )
+
+
+def _with_rows(tensor: torch.Tensor, rows: int, value: int) -> torch.Tensor:
+    """Its first rows, and behind them, where it has fewer, rows of a value."""
+    missing = rows - tensor.size(0)
+    if missing > 0:
+        return torch.nn.functional.pad(tensor, (*(0, 0) * (tensor.dim() - 1), 0, missing), value=value)
+    return tensor if missing == 0 else tensor[:rows]

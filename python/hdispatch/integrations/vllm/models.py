@@ -127,8 +127,8 @@ class FusedForward:
             len(layers.weights.layers),
             type(self).__name__,
             layers.weights.scheme.name,
-            layers.arena.memory.numel() / 1e6,
-            layers.arena.rows,
+            layers.workspace.memory.numel() / 1e6,
+            layers.workspace.rows,
             seconds,
         )
 
