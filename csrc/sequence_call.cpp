@@ -80,7 +80,8 @@ Arena::Arena(at::Tensor memory) : given_(std::move(memory)) {
 std::shared_ptr<Arena> make_arena(const py::object& memory) {
   if (memory.is_none()) return std::make_shared<Arena>();
   if (!THPVariable_Check(memory.ptr()))
-    fail(Fault::kCaller, "an arena's memory is a ", Py_TYPE(memory.ptr())->tp_name, "; it takes a torch.Tensor or None");
+    fail(Fault::kCaller, "an arena's memory is a ", Py_TYPE(memory.ptr())->tp_name,
+         "; it takes a torch.Tensor or None");
   return std::make_shared<Arena>(THPVariable_Unpack(memory.ptr()));
 }
 
