@@ -23,7 +23,7 @@ enum class Fault : uint8_t {
   kBundle,    ///< what is being loaded is wrong                       -> BundleError
   kMiss,      ///< no row serves the call, and strict mode is on       -> MissError
   kDriver,    ///< the CUDA driver refused                             -> DriverError
-  kFunction,  ///< a host function that a row calls raised an error    -> FunctionError
+  kFunction,  ///< a row's host function or a foreign step raised an error -> FunctionError
   kInternal,  ///< hdispatch broke its own rule; please report         -> HdispatchError
 };
 

@@ -34,15 +34,6 @@ bool fits_kind(ParamKind kind, int64_t value) noexcept {
   }
 }
 
-bool has_pdl(const LaunchConfig& config) noexcept {
-  return config.attribute_count && config.attributes->id == kAttributeProgrammaticStreamSerialization;
-}
-
-void leave_out_pdl(LaunchConfig& config) noexcept {
-  ++config.attributes;
-  --config.attribute_count;
-}
-
 }  // namespace
 
 CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunction& find_function, bool pdl)

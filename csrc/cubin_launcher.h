@@ -18,6 +18,16 @@
 
 namespace hdispatch {
 
+/// Whether a launch has the PDL attribute, which is the first one then.
+inline bool has_pdl(const LaunchConfig& config) noexcept {
+  return config.attribute_count && config.attributes->id == kAttributeProgrammaticStreamSerialization;
+}
+
+inline void leave_out_pdl(LaunchConfig& config) noexcept {
+  ++config.attributes;
+  --config.attribute_count;
+}
+
 class CubinLauncher final : public Launcher {
  public:
   static constexpr uint32_t kMaxParams = 64;      ///< of a kernel, the hidden ones included
@@ -49,6 +59,19 @@ class CubinLauncher final : public Launcher {
     TensorMap maps[kMaxTensorMaps];
   };
   LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
+
+  /// Of a block that `fill` made for M: the number of its values.
+  size_t count_values(int64_t m) const noexcept { return codes_[static_cast<size_t>(class_of(m))].start.size(); }
+  /// Whether it has TMA descriptors.
+  bool has_maps(int64_t m) const noexcept { return !codes_[static_cast<size_t>(class_of(m))].maps.empty(); }
+  /// Calls visit(index in Block::values, tensor argument, mask of its alignment) for every address among its values.
+  template <typename Visit>
+  void each_address(int64_t m, Visit visit) const {
+    const Code& code = codes_[static_cast<size_t>(class_of(m))];
+    for (const Pointer& pointer : code.pointers) visit(pointer.value, pointer.arg, pointer.mask);
+    for (const Computed& item : code.computed)
+      if (item.kind == ParamKind::kPtr) visit(item.value, item.arg, item.mask);
+  }
 
  private:
   struct Pointer {  ///< a pointer with a constant offset: nearly every pointer

@@ -185,9 +185,9 @@ LaunchResult FfiLauncher::launch(const Call& call, CUstream stream) const noexce
   const LaunchResult result = fill(call, stream, block);
   if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
   PendingWrites* pending = this->pending(stream);
-  bool is_early = pending && !record_.early.empty() && pdl_ >= 0 && block.args[pdl_].integer;
+  bool is_early = pending && begins_early(block);
   if (is_early && HD_UNLIKELY(!may_begin_early(call, *pending))) {
-    block.args[pdl_].integer = 0;
+    leave_out_pdl(block);
     is_early = false;
   }
   const int answer = invoke(block, stream);

@@ -44,6 +44,19 @@ class FfiLauncher final : public Launcher {
   /// Calls the function with a filled block, with the stream in its environment where the record says so.
   int invoke(const Block& block, CUstream stream) const noexcept;
 
+  /// Whether the function's kernels may begin before what precedes them has completed, and read early.
+  bool begins_early(const Block& block) const noexcept {
+    return !record_.early.empty() && pdl_ >= 0 && block.args[pdl_].integer;
+  }
+  void leave_out_pdl(Block& block) const noexcept { block.args[pdl_].integer = 0; }
+  /// `invoke` of a block that begins early, without PDL this time.
+  int invoke_without_pdl(Block& block, CUstream stream) const noexcept {
+    block.args[pdl_].integer = 0;
+    const int answer = invoke(block, stream);
+    block.args[pdl_].integer = 1;
+    return answer;
+  }
+
  private:
   struct TensorPlan {
     uint8_t at;  ///< index in Block::args

@@ -59,6 +59,7 @@ class Launcher {
   /// From now on launches keep the set of what is still being written (pending_writes.h), shared by those of one
   /// device. Before the first launch.
   void track(DeviceSlot slot) noexcept { tracked_ = static_cast<int>(slot); }
+  bool is_tracked() const noexcept { return tracked_ >= 0; }
 
   /// Tests the guards, evaluates what the record says, launches. The context of `stream` is current. Without PDL where
   /// the code would read early what may still be written.
@@ -77,6 +78,11 @@ class Launcher {
   virtual bool only_launches() const noexcept = 0;
 
   const RecordHead& head() const noexcept { return *head_; }
+
+  /// The bytes of an output that is there.
+  static Range written(const Output& output, const TensorView& view) noexcept {
+    return HD_LIKELY(output.by_rows) ? extent_by_rows(view) : extent(view);
+  }
 
  protected:
   Launcher() = default;
@@ -99,7 +105,7 @@ class Launcher {
     for (const Output& output : head_->outputs) {
       const TensorView& view = call.tensors[output.arg];
       if (view.dtype == DType::kNone) continue;
-      const Range range = HD_LIKELY(output.by_rows) ? extent_by_rows(view) : extent(view);
+      const Range range = written(output, view);
       is_early ? pending.join(range) : pending.append(range);
     }
   }

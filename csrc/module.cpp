@@ -7,6 +7,7 @@
 #include "bench.h"
 #include "op_call.h"
 #include "override.h"
+#include "sequence_call.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -14,7 +15,8 @@ namespace py = pybind11;
 namespace hdispatch {
 namespace {
 
-PyObject* op_type;  // owned; made at import
+PyObject* op_type;        // owned; made at import
+PyObject* sequence_type;  // likewise
 
 const OpObject& as_op(const py::handle& object) {
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(op_type))
@@ -399,8 +401,7 @@ uint32_t add_record(TableBuilder& builder, const Op& op, const py::dict& record,
 
 // ---- statistics and calls ----
 
-py::dict stats_of(const Op& op) {
-  OpCounters& counters = op.counters();
+py::dict stats_of(OpCounters& counters) {
   // Copied: making Python objects may run the collector, and other threads' Python, which must not find the lock taken.
   std::map<std::string, uint64_t> counted;
   {
@@ -417,8 +418,7 @@ py::dict stats_of(const Op& op) {
   return out;
 }
 
-void reset_stats(const Op& op) {
-  OpCounters& counters = op.counters();
+void reset_stats(OpCounters& counters) {
   const std::lock_guard lock(OpCounters::mutex);
   counters.hits = counters.empty = counters.fallbacks = 0;
   counters.misses.clear();
@@ -472,6 +472,20 @@ PYBIND11_MODULE(_C, m) {
   op_type = make_op_type();
   if (!op_type) throw py::error_already_set();
   m.attr("Op") = py::reinterpret_borrow<py::object>(op_type);
+  sequence_type = make_sequence_type();
+  if (!sequence_type) throw py::error_already_set();
+  m.attr("Sequence") = py::reinterpret_borrow<py::object>(sequence_type);
+  py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena")
+      .def(py::init<>())
+      .def_property_readonly("nbytes", &Arena::bytes);
+  m.def(
+      "make_sequence",
+      [](const std::string& name, const py::list& slots, const py::list& temps, const py::list& steps, int64_t max_rows,
+         const std::shared_ptr<Arena>& arena) {
+        return py::reinterpret_steal<py::object>(
+            make_sequence(sequence_type, name, slots, temps, steps, max_rows, arena, &as_op));
+      },
+      py::arg("name"), py::arg("slots"), py::arg("temps"), py::arg("steps"), py::arg("max_rows"), py::arg("arena"));
 
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
         py::arg("fallback"), py::arg("doc"), py::arg("workspace") = "",
@@ -551,9 +565,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("add_strict_blocks", [](int64_t count) { strict_mode.blocks += count; }, py::arg("count"));
   m.def(
       "set_strict_query", [](const py::object& query) { strict_mode.query = query.inc_ref().ptr(); }, py::arg("query"));
-  m.def("stats", [](const py::object& op) { return stats_of(*as_op(op).op); }, py::arg("op"));
-  m.def("reset_stats", [](const py::object& op) { reset_stats(*as_op(op).op); }, py::arg("op"));
+  m.def("stats", [](const py::object& op) { return stats_of(as_op(op).op->counters()); }, py::arg("op"));
+  m.def("reset_stats", [](const py::object& op) { reset_stats(as_op(op).op->counters()); }, py::arg("op"));
+  m.def("sequence_stats", [] {
+    py::dict out;
+    for (const auto& [name, counters] : sequence_counters()) out[py::str(name)] = stats_of(*counters);
+    return out;
+  });
+  m.def("reset_sequence_stats", [] {
+    for (const auto& [name, counters] : sequence_counters()) reset_stats(*counters);
+  });
   m.def("explain", [](const py::object& op, const py::args& args) {
+    if (Py_TYPE(op.ptr()) == reinterpret_cast<PyTypeObject*>(sequence_type)) return explain_sequence(op.ptr(), args);
     Call call;
     fill(as_op(op), args, call);
     const TableReader reader;

@@ -82,6 +82,8 @@ class PendingWrites {
     is_unknown_ = false;
     hull_ = {UINTPTR_MAX, 0};
   }
+  /// What may be written is not known: launches that were made are not in the set.
+  void forget() noexcept { is_unknown_ = true; }
   /// One more output, of a launch after `clear`.
   void append(const Range& range) noexcept {
     ranges_[count_++] = range;

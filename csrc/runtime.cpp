@@ -137,6 +137,13 @@ std::string print_shape(const Op& op, const Call& call, const Dispatch& found) {
 
 }  // namespace
 
+LaunchContext::LaunchContext(const DeviceTable& table) noexcept : table_(table), pop_(enter(table)) {}
+
+LaunchContext::~LaunchContext() {
+  CUcontext popped = nullptr;
+  if (pop_) table_.driver->context_pop(&popped);
+}
+
 Runtime& Runtime::get() {
   // Never destroyed: threads may still launch while the process ends.
   static Runtime* runtime = new Runtime;
@@ -386,7 +393,9 @@ TableBuilder::TableBuilder(int device, int device_count, bool pdl, bool early_re
       pdl_(pdl),
       early_reads_(early_reads),
       made_(std::make_unique<DeviceTable>()) {
+  static std::atomic<uint64_t> generations{0};
   made_->driver = &driver_;
+  made_->generation = ++generations;
   made_->slot = static_cast<DeviceSlot>(device + 1);
   HD_CHECK_BUNDLE(made_->slot < kMaxSlots, "device ", device, "; at most ", kMaxSlots - 1, " are supported");
   if (device < 0) return;

@@ -48,6 +48,7 @@ struct OpRows {
 
 struct DeviceTable {
   const Driver* driver = nullptr;
+  uint64_t generation = 0;  ///< of no other table, also of none before; not 0
   DeviceSlot slot = kNoSlot;
   CUcontext context = nullptr;
   bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
@@ -90,6 +91,19 @@ struct Dispatch {
   LaunchResult result{LaunchStatus::kLaunched, 0};
 };
 
+/// A table's context is current on this thread while one lives. For many launches: it asks the driver each time.
+class LaunchContext {
+ public:
+  explicit LaunchContext(const DeviceTable& table) noexcept;
+  ~LaunchContext();
+  LaunchContext(const LaunchContext&) = delete;
+  LaunchContext& operator=(const LaunchContext&) = delete;
+
+ private:
+  const DeviceTable& table_;
+  const bool pop_;
+};
+
 /// A lock of the caller's that others may need before the GPU goes on: let go of while a launch may block.
 struct CallerLock {
   void* (*release)();
@@ -115,6 +129,14 @@ class Runtime {
   Outcome dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch& found,
                    const CallerLock* lock = nullptr) const;
 
+  /// The same without the launch: kLaunched and the row that is to serve the call, or why none does.
+  Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
+
+  /// After `lookup`, for an op that has a workspace: puts the stream's memory into the call. The context of `stream` is
+  /// current. Without the caller's lock where it has to wait. `pop`: the context is popped if this throws.
+  static void give_workspace(const Op& op, Call& call, const Dispatch& found, CUstream stream, const CallerLock* lock,
+                             bool pop);
+
   /// The reason of an outcome, as counted in `stats`.
   static std::string reason(Outcome outcome, const Dispatch& found);
   /// The same for a person: the shape, the failed fact, the nearest rows, what to do.
@@ -138,9 +160,6 @@ class Runtime {
 
  private:
   Runtime() = default;
-  static void give_workspace(const Op& op, Call& call, const Dispatch& found, CUstream stream, const CallerLock* lock,
-                             bool pop);
-  Outcome lookup(const Op& op, Call& call, Dispatch& found) const noexcept;
   void replace(DeviceSlot slot, std::shared_ptr<const DeviceTable> table);
 
   /// A table that was taken away while calls may have been in it.

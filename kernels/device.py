@@ -17,12 +17,15 @@ import helion.language as hl
 import torch
 
 from .sigmoid import SIGMOID
+from .widen import WIDEN
 
 #: Helion's interpreter runs the kernels as plain Python on the CPU, where there is nothing to release.
 INTERPRETED = os.environ.get("HELION_INTERPRET") == "1"
 
 #: Triton's source for the sigmoid of {0}; its other braces are doubled, because it is formatted.
 INLINE_SIGMOID = f'tl.inline_asm_elementwise("{{{SIGMOID}}}", "=f,f", [{{0}}], tl.float32, True, 1)'
+#: The same for the float32 numbers of {0}, bfloat16.
+INLINE_WIDEN = f'tl.inline_asm_elementwise("{WIDEN}", "=f,=f,r", [{{0}}], tl.float32, True, 2)'
 
 
 def release_dependents() -> None:
@@ -32,6 +35,14 @@ def release_dependents() -> None:
     """
     if not INTERPRETED:
         hl.inline_triton("tl.extra.cuda.gdc_launch_dependents()", args=(), output_like=None)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """x of any float dtype in float32; see widened of triton_device.py."""
+    wide = x.to(torch.float32)
+    if INTERPRETED or x.dtype != torch.bfloat16:
+        return wide
+    return hl.inline_triton(INLINE_WIDEN, args=(x,), output_like=wide)
 
 
 def magnitude(x: torch.Tensor) -> torch.Tensor:
@@ -51,8 +62,7 @@ def at_most_448(x: torch.Tensor) -> torch.Tensor:
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_device.py."""
     if INTERPRETED:
-        total = torch.fmin(1.0 + torch.exp(x * -1.0), torch.full_like(x, torch.finfo(torch.float32).max))
-        return x * torch.where(total > 2.0**126, torch.zeros_like(x), 1.0 / total)
+        return x * (1.0 / (1.0 + torch.exp(x * -1.0)))
     return x * hl.inline_triton(INLINE_SIGMOID, args=(x,), output_like=x)
 
 

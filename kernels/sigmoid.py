@@ -11,16 +11,21 @@ _TOTAL = (
     "fma.rn.f32 e, $1, 0fBFB8AA3B, n; fma.rn.f32 e, $1, 0fB2A57060, e; ex2.approx.ftz.f32 e, e; "
     "fma.rn.f32 e, t, e, 0f3F800000; "
 )
-#: t = 1 / e, exact by two more instructions; .sat makes 0 of NaN, which an infinite e gives. Above 2**126 the reciprocal is 0
-#: instead of a subnormal number.
-_RECIPROCAL = "rcp.approx.ftz.f32 t, e; neg.f32 n, e; fma.rn.f32 n, n, t, 0f3F800000; fma.rn.sat.f32 {0}, n, t, t; "
+#: 1 / e, exact by the last two instructions. It is subnormal where e exceeds 2**126, and rcp would make 0 of it: so rcp takes
+#: e / 4, and its result, 4 / e, is divided by 4. .sat makes 0 of NaN, which an infinite e gives.
+_RECIPROCAL = (
+    "mul.rn.f32 t, e, 0f3E800000; rcp.approx.ftz.f32 t, t; mul.rn.f32 t, t, 0f3E800000; "
+    "neg.f32 n, e; fma.rn.f32 n, n, t, 0f3F800000; fma.rn.sat.f32 $0, n, t, t; "
+)
 
 #: $0 = 1 / (1 + exp(-$1)), float32.
-SIGMOID = f"{{{_TOTAL}{_RECIPROCAL.format('$0')}}}"
+SIGMOID = f"{{{_TOTAL}{_RECIPROCAL}}}"
 
-#: $0 = $1 / (1 + exp(-$1)), float32. The remainder has its sign reversed: added as it is, it would make +0 of -0. It is NaN,
-#: and min drops it, where $1 is inf or e is; the quotient is right then.
+#: $0 = $1 / (1 + exp(-$1)), float32; of a $1 of 16 bits exact, once rounded to its dtype. t is 1 / e to some 21 bits: the
+#: square of a reciprocal root, which is never subnormal itself. The remainder of the quotient does the rest; it has its sign
+#: reversed: added as it is, it would make +0 of -0. It is NaN, and min drops it, where $1 is inf or e is; the quotient is right
+#: then.
 SILU = (
-    f"{{{_TOTAL}{_RECIPROCAL.format('t')}.reg .f32 q, r; "
-    "mul.f32 q, $1, t; neg.f32 r, $1; fma.rn.f32 r, q, e, r; min.f32 r, r, 0f7F7FFFFF; neg.f32 t, t; fma.rn.f32 $0, r, t, q;}"
+    f"{{{_TOTAL}.reg .f32 q, r; rsqrt.approx.ftz.f32 t, e; mul.rn.f32 t, t, t; mul.rn.f32 q, $1, t; "
+    "neg.f32 r, $1; fma.rn.f32 r, q, e, r; min.f32 r, r, 0f7F7FFFFF; neg.f32 t, t; fma.rn.f32 $0, r, t, q;}"
 )

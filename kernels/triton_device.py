@@ -17,13 +17,25 @@ import triton
 import triton.language as tl
 
 from .sigmoid import SIGMOID, SILU
+from .widen import WIDEN
 
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
-#: See sigmoid.py.
+#: See sigmoid.py and widen.py.
 PTX_SIGMOID = tl.constexpr(SIGMOID)
 PTX_SILU = tl.constexpr(SILU)
+PTX_WIDEN = tl.constexpr(WIDEN)
+
+
+@triton.jit
+def widened(x):
+    """x of any float dtype in float32."""
+    if APPROXIMATE and x.dtype == tl.bfloat16:
+        wide = tl.inline_asm_elementwise(PTX_WIDEN, "=f,=f,r", [x], dtype=tl.float32, is_pure=True, pack=2)
+    else:
+        wide = x.to(tl.float32)
+    return wide
 
 
 @triton.jit
@@ -80,21 +92,23 @@ def reciprocal(x):
 
 @triton.jit
 def silu(x):
-    """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it; NaN of -inf.
+    """x * (1 / (1 + exp(-x))) for x float32, bit for bit as CUDA C has it.
 
-    Below -87.33 the reciprocal would be a subnormal number: there it is 0, and so is the result, with its sign. CUDA C has
-    no more than 1.1e-36 there, and the same zero from -88.73 on.
+    The reciprocal is subnormal below -87.33 and 0 below -88.72, where exp overflows; NaN of -inf.
     """
     if APPROXIMATE:
         sigmoid = tl.inline_asm_elementwise(PTX_SIGMOID, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
-        sigmoid = reciprocal(tl.minimum(1.0 + tl.exp(x * -1.0), 3.4028234663852886e38))
+        sigmoid = 1.0 / (1.0 + tl.exp(x * -1.0))
     return x * sigmoid
 
 
 @triton.jit
 def divided_silu(x):
-    """x / (1 + exp(-x)) for x float32, bit for bit as CUDA C has it; NaN of -inf, and 0 where `silu` is."""
+    """x / (1 + exp(-x)) for x float32; NaN of -inf.
+
+    For x of 16 bits it is bit for bit as CUDA C has it once rounded to x's own dtype; before that the last bit may differ.
+    """
     if APPROXIMATE:
         quotient = tl.inline_asm_elementwise(PTX_SILU, "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
@@ -105,5 +119,5 @@ def divided_silu(x):
 @triton.jit
 def fp8_times(x, inverse):
     """clamp(x * inverse, -448, 448) in fp8, for x of any float dtype and inverse a float32; NaN becomes 448."""
-    quotient = x.to(tl.float32) * inverse
+    quotient = widened(x) * inverse
     return tl.clamp(quotient, -448.0, 448.0).to(tl.float8e4nv)

@@ -2,17 +2,19 @@
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
 #   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve,
-#                                             server, vllm-tests, load, sanitize, make
+#                                             server, vllm-tests, vllm-kernel-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
 # candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
-# for the results); for serve, server and vllm-tests vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports, and
-# vllm_server.tar.xz, those that its server needs. SERVE holds the arguments of the runs of `bench serve`, separated by
-# semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest.
+# for the results); for serve, server and the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports,
+# vllm_server.tar.xz, those that its server needs, and, for vllm-kernel-tests, vllm_tests.tar.xz, vLLM's own tests, made by
+# scripts/vllm_kernel_tests.py pack. SERVE holds the arguments of the runs of `bench serve`, separated by
+# semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest; VLLM_KERNEL_TESTS more of
+# scripts/vllm_kernel_tests.py run.
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest; for
-# sanitize see scripts/sanitize.sh.
+# sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -25,6 +27,10 @@ bundle="$carry/bundle"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HDISPATCH_BUNDLE="$bundle"
 [ -f "$carry/helion.tar.xz" ] && tar xJf "$carry/helion.tar.xz" -C "$site" &
 vllm=()
+if [ ! -f "$carry/vllm_C.so.xz" ] && [ -f "$carry/vllm.tar.xz" ]; then  # the same library
+  tar xJOf "$carry/vllm.tar.xz" vllm/_C_stable_libtorch.abi3.so > "$site/vllm_C.so" &
+  vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"
+fi
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
 python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
 wait
@@ -48,6 +54,17 @@ serve() {
       --logs "$site/logs/$number" $arguments || bad=1
   done <<< "${SERVE:-};"
   tar cJf "$out/serve-logs.tar.xz" -C "$site/logs" .
+  return $bad
+}
+
+# vLLM's own tests of the ops, with and without the override; what each run said is in vllm-kernel-tests-logs.tar.xz.
+vllm_kernel_tests() {
+  local bad
+  mkdir -p "$site/vllm_tests" && tar xJf "$carry/vllm_tests.tar.xz" -C "$site/vllm_tests" || return 1
+  with_vllm python3 scripts/vllm_kernel_tests.py run "$bundle" "$site/vllm_tests" --json "$out/vllm-kernel-tests.json" \
+    --logs "$site/logs/kernel-tests" ${VLLM_KERNEL_TESTS:-}
+  bad=$?
+  tar cJf "$out/vllm-kernel-tests-logs.tar.xz" -C "$site/logs/kernel-tests" .
   return $bad
 }
 
@@ -79,7 +96,9 @@ for step in "$@"; do
     serve) serve ;;
     server) with_vllm python3 benchmarks/serve_server.py "$bundle" --json "$out/server.json" --logs "$site/logs/server" \
         ${SERVER:-}; bad=$?; tar cJf "$out/server-logs.tar.xz" -C "$site/logs/server" .; (exit $bad) ;;
-    vllm-tests) with_vllm python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} -q --durations=20 ;;
+    vllm-tests) with_vllm timeout -s INT "${LIMIT:-600}" python3 -m pytest ${VLLM_TESTS:-tests/gpu/test_vllm_engine.py} \
+        -q -n 6 --tb=short --durations=20 ;;  # an engine a test: each takes 40 s of one core, and 10 GB of the GPU
+    vllm-kernel-tests) vllm_kernel_tests ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;

@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
 
 
 # 64-bit offsets: Helion's own check against 2**31 counts elements and does not see a row stride; here they cost 3 registers.
@@ -24,7 +24,7 @@ def dynamic_per_token_scaled_fp8_quant(
     k = hl.specialize(k)
     hl.pdl_wait()
     for rows in hl.tile(m):
-        x = input[rows, :].to(torch.float32)
+        x = widened(input[rows, :])
         if scale_ub is not None:
             bound = hl.load(scale_ub, [0])
         release_dependents()

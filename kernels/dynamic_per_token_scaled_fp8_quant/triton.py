@@ -11,7 +11,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import bounded, clamp_rows, divide_rows, row_scale
+from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, widened
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -40,12 +40,12 @@ def dynamic_per_token_scaled_fp8_quant(
     first = inside & (columns < k)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)
+    x = widened(tl.load(source + columns, mask=first, other=0.0))
     largest = tl.abs(x)
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             more = tl.load(source + start + columns, mask=inside & (start + columns < k), other=0.0)
-            largest = tl.maximum(largest, tl.abs(more.to(tl.float32)))
+            largest = tl.maximum(largest, tl.abs(widened(more)))
     if scale_ub is not None:
         bound = tl.load(scale_ub)
     if PDL:
@@ -61,7 +61,7 @@ def dynamic_per_token_scaled_fp8_quant(
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
-            x = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
+            x = widened(tl.load(source + start + columns, mask=rest, other=0.0))
             if scale_ub is not None:
                 x = clamp_rows(x, s)
             tl.store(target + start + columns, divide_rows(x, s).to(tl.float8e4nv), mask=rest)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import fp8_times
+from ..triton_device import fp8_times, widened
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -37,7 +37,7 @@ def dynamic_scaled_fp8_quant(
         source = input + (top + rows).to(tl.int64) * row_stride
         for left in range(0, k, BLOCK):
             x = tl.load(source + left + columns, mask=(top + rows < m) & (left + columns < k), other=0.0)
-            largest = tl.maximum(largest, tl.abs(x.to(tl.float32)))
+            largest = tl.maximum(largest, tl.abs(widened(x)))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # No lower bound, as in vLLM: of zeros the scale is 0, its reciprocal infinite, and 0 times that NaN.

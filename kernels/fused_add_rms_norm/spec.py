@@ -17,7 +17,7 @@ def reference(input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor 
     """The op in torch.
 
     input     bfloat16 or float16 [M, K], last dimension contiguous; read, and written: residual * r * weight, rounded once
-    residual  [M, K] contiguous, dtype of input; read, and written: input + residual, rounded to its dtype
+    residual  [M, K], dtype of input, last dimension contiguous; read, and written: input + residual, rounded to its dtype
     weight    [K], dtype of input, or None for ones
     epsilon   added to the mean of the squares, at least 0
 
@@ -39,7 +39,7 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("input", ("M", "K"), (torch.bfloat16, torch.float16), mutated=True, layout="rows", merge=True),
-        TensorArg("residual", ("M", "K"), "input", mutated=True, merge=True),
+        TensorArg("residual", ("M", "K"), "input", mutated=True, layout="rows", merge=True),
         TensorArg("weight", ("K",), "input", optional=True),
         FloatArg("epsilon", minimum=0.0),
     ),

@@ -26,6 +26,7 @@ def fused_add_rms_norm(
     m,
     k,
     row_stride,
+    residual_stride,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     LOOP: tl.constexpr,
@@ -34,7 +35,7 @@ def fused_add_rms_norm(
     """LOOP: k may exceed BLOCK; then the rest of the residual is read again after the sum of squares is known."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
     x_row = input + row[:, None] * row_stride
-    r_row = residual + row[:, None] * k
+    r_row = residual + row[:, None] * residual_stride
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (row < m)[:, None]
     first = inside & (columns < k)
@@ -96,6 +97,7 @@ def launch(
         m,
         k,
         input.stride(0),
+        residual.stride(0),
         **options(config, k),
     )
 

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import reciprocal
+from ..triton_device import reciprocal, widened
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -127,7 +127,7 @@ def per_token_group_fp8_quant(
     inverse = reciprocal(fp8_max)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x = tl.load(input + offset, inside, other=0.0).to(tl.float32)
+    x = widened(tl.load(input + offset, inside, other=0.0))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)

@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale
+from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -29,9 +29,9 @@ def rms_norm_dynamic_per_token_quant(
     weights = weight.as_strided((m, k), (0, 1))
     hl.pdl_wait()
     for rows in hl.tile(m):
-        x = input[rows, :].to(torch.float32)
+        x = widened(input[rows, :])
         if residual is not None:
-            x = x + residual[rows, :].to(torch.float32)
+            x = x + widened(residual[rows, :])
         w = weights[rows, :]
         if scale_ub is not None:
             bound = hl.load(scale_ub, [0])

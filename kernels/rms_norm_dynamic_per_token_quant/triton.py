@@ -11,7 +11,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import bounded, clamp_rows, divide_rows, row_scale
+from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, widened
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -21,9 +21,9 @@ EARLY_READS = ("weight",)
 @triton.jit
 def _sum(source, residual, columns, mask):
     """input, plus residual if there is one, in float32."""
-    x = tl.load(source + columns, mask=mask, other=0.0).to(tl.float32)
+    x = widened(tl.load(source + columns, mask=mask, other=0.0))
     if residual is not None:
-        x += tl.load(residual + columns, mask=mask, other=0.0).to(tl.float32)
+        x += widened(tl.load(residual + columns, mask=mask, other=0.0))
     return x
 
 

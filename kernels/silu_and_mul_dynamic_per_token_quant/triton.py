@@ -11,7 +11,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, silu
+from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, silu, widened
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -20,8 +20,8 @@ INDEX_BITS = 64
 @triton.jit
 def _activated(gates, columns, n, mask):
     """silu(gate) * up in float32; up is n elements behind gate."""
-    gate = tl.load(gates + columns, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gates + n + columns, mask=mask, other=0.0).to(tl.float32)
+    gate = widened(tl.load(gates + columns, mask=mask, other=0.0))
+    up = widened(tl.load(gates + n + columns, mask=mask, other=0.0))
     return silu(gate) * up
 
 

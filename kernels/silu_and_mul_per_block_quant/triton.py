@@ -15,7 +15,7 @@ from hdispatch.opspec import Variant
 
 from ..per_token_group_fp8_quant import triton as shared
 from ..per_token_group_fp8_quant.triton import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
-from ..triton_device import clamp_rows, silu
+from ..triton_device import clamp_rows, silu, widened
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -46,8 +46,8 @@ def silu_and_mul_per_block_quant(
     gate_at = (group + row_of(group, groups_of_row) * half)[:, None] * GROUP + column
     if PDL:
         tl.extra.cuda.gdc_wait()
-    gate = tl.load(input + gate_at, inside, other=0.0).to(tl.float32)
-    up = tl.load(input + half * GROUP + gate_at, inside, other=0.0).to(tl.float32)
+    gate = widened(tl.load(input + gate_at, inside, other=0.0))
+    up = widened(tl.load(input + half * GROUP + gate_at, inside, other=0.0))
     if scale_ub is not None:
         bound = tl.load(scale_ub)
     if PDL:

@@ -26,10 +26,12 @@ from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
+from .sequence import Arena, Sequence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arena",
     "ArgumentError",
     "BuildError",
     "Bundle",
@@ -40,6 +42,7 @@ __all__ = [
     "Key",
     "MissError",
     "Registration",
+    "Sequence",
     "explain",
     "load",
     "loaded",

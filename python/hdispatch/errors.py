@@ -27,7 +27,7 @@ class DriverError(HdispatchError):
 
 
 class FunctionError(HdispatchError):
-    """The TVM-FFI function of a row raised an error; the message holds its kind and text, the op and the row.
+    """The TVM-FFI function of a row, or a foreign step of a sequence, raised an error; the message says which, and holds it.
 
     An error of CUDA's that it reports is a `DriverError`. What it had written before stays written.
     """

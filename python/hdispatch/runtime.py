@@ -365,17 +365,23 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
     """What each op has done: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
-    strict mode raised, a fallback. `reset` starts again from zero after reading.
+    strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses
+    name the op of the step, and a fallback is a call whose steps were made one by one. `reset` starts again from zero after
+    reading.
     """
-    found = {name: _C.stats(ops.get(name)) for name in ops.names()}
+    found = {name: _C.stats(ops.get(name)) for name in ops.names()} | _C.sequence_stats()
     if reset:
-        for name in found:
+        for name in ops.names():
             _C.reset_stats(ops.get(name))
+        _C.reset_sequence_stats()
     return found
 
 
-def explain(op: _C.Op, *args: object) -> str:
-    """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid."""
+def explain(op: _C.Op | _C.Sequence, *args: object) -> str:
+    """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
+
+    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does.
+    """
     return _C.explain(op, *args)
 
 

@@ -156,9 +156,20 @@ def test_norms(call, library):
     x = x.bfloat16()
     call("rms_norm", torch.empty_like(x), x, weight.float(), 1e-6)  # Gemma's weight
     assert reason("rms_norm") == "override: weight: dtype"
-    wide = torch.randn(7, 128).bfloat16()[:, :64]
-    call("fused_add_rms_norm", x, wide, weight, 1e-6)
+    wide = [torch.randn(7, columns).bfloat16()[:, :64] for columns in (128, 192)]
+    for rows, residual in (wide, (x, wide[0]), (wide[0], x)):  # strided_input of test_layernorm.py: both lie apart
+        call("fused_add_rms_norm", rows, residual, weight, 1e-6)
+        assert served(library, "fused_add_rms_norm")
+    call("fused_add_rms_norm", x, torch.randn(64, 7).bfloat16().t(), weight, 1e-6)
     assert reason("fused_add_rms_norm") == "override: residual: strides"
+
+
+@pytest.mark.parametrize("shape", [(28, 17, 64), (4, 3, 8, 64), (1, 5, 2, 64)])
+def test_a_weight_for_each_batch_is_missed(call, shape):
+    """test_batched_weight_rms_norm.py: a row of weights for each first index is vLLM's kernel's."""
+    x = torch.randn(shape).bfloat16()
+    call("rms_norm", torch.empty_like(x), x, torch.ones(shape[0], 64).bfloat16(), 1e-6)
+    assert reason("rms_norm") == "override: weight: rank"
 
 
 def test_fused_norms(call, library):

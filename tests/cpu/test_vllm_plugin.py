@@ -423,3 +423,12 @@ def test_chunks_of_a_step(monkeypatch, scheme, reduce):
     expected, _ = run_step(bound, 300, None)
     monkeypatch.setattr(layers, "rows_within", lambda *_: 128)
     assert all(torch.equal(each, expected) for each in run_step(bound, 300, reduce))
+
+
+@pytest.mark.parametrize(("m", "most"), [(129, 128), (300, 128), (333, 256), (4097, 4096), (1025, 1024), (8191, 1152)])
+def test_chunks_start_at_aligned_rows(m, most):
+    """int64 positions from row 113 on would be 8-byte aligned, and kernels take 16."""
+    size = layers.chunk_rows(m, most)
+    assert size % 16 == 0
+    assert size <= most
+    assert m / size <= -(-m // most)

@@ -91,3 +91,16 @@ def test_launches_without_the_pdl_attribute(bundle_dir):
                 run_and_check(op, variant, make(op, variant, sizes, 16), "no PDL")
     finally:
         loaded.unload()
+
+
+def test_a_hundred_loads_keep_no_memory_of_the_gpu(bundle_dir):
+    def free() -> int:
+        torch.cuda.synchronize()
+        return torch.cuda.mem_get_info()[0]
+
+    for _ in range(2):  # what the driver keeps once
+        hdispatch.load(bundle_dir).unload()
+    before = free()
+    for _ in range(100):
+        hdispatch.load(bundle_dir).unload()
+    assert before - free() <= 50e6

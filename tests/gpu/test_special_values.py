@@ -230,41 +230,86 @@ def padded_by_strides(flat):
     return placed.copy_(flat.as_strided((m, groups), (1, m)))
 
 
+def gates_of(dtype):
+    """Every number of a 16-bit dtype."""
+    return torch.arange(2**16, device="cuda").to(torch.int16).view(dtype)
+
+
+#: By dtype, ups beside the gates: 1, and one that lifts what silu makes of gates about -88 above the least scale.
+UPS = {torch.bfloat16: (1.0, 2.0**100, 2.0**127), torch.float16: (1.0, 2.0**15)}
+
+
 @pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_gate(bundle, dtype):
-    """silu of all 65,536 gates: the results of silu_and_mul, and the scales of silu_and_mul_per_block_quant."""
-    gates = torch.arange(2**16, device="cuda").to(torch.int16).view(dtype)
-    # There exp(-gate) is finite and its reciprocal subnormal: ours is 0, vLLM's result less than 1.1e-36.
-    flushed = (gates.float() > -88.73) & (gates.float() < -87.33)
-    if "silu_and_mul" in OPS:
-        rows = torch.cat([gates.view(32, -1), torch.ones(32, 2048, dtype=dtype, device="cuda")], dim=1)
+    """silu_and_mul of all 65,536 gates has vLLM's bits, those of zeros and of subnormal numbers too."""
+    if "silu_and_mul" not in OPS:
+        pytest.skip("not in the bundle")
+    gates = gates_of(dtype)
+    for up in UPS[dtype]:
+        rows = torch.cat([gates.view(32, -1), torch.full((32, 2048), up, dtype=dtype, device="cuda")], dim=1)
         got, want = (torch.empty(32, 2048, dtype=dtype, device="cuda") for _ in range(2))
         torch.ops._C.silu_and_mul(want, rows)
         with hdispatch.strict():
             hdispatch.ops.silu_and_mul(got, rows)
         got, want = got.flatten(), want.flatten()
         assert torch.equal(got.isnan(), want.isnan())
-        assert (want[flushed].float().abs() < 1.1e-36).all()
-        assert (got[flushed] == 0).all()
-        kept = ~flushed & ~want.isnan()
+        kept = ~want.isnan()
         differ = gates[kept][got[kept].view(torch.int16) != want[kept].view(torch.int16)]
-        assert not len(differ), differ.tolist()
-    if "silu_and_mul_per_block_quant" in OPS:
-        # One gate to a group, so that its scale shows the bits of silu; ups that lift them above the least scale.
-        for up in (1.0, 2.0**15 if dtype == torch.float16 else 2.0**100):
-            ups = torch.full((1024, 4096), up, dtype=dtype, device="cuda")
-            rows = torch.cat([gates.repeat_interleave(64).view(1024, 4096), ups], dim=1)
-            outputs = [
-                (torch.empty(1024, 4096, dtype=torch.float8_e4m3fn, device="cuda"), torch.empty(1024, 64, device="cuda"))
-                for _ in range(2)
-            ]
-            torch.ops._C.silu_and_mul_per_block_quant(outputs[0][0], rows, outputs[0][1], 64, None, False)
+        assert not len(differ), (up, differ.tolist())
+
+
+def quantized_gates(dtype, up):
+    """vLLM's codes and scales, one of each, of groups of 64 equal gates with equal ups: every gate in turn."""
+    ups = torch.full((1024, 4096), up, dtype=dtype, device="cuda")
+    rows = torch.cat([gates_of(dtype).repeat_interleave(64).view(1024, 4096), ups], dim=1)
+    codes = torch.empty(1024, 4096, dtype=torch.float8_e4m3fn, device="cuda")
+    scales = torch.empty(1024, 64, device="cuda")
+    torch.ops._C.silu_and_mul_per_block_quant(codes, rows, scales, 64, None, False)
+    return rows, codes, scales
+
+
+@pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_gate_in_a_group(bundle, dtype):
+    """One gate to a group, so that its scale shows the bits of silu: those of silu_and_mul_per_block_quant."""
+    if "silu_and_mul_per_block_quant" not in OPS:
+        pytest.skip("not in the bundle")
+    for up in UPS[dtype]:
+        rows, want_codes, want_scales = quantized_gates(dtype, up)
+        codes, scales = torch.empty_like(want_codes), torch.empty_like(want_scales)
+        with hdispatch.strict():
+            hdispatch.ops.silu_and_mul_per_block_quant(codes, rows, scales, 64, None, False)
+        differ = gates_of(dtype)[(scales.view(torch.int32) != want_scales.view(torch.int32)).flatten()]
+        assert not len(differ), (up, differ.tolist())
+        assert torch.equal(codes.view(torch.uint8), want_codes.view(torch.uint8)), up
+
+
+@pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("n", "m"), [(64, 65536), (6144, 1), (6144, 256), (12288, 4096), (25600, 1024)])
+def test_every_gate_in_a_row(bundle, dtype, n, m):
+    """One gate to a row of silu_and_mul_dynamic_per_token_quant: the codes and scale of a group of that gate.
+
+    n and m choose kernels of Helion and of Triton. A single row has the gates whose sigmoid is subnormal, and some beside.
+    """
+    if "silu_and_mul_dynamic_per_token_quant" not in OPS:
+        pytest.skip("not in the bundle")
+    every = gates_of(dtype)
+    chosen = ((every > -90) & (every < -86)).nonzero().flatten() if m == 1 else torch.arange(2**16, device="cuda")
+    for up in UPS[dtype]:
+        _, want_codes, want_scales = quantized_gates(dtype, up)
+        want_codes, want_scales = want_codes.view(torch.uint8).view(-1, 64)[:, 0], want_scales.flatten().view(torch.int32)
+        ups = torch.full((m, n), up, dtype=dtype, device="cuda")
+        for places in chosen.split(m):
+            rows = torch.cat([every[places, None].expand(m, n), ups], dim=1)
+            codes = torch.empty(m, n, dtype=torch.float8_e4m3fn, device="cuda")
+            scales = torch.empty(m, 1, device="cuda")
             with hdispatch.strict():
-                hdispatch.ops.silu_and_mul_per_block_quant(outputs[1][0], rows, outputs[1][1], 64, None, False)
-            want, got = (scales.flatten().view(torch.int32) for _, scales in outputs)
-            differ = gates[~flushed][(want != got)[~flushed]]
+                hdispatch.ops.silu_and_mul_dynamic_per_token_quant(codes, rows, scales)
+            differ = every[places][scales.flatten().view(torch.int32) != want_scales[places]]
             assert not len(differ), (up, differ.tolist())
+            assert (codes.view(torch.uint8) == want_codes[places, None]).all(), (up, places[0])
 
 
 def args_dtype(spec, index):

@@ -43,6 +43,7 @@ def special_rows(columns: int, dtype: torch.dtype, device: torch.device | str = 
         rows += [tiny, tiny.clone()]
         rows[-1][-1] = info.max
     rows += [alternating * 448, alternating * info.max, normal() * info.smallest_normal, normal() * 1e-6]
-    # Gates that silu makes a zero of either sign: exp overflows.
+    # Gates that silu makes a zero of either sign: exp overflows. Gates whose sigmoid is subnormal, from -88.72 to -87.34.
     rows += [-89 - 20 * torch.rand(columns, generator=generator), alternating * 89]
+    rows.append(-87.34 - 1.38 * torch.rand(columns, generator=generator))
     return torch.stack(rows).to(device=device, dtype=dtype)

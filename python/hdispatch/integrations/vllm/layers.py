@@ -57,6 +57,12 @@ def layer_buffers(weights: Weights) -> list[Buffer]:
     return found
 
 
+def chunk_rows(m: int, most: int) -> int:
+    """Rows of each chunk of m, at most `most`, the last one shorter. Chunks start where tensors are aligned as at row 0."""
+    count = -(-m // most)
+    return min(most, -(-m // (16 * count)) * 16)
+
+
 @dataclass(frozen=True)
 class Rows:
     """The tensors of some rows of a step. `hidden` is what products add to the residual; the rest is named as buffers are."""
@@ -291,8 +297,7 @@ class FusedLayers:
         self, m: int, residual: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor
     ) -> Iterator[tuple[Rows, tuple[tuple[Any, ...], tuple[Any, ...]], slice]]:
         """Tensors, positions and place of each chunk of rows; chunks are about equally long."""
-        count = -(-m // self.arena.rows)
-        size = -(-m // count)
+        size = chunk_rows(m, self.arena.rows)
         for begin in range(0, m, size):
             at = slice(begin, min(m, begin + size))
             rows = self._rows(at.stop - begin, residual[at], qkv[at], attended[at])

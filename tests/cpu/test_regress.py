@@ -1,0 +1,46 @@
+"""benchmarks/regress.py: a cell that got slower is found, noise and other cells are not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "regress.py"
+
+
+def row(m, median, spread=0.0, path="hdispatch"):
+    return {"op": "a", "m": m, "path": path, "median_us": median, "q1_us": median - spread / 2, "q3_us": median + spread / 2}
+
+
+def compare(tmp_path, old, new, *options):
+    for name, rows in (("old", old), ("new", new)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"timings": rows}))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "old.json"), str(tmp_path / "new.json"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("median", "spread", "status"),
+    [(10.4, 0.0, 0), (10.6, 0.0, 1), (10.6, 0.3, 0), (13.0, 0.3, 1), (5.0, 0.0, 0)],
+    ids=["within 5 %", "slower", "within the noise", "beyond the noise", "faster"],
+)
+def test_a_slower_cell_is_found(tmp_path, median, spread, status):
+    code, text = compare(tmp_path, [row(1, 10.0), row(2, 10.0)], [row(1, 10.0), row(2, median, spread)])
+    assert code == status, text
+    assert ("slower  1" in text) == bool(status)
+
+
+def test_other_paths_and_unmatched_cells_are_not_judged(tmp_path):
+    old, new = [row(1, 10.0), row(1, 1.0, path="peer"), row(4, 1.0)], [row(1, 10.0), row(1, 9.0, path="peer")]
+    code, text = compare(tmp_path, old, new, "--paths", "hdispatch")
+    assert code == 0
+    assert "0 of 1 cells slower; 1 only in the old file, 0 in the new" in text
+
+
+def test_nothing_to_compare_is_not_a_pass(tmp_path):
+    assert compare(tmp_path, [row(1, 10.0)], [row(2, 10.0)])[0] == 2
