@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 from types import SimpleNamespace as Object
 
+import hdispatch
 import pytest
 import torch
+import toy
 from hdispatch import HdispatchError
+from hdispatch.integrations.vllm import attention as attention_module
 from hdispatch.integrations.vllm import layers, plugin, schemes, settings, support, weights, workspace
 from hdispatch.integrations.vllm.workspace import Arena, Buffer, place, rows_within, total_size
+from hdispatch.ladders import Ladders
 
 FP8 = torch.float8_e4m3fn
 
@@ -30,6 +35,17 @@ def test_a_wrong_switch_is_an_error(monkeypatch):
     monkeypatch.setenv("HDISPATCH", "yes")
     with pytest.raises(HdispatchError, match=r"HDISPATCH is 'yes'; it takes 1 .* or 0"):
         plugin.register()
+
+
+def test_what_decode_steps_take(monkeypatch, tmp_path):
+    monkeypatch.delenv("HDISPATCH_ATTENTION", raising=False)
+    assert settings.attention() == "auto"
+    for value in settings.ATTENTIONS:
+        monkeypatch.setenv("HDISPATCH_ATTENTION", value)
+        assert settings.attention() == value
+    monkeypatch.setenv("HDISPATCH_ATTENTION", "fa2")
+    with pytest.raises(HdispatchError, match="HDISPATCH_ATTENTION is 'fa2'; it takes auto, half, fa3"):
+        settings.attention()
 
 
 def test_off_it_does_not_even_look_for_vllm(monkeypatch):
@@ -94,7 +110,8 @@ def test_doctor_without_vllm(monkeypatch):
         raise plugin.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(plugin.importlib.metadata, "version", missing)
-    assert plugin.examine() == {"ok": False, "reason": "vLLM is not installed", "version": None, "models": []}
+    found = {"ok": False, "reason": "vLLM is not installed", "version": None, "models": [], "decode": ""}
+    assert plugin.examine() == found
 
 
 @pytest.mark.parametrize(("version", "cuda"), [("0.34.0", True), ("0.33.0", False)])
@@ -377,7 +394,7 @@ def make_weights(scheme, count=2):
             matrix(shape.attended, HIDDEN),
             matrix(HIDDEN, 2 * INTERMEDIATE),
             matrix(INTERMEDIATE, HIDDEN),
-            Object(layer_name=f"layer {n}"),
+            Object(layer_name=f"layer {n}", impl=Object(scale=HEAD**-0.5), head_size=HEAD, kv_cache=torch.tensor([])),
         )
         for n in range(count)
     ]
@@ -387,10 +404,14 @@ def make_weights(scheme, count=2):
     return weights.Weights(shape, scheme, torch.bfloat16, 1e-6, embedding, norm, rope, True, tuple(found))
 
 
+def make_attention(bound, longest=512):
+    return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x)
+
+
 def run_step(bound, rows, reduce, most=512):
     """A step without attention, as vLLM's memory profile makes it."""
     context = Object(attn_metadata=None)
-    fused = layers.FusedLayers(Object(), bound, most, None, lambda: context, reduce)
+    fused = layers.FusedLayers(Object(), bound, most, make_attention(bound), lambda: context, reduce)
     embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
     fused.arena.memory.fill_(255)  # NaN in every type
     return [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
@@ -432,3 +453,205 @@ def test_chunks_start_at_aligned_rows(m, most):
     assert size % 16 == 0
     assert size <= most
     assert m / size <= -(-m // most)
+
+
+# ---- attention of a step ----
+
+PAGE, BLOCKS = 16, 40
+
+
+def with_caches(bound):
+    """The same layers with caches of random tokens."""
+    generator = torch.Generator().manual_seed(9)
+    for layer in bound.layers:
+        cache = torch.randn(BLOCKS, PAGE, KV_HEADS, 2 * HEAD, generator=generator).bfloat16().transpose(1, 2)
+        layer.attention.kv_cache = cache
+        layer.attention._k_scale = layer.attention._v_scale = torch.ones(1)
+    return bound
+
+
+def decode_step(lengths, slots=None, **changes):
+    """Metadata and slots of a step of one new token per request; 0: a padded row. Blocks of a request are its own."""
+    width = 4
+    table = torch.arange(1, len(lengths) * width + 1, dtype=torch.int32).view(len(lengths), width)
+    last = torch.tensor(lengths) - 1
+    at = table[torch.arange(len(lengths)), last.clamp(min=0) // PAGE].long() * PAGE + last % PAGE
+    found = Object(
+        max_query_len=1,
+        num_actual_tokens=len(lengths),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        max_seq_len=max(lengths),
+        block_table=table,
+    )
+    slots = torch.where(last < 0, -1, at) if slots is None else slots
+    return changed(found, changes), slots
+
+
+def half_outputs(bound, lengths, rows):
+    """Outputs of every layer's calls for `rows` tokens, poisoned before, and the caches after them."""
+    attention = make_attention(bound)
+    attention.bind()
+    metadata, slots = decode_step(lengths)
+    padding = rows - len(lengths)
+    qkv = torch.randn(rows, bound.shape.qkv, generator=torch.Generator().manual_seed(3)).bfloat16()
+    attended = torch.full((rows, bound.shape.attended), float("nan"), dtype=torch.bfloat16)
+    positions = torch.cat((metadata.seq_lens.long() - 1, torch.full((padding,), 7))).clamp(min=0)
+    slots = torch.cat((slots, torch.full((padding,), -1)))
+    outputs = []
+    for ((op, arguments),) in attention.calls(attention.plan(qkv, attended), positions, metadata, slots):
+        assert op is hdispatch.ops.attention_half
+        op(*arguments)
+        outputs.append(attended.clone())
+        attended.fill_(float("nan"))
+    return outputs, [layer.attention.kv_cache.clone() for layer in bound.layers]
+
+
+def test_padded_rows_of_a_decode_step_are_harmless():
+    """Rows with requests of no token, as in full graphs, and rows without requests: the same bits and caches as without."""
+    lengths = [1, 17, 40, 64]
+    expected, caches = half_outputs(with_caches(make_weights(schemes.Scheme())), lengths, 4)
+    assert all(each.isfinite().all() for each in expected)
+    assert not torch.equal(expected[0], expected[1])  # every layer has its own cache
+    padded, padded_caches = half_outputs(with_caches(make_weights(schemes.Scheme())), [*lengths, 0, 0], 6)
+    assert all(torch.equal(mine[:4], each) for mine, each in zip(padded, expected, strict=True))
+    assert all(each.isfinite().all() for each in padded)
+    assert all(torch.equal(mine, each) for mine, each in zip(padded_caches, caches, strict=True))
+    longer, longer_caches = half_outputs(with_caches(make_weights(schemes.Scheme())), lengths, 6)
+    assert all(torch.equal(mine[:4], each) for mine, each in zip(longer, expected, strict=True))
+    assert all(each[4:].isnan().all() for each in longer)
+    assert all(torch.equal(mine, each) for mine, each in zip(longer_caches, caches, strict=True))
+
+
+@pytest.mark.parametrize("reduce", [None, torch.clone])
+def test_decode_steps_in_chunks_and_with_sums(monkeypatch, reduce):
+    """More requests than the arena has rows, and sums over ranks: the bits of a step without either; caches too."""
+    lengths = [1 + 7 * request % 60 for request in range(150)]
+    metadata, slots = decode_step(lengths)
+    monkeypatch.setattr(sys.modules[__name__], "BLOCKS", 4 * len(lengths) + 1)
+    embedded = torch.randn(len(lengths), HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+
+    def run(reduce):
+        bound = with_caches(make_weights(schemes.PerTokenFp8()))
+        names = [layer.attention.layer_name for layer in bound.layers]
+        context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+        fused = layers.FusedLayers(Object(), bound, 512, make_attention(bound), lambda: context, reduce)
+        fused.arena.memory.fill_(255)
+        found = fused.forward(None, metadata.seq_lens.long() - 1, embedded).clone()
+        assert fused.attention.decode_reason is None
+        return fused.arena.rows, [found, *(layer.attention.kv_cache for layer in bound.layers)]
+
+    rows, expected = run(None)
+    assert rows == 512
+    assert all(each.isfinite().all() for each in expected)
+    for limit in (128, 512):
+        monkeypatch.setattr(layers, "rows_within", lambda *_, limit=limit: limit)
+        rows, found = run(reduce)
+        assert rows == limit
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_a_decode_step_writes_the_new_tokens_alone():
+    bound = with_caches(make_weights(schemes.Scheme()))
+    before = [layer.attention.kv_cache.clone() for layer in bound.layers]
+    _, caches = half_outputs(bound, [5, 16], 2)
+    _, slots = decode_step([5, 16])
+    for old, new in zip(before, caches, strict=True):
+        other = (old != new).any(-1).any(1).nonzero().tolist()
+        assert sorted(block * PAGE + place for block, place in other) == sorted(slots.tolist())
+
+
+LONG = attention_module.GRAPH_TOKENS + 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "longest", "change", "taken"),
+    [
+        ("auto", 512, {}, True),
+        ("fa3", 512, {}, False),
+        ("auto", 512, {"max_query_len": 2}, False),
+        ("auto", 512, {"num_actual_tokens": 3}, False),
+        ("auto", 512, {"max_seq_len": 512}, True),  # a graph of a short model
+        ("auto", LONG, {}, True),
+        ("auto", LONG, {"max_seq_len": LONG - 1}, True),
+        ("auto", LONG, {"max_seq_len": LONG}, False),  # a graph of a long one
+        ("half", LONG, {"max_seq_len": LONG}, True),
+    ],
+)
+def test_steps_that_take_attention_half(monkeypatch, setting, longest, change, taken):
+    monkeypatch.setenv("HDISPATCH_ATTENTION", setting)
+    attention = make_attention(with_caches(make_weights(schemes.Scheme())), longest)
+    assert not attention._is_decode(decode_step([5, 16])[0])  # before the caches are known
+    attention.bind()
+    assert attention._is_decode(decode_step([5, 16], **change)[0]) is taken
+
+
+def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monkeypatch, caplog):
+    """Every bucket is asked for, up to the rows of a step and the longest request; said once."""
+    asked = []
+
+    def refuse(op, *arguments):
+        hdispatch.explain(op, *arguments)  # raises for a wrong call
+        half = op.name == "attention_half"
+        asked.append((arguments[0].size(0), arguments[10] if half else None))
+        return f"no row of {op.name}" if arguments[0].size(0) == (64 if half else 256) else None
+
+    monkeypatch.setattr(
+        attention_module,
+        "loaded_ladders",
+        lambda op, _: Ladders((1, 8, 64, 256), *(("max_seq_len", (64, 1024)) if op == "attention_half" else ())),
+    )
+    monkeypatch.setattr(attention_module, "objection", refuse)
+    caplog.set_level("INFO", logger="vllm.hdispatch")
+    bound = with_caches(make_weights(schemes.Scheme()))
+    attention = make_attention(bound)
+    attention.bind()
+    assert asked == [(1, 64), (1, 512), (8, 64), (8, 512), (64, 64), (1, None), (8, None), (64, None), (256, None)]
+    assert (attention.decode_reason, attention.write_reason) == (
+        "no row of attention_half",
+        "no row of fused_qk_norm_rope_cache",
+    )
+    attention.bind()
+    said = (
+        "decode steps take FlashAttention 3: no row of attention_half; others FlashAttention 3 after vLLM's cache write: no row"
+    )
+    assert caplog.text.count(said) == 1
+    monkeypatch.setattr(attention_module, "objection", lambda *_: None)
+    assert attention.is_bound()
+    bound.layers[-1].attention.kv_cache = bound.layers[-1].attention.kv_cache.clone()
+    assert not attention.is_bound()
+    attention.bind()
+    assert (attention.decode_reason, attention.write_reason) == (None, None)
+    assert "decode steps take attention_half; others FlashAttention 3 after fused_qk_norm_rope_cache" in caplog.text
+
+
+def test_why_the_table_does_not_serve_a_call():
+    found = support.objection(hdispatch.ops.attention_half, *example())
+    assert found.startswith("attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4, max_seq_len=100): no bundle")
+    found = support.objection(hdispatch.ops.attention_half, *example(neox=False))
+    assert found == "attention_half: no variant has these values: is_neox is 0, served are 1"
+
+
+def test_rows_of_a_loaded_bundle(tmp_path):
+    """Served, no row, a guard that fails: of the bundle that serves the tensors' device."""
+    op = hdispatch.ops.toy
+    bundle = hdispatch.load(toy.write(tmp_path / "toy"), driver="null")
+    try:
+        assert support.loaded_ladders("toy", torch.device("cpu")) == Ladders((1, 2, 4, 8, 16))
+        assert support.loaded_ladders("attention_half", torch.device("cpu")) == Ladders(())
+        assert support.objection(op, *toy.arguments()) is None
+        assert support.objection(op, *toy.arguments(4, 513)) == (
+            "toy(bfloat16, M=4, K=513, N=0): the launch table has no row for it"
+        )
+        strided = toy.arguments()
+        strided[1] = torch.zeros(4, 72, dtype=torch.bfloat16)[:, :64]
+        assert "guard: input.stride(0) % 16 == 0 does not hold" in support.objection(op, *strided)
+    finally:
+        bundle.unload()
+    assert support.loaded_ladders("toy", torch.device("cpu")) == Ladders(())
+
+
+def example(neox=True):
+    bound = with_caches(make_weights(schemes.Scheme()))
+    attention = make_attention(dataclasses.replace(bound, neox=neox))
+    attention.bind()
+    return attention._half_example(3, 100)

@@ -1,9 +1,10 @@
 """The decoder layers of a model, run by hdispatch's ops: a step from token ids to the normed hidden states.
 
-A layer is norm, qkv product, rotary embedding, cache write, attention, quantization, out product, norm, gate and up product,
-activation, down product; norms, activations and quantizations are one kernel where the scheme allows. All buffers are views
-of one arena, and the argument tuples of all layers are made once for each number of rows. Steps with more rows than the arena
-has run what lies between two attentions in chunks.
+A layer is norm, qkv product, attention with all that belongs to it, quantization, out product, norm, gate and up product,
+activation, down product; norms, activations and quantizations are one kernel where the scheme allows. It runs as a list of
+calls: ops and their arguments. All buffers are views of one arena, and the arguments of all layers are made once for each
+number of rows, but for what attention knows only in the step. Steps with more rows than the arena has run what lies between
+two attentions in chunks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from ... import ops
-from .attention import FlashAttention3
+from .attention import Attention, Heads
 from .schemes import FP8, Call, Operand
 from .weights import Layer, Weights
 from .workspace import Arena, Buffer, rows_within
@@ -85,8 +86,8 @@ Fed = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...] | None]
 class Plan:
     """All that a step of m rows calls, apart from what is known only then.
 
-    fronts  of each layer, the calls before rotary embedding: norm and qkv product
-    ropes   of each layer, the arguments of the rotary embedding without the positions
+    heads   the rows as attention takes them
+    fronts  of each layer, the calls before attention: norm and qkv product
     outs    of each layer, from attention to the out product
     backs   of each layer, from the second norm to the down product; with a sum over ranks, to the activation
     downs   of each layer, the down product, where sums over ranks are taken
@@ -94,12 +95,8 @@ class Plan:
     """
 
     rows: Rows
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
+    heads: Heads
     fronts: tuple[tuple[Call, ...], ...]
-    ropes: tuple[tuple[Any, ...], ...]
     outs: tuple[tuple[Call, ...], ...]
     backs: tuple[tuple[Call, ...], ...]
     downs: tuple[tuple[Call, ...], ...]
@@ -124,7 +121,7 @@ class FusedLayers:
         model: Any,
         weights: Weights,
         most_rows: int,
-        attention: FlashAttention3,
+        attention: Attention,
         get_context: Callable[[], Any],
         reduce: Callable[[torch.Tensor], torch.Tensor] | None,
         former: FusedLayers | None = None,
@@ -137,9 +134,6 @@ class FusedLayers:
         self.arena: Arena = kept or Arena(buffers, rows_within(buffers, most_rows), device)
         self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._names = [layer.attention.layer_name for layer in weights.layers]
-        normed = weights.layers[0].q_norm is not None
-        # fused_qk_norm_rope takes the positions last, rotary_embedding first.
-        self._rope, self._positions_first = (ops.fused_qk_norm_rope, False) if normed else (ops.rotary_embedding, True)
 
     # ---- a step ----
 
@@ -184,57 +178,26 @@ class FusedLayers:
             out.copy_(self.model.embed_tokens(input_ids))
 
     def _run(self, plan: Plan, positions: torch.Tensor, metadata: Any, slots: Any) -> torch.Tensor:
+        if metadata is None:
+            plan.rows.attended.zero_()  # vLLM's memory profile, before the caches exist: all but attention runs
+        middles = self.attention.calls(plan.heads, positions, metadata, slots)
         if self._reduce is not None:
-            return self._run_parallel(plan, positions, metadata, slots)
-        rope, (before, after) = self._rope, self._around(positions)
-        if metadata is None:
-            return self._run_without_attention(plan, before, after)
-        write, attend, q, k, v = self.attention.write, self.attention.attend, plan.q, plan.k, plan.v
-        shared = self.attention.arguments(plan.out, metadata)
-        for front, rotated, (keys, values, k_scale, v_scale), out, back in zip(
-            plan.fronts, plan.ropes, self.attention.caches, plan.outs, plan.backs, strict=True
-        ):
-            for op, arguments in front:
-                op(*arguments)
-            rope(*before, *rotated, *after)
-            write(k, v, keys, values, slots, "auto", k_scale, v_scale)
-            attend(q, keys, values, *shared)
-            for op, arguments in out:
-                op(*arguments)
-            for op, arguments in back:
-                op(*arguments)
+            return self._run_parallel(plan, middles, self._reduce)
+        for layer in zip(plan.fronts, middles, plan.outs, plan.backs, strict=True):
+            for calls in layer:
+                for op, arguments in calls:
+                    op(*arguments)
         ops.fused_add_rms_norm(*plan.final)
         return plan.rows.hidden
 
-    def _run_without_attention(self, plan: Plan, before: tuple[Any, ...], after: tuple[Any, ...]) -> torch.Tensor:
-        """The step of vLLM's memory profile: all but the caches, which do not exist yet."""
-        plan.rows.attended.zero_()
-        for front, rotated, out, back in zip(plan.fronts, plan.ropes, plan.outs, plan.backs, strict=True):
-            _call(front)
-            self._rope(*before, *rotated, *after)
-            _call(out)
-            _call(back)
-        ops.fused_add_rms_norm(*plan.final)
-        return plan.rows.hidden
-
-    def _run_parallel(self, plan: Plan, positions: torch.Tensor, metadata: Any, slots: Any) -> torch.Tensor:
+    def _run_parallel(
+        self, plan: Plan, middles: list[tuple[Call, ...]], reduce: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
         """With a sum over ranks after each half of a layer: a new tensor, which the calls after it read where it is."""
-        before, after = self._around(positions)
-        hidden, reduce = plan.rows.hidden, self._reduce
-        assert reduce is not None
-        if metadata is None:
-            plan.rows.attended.zero_()
-            shared: tuple[Any, ...] = ()
-        else:
-            shared = self.attention.arguments(plan.out, metadata)
+        hidden = total = plan.rows.hidden
         _call(plan.fronts[0])
-        total = hidden
-        for n, (rotated, out, down, (back, front)) in enumerate(
-            zip(plan.ropes, plan.outs, plan.downs, plan.summed, strict=True)
-        ):
-            self._rope(*before, *rotated, *after)
-            if metadata is not None:
-                self._attend(n, plan.q, plan.k, plan.v, shared, slots)
+        for middle, out, down, (back, front) in zip(middles, plan.outs, plan.downs, plan.summed, strict=True):
+            _call(middle)
             _call(out)
             _feed(back, reduce(hidden))
             _call(down)
@@ -242,16 +205,6 @@ class FusedLayers:
             _feed(front, total)
         ops.fused_add_rms_norm(total, *plan.final[1:])
         return total
-
-    def _attend(self, n: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: tuple[Any, ...], slots: Any) -> None:
-        """Write the cache of layer n, then attend."""
-        keys, values, k_scale, v_scale = self.attention.caches[n]
-        self.attention.write(k, v, keys, values, slots, "auto", k_scale, v_scale)
-        self.attention.attend(q, keys, values, *shared)
-
-    def _around(self, positions: torch.Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What goes before and after the planned arguments of rotary embedding."""
-        return ((positions,), ()) if self._positions_first else ((), (positions,))
 
     # ---- more rows than the arena has ----
 
@@ -270,43 +223,35 @@ class FusedLayers:
         qkv = torch.empty(m, shape.qkv, dtype=dtype, device=device)
         attended = torch.empty(m, shape.attended, dtype=dtype, device=device)
         self._embed(residual, input_ids, inputs_embeds)
-        q, k, v, out = self._attention_views(qkv, attended)
-        shared = None if metadata is None else self.attention.arguments(out, metadata)
         if metadata is None:
             attended.zero_()
-        chunks = list(self._chunks(m, residual, qkv, attended, positions))
+        middles = self.attention.calls(self.attention.plan(qkv, attended), positions, metadata, slots)
+        chunks = list(self._chunks(m, residual, qkv, attended))
         layers = self.weights.layers
-        for rows, around, _ in chunks:
-            self._run_front(rows, layers[0], around, first=True)
-        for n, layer in enumerate(layers):
-            if shared is not None:
-                self._attend(n, q, k, v, shared, slots)
-            for rows, around, at in chunks:
+        for rows, _ in chunks:
+            _call(self._front(rows, layers[0], first=True))
+        for n, (layer, middle) in enumerate(zip(layers, middles, strict=True)):
+            _call(middle)
+            for rows, at in chunks:
                 _call(self._out(rows, layer))
                 self._sum(rows.hidden)
                 _call((*self._back(rows, layer), *self._down(rows, layer)))
                 self._sum(rows.hidden)
                 if n + 1 < len(layers):
-                    self._run_front(rows, layers[n + 1], around, first=False)
+                    _call(self._front(rows, layers[n + 1], first=False))
                 else:
                     ops.fused_add_rms_norm(rows.hidden, rows.residual, self.weights.final_norm, self.weights.epsilon)
                     result[at].copy_(rows.hidden)
         return result
 
     def _chunks(
-        self, m: int, residual: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor
-    ) -> Iterator[tuple[Rows, tuple[tuple[Any, ...], tuple[Any, ...]], slice]]:
-        """Tensors, positions and place of each chunk of rows; chunks are about equally long."""
+        self, m: int, residual: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor
+    ) -> Iterator[tuple[Rows, slice]]:
+        """Tensors and place of each chunk of rows; chunks are about equally long."""
         size = chunk_rows(m, self.arena.rows)
         for begin in range(0, m, size):
             at = slice(begin, min(m, begin + size))
-            rows = self._rows(at.stop - begin, residual[at], qkv[at], attended[at])
-            yield rows, self._around(positions[at]), at
-
-    def _run_front(self, rows: Rows, layer: Layer, around: tuple[tuple[Any, ...], tuple[Any, ...]], *, first: bool) -> None:
-        _call(self._front(rows, layer, first=first))
-        before, after = around
-        self._rope(*before, *self._rope_arguments(rows.qkv, layer), *after)
+            yield self._rows(at.stop - begin, residual[at], qkv[at], attended[at]), at
 
     def _sum(self, hidden: torch.Tensor) -> None:
         if self._reduce is not None:
@@ -324,9 +269,8 @@ class FusedLayers:
         parallel = self._reduce is not None
         plan = Plan(
             rows,
-            *self._attention_views(rows.qkv, rows.attended),
+            self.attention.plan(rows.qkv, rows.attended),
             fronts,
-            tuple(self._rope_arguments(rows.qkv, layer) for layer in layers),
             tuple(self._out(rows, layer) for layer in layers),
             backs if parallel else tuple(a + b for a, b in zip(backs, downs, strict=True)),
             downs,
@@ -357,14 +301,6 @@ class FusedLayers:
         scales = f"{name}.scales"
         return Operand(self.arena.view(name, m), self.arena.view(scales, m) if scales in self.arena.buffers else None, plain)
 
-    def _attention_views(
-        self, qkv: torch.Tensor, attended: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape, m = self.weights.shape, qkv.size(0)
-        heads = qkv.view(m, shape.heads + 2 * shape.kv_heads, shape.head_size)
-        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        return q, k, v, attended.view(m, shape.heads, shape.head_size)
-
     # ---- the calls of a layer ----
 
     def _front(self, rows: Rows, layer: Layer, *, first: bool) -> tuple[Call, ...]:
@@ -373,15 +309,6 @@ class FusedLayers:
         x, residual = (rows.residual, None) if first else (rows.hidden, rows.residual)
         norm = scheme.norm(x, rows.normed, layer.input_norm, epsilon, residual, layer.qkv)
         return (*norm, *scheme.product(rows.qkv, rows.normed, layer.qkv))
-
-    def _rope_arguments(self, qkv: torch.Tensor, layer: Layer) -> tuple[Any, ...]:
-        weights, shape = self.weights, self.weights.shape
-        if layer.q_norm is not None:
-            heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-            norms = (layer.q_norm, layer.k_norm)
-            return (qkv, *heads, shape.head_size, weights.epsilon, *norms, weights.rope_cache, weights.neox)
-        q, k = qkv[:, : shape.attended], qkv[:, shape.attended : shape.attended + shape.kv_heads * shape.head_size]
-        return q, k, shape.head_size, weights.rope_cache, weights.neox
 
     def _out(self, rows: Rows, layer: Layer) -> tuple[Call, ...]:
         scheme = self.weights.scheme
