@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve,
-#                                             server, vllm-tests, vllm-kernel-tests, load, sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, attention, dispatch, busy,
+#                                             bits, pdl, serve, server, vllm-tests, vllm-kernel-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
