@@ -67,8 +67,8 @@ def step_of(fused: layers.FusedLayers, m: int, device: torch.device) -> Callable
     """One call of forward, the next token's."""
     names = [layer.attention.layer_name for layer in fused.weights.layers]
     lengths = itertools.cycle(range(1, LONGEST // 2))
-    ids, positions, slots = torch.zeros(3, m, device=device, dtype=torch.int64)
-    slots = torch.full_like(slots, -1)
+    ids, positions = (torch.zeros(m, device=device, dtype=torch.int64) for _ in range(2))
+    slots = torch.full_like(ids, -1)
     metadata = SimpleNamespace(
         max_query_len=1,
         num_actual_tokens=m,
@@ -129,6 +129,7 @@ def main() -> None:
     options = parser.parse_args()
     hdispatch.load(options.bundle, driver=options.driver)
     device = torch.device("cuda" if options.driver == "cuda" else "cpu")
+    torch.set_num_threads(1)  # the embedding is looked up on the CPU under the null driver
     found = []
     with torch.inference_mode():
         fused = make_layers(device, options.layers)

@@ -722,9 +722,7 @@ def test_an_arena_of_given_memory(served):
     check(block("in given memory", arena=arena, max_rows=4), 4)
     assert not memory.eq(255).all()
     short = block("in too little", arena=hdispatch.Arena(memory[:-1]), max_rows=4)
-    with pytest.raises(
-        ArgumentError, match=f"memory has {wanted - 1} bytes; the sequence takes {wanted}, arena_by"
-    ):
+    with pytest.raises(ArgumentError, match=f"memory has {wanted - 1} bytes; the sequence takes {wanted}, arena_by"):
         check(short, 1)
     for wrong, reason in (
         (memory[1:], "from element 1 of its storage on; it takes all of a contiguous uint8 tensor"),
