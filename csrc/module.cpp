@@ -583,6 +583,14 @@ PYBIND11_MODULE(_C, m) {
     return Runtime::get().explain(*as_op(op).op, call);
   });
 
+  m.def(
+      "table_generation",
+      [](int device) -> uint64_t {
+        const TableReader reader;
+        const DeviceTable* table = Runtime::get().table(static_cast<DeviceSlot>(device + 1));
+        return table ? table->generation : 0;
+      },
+      py::arg("device"));
   m.def("driver_missing", &cuda_driver_missing);
   m.def("null_record", &null_record, py::arg("on"));
   m.def("null_launches", [] {

@@ -25,6 +25,7 @@ from .errors import (
 from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
+from .replay import Replays
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
 from .sequence import Arena, Sequence
 
@@ -42,6 +43,7 @@ __all__ = [
     "Key",
     "MissError",
     "Registration",
+    "Replays",
     "Sequence",
     "explain",
     "load",

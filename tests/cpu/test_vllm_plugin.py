@@ -628,15 +628,39 @@ def test_caches_that_are_replaced_are_those_that_steps_write():
         assert torch.equal(layer.attention.kv_cache, copy)
 
 
-def test_lengths_that_attention_half_is_told():
-    """In steps of 64 tokens, so that a sequence is seldom resolved for it; never more than the longest request may have."""
-    attention = make_attention(with_caches(make_weights(schemes.Scheme())), 500)
+@pytest.mark.parametrize(
+    ("edges", "limit", "expected"),
+    [
+        ((128, 256), 500, {1: 128, 128: 128, 129: 256, 256: 256, 257: 500, 500: 500}),
+        ((128, 256), 5000, {257: 1024, 1024: 1024, 1025: 2048, 4999: 5000}),
+        ((), 500, {1: 500, 500: 500}),
+    ],
+    ids=["to the longest", "behind the last edge", "no rows"],
+)
+def test_lengths_that_attention_half_is_told(monkeypatch, edges, limit, expected):
+    """The ends of buckets, so that a step is seldom resolved for it; never more than the longest request may have."""
+    monkeypatch.setattr(attention_module, "loaded_ladders", lambda *_: Object(m=(), second=edges))
+    attention = make_attention(with_caches(make_weights(schemes.Scheme())), limit)
     attention.bind()
-    told = []
-    for longest in (1, 64, 65, 499, 500):
-        metadata, slots = decode_step([1, longest])
-        told.append(attention.given(attention_module.Kind.HALF, torch.zeros(2), metadata, slots)[-1])
-    assert told == [64, 64, 128, 500, 500]
+    told = {}
+    for longest in expected:
+        found = Object(max_seq_len=longest, block_table=torch.zeros(1, 1), seq_lens=torch.ones(1))
+        told[longest] = attention.given(attention_module.Kind.HALF, torch.zeros(1), found, torch.zeros(1))[-1]
+    assert told == expected
+
+
+@pytest.mark.parametrize(("value", "on"), [(None, True), ("", True), ("1", True), ("0", False)])
+def test_replays_are_on_unless_switched_off(monkeypatch, value, on):
+    monkeypatch.delenv("HDISPATCH_REPLAY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("HDISPATCH_REPLAY", value)
+    assert settings.replay() is on
+
+
+def test_another_value_of_the_switch_is_refused(monkeypatch):
+    monkeypatch.setenv("HDISPATCH_REPLAY", "yes")
+    with pytest.raises(HdispatchError, match="HDISPATCH_REPLAY is 'yes'; it takes 1"):
+        settings.replay()
 
 
 def test_a_decode_step_writes_the_new_tokens_alone():

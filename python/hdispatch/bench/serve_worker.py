@@ -27,7 +27,8 @@ class Setup:
 
     mode    of `serve.MODES`
     graphs  "none", "decode" (vLLM's layers or ours captured whole, nothing compiled) or "compiled" (vLLM's default)
-    served  "no", "override" (vLLM's ops), "layers" (the plug-in) or "layers-fa3" (the same, decode steps by FlashAttention 3)
+    served  "no", "override" (vLLM's ops), "layers" (the plug-in), "layers-launches" (without replays),
+            "layers-fa3" (decode steps by FlashAttention 3)
     kv_gib  of KV cache
     """
 
@@ -64,6 +65,8 @@ def environment(setup: Setup, caches: Path) -> dict[str, str]:
     }
     if setup.served == "layers-fa3":
         found["HDISPATCH_ATTENTION"] = "fa3"
+    if setup.served == "layers-launches":
+        found["HDISPATCH_REPLAY"] = "0"
     found.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     return found
 

@@ -29,9 +29,8 @@ GRAPH_TOKENS = 8192
 ASKED_ROWS = 1024
 
 
-#: Of `max_seq_len`, as attention_half gets it, in tokens: a sequence resolves what takes it anew when it changes, and a decode
-#: step's would change each time.
-LENGTH_STEP = 64
+#: Of `max_seq_len`, as attention_half gets it, in tokens, behind the last edge of its buckets.
+LENGTH_STEP = 1024
 
 
 class Kind(enum.Enum):
@@ -75,6 +74,7 @@ class Attention:
         self._normed = weights.layers[0].q_norm is not None
         self._setting = settings.attention()
         self._said = ""
+        self._edges: tuple[int, ...] = ()  # of the buckets of max_seq_len
         self.decode_reason: str | None = "no step has had caches yet"
         self.write_reason: str | None = self.decode_reason
 
@@ -94,6 +94,7 @@ class Attention:
             self._caches.append(self._canonical(plain(attention.kv_cache)))
         self._first, self._last = self._layers[0].kv_cache, self._layers[-1].kv_cache
         self._longest = self._tell_longest()
+        self._edges = tuple(loaded_ladders(ops.attention_half.name, self._caches[0].device).second)
         if self._setting == "fa3":
             self.decode_reason = f"{settings.ATTENTION} is fa3"
         else:
@@ -195,11 +196,20 @@ class Attention:
         rows, found = positions.size(0), metadata
         slots = _with_rows(slots, rows, -1)
         if kind is Kind.HALF:
-            longest = min(-(-found.max_seq_len // LENGTH_STEP) * LENGTH_STEP, max(self._longest, found.max_seq_len))
+            longest = self._rounded(found.max_seq_len)
             table = _with_rows(found.block_table, rows, 0)
             return positions, slots, table, _with_rows(found.seq_lens, rows, 0), longest
         tensors = found.block_table, found.seq_lens, found.query_start_loc, found.scheduler_metadata
         return positions, slots, *tensors, found.max_query_len, found.max_seq_len, found.causal, found.max_num_splits
+
+    def _rounded(self, length: int) -> int:
+        """The end of the length's bucket, or the longest request's.
+
+        Calls with other arguments are resolved or captured anew, and a decode step's length grows each time. Blocks for tokens
+        that no request has leave at once.
+        """
+        edge = next((edge for edge in self._edges if edge >= length), -(-length // LENGTH_STEP) * LENGTH_STEP)
+        return min(edge, max(self._longest, length))
 
     def add(self, s: Sequence, kind: Kind, slots: dict[str, Any], n: int, qkv: SequenceTensor, out: SequenceTensor) -> None:
         """The steps of layer n from `qkv`, [M, (heads + 2 * kv heads) * head size], to `out`, [M, heads * head size]."""

@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 from ... import ops
+from ...replay import Replays
 from ...sequence import Arena, Sequence, SequenceTensor
+from . import settings
 from .attention import Attention, Kind
 from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
 from .weights import Weights
 from .workspace import ROWS, Workspace, rows_within
+
+#: Most rows of a step that is replayed when it comes again: with more, the GPU takes longer than the launches.
+REPLAYED_ROWS = 256
 
 #: The sequences' names in `stats`.
 LAYERS, HALF_LAYER = "decoder layers", "half a decoder layer"
@@ -65,16 +70,26 @@ class FusedLayers:
         row_bytes = _Builder(self, Kind.NOTHING, few=False, rows=ROWS, arena=Arena()).make().arena_bytes // ROWS
         kept = former.workspace if former is not None and former.workspace.fits(row_bytes, device) else None
         self.workspace: Workspace = kept or Workspace(rows_within(row_bytes, most_rows), row_bytes, device)
+        #: Where replayed steps have residual and hidden states: a graph has their addresses.
+        self._still: torch.Tensor | None = None
+        if reduce is None and device.type == "cuda" and settings.replay():
+            rows = min(REPLAYED_ROWS, self.workspace.rows)  # none in chunks
+            self._still = torch.empty(2, rows, weights.shape.hidden, dtype=weights.dtype, device=device)
 
     def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """Hidden states [rows, hidden] after the last norm."""
+        """Hidden states [rows, hidden] after the last norm; of a decode step valid until the next one, as a graph's are."""
         metadata, slots = self._step(self._get_context())
         kind = self.attention.kind(metadata)
         few = not self.weights.scheme.quantized and positions.size(0) <= LOW_LATENCY_ROWS
         sequences, _ = self._steps.get((kind, few)) or self._make_steps(kind, few)
         given = self.attention.given(kind, positions, metadata, slots)
+        if kind is Kind.HALF and self._still is not None and positions.size(0) <= self._still.size(1):
+            residual, hidden = self._still[0, : positions.size(0)], self._still[1, : positions.size(0)]
+            self._embed_into(residual, input_ids, inputs_embeds)
+            sequences[0](residual, hidden, *given)
+            return hidden
         residual = self._embed(input_ids, inputs_embeds)
         hidden = torch.empty_like(residual)
         if self._reduce is None:
@@ -107,6 +122,13 @@ class FusedLayers:
         embedded: torch.Tensor = self.model.embed_tokens(input_ids)
         return embedded
 
+    def _embed_into(self, out: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+        if inputs_embeds is not None:
+            out.copy_(inputs_embeds)
+        else:
+            assert input_ids is not None
+            torch.index_select(self.weights.embedding, 0, input_ids, out=out)
+
     def _run_halves(
         self,
         sequences: tuple[Callable[..., None], ...],
@@ -125,6 +147,8 @@ class FusedLayers:
 
     def _make_steps(self, kind: Kind, few: bool) -> Steps:
         made = _Builder(self, kind, few=few, rows=self.workspace.rows, arena=self.workspace.arena).make()
+        if kind is Kind.HALF and self._still is not None:
+            made = made._replace(sequences=(Replays(made.sequences[0], LAYERS),))
         self._steps[kind, few] = made
         return made
 

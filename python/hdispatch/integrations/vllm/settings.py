@@ -1,4 +1,4 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on, HDISPATCH_BUNDLE, HDISPATCH_ATTENTION."""
+"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from ...errors import HdispatchError
 SWITCH = "HDISPATCH"
 BUNDLE = "HDISPATCH_BUNDLE"
 ATTENTION = "HDISPATCH_ATTENTION"
+REPLAY = "HDISPATCH_REPLAY"
 #: What HDISPATCH_ATTENTION takes -> what decode steps take then.
 ATTENTIONS = {
     "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
@@ -42,6 +43,16 @@ def attention() -> str:
     if asked not in ATTENTIONS:
         raise HdispatchError(f"{ATTENTION} is {asked!r}; it takes {', '.join(ATTENTIONS)}")
     return asked
+
+
+def replay() -> bool:
+    """Whether decode steps that come again are replayed: HDISPATCH_REPLAY, 1 if not set. `HdispatchError` for another value."""
+    asked = os.environ.get(REPLAY, "") or "1"
+    if asked not in ("0", "1"):
+        raise HdispatchError(
+            f"{REPLAY} is {asked!r}; it takes 1 (replay decode steps that come again) or 0 (launch each kernel)"
+        )
+    return asked == "1"
 
 
 def bundle_folder() -> Path:

@@ -1,0 +1,122 @@
+"""Calls of a sequence that come again with the same memory, replayed as CUDA graphs: one launch for all.
+
+A driver call takes 2 to 5 µs of host time, and a decoder's step has hundreds. A graph of them takes 10, and 3 ms to make. So
+calls are as always until one comes for the third time: with the same tensors' addresses, sizes and strides, the same integers,
+the same launch table, on the same stream. Then it is captured, on a stream of its own, and replayed from there on.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import _C
+
+#: Graphs that are kept.
+MOST = 128
+#: Calls after which a graph that was not used makes room for another. Sooner, graphs would be made and dropped in turn, which
+#: takes longer than the launches.
+IDLE_CALLS = 4096
+#: Calls that are remembered until they come again.
+MOST_SEEN = 1024
+
+
+@dataclass
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    used: int = 0  #: number of the call that used it last
+
+
+class Replays:
+    """A sequence, called as it is itself; for one thread at a time.
+
+    sequence  what `Sequence.freeze` returned. Its foreign steps must be such that CUDA graphs may hold them
+    name      the sequence's, in `stats`
+    most      graphs that are kept
+    replays, captures  how many calls were replayed, and how many graphs were made
+
+    A call that the launch table did not serve is never captured, nor one under a capture of somebody else's, which gets the
+    launches themselves. A graph holds the kernels that it was made of, also those of a bundle that is unloaded since; it is not
+    replayed then. `stats` counts the launches of a capture, and no replays.
+    """
+
+    def __init__(self, sequence: Callable[..., None], name: str, *, most: int = MOST) -> None:
+        self.sequence, self.name, self.most = sequence, name, most
+        self.replays = self.captures = 0
+        self._calls = 0
+        self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
+        self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether its last call was served
+        self._streams: dict[int, torch.cuda.Stream] = {}
+
+    def __call__(self, *slots: Any) -> None:
+        """Run the sequence on the current stream of its tensors' device."""
+        device = next((slot.device for slot in slots if isinstance(slot, torch.Tensor)), None)
+        if device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+            self.sequence(*slots)
+            return
+        stream = torch.cuda.current_stream(device)
+        key = (stream.cuda_stream, _C.table_generation(device.index), *map(_identity, slots))
+        self._calls += 1
+        graph = self._graphs.get(key)
+        if graph is None:
+            if not self._seen.get(key) or not self._make_room(stream):
+                self._call(key, slots)
+                return
+            graph = self._capture(key, stream, slots)
+        else:
+            self._graphs.move_to_end(key)
+        self.replays += 1
+        graph.used = self._calls
+        with torch.cuda.device(device):
+            graph.graph.replay()
+
+    def _make_room(self, stream: torch.cuda.Stream) -> bool:
+        """Whether there is room for one more graph: drop one that has long not been used, if all places are taken."""
+        if len(self._graphs) < self.most:
+            return True
+        key, oldest = next(iter(self._graphs.items()))
+        if self._calls - oldest.used < IDLE_CALLS:
+            return False
+        stream.synchronize()  # it may be running
+        del self._graphs[key]
+        return True
+
+    def _call(self, key: Hashable, slots: tuple[Any, ...]) -> None:
+        """As always; note whether a call that came before is served now."""
+        again = key in self._seen
+        before = self._hits()
+        self.sequence(*slots)
+        self._seen[key] = again and self._hits() == before + 1
+        self._seen.move_to_end(key)
+        if len(self._seen) > MOST_SEEN:
+            self._seen.popitem(last=False)
+
+    def _hits(self) -> int:
+        counts = _C.sequence_stats().get(self.name)
+        return 0 if counts is None else int(counts["hits"])
+
+    def _capture(self, key: Hashable, stream: torch.cuda.Stream, slots: tuple[Any, ...]) -> _Graph:
+        """Make the graph of a call. Nothing runs."""
+        aside = self._streams.setdefault(stream.cuda_stream, torch.cuda.Stream(stream.device))  # type: ignore[no-untyped-call]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(aside):
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self.sequence(*slots)
+            finally:
+                graph.capture_end()
+        del self._seen[key]
+        self._graphs[key] = found = _Graph(graph)
+        self.captures += 1
+        return found
+
+
+def _identity(slot: Any) -> Hashable:
+    """What a graph has of a slot's value."""
+    if isinstance(slot, torch.Tensor):
+        return slot.data_ptr(), slot.shape, slot.stride(), slot.dtype
+    return slot  # type: ignore[no-any-return]
