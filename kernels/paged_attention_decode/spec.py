@@ -133,6 +133,7 @@ SPEC = OpSpec(
     config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     hints={"N": 560},  # a multiple of every group
+    measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
     workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
     served=served,
