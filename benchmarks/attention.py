@@ -237,24 +237,22 @@ def paths(case: Case, peers: Peers) -> dict[str, Callable[[int], Call]]:
     return found
 
 
-def no_row(made: dict[str, Callable[[int], Call]]) -> str:
-    """Why hdispatch does not serve a cell, or ""; its layer's half is left out of `made` if only that is not served."""
-    reasons = {}
-    for name in [name for name in (OURS, HALF) if name in made]:
-        try:
-            made[name](0)()
-        except hdispatch.MissError as error:
-            reasons[name] = str(error).partition(";")[0]
-    if HALF in reasons:
-        made.pop(HALF)
-    return reasons.get(OURS, "")
+def no_row(call: Call) -> str:
+    """Why hdispatch has no row for a call, or ""."""
+    try:
+        call()
+    except hdispatch.MissError as error:
+        return str(error).partition(";")[0]
+    return ""
 
 
 def measure(case: Case, peers: Peers, rounds: int, order: random.Random) -> dict[str, Any]:
     """A row of the result: median microseconds by path, errors, and the ratios to the best peers."""
     made = paths(case, peers)
-    if absent := no_row(made):
+    if absent := no_row(made[OURS](0)):
         return {"cell": case.cell._asdict(), "no_row": absent}
+    if HALF in made and no_row(made[HALF](0)):
+        made.pop(HALF)
     errors = {name: case.error(make(0), 0) for name, make in made.items() if name in (OURS, FA3, TRITON)}
     replays = {name: Replay([make(layer) for layer in range(case.layers)], case.layers) for name, make in made.items()}
     times = interleave(replays, rounds, order, in_a_row=2)
@@ -278,6 +276,8 @@ def host(peers: Peers, pool: torch.Tensor, rounds: int) -> dict[str, float]:
     """Microseconds of host time per call, enqueue only, of the layer's half at 32/8 heads, 1 x 1024; and the floor."""
     case = Case(Cell(32, 8, 1, 1024), pool)
     calls: dict[str, Call] = {HALF: case.half(0), OURS: case.ours(0)}
+    for name in [name for name, call in calls.items() if no_row(call)]:
+        calls.pop(name)
     if peers.fa3:
         metadata = case.metadata(peers.fa3)
         calls[FA3] = case.fa3(0, peers.fa3, metadata)
@@ -296,9 +296,10 @@ def host(peers: Peers, pool: torch.Tensor, rounds: int) -> dict[str, float]:
                 call()
             taken[name].append((time.perf_counter() - begin) / batch * 1e6)
         torch.cuda.synchronize()
-        taken["floor"].append(_C.bench_launch_ns(op, args, batch, False) / 1e3)
+        if HALF in calls:
+            taken["floor"].append(_C.bench_launch_ns(op, args, batch, False) / 1e3)
     torch.cuda.synchronize()
-    return {name: statistics.median(each) for name, each in taken.items()}
+    return {name: statistics.median(each) for name, each in taken.items() if each}
 
 
 def show(row: dict[str, Any]) -> str:
@@ -318,7 +319,7 @@ def verdicts(rows: list[dict[str, Any]], host_us: dict[str, float]) -> list[dict
     ratios = [row["ratio"] for row in rows if row["ratio"]]
     short = [r["ratio"] for r in rows if r["ratio"] and r["cell"]["batch"] <= 8 and r["cell"]["context"] <= 1024]
     mean = math.exp(statistics.fmean(map(math.log, short))) if short else None
-    over = host_us[HALF] / host_us["floor"]
+    over = host_us[HALF] / host_us["floor"] if HALF in host_us else None
     at_least = {
         "the best peer / hdispatch, worst cell, at least": (min(ratios, default=None), 1.0),
         "the same, geometric mean at M <= 8 and contexts to 1024, at least": (mean, 1.25),
@@ -329,7 +330,7 @@ def verdicts(rows: list[dict[str, Any]], host_us: dict[str, float]) -> list[dict
         "cells without a row, at most": (float(len(absent)), 0.0),
     }
     met = {what: None if got is None else got >= limit for what, (got, limit) in at_least.items()}
-    met |= {what: got <= limit for what, (got, limit) in at_most.items()}
+    met |= {what: None if got is None else got <= limit for what, (got, limit) in at_most.items()}
     return [
         {"what": what, "got": got, "limit": limit, "met": met[what]} for what, (got, limit) in {**at_least, **at_most}.items()
     ]
