@@ -196,7 +196,7 @@ def launch(
     config: dict[str, Any],
     _launcher: Callable[..., None],
 ) -> None:
-    """A block per split, kv head and request; splits of config["chunk"] tokens."""
+    """A block per split, kv head and request; see lib.split_chunk for config["chunk"]."""
     requests, heads, dim = out.shape
     kv_heads, page, rotary = kv_cache.size(1), kv_cache.size(2), cos_sin_cache.size(1)
     lib.check_cache("attention_half", kv_cache, heads, group, max_seq_len)
@@ -206,10 +206,10 @@ def launch(
         raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
     if rotary % 16 != 0 or rotary > dim:
         raise ValueError(f"attention_half: {rotary} of {dim} elements rotated; the kernel takes multiples of 16")
-    pdl, warps = config.get("pdl", True), config["num_warps"]
+    pdl, warps, chunk = config.get("pdl", True), config["num_warps"], lib.split_chunk(config["chunk"], group)
     _launcher(
         attention_half,
-        (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, config["chunk"]), kv_heads, requests),
+        (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, chunk), kv_heads, requests),
         out,
         qkv,
         q_weight,
@@ -224,7 +224,7 @@ def launch(
         max_seq_len,
         scale,
         eps,
-        config["chunk"],
+        chunk,
         page,
         lib.page_inverse(page),
         rotary // 16,
@@ -240,7 +240,7 @@ def launch(
         NORM=q_weight is not None,
         TILE=config["tile"],
         STAGES=config["stages"],
-        AT_ONCE=config.get("at_once", lib.rows_at_once(group, dim, warps)),
+        AT_ONCE=config.get("at_once", lib.parts_at_once(group, dim, warps)),
         EARLY=config.get("early", True),
         PDL=pdl,
         num_warps=warps,

@@ -112,12 +112,11 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Both norms or none; caches of angles as models have them; interleaved pairs in bfloat16."""
-    qkv, angles = variant.dtypes["qkv"], variant.dtypes["cos_sin_cache"]
-    if ("q_weight" in variant.dtypes) != ("k_weight" in variant.dtypes):
+    """Both norms or none, bfloat16, NeoX, heads of attention_half. The rest on request."""
+    dtypes, static = variant.dtypes, variant.static
+    if ("q_weight" in dtypes) != ("k_weight" in dtypes) or {dtypes["qkv"], dtypes["cos_sin_cache"]} != {torch.bfloat16}:
         return False
-    usual = qkv == angles or (qkv == torch.bfloat16 and angles == torch.float32)
-    return usual and (bool(variant.static["is_neox"]) or qkv == angles == torch.bfloat16)
+    return bool(static["is_neox"]) and static["head_dim"] in (64, 128)
 
 
 SPEC = OpSpec(

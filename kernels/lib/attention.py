@@ -4,8 +4,8 @@ Grid (splits, kv heads, requests). A block has the query rows of one kv head and
 what tensor cores take, and goes through the tokens of its split. Where a request has several splits, each leaves its sums in
 the workspace, and the block that counts itself last adds them up: one launch, nothing between blocks but that count.
 
-A split has `chunk` tokens, whatever the requests beside it; only where the workspace has fewer cells than that takes, more.
-The last split of the grid takes all that is left: a request longer than max_seq_len is slow, not wrong.
+A split has `split_chunk` tokens, whatever the requests beside it; more only where the workspace has fewer cells than that
+takes. The last split of the grid takes all that is left: a request longer than max_seq_len is slow, not wrong.
 """
 
 from __future__ import annotations
@@ -35,6 +35,14 @@ def splits_of(tokens: Any, pairs: Any, rows: int, chunk: int) -> Any:
     return torch.sym_max(1, torch.sym_min((tokens + (chunk - 1)) // chunk, cells(rows) // pairs))
 
 
+def split_chunk(chunk: int, rows: int) -> int:
+    """Tokens of a split for blocks of `rows` query rows, of a config whose `chunk` is for up to 4.
+
+    The last block of a pair reads rows * head_dim sums of every split, alone: with more rows, fewer splits are best.
+    """
+    return chunk * (1 if rows <= 4 else 2 if rows <= 16 else 4)
+
+
 def page_inverse(page: Any) -> Any:
     """ceil(2**32 / page): the upper half of its product with n is n // page, for n * page up to 2**32 (or page 2**i)."""
     return (2**32 + (page - 1)) // page
@@ -52,29 +60,32 @@ def check_cache(op: str, kv_cache: torch.Tensor, heads: Any, group: int, max_seq
         raise ValueError(f"{op}: K and V of a head have the stride {kv_cache.stride(3)}; the kernel takes 1")
 
 
-def rows_at_once(rows: int, dim: int, warps: int) -> int:
-    """Splits that the last block adds up at once: 64 registers a thread for their sums."""
-    return max(1, 64 * 32 * warps // (triton.next_power_of_2(rows) * dim))
+def parts_at_once(rows: int, dim: int, warps: int) -> int:
+    """Parts that the last block loads at once: 64 registers a thread, and no more than 16, which are loads of 16 bytes."""
+    return min(16, max(1, 64 * 32 * warps // (triton.next_power_of_2(rows) * dim)))
 
 
 def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
     """Configs worth measuring, for blocks of `rows` query rows; where requests have as many blocks as the GPU holds, no splits.
 
-    at_once  splits that the last block adds up at once; more of them cost registers
+    stages   4 and more leave an SM fewer blocks, with more bytes on their way
+    chunk    tokens of a split, before split_chunk
+    at_once  parts that the last block loads at once; more of them cost registers
     """
     dim, longest = sizes["K"], sizes.get("max_seq_len", 2**15)
     if dim >= 256 or rows > 32:
-        tiles = [(32, 4, 3), (32, 8, 3), (64, 8, 2), (32, 4, 2)]
+        tiles = [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 8, 2), (32, 4, 2)]
     else:
-        tiles = [(64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 3)]
-    chunks = [chunk for chunk in (64, 128, 256, 512, 1024, 2048) if chunk < longest and sizes["M"] * longest < 2048 * chunk]
+        tiles = [(64, 4, 3), (64, 4, 4), (64, 4, 5), (64, 4, 2), (32, 4, 4), (128, 4, 2), (128, 8, 3), (128, 8, 4)]
+    scale = split_chunk(1, rows)
+    chunks = [chunk for chunk in (32, 64, 128, 256, 512, 1024, 2048) if 2048 * chunk * scale > sizes["M"] * longest]
     shapes = [
         {"tile": tile, "num_warps": warps, "stages": stages, "chunk": chunk}
         for tile, warps, stages in tiles
-        for chunk in (*(chunk for chunk in chunks if chunk >= tile), WHOLE)
+        for chunk in (*(chunk for chunk in chunks if tile <= chunk * scale < longest), WHOLE)
     ]
     tile, warps, _ = tiles[0]
-    more = 2 * rows_at_once(rows, dim, warps)
+    more = 2 * parts_at_once(rows, dim, warps)
     return shapes + [{**shape, "at_once": more} for shape in shapes if shape["tile"] == tile and shape["chunk"] != WHOLE]
 
 
@@ -237,6 +248,19 @@ def finish(
 
 
 @triton.jit
+def from_l2(at, seen):
+    """Float32 numbers at the addresses `at`, of which all can be read, or -inf where not `seen`.
+
+    In the layout of what is made of them: a tl.load of so few gets one of its own, and then barriers to change it.
+    """
+    if INTERPRETED:
+        found = tl.load(at)
+    else:
+        found = tl.inline_asm_elementwise("ld.global.cg.f32 $0, [$1];", "=f,l", [at], tl.float32, is_pure=False, pack=1)
+    return tl.where(seen, found, float("-inf"))
+
+
+@triton.jit
 def combine(
     out,
     out_row,
@@ -251,28 +275,37 @@ def combine(
     PADDED: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each."""
+    """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each.
+
+    Each thread on its own, without a barrier that would hold loads up. Matrices only: sums over a cube's first dimension go
+    through shared memory row by row in Triton 3.6.
+    """
     first = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
-    d = tl.arange(0, D)
-    s = tl.arange(0, AT_ONCE)
+    rows = queries * G
     row = tl.arange(0, PADDED)
-    live = row < queries * G
-    m = tl.full([PADDED], float("-inf"), tl.float32)
+    d = tl.arange(0, D)
+    live = row < rows
+    top = tl.full([PADDED], float("-inf"), tl.float32)
     total = tl.zeros([PADDED], tl.float32)
     acc = tl.zeros([PADDED, D], tl.float32)
     for start in range(0, used, AT_ONCE):
-        here = (start + s < used)[:, None] & live[None, :]
-        cell = (first + start + s)[:, None] * (queries * G) + row[None, :]
-        # From L2: the first-level cache may have what an earlier launch left there.
-        part = tl.load(parts + cell[:, :, None] * D + d[None, None, :], here[:, :, None], other=0.0, cache_modifier=".cg")
-        top_here = tl.load(tops + cell, here, other=float("-inf"), cache_modifier=".cg")
-        sum_here = tl.load(sums + cell, here, other=0.0, cache_modifier=".cg")
-        top = tl.maximum(m, tl.max(top_here, 0))
-        safe = tl.where(top == float("-inf"), 0.0, top)
-        weight = tl.exp2(top_here - safe[None, :])
-        alpha = tl.exp2(m - safe)
-        total = total * alpha + tl.sum(sum_here * weight, 0)
-        acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
-        m = top
+        # All loads before all sums: those would wait for the first loads, and the others behind them.
+        loaded = ()
+        for i in tl.static_range(AT_ONCE):
+            # Past the last split it is that one again, with no weight.
+            seen = start + i < used
+            cell = (first + tl.minimum(start + i, used - 1)) * rows + tl.minimum(row, rows - 1)
+            # From L2: the first-level cache may have what an earlier launch left there.
+            part = tl.load(parts + cell[:, None] * D + d[None, :], (live & seen)[:, None], other=0.0, cache_modifier=".cg")
+            found = from_l2(tops + cell, seen), from_l2(sums + cell, True), part
+            loaded = loaded + (found,)  # noqa: RUF005 -- Triton knows no *loaded
+        for i in tl.static_range(AT_ONCE):
+            part_top, part_sum, part = loaded[i]
+            higher = tl.maximum(top, part_top)
+            safe = tl.where(higher == float("-inf"), 0.0, higher)
+            alpha, weight = tl.exp2(top - safe), tl.exp2(part_top - safe)
+            total = total * alpha + part_sum * weight
+            acc = acc * alpha[:, None] + part * weight[:, None]
+            top = higher
     at = outputs_of(row, out_row, G, D)
     tl.store(out + at[:, None] + d[None, :], (weighted(acc, total) * factor).to(out.dtype.element_ty), live[:, None])

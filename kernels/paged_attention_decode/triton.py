@@ -130,7 +130,7 @@ def launch(
     config: dict[str, Any],
     _launcher: Callable[..., None],
 ) -> None:
-    """A block per split, kv head and request; splits of config["chunk"] tokens."""
+    """A block per split, kv head and request; see lib.split_chunk for config["chunk"]."""
     if q.dim() == 3:  # called directly; the doors make it four
         out, q = out.unsqueeze(1), q.unsqueeze(1)
     requests, queries, heads, dim = q.shape
@@ -143,9 +143,10 @@ def launch(
     if q.stride(3) != 1:
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
     pdl, warps, rows = config.get("pdl", True), config["num_warps"], max_queries * group
+    chunk = lib.split_chunk(config["chunk"], rows)
     _launcher(
         paged_attention_decode,
-        (lib.splits_of(max_seq_len, requests * kv_heads, rows, config["chunk"]), kv_heads, requests),
+        (lib.splits_of(max_seq_len, requests * kv_heads, rows, chunk), kv_heads, requests),
         out,
         q,
         kv_cache,
@@ -160,7 +161,7 @@ def launch(
         k_scale,
         v_scale,
         queries,
-        config["chunk"],
+        chunk,
         page,
         lib.page_inverse(page),
         out.stride(0),
@@ -179,7 +180,7 @@ def launch(
         SINKS=sinks is not None,
         TILE=config["tile"],
         STAGES=config["stages"],
-        AT_ONCE=config.get("at_once", lib.rows_at_once(rows, dim, warps)),
+        AT_ONCE=config.get("at_once", lib.parts_at_once(rows, dim, warps)),
         PDL=pdl,
         num_warps=warps,
         launch_pdl=pdl,

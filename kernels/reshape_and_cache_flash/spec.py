@@ -63,8 +63,10 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Caches of the dtype of key with "auto", of fp8 or bytes with the others."""
+    """bfloat16; caches of that with "auto", of fp8 or bytes with the others. The rest on request."""
     key, cache = variant.dtypes["key"], variant.dtypes["key_cache"]
+    if key != torch.bfloat16:
+        return False
     return key == cache if variant.static["kv_cache_dtype"] == "auto" else cache.itemsize == 1
 
 
@@ -89,7 +91,7 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=({"K": 128}, {"K": 64}, {"K": 256}),
+    shapes=({"K": 128}, {"K": 64}),
     config_key={"head_dim": "K", "num_tokens": "M"},
     hints={"N": 8},
     doc=reference.__doc__ or "",

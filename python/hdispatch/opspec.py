@@ -228,6 +228,7 @@ class OpSpec:
     accumulation                root mean square of what the kernels' sums over K lose besides roundings of the output, per
                                 square root of K and relative to the output's own; 0 where they add in float32.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
+    measured                    sizes to measure candidates at of symbols that rows leave open; `hints` for the others.
     closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
     workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
     fallback                    what serves calls that no row does; `reference` if None. Same arguments, and it takes all that
@@ -246,6 +247,7 @@ class OpSpec:
     typical: str | None = None
     accumulation: float = 0.0
     hints: Mapping[str, int] = field(default_factory=dict)
+    measured: Mapping[str, int] = field(default_factory=dict)
     closed: bool = False
     fallback: Callable[..., None] | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None

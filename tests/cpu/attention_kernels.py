@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from hdispatch.kernels.lib.attention import split_chunk
 from hdispatch.kernels.lib.paged_kv import Paged, random_paged
 from hdispatch.kernels.lib.workspace import BYTES
 from hdispatch.opspec import WORKSPACE_COUNTERS
@@ -34,8 +35,16 @@ def launcher(kernel: Any, grid: tuple[int, ...], *values: Any, **options: Any) -
 
 
 def launched(op: str, config: dict[str, Any]) -> Callable[[dict[str, Any]], None]:
+    """The kernel as a call of arguments by name; config["chunk"] is what a split has here."""
     module = importlib.import_module(f"hdispatch.kernels.{op}.triton")
-    return lambda args: module.launch(*args.values(), config={**config, "pdl": False}, _launcher=launcher)
+
+    def call(args: dict[str, Any]) -> None:
+        own = {"pdl": False}
+        if "chunk" in config:
+            own["chunk"] = config["chunk"] // split_chunk(1, args["group"] * args.get("max_queries", 1))
+        module.launch(*args.values(), config={**config, **own}, _launcher=launcher)
+
+    return call
 
 
 def refer(op: str, args: dict[str, Any]) -> None:
@@ -199,6 +208,8 @@ DECODE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ragged, with and without splits": (decode([129, 33, 5, 1, 97]), {**TILE, "chunk": 32}),
     "splits that end at a tile": (decode([65, 64, 63, 128], kv_heads=1), {**TILE, "chunk": 64}),
     "many splits": (decode([700], kv_heads=1), {**TILE, "chunk": 32}),
+    "as many splits as parts at once, and one more": (decode([128, 129], kv_heads=1), {**TILE, "chunk": 32, "at_once": 4}),
+    "one part at once": (decode([70, 33], kv_heads=1), {**TILE, "chunk": 32, "at_once": 1}),
     "padding": (decode([70, 0, 0]), {**TILE, "chunk": 32}),
     "longer than the longest": (decode([70, 40], longer=500), {**TILE, "chunk": 32}),
     "fewer splits than chunks": (decode([200] * 3, group=16, kv_heads=1, longer=40000), {**TILE, "chunk": 32}),

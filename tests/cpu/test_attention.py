@@ -5,6 +5,7 @@ attention_kernels.py interprets the kernels; it runs in a process of its own, on
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -184,3 +185,18 @@ def test_what_the_declaration_cannot_say_is_refused_by_name(op: str, name: str) 
     args[name] = WRONG[op][name](args[name])
     with pytest.raises(ArgumentError, match=op):
         getattr(hdispatch.ops, op)(*args.values())
+
+
+def test_gpu_tests_are_skipped_where_a_bundle_has_no_row_of_a_variant_and_only_there() -> None:
+    path = Path(__file__).parents[1] / "gpu" / "conftest.py"
+    found = importlib.util.spec_from_file_location("gpu_conftest", path)
+    module = importlib.util.module_from_spec(found)
+    found.loader.exec_module(module)
+    miss = "paged_attention_decode(bfloat16-bfloat16+group=2+max_queries=4, M=1, K=128, N=16, max_seq_len=128): the table"
+    row = {"op": "paged_attention_decode", "variant": "bfloat16-bfloat16+group=2+max_queries=4", "K": 128}
+    wanted = "the bundle has no row of paged_attention_decode(bfloat16-bfloat16+group=2+max_queries=4) with K=128"
+    assert module.absent_rows(miss, []) == wanted
+    assert module.absent_rows(miss, [{**row, "K": 64}, {**row, "variant": "other"}, {**row, "op": "other"}]) == wanted
+    assert module.absent_rows(miss, [row]) is None
+    assert module.absent_rows(miss, [{**row, "K": 0}]) is None
+    assert module.absent_rows("another error", []) is None

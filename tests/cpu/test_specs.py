@@ -225,6 +225,10 @@ def test_activation_is_not_rounded_to_16_bits() -> None:
 BACKENDS = ("helion", "triton", "cutedsl")
 
 
+#: Shapes with configs of their own that a bundle holds on request only.
+ON_REQUEST = {"attention_half": [{"K": 256}], "paged_attention_decode": [{"K": 256}]}
+
+
 @pytest.mark.parametrize("op", available_ops())
 def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     spec, folder = spec_of(op), Path(hdispatch.configs.__path__[0]) / op
@@ -236,7 +240,7 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     first, *others = (name for name in BACKENDS if name in backends)
     for installed in ([first, *others], [name for name in (first, *others) if name not in OPTIONAL]):
         part = file.available(installed, first)
-        for shape in spec.shapes:
+        for shape in (*spec.shapes, *ON_REQUEST.get(op, ())):
             sizes = {symbol: size for symbol, size in shape.items() if symbol in symbols}
             for edges in map(spec.ladders.edges, range(spec.ladders.count)):
                 entry, edge = part.pick(spec, shape, edges), edges["M"]

@@ -196,3 +196,11 @@ def test_helions_own_space_and_the_command_line(tmp_path, capsys):
 def test_bad_requests(tmp_path, capsys, arguments, message):
     assert main(["tune", "candidates", "--out", str(tmp_path / "out"), *arguments]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_sizes_that_rows_leave_open_are_measured_at_those_that_the_spec_says():
+    """Attention's splits depend on the number of heads: that of a model, not one that every group divides."""
+    for op in ("attention_half", "paged_attention_decode"):
+        (point, *_) = tune.points_of(f"hdispatch.kernels.{op}", tune.Scope(shapes=lambda _spec: [{"K": 128}]))
+        assert tune.sizes_of(point)["N"] == 32
+        assert tune.load_spec(point.package).hint("N") % 35 == 0

@@ -202,7 +202,6 @@ class CallMaker:
     variant: Variant
     shape: Mapping[str, int]
     second: int | None = None
-    _samples: dict[tuple[tuple[str, int], ...], dict[str, Any]] = field(default_factory=dict, compare=False, repr=False)
 
     def symbolic(self, hint: int, *, floats: bool = True) -> Call:
         """A call with all that is free symbolic, floats if asked for; M is thought of as `hint` (at least 2).
@@ -324,15 +323,17 @@ class CallMaker:
         return dims
 
     def _sampled(self, whole: Mapping[str, int]) -> dict[str, Any]:
-        """The arguments of a sample call of two rows, by name."""
-        key = tuple(sorted((name, size) for name, size in whole.items() if name != "M"))
-        if key not in self._samples:
+        """The arguments of a sample call of two rows, by name; tensors without their data."""
+        sizes = tuple(sorted((name, size) for name, size in whole.items() if name != "M"))
+        key = (id(self.spec), self.variant.name, sizes)
+        if key not in _SAMPLES:
             second = {name: size for name, size in self.spec.ladders.edges(0).items() if name != "M"}
             args = self.spec.sample(
-                self.variant, {**dict(key), **second, "M": 2}, torch.device("cpu"), torch.Generator().manual_seed(0)
+                self.variant, {**dict(sizes), **second, "M": 2}, torch.device("cpu"), torch.Generator().manual_seed(0)
             )
-            self._samples[key] = dict(zip(self._names(), args, strict=True))
-        return self._samples[key]
+            bare = (arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args)
+            _SAMPLES[key] = self.spec, dict(zip(self._names(), bare, strict=True))
+        return _SAMPLES[key][1]
 
     def _multiple(self, name: str) -> int:
         """What a leaf may be taken to be a multiple of; a guard tests it where it matters."""
@@ -396,6 +397,9 @@ class CallMaker:
         with mode:
             return torch.empty_strided(sizes, strides, dtype=self.variant.dtypes[arg.name], device="cuda")
 
+
+#: Sample calls by spec, variant and sizes, which the records of all its configs share. The spec is there to keep its id.
+_SAMPLES: dict[tuple[int, str, tuple[tuple[str, int], ...]], tuple[OpSpec, dict[str, Any]]] = {}
 
 #: Values of the generic sizes, K first, at which a record is held against the host function besides the hints.
 _OTHER_SIZES = ((2048, 4096), (5120, 1024), (12288, 25600), (1024, 2048))

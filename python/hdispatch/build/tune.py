@@ -144,9 +144,9 @@ def points_of(package: str, scope: Scope, *, measured: bool = True) -> list[Poin
 
 
 def sizes_of(point: Point) -> dict[str, int]:
-    """All sizes to measure a point at, the buckets' edges included: open ones as the spec hints."""
+    """All sizes to measure a point at, the buckets' edges included: open ones as the spec says."""
     spec = load_spec(point.package)
-    hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
+    hinted = {symbol: spec.measured.get(symbol, spec.hint(symbol)) for symbol in spec.symbols() if symbol != "M"}
     return {**hinted, **dict(point.row), **spec.ladders.edges(point.bucket)}
 
 

@@ -181,7 +181,7 @@ def _scope(arguments: argparse.Namespace, tune: Any) -> Any:
 
 def _chosen_variants(names: Sequence[str]) -> Callable[[OpSpec], Iterable[str]]:
     def choose(spec: OpSpec) -> list[str]:
-        has = [variant.name for variant in spec.served_variants()]
+        has = [variant.name for variant in spec.variants()]
         return [name for name in names if name in has] or [spec.typical_variant().name]
 
     return choose
