@@ -74,7 +74,7 @@ def _check(
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments, all elements of the heads rotated. `OpSpec` says the rest; K is a multiple of head_dim."""
     m, k, dtype, dim = sizes["M"], sizes["K"], variant.dtypes["qkv"], int(variant.static["head_dim"])
-    q_heads, k_heads = _split(k, dim)
+    q_heads, k_heads = split_heads(k, dim)
     return [
         random_rows(m, k, dtype, device, generator),
         q_heads,
@@ -91,7 +91,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     ]
 
 
-def _split(k: int, head_dim: int) -> tuple[int, int]:
+def split_heads(k: int, head_dim: int) -> tuple[int, int]:
     """Heads of q and of k in a row of K elements; where no model is known, about half and a quarter of them."""
     if head_dim == 128 and k in MODELS:
         return MODELS[k]

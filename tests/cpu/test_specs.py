@@ -238,8 +238,8 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
         part = file.available(installed, first)
         for shape in spec.shapes:
             sizes = {symbol: size for symbol, size in shape.items() if symbol in symbols}
-            for edge in spec.ladder:
-                entry = part.pick(spec, shape, {"M": edge})
+            for edges in map(spec.ladders.edges, range(spec.ladders.count)):
+                entry, edge = part.pick(spec, shape, edges), edges["M"]
                 picked.append(entry)
                 if not default:
                     assert entry.shape == sizes, f"{file.path}: {shape} is served by the config of another shape: {entry}"

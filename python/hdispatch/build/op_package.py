@@ -19,10 +19,11 @@ KERNELS = "hdispatch.kernels"
 
 
 def available_ops() -> list[str]:
-    """Names of the ops that come with hdispatch."""
+    """Names of the ops that come with hdispatch: the packages that declare one."""
     package = importlib.util.find_spec(KERNELS)
-    folders = list(package.submodule_search_locations or ()) if package else []
-    return sorted(module.name for module in pkgutil.iter_modules(folders) if module.ispkg)
+    folders = [Path(folder) for folder in package.submodule_search_locations or ()] if package else []
+    names = [module.name for module in pkgutil.iter_modules(map(str, folders)) if module.ispkg]
+    return sorted(name for name in names if any((folder / name / "spec.py").is_file() for folder in folders))
 
 
 def find(ops: Sequence[str] | None, extra: Sequence[str] = ()) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""attention_half: the op's declaration and its kernels."""

@@ -1,0 +1,253 @@
+"""The Triton kernel of attention_half: a block norms and rotates its own query rows and takes the new token from registers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import Variant
+
+from ..lib import attention as lib
+from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
+
+GENERIC = ("N",)
+INDEX_BITS = 64
+# All but qkv, which the kernel before this one writes: no kernel of a step writes the others, and of its launches only this one
+# writes this layer's cache.
+EARLY_READS = (
+    "q_weight",
+    "k_weight",
+    "cos_sin_cache",
+    "positions",
+    "slot_mapping",
+    "kv_cache",
+    "block_table",
+    "seq_lens",
+)
+
+
+@triton.jit
+def partners(half, D: tl.constexpr):
+    """For the elements [D] of a head: how far the other element of its pair is, and whether it is the pair's first.
+
+    NeoX: elements i and i + half for i < half; the rest have pairs too, for the sum of squares. Steps are the same for 8
+    elements in a row, so that what is loaded with them are vectors.
+    """
+    d = tl.arange(0, D)
+    rest = D // 2 - half
+    low, rotated, rest_low = d < half, d < 2 * half, d < 2 * half + rest
+    step = tl.where(low, half, tl.where(rotated, -half, tl.where(rest_low, rest, -rest)))
+    return step, low | (~rotated & rest_low)
+
+
+@triton.jit
+def turned(x, y, x_weight, y_weight, first, cos, sin, eps, D: tl.constexpr, NORM: tl.constexpr):
+    """Heads x [rows, D] in float32 after RMS norm and rotation; y has of each element the other one of its pair.
+
+    The operations and their order are those of fused_qk_norm_rope, whose threads add the squares of each pair first: here
+    every sum has what is added there, twice.
+    """
+    if NORM:
+        a, b = tl.where(first, x, y), tl.where(first, y, x)
+        rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) * (0.5 / D) + eps)[:, None]
+        x, y = x * (rstd * x_weight), y * (rstd * y_weight)
+    return tl.where(first, x * cos - y * sin, x * cos + y * sin)
+
+
+@triton.jit
+def attention_half(
+    out,
+    qkv,
+    q_weight,
+    k_weight,
+    cos_sin_cache,
+    positions,
+    slot_mapping,
+    kv_cache,
+    block_table,
+    seq_lens,
+    workspace,
+    max_seq_len,
+    scale,
+    eps,
+    chunk,
+    page,
+    inverse,
+    eighths,
+    out_row,
+    qkv_row,
+    table_row,
+    block_stride,
+    head_stride,
+    slot_stride,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    NORM: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    EARLY: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (splits, kv heads, requests). The cache's tokens are split; the new one belongs to the last split that is used.
+
+    Of ROWS rows the first G are query heads, and the next one is k, which costs nothing there. eighths is half of the rotary
+    dimension / 8: so its rows are seen to be aligned. EARLY: all but qkv is read, and the first tile is brought to L2, before
+    the wait.
+    """
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    request = tl.program_id(2)
+    heads = tl.num_programs(1)
+    half = eighths * 8
+    if PDL and not EARLY:
+        tl.extra.cuda.gdc_wait()
+    old = tl.load(seq_lens + request) - 1
+    position = tl.load(positions + request)
+    slot = tl.load(slot_mapping + request)
+    size = split_tokens(max_seq_len - 1, chunk)
+    used = tl.minimum(tl.maximum(tl.cdiv(old, size), 1), tl.num_programs(0))
+    if split >= used:
+        # A block that ends without waiting would let the next kernel's wait end before the kernels before this one have.
+        if PDL and EARLY:
+            tl.extra.cuda.gdc_wait()
+        return
+    is_last = split == used - 1
+    begin = split * size
+    end = tl.where(split == tl.num_programs(0) - 1, old, tl.minimum(begin + size, old))
+    cache = kv_cache + head.to(tl.int64) * head_stride
+    table = block_table + request.to(tl.int64) * table_row
+    token = begin + tl.arange(0, TILE)
+    coming = blocks_of(table, token, end, inverse)
+    if EARLY:
+        prefetch(cache, places_of(coming, token, page, inverse, block_stride, slot_stride), D)
+
+    row = tl.arange(0, ROWS)
+    d = tl.arange(0, D)
+    own = tl.broadcast_to(d[None, :], (ROWS, D))
+    step, first = partners(half, D)
+    other, first = own + step[None, :], first[None, :]
+    # As matrices, here too, the constants get the heads' layout in registers.
+    x_weight, y_weight = 1.0, 1.0
+    if NORM:
+        weight = tl.where(row < G, q_weight, k_weight)[:, None]
+        x_weight, y_weight = tl.load(weight + own).to(tl.float32), tl.load(weight + other).to(tl.float32)
+    rotated = own < 2 * half
+    angle = cos_sin_cache + position * (2 * half) + tl.where(d < half, 0, -half)[None, :] + own
+    cos = tl.load(angle, rotated, other=1.0).to(tl.float32)
+    sin = tl.load(angle + half, rotated, other=0.0).to(tl.float32)
+    if PDL and EARLY:
+        tl.extra.cuda.gdc_wait()
+
+    line = qkv + request.to(tl.int64) * qkv_row
+    heads_at = line + (tl.where(row < G, head * G + row, heads * G + head) * D)[:, None]
+    here = (row <= G)[:, None]
+    x = tl.load(heads_at + own, here, other=0.0).to(tl.float32)
+    y = tl.load(heads_at + other, here, other=0.0).to(tl.float32)
+    v_new = tl.load(line + (heads * (G + 1) + head) * D + d)
+    dtype: tl.constexpr = qkv.dtype.element_ty
+    work: tl.constexpr = tl.float32 if INTERPRETED else dtype
+    x = turned(x, y, x_weight, y_weight, first, cos, sin, eps, D, NORM).to(dtype)
+
+    writes = is_last & (slot >= 0)
+    # Unsigned, of 32 bits: a cheaper division.
+    block = (slot.to(tl.uint32) // tl.cast(page, tl.uint32)).to(tl.int64)
+    place = cache + block * block_stride + (slot - block * page) * slot_stride
+    tl.store(place + own, x, ((row == G) & writes)[:, None])
+    tl.store(place + D + d, v_new, (d < D) & writes)
+
+    scale_log2 = scale * LOG2E
+    x = x.to(work)
+    scores = tl.sum(tl.where(row[None, :] == G, tl.dot(x, tl.trans(x)), 0.0), 1) * scale_log2
+    m = tl.where(is_last, scores, float("-inf"))
+    total = tl.where(is_last, tl.full([ROWS], 1.0, tl.float32), 0.0)
+    acc = tl.zeros([ROWS, D], tl.float32) + tl.where(is_last, v_new.to(tl.float32), 0.0)[None, :]
+    m, total, acc = tokens_of_split(
+        x, m, total, acc, cache, table, coming, begin, end, row, 0, scale_log2, 0.0, page, inverse, block_stride, slot_stride,
+        D, TILE, STAGES, False, False, False,
+    )  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    finish(out, out_row, workspace, used, m, total, acc, 1.0, 1, G, D, triton.next_power_of_2(G), AT_ONCE)
+
+
+def launch(
+    out: torch.Tensor,
+    qkv: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    cos_sin_cache: torch.Tensor,
+    positions: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    max_seq_len: int,
+    scale: float,
+    eps: float,
+    group: int,
+    _is_neox: bool,
+    workspace: torch.Tensor,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """A block per split, kv head and request; splits of config["chunk"] tokens."""
+    requests, heads, dim = out.shape
+    kv_heads, page, rotary = kv_cache.size(1), kv_cache.size(2), cos_sin_cache.size(1)
+    lib.check_cache("attention_half", kv_cache, heads, group, max_seq_len)
+    if qkv.size(1) != (heads + 2 * kv_heads) * dim:
+        raise ValueError(f"attention_half: rows of {qkv.size(1)} elements are not {heads} + 2 * {kv_heads} heads of {dim}")
+    if qkv.stride(0) % 16 != 0:
+        raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
+    if rotary % 16 != 0 or rotary > dim:
+        raise ValueError(f"attention_half: {rotary} of {dim} elements rotated; the kernel takes multiples of 16")
+    pdl, warps = config.get("pdl", True), config["num_warps"]
+    _launcher(
+        attention_half,
+        (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, config["chunk"]), kv_heads, requests),
+        out,
+        qkv,
+        q_weight,
+        k_weight,
+        cos_sin_cache,
+        positions,
+        slot_mapping,
+        kv_cache,
+        block_table,
+        seq_lens,
+        workspace.view(torch.float32),
+        max_seq_len,
+        scale,
+        eps,
+        config["chunk"],
+        page,
+        lib.page_inverse(page),
+        rotary // 16,
+        out.stride(0),
+        qkv.stride(0),
+        block_table.stride(0),
+        kv_cache.stride(0),
+        kv_cache.stride(1),
+        kv_cache.stride(2),
+        G=group,
+        D=dim,
+        ROWS=16 if group < 16 else 32,
+        NORM=q_weight is not None,
+        TILE=config["tile"],
+        STAGES=config["stages"],
+        AT_ONCE=config.get("at_once", lib.rows_at_once(group, dim, warps)),
+        EARLY=config.get("early", True),
+        PDL=pdl,
+        num_warps=warps,
+        launch_pdl=pdl,
+    )
+
+
+def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring."""
+    return lib.candidates(sizes, int(variant.static["group"]))

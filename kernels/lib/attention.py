@@ -1,0 +1,278 @@
+"""Decode attention over a paged KV cache, split over the sequence: what the Triton kernels of the attention ops share.
+
+Grid (splits, kv heads, requests). A block has the query rows of one kv head and request, `queries * group` of them padded to
+what tensor cores take, and goes through the tokens of its split. Where a request has several splits, each leaves its sums in
+the workspace, and the block that counts itself last adds them up: one launch, nothing between blocks but that count.
+
+A split has `chunk` tokens, whatever the requests beside it; only where the workspace has fewer cells than that takes, more.
+The last split of the grid takes all that is left: a request longer than max_seq_len is slow, not wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import WORKSPACE_COUNTERS
+
+from .workspace import ROWS, cells
+
+#: Triton's interpreter multiplies bfloat16 as integers, and knows no PTX.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+#: A chunk that no request is longer than: no splits.
+WHOLE = 2**20
+# In elements of float32.
+_COUNTERS, _ROWS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(ROWS)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+def splits_of(tokens: Any, pairs: Any, rows: int, chunk: int) -> Any:
+    """Splits of the longest request, of `tokens` tokens, so that those of all pairs fit the workspace; at least 1."""
+    return torch.sym_max(1, torch.sym_min((tokens + (chunk - 1)) // chunk, cells(rows) // pairs))
+
+
+def page_inverse(page: Any) -> Any:
+    """ceil(2**32 / page): the upper half of its product with n is n // page, for n * page up to 2**32 (or page 2**i)."""
+    return (2**32 + (page - 1)) // page
+
+
+def check_cache(op: str, kv_cache: torch.Tensor, heads: Any, group: int, max_seq_len: Any) -> None:
+    """ValueError for a cache that the kernels do not take: these become guards of the record."""
+    if kv_cache.size(1) * group != heads:
+        raise ValueError(f"{op}: the cache has {kv_cache.size(1)} heads of {group} query heads each, q has {heads}")
+    if kv_cache.size(2) % 16 != 0 or kv_cache.size(2) * max_seq_len > 2**32:
+        raise ValueError(
+            f"{op}: pages of {kv_cache.size(2)} tokens; the kernel takes multiples of 16, with max_seq_len to 2**32"
+        )
+    if kv_cache.stride(3) != 1:
+        raise ValueError(f"{op}: K and V of a head have the stride {kv_cache.stride(3)}; the kernel takes 1")
+
+
+def rows_at_once(rows: int, dim: int, warps: int) -> int:
+    """Splits that the last block adds up at once: 64 registers a thread for their sums."""
+    return max(1, 64 * 32 * warps // (triton.next_power_of_2(rows) * dim))
+
+
+def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
+    """Configs worth measuring, for blocks of `rows` query rows; where requests have as many blocks as the GPU holds, no splits.
+
+    at_once  splits that the last block adds up at once; more of them cost registers
+    """
+    dim, longest = sizes["K"], sizes.get("max_seq_len", 2**15)
+    if dim >= 256 or rows > 32:
+        tiles = [(32, 4, 3), (32, 8, 3), (64, 8, 2), (32, 4, 2)]
+    else:
+        tiles = [(64, 4, 3), (32, 4, 4), (64, 4, 2), (128, 4, 2), (128, 8, 3)]
+    chunks = [chunk for chunk in (64, 128, 256, 512, 1024, 2048) if chunk < longest and sizes["M"] * longest < 2048 * chunk]
+    shapes = [
+        {"tile": tile, "num_warps": warps, "stages": stages, "chunk": chunk}
+        for tile, warps, stages in tiles
+        for chunk in (*(chunk for chunk in chunks if chunk >= tile), WHOLE)
+    ]
+    tile, warps, _ = tiles[0]
+    more = 2 * rows_at_once(rows, dim, warps)
+    return shapes + [{**shape, "at_once": more} for shape in shapes if shape["tile"] == tile and shape["chunk"] != WHOLE]
+
+
+@triton.jit
+def split_tokens(max_tokens, chunk):
+    """Tokens of a split of this grid: `chunk`, or as many times that as the grid has too few splits."""
+    needed = tl.cdiv(max_tokens, chunk)
+    return chunk * tl.maximum(tl.cdiv(needed, tl.num_programs(0)), 1)
+
+
+@triton.jit
+def page_of(token, inverse):
+    """token // page, with page_inverse(page)."""
+    return tl.umulhi(token.to(tl.uint32), tl.cast(inverse, tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def blocks_of(table, token, end, inverse):
+    """The blocks that hold tokens of a request, 0 from token `end` on; table points to the request's row."""
+    return tl.load(table + page_of(token, inverse), token < end, other=0)
+
+
+@triton.jit
+def places_of(block, token, page, inverse, block_stride, slot_stride):
+    """Where K of a token begins, in elements from the head's place in block 0."""
+    return block.to(tl.int64) * block_stride + (token - page_of(token, inverse) * page) * slot_stride
+
+
+@triton.jit
+def prefetch(cache, place, D: tl.constexpr):
+    """Brings K and V of the tokens at `place` to L2. No read: nothing that is written later is seen as it was."""
+    LINE: tl.constexpr = 1024 // cache.dtype.element_ty.primitive_bitwidth
+    LINES: tl.constexpr = 2 * D // LINE
+    if not INTERPRETED:
+        at = cache + place[:, None] + (tl.arange(0, LINES) * LINE)[None, :]
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def tokens_of_split(
+    x,
+    m,
+    total,
+    acc,
+    cache,
+    table,
+    coming,
+    begin,
+    end,
+    limit,
+    window,
+    scale_log2,
+    softcap_log2,
+    page,
+    inverse,
+    block_stride,
+    slot_stride,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):
+    """(m, total, acc) after the tokens begin to end, TILE at a time.
+
+    x [rows, D] has the dtype in which matrices are multiplied; m, total [rows], acc [rows, D] float32: the greatest score so
+    far times log2(e), the sum of exp2(score - m), and that of the V's with these weights. A row sees tokens below limit[row]
+    (with CAUSAL) and from limit[row] - window on (with WINDOW).
+
+    The blocks of a tile are asked for one turn before (`coming` has the first tile's): a turn's copies then depend on no load
+    of their own, and the pipeline gets as deep as STAGES says.
+    """
+    d = tl.arange(0, D)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = start + tl.arange(0, TILE)
+        inside = token < end
+        place = places_of(coming, token, page, inverse, block_stride, slot_stride)
+        coming = blocks_of(table, token + TILE, end, inverse)
+        k = tl.load(cache + place[:, None] + d[None, :], inside[:, None], other=0.0)
+        v = tl.load(cache + D + place[:, None] + d[None, :], inside[:, None], other=0.0)
+        s = tl.dot(x, tl.trans(k.to(x.dtype))) * scale_log2
+        if SOFTCAP and softcap_log2 > 0:
+            # softcap * tanh(s / softcap), all of it times log2(e)
+            s = softcap_log2 * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / softcap_log2)) + 1.0))
+        seen = inside[None, :]
+        if CAUSAL:
+            seen = seen & (token[None, :] < limit[:, None])
+        if WINDOW:
+            seen = seen & (token[None, :] >= limit[:, None] - window)
+        s = tl.where(seen, s, float("-inf"))
+        top = tl.maximum(m, tl.max(s, 1))
+        # A row that has seen no token yet has the maximum -inf.
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        p = tl.exp2(s - safe[:, None])
+        alpha = tl.exp2(m - safe)
+        total = total * alpha + tl.sum(p, 1)
+        acc = tl.dot(p.to(x.dtype), v.to(x.dtype), acc * alpha[:, None])
+        m = top
+    return m, total, acc
+
+
+@triton.jit
+def weighted(acc, total):
+    """acc / total by rows; 0 of a row that saw no token."""
+    return tl.where(total == 0.0, 0.0, 1.0 / total)[:, None] * acc
+
+
+@triton.jit
+def outputs_of(row, out_row, G: tl.constexpr, D: tl.constexpr):
+    """Where the output of a block's rows begins, queries of all G heads in turn."""
+    heads = tl.num_programs(1) * G
+    return tl.program_id(2).to(tl.int64) * out_row + (row // G * heads + tl.program_id(1) * G + row % G) * D
+
+
+@triton.jit
+def finish(
+    out,
+    out_row,
+    workspace,
+    used,
+    m,
+    total,
+    acc,
+    factor,
+    queries,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Writes the output of one (request, kv head): of its only split, or of all `used` ones by the last that comes here.
+
+    out [requests, queries, heads, D], rows of out_row elements for a request; factor multiplies all of it. PADDED is a power
+    of two of at least queries * G.
+    """
+    row = tl.arange(0, acc.shape[0])
+    d = tl.arange(0, D)
+    live = row < queries * G
+    if used == 1:
+        at = outputs_of(row, out_row, G, D)
+        y = (weighted(acc, total) * factor).to(out.dtype.element_ty)
+        tl.store(out + at[:, None] + d[None, :], y, live[:, None])
+    else:
+        counters = workspace.to(tl.pointer_type(tl.int32))
+        tops = workspace + _COUNTERS
+        sums = tops + _ROWS
+        parts = sums + _ROWS
+        pair = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
+        cell = (pair * tl.num_programs(0) + tl.program_id(0)) * (queries * G) + row
+        tl.store(parts + cell[:, None] * D + d[None, :], acc, live[:, None])
+        tl.store(tops + cell, m, live)
+        tl.store(sums + cell, total, live)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + pair, 1, sem="acq_rel") == used - 1:
+            tl.store(counters + pair, 0)
+            combine(out, out_row, tops, sums, parts, used, factor, queries, G, D, PADDED, AT_ONCE)
+
+
+@triton.jit
+def combine(
+    out,
+    out_row,
+    tops,
+    sums,
+    parts,
+    used,
+    factor,
+    queries,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each."""
+    first = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
+    d = tl.arange(0, D)
+    s = tl.arange(0, AT_ONCE)
+    row = tl.arange(0, PADDED)
+    live = row < queries * G
+    m = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    acc = tl.zeros([PADDED, D], tl.float32)
+    for start in range(0, used, AT_ONCE):
+        here = (start + s < used)[:, None] & live[None, :]
+        cell = (first + start + s)[:, None] * (queries * G) + row[None, :]
+        # From L2: the first-level cache may have what an earlier launch left there.
+        part = tl.load(parts + cell[:, :, None] * D + d[None, None, :], here[:, :, None], other=0.0, cache_modifier=".cg")
+        top_here = tl.load(tops + cell, here, other=float("-inf"), cache_modifier=".cg")
+        sum_here = tl.load(sums + cell, here, other=0.0, cache_modifier=".cg")
+        top = tl.maximum(m, tl.max(top_here, 0))
+        safe = tl.where(top == float("-inf"), 0.0, top)
+        weight = tl.exp2(top_here - safe[None, :])
+        alpha = tl.exp2(m - safe)
+        total = total * alpha + tl.sum(sum_here * weight, 0)
+        acc = acc * alpha[:, None] + tl.sum(part * weight[:, :, None], 0)
+        m = top
+    at = outputs_of(row, out_row, G, D)
+    tl.store(out + at[:, None] + d[None, :], (weighted(acc, total) * factor).to(out.dtype.element_ty), live[:, None])

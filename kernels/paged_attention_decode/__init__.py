@@ -1,0 +1,1 @@
+"""paged_attention_decode: the op's declaration and its kernels."""

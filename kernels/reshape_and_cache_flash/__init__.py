@@ -1,0 +1,1 @@
+"""reshape_and_cache_flash: the op's declaration and its kernels."""
