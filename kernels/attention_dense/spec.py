@@ -24,7 +24,7 @@ def reference(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    max_seqlen_q: int,
+    max_seqlen_q: int,  # noqa: ARG001
     scale: float,
     softcap: float,
     window: int,
@@ -55,7 +55,7 @@ def fallback(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    max_seqlen_q: int,
+    max_seqlen_q: int,  # noqa: ARG001
     scale: float,
     softcap: float,
     window: int,

@@ -19,7 +19,7 @@ def launch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    max_seqlen_q: int,
+    max_seqlen_q: int,  # noqa: ARG001
     scale: float,
     softcap: float,
     window: int,

@@ -50,7 +50,7 @@ def reference(
     Scores, softmax and sums are float32. A query that sees no key gives zeros.
     """
     packed = Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    by_padding(out, packed, _checked(packed, out, scale, softcap, window, causal, limits), exact=True)
+    by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=True)
 
 
 def fallback(
@@ -70,12 +70,10 @@ def fallback(
 ) -> None:
     """The op by torch's scaled_dot_product_attention, of padded sequences: lengths need not come to the host."""
     packed = Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    by_padding(out, packed, _checked(packed, out, scale, softcap, window, causal, limits), exact=False)
+    by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=False)
 
 
-def _checked(
-    packed: Packed, out: torch.Tensor, scale: float, softcap: float, window: int, causal: bool, limits: bool
-) -> Rule:
+def _checked(packed: Packed, scale: float, softcap: float, window: int, causal: bool, limits: bool) -> Rule:
     """ArgumentError for what the declaration cannot say."""
     check_rule(NAME, softcap, window, causal, limits)
     q, k, v, starts_q, starts_k = packed[:5]

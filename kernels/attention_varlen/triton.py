@@ -22,7 +22,7 @@ def launch(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_k: int,  # noqa: ARG001
     scale: float,
     softcap: float,
     window: int,

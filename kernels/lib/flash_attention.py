@@ -234,6 +234,8 @@ def launch_dense(
     sequences, heads, queries, dim = q.shape
     kv_heads, keys = k.size(1), k.size(2)
     _check(op, (out, q, k, v), heads, kv_heads, sequences, window, causal, limits)
+    if queries < 1 or keys < 1:
+        raise ValueError(f"{op}: {queries} queries of {keys} keys; the kernel takes 1 and more")
     if v.size(1) != kv_heads or v.size(2) != keys or out.size(2) != queries:
         raise ValueError(f"{op}: k is {tuple(k.shape)}, v {tuple(v.shape)}, q {tuple(q.shape)}, out {tuple(out.shape)}")
     block_n = config["block_n"]
@@ -241,7 +243,10 @@ def launch_dense(
     if config.get("tma", False):
         tiles = [
             TensorDescriptor(
-                each, [sequences, kv_heads, keys, dim], [each.stride(0), each.stride(1), each.stride(2), 1], [1, 1, block_n, dim]
+                each,
+                [sequences, kv_heads, keys, dim],
+                [each.stride(0), each.stride(1), each.stride(2), 1],
+                [1, 1, block_n, dim],
             )
             for each in (k, v)
         ]
@@ -273,6 +278,8 @@ def launch_packed(
     keys, kv_heads = k.size(0), k.size(1)
     sequences = cu_seqlens[0].size(0) - 1
     _check(op, (out, q, k, v), heads, kv_heads, sequences, window, causal, limits)
+    if keys < 1:
+        raise ValueError(f"{op}: {keys} keys; the kernel takes 1 and more")
     if v.size(0) != keys or v.size(1) != kv_heads or cu_seqlens[1].size(0) != cu_seqlens[0].size(0):
         raise ValueError(f"{op}: k is {tuple(k.shape)}, v {tuple(v.shape)}, {sequences} sequences")
     block_n = config["block_n"]
@@ -294,7 +301,14 @@ def _blocks(rows: Any, config: dict[str, Any]) -> Any:
 
 
 def _check(
-    op: str, tensors: tuple[torch.Tensor, ...], heads: Any, kv_heads: Any, sequences: Any, window: Any, causal: bool, limits: bool
+    op: str,
+    tensors: tuple[torch.Tensor, ...],
+    heads: Any,
+    kv_heads: Any,
+    sequences: Any,
+    window: Any,
+    causal: bool,
+    limits: bool,
 ) -> None:
     """ValueError for what the kernel does not take: these become guards of the record."""
     if kv_heads < 1 or heads % kv_heads != 0:

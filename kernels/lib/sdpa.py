@@ -83,9 +83,7 @@ def serve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, lengths
         return attend(q, k, v, rule, lengths).to(q.dtype)
     if lengths is None and rule.window == 0 and (not rule.causal or queries in (1, keys)):
         is_causal = rule.causal and queries > 1
-        return scaled_dot_product_attention(
-            q, k, v, is_causal=is_causal, scale=rule.scale, enable_gqa=k.size(1) != q.size(1)
-        )
+        return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=rule.scale, enable_gqa=k.size(1) != q.size(1))
     mask = seen(queries, keys, rule, q.device, lengths)
     group = q.size(1) // k.size(1)
     k, v = (each.repeat_interleave(group, 1) if group > 1 else each for each in (k, v))

@@ -26,6 +26,7 @@ from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
+from .sdpa import AttentionChoice, attention, select_attention
 from .sequence import Arena, Sequence
 
 __version__ = "0.1.0"
@@ -33,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Arena",
     "ArgumentError",
+    "AttentionChoice",
     "BuildError",
     "Bundle",
     "BundleError",
@@ -43,6 +45,7 @@ __all__ = [
     "MissError",
     "Registration",
     "Sequence",
+    "attention",
     "explain",
     "load",
     "loaded",
@@ -51,6 +54,7 @@ __all__ = [
     "read_bundle",
     "register",
     "registered",
+    "select_attention",
     "set_strict",
     "stats",
     "strict",

@@ -49,9 +49,9 @@ def dense(
     )
     out = torch.full_like(q, float("nan"))
     return {
-        **{"out": out, "q": q, "k": k, "v": v, "max_seqlen_q": max(1, queries), "scale": dim**-0.5},
-        **{"softcap": softcap, "window": window, "causal": causal, "limits": bool(window or softcap)},
-    }
+        "out": out, "q": q, "k": k, "v": v, "max_seqlen_q": max(1, queries), "scale": dim**-0.5, "softcap": softcap,
+        "window": window, "causal": causal, "limits": bool(window or softcap),
+    }  # fmt: skip
 
 
 def packed(
@@ -76,10 +76,10 @@ def packed(
     )
     k[sum(keys) :] = v[sum(keys) :] = float("nan")
     return {
-        **{"out": torch.full_like(q, float("nan")), "q": q, "k": k, "v": v, "cu_seqlens_q": starts[0]},
-        **{"cu_seqlens_k": starts[1], "max_seqlen_q": max(1, *lengths), "max_seqlen_k": max(1, *keys), "scale": dim**-0.5},
-        **{"softcap": softcap, "window": window, "causal": causal, "limits": bool(window or softcap)},
-    }
+        "out": torch.full_like(q, float("nan")), "q": q, "k": k, "v": v, "cu_seqlens_q": starts[0],
+        "cu_seqlens_k": starts[1], "max_seqlen_q": max(1, *lengths), "max_seqlen_k": max(1, *keys), "scale": dim**-0.5,
+        "softcap": softcap, "window": window, "causal": causal, "limits": bool(window or softcap),
+    }  # fmt: skip
 
 
 TMA = {**CONFIG, "tma": True}
