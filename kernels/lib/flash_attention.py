@@ -362,12 +362,12 @@ def candidates(sizes: dict[str, int]) -> list[dict[str, Any]]:
     """Configs worth measuring: block_m rows, block_n keys; tma says how K and V are read."""
     dim, queries = sizes["K"], sizes.get("max_seqlen_q", 2**15)
     if queries <= 16:
-        shapes = [(16, 64, 4, 3), (64, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4)]
+        shapes = [(16, 32, 4, 3), (16, 64, 4, 3), (64, 64, 4, 3), (16, 128, 4, 2), (16, 32, 4, 4)]
     elif dim >= 256:
-        shapes = [(128, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3), (128, 32, 8, 3)]
+        shapes = [(128, 32, 8, 3), (64, 32, 4, 3), (128, 64, 8, 2)]
     elif dim == 128:
-        shapes = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 4, 3)]
+        shapes = [(128, 64, 8, 3), (128, 128, 8, 2), (64, 64, 4, 3), (128, 64, 8, 2), (64, 64, 4, 2)]
     else:
-        shapes = [(128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 2)]
+        shapes = [(128, 128, 8, 2), (128, 64, 4, 3), (64, 64, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3)]
     found = [{"block_m": m, "block_n": n, "num_warps": w, "stages": s} for m, n, w, s in shapes]
     return found + [{**each, "tma": True} for each in found if queries > 16]

@@ -57,6 +57,8 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, length
     """In float32, like q: matrices of scores, a few heads at a time. A query that sees no key gives zeros."""
     sequences, heads, queries, dim = q.shape
     kv_heads, keys = k.size(1), k.size(2)
+    if not q.numel():
+        return q.float()
     out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     step = max(1, HELD // max(1, queries * keys * (heads // kv_heads)))
     for sequence in range(sequences):

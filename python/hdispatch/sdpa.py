@@ -130,10 +130,10 @@ def select_attention(
     where = f"{op.name} {variants[index][0]}, head_dim {head_dim}, seq_len {seq_len}"
     if row is None:
         return _fallback(f"no row serves {where}")
-    records = bundle.manifest["records"]
-    if row >= len(records):
+    rows = bundle.manifest["rows"]
+    if row >= len(rows):
         return AttentionChoice("function", {}, f"a registered function serves {where}")
-    record = records[row]
+    record = bundle.manifest["records"][rows[row]["record"]]
     return AttentionChoice(record["backend"], dict(record["config"]), f"{record['kernel']} serves {where}")
 
 

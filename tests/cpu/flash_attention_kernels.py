@@ -92,7 +92,6 @@ DENSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fewer queries than keys": (dense(20, 70), CONFIG),
     "more queries than keys": (dense(40, 17), CONFIG),
     "more queries than keys, not causal": (dense(40, 17, causal=False), CONFIG),
-    "no keys": (dense(5, 0), CONFIG),
     "group 1": (dense(40, group=1), CONFIG),
     "group 3": (dense(40, group=3), CONFIG),
     "group 7, float16": (dense(40, group=7, kv_heads=1, dtype=torch.float16), CONFIG),
