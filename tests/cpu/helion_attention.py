@@ -10,11 +10,13 @@ import importlib
 import json
 import sys
 
+import helion
 import torch
 from attention_kernels import DECODE, check_decode
 
 CASES = (
-    "one split", "length 1", "ragged, with and without splits", "padding", "longer than the longest", "group 1",
+    "one split", "length 1", "ragged, with and without splits", "splits that end at a tile", "many splits", "padding",
+    "longer than the longest", "fewer splits than chunks", "window over splits", "group 1",
     "group 7, float16", "head_dim 128", "window", "window of one", "softcap", "sinks", "sinks and a window", "3 queries",
     "1 query where 4 may be", "5 queries of group 5 in a window", "fp8", "fp8, pages of 48",
 )  # fmt: skip
@@ -29,7 +31,9 @@ def float32_mm(a: torch.Tensor, b: torch.Tensor, out_dtype: torch.dtype | None =
 
 
 def failures() -> dict[str, str | None]:
-    kernel = importlib.import_module("hdispatch.kernels.paged_attention_decode.helion").KERNEL
+    plain = importlib.import_module("hdispatch.kernels.paged_attention_decode.helion").KERNEL
+    config = helion.Config(block_sizes=[32, 4], chunk=32, num_warps=4, num_stages=1)
+    kernel = helion.Kernel(plain.fn, configs=[config], settings=plain.settings)
     found: dict[str, str | None] = {}
     for name in CASES:
         try:
