@@ -476,7 +476,7 @@ PYBIND11_MODULE(_C, m) {
   if (!sequence_type) throw py::error_already_set();
   m.attr("Sequence") = py::reinterpret_borrow<py::object>(sequence_type);
   py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena")
-      .def(py::init<>())
+      .def(py::init(&make_arena), py::arg("memory") = py::none())
       .def_property_readonly("nbytes", &Arena::bytes);
   m.def(
       "make_sequence",

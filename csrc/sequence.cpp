@@ -246,8 +246,12 @@ std::vector<SequenceRun> Sequence::order(int64_t m) const {
   std::vector<SequenceRun> runs;
   for (const auto& [first, past] : groups_) {
     const bool is_cut = is_chunked(m) && steps_[first].by_rows;
-    const int64_t chunks = is_cut ? (m + max_rows_ - 1) / max_rows_ : 1;
-    const int64_t rows = is_cut ? (m + chunks - 1) / chunks : m;
+    int64_t chunks = is_cut ? (m + max_rows_ - 1) / max_rows_ : 1;
+    int64_t rows = (m + chunks - 1) / chunks;
+    if (is_cut && max_rows_ >= kChunkRows) {  // chunks begin where tensors are aligned as at row 0
+      rows = std::min(max_rows_, (rows + kChunkRows - 1) / kChunkRows * kChunkRows);
+      chunks = (m + rows - 1) / rows;
+    }
     for (int64_t chunk = 0; chunk < chunks; ++chunk)
       for (uint32_t step = first; step < past; ++step)
         runs.push_back({step, chunk * rows, std::min(rows, m - chunk * rows)});

@@ -95,6 +95,7 @@ class Sequence {
  public:
   static constexpr uintptr_t kAlignment = 256;  ///< of temporaries: enough for TMA and vector loads
   static constexpr int64_t kMaxRows = int64_t{1} << 31;
+  static constexpr int64_t kChunkRows = 16;  ///< chunks have a multiple of it: 8 bytes a row are 128 at the next one
 
   /// Throws kCaller for a description that cannot be run; `name` begins every message.
   Sequence(std::string name, std::vector<SequenceSlot> slots, std::vector<SequenceTemp> temps,

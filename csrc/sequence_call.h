@@ -24,9 +24,13 @@ namespace hdispatch {
 
 /// Memory for temporaries of sequences: one allocation of torch's per device and stream, made when a sequence first
 /// runs there. A sequence that needs more gets a larger one; a smaller one that a plan or a captured graph may know is
-/// kept as long as the arena.
+/// kept as long as the arena. Or memory that is given, for all streams of its device.
 class Arena {
  public:
+  Arena() = default;
+  /// Throws kCaller unless it is a whole allocation, of bytes.
+  explicit Arena(at::Tensor memory);
+
   /// Which stream; the CPU has none, and a thread stands for one.
   using Lane = std::pair<DeviceSlot, uintptr_t>;
 
@@ -36,8 +40,12 @@ class Arena {
   size_t bytes() const;
 
  private:
+  at::Tensor given_;                              ///< undefined: an allocation per stream
   std::map<Lane, std::vector<at::Tensor>> made_;  ///< the largest last
 };
+
+/// Of a torch.Tensor, or None.
+std::shared_ptr<Arena> make_arena(const pybind11::object& memory);
 
 /// `bytes` of torch's memory on a device, aligned as temporaries are.
 at::Tensor allocate(DeviceSlot device, size_t bytes);

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: gpu-tests, cpu-tests, fuzz, tune, ops, dispatch, busy, bits, pdl, serve,
-#                                             server, vllm-tests, vllm-kernel-tests, load, sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, attention, dispatch, busy,
+#                                             bits, pdl, serve, server, vllm-tests, vllm-kernel-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
@@ -13,7 +13,7 @@
 # semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest; VLLM_KERNEL_TESTS more of
 # scripts/vllm_kernel_tests.py run.
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
-# `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest; for
+# `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest, BUILD of `hdispatch build`; for
 # sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
@@ -82,7 +82,11 @@ tune() {
 status=0
 for step in "$@"; do
   case $step in
-    gpu-tests) python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
+    build) bundle="$site/built"; export HDISPATCH_BUNDLE="$bundle"
+        python3 -m hdispatch build --target native --out "$bundle" ${BUILD:-} ;;  # for the steps after it
+    attention) with_vllm python3 benchmarks/attention.py "$bundle" --vllm "$site/vllm:$site/vllm_deps" \
+        --json "$out/attention.json" ${ATTENTION:-} ;;
+    gpu-tests) with_vllm python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
     fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$bundle" ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" --json "$out/dispatch.json" \

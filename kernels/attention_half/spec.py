@@ -126,11 +126,11 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Both norms or none; caches of angles of the dtype of qkv; every group in bfloat16, the usual ones in float16."""
+    """Both norms or none; caches of angles of the dtype of qkv; every group in bfloat16, the usual one in float16."""
     dtypes = variant.dtypes
     if ("q_weight" in dtypes) != ("k_weight" in dtypes) or dtypes["cos_sin_cache"] != dtypes["qkv"]:
         return False
-    return dtypes["qkv"] == torch.bfloat16 or variant.static["group"] in (4, 8)
+    return dtypes["qkv"] == torch.bfloat16 or variant.static["group"] == 4
 
 
 SPEC = OpSpec(
@@ -157,7 +157,7 @@ SPEC = OpSpec(
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    hints={"N": 32},
+    hints={"N": 560},  # a multiple of every group
     workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
     served=served,

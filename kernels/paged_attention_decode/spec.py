@@ -100,14 +100,15 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """Every group in bfloat16 with one query per request; of the rest, what models and speculation have."""
+    """Every group in bfloat16 with one query per request; of the rest, what most models and speculation have."""
     q, cache, group = variant.dtypes["q"], variant.dtypes["kv_cache"], variant.static["group"]
     if "sinks" in variant.dtypes:
         return q == cache == torch.bfloat16 and group == 8 and variant.static["max_queries"] == 1
-    usual = group in (2, 4, 5, 8)
     if variant.static["max_queries"] > 1:
-        return q == cache == torch.bfloat16 and usual
-    return (q == cache and (q == torch.bfloat16 or group in (4, 8))) or (q == torch.bfloat16 and cache == FP8 and usual)
+        return q == cache == torch.bfloat16 and group in (4, 8)
+    if q == torch.float16:
+        return cache == q and group == 4
+    return cache == q or (cache == FP8 and group in (4, 8))
 
 
 SPEC = OpSpec(
@@ -133,7 +134,7 @@ SPEC = OpSpec(
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    hints={"N": 32},
+    hints={"N": 560},  # a multiple of every group
     workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
     served=served,

@@ -2,6 +2,8 @@ from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Items
 from typing import Any, final
 
+import torch
+
 @final
 class Op:
     @property
@@ -24,8 +26,13 @@ class Sequence:
     def __call__(self, *slots: object, **by_name: object) -> None: ...
 
 class Arena:
-    """Memory of temporaries of sequences: one allocation of torch's per device and stream, made when one first runs there."""
+    """Memory of temporaries of sequences: one allocation of torch's per device and stream, made when one first runs there.
 
+    Or `memory`: uint8, at least 256 bytes more than the largest `arena_bytes`. It serves all streams of its device; the caller
+    orders their work.
+    """
+
+    def __init__(self, memory: torch.Tensor | None = None) -> None: ...
     @property
     def nbytes(self) -> int: ...
 

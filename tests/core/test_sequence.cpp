@@ -223,6 +223,26 @@ TEST(steps_by_rows_run_in_chunks_between_those_that_see_all) {
   }
 }
 
+TEST(chunks_begin_at_aligned_rows) {
+  for (const auto& [m, most] : {std::pair<int64_t, int64_t>{129, 128},
+                                {300, 128},
+                                {333, 256},
+                                {4097, 4096},
+                                {1025, 1024},
+                                {8191, 1152},
+                                {50, 24},
+                                {97, 16}}) {
+    const Sequence sequence("s", {slot("x", {rows()}, kByte)}, {}, {foreign_step({}, true)}, most);
+    int64_t next = 0;
+    for (const SequenceRun& run : sequence.order(m)) {
+      CHECK(run.first == next && run.rows >= 1 && run.rows <= most);
+      CHECK(most % Sequence::kChunkRows || run.first % Sequence::kChunkRows == 0);
+      next += run.rows;
+    }
+    CHECK_EQ(next, m);
+  }
+}
+
 TEST(a_description_that_cannot_be_run) {
   const SequenceSlot x = slot("x", {rows()}, kByte);
   CHECK_FAULT(kCaller, "sequence s: it has no step", Sequence("s", {x}, {}, {}, 4));

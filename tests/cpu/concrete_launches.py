@@ -29,9 +29,10 @@ def _traced(package: str, backend: str, variant: str, known: str, config: str, h
 
 
 def expect(
-    package: str, backend: str, variant: str, shape: dict[str, int], config: Any, hint: int, calls: list[list[int]]
+    package: str, backend: str, variant: str, shape: dict[str, int], config: Any, hint: int, calls: list[list[Any]]
 ) -> Any:
-    """For each [M, row padding] the launch at a whole shape: {grid, params, false_hints}, or {refused} by a ValueError.
+    """For each [M, row padding, {integer with a second ladder}] the launch at a whole shape: {grid, params, false_hints}, or
+    {refused} by a ValueError.
 
     params are [name, bytes in hex], of pointers [name, argument, offset], of TMA descriptors [name, argument, offset, sizes,
     strides but the last], followed by these as parameters of their own: all that Triton would pass at this M, and those
@@ -44,9 +45,9 @@ def expect(
     spec = load_spec(package)
     maker = CallMaker(spec, spec.variant(variant), shape)
     found: list[dict[str, Any]] = []
-    for m, row_padding in calls:
+    for m, row_padding, second in calls:
         try:
-            launch = trace(side.host, maker.concrete(m, row_padding)).launch
+            launch = trace(side.host, maker.concrete(m, row_padding, second)).launch
         except ValueError as error:
             found.append({"refused": str(error)})
             continue

@@ -10,6 +10,7 @@ import torch
 from hdispatch import HdispatchError
 from hdispatch.bench import serve, serve_accuracy, serve_plot
 from hdispatch.bench.serve_accuracy import compare, compare_steps
+from hdispatch.bench.serve_worker import Setup, environment
 from hdispatch.cli import bench_serve
 
 #: A process that answers as serve_worker does; FAULT says what goes wrong, and at which request.
@@ -166,3 +167,18 @@ def test_prompts_fit_a_prefill_and_differ():
     tokens = serve_accuracy.sequence(3, 20, 5)
     assert tokens.tolist()[:20] == serve_accuracy.prompt(3, 20)
     assert tokens[20:].tolist() == [int(serve_accuracy.forced(torch.tensor(position))) for position in range(19, 23)]
+
+
+def test_what_decode_steps_of_a_mode_take(monkeypatch, tmp_path):
+    monkeypatch.setenv("HDISPATCH_ATTENTION", "half")
+
+    def variables(mode):
+        graphs, served = serve.MODES[mode]
+        setup = Setup(mode, graphs, served, "tiny-qwen3", "token", str(tmp_path), 1, 1.0, None, 0)
+        found = environment(setup, tmp_path)
+        return found["HDISPATCH"], found["HDISPATCH_ATTENTION"]
+
+    assert variables("eager") == ("0", "half")
+    assert variables("ours") == variables("ours+graph") == ("1", "half")
+    assert variables("ours-fa3") == variables("ours-fa3+graph") == ("1", "fa3")
+    assert not any("fa3" in mode for mode in serve.USUAL)

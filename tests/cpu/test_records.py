@@ -29,7 +29,7 @@ from hdispatch.build.trace import FLOAT_HINT, CallMaker
 from hdispatch.build.unit import HINT, class_of
 from hdispatch.ladders import bucket_index
 from hdispatch.manifest import Manifest, Record, read_bundle
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker
 from triton_example.spec import SPEC as EXAMPLE
@@ -54,7 +54,8 @@ def row_padding(m: int) -> int:
 class Case:
     """A record as used by one op, variant and shape, with the Ms that its rows serve and what is expected there.
 
-    shape   of the rows; `sizes` has the ones that it leaves open too
+    shape    of the rows; `sizes` has the ones that it leaves open too
+    seconds  of an op with a second ladder, for each M a value of its integer that the record serves too
     """
 
     op: str
@@ -62,6 +63,7 @@ class Case:
     shape: dict[str, int]
     record: Record
     ms: list[int] = field(default_factory=list)
+    seconds: dict[int, int] = field(default_factory=dict)
     expected: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -77,7 +79,12 @@ class Case:
 
     def leaves(self, m: int) -> dict[str, int]:
         """The leaves of a call's expressions."""
-        return {**self.sizes, **self.maker.leaf_values(m, row_padding(m))}
+        return {**self.sizes, **self.maker.leaf_values(m, row_padding(m), self.second(m))}
+
+    def second(self, m: int) -> dict[str, int]:
+        """The integer with a second ladder at M = m, by name, if the op has one."""
+        arg = self.spec.ladders.arg
+        return {} if arg is None else {arg: self.seconds[m]}
 
     @cached_property
     def maker(self) -> CallMaker:
@@ -125,7 +132,12 @@ def collect(manifest: Manifest) -> list[Case]:
         key = (row["record"], row["op"], row["variant"], row["K"], row["N"])
         shape = {name: row[name] for name in ("K", "N") if row[name]}
         case = found.setdefault(key, Case(row["op"], row["variant"], shape, manifest["records"][row["record"]]))
-        case.ms += [m for m in MS if bucket_index(manifest["ops"][row["op"]]["ladder"], m) == row["bucket"]]
+        ladders = case.spec.ladders
+        served = [m for m in MS if row["bucket"] in ladders.of_m(bucket_index(ladders.m, m))]
+        case.ms += [m for m in served if m not in case.ms]
+        if ladders.arg is not None:
+            first, last = ladders.second_bounds(row["bucket"])
+            case.seconds |= dict.fromkeys(served, last or first + 1000)
     cases = sorted((case for case in found.values() if case.ms), key=lambda case: manifest["records"].index(case.record))
     seen: dict[int, set[int]] = defaultdict(set)
     for index, case in enumerate(cases):
@@ -142,7 +154,7 @@ def fill(waiting: queue.SimpleQueue[list[Case]], errors: list[BaseException]) ->
             for case in waiting.get_nowait():
                 package, _, backend = case.record["kernel"].rpartition(".")
                 hint = 1 if case.record["m_max"] == 1 else HINT
-                calls = [[m, row_padding(m)] for m in case.ms]
+                calls = [[m, row_padding(m), case.second(m)] for m in case.ms]
                 arguments = (package, backend, case.variant, case.sizes, case.record["config"], hint, calls)
                 case.expected = worker.call("concrete_launches:expect", *arguments)
     except queue.Empty:
@@ -174,7 +186,8 @@ def test_every_row_is_covered(cases, bundle):
     rows: dict[int, set[tuple]] = defaultdict(set)
     ms: dict[int, set[int]] = defaultdict(set)
     for row in manifest["rows"]:
-        served = [m for m in MS if bucket_index(manifest["ops"][row["op"]]["ladder"], m) == row["bucket"]]
+        ladders = hdispatch.ops.spec(row["op"]).ladders
+        served = [m for m in MS if row["bucket"] in ladders.of_m(bucket_index(ladders.m, m))]
         if served:
             rows[row["record"]].add((row["op"], row["variant"], row["K"], row["N"]))
             ms[row["record"]] |= set(served)
@@ -216,7 +229,7 @@ def arguments(case: Case, m: int) -> list[Any]:
             made.append(tensor(arg, spec.tensor_sizes(arg, leaves, variant.static), variant.dtypes[arg.name], leaves))
         elif isinstance(arg, BoolArg) and arg.values is None:
             made.append(bool(m % 2))
-        elif isinstance(arg, (BoolArg, IntArg)):
+        elif isinstance(arg, (BoolArg, IntArg, StrArg)):
             made.append(variant.static.get(arg.name, leaves.get(arg.name)))
     return made
 
@@ -253,6 +266,12 @@ def check_launch(case: Case, m: int, expected: dict[str, Any]) -> None:
     code = case.record["cubins"][class_of(m)]
     tensors = {arg.name: value for arg, value in zip(case.spec.args, args, strict=True) if isinstance(value, torch.Tensor)}
     passed = [described(param) for param in launch["params"]]
+    if case.spec.workspace is not None:  # it is the runtime's: any address will do
+        (at,) = [i for i, param in enumerate(expected["params"]) if param[1] == case.spec.workspace.name]
+        address = int.from_bytes(passed[at], "little")
+        assert address, where
+        assert address % 256 == 0, where
+        expected["params"][at] = [case.spec.workspace.name, passed[at].hex()]
     assert passed == [*(wanted(param, tensors) for param in expected["params"]), bytes(8), bytes(8)], where
     assert list(launch["grid"]) == expected["grid"], where
     assert (launch["file"], launch["function"]) == (code["file"], code["function"]), where

@@ -712,6 +712,28 @@ def test_arenas(served):
     assert shared.nbytes == grown
 
 
+def test_an_arena_of_given_memory(served):
+    """All streams, and threads, have it; too little of it, or what is no whole allocation, is an error."""
+    small = block("in given memory", max_rows=4)
+    wanted = small.arena_bytes + 256
+    memory = torch.full((wanted,), 255, dtype=torch.uint8)
+    arena = hdispatch.Arena(memory)
+    assert arena.nbytes == wanted
+    check(block("in given memory", arena=arena, max_rows=4), 4)
+    assert not memory.eq(255).all()
+    short = block("in too little", arena=hdispatch.Arena(memory[:-1]), max_rows=4)
+    with pytest.raises(ArgumentError, match=f"memory has {wanted - 1} bytes; the sequence takes {wanted}, arena_by"):
+        check(short, 1)
+    for wrong, reason in (
+        (memory[1:], "from element 1 of its storage on; it takes all of a contiguous uint8 tensor"),
+        (memory.view(torch.int8), "is CPUCharType of 1 dimensions"),
+        (memory.view(-1, 1), "of 2 dimensions"),
+        (64, "is a int; it takes a torch.Tensor or None"),
+    ):
+        with pytest.raises(ArgumentError, match=reason):
+            hdispatch.Arena(wrong)
+
+
 def test_many_layouts_are_forgotten(served):
     sequence = block("many")
     for m in range(1, 90):

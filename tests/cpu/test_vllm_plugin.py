@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import itertools
+import pathlib
 import sys
 from types import SimpleNamespace as Object
 
+import hdispatch
 import pytest
 import torch
+import toy
 from hdispatch import HdispatchError
+from hdispatch.integrations.vllm import attention as attention_module
 from hdispatch.integrations.vllm import layers, plugin, schemes, settings, support, weights, workspace
-from hdispatch.integrations.vllm.workspace import Arena, Buffer, place, rows_within, total_size
+from hdispatch.integrations.vllm.workspace import rows_within
+from hdispatch.ladders import Ladders
 
 FP8 = torch.float8_e4m3fn
 
@@ -30,6 +37,17 @@ def test_a_wrong_switch_is_an_error(monkeypatch):
     monkeypatch.setenv("HDISPATCH", "yes")
     with pytest.raises(HdispatchError, match=r"HDISPATCH is 'yes'; it takes 1 .* or 0"):
         plugin.register()
+
+
+def test_what_decode_steps_take(monkeypatch, tmp_path):
+    monkeypatch.delenv("HDISPATCH_ATTENTION", raising=False)
+    assert settings.attention() == "auto"
+    for value in settings.ATTENTIONS:
+        monkeypatch.setenv("HDISPATCH_ATTENTION", value)
+        assert settings.attention() == value
+    monkeypatch.setenv("HDISPATCH_ATTENTION", "fa2")
+    with pytest.raises(HdispatchError, match="HDISPATCH_ATTENTION is 'fa2'; it takes auto, half, fa3"):
+        settings.attention()
 
 
 def test_off_it_does_not_even_look_for_vllm(monkeypatch):
@@ -94,7 +112,8 @@ def test_doctor_without_vllm(monkeypatch):
         raise plugin.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(plugin.importlib.metadata, "version", missing)
-    assert plugin.examine() == {"ok": False, "reason": "vLLM is not installed", "version": None, "models": []}
+    found = {"ok": False, "reason": "vLLM is not installed", "version": None, "models": [], "decode": ""}
+    assert plugin.examine() == found
 
 
 @pytest.mark.parametrize(("version", "cuda"), [("0.34.0", True), ("0.33.0", False)])
@@ -295,71 +314,68 @@ def test_weights_that_are_refused(module, reason):
 
 # ---- workspace ----
 
-
-def check_no_overlap(buffers, rows):
-    offsets = place(buffers, rows)
-    for a, b in itertools.combinations(buffers, 2):
-        if a.steps & b.steps:
-            begin, end = offsets[a.name], offsets[a.name] + a.size(rows)
-            assert end <= offsets[b.name] or offsets[b.name] + b.size(rows) <= begin, (a, b)
-    assert all(offset % workspace.ALIGNMENT == 0 for offset in offsets.values())
-
-
-def test_buffers_that_are_never_needed_at_once_share_bytes():
-    buffers = [
-        Buffer("a", 100, torch.float32, frozenset({0, 1})),
-        Buffer("b", 200, torch.float32, frozenset({2})),
-        Buffer("c", 10, torch.bfloat16, frozenset({1, 2})),
-    ]
-    check_no_overlap(buffers, 7)
-    assert total_size(buffers, 7) == buffers[1].size(7) + buffers[2].size(7)
-    arena = Arena(buffers, 7, torch.device("cpu"))
-    arena.view("b", 7).fill_(1)
-    arena.view("c", 7).fill_(2)
-    assert arena.view("b", 7).eq(1).all()
-    assert arena.view("a", 3).shape == (3, 100)
-
-
-def test_columns():
-    arena = Arena([Buffer("s", 3, torch.float32, frozenset({0}), columns=True)], 9, torch.device("cpu"))
-    assert (arena.view("s", 5).shape, arena.view("s", 5).stride()) == ((5, 3), (1, 5))
-
-
 #: hidden, heads, kv heads, intermediate of Qwen3 8B, 1.7B, Llama 70B on one of four ranks.
 SHAPES = {"8b": (4096, 32, 8, 12288), "1.7b": (2048, 16, 8, 6144), "70b": (8192, 16, 2, 7168)}
 
 
 @pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
 @pytest.mark.parametrize("model", SHAPES)
+@pytest.mark.usefixtures("flash_attention")
 def test_layers_stay_within_the_limit(model, scheme):
+    """All kinds of steps, all layers or halves of them, take what the workspace was made for."""
     hidden, heads, kv_heads, intermediate = SHAPES[model]
-    shape = weights.Shape(hidden, heads, kv_heads, 128, intermediate)
-    buffers = layers.layer_buffers(Object(shape=shape, scheme=scheme, dtype=torch.bfloat16))
-    rows = rows_within(buffers, 8192)
-    check_no_overlap(buffers, rows)
-    assert total_size(buffers, rows) <= workspace.LIMIT_BYTES < 100e6
-    assert rows >= 512
-    assert rows % 128 == 0
+    bound = with_caches(make_weights(scheme, 3, weights.Shape(hidden, heads, kv_heads, 128, intermediate), torch.empty))
+    for reduce in (None, torch.clone):
+        attention = make_attention(bound)
+        fused = layers.FusedLayers(Object(), bound, 8192, attention, lambda: None, reduce)
+        space = fused.workspace
+        assert space.memory.numel() == space.rows * space.row_bytes + workspace.ALIGNMENT
+        assert space.memory.numel() <= workspace.LIMIT_BYTES + workspace.ALIGNMENT < 100e6
+        assert space.rows >= 512
+        assert space.rows % 128 == 0
+        attention.bind()
+        for kind in attention_module.Kind:
+            found = fused._make_steps(kind, few=False)
+            assert len(found.sequences) == (1 if reduce is None else 6)
+            assert found.arena_bytes == space.rows * space.row_bytes
 
 
-def test_as_many_rows_as_asked_where_they_fit():
-    assert rows_within([Buffer("a", 8, torch.float32, frozenset({0}))], 100) == 100
-    assert rows_within([Buffer("a", 1 << 24, torch.float32, frozenset({0}))], 4096) == 128
+def test_rows_within_a_limit():
+    assert rows_within(100, 100) == 128
+    assert rows_within(100, 129) == 256
+    assert rows_within(workspace.LIMIT_BYTES // 300, 4096) == 256
+    assert rows_within(1 << 24, 4096) == 128  # whatever they take
+
+
+def test_the_arena_stays_where_weights_of_the_same_shape_come():
+    """Graphs may have been captured with it."""
+    bound = make_weights(schemes.PerTokenFp8())
+    first = make_layers(bound, None)
+    assert make_layers(make_weights(schemes.PerTokenFp8()), None, former=first).workspace is first.workspace
+    assert make_layers(make_weights(schemes.BlockFp8()), None, former=first).workspace is not first.workspace
 
 
 # ---- a step ----
 
 HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE = 256, 4, 2, 64, 384
+SHAPE = weights.Shape(HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE)
 
 
-def make_weights(scheme, count=2):
-    """Random weights of `count` layers without norms of q and k."""
+def make_weights(scheme, count=2, shape=SHAPE, make=None):
+    """Weights of `count` layers without norms of q and k; random, unless `make` makes tensors of their sizes."""
     generator = torch.Generator().manual_seed(5)
+    hidden = shape.hidden
 
-    def normal(*shape):
-        return torch.randn(shape, generator=generator)
+    def normal(*sizes):
+        return torch.randn(sizes, generator=generator) if make is None else make(sizes)
 
     def matrix(k, n):
+        if make is not None and scheme.quantized:
+            blocks = isinstance(scheme, schemes.BlockFp8)
+            scale = torch.ones((-(-k // 128), -(-n // 128)) if blocks else (n, 1))
+            return schemes.Linear(make((n, k), dtype=FP8).t(), scale, None, torch.ones(1))
+        if make is not None:
+            return schemes.Linear(make((n, k), dtype=torch.bfloat16))
         if not scheme.quantized:
             return schemes.Linear((normal(n, k) / k**0.5).bfloat16(), bias=normal(n).bfloat16())
         weight = (100 * normal(n, k)).to(FP8).t()
@@ -368,31 +384,46 @@ def make_weights(scheme, count=2):
         given = torch.tensor([0.01]) if isinstance(scheme, schemes.StaticFp8) else None
         return schemes.Linear(weight, scale, normal(n).bfloat16(), given)
 
-    shape = weights.Shape(HIDDEN, HEADS, KV_HEADS, HEAD, INTERMEDIATE)
     found = [
         weights.Layer(
-            *((1 + 0.1 * normal(HIDDEN)).bfloat16() for _ in range(2)),
+            *((1 + 0.1 * normal(hidden)).bfloat16() for _ in range(2)),
             *(None, None),
-            matrix(HIDDEN, shape.qkv),
-            matrix(shape.attended, HIDDEN),
-            matrix(HIDDEN, 2 * INTERMEDIATE),
-            matrix(INTERMEDIATE, HIDDEN),
-            Object(layer_name=f"layer {n}"),
+            matrix(hidden, shape.qkv),
+            matrix(shape.attended, hidden),
+            matrix(hidden, 2 * shape.intermediate),
+            matrix(shape.intermediate, hidden),
+            attention_layer(f"layer {n}", shape),
         )
         for n in range(count)
     ]
-    rope = normal(512, HEAD).bfloat16()
-    norm = (1 + 0.1 * normal(HIDDEN)).bfloat16()
-    embedding = normal(64, HIDDEN).bfloat16()
+    rope = normal(512, shape.head_size).bfloat16()
+    norm = (1 + 0.1 * normal(hidden)).bfloat16()
+    embedding = normal(64, hidden).bfloat16()
     return weights.Weights(shape, scheme, torch.bfloat16, 1e-6, embedding, norm, rope, True, tuple(found))
 
 
-def run_step(bound, rows, reduce, most=512):
+def attention_layer(name, shape):
+    """An attention layer of vLLM's that has no cache yet."""
+    size = shape.head_size
+    return Object(layer_name=name, impl=Object(scale=size**-0.5), head_size=size, kv_cache=torch.tensor([]))
+
+
+def make_attention(bound, longest=512):
+    return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x)
+
+
+def make_layers(bound, reduce, context=None, most=512, former=None):
+    """Layers whose arena is NaN in every type."""
+    context = context or Object(attn_metadata=None)
+    fused = layers.FusedLayers(Object(), bound, most, make_attention(bound), lambda: context, reduce, former)
+    fused.workspace.memory.fill_(255)
+    return fused
+
+
+def run_step(bound, rows, reduce):
     """A step without attention, as vLLM's memory profile makes it."""
-    context = Object(attn_metadata=None)
-    fused = layers.FusedLayers(Object(), bound, most, None, lambda: context, reduce)
+    fused = make_layers(bound, reduce)
     embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
-    fused.arena.memory.fill_(255)  # NaN in every type
     return [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
 
 
@@ -425,10 +456,293 @@ def test_chunks_of_a_step(monkeypatch, scheme, reduce):
     assert all(torch.equal(each, expected) for each in run_step(bound, 300, reduce))
 
 
-@pytest.mark.parametrize(("m", "most"), [(129, 128), (300, 128), (333, 256), (4097, 4096), (1025, 1024), (8191, 1152)])
-def test_chunks_start_at_aligned_rows(m, most):
-    """int64 positions from row 113 on would be 8-byte aligned, and kernels take 16."""
-    size = layers.chunk_rows(m, most)
-    assert size % 16 == 0
-    assert size <= most
-    assert m / size <= -(-m // most)
+# ---- attention of a step ----
+
+PAGE, BLOCKS = 16, 40
+
+
+@pytest.fixture
+def flash_attention():
+    """FlashAttention 3's op and vLLM's cache write, as the simulated engine has them."""
+    path = pathlib.Path(__file__).parents[1] / "vllm" / "simulated_ops.py"
+    spec = importlib.util.spec_from_file_location("simulated_ops", path)
+    simulated = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(simulated)
+    library = torch.library._scoped_library
+    with library("_C_cache_ops", "FRAGMENT") as cache, library("_vllm_fa3_C", "FRAGMENT") as fa3:
+        simulated.define_cache_and_attention(cache, fa3)
+        yield
+
+
+def with_caches(bound):
+    """The same layers with caches of random tokens."""
+    generator = torch.Generator().manual_seed(9)
+    for layer in bound.layers:
+        sizes = BLOCKS, PAGE, bound.shape.kv_heads, 2 * bound.shape.head_size
+        cache = torch.randn(sizes, generator=generator).bfloat16().transpose(1, 2)
+        layer.attention.kv_cache = cache
+        layer.attention._k_scale = layer.attention._v_scale = torch.ones(1)
+    return bound
+
+
+def decode_step(lengths, slots=None, **changes):
+    """Metadata and slots of a step of one new token per request; 0: a padded row. Blocks of a request are its own."""
+    width = max(4, -(-max(lengths) // PAGE))
+    table = torch.arange(1, len(lengths) * width + 1, dtype=torch.int32).view(len(lengths), width)
+    last = torch.tensor(lengths) - 1
+    at = table[torch.arange(len(lengths)), last.clamp(min=0) // PAGE].long() * PAGE + last % PAGE
+    found = Object(
+        max_query_len=1,
+        num_actual_tokens=len(lengths),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32),
+        max_seq_len=max(lengths),
+        block_table=table,
+    )
+    slots = torch.where(last < 0, -1, at) if slots is None else slots
+    return changed(found, changes), slots
+
+
+def decode(bound, lengths, rows, reduce=None):
+    """The hidden states of a decode step with `rows` tokens and as many requests as lengths; and the caches after it."""
+    metadata, slots = decode_step(lengths)
+    positions = torch.cat((metadata.seq_lens.long() - 1, torch.full((rows - len(lengths),), 7))).clamp(min=0)
+    names = [layer.attention.layer_name for layer in bound.layers]
+    context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+    fused = make_layers(bound, reduce, context)
+    embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    before = hdispatch.stats()["attention_half"]["fallbacks"]
+    found = fused.forward(None, positions, embedded)
+    assert hdispatch.stats()["attention_half"]["fallbacks"] - before == len(bound.layers)
+    assert fused.attention.decode_reason is None
+    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32)}
+    return fused.workspace.rows, found, [layer.attention.kv_cache.clone() for layer in bound.layers]
+
+
+def test_padded_rows_of_a_decode_step_are_harmless():
+    """Rows with requests of no token, as in full graphs, and rows without requests: the same bits and caches as without."""
+    lengths = [1, 17, 40, 64]
+    _, expected, caches = decode(with_caches(make_weights(schemes.PerTokenFp8())), lengths, 4)
+    assert expected.isfinite().all()
+    assert not torch.equal(*caches)
+    for each in ([*lengths, 0, 0], lengths):
+        _, padded, padded_caches = decode(with_caches(make_weights(schemes.PerTokenFp8())), each, 6)
+        assert torch.equal(padded[:4], expected)
+        assert padded.isfinite().all()
+        assert all(torch.equal(mine, other) for mine, other in zip(padded_caches, caches, strict=True))
+
+
+@pytest.mark.parametrize("reduce", [None, torch.clone])
+def test_decode_steps_in_chunks_and_with_sums(monkeypatch, reduce):
+    """More requests than the arena has rows, and sums over ranks: the bits of a step without either; caches too."""
+    lengths = [1 + 7 * request % 60 for request in range(150)]
+    monkeypatch.setattr(sys.modules[__name__], "BLOCKS", 4 * len(lengths) + 1)
+
+    def run(reduce):
+        rows, found, caches = decode(with_caches(make_weights(schemes.PerTokenFp8())), lengths, 150, reduce)
+        return rows, [found, *caches]
+
+    rows, expected = run(None)
+    assert rows == 512
+    assert all(each.isfinite().all() for each in expected)
+    for limit in (128, 512):
+        monkeypatch.setattr(layers, "rows_within", lambda *_, limit=limit: limit)
+        rows, found = run(reduce)
+        assert rows == limit
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def mixed_step(queries, lengths):
+    """Metadata, slots and positions of a step with so many new tokens of requests that have `lengths` after it."""
+    found, _ = decode_step(lengths)
+    starts = torch.tensor([0, *itertools.accumulate(queries)], dtype=torch.int32)
+    places = [(row, at) for row, (q, n) in enumerate(zip(queries, lengths, strict=True)) for at in range(n - q, n)]
+    slots = torch.tensor([int(found.block_table[row, at // PAGE]) * PAGE + at % PAGE for row, at in places])
+    more = {"max_query_len": max(queries), "num_actual_tokens": len(places), "query_start_loc": starts, "causal": True}
+    more |= {"scheduler_metadata": None, "max_num_splits": 0}
+    return changed(found, more), slots, torch.tensor([at for _, at in places])
+
+
+@pytest.mark.usefixtures("flash_attention")
+@pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.PerTokenFp8(), schemes.BlockFp8()])
+@pytest.mark.parametrize("written", [True, False])
+def test_steps_with_flash_attention(monkeypatch, scheme, written):
+    """Prompts beside decoding requests: the same bits in chunks, with sums over ranks, with rows that vLLM has no slots for."""
+    if not written:
+        monkeypatch.setattr(attention_module, "objection", lambda *_: "no row")
+        monkeypatch.setattr(attention_module, "loaded_ladders", lambda *_: Ladders((1,)))
+    queries, lengths = [1, 60, 33, 1, 50, 64], [40, 60, 64, 1, 61, 64]
+    metadata, slots, positions = mixed_step(queries, lengths)
+    tokens = len(positions)
+    embedded = torch.randn(tokens + 5, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+
+    def run(limit, reduce, padding=0):
+        monkeypatch.setattr(layers, "rows_within", lambda *_: limit)
+        bound = with_caches(make_weights(scheme))
+        names = [layer.attention.layer_name for layer in bound.layers]
+        context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+        fused = make_layers(bound, reduce, context)
+        given = torch.nn.functional.pad(positions, (0, padding), value=7)
+        found = fused.forward(None, given, embedded[: tokens + padding])[:tokens]
+        assert set(fused._steps) == {(attention_module.Kind.FLASH, False)}
+        assert (fused.attention.write_reason is None) is written
+        return [found, *(layer.attention.kv_cache.clone() for layer in bound.layers)]
+
+    expected = run(512, None)
+    assert all(each.isfinite().all() for each in expected)
+    for changes in ((128, None), (512, torch.clone), (128, torch.clone), (512, None, 5), (128, torch.clone, 5)):
+        found = run(*changes)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), changes
+
+
+@pytest.mark.usefixtures("flash_attention")
+def test_decode_steps_of_both_kinds_are_near(monkeypatch):
+    lengths = [1, 17, 40, 64]
+    _, half, half_caches = decode(with_caches(make_weights(schemes.Scheme())), lengths, 4)
+    metadata, slots, positions = mixed_step([1] * 4, lengths)
+    monkeypatch.setenv("HDISPATCH_ATTENTION", "fa3")
+    bound = with_caches(make_weights(schemes.Scheme()))
+    names = [layer.attention.layer_name for layer in bound.layers]
+    context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+    embedded = torch.randn(4, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    flash = make_layers(bound, None, context).forward(None, positions, embedded)
+    assert (flash.float() - half.float()).norm() < 0.01 * flash.float().norm()
+    for mine, layer in zip(half_caches, bound.layers, strict=True):
+        assert (mine.float() - layer.attention.kv_cache.float()).norm() < 0.01 * mine.float().norm()
+
+
+def test_caches_that_are_replaced_are_those_that_steps_write():
+    """vLLM makes new caches after profiling and on waking up."""
+    bound = with_caches(make_weights(schemes.PerTokenFp8()))
+    metadata, slots = decode_step([5, 16])
+    names = [layer.attention.layer_name for layer in bound.layers]
+    context = Object(attn_metadata=dict.fromkeys(names, metadata), slot_mapping=dict.fromkeys(names, slots))
+    fused = make_layers(bound, None, context)
+    embedded = torch.randn(2, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
+    expected = fused.forward(None, torch.tensor([4, 15]), embedded)
+    written = [layer.attention.kv_cache for layer in bound.layers]
+    kept = [each.clone() for each in written]
+    with_caches(bound)
+    assert torch.equal(fused.forward(None, torch.tensor([4, 15]), embedded), expected)
+    for layer, old, copy in zip(bound.layers, written, kept, strict=True):
+        assert torch.equal(old, copy)
+        assert torch.equal(layer.attention.kv_cache, copy)
+
+
+def test_lengths_that_attention_half_is_told():
+    """In steps of 64 tokens, so that a sequence is seldom resolved for it; never more than the longest request may have."""
+    attention = make_attention(with_caches(make_weights(schemes.Scheme())), 500)
+    attention.bind()
+    told = []
+    for longest in (1, 64, 65, 499, 500):
+        metadata, slots = decode_step([1, longest])
+        told.append(attention.given(attention_module.Kind.HALF, torch.zeros(2), metadata, slots)[-1])
+    assert told == [64, 64, 128, 500, 500]
+
+
+def test_a_decode_step_writes_the_new_tokens_alone():
+    bound = with_caches(make_weights(schemes.Scheme()))
+    before = [layer.attention.kv_cache.clone() for layer in bound.layers]
+    _, _, caches = decode(bound, [5, 16], 2)
+    _, slots = decode_step([5, 16])
+    for old, new in zip(before, caches, strict=True):
+        other = (old != new).any(-1).any(1).nonzero().tolist()
+        assert sorted(block * PAGE + place for block, place in other) == sorted(slots.tolist())
+
+
+LONG = attention_module.GRAPH_TOKENS + 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "longest", "change", "taken"),
+    [
+        ("auto", 512, {}, True),
+        ("fa3", 512, {}, False),
+        ("auto", 512, {"max_query_len": 2}, False),
+        ("auto", 512, {"num_actual_tokens": 3}, False),
+        ("auto", 512, {"max_seq_len": 512}, True),  # a graph of a short model
+        ("auto", LONG, {}, True),
+        ("auto", LONG, {"max_seq_len": LONG - 1}, True),
+        ("auto", LONG, {"max_seq_len": LONG}, False),  # a graph of a long one
+        ("half", LONG, {"max_seq_len": LONG}, True),
+    ],
+)
+def test_steps_that_take_attention_half(monkeypatch, setting, longest, change, taken):
+    monkeypatch.setenv("HDISPATCH_ATTENTION", setting)
+    attention = make_attention(with_caches(make_weights(schemes.Scheme())), longest)
+    assert not attention._is_decode(decode_step([5, 16])[0])  # before the caches are known
+    attention.bind()
+    assert attention._is_decode(decode_step([5, 16], **change)[0]) is taken
+
+
+def test_steps_keep_flash_attention_and_vllms_write_where_rows_are_missing(monkeypatch, caplog):
+    """Every bucket is asked for, up to the rows of a step and the longest request; said once."""
+    asked = []
+
+    def refuse(op, *arguments):
+        hdispatch.explain(op, *arguments)  # raises for a wrong call
+        half = op.name == "attention_half"
+        asked.append((arguments[0].size(0), arguments[10] if half else None))
+        return f"no row of {op.name}" if arguments[0].size(0) == (64 if half else 256) else None
+
+    monkeypatch.setattr(
+        attention_module,
+        "loaded_ladders",
+        lambda op, _: Ladders((1, 8, 64, 256), *(("max_seq_len", (64, 1024)) if op == "attention_half" else ())),
+    )
+    monkeypatch.setattr(attention_module, "objection", refuse)
+    caplog.set_level("INFO", logger="vllm.hdispatch")
+    bound = with_caches(make_weights(schemes.Scheme()))
+    attention = make_attention(bound)
+    attention.bind()
+    assert asked == [(1, 64), (1, 512), (8, 64), (8, 512), (64, 64), (1, None), (8, None), (64, None), (256, None)]
+    assert (attention.decode_reason, attention.write_reason) == (
+        "no row of attention_half",
+        "no row of fused_qk_norm_rope_cache",
+    )
+    attention.bind()
+    said = (
+        "decode steps take FlashAttention 3: no row of attention_half; others FlashAttention 3 after vLLM's cache write: no row"
+    )
+    assert caplog.text.count(said) == 1
+    monkeypatch.setattr(attention_module, "objection", lambda *_: None)
+    assert attention.is_bound()
+    bound.layers[-1].attention.kv_cache = bound.layers[-1].attention.kv_cache.clone()
+    assert not attention.is_bound()
+    attention.bind()
+    assert (attention.decode_reason, attention.write_reason) == (None, None)
+    assert "decode steps take attention_half; others FlashAttention 3 after fused_qk_norm_rope_cache" in caplog.text
+
+
+def test_why_the_table_does_not_serve_a_call():
+    found = support.objection(hdispatch.ops.attention_half, *example())
+    assert found.startswith(
+        "attention_half(bfloat16-bfloat16+group=2, M=3, K=64, N=4, max_seq_len=100): no bundle with this op"
+    )
+    found = support.objection(hdispatch.ops.attention_half, *example(neox=False))
+    assert found == "attention_half: no variant has these values: is_neox is 0, served are 1"
+
+
+def test_rows_of_a_loaded_bundle(tmp_path):
+    """Served, no row, a guard that fails: of the bundle that serves the tensors' device."""
+    op = hdispatch.ops.toy
+    bundle = hdispatch.load(toy.write(tmp_path / "toy"), driver="null")
+    try:
+        assert support.loaded_ladders("toy", torch.device("cpu")) == Ladders((1, 2, 4, 8, 16))
+        assert support.loaded_ladders("attention_half", torch.device("cpu")) == Ladders(())
+        assert support.objection(op, *toy.arguments()) is None
+        assert support.objection(op, *toy.arguments(4, 513)) == (
+            "toy(bfloat16, M=4, K=513, N=0): the launch table has no row for it"
+        )
+        strided = toy.arguments()
+        strided[1] = torch.zeros(4, 72, dtype=torch.bfloat16)[:, :64]
+        assert "guard: input.stride(0) % 16 == 0 does not hold" in support.objection(op, *strided)
+    finally:
+        bundle.unload()
+    assert support.loaded_ladders("toy", torch.device("cpu")) == Ladders(())
+
+
+def example(neox=True):
+    bound = with_caches(make_weights(schemes.Scheme()))
+    attention = make_attention(dataclasses.replace(bound, neox=neox))
+    attention.bind()
+    return attention._half_example(3, 100)

@@ -65,21 +65,85 @@ def check_served(found):
     assert found["hits"] > 0
 
 
-@pytest.mark.parametrize("scheme", ["token", "block", "tensor", "static", "bf16"])
-def test_logits(play, scheme):
-    found = play("accuracy", scheme, steps=16, requests=REQUESTS)
+def check_near_ties(found, expected):
+    """Greedy tokens part where the expected logprobs are near each other only."""
+    for mine, other in zip(found["requests"], expected["requests"], strict=True):
+        for step, (a, b) in enumerate(zip(mine["tokens"], other["tokens"], strict=True)):
+            if a != b:
+                known = dict(map(tuple, other["top"][step]))
+                assert a in known, (step, a, known)
+                assert known[b] - known[a] < NEAR
+                break
+
+
+FA3 = {"HDISPATCH_ATTENTION": "fa3"}
+
+
+def check_decode(found, setting):
+    """Decode steps took attention_half, or FlashAttention 3 because it was asked for."""
+    assert found["decode"]["reason"] == ("HDISPATCH_ATTENTION is fa3" if setting else None)
+    assert (found["decode"]["calls"] == 0) == bool(setting)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "setting"),
+    [("token", {}), ("token", FA3), ("block", {}), ("tensor", {}), ("static", {}), ("bf16", {}), ("bf16", FA3)],
+    ids=lambda each: each if isinstance(each, str) else "fa3" if each else "half",
+)
+def test_logits(play, scheme, setting):
+    found = play("accuracy", scheme, variables=setting, steps=16, requests=REQUESTS)
     check_served(found)
+    check_decode(found, setting)
     assert found["errors"][0]["relative"] < RIGHT
 
 
-@pytest.mark.parametrize("scheme", ["token", "block"])
-def test_full_graphs(play, scheme):
+@pytest.mark.parametrize(
+    ("scheme", "setting", "requests"),
+    [
+        ("token", {}, REQUESTS),
+        ("token", {}, REQUESTS - 5),  # padded rows: requests of no token, whose slot is -1
+        ("token", FA3, REQUESTS),
+        ("block", {}, REQUESTS),
+    ],
+)
+def test_full_graphs(play, scheme, setting, requests):
     """Decode steps replay a graph of our layers: their launches are not made again."""
-    found = play("accuracy", scheme, {"compilation_config": GRAPHS}, steps=16, requests=REQUESTS)
+    found = play("accuracy", scheme, {"compilation_config": GRAPHS}, setting, steps=16, requests=requests)
     check_served(found)
+    check_decode(found, setting)
     (errors,) = found["errors"]
     assert errors["relative"] < RIGHT
     assert 0 < errors["calls"] < 3 * 12 * LAYERS  # those of the prefill
+
+
+def test_full_graphs_of_a_long_model(play):
+    """Captured for 32k tokens, FlashAttention 3 splits requests by their lengths; attention_half is right there too."""
+    options = {"compilation_config": GRAPHS, "max_model_len": 32768}
+    settings = ({}, {"HDISPATCH_ATTENTION": "half"})
+    auto, half = (play("accuracy", options=options, variables=each, steps=16, requests=REQUESTS) for each in settings)
+    for found in (auto, half):
+        check_served(found)
+        assert found["decode"]["reason"] is None
+        assert found["errors"][0]["relative"] < RIGHT
+    captured = 2 * LAYERS * len(GRAPHS["cudagraph_capture_sizes"])  # each after a step to warm up
+    assert half["decode"]["calls"] - auto["decode"]["calls"] >= captured
+
+
+def test_prompts_that_the_cache_holds(play):
+    """Prefix caching: the second time only the ends of the prompts are computed; tokens part at near ties only."""
+    sizes = {"tokens": 32, "lengths": [40, 25, 60, 300, 7, 130, 64, 64]}
+    once = play("generate", options={"enable_prefix_caching": False}, **sizes)
+    twice = play("generate", options={"enable_prefix_caching": True}, times=2, **sizes)
+    check_served(twice)
+    check_near_ties(twice, once)
+
+
+def test_our_sampler_takes_vllms_tokens(play):
+    """Greedy, without logprobs: those of vLLM's own sampler over the same layers."""
+    sizes = {"tokens": 48, "lengths": [40, 25, 60, 300, 7, 130, 64, 64], "logprobs": None}
+    ours, theirs = (play("generate", own_sampler=own, **sizes) for own in (True, False))
+    assert (ours["sampler"], theirs["sampler"]) == ("GreedySampler", "Sampler")
+    assert [each["tokens"] for each in ours["requests"]] == [each["tokens"] for each in theirs["requests"]]
 
 
 def test_reloaded_weights_are_bound_again(play):
@@ -112,8 +176,9 @@ def test_sleep_mode(play):
         ({"speculative_config": NGRAM}, {}),
         ({"speculative_config": NGRAM, "compilation_config": GRAPHS}, {}),
         ({"enable_prefix_caching": True, "max_num_batched_tokens": 256}, {}),
+        ({}, {"HDISPATCH_ATTENTION": "fa3"}),
     ],
-    ids=["v1", "ngram", "ngram under graphs", "chunks and prefix caching"],
+    ids=["v1", "ngram", "ngram under graphs", "chunks and prefix caching", "fa3"],
 )
 def test_tokens_part_from_vllms_own_at_near_ties_only(play, options, variables):
     sizes = {"tokens": 48, "lengths": [40, 25, 60, 300, 7, 130, 64, 64]}
@@ -122,13 +187,7 @@ def test_tokens_part_from_vllms_own_at_near_ties_only(play, options, variables):
     assert ("gpu_model_runner" in found["runner"]) == ("VLLM_USE_V2_MODEL_RUNNER" in variables)
     theirs = play("generate", options=options, variables=variables | {"HDISPATCH": "0"}, **sizes)
     assert not theirs["class"].startswith("hdispatch")
-    for mine, other in zip(found["requests"], theirs["requests"], strict=True):
-        for step, (a, b) in enumerate(zip(mine["tokens"], other["tokens"], strict=True)):
-            if a != b:
-                known = dict(map(tuple, other["top"][step]))
-                assert a in known, (step, a, known)
-                assert known[b] - known[a] < NEAR
-                break
+    check_near_ties(found, theirs)
 
 
 @pytest.mark.parametrize("scheme", ["token", "block"])
@@ -145,9 +204,9 @@ def test_lora_takes_vllms_own_layers(play):
 
 
 def test_ten_thousand_steps(play):
-    """Random batches, lengths and preemptions: no fault, every request done, memory flat."""
+    """More than ten thousand steps of random batches, lengths and preemptions: no fault, every request done, memory flat."""
     options = {"kv_cache_memory_bytes": 64 << 20}  # 4096 tokens
-    found = play("storm", options=options, limit_s=500, steps=10_000, most=128, longest=300)
+    found = play("storm", options=options, limit_s=500, steps=10_500, most=128, longest=300)
     check_served(found)
     assert not found["unfinished"]
     assert found["done"] > 1000

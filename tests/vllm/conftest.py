@@ -38,7 +38,12 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def simulate(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
     """Run one engine: simulate(model, scheme, **parameters of simulated_run.run) -> its answer and "log"."""
-    return lambda model, scheme, **given: ask("simulated_run.py", environment, tmp_path, model, scheme, given)
+
+    def run(model: str, scheme: str, **given: Any) -> Answer:
+        variables = environment | given.pop("variables", {})
+        return ask("simulated_run.py", variables, tmp_path, model, scheme, given)
+
+    return run
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import torch
 class Engine:
     """vLLM's LLM on random weights of a realistic spread, and what of it the scenarios need."""
 
-    def __init__(self, folder: str, simulated: bool, options: dict[str, Any]) -> None:
+    def __init__(self, folder: str, simulated: bool, options: dict[str, Any], own_sampler: bool = True) -> None:
         defaults = {"max_model_len": 2048, "max_num_seqs": 160, "max_num_batched_tokens": 4096}
         if simulated:
             import simulation
@@ -31,7 +31,11 @@ class Engine:
                 simulation.mock_lora()
         from hdispatch.bench import serve_model
         from vllm import LLM
+        from vllm.plugins import load_general_plugins
 
+        load_general_plugins()
+        if not own_sampler:
+            keep_vllms_sampler()
         if not options.get("compilation_config"):
             defaults["enforce_eager"] = True
         sizes = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
@@ -51,7 +55,7 @@ class Engine:
         errors = serve_accuracy.measure(self.llm, self.runner, self.model, steps, requests)
         found: dict[str, float] = {name: serve_accuracy.average(errors, name) for name in ("relative", "kl")}
         after = runtime.stats()
-        return found | {"calls": sum(after[op]["hits"] - before[op]["hits"] for op in after)}
+        return found | {"calls": sum(after[op]["hits"] - before[op]["hits"] for op in before)}
 
     def facts(self) -> dict[str, Any]:
         """Whose layers run, why, and what the table missed."""
@@ -62,9 +66,21 @@ class Engine:
             "class": type(self.model).__module__,
             "reason": getattr(self.model, "hdispatch_reason", None),
             "runner": type(self.runner).__module__,
+            "sampler": type(self.runner.sampler).__name__,
+            "decode": self._decode(),
             "hits": sum(each["hits"] for each in counts.values()),
             "misses": {op: each["misses"] for op, each in counts.items() if each["misses"]},
         }
+
+    def _decode(self) -> dict[str, Any] | None:
+        """What decode steps of our layers take: why not attention_half, and its calls, launched or not."""
+        from hdispatch import runtime
+
+        layers = getattr(self.model, "_layers", None)
+        if layers is None:
+            return None
+        counts = runtime.stats()["attention_half"]
+        return {"reason": layers.attention.decode_reason, "calls": counts["hits"] + counts["fallbacks"]}
 
 
 def accuracy(engine: Engine, steps: int, requests: int) -> dict[str, Any]:
@@ -139,16 +155,22 @@ def same_bits(engine: Engine, steps: int, requests: int) -> dict[str, Any]:
     return {"again": same(first, again), "other_order": same(first, other)}
 
 
-def generate(engine: Engine, tokens: int, lengths: list[int]) -> dict[str, Any]:
-    """Greedy tokens, and logprobs of the likeliest. Prompts repeat themselves, so that n-grams are found in them."""
+def generate(
+    engine: Engine, tokens: int, lengths: list[int], times: int = 1, temperature: float = 0.0, logprobs: int | None = 5
+) -> dict[str, Any]:
+    """Tokens of the last of several times, and logprobs of the likeliest. Prompts repeat themselves: n-grams are found."""
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": [(13 * i + 5 * (j % 8)) % 1000 + 10 for j in range(n)]} for i, n in enumerate(lengths)]
-    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True, detokenize=False, temperature=0.0, logprobs=5)
+    fixed = {"max_tokens": tokens, "ignore_eos": True, "detokenize": False, "seed": 5}
+    sampling = SamplingParams(temperature=temperature, logprobs=logprobs, **fixed)
     found = []
-    for each in engine.llm.generate(prompts, sampling, use_tqdm=False):
+    for _ in range(times):
+        outputs = engine.llm.generate(prompts, sampling, use_tqdm=False)
+    for each in outputs:
         output = each.outputs[0]
-        top = [sorted(((int(t), v.logprob) for t, v in step.items()), key=lambda pair: -pair[1]) for step in output.logprobs]
+        steps = output.logprobs or []
+        top = [sorted(((int(t), v.logprob) for t, v in step.items()), key=lambda pair: -pair[1]) for step in steps]
         found.append({"tokens": list(output.token_ids), "top": top})
     return {"requests": found}
 
@@ -215,10 +237,16 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
+def keep_vllms_sampler() -> None:
+    from hdispatch.integrations.vllm import sampling
+
+    sampling.GreedyState.custom_sampler = lambda *_: None
+
+
 def main() -> None:
     given = json.loads(sys.argv[2])
     scenario = SCENARIOS[given.pop("scenario")]
-    engine = Engine(sys.argv[1], given.pop("simulated"), given.pop("options"))
+    engine = Engine(sys.argv[1], given.pop("simulated"), given.pop("options"), given.pop("own_sampler", True))
     answer = scenario(engine, **given)
     print("ANSWER " + json.dumps(answer | engine.facts()), flush=True)
     os._exit(0)  # vLLM's shutdown takes seconds

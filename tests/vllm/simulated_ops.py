@@ -48,7 +48,9 @@ def define() -> None:
     for name in LIBRARIES:
         sys.modules[name] = types.ModuleType(name)
     _define_c()
-    _define_cache_and_attention()
+    cache, attention = (torch.library.Library(name, "FRAGMENT") for name in ("_C_cache_ops", "_vllm_fa3_C"))
+    define_cache_and_attention(cache, attention)
+    KEPT.extend((cache, attention))
 
 
 def _define_c() -> None:
@@ -87,18 +89,16 @@ def embedding(out: torch.Tensor, ids: torch.Tensor, weight: torch.Tensor, first:
     out.copy_(weight[(ids.long() - first).clamp(0, weight.size(0) - 1)] * here[:, None].to(weight.dtype))
 
 
-def _define_cache_and_attention() -> None:
-    cache = torch.library.Library("_C_cache_ops", "FRAGMENT")
+def define_cache_and_attention(cache: torch.library.Library, attention: torch.library.Library) -> None:
+    """Ops of the libraries `_C_cache_ops` and `_vllm_fa3_C`."""
     cache.define(
         "reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, Tensor slot_mapping, "
         "str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()"
     )
     cache.impl("reshape_and_cache_flash", write_cache, "CPU")
-    attention = torch.library.Library("_vllm_fa3_C", "FRAGMENT")
     attention.define(FWD)
     attention.impl("fwd", attend, "CPU")
     attention.define("get_scheduler_metadata(int a) -> Tensor")
-    KEPT.extend((cache, attention))
 
 
 def write_cache(

@@ -17,13 +17,20 @@ LENGTHS = (5, 17, 40, 130, 300)
 
 
 def run(
-    folder: str, tokens: int = 6, ranks: int = 1, layers_off: bool = False, arena: int | None = None, **more: Any
+    folder: str,
+    tokens: int = 6,
+    ranks: int = 1,
+    layers_off: bool = False,
+    rows_off: bool = False,
+    arena: int | None = None,
+    **more: Any,
 ) -> dict[str, Any]:
     """Tokens and top logprobs of several requests of different lengths, and what hdispatch decided and did.
 
     tokens      of each request
     ranks       tensor parallel
     layers_off  the plug-in's classes are registered, but told to take vLLM's own layers
+    rows_off    the table is said to have no rows of the attention ops
     arena       most bytes of the workspace, if less than the product's
     more        arguments of vLLM's LLM
 
@@ -39,6 +46,8 @@ def run(
         turn_layers_off()
     elif ranks == 1:
         run_both()
+    if rows_off:
+        turn_rows_off()
     if arena is not None:
         shrink_arena(arena)
     options = {
@@ -91,7 +100,8 @@ STEPS: list[dict[str, Any]] = []
 
 
 def run_both() -> None:
-    """Let every step run in vLLM's own layers first, and note how far ours are from them."""
+    """Let every step run in vLLM's own layers first; note how far ours are from them, and how often attention_half runs."""
+    from hdispatch import runtime
     from hdispatch.integrations.vllm import models
     from vllm.forward_context import get_forward_context
 
@@ -100,7 +110,9 @@ def run_both() -> None:
 
         def forward(self: Any, *given: Any, ours: Any = ours, theirs: Any = theirs, **named: Any) -> torch.Tensor:
             expected = theirs(self, *given, **named).float()
+            before = runtime.stats()["attention_half"]["fallbacks"]
             found = ours(self, *given, **named)
+            halves = runtime.stats()["attention_half"]["fallbacks"] - before
             metadata = get_forward_context().attn_metadata
             if metadata:
                 first = next(iter(metadata.values()))
@@ -108,7 +120,8 @@ def run_both() -> None:
                 difference = (found[:rows].float() - expected[:rows]).norm() / expected[:rows].norm()
                 requests = first.seq_lens.numel()
                 kind = "decode" if first.max_query_len == 1 else "prefill" if requests == 1 else "mixed"
-                STEPS.append({"kind": kind, "rows": rows, "requests": requests, "difference": float(difference)})
+                step = {"kind": kind, "rows": rows, "requests": requests, "difference": float(difference)}
+                STEPS.append(step | {"halves": halves})
             return found
 
         fused.forward = forward
@@ -117,7 +130,13 @@ def run_both() -> None:
 def shrink_arena(limit: int) -> None:
     from hdispatch.integrations.vllm import layers, workspace
 
-    layers.rows_within = lambda buffers, most: workspace.rows_within(buffers, most, limit)
+    layers.rows_within = lambda row_bytes, most: workspace.rows_within(row_bytes, most, limit)
+
+
+def turn_rows_off() -> None:
+    from hdispatch.integrations.vllm import attention
+
+    attention.Attention._objection = lambda *_: "the test says so"
 
 
 def turn_layers_off() -> None:
@@ -134,10 +153,11 @@ def decisions() -> list[dict[str, Any]]:
     found = []
     for model in MODELS:
         layers = getattr(model, "_layers", None)
-        arena = None if layers is None else {"rows": layers.arena.rows, "bytes": layers.arena.memory.numel()}
-        plans = None if layers is None else sorted(layers._plans)
+        workspace = None if layers is None else layers.workspace
+        arena = None if workspace is None else {"rows": workspace.rows, "bytes": workspace.memory.numel()}
+        kinds = None if layers is None else sorted(kind.name for kind, _ in layers._steps)
         reason = getattr(model, "hdispatch_reason", "not ours")
-        found.append({"class": type(model).__module__, "reason": reason, "arena": arena, "plans": plans})
+        found.append({"class": type(model).__module__, "reason": reason, "arena": arena, "kinds": kinds})
     return found
 
 

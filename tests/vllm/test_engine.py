@@ -26,6 +26,7 @@ def test_every_step_is_that_of_vllms_own_layers(simulate: Simulate, model: str, 
     assert decision["reason"] is None, decision
     assert decision["class"].startswith("hdispatch.")
     assert {step["kind"] for step in found["steps"]} >= {"mixed", "decode"}
+    assert all(step["halves"] == (2 if step["kind"] == "decode" else 0) for step in found["steps"]), found["steps"]
     # Llama with fixed scales calls the same ops in the same order.
     bound = 0.0 if (model, scheme) == ("tiny-llama", "static") else DIFFERENCES[scheme]
     assert max(step["difference"] for step in found["steps"]) <= bound, found["steps"]
@@ -39,6 +40,28 @@ def test_chunks_of_rows_change_nothing(simulate: Simulate) -> None:
     assert chunked["models"][0]["arena"]["rows"] == 128
     assert whole["requests"] == chunked["requests"]
     assert whole["steps"] == chunked["steps"]
+
+
+def test_decode_steps_with_flash_attention(simulate: Simulate) -> None:
+    """HDISPATCH_ATTENTION=fa3: no launch of attention_half, and hidden states no nearer to vLLM's own."""
+    half, fa3 = (simulate("tiny-qwen3", "bf16", tokens=4, variables={"HDISPATCH_ATTENTION": each}) for each in ("auto", "fa3"))
+    assert "hdispatch: decode steps take attention_half" in half["log"]
+    assert "hdispatch: decode steps take FlashAttention 3: HDISPATCH_ATTENTION is fa3; others FlashAttention 3" in fa3["log"]
+    assert not any(step["halves"] for step in fa3["steps"])
+
+    def error(found: dict[str, Any]) -> float:
+        return max(step["difference"] for step in found["steps"] if step["kind"] == "decode")
+
+    assert error(half) < 1.1 * error(fa3)
+
+
+@pytest.mark.parametrize(("model", "scheme"), [("tiny-qwen3", "token"), ("tiny-qwen2", "bf16")])
+def test_without_rows_of_the_attention_ops(simulate: Simulate, model: str, scheme: str) -> None:
+    """Every step takes rotary embedding, vLLM's cache write and FlashAttention 3."""
+    found = simulate(model, scheme, tokens=3, rows_off=True)
+    assert found["log"].count("after vLLM's cache write: the test says so") == 1
+    assert not any(step["halves"] for step in found["steps"])
+    assert max(step["difference"] for step in found["steps"]) <= DIFFERENCES[scheme]
 
 
 def test_single_prefill_and_chunked_prefill(simulate: Simulate) -> None:

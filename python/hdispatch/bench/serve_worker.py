@@ -27,7 +27,7 @@ class Setup:
 
     mode    of `serve.MODES`
     graphs  "none", "decode" (vLLM's layers or ours captured whole, nothing compiled) or "compiled" (vLLM's default)
-    served  "no", "override" (vLLM's ops) or "layers" (the plug-in)
+    served  "no", "override" (vLLM's ops), "layers" (the plug-in) or "layers-fa3" (the same, decode steps by FlashAttention 3)
     kv_gib  of KV cache
     """
 
@@ -51,7 +51,7 @@ def environment(setup: Setup, caches: Path) -> dict[str, str]:
     """That of the process: vLLM in one process, compile caches that are empty, the plug-in on or off."""
     found = dict(os.environ)
     found |= {
-        "HDISPATCH": "1" if setup.served == "layers" else "0",
+        "HDISPATCH": "1" if setup.served.startswith("layers") else "0",
         "HDISPATCH_BUNDLE": setup.bundle,
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -62,6 +62,8 @@ def environment(setup: Setup, caches: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
     }
+    if setup.served == "layers-fa3":
+        found["HDISPATCH_ATTENTION"] = "fa3"
     found.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     return found
 
@@ -182,7 +184,7 @@ class _Engine:
 
     def _check_served(self) -> None:
         """Raise unless hdispatch's layers run where the mode wants them."""
-        if self._model is None or self._setup.served != "layers":
+        if self._model is None or not self._setup.served.startswith("layers"):
             return
         kind = type(self._model)
         if not kind.__module__.startswith("hdispatch."):

@@ -28,13 +28,15 @@ same time, and every round times each of them. Needs vLLM and a GPU, no checkpoi
 
 EPILOG = """\
 modes:
-  eager         vLLM's own layers, enforce_eager
-  override      the same with vLLM's ops served by hdispatch.override_vllm_ops
-  ours          the same with HDISPATCH=1: the plug-in's layers
-  graph         vLLM's own layers in full CUDA graphs of decode steps, nothing compiled
-  ours+graph    the plug-in's layers in the same graphs
-  compiled      vLLM's default: torch.compile, full and piecewise graphs
-  ours+compiled the default configuration with the plug-in's layers
+  eager           vLLM's own layers, enforce_eager
+  override        the same with vLLM's ops served by hdispatch.override_vllm_ops
+  ours            the same with HDISPATCH=1: the plug-in's layers; HDISPATCH_ATTENTION is passed on
+  graph           vLLM's own layers in full CUDA graphs of decode steps, nothing compiled
+  ours+graph      the plug-in's layers in the same graphs
+  compiled        vLLM's default: torch.compile, full and piecewise graphs
+  ours+compiled   the default configuration with the plug-in's layers
+  ours-fa3        ours with HDISPATCH_ATTENTION=fa3: decode steps take FlashAttention 3, not attention_half
+  ours-fa3+graph  the same in the graphs
 
 A mode that cannot run is named with its reason.
 exit code: with --check, 1 if a mode did not run, the table missed a call, or our logits' error, relative or as KL divergence,
@@ -49,7 +51,7 @@ ERRORS = {"relative": "relative error", "kl": "KL divergence"}
 
 def add_serve_parser(kinds: Any) -> None:
     """Declare `bench serve`."""
-    from ..bench.serve import MODES
+    from ..bench.serve import USUAL
     from ..bench.serve_model import MODELS, SCHEMES
 
     parser = kinds.add_parser(
@@ -63,7 +65,7 @@ def add_serve_parser(kinds: Any) -> None:
     add("--bundle", metavar="DIR", type=Path, help=f"bundle to serve from (default: ${BUNDLE_VARIABLE})")
     add("--model", metavar="NAME", choices=MODELS, default="qwen3-8b", help=f"{', '.join(MODELS)} (default: qwen3-8b)")
     add("--scheme", metavar="NAME", choices=SCHEMES, default="token", help=f"{', '.join(SCHEMES)} (default: token)")
-    add("--modes", metavar="A,B", type=words, default=tuple(MODES), help="default: all, see below")
+    add("--modes", metavar="A,B", type=words, default=USUAL, help="default: all without fa3, see below")
     add("--batches", metavar="N,N", type=ms, default=(1, 8, 32, 128), help="requests (default: 1,8,32,128)")
     add("--rounds", metavar="N", type=numbers.whole, default=3, help="rounds (default: 3)")
     add("--together", metavar="N", type=numbers.whole, default=4, help="engines that live at the same time (default: 4)")

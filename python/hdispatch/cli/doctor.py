@@ -159,7 +159,7 @@ def _examine_bundle(folder: Path | None, sha256: str | None, extension: bool, gp
 def _examine_vllm(extension: bool) -> dict[str, Any]:
     """Whether `vllm serve` would be served by the plug-in."""
     if not extension:
-        return {"ok": False, "reason": "not looked for without the extension", "version": None, "models": []}
+        return {"ok": False, "reason": "not looked for without the extension", "version": None, "models": [], "decode": ""}
     from ..integrations.vllm import plugin
 
     return plugin.examine()
@@ -295,7 +295,10 @@ def _words_of_bundle(bundle: dict[str, Any]) -> str:
 
 
 def _words_of_vllm(vllm: dict[str, Any]) -> str:
-    return f"{vllm['version']}, its ops and the layers of {', '.join(vllm['models'])}" if vllm["ok"] else ""
+    if not vllm["ok"]:
+        return ""
+    models = ", ".join(vllm["models"])
+    return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}"
 
 
 def _verdict(part: dict[str, Any], found: str) -> str:

@@ -1,114 +1,42 @@
-"""The decoder layers of a model, run by hdispatch's ops: a step from token ids to the normed hidden states.
+"""The decoder layers of a model as sequences of hdispatch's ops: a step from token ids to the normed hidden states.
 
-A layer is norm, qkv product, rotary embedding, cache write, attention, quantization, out product, norm, gate and up product,
-activation, down product; norms, activations and quantizations are one kernel where the scheme allows. All buffers are views
-of one arena, and the argument tuples of all layers are made once for each number of rows. Steps with more rows than the arena
-has run what lies between two attentions in chunks.
+A layer is norm, qkv product, attention with all that belongs to it, quantization, out product, norm, gate and up product,
+activation, down product; norms, activations and quantizations are one kernel where the scheme allows. All layers are one
+sequence, which one call launches; with tensor parallel, each half of a layer is one, and sums over ranks lie between them.
+What lies between steps is in the sequences' arena; steps with more rows than it has run in chunks but for attention.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from ... import ops
-from .attention import FlashAttention3
-from .schemes import FP8, Call, Operand
-from .weights import Layer, Weights
-from .workspace import Arena, Buffer, rows_within
+from ...sequence import Arena, Sequence, SequenceTensor
+from .attention import Attention, Kind
+from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
+from .weights import Weights
+from .workspace import ROWS, Workspace, rows_within
 
-#: Most numbers of rows whose argument tuples are kept: those of 36 layers take 60 KB.
-PLANS = 256
-
-# The steps of a layer, for the lifetimes of buffers.
-NORM, QKV, ROPE, ATTEND, QUANTIZE, OUT, NORM_2, GATE_UP, ACTIVATE, DOWN = range(10)
+#: The sequences' names in `stats`.
+LAYERS, HALF_LAYER = "decoder layers", "half a decoder layer"
 
 
-def layer_buffers(weights: Weights) -> list[Buffer]:
-    """The buffers of a layer's steps."""
-    shape, scheme, dtype = weights.shape, weights.scheme, weights.dtype
-    found = []
+class Steps(NamedTuple):
+    """What a step calls.
 
-    def add(name: str, width: int, dtype: torch.dtype, *steps: int, columns: bool = False) -> None:
-        found.append(Buffer(name, width, dtype, frozenset(steps), columns))
-
-    def add_operand(name: str, width: int, *steps: int) -> None:
-        """An fp8 input of a product, and its scales."""
-        add(name, width, FP8, *steps)
-        if scheme.scale_width(width):
-            add(f"{name}.scales", scheme.scale_width(width), torch.float32, *steps, columns=scheme.scale_width(width) > 1)
-
-    in_place = (QKV, GATE_UP) if not scheme.quantized else ()
-    add("residual", shape.hidden, dtype, *range(10))
-    add("hidden", shape.hidden, dtype, DOWN, NORM, OUT, NORM_2, *in_place)
-    add("qkv", shape.qkv, dtype, QKV, ROPE, ATTEND)
-    add("attended", shape.attended, dtype, ATTEND, QUANTIZE, *(() if scheme.quantized else (OUT,)))
-    add("gate_up", 2 * shape.intermediate, dtype, GATE_UP, ACTIVATE)
-    if scheme.quantized:
-        add_operand("normed", shape.hidden, NORM, QKV, NORM_2, GATE_UP)
-        add_operand("attended.fp8", shape.attended, QUANTIZE, OUT)
-        add_operand("activated.fp8", shape.intermediate, ACTIVATE, DOWN)
-    if scheme.norms_in_place:
-        add("activated", shape.intermediate, dtype, ACTIVATE, *(() if scheme.quantized else (DOWN,)))
-    return found
-
-
-def chunk_rows(m: int, most: int) -> int:
-    """Rows of each chunk of m, at most `most`, the last one shorter. Chunks start where tensors are aligned as at row 0."""
-    count = -(-m // most)
-    return min(most, -(-m // (16 * count)) * 16)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The tensors of some rows of a step. `hidden` is what products add to the residual; the rest is named as buffers are."""
-
-    residual: torch.Tensor
-    hidden: torch.Tensor
-    qkv: torch.Tensor
-    attended: torch.Tensor
-    gate_up: torch.Tensor
-    normed: Operand
-    attended_in: Operand
-    activated: Operand
-
-
-#: An op, and its arguments before and after the one that is known only in the step; None after: all are known.
-Fed = tuple[Callable[..., Any], tuple[Any, ...], tuple[Any, ...] | None]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All that a step of m rows calls, apart from what is known only then.
-
-    fronts  of each layer, the calls before rotary embedding: norm and qkv product
-    ropes   of each layer, the arguments of the rotary embedding without the positions
-    outs    of each layer, from attention to the out product
-    backs   of each layer, from the second norm to the down product; with a sum over ranks, to the activation
-    downs   of each layer, the down product, where sums over ranks are taken
-    summed  of each layer, `backs` and the `fronts` of the next one with a place for the sum that they read
+    sequences  all layers, or without one, each half of a layer in turn; they take the slots residual, sum, hidden and those of
+               attention, in which the halves of activations have no part
     """
 
-    rows: Rows
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-    out: torch.Tensor
-    fronts: tuple[tuple[Call, ...], ...]
-    ropes: tuple[tuple[Any, ...], ...]
-    outs: tuple[tuple[Call, ...], ...]
-    backs: tuple[tuple[Call, ...], ...]
-    downs: tuple[tuple[Call, ...], ...]
-    summed: tuple[tuple[tuple[Fed, ...], tuple[Fed, ...]], ...]
-    final: tuple[Any, ...]
+    sequences: tuple[Callable[..., None], ...]
+    arena_bytes: int
 
 
 class FusedLayers:
-    """A model's decoder layers on one device and stream.
+    """A model's decoder layers on one device. Steps run one after the other, in whatever streams.
 
     model        vLLM's decoder: embed_tokens, layers, norm
     weights      what `weights.bind` made of it
@@ -124,41 +52,35 @@ class FusedLayers:
         model: Any,
         weights: Weights,
         most_rows: int,
-        attention: FlashAttention3,
+        attention: Attention,
         get_context: Callable[[], Any],
         reduce: Callable[[torch.Tensor], torch.Tensor] | None,
         former: FusedLayers | None = None,
     ) -> None:
         self.model, self.weights, self.attention = model, weights, attention
         self._get_context, self._reduce = get_context, reduce
-        buffers = layer_buffers(weights)
-        device = weights.embedding.device
-        kept = former.arena if former is not None and former.arena.fits(buffers, device) else None
-        self.arena: Arena = kept or Arena(buffers, rows_within(buffers, most_rows), device)
-        self._plans: OrderedDict[int, Plan] = OrderedDict()
         self._names = [layer.attention.layer_name for layer in weights.layers]
-        normed = weights.layers[0].q_norm is not None
-        # fused_qk_norm_rope takes the positions last, rotary_embedding first.
-        self._rope, self._positions_first = (ops.fused_qk_norm_rope, False) if normed else (ops.rotary_embedding, True)
-
-    # ---- a step ----
+        self._steps: dict[tuple[Kind, bool], Steps] = {}
+        device = weights.embedding.device
+        row_bytes = _Builder(self, Kind.NOTHING, few=False, rows=ROWS, arena=Arena()).make().arena_bytes // ROWS
+        kept = former.workspace if former is not None and former.workspace.fits(row_bytes, device) else None
+        self.workspace: Workspace = kept or Workspace(rows_within(row_bytes, most_rows), row_bytes, device)
 
     def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """Hidden states [rows, hidden] after the last norm; valid until the next step on the stream."""
-        m = positions.size(0)
-        context = self._get_context()
-        metadata, slots = self._step(context)
-        if m > self.arena.rows:
-            return self._run_in_chunks(m, input_ids, positions, inputs_embeds, metadata, slots)
-        plan = self._plans.get(m)
-        if plan is None:
-            plan = self._make_plan(m)
-        else:
-            self._plans.move_to_end(m)
-        self._embed(plan.rows.residual, input_ids, inputs_embeds)
-        return self._run(plan, positions, metadata, slots)
+        """Hidden states [rows, hidden] after the last norm."""
+        metadata, slots = self._step(self._get_context())
+        kind = self.attention.kind(metadata)
+        few = not self.weights.scheme.quantized and positions.size(0) <= LOW_LATENCY_ROWS
+        sequences, _ = self._steps.get((kind, few)) or self._make_steps(kind, few)
+        given = self.attention.given(kind, positions, metadata, slots)
+        residual = self._embed(input_ids, inputs_embeds)
+        hidden = torch.empty_like(residual)
+        if self._reduce is None:
+            sequences[0](residual, hidden, *given)
+            return hidden
+        return self._run_halves(sequences, residual, hidden, given, self._reduce)
 
     def _step(self, context: Any) -> tuple[Any, Any]:
         """Attention's metadata and cache slots of the step, one for all layers; None in a run without caches."""
@@ -172,263 +94,152 @@ class FusedLayers:
             raise RuntimeError("hdispatch: layers of one model have different attention metadata; report this configuration")
         if not self.attention.is_bound():
             self.attention.bind()
+            self._steps.clear()  # the caches are constants of the sequences
         return metadata, context.slot_mapping[self._names[0]]
 
-    def _embed(self, out: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """The embeddings of a step in memory of their own: they become the residual."""
         if inputs_embeds is not None:
-            out.copy_(inputs_embeds)
-        elif self._reduce is None:
+            return torch.empty_like(inputs_embeds, dtype=self.weights.dtype).copy_(inputs_embeds)
+        if self._reduce is None:
             assert input_ids is not None
-            torch.index_select(self.weights.embedding, 0, input_ids, out=out)
-        else:
-            out.copy_(self.model.embed_tokens(input_ids))
+            return torch.index_select(self.weights.embedding, 0, input_ids)
+        embedded: torch.Tensor = self.model.embed_tokens(input_ids)
+        return embedded
 
-    def _run(self, plan: Plan, positions: torch.Tensor, metadata: Any, slots: Any) -> torch.Tensor:
-        if self._reduce is not None:
-            return self._run_parallel(plan, positions, metadata, slots)
-        rope, (before, after) = self._rope, self._around(positions)
-        if metadata is None:
-            return self._run_without_attention(plan, before, after)
-        write, attend, q, k, v = self.attention.write, self.attention.attend, plan.q, plan.k, plan.v
-        shared = self.attention.arguments(plan.out, metadata)
-        for front, rotated, (keys, values, k_scale, v_scale), out, back in zip(
-            plan.fronts, plan.ropes, self.attention.caches, plan.outs, plan.backs, strict=True
-        ):
-            for op, arguments in front:
-                op(*arguments)
-            rope(*before, *rotated, *after)
-            write(k, v, keys, values, slots, "auto", k_scale, v_scale)
-            attend(q, keys, values, *shared)
-            for op, arguments in out:
-                op(*arguments)
-            for op, arguments in back:
-                op(*arguments)
-        ops.fused_add_rms_norm(*plan.final)
-        return plan.rows.hidden
-
-    def _run_without_attention(self, plan: Plan, before: tuple[Any, ...], after: tuple[Any, ...]) -> torch.Tensor:
-        """The step of vLLM's memory profile: all but the caches, which do not exist yet."""
-        plan.rows.attended.zero_()
-        for front, rotated, out, back in zip(plan.fronts, plan.ropes, plan.outs, plan.backs, strict=True):
-            _call(front)
-            self._rope(*before, *rotated, *after)
-            _call(out)
-            _call(back)
-        ops.fused_add_rms_norm(*plan.final)
-        return plan.rows.hidden
-
-    def _run_parallel(self, plan: Plan, positions: torch.Tensor, metadata: Any, slots: Any) -> torch.Tensor:
-        """With a sum over ranks after each half of a layer: a new tensor, which the calls after it read where it is."""
-        before, after = self._around(positions)
-        hidden, reduce = plan.rows.hidden, self._reduce
-        assert reduce is not None
-        if metadata is None:
-            plan.rows.attended.zero_()
-            shared: tuple[Any, ...] = ()
-        else:
-            shared = self.attention.arguments(plan.out, metadata)
-        _call(plan.fronts[0])
-        total = hidden
-        for n, (rotated, out, down, (back, front)) in enumerate(
-            zip(plan.ropes, plan.outs, plan.downs, plan.summed, strict=True)
-        ):
-            self._rope(*before, *rotated, *after)
-            if metadata is not None:
-                self._attend(n, plan.q, plan.k, plan.v, shared, slots)
-            _call(out)
-            _feed(back, reduce(hidden))
-            _call(down)
+    def _run_halves(
+        self,
+        sequences: tuple[Callable[..., None], ...],
+        residual: torch.Tensor,
+        hidden: torch.Tensor,
+        given: tuple[Any, ...],
+        reduce: Callable[[torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """With a sum over ranks after each half of a layer: a new tensor, which the steps after it read where it is."""
+        total = residual  # of which the first half takes no notice
+        for n, half in enumerate(sequences):
+            half(residual, total, hidden, *(given if n % 2 == 0 else ()))
             total = reduce(hidden)
-            _feed(front, total)
-        ops.fused_add_rms_norm(total, *plan.final[1:])
+        ops.fused_add_rms_norm(total, residual, self.weights.final_norm, self.weights.epsilon)
         return total
 
-    def _attend(self, n: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, shared: tuple[Any, ...], slots: Any) -> None:
-        """Write the cache of layer n, then attend."""
-        keys, values, k_scale, v_scale = self.attention.caches[n]
-        self.attention.write(k, v, keys, values, slots, "auto", k_scale, v_scale)
-        self.attention.attend(q, keys, values, *shared)
+    def _make_steps(self, kind: Kind, few: bool) -> Steps:
+        made = _Builder(self, kind, few=few, rows=self.workspace.rows, arena=self.workspace.arena).make()
+        self._steps[kind, few] = made
+        return made
 
-    def _around(self, positions: torch.Tensor) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What goes before and after the planned arguments of rotary embedding."""
-        return ((positions,), ()) if self._positions_first else ((), (positions,))
+    @property
+    def is_parallel(self) -> bool:
+        """Whether sums over ranks are taken."""
+        return self._reduce is not None
 
-    # ---- more rows than the arena has ----
 
-    def _run_in_chunks(
+class _Builder:
+    """Makes the sequences of one kind of step.
+
+    few   whether for at most LOW_LATENCY_ROWS rows alone
+    rows  of the arena
+    """
+
+    def __init__(self, layers: FusedLayers, kind: Kind, *, few: bool, rows: int, arena: Arena) -> None:
+        self.weights, self.attention, self.is_parallel = layers.weights, layers.attention, layers.is_parallel
+        self.scheme, self.kind, self.few = layers.weights.scheme, kind, few
+        self.rows, self.arena = rows, arena
+
+    def make(self) -> Steps:
+        """Described and frozen."""
+        made = tuple(s.freeze() for s in (self._halves() if self.is_parallel else (self._all(),)))
+        return Steps(made, max(each.arena_bytes for each in made))
+
+    def _all(self) -> Sequence:
+        """All layers and the last norm."""
+        s, weights = Sequence(LAYERS, max_rows=self.rows, arena=self.arena), self.weights
+        residual, result = self._slot(s, "residual"), self._slot(s, "hidden")
+        slots = self.attention.declare(s, self.kind)
+        total = None
+        for n in range(len(weights.layers)):
+            out = self._temp(s, weights.shape.hidden)
+            self._attend(s, n, residual, total, out, slots)
+            total = result if n + 1 == len(weights.layers) else self._temp(s, weights.shape.hidden)
+            self._activate(s, n, residual, out, total)
+        s.add(ops.fused_add_rms_norm, result, residual, weights.final_norm, weights.epsilon)
+        return s
+
+    def _halves(self) -> Iterator[Sequence]:
+        """Each half of each layer, up to what is summed."""
+        for n in range(len(self.weights.layers)):
+            s, *places = self._half()
+            self._attend(s, n, places[0], None if n == 0 else places[1], places[2], self.attention.declare(s, self.kind))
+            yield s
+            s, *places = self._half()
+            self._activate(s, n, *places)
+            yield s
+
+    def _half(self) -> tuple[Sequence, SequenceTensor, SequenceTensor, SequenceTensor]:
+        """A sequence with the slots residual, sum and hidden."""
+        s = Sequence(HALF_LAYER, max_rows=self.rows, arena=self.arena)
+        residual, total = self._slot(s, "residual"), self._slot(s, "sum", written=self.scheme.norms_in_place)
+        return s, residual, total, self._slot(s, "hidden")
+
+    # ---- the halves of a layer ----
+
+    def _attend(
         self,
-        m: int,
-        input_ids: torch.Tensor | None,
-        positions: torch.Tensor,
-        inputs_embeds: torch.Tensor | None,
-        metadata: Any,
-        slots: Any,
-    ) -> torch.Tensor:
-        """A step whose residual, qkv and attention output are allocated, and whose other buffers hold a chunk at a time."""
-        shape, dtype, device = self.weights.shape, self.weights.dtype, self.arena.memory.device
-        residual, result = (torch.empty(m, shape.hidden, dtype=dtype, device=device) for _ in range(2))
-        qkv = torch.empty(m, shape.qkv, dtype=dtype, device=device)
-        attended = torch.empty(m, shape.attended, dtype=dtype, device=device)
-        self._embed(residual, input_ids, inputs_embeds)
-        q, k, v, out = self._attention_views(qkv, attended)
-        shared = None if metadata is None else self.attention.arguments(out, metadata)
-        if metadata is None:
-            attended.zero_()
-        chunks = list(self._chunks(m, residual, qkv, attended, positions))
-        layers = self.weights.layers
-        for rows, around, _ in chunks:
-            self._run_front(rows, layers[0], around, first=True)
-        for n, layer in enumerate(layers):
-            if shared is not None:
-                self._attend(n, q, k, v, shared, slots)
-            for rows, around, at in chunks:
-                _call(self._out(rows, layer))
-                self._sum(rows.hidden)
-                _call((*self._back(rows, layer), *self._down(rows, layer)))
-                self._sum(rows.hidden)
-                if n + 1 < len(layers):
-                    self._run_front(rows, layers[n + 1], around, first=False)
-                else:
-                    ops.fused_add_rms_norm(rows.hidden, rows.residual, self.weights.final_norm, self.weights.epsilon)
-                    result[at].copy_(rows.hidden)
-        return result
+        s: Sequence,
+        n: int,
+        residual: SequenceTensor,
+        total: SequenceTensor | None,
+        hidden: SequenceTensor,
+        slots: dict[str, Any],
+    ) -> None:
+        """From the norm of residual + total, or of the residual alone, to the out product in `hidden`."""
+        layer, shape, scheme = self.weights.layers[n], self.weights.shape, self.scheme
+        normed = self._norm(s, residual, total, layer.input_norm, layer.qkv)
+        qkv, attended = self._temp(s, shape.qkv), self._temp(s, shape.attended)
+        scheme.product(s, qkv, normed, layer.qkv, self.few)
+        self.attention.add(s, self.kind, slots, n, qkv, attended)
+        operand = self._operand(s, shape.attended, None) if scheme.quantized else Operand(attended)
+        scheme.quantize(s, attended, operand, layer.out)
+        scheme.product(s, hidden, operand, layer.out, self.few)
 
-    def _chunks(
-        self, m: int, residual: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor, positions: torch.Tensor
-    ) -> Iterator[tuple[Rows, tuple[tuple[Any, ...], tuple[Any, ...]], slice]]:
-        """Tensors, positions and place of each chunk of rows; chunks are about equally long."""
-        size = chunk_rows(m, self.arena.rows)
-        for begin in range(0, m, size):
-            at = slice(begin, min(m, begin + size))
-            rows = self._rows(at.stop - begin, residual[at], qkv[at], attended[at])
-            yield rows, self._around(positions[at]), at
+    def _activate(self, s: Sequence, n: int, residual: SequenceTensor, total: SequenceTensor, hidden: SequenceTensor) -> None:
+        """From the norm of residual + total to the down product in `hidden`."""
+        layer, shape, scheme = self.weights.layers[n], self.weights.shape, self.scheme
+        normed = self._norm(s, residual, total, layer.output_norm, layer.gate_up)
+        gate_up = self._temp(s, 2 * shape.intermediate)
+        scheme.product(s, gate_up, normed, layer.gate_up, self.few)
+        plain = self._temp(s, shape.intermediate) if scheme.norms_in_place else None
+        activated = self._operand(s, shape.intermediate, plain)
+        scheme.activate(s, gate_up, activated, layer.down)
+        scheme.product(s, hidden, activated, layer.down, self.few)
 
-    def _run_front(self, rows: Rows, layer: Layer, around: tuple[tuple[Any, ...], tuple[Any, ...]], *, first: bool) -> None:
-        _call(self._front(rows, layer, first=first))
-        before, after = around
-        self._rope(*before, *self._rope_arguments(rows.qkv, layer), *after)
+    def _norm(
+        self, s: Sequence, residual: SequenceTensor, total: SequenceTensor | None, weight: torch.Tensor, linear: Linear
+    ) -> Operand:
+        """The first layer's input is the embedding, which is the residual itself."""
+        scheme, width, plain = self.scheme, self.weights.shape.hidden, total
+        if scheme.norms_in_place and total is None:
+            plain = self._temp(s, width)
+        normed = self._operand(s, width, plain)
+        x, added = (residual, None) if total is None else (total, residual)
+        scheme.norm(s, x, normed, weight, self.weights.epsilon, added, linear)
+        return normed
 
-    def _sum(self, hidden: torch.Tensor) -> None:
-        if self._reduce is not None:
-            hidden.copy_(self._reduce(hidden))
+    # ---- slots and temporaries ----
 
-    # ---- plans ----
+    def _slot(self, s: Sequence, name: str, *, written: bool = True) -> SequenceTensor:
+        return s.slot(name, ("M", self.weights.shape.hidden), self.weights.dtype, written=written)
 
-    def _make_plan(self, m: int) -> Plan:
-        view = self.arena.view
-        rows = self._rows(m, view("residual", m), view("qkv", m), view("attended", m))
-        layers = self.weights.layers
-        fronts = tuple(self._front(rows, layer, first=layer is layers[0]) for layer in layers)
-        backs = tuple(self._back(rows, layer) for layer in layers)
-        downs = tuple(self._down(rows, layer) for layer in layers)
-        parallel = self._reduce is not None
-        plan = Plan(
-            rows,
-            *self._attention_views(rows.qkv, rows.attended),
-            fronts,
-            tuple(self._rope_arguments(rows.qkv, layer) for layer in layers),
-            tuple(self._out(rows, layer) for layer in layers),
-            backs if parallel else tuple(a + b for a, b in zip(backs, downs, strict=True)),
-            downs,
-            _with_places(backs, fronts, rows.hidden) if parallel else (),
-            (rows.hidden, rows.residual, self.weights.final_norm, self.weights.epsilon),
-        )
-        self._plans[m] = plan
-        if len(self._plans) > PLANS:
-            self._plans.popitem(last=False)
-        return plan
+    def _temp(self, s: Sequence, width: int) -> SequenceTensor:
+        return s.temp(("M", width), self.weights.dtype)
 
-    def _rows(self, m: int, residual: torch.Tensor, qkv: torch.Tensor, attended: torch.Tensor) -> Rows:
-        """Views of the arena for m rows, beside what is given."""
-        view = self.arena.view
-        hidden = view("hidden", m)
-        if not self.weights.scheme.quantized:
-            operands = (Operand(hidden), Operand(attended), Operand(view("activated", m)))
-        else:
-            in_place = self.weights.scheme.norms_in_place
-            operands = (
-                self._operand("normed", m, hidden),
-                self._operand("attended.fp8", m, None),
-                self._operand("activated.fp8", m, view("activated", m) if in_place else None),
-            )
-        return Rows(residual, hidden, qkv, attended, view("gate_up", m), *operands)
-
-    def _operand(self, name: str, m: int, plain: torch.Tensor | None) -> Operand:
-        scales = f"{name}.scales"
-        return Operand(self.arena.view(name, m), self.arena.view(scales, m) if scales in self.arena.buffers else None, plain)
-
-    def _attention_views(
-        self, qkv: torch.Tensor, attended: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        shape, m = self.weights.shape, qkv.size(0)
-        heads = qkv.view(m, shape.heads + 2 * shape.kv_heads, shape.head_size)
-        q, k, v = torch.split(heads, [shape.heads, shape.kv_heads, shape.kv_heads], dim=1)
-        return q, k, v, attended.view(m, shape.heads, shape.head_size)
-
-    # ---- the calls of a layer ----
-
-    def _front(self, rows: Rows, layer: Layer, *, first: bool) -> tuple[Call, ...]:
-        """Norm and qkv product. The first layer's input is the embedding, which is the residual itself."""
-        scheme, epsilon = self.weights.scheme, self.weights.epsilon
-        x, residual = (rows.residual, None) if first else (rows.hidden, rows.residual)
-        norm = scheme.norm(x, rows.normed, layer.input_norm, epsilon, residual, layer.qkv)
-        return (*norm, *scheme.product(rows.qkv, rows.normed, layer.qkv))
-
-    def _rope_arguments(self, qkv: torch.Tensor, layer: Layer) -> tuple[Any, ...]:
-        weights, shape = self.weights, self.weights.shape
-        if layer.q_norm is not None:
-            heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-            norms = (layer.q_norm, layer.k_norm)
-            return (qkv, *heads, shape.head_size, weights.epsilon, *norms, weights.rope_cache, weights.neox)
-        q, k = qkv[:, : shape.attended], qkv[:, shape.attended : shape.attended + shape.kv_heads * shape.head_size]
-        return q, k, shape.head_size, weights.rope_cache, weights.neox
-
-    def _out(self, rows: Rows, layer: Layer) -> tuple[Call, ...]:
-        scheme = self.weights.scheme
-        quantize = scheme.quantize(rows.attended, rows.attended_in, layer.out)
-        return (*quantize, *scheme.product(rows.hidden, rows.attended_in, layer.out))
-
-    def _back(self, rows: Rows, layer: Layer) -> tuple[Call, ...]:
-        scheme = self.weights.scheme
-        return (
-            *scheme.norm(rows.hidden, rows.normed, layer.output_norm, self.weights.epsilon, rows.residual, layer.gate_up),
-            *scheme.product(rows.gate_up, rows.normed, layer.gate_up),
-            *scheme.activate(rows.gate_up, rows.activated, layer.down),
-        )
-
-    def _down(self, rows: Rows, layer: Layer) -> tuple[Call, ...]:
-        return tuple(self.weights.scheme.product(rows.hidden, rows.activated, layer.down))
-
-
-def _call(calls: tuple[Call, ...]) -> None:
-    for op, arguments in calls:
-        op(*arguments)
-
-
-def _with_places(
-    backs: tuple[tuple[Call, ...], ...], fronts: tuple[tuple[Call, ...], ...], hidden: torch.Tensor
-) -> tuple[tuple[tuple[Fed, ...], tuple[Fed, ...]], ...]:
-    """Of each layer, its back and the next one's front, both with a place where they read or change `hidden`."""
-    following = (*fronts[1:], ())
-    return tuple(
-        (tuple(_with_place(call, hidden) for call in back), tuple(_with_place(call, hidden) for call in front))
-        for back, front in zip(backs, following, strict=True)
-    )
-
-
-def _with_place(call: Call, hidden: torch.Tensor) -> Fed:
-    op, arguments = call
-    places = [at for at, each in enumerate(arguments) if each is hidden]
-    if not places:
-        return op, arguments, None
-    (at,) = places
-    return op, arguments[:at], arguments[at + 1 :]
-
-
-def _feed(calls: tuple[Fed, ...], x: torch.Tensor) -> None:
-    """Make the calls, with x where they have a place."""
-    for op, before, after in calls:
-        if after is None:
-            op(*before)
-        else:
-            op(*before, x, *after)
+    def _operand(self, s: Sequence, width: int, plain: SequenceTensor | None) -> Operand:
+        """An input of a product: `plain` itself in 16 bits, else new values and scales beside it."""
+        if not self.scheme.quantized:
+            assert plain is not None
+            return Operand(plain)
+        count = self.scheme.scale_width(width)
+        scales = s.temp((count, "M"), torch.float32).transpose(0, 1) if count > 1 else None
+        if count == 1:
+            scales = s.temp(("M", 1), torch.float32)
+        return Operand(s.temp(("M", width), FP8), scales, plain)

@@ -14,9 +14,10 @@ from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-from . import settings, support, weights
-from .attention import FlashAttention3
+from . import sampling, settings, support, weights
+from .attention import Attention
 from .layers import FusedLayers
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ class FusedForward:
         if layers is None or support.step_reason(layers, positions, intermediate_tensors) is not None:
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds)  # type: ignore[misc]
         return layers.forward(input_ids, positions, inputs_embeds)
+
+    def get_model_state_cls(self) -> type:
+        """The class of the model's state in vLLM's V2 runner: vLLM's own choice, with our sampler for greedy steps."""
+        return sampling.state_class(resolve_model_state_cls(self._config, self.model))
 
     def load_weights(self, given: Any) -> set[str]:
         """vLLM's own, after which the weights are bound anew."""
@@ -97,13 +102,18 @@ class FusedForward:
         config = self._config
         bound = weights.bind(decoder, config.model_config.dtype)
         settings.load_bundle(bound.embedding.device)
-        scale = bound.layers[0].attention.impl.scale
+        scheduler = config.scheduler_config
         ranks = get_tensor_model_parallel_world_size()
         return FusedLayers(
             decoder,
             bound,
-            config.scheduler_config.max_num_batched_tokens,
-            FlashAttention3(bound.layers, scale, canonicalize_singleton_dim_strides),
+            scheduler.max_num_batched_tokens,
+            Attention(
+                bound,
+                lambda: int(config.model_config.max_model_len),
+                (scheduler.max_num_seqs, scheduler.max_num_batched_tokens),
+                canonicalize_singleton_dim_strides,
+            ),
             get_forward_context,
             tensor_model_parallel_all_reduce if ranks > 1 else None,
             self._layers,
@@ -117,8 +127,8 @@ class FusedForward:
             len(layers.weights.layers),
             type(self).__name__,
             layers.weights.scheme.name,
-            layers.arena.memory.numel() / 1e6,
-            layers.arena.rows,
+            layers.workspace.memory.numel() / 1e6,
+            layers.workspace.rows,
             seconds,
         )
 

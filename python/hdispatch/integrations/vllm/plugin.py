@@ -28,7 +28,7 @@ def register() -> None:
     whose decoder layers we run whole (`models.ARCHITECTURES`). The bundle of HDISPATCH_BUNDLE is loaded later, when the model
     is made: only then has a worker chosen its device.
 
-    Raises `HdispatchError` for a wrong HDISPATCH, or where HDISPATCH_BUNDLE names no folder.
+    Raises `HdispatchError` for a wrong HDISPATCH or HDISPATCH_ATTENTION, or where HDISPATCH_BUNDLE names no folder.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -37,6 +37,7 @@ def register() -> None:
         settings.logger.warning("hdispatch: off: %s", reason)
         return
     settings.bundle_folder()
+    settings.attention()
     from . import models
 
     models.register()
@@ -67,12 +68,14 @@ def _unfit() -> str:
 
 
 def examine() -> dict[str, Any]:
-    """What `register` would do here, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models"}.
+    """What `register` would do here, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode"}.
+
+    decode says what attention of decode steps takes: `settings.ATTENTIONS`.
 
     Imports vLLM where it is installed and all else is as it should be, which takes seconds; registers nothing. What speaks
     against one model is known when it is made: vLLM's log says it.
     """
-    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": []}
+    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": [], "decode": ""}
     try:
         found["version"] = importlib.metadata.version("vllm")
         found["reason"] = _switched_off() or _unfit()
@@ -85,7 +88,8 @@ def examine() -> dict[str, Any]:
         return found | {"reason": str(error)}
     except Exception as error:  # a broken install fails in any way it likes
         return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
-    return found | {"ok": True, "models": list(models.ARCHITECTURES)}
+    decode = settings.ATTENTIONS[settings.attention()]
+    return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode}
 
 
 def _switched_off() -> str:
@@ -98,4 +102,5 @@ def _switched_off() -> str:
     if not settings.is_on():
         return f"{settings.SWITCH} is not 1: the plug-in does nothing"
     settings.bundle_folder()
+    settings.attention()
     return ""

@@ -1,20 +1,16 @@
-"""How a model's matrices are quantized, and which ops serve each scheme: norms, activations and products of a layer."""
+"""How a model's matrices are quantized, and which steps of a sequence serve each scheme: norms, activations, products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ... import ops, runtime
+from ...sequence import Sequence, SequenceTensor
 
 FP8 = torch.float8_e4m3fn
 GROUP = 128
-
-#: An op and its arguments.
-Call = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -43,13 +39,13 @@ class Linear:
 class Operand:
     """The input of a product: values [M, K], scales where they are fp8, and the 16-bit tensor they are made of, if any."""
 
-    values: torch.Tensor
-    scales: torch.Tensor | None = None
-    plain: torch.Tensor | None = None
+    values: SequenceTensor
+    scales: SequenceTensor | None = None
+    plain: SequenceTensor | None = None
 
 
 class Scheme:
-    """A way to run the parts of a layer. Subclasses name their ops; `plain` says whether norms leave a 16-bit tensor."""
+    """A way to run the parts of a layer: methods add the steps to a sequence. Subclasses name their ops."""
 
     name = "16 bits"
     #: Whether values are fp8, how many scales a row of `width` has, and whether a 16-bit tensor stands beside them.
@@ -63,62 +59,65 @@ class Scheme:
         return 0
 
     def norm(
-        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
-    ) -> list[Call]:
+        self,
+        s: Sequence,
+        x: SequenceTensor,
+        to: Operand,
+        weight: torch.Tensor,
+        epsilon: float,
+        residual: SequenceTensor | None,
+        linear: Linear,
+    ) -> None:
         """`x`, plus `residual` if given, normalized into `to`. Where norms work in place, `x` is `to.plain` if residual is."""
         del linear
-        return [norm_in_place(x, to.values, weight, epsilon, residual)]
+        norm_in_place(s, x, to.values, weight, epsilon, residual)
 
-    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """The 16-bit `x` into `to`; nothing where `to` is x."""
-        del x, to, linear
-        return []
+        del s, x, to, linear
 
-    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def activate(self, s: Sequence, gate_up: SequenceTensor, to: Operand, linear: Linear) -> None:
         """silu(gate) * up into `to`."""
         del linear
-        return [(ops.silu_and_mul, (to.values, gate_up))]
+        s.add(ops.silu_and_mul, to.values, gate_up)
 
-    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
-        """`x` times the matrix, plus the bias, into `out` [M, N]."""
-        m, (k, n) = x.values.size(0), linear.sizes
-        if linear.bias is None and m <= LOW_LATENCY_ROWS and has_row("ll_gemm_bf16", x.values, k, n):
-            return [(ops.ll_gemm_bf16, (out, x.values, linear.weight))]
-        if linear.bias is None:
-            return [(_mm, (x.values, linear.weight.t(), out))]
-        return [(_addmm, (linear.bias, x.values, linear.weight.t(), out))]
+    def product(self, s: Sequence, out: SequenceTensor, x: Operand, linear: Linear, few: bool) -> None:
+        """`x` times the matrix, plus the bias, into `out` [M, N].
+
+        few  whether the steps have at most LOW_LATENCY_ROWS rows
+        """
+        if few and linear.bias is None and has_row("ll_gemm_bf16", linear):
+            s.add(ops.ll_gemm_bf16, out, x.values, linear.weight)
+        elif linear.bias is None:
+            s.add_torch(torch.ops.aten.mm.out, x.values, linear.weight.t(), out=out, by_rows=True)
+        else:
+            s.add_torch(torch.ops.aten.addmm.out, linear.bias, x.values, linear.weight.t(), out=out, by_rows=True)
 
 
 #: Most rows that `ll_gemm_bf16` serves.
 LOW_LATENCY_ROWS = 32
 
 
-def has_row(op: str, x: torch.Tensor, k: int, n: int) -> bool:
-    """Whether a bundle loaded for the tensor's device has rows of the op for exactly these sizes."""
-    if x.dtype != torch.bfloat16 or not x.is_cuda:
+def has_row(op: str, linear: Linear) -> bool:
+    """Whether a bundle loaded for the matrix's device has rows of the op for exactly its sizes."""
+    weight, (k, n) = linear.weight, linear.sizes
+    if weight.dtype != torch.bfloat16 or not weight.is_cuda:
         return False
-    device = torch.cuda.current_device() if x.device.index is None else x.device.index
+    device = torch.cuda.current_device() if weight.device.index is None else weight.device.index
     for bundle in runtime.loaded():
         if bundle.device == device:
             return any(row["op"] == op and row["K"] == k and row["N"] == n for row in bundle.manifest["rows"])
     return False
 
 
-def _mm(x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
-    torch.mm(x, w, out=out)
-
-
-def _addmm(bias: torch.Tensor, x: torch.Tensor, w: torch.Tensor, out: torch.Tensor) -> None:
-    torch.addmm(bias, x, w, out=out)
-
-
 def norm_in_place(
-    x: torch.Tensor, to: torch.Tensor, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None
-) -> Call:
+    s: Sequence, x: SequenceTensor, to: SequenceTensor, weight: torch.Tensor, epsilon: float, residual: SequenceTensor | None
+) -> None:
     """The 16-bit norm: of `x` into `to`, or with a residual in place in x."""
     if residual is None:
-        return ops.rms_norm, (to, x, weight, epsilon)
-    return ops.fused_add_rms_norm, (x, residual, weight, epsilon)
+        s.add(ops.rms_norm, to, x, weight, epsilon)
+    else:
+        s.add(ops.fused_add_rms_norm, x, residual, weight, epsilon)
 
 
 class StaticFp8(Scheme):
@@ -128,25 +127,35 @@ class StaticFp8(Scheme):
     quantized = True
 
     def norm(
-        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
-    ) -> list[Call]:
+        self,
+        s: Sequence,
+        x: SequenceTensor,
+        to: Operand,
+        weight: torch.Tensor,
+        epsilon: float,
+        residual: SequenceTensor | None,
+        linear: Linear,
+    ) -> None:
         """In 16 bits, then quantized."""
         normed = x if residual is not None else to.plain
         assert normed is not None
-        return [norm_in_place(x, normed, weight, epsilon, residual), *self.quantize(normed, to, linear)]
+        norm_in_place(s, x, normed, weight, epsilon, residual)
+        self.quantize(s, normed, to, linear)
 
-    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """With the matrix's scale."""
-        return [(ops.static_scaled_fp8_quant, (to.values, x, linear.input_scale))]
+        s.add(ops.static_scaled_fp8_quant, to.values, x, linear.input_scale)
 
-    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def activate(self, s: Sequence, gate_up: SequenceTensor, to: Operand, linear: Linear) -> None:
         """In 16 bits, then quantized."""
         assert to.plain is not None
-        return [(ops.silu_and_mul, (to.plain, gate_up)), *self.quantize(to.plain, to, linear)]
+        s.add(ops.silu_and_mul, to.plain, gate_up)
+        self.quantize(s, to.plain, to, linear)
 
-    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+    def product(self, s: Sequence, out: SequenceTensor, x: Operand, linear: Linear, few: bool) -> None:
         """Scaled by the scale of the inputs and those of the matrix."""
-        return [(ops.scaled_mm, (out, x.values, linear.weight, linear.input_scale, linear.scale, linear.bias))]
+        del few
+        s.add(ops.scaled_mm, out, x.values, linear.weight, linear.input_scale, linear.scale, linear.bias)
 
 
 class PerTokenFp8(Scheme):
@@ -162,25 +171,33 @@ class PerTokenFp8(Scheme):
         return 1
 
     def norm(
-        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
-    ) -> list[Call]:
+        self,
+        s: Sequence,
+        x: SequenceTensor,
+        to: Operand,
+        weight: torch.Tensor,
+        epsilon: float,
+        residual: SequenceTensor | None,
+        linear: Linear,
+    ) -> None:
         """Norm and quantization in one kernel, the sum with the residual not rounded in between."""
         del linear
-        return [(ops.rms_norm_dynamic_per_token_quant, (to.values, x, weight, to.scales, epsilon, None, residual))]
+        s.add(ops.rms_norm_dynamic_per_token_quant, to.values, x, weight, to.scales, epsilon, None, residual)
 
-    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """Each row with its own scale."""
         del linear
-        return [(ops.dynamic_per_token_scaled_fp8_quant, (to.values, x, to.scales, None))]
+        s.add(ops.dynamic_per_token_scaled_fp8_quant, to.values, x, to.scales, None)
 
-    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def activate(self, s: Sequence, gate_up: SequenceTensor, to: Operand, linear: Linear) -> None:
         """Activation and quantization in one kernel."""
         del linear
-        return [(ops.silu_and_mul_dynamic_per_token_quant, (to.values, gate_up, to.scales, None))]
+        s.add(ops.silu_and_mul_dynamic_per_token_quant, to.values, gate_up, to.scales, None)
 
-    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+    def product(self, s: Sequence, out: SequenceTensor, x: Operand, linear: Linear, few: bool) -> None:
         """Scaled by rows and columns."""
-        return [(ops.scaled_mm, (out, x.values, linear.weight, x.scales, linear.scale, linear.bias))]
+        del few
+        s.add(ops.scaled_mm, out, x.values, linear.weight, x.scales, linear.scale, linear.bias)
 
 
 class BlockFp8(Scheme):
@@ -195,25 +212,32 @@ class BlockFp8(Scheme):
         return -(-width // GROUP)
 
     def norm(
-        self, x: torch.Tensor, to: Operand, weight: torch.Tensor, epsilon: float, residual: torch.Tensor | None, linear: Linear
-    ) -> list[Call]:
+        self,
+        s: Sequence,
+        x: SequenceTensor,
+        to: Operand,
+        weight: torch.Tensor,
+        epsilon: float,
+        residual: SequenceTensor | None,
+        linear: Linear,
+    ) -> None:
         """Norm and quantization in one kernel, the sum with the residual not rounded in between."""
         del linear
-        return [(ops.rms_norm_per_block_quant, (to.values, x, weight, to.scales, epsilon, None, residual, GROUP, True))]
+        s.add(ops.rms_norm_per_block_quant, to.values, x, weight, to.scales, epsilon, None, residual, GROUP, True)
 
-    def quantize(self, x: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """Each group of 128 with its own scale."""
         del linear
-        return [(ops.per_token_group_fp8_quant, (x, to.values, to.scales, GROUP, 1e-10, -448.0, 448.0, False, True, False))]
+        s.add(ops.per_token_group_fp8_quant, x, to.values, to.scales, GROUP, 1e-10, -448.0, 448.0, False, True, False)
 
-    def activate(self, gate_up: torch.Tensor, to: Operand, linear: Linear) -> list[Call]:
+    def activate(self, s: Sequence, gate_up: SequenceTensor, to: Operand, linear: Linear) -> None:
         """Activation and quantization in one kernel."""
         del linear
-        return [(ops.silu_and_mul_per_block_quant, (to.values, gate_up, to.scales, GROUP, None, True))]
+        s.add(ops.silu_and_mul_per_block_quant, to.values, gate_up, to.scales, GROUP, None, True)
 
-    def product(self, out: torch.Tensor, x: Operand, linear: Linear) -> list[Call]:
+    def product(self, s: Sequence, out: SequenceTensor, x: Operand, linear: Linear, few: bool) -> None:
         """Scaled by blocks; a bias is added after rounding, as vLLM does."""
-        calls: list[Call] = [(ops.scaled_mm_blockwise, (out, x.values, linear.weight, x.scales, linear.scale))]
+        del few
+        s.add(ops.scaled_mm_blockwise, out, x.values, linear.weight, x.scales, linear.scale)
         if linear.bias is not None:
-            calls.append((torch.Tensor.add_, (out, linear.bias)))
-        return calls
+            s.add_torch(torch.ops.aten.add_.Tensor, out, linear.bias, by_rows=True)

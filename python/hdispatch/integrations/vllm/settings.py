@@ -1,4 +1,4 @@
-"""What a person sets to switch the plug-in on: HDISPATCH and HDISPATCH_BUNDLE in the environment."""
+"""What a person sets in the environment: HDISPATCH switches the plug-in on, HDISPATCH_BUNDLE, HDISPATCH_ATTENTION."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ from ...errors import HdispatchError
 
 SWITCH = "HDISPATCH"
 BUNDLE = "HDISPATCH_BUNDLE"
+ATTENTION = "HDISPATCH_ATTENTION"
+#: What HDISPATCH_ATTENTION takes -> what decode steps take then.
+ATTENTIONS = {
+    "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
+    "half": "attention_half where the bundle has rows",
+    "fa3": "FlashAttention 3",
+}
 
 #: A child of vLLM's logger, so that its level and format apply.
 logger = logging.getLogger("vllm.hdispatch")
@@ -27,6 +34,14 @@ def is_on() -> bool:
     if asked not in ("", "0", "1"):
         raise HdispatchError(f"{SWITCH} is {asked!r}; it takes 1 (serve vLLM with hdispatch) or 0 (do not)")
     return asked == "1"
+
+
+def attention() -> str:
+    """HDISPATCH_ATTENTION, one of `ATTENTIONS`; "auto" if it is not set. `HdispatchError` for another value."""
+    asked = os.environ.get(ATTENTION, "") or "auto"
+    if asked not in ATTENTIONS:
+        raise HdispatchError(f"{ATTENTION} is {asked!r}; it takes {', '.join(ATTENTIONS)}")
+    return asked
 
 
 def bundle_folder() -> Path:

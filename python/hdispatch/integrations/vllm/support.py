@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
+
+from ... import _C, runtime
+from ...ladders import Ladders
+from ...manifest import ladders_of
 
 DTYPES = (torch.bfloat16, torch.float16)
 #: Head sizes that fused_qk_norm_rope and rotary_embedding have rows for.
@@ -83,3 +88,22 @@ def step_reason(layers: Any, positions: torch.Tensor, intermediate_tensors: obje
     if layers.model.aux_hidden_state_layers:
         return "hidden states of layers in between are asked for"
     return None
+
+
+def loaded_ladders(op: str, device: torch.device) -> Ladders:
+    """The buckets of an op in the bundle that serves a device's tensors; empty without one."""
+    index = -1 if device.type != "cuda" else torch.cuda.current_device() if device.index is None else device.index
+    for bundle in runtime.loaded():
+        if bundle.device == index and op in bundle.manifest["ops"]:
+            return ladders_of(bundle.manifest["ops"][op])
+    return Ladders(())
+
+
+def objection(op: _C.Op, *arguments: Any) -> str | None:
+    """Why the launch table would not serve a call; None if it would. Launches nothing. Raises what a wrong call raises."""
+    *_, last = runtime.explain(op, *arguments).splitlines()
+    kind, _, reason = last.partition(" ")
+    if kind not in ("miss", "fallback"):
+        return None
+    # What else there is, and how to leave strict mode, is for whoever made the call.
+    return re.sub(r"; (nearest rows: .*|leave strict mode .*)$", "", reason.strip())
