@@ -66,6 +66,10 @@ AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 
 #: Ops whose results are compared by a norm.
 GEMMS = ("scaled_mm", "scaled_mm_blockwise", "ll_gemm_bf16", "ll_gemm_fp8")
+#: Integers that the references believe.
+LONGEST = ("max_seq_len", "max_seqlen_q", "max_seqlen_k")
+#: Ops whose fallback is torch's SDPA, which makes of infinite and undefined scores what its kernels differ in.
+SDPA = ("attention_dense", "attention_varlen")
 
 
 class FailureError(Exception):
@@ -99,7 +103,7 @@ class Case:
     def _sizes(self) -> dict[str, int]:
         """M at the edges of buckets, none, or any; K and N of a shape, or odd ones, in whole heads."""
         pick, is_gpu = self.random.random(), self.device.type == "cuda"
-        edges = [m for edge in self.spec.ladder for m in (edge - 1, edge, edge + 1) if is_gpu or m <= 65]
+        edges = [m for edge in (1, *self.spec.ladder) for m in (edge - 1, edge, edge + 1) if m and (is_gpu or m <= 65)]
         m = 0 if pick < 0.05 else self.random.choice(edges) if pick < 0.7 else self.random.randint(1, 300 if is_gpu else 40)
         heads = self.variant.static.get("head_size") or self.variant.static.get("head_dim")
         sizes = {"M": m}
@@ -281,7 +285,7 @@ def wrong_value(case: Case, args: Args, index: int, rng: random.Random) -> str |
     if isinstance(arg, IntArg):
         args[index] = rng.choice((-1, 0, 1, 2, 7, 2**31, -(2**63), 2**63 - 1))
         # The references believe it; the kernels need not.
-        case.is_comparable = case.is_comparable and arg.name != "max_seq_len"
+        case.is_comparable = case.is_comparable and arg.name not in LONGEST
         return "either"
     if isinstance(arg, BoolArg) and arg.values is not None:
         args[index] = not args[index]
@@ -433,7 +437,7 @@ def check_results(case: Case, outcome: str, args: Args) -> None:
     """The outputs against the reference's of the canonical arguments."""
     if case.expects != "result" or not is_written(case, outcome) or (outcome == "hit" and not case.is_finite):
         return
-    if not case.is_comparable or (case.spec.name in GEMMS and not case.is_finite):
+    if not case.is_comparable or (case.spec.name in GEMMS + SDPA and not case.is_finite):
         return
     wanted = [a.clone() if isinstance(a, torch.Tensor) else a for a in case.args]
     try:

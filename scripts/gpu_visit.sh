@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, attention, dispatch, busy,
-#                                             bits, pdl, serve, server, vllm-tests, vllm-kernel-tests, load, sanitize, make
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, attention, attention-dense,
+#                                             dispatch, busy, bits, pdl, serve, server, vllm-tests, vllm-kernel-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
@@ -86,6 +86,7 @@ for step in "$@"; do
         python3 -m hdispatch build --target native --out "$bundle" ${BUILD:-} ;;  # for the steps after it
     attention) with_vllm python3 benchmarks/attention.py "$bundle" --vllm "$site/vllm:$site/vllm_deps" \
         --json "$out/attention.json" ${ATTENTION:-} ;;
+    attention-dense) python3 benchmarks/attention_dense.py "$bundle" --json "$out/attention_dense.json" ${ATTENTION:-} ;;
     gpu-tests) with_vllm python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
     cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
     fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$bundle" ;;

@@ -27,6 +27,7 @@ from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
 from .replay import Replays
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
+from .sdpa import AttentionChoice, attention, select_attention
 from .sequence import Arena, Sequence
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Arena",
     "ArgumentError",
+    "AttentionChoice",
     "BuildError",
     "Bundle",
     "BundleError",
@@ -45,6 +47,7 @@ __all__ = [
     "Registration",
     "Replays",
     "Sequence",
+    "attention",
     "explain",
     "load",
     "loaded",
@@ -53,6 +56,7 @@ __all__ = [
     "read_bundle",
     "register",
     "registered",
+    "select_attention",
     "set_strict",
     "stats",
     "strict",

@@ -23,7 +23,7 @@ from hdispatch.kernels.lib.workspace import BYTES, LARGEST_HEAD, PAIRS, ROWS, ce
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
 CPU = torch.device("cpu")
-PROGRAM = Path(__file__).with_name("attention_kernels.py")
+PROGRAM, HELION = (Path(__file__).with_name(name) for name in ("attention_kernels.py", "helion_attention.py"))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -32,11 +32,22 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, str | None]:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", str(PROGRAM)]
+    return interpreted(PROGRAM, "TRITON_INTERPRET")
+
+
+def interpreted(program: Path, switch: str) -> dict[str, str | None]:
+    """What a program says of its cases, with an interpreter switched on."""
+    env = {**os.environ, switch: "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(program)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_helions_kernel_agrees_with_the_reference() -> None:
+    found = interpreted(HELION, "HELION_INTERPRET")
+    assert len(found) >= 20
+    assert {name: why for name, why in found.items() if why} == {}
 
 
 def test_kernels_agree_with_the_references(outcomes: dict[str, str | None]) -> None:

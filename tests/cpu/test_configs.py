@@ -85,7 +85,7 @@ def test_the_default_serves_only_where_nothing_else_is(tmp_path):
         ([entry(1, 1), {**entry(2, 1), "bakend": "triton"}], "entry 1 has 'bakend'; .* it takes \"backend\""),
         (
             [entry(1, 1), {**entry(2, 1), "backend": "cuda"}],
-            "entry 1 has backend 'cuda'; .* one of .*'cutedsl', 'helion', 'tri",
+            "entry 1 has backend 'cuda'; .* one of .*'cutedsl', 'fallback', 'helion', 'tri",
         ),
         ([{**entry(2, 1), "backend": ["triton"]}], r"entry 0 has backend \['triton'\]"),
         ([{**entry(2, 1), "without": "cuda"}], "entry 0 has without 'cuda'"),

@@ -250,7 +250,9 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
                     assert op in SMALL or entry.sizes["M"] >= edge, f"{file.path}: no config is for {shape} and M = {edge}"
     for entry in file.entries:
         assert entry in picked, f"{file.path}: serves nothing: {entry}"
-        assert entry.backend in {None, *backends}
+        assert entry.backend in {None, *backends, configs.NO_ROW}
+        if entry.backend == configs.NO_ROW:
+            continue
         text = json.dumps(entry.config).replace('"host_tensor_descriptors": false', "")
         assert "tensor_descriptor" not in text, f"{file.path}: descriptors need scratch memory"
         if (entry.backend or next(name for name in BACKENDS if name in backends)) != "cutedsl":

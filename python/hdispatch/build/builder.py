@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +100,11 @@ def build(
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
     units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
+    without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(unit)}
+    units = [unit for unit in units if unit.backend != configs.NO_ROW]
     specs = {name: load_spec(package) for name, package in packages.items()}
     entries = _measured(_entries(units, gpu, where, jobs, report, progress), packages, specs, gpu)
-    frozen = freeze(specs, entries, gpu, where, out, partial=chosen.partial)
+    frozen = freeze(specs, entries, gpu, where, out, partial=chosen.partial, without=without)
     report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
     report.rows = len(frozen.manifest["rows"])
     report.records = len(frozen.manifest["records"])
@@ -150,7 +152,8 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
         for bucket in buckets:
             entry = file.pick(spec, shape, spec.ladders.edges(bucket))
             backend = entry.backend or backends[0]
-            known = {symbol: size for symbol, size in shape.items() if symbol not in op_package.generic_sizes(package, backend)}
+            generic = () if backend == configs.NO_ROW else op_package.generic_sizes(package, backend)
+            known = {symbol: size for symbol, size in shape.items() if symbol not in generic}
             key = store.canonical([backend, known, entry.config])
             picked[key] = backend, known, entry.config
             rows.setdefault(key, []).append((shape, bucket))
@@ -165,6 +168,13 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
                 served = tuple(sorted({bucket for _, bucket in own}))
                 units.append(Unit(package, backend, variant, known, config, served, own))
     return units
+
+
+def _keys(unit: Unit) -> Iterator[tuple[str, str, int, int, int]]:
+    """The keys of the rows of a unit, as `freeze` names them: op, variant, K, N, bucket."""
+    for shape, bucket in unit.rows:
+        sizes = dict(shape)
+        yield load_spec(unit.package).name, unit.variant, sizes.get("K", 0), sizes.get("N", 0), bucket
 
 
 def _available(file: configs.ConfigFile, spec: OpSpec, backends: Sequence[str], notes: list[str]) -> configs.ConfigFile:

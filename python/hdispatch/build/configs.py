@@ -4,7 +4,8 @@ A file is a JSON list of `{"key": {...}, "config": {...}}`, e.g. with the key `{
 the op's `config_key` says which size each name stands for. A key without a size's name is for the rows that serve every
 size of it; the empty key is the default, used where nothing else is. `"backend": "triton"` beside the key says which of
 the op's kernels the config is for, if not the first. `"without": "cutedsl"` marks entries that stand in for their sizes'
-others where that backend is not installed.
+others where that backend is not installed. `"backend": "fallback"`, with the config {}, says that no row serves those buckets:
+their calls run the op's fallback, which is faster there.
 
 vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves, what the op's `foreign_key`
 knows, and integer arguments that are compiled in (`group_size`): such an entry is for the variants with that value. Before
@@ -29,6 +30,9 @@ from .versions import PACKAGES
 
 #: A GPU without a file of its own takes this one's, and the build says so.
 FALLBACK = "nvidia_h200.json"
+
+#: The backend of entries whose buckets get no row.
+NO_ROW = "fallback"
 
 #: What a key may say a size is: what a row's key holds.
 LARGEST_SIZE = 2**32 - 1
@@ -76,6 +80,7 @@ class ConfigFile:
 
         Where no entry is left, those for all backends: building them says what is missing.
         """
+        backends = {*backends, NO_ROW}
         stand_ins = [e for e in self.entries if e.without and e.without not in backends and (e.backend or first) in backends]
         replaced = [entry.shape for entry in stand_ins]
         usual = [entry for entry in self.entries if not entry.without]
@@ -91,7 +96,7 @@ class ConfigFile:
         """BuildError, naming the entry, if one is for a backend that is not among the op's, or stands in for such a one."""
         for entry in self.entries:
             for name in (entry.backend, entry.without):
-                if name is not None and name not in backends:
+                if name is not None and name not in {*backends, NO_ROW}:
                     raise BuildError(f"{self.path}: {entry.label} is for {name!r}; the op has kernels of {sorted(backends)}")
 
     def pick(
@@ -186,9 +191,12 @@ def _entry(place: str, label: str, entry: Any, spec: OpSpec) -> ConfigEntry:
         raise BuildError(f'{place} is {entry!r:.80}; it takes {{"key": {{...}}, "config": {{...}}}}')
     if unknown := sorted(set(entry) - {"key", "config", "backend", "without"}):
         raise BuildError(f'{place} has {unknown[0]!r}; beside "key" and "config" it takes "backend" and "without"')
-    for name in ("backend", "without"):
-        if (backend := entry.get(name)) is not None and (type(backend) is not str or backend not in PACKAGES):
-            raise BuildError(f"{place} has {name} {backend!r:.80}; it takes the name of a backend, one of {sorted(PACKAGES)}")
+    for name, others in (("backend", {NO_ROW}), ("without", set[str]())):
+        if (backend := entry.get(name)) is not None and (type(backend) is not str or backend not in {*PACKAGES, *others}):
+            expected = sorted({*PACKAGES, *others})
+            raise BuildError(f"{place} has {name} {backend!r:.80}; it takes the name of a backend, one of {expected}")
+    if entry.get("backend") == NO_ROW and entry["config"]:
+        raise BuildError(f"{place} has the backend {NO_ROW!r} and the config {entry['config']!r:.80}; it takes {{}}")
     sizes, arguments = _sizes(place, entry["key"], spec)
     _check_config(place, entry["config"])
     backend = entry.get("backend") or ("helion" if _HELION in entry["config"] else None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -70,18 +70,19 @@ def freeze(
     out: Path,
     *,
     partial: bool = False,
+    without: Collection[tuple[str, str, int, int, int]] = (),
     beside: Callable[[Manifest, str], Mapping[str, bytes]] | None = None,
 ) -> Frozen:
     """Writes the bundle `out`, replacing a bundle that is there.
 
-    `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning. `beside` gives further files
-    for a manifest and its SHA-256.
+    `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning; `without` are rows, by
+    (op, variant, K, N, bucket), whose calls are the fallback's. `beside` gives further files for a manifest and its SHA-256.
     BuildError, and nothing written, for a gap, a duplicate row, mixed tool versions, a missing artifact, or an `out` that
     holds something else than a bundle.
     """
     check_out(out)
     entries = sorted(entries, key=_order)
-    _check_rows(specs, entries, partial)
+    _check_rows(specs, entries, partial, without)
     blobs = _blobs(entries, store)
     contents = _contents(entries, blobs)
     files: dict[str, FileEntry] = {name: {"sha256": digest(data), "size": len(data)} for name, data in sorted(contents.items())}
@@ -128,7 +129,12 @@ def _row_order(row: Row) -> tuple[Any, ...]:
     return row["op"], row["variant"], row["K"], row["N"], row["bucket"]
 
 
-def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: bool) -> None:
+def _check_rows(
+    specs: Mapping[str, OpSpec],
+    entries: Sequence[Entry],
+    partial: bool,
+    without: Collection[tuple[str, str, int, int, int]],
+) -> None:
     seen: dict[tuple[Any, ...], int] = {}
     for entry in entries:
         for bucket in entry.buckets:
@@ -146,7 +152,7 @@ def _check_rows(specs: Mapping[str, OpSpec], entries: Sequence[Entry], partial: 
                 for bucket in range(spec.ladders.count):
                     row = spec.row_shape(variant.name, shape)
                     key = (op, variant.name, row.get("K", 0), row.get("N", 0), bucket)
-                    if key not in seen:
+                    if key not in seen and key not in without:
                         raise BuildError(
                             f"gap: no record serves {_name(key)}; build all variants, shapes and buckets of the op"
                         )

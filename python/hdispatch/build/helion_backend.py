@@ -37,10 +37,25 @@ _say_aligned()
 
 
 def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, hint: int) -> HostSide:
-    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them."""
+    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them, and then
+    its workspace.
+
+    `check(*args)` of the same arguments, if the module has it, raises ValueError for calls that the kernel does not take: what
+    it asks for becomes guards of the record.
+    """
     kernel = _configured(module, config)
-    bound = kernel._bind_isolated(maker.symbolic(hint, floats=False).args)
-    host = bound.compile_config(kernel.configs[0])
+    # Helion makes symbols of integers itself, and takes no others.
+    args = [arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in maker.symbolic(hint, floats=False).args]
+    bound = kernel._bind_isolated(tuple(args))
+    compiled = bound.compile_config(kernel.configs[0])
+    check = getattr(module, "check", None)
+
+    def host(*args: object, **launcher: object) -> object:
+        if check is not None:
+            check(*args)
+        return compiled(*args, **launcher)
+
+    host.__wrapped__ = compiled  # type: ignore[attr-defined]
     extractors = [*bound._specialize_extra(), *bound._guarded_input_facts()]
 
     def key(m: int, row_padding: int, sizes: Mapping[str, int]) -> tuple[Hashable, ...]:

@@ -1,0 +1,1 @@
+"""attention_dense: the op's declaration and its kernel."""

@@ -1,0 +1,1 @@
+"""attention_varlen: the op's declaration and its kernel."""

@@ -1,0 +1,135 @@
+"""attention_varlen: attention of packed sequences of any lengths, which lie on the GPU, over their own packed keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from hdispatch.errors import ArgumentError
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+
+from ..attention_dense.spec import GROUP, LENGTHS, LONGEST, check_rule, rule_of, served
+from ..lib.sdpa import Packed, Rule, by_padding
+
+NAME = "attention_varlen"
+
+
+def reference(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    causal: bool,
+    limits: bool,
+) -> None:
+    """The op in torch, forward only.
+
+    out      [M, N, K], dtype of q, written; rows behind the last sequence stay as they are
+    q        bfloat16 or float16 [M, N, K], last dimension contiguous: M tokens of all sequences, N heads
+    k, v     [keys, kv heads, K], dtype of q, last dimension contiguous; N is a multiple of kv heads, and each of them is that
+             of N / kv heads heads of q in turn
+    cu_seqlens_q, cu_seqlens_k
+             int32 [sequences + 1]: sequence i has the rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q and out, and likewise
+             of k and v. Ascending from 0; sequences may be empty
+    max_seqlen_q, max_seqlen_k
+             at least the most queries and keys of a sequence
+    scale    factor of q k^T
+    softcap  c > 0: scores s become c * tanh(s / c); 0: they stay
+    window   w > 0, with causal: a query sees the newest w keys up to its own; 0: all of them
+    causal   whether a query sees no key behind its own; a sequence's last query's own is its last key
+    limits   whether softcap and window count; without it both are 0
+
+    Scores, softmax and sums are float32. A query that sees no key gives zeros.
+    """
+    packed = Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=True)
+
+
+def fallback(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    softcap: float,
+    window: int,
+    causal: bool,
+    limits: bool,
+) -> None:
+    """The op by torch's scaled_dot_product_attention, of padded sequences: lengths need not come to the host."""
+    packed = Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=False)
+
+
+def _checked(packed: Packed, scale: float, softcap: float, window: int, causal: bool, limits: bool) -> Rule:
+    """ArgumentError for what the declaration cannot say."""
+    check_rule(NAME, softcap, window, causal, limits)
+    q, k, v, starts_q, starts_k = packed[:5]
+    if q.size(1) % max(1, k.size(1)) or (k.size(1) == 0 and q.size(1)):
+        raise ArgumentError(f"{NAME}: q has {q.size(1)} heads; expected a multiple of k's, which has {k.size(1)}")
+    if k.shape != v.shape:
+        raise ArgumentError(f"{NAME}: v is {list(v.shape)}; expected k's shape, {list(k.shape)}")
+    if starts_q.size(0) != starts_k.size(0) or not starts_q.size(0):
+        raise ArgumentError(
+            f"{NAME}: cu_seqlens_q has {starts_q.size(0)} numbers and cu_seqlens_k {starts_k.size(0)}; expected as many, "
+            "one more than sequences"
+        )
+    return Rule(scale, softcap, window, causal)
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments: the first sequence has the longest length, if there are as many tokens, the last ones are empty."""
+    m, dim, dtype = sizes["M"], sizes["K"], variant.dtypes["q"]
+    kv_heads = max(1, sizes["N"] // GROUP) if sizes["N"] % GROUP == 0 else sizes["N"]
+    longest = min(sizes.get("max_seqlen_q", LONGEST), max(1, m))
+    cuts = list(range(longest, m, max(1, longest - 1)))
+    starts = torch.tensor([0, *(cuts if m > longest else []), m, m], dtype=torch.int32).to(device)
+    q, k, v = (
+        torch.randn(m, heads, dim, generator=generator, device=generator.device).to(device=device, dtype=dtype)
+        for heads in (sizes["N"], kv_heads, kv_heads)
+    )
+    longest = max(longest, sizes.get("max_seqlen_q", 1))
+    rule = rule_of(variant, longest)
+    return [torch.full_like(q, float("nan")), q, k, v, starts, starts.clone(), longest, longest, 1 / math.sqrt(dim), *rule]
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("out", ("M", "N", "K"), "q", mutated=True, layout="any", multiple=16),
+        TensorArg("q", ("M", "N", "K"), (torch.bfloat16, torch.float16), layout="any", multiple=16),
+        TensorArg("k", ("*", "*", "K"), "q", layout="any", multiple=16),
+        TensorArg("v", ("*", "*", "K"), "q", layout="any", multiple=16),
+        TensorArg("cu_seqlens_q", ("*",), (torch.int32,)),
+        TensorArg("cu_seqlens_k", ("*",), (torch.int32,)),
+        IntArg("max_seqlen_q", minimum=1, ladder=LENGTHS),
+        IntArg("max_seqlen_k", minimum=1),
+        FloatArg("scale", minimum=0.0),
+        FloatArg("softcap", minimum=0.0),
+        IntArg("window", minimum=0),
+        BoolArg("causal"),
+        BoolArg("limits"),
+    ),
+    reference=reference,
+    fallback=fallback,
+    sample=sample,
+    shapes=({"K": 128}, {"K": 64}, {"K": 256}),
+    config_key={"head_dim": "K", "num_tokens": "M", "max_seqlen_q": "max_seqlen_q"},
+    ladder=(16384,),  # the number of tokens picks no config
+    hints={"N": 32},
+    doc=reference.__doc__ or "",
+    served=served,
+    typical="bfloat16+causal",
+)

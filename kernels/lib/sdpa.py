@@ -1,0 +1,141 @@
+"""Attention over K and V that lie in tensors, in plain torch: what the references and fallbacks of the dense ops share.
+
+q [sequences, heads, queries, head_dim], k and v [sequences, kv heads, keys, head_dim]; packed sequences are padded to that.
+Nothing here waits for the GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+#: Scores, or elements of padded sequences, that are held at once.
+HELD = 2**27
+
+
+class Rule(NamedTuple):
+    """What a query sees and how scores become weights: the ops' arguments of these names."""
+
+    scale: float
+    softcap: float = 0.0
+    window: int = 0
+    causal: bool = False
+
+
+class Lengths(NamedTuple):
+    """Queries and keys of each sequence where they are padded, int64 [sequences]."""
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+
+
+def seen(queries: int, keys: int, rule: Rule, device: torch.device, lengths: Lengths | None = None) -> torch.Tensor:
+    """Which keys a query sees, bool [queries, keys]; with lengths [sequences, 1, queries, keys].
+
+    The last query is that of the last key: FlashAttention's alignment, which is SDPA's where there are as many of both.
+    """
+    at = torch.arange(keys, device=device)
+    position = torch.arange(queries, device=device)[:, None]
+    if lengths is not None:
+        end = lengths.keys[:, None, None]
+        position = position + end - lengths.queries[:, None, None]
+    else:
+        end = torch.full((), keys, device=device)
+        position = position + (keys - queries)
+    found = at < end
+    if rule.causal:
+        found = found & (at <= position)
+    if rule.window > 0:
+        found = found & (at > position - rule.window)
+    found = found.expand(*found.shape[:-2], queries, keys)
+    return found if lengths is None else found.unsqueeze(1)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, lengths: Lengths | None = None) -> torch.Tensor:
+    """In float32, like q: matrices of scores, a few heads at a time. A query that sees no key gives zeros."""
+    sequences, heads, queries, dim = q.shape
+    kv_heads, keys = k.size(1), k.size(2)
+    if not q.numel():
+        return q.float()
+    out = torch.zeros(q.shape, dtype=torch.float32, device=q.device)
+    step = max(1, HELD // max(1, queries * keys * (heads // kv_heads)))
+    for sequence in range(sequences):
+        own = None if lengths is None else Lengths(*(each[sequence : sequence + 1] for each in lengths))
+        mask = seen(queries, keys, rule, q.device, own).reshape(queries, keys)
+        for first in range(0, kv_heads, step):
+            some = slice(first, first + step)
+            x = q[sequence].view(kv_heads, -1, queries, dim)[some].float()
+            y, z = (each[sequence, some].float() for each in (k, v))
+            scores = torch.einsum("hgqd,hkd->hgqk", x, y) * rule.scale
+            if rule.softcap > 0:
+                scores = rule.softcap * torch.tanh(scores / rule.softcap)
+            scores = scores.masked_fill(~mask, float("-inf"))
+            weights = torch.where(mask.any(-1, keepdim=True), scores, 0.0).softmax(-1)
+            weights = torch.where(mask, weights, 0.0)
+            out[sequence].view(kv_heads, -1, queries, dim)[some] = torch.einsum("hgqk,hkd->hgqd", weights, z)
+    return out
+
+
+def serve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, lengths: Lengths | None = None) -> torch.Tensor:
+    """What torch's scaled_dot_product_attention makes of it, like q; of a softcap, which it has not, `attend`."""
+    queries, keys = q.size(2), k.size(2)
+    if rule.softcap > 0 or not q.numel() or not keys:
+        return attend(q, k, v, rule, lengths).to(q.dtype)
+    if lengths is None and rule.window == 0 and (not rule.causal or queries in (1, keys)):
+        is_causal = rule.causal and queries > 1
+        return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=rule.scale, enable_gqa=k.size(1) != q.size(1))
+    mask = seen(queries, keys, rule, q.device, lengths)
+    group = q.size(1) // k.size(1)
+    k, v = (each.repeat_interleave(group, 1) if group > 1 else each for each in (k, v))
+    y = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
+    return torch.where(mask.any(-1, keepdim=True), y, 0.0)
+
+
+class Packed(NamedTuple):
+    """Packed sequences: rows cu_seqlens_q[i] to cu_seqlens_q[i + 1] of q, likewise of k and v, are sequence i's."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+def by_padding(out: torch.Tensor, packed: Packed, rule: Rule, *, exact: bool) -> None:
+    """Writes the attention of packed sequences, a few of them padded at a time; `exact`: by `attend`, else by `serve`.
+
+    Rows of no sequence stay as they are.
+    """
+    sequences, tokens = packed.cu_seqlens_q.size(0) - 1, packed.q.size(0)
+    queries, keys = min(packed.max_seqlen_q, tokens), min(packed.max_seqlen_k, packed.k.size(0))
+    starts = Lengths(*(each[:-1].long() for each in (packed.cu_seqlens_q, packed.cu_seqlens_k)))
+    counts = Lengths(*(each.diff().long() for each in (packed.cu_seqlens_q, packed.cu_seqlens_k)))
+    row = torch.arange(tokens, device=out.device)
+    owner = torch.searchsorted(packed.cu_seqlens_q.long(), row, right=True) - 1
+    step = max(1, HELD // max(1, max(queries, keys) * packed.q.size(1) * packed.q.size(2)))
+    for first in range(0, sequences, step):
+        some = slice(first, first + step)
+        start, count = Lengths(*(each[some] for each in starts)), Lengths(*(each[some] for each in counts))
+        q = _padded(packed.q, start.queries, count.queries, queries)
+        k, v = (_padded(each, start.keys, count.keys, keys) for each in (packed.k, packed.v))
+        y = (attend if exact else serve)(q, k, v, rule, count).transpose(1, 2)
+        own = (owner - first).clamp(0, len(start.queries) - 1)
+        place = row - start.queries[own]
+        inside = (owner >= first) & (owner < first + len(start.queries)) & (place >= 0) & (place < queries)
+        inside &= row < packed.cu_seqlens_q[-1]
+        found = y[own, place.clamp(0, queries - 1)].to(out.dtype)
+        out.copy_(torch.where(inside[:, None, None], found, out))
+
+
+def _padded(x: torch.Tensor, start: torch.Tensor, count: torch.Tensor, longest: int) -> torch.Tensor:
+    """[sequences, heads, longest, head_dim] of packed rows; zeros behind a sequence's end."""
+    at = torch.arange(longest, device=x.device)
+    inside = at < count[:, None]
+    rows = torch.where(inside, start[:, None] + at, 0)
+    if not x.size(0):
+        return x.new_zeros(len(start), x.size(1), longest, x.size(2))
+    return torch.where(inside[:, :, None, None], x[rows], 0.0).to(x.dtype).transpose(1, 2)
