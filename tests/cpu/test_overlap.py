@@ -155,8 +155,8 @@ def test_an_output_without_rows_under_the_override():
 def test_every_op_without_rows(door, name):
     """An op that has an output without rows writes it; no other op needs to be told."""
     spec = hdispatch.ops.spec(name)
-    if spec.reference.__module__.startswith(("standin", "toy")):
-        pytest.skip("not a real op")
+    if not spec.reference.__module__.startswith("hdispatch.kernels"):
+        pytest.skip("an op of the tests")
     sizes = {"M": 0, "K": 128, "N": 32} if "head_dim" in spec.config_key else dict.fromkeys(spec.symbols(), 1024) | {"M": 0}
     for variant in spec.served_variants()[:2]:
         args = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
