@@ -4,6 +4,8 @@
 #include <map>
 #include <mutex>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "fork_mutex.h"
 
@@ -23,11 +25,17 @@ struct Block {
 
 using BlockKey = std::tuple<DeviceSlot, CUstream, const void*>;
 
-ForkMutex blocks_mutex;  // guards `blocks`
+ForkMutex blocks_mutex;  // guards `blocks` and `outgrown`
 
 /// The largest block of each device and stream. Never destroyed: launches go on while the process ends.
 std::map<BlockKey, Block>& blocks() {
   static auto* made = new std::map<BlockKey, Block>;
+  return *made;
+}
+
+/// Blocks that a larger one has replaced, or another thread's: graphs may hold them, and leak checkers find them here.
+std::vector<Block>& outgrown() {
+  static auto* made = new std::vector<Block>;
   return *made;
 }
 
@@ -96,7 +104,9 @@ HD_COLD uintptr_t Workspace::find(const Driver& driver, DeviceSlot device, CUstr
     const Block made = {make(driver, device, bytes), bytes};
     const std::lock_guard lock(blocks_mutex);
     Block& kept = blocks()[key];
-    if (kept.bytes < made.bytes) kept = made;
+    Block other = made;
+    if (kept.bytes < made.bytes) std::swap(kept, other);
+    if (other.bytes) outgrown().push_back(other);
     block = made;
   }
   last_.device_ = device;
