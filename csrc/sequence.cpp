@@ -151,10 +151,19 @@ void Sequence::find_lives() {
       }
 }
 
-uintptr_t Sequence::bytes_of(uint32_t temp, int64_t m) const noexcept {
-  int64_t count = 1;
-  for (const RowDim& dim : temps_[temp].dims) count *= std::max<int64_t>(dim.at(m), 0);
-  return round_up(static_cast<uintptr_t>(count) * kDTypeBytes[static_cast<size_t>(temps_[temp].dtype)]);
+uintptr_t Sequence::bytes_of(uint32_t temp, int64_t m) const {
+  int64_t count = kDTypeBytes[static_cast<size_t>(temps_[temp].dtype)];
+  bool is_too_large = false;
+  for (const RowDim& dim : temps_[temp].dims) {
+    int64_t size = 0;
+    is_too_large |= __builtin_mul_overflow(dim.per_row, m, &size) ||
+                    __builtin_add_overflow(size, dim.constant, &size) ||
+                    __builtin_mul_overflow(count, std::max<int64_t>(size, 0), &count);
+  }
+  if (is_too_large || count > kMaxBytes)
+    fail(Fault::kCaller, "sequence ", name_, ": temporary ", temp, ", ", print(temps_[temp].dims),
+         ", takes more than 2**48 bytes with M = ", m, "; give it smaller sizes, or the sequence a smaller max_rows");
+  return round_up(static_cast<uintptr_t>(count));
 }
 
 /// Largest first, each as low as it can be; what is never used takes nothing. Returns the bytes of all.
@@ -232,6 +241,9 @@ int64_t Sequence::check(const TensorView* views) const {
       const RowDim& dim = slot.dims[d];
       if (dim.any || !dim.per_row || (view.sizes[d] - dim.constant) % dim.per_row) continue;
       m = (view.sizes[d] - dim.constant) / dim.per_row;
+      if (HD_UNLIKELY(m < 0))
+        fail(Fault::kCaller, where(slot), "has sizes ", print_sizes(view), "; it takes ", print(slot.dims),
+             " with M of at least 0");
     }
     for (size_t d = 0; d < slot.dims.size(); ++d)
       if (HD_UNLIKELY(!slot.dims[d].any && view.sizes[d] != slot.dims[d].at(m)))

@@ -95,6 +95,7 @@ class Sequence {
  public:
   static constexpr uintptr_t kAlignment = 256;  ///< of temporaries: enough for TMA and vector loads
   static constexpr int64_t kMaxRows = int64_t{1} << 31;
+  static constexpr int64_t kMaxBytes = int64_t{1} << 48;  ///< of a temporary: sums of them stay far from 64 bits
   static constexpr int64_t kChunkRows = 16;  ///< chunks have a multiple of it: 8 bytes a row are 128 at the next one
 
   /// Throws kCaller for a description that cannot be run; `name` begins every message.
@@ -136,7 +137,7 @@ class Sequence {
   };
   void check_step(uint32_t step) const;
   void find_lives();
-  uintptr_t bytes_of(uint32_t temp, int64_t m) const noexcept;
+  uintptr_t bytes_of(uint32_t temp, int64_t m) const;
   uintptr_t arrange(const std::vector<uint32_t>& temps, const std::vector<Life>& lives, int64_t m,
                     std::vector<uintptr_t>& offsets) const;
   uintptr_t arrange_whole(int64_t m, std::vector<uintptr_t>& offsets) const;

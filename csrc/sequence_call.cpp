@@ -340,8 +340,10 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   size_t failed = 0;
   LaunchResult result{};
   std::exception_ptr error;
+  std::recursive_mutex& turn = arena_->turn(plan.lane);
   PyThreadState* const state = PyEval_SaveThread();
   try {
+    const std::lock_guard lock(turn);
     const std::optional<LaunchContext> context =
         plan.launches.table() ? std::optional<LaunchContext>(std::in_place, *plan.launches.table()) : std::nullopt;
     result = plan.launches.launch(foreign, failed);
@@ -455,6 +457,11 @@ void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue>
 
 /// Every step as a call of its own.
 HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObject* const* args) {
+  std::unique_lock turn(arena_->turn(plan.lane), std::try_to_lock);
+  if (!turn) {
+    const py::gil_scoped_release released;
+    turn.lock();
+  }
   const SequenceInputs inputs = this->inputs(given, plan);
   const std::vector<at::Tensor> slots = tensors(args);
   const std::vector<SequenceRun> runs = sequence_.order(given.m);

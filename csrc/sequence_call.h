@@ -13,6 +13,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <utility>
 #include <vector>
@@ -36,12 +37,16 @@ class Arena {
 
   /// Memory of at least that many bytes, aligned. GIL held.
   const at::Tensor& get(const Lane& lane, size_t bytes);
+  /// Held while launches of one call are made: those of two threads on one stream, in turn, would write each other's
+  /// temporaries. A foreign step may call a sequence. GIL held; the mutex is waited for without it.
+  std::recursive_mutex& turn(const Lane& lane) { return turns_[lane]; }
   /// Bytes of all allocations.
   size_t bytes() const;
 
  private:
   at::Tensor given_;                              ///< undefined: an allocation per stream
   std::map<Lane, std::vector<at::Tensor>> made_;  ///< the largest last
+  std::map<Lane, std::recursive_mutex> turns_;
 };
 
 /// Of a torch.Tensor, or None.

@@ -8,7 +8,8 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
-from ..lib.paged_kv import LENGTHS, Rule, attend, random_lengths, random_paged, softmax_scale, write
+from ..lib.indices import check_indices
+from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, check_slots, random_lengths, random_paged, softmax_scale, write
 from ..lib.workspace import BYTES
 from ..numerics import random_rows
 from ..rms_norm.spec import normalized, random_weight
@@ -63,6 +64,10 @@ def reference(
     heads, dim = out.shape[1:]
     kv_heads = heads // group
     _check(qkv, heads, kv_heads, dim, cos_sin_cache, kv_cache)
+    old = (seq_lens - 1).clamp(min=0)
+    check_indices(NAME, "positions", positions, cos_sin_cache.size(0), "cos_sin_cache")
+    check_slots(NAME, slot_mapping, kv_cache.size(0), kv_cache.size(2))
+    check_blocks(NAME, kv_cache, block_table, old, max_seq_len - 1)
     x = qkv.unflatten(1, (heads + 2 * kv_heads, dim))
     cos, sin = cos_sin_cache[positions].float().unsqueeze(1).chunk(2, dim=-1)
     turned = []
@@ -73,7 +78,6 @@ def reference(
         turned.append(y.to(qkv.dtype))
     (q, k), v = turned, x[:, heads + kv_heads :]
     write(kv_cache, slot_mapping, torch.cat((k, v), dim=-1))
-    old = (seq_lens - 1).clamp(min=0)
     out.copy_(attend(q.unsqueeze(1), kv_cache, block_table, old, max_seq_len - 1, Rule(scale), (k, v)).squeeze(1))
 
 

@@ -8,6 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
+from ..lib.indices import check_indices
 from ..numerics import random_rows
 from ..rms_norm.spec import normalized, random_weight
 from ..rope import random_cache, random_positions, rotated
@@ -48,6 +49,7 @@ def reference(
     (a * cos - b * sin, b * cos + a * sin): float32 throughout, rounded once.
     """
     _check(qkv, (num_heads_q, num_heads_k, num_heads_v), head_dim, (q_weight, k_weight), cos_sin_cache)
+    check_indices(NAME, "position_ids", position_ids, cos_sin_cache.size(0), "cos_sin_cache")
     heads = qkv.unflatten(1, (qkv.size(1) // head_dim, head_dim))
     rotary = cos_sin_cache.size(1)
     cos, sin = cos_sin_cache[position_ids].float().unsqueeze(1).chunk(2, dim=-1)

@@ -9,7 +9,8 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..fused_qk_norm_rope.spec import foreign_key, split_heads
-from ..lib.paged_kv import random_slots, write
+from ..lib.indices import check_indices
+from ..lib.paged_kv import check_slots, random_slots, write
 from ..numerics import random_rows
 from ..rms_norm.spec import normalized, random_weight
 from ..rope import random_cache, random_positions, rotated
@@ -52,6 +53,8 @@ def reference(
     float32 throughout, rounded once.
     """
     _check(qkv, num_heads_q, num_heads_k, head_dim, (q_weight, k_weight), cos_sin_cache, kv_cache)
+    check_indices(NAME, "position_ids", position_ids, cos_sin_cache.size(0), "cos_sin_cache")
+    check_slots(NAME, slot_mapping, kv_cache.size(0), kv_cache.size(2))
     heads = qkv.unflatten(1, (qkv.size(1) // head_dim, head_dim))
     rotary = cos_sin_cache.size(1)
     cos, sin = cos_sin_cache[position_ids].float().unsqueeze(1).chunk(2, dim=-1)

@@ -10,6 +10,9 @@ import math
 from typing import NamedTuple
 
 import torch
+from hdispatch.errors import ArgumentError
+
+from .indices import check_indices
 
 #: Elements of K and V that are gathered at once: requests take turns.
 GATHERED = 2**27
@@ -37,6 +40,31 @@ class Rule(NamedTuple):
     sinks: torch.Tensor | None = None
 
 
+def check_blocks(op: str, kv_cache: torch.Tensor, block_table: torch.Tensor, lengths: torch.Tensor, longest: int) -> None:
+    """ArgumentError where a request's tokens are in blocks that the table or the cache has not; on the CPU alone.
+
+    lengths  [requests]: tokens in the cache, of which the first `longest` are read
+    """
+    if lengths.device.type != "cpu" or not lengths.numel():
+        return
+    lengths, page = lengths.long().clamp(0, max(longest, 0)), kv_cache.size(2)
+    if lengths.any() and not page:
+        raise ArgumentError(f"{op}: kv_cache has blocks of no token; expected room for {int(lengths.max())} of a request")
+    pages = -(-lengths // max(page, 1))
+    if pages.max() > block_table.size(1):
+        raise ArgumentError(
+            f"{op}: block_table has {block_table.size(1)} columns; expected {int(pages.max())}, for {int(lengths.max())} "
+            f"tokens of a request in blocks of {page}"
+        )
+    used = torch.arange(block_table.size(1)) < pages[:, None]
+    check_indices(op, "block_table", block_table[used], kv_cache.size(0), "kv_cache")
+
+
+def check_slots(op: str, slots: torch.Tensor, blocks: int, page: int) -> None:
+    """ArgumentError for a slot behind the cache's last one; on the CPU alone. Negative ones are nowhere."""
+    check_indices(op, "slot_mapping", slots.clamp(min=0) if blocks * page else slots[slots >= 0], blocks * page, "the cache")
+
+
 def attend(
     q: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -55,7 +83,7 @@ def attend(
     A query that sees no token gives zeros. What the cache and the table hold behind a request's length has no influence.
     """
     page, kv_heads, dim = kv_cache.size(2), kv_cache.size(1), q.size(3)
-    pages = min(max(-(-longest // page), 1), block_table.size(1))
+    pages = min(max(-(-longest // page), 1), block_table.size(1)) if kv_cache.numel() else 0
     out = torch.empty(q.shape, dtype=torch.float32, device=q.device)
     step = max(1, GATHERED // max(1, pages * page * kv_heads * 2 * dim))
     for first in range(0, q.size(0), step):
@@ -105,7 +133,7 @@ def write(kv_cache: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor) -> None
 
     Token i goes to block slots[i] // page, place slots[i] % page; of a negative slot nowhere. Slots do not repeat.
     """
-    if not len(slots):
+    if not len(slots) or not kv_cache.numel():
         return
     page = kv_cache.size(2)
     # Without a mask as index, for which the host would wait: tokens of no place repeat one that has a place, and where none

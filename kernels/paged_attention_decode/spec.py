@@ -8,7 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
-from ..lib.paged_kv import LENGTHS, Rule, attend, random_lengths, random_paged, softmax_scale
+from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, random_lengths, random_paged, softmax_scale
 from ..lib.workspace import BYTES
 from ..numerics import FP8
 
@@ -58,6 +58,7 @@ def reference(
         raise ArgumentError(f"{NAME}: kv_cache has {kv_heads} heads; expected {heads} query heads / group, which is {group}")
     if queries.size(1) > max_queries:
         raise ArgumentError(f"{NAME}: {queries.size(1)} queries per request; expected at most max_queries, {max_queries}")
+    check_blocks(NAME, kv_cache, block_table, seq_lens, max_seq_len)
     rule = Rule(scale * k_scale, softcap, window, sinks)
     y = attend(queries.float(), kv_cache, block_table, seq_lens.clamp(min=0), max_seq_len, rule)
     out.copy_((y * v_scale).view(out.shape))

@@ -8,7 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import OpSpec, StrArg, TensorArg, Variant
 
-from ..lib.paged_kv import random_slots, write
+from ..lib.paged_kv import check_slots, random_slots, write
 from ..numerics import FP8, random_rows
 
 NAME = "reshape_and_cache_flash"
@@ -39,12 +39,14 @@ def reference(
                     float8_e4m3fn, or its bytes as uint8, and get x / scale in float32, clamped to ±448, NaN staying NaN
     k_scale         float32 with one element; v_scale likewise
     """
-    for cache, x, scale in ((key_cache, key, k_scale), (value_cache, value, v_scale)):
+    for cache in (key_cache, value_cache):
         dtypes = (key.dtype,) if kv_cache_dtype == "auto" else (FP8, torch.uint8)
         if cache.dtype not in dtypes:
             raise ArgumentError(
                 f"{NAME}: a cache of {cache.dtype}; with kv_cache_dtype {kv_cache_dtype!r} it is one of {dtypes}"
             )
+        check_slots(NAME, slot_mapping, *cache.shape[:2])
+    for cache, x, scale in ((key_cache, key, k_scale), (value_cache, value, v_scale)):
         quantized = kv_cache_dtype != "auto"
         stored = (x.float() / scale.reshape(())).clamp(-448, 448).to(FP8).view(torch.uint8) if quantized else x
         # Bytes: torch selects between numbers of none of the fp8 dtypes.

@@ -8,6 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
 
+from ..lib.indices import check_indices
 from ..numerics import random_rows
 from ..rope import random_cache, random_positions, rotated
 
@@ -47,6 +48,7 @@ def reference(
             f"{NAME}: cos_sin_cache rotates {rotary} elements from rope_dim_offset {rope_dim_offset} on; "
             f"expected at least 0 and at most head_size, {head_size}"
         )
+    check_indices(NAME, "positions", positions, cos_sin_cache.size(0), "cos_sin_cache")
     cos, sin = cos_sin_cache[positions.flatten()].float().chunk(2, dim=-1)
     tensors = [tensor for tensor in (query, key) if tensor is not None]
     for tensor, whole in zip(tensors, [_heads(tensor, head_size) for tensor in tensors], strict=True):

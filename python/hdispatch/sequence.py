@@ -330,12 +330,20 @@ def _works_by_rows(spec: OpSpec, given: list[Any]) -> bool:
         if not isinstance(arg, TensorArg) or value is None:
             continue
         if isinstance(value, torch.Tensor):
-            if arg.mutated:
+            if arg.mutated or _has_many_rows(arg, value):
                 return False
             continue
         if not _has_rows(value) or not _rows_are_m(arg, value):
             return False
     return True
+
+
+def _has_many_rows(arg: TensorArg, constant: torch.Tensor) -> bool:
+    """Whether a constant has rows of the op's M, which it keeps where the other tensors have those of a chunk."""
+    symbols = [parse_dim(dim).symbol for dim in arg.dims]
+    return constant.dim() == len(symbols) and any(
+        size > 1 and symbol == "M" for size, symbol in zip(constant.shape, symbols, strict=True)
+    )
 
 
 def _has_rows(tensor: SequenceTensor) -> bool:
@@ -360,6 +368,8 @@ def _rows_are_m(arg: TensorArg, tensor: SequenceTensor) -> bool:
     dims = tensor._dims or ()
     symbols = [parse_dim(dim).symbol for dim in arg.dims]
     rows = [at for at, dim in enumerate(dims) if dim is not None and dim.per_row]
+    if not rows:  # narrowed to some of them: a chunk has others
+        return False
     if len(dims) == len(symbols):
         return all(symbols[at] == "M" for at in rows)
     return rows == [0] and symbols[0] == "M"

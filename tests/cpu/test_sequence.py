@@ -507,6 +507,25 @@ def test_slots_are_checked(served):
     assert not out.isnan().any()
 
 
+def test_fewer_rows_than_none():
+    s = Sequence("negative")
+    x, out = s.slot("x", ("2*M+3", K), torch.float32), s.slot("out", ("M+2", K), torch.float32, written=True)
+    s.add(OP, out.narrow(0, 0, "M"), x.narrow(0, 0, "M"), WEIGHTS[0], 1.0, 1)
+    with pytest.raises(ArgumentError, match=r"slot x has sizes \[1, 64\]; it takes \[2\*M\+3, 64\] with M of at least 0"):
+        s.freeze()(random(1, K), poisoned(1, K))
+
+
+@pytest.mark.parametrize("width", [2**33, 2**61, 2**62])
+def test_temporaries_whose_bytes_64_bits_do_not_hold(width):
+    """Not an arena of the bytes that are left."""
+    s = Sequence("large", max_rows=2**31)
+    out = s.slot("out", ("M", K), torch.float32, written=True)
+    s.add_torch(torch.ops.aten.zero_.default, s.temp(("M", width), torch.float32))
+    s.add_torch(torch.ops.aten.zero_.default, out)
+    with pytest.raises(ArgumentError, match=rf"sequence large: temporary 0, \[M, {width}\], takes more than 2\*\*48 bytes"):
+        s.freeze()
+
+
 def test_what_cannot_be_built():
     s = Sequence("wrong")
     x, out = s.slot("x", ("M", K), torch.float32), s.slot("out", ("M", K), torch.float32, written=True)
@@ -579,6 +598,21 @@ def test_which_steps_work_by_rows():
     assert not by_rows(turned, x.transpose(0, 1), WEIGHTS[0], 1.0, 1)  # the sequence's rows are the op's columns
     assert not by_rows(out, odd.narrow(0, 0, "M"), WEIGHTS[0], 1.0, 1)
     assert not by_rows(out, x, WEIGHTS[0], 1.0, 1, by_rows=False)
+    assert not by_rows(out.narrow(0, 0, 4), x.narrow(0, 0, 4), WEIGHTS[0], 1.0, 1)  # rows of the call, not of each chunk
+    assert not by_rows(out, x, WEIGHTS[0], 1.0, 1, random(9, K))  # a constant has all rows in each chunk
+
+
+def test_some_rows_and_constants_with_rows_in_many_rows(served):
+    s = Sequence("some rows", max_rows=4)
+    x, out = s.slot("x", ("M", K), torch.float32), s.slot("out", ("M", K), torch.float32, written=True)
+    gate = random(9, K, seed=4)
+    s.add(OP, out, x, WEIGHTS[0], 1.0, 1, gate)
+    s.add(OP, out.narrow(0, 1, 2), x.narrow(0, 1, 2), WEIGHTS[1], 0.5, 1)
+    given, result, expected = random(9, K), poisoned(9, K), poisoned(9, K)
+    s.freeze()(given, result)
+    OP(expected, given, WEIGHTS[0], 1.0, 1, gate)
+    OP(expected[1:3], given[1:3], WEIGHTS[1], 0.5, 1)
+    assert torch.equal(result, expected)
 
 
 # ---- threads, processes, locks ----

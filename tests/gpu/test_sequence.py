@@ -129,6 +129,40 @@ def test_threads_on_streams_of_their_own(layers: Layers) -> None:
     assert not faults
 
 
+@pytest.mark.parametrize("served", [True, False])
+def test_threads_on_one_stream(layers: Layers, served: bool) -> None:
+    """They take turns: between two launches of one call none of another's writes the temporaries that both have."""
+    sequence = layers.sequence(f"gpu one stream {served}")
+    given = [layers.inputs(3, seed) for seed in range(4)]
+    if not served:  # misaligned slots are made one by one
+        given = [(misaligned(residual), positions) for residual, positions in given]
+    expected = [one_by_one(layers, *each) for each in given]
+    torch.cuda.synchronize()
+    faults: list[str] = []
+
+    def work(i: int) -> None:
+        try:
+            for call in range(100):
+                residual = misaligned(given[i][0]) if not served else given[i][0].clone()
+                sequence(residual, given[i][1])
+                if not is_same(residual, expected[i]):
+                    raise AssertionError(f"another result in call {call}")
+        except BaseException as error:
+            faults.append(repr(error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+
+
+def misaligned(x: torch.Tensor) -> torch.Tensor:
+    """A copy that begins one element behind an aligned address."""
+    return torch.cat((x.new_zeros(1), x.flatten()))[1:].view(x.shape)
+
+
 def test_misaligned_slots_are_made_one_by_one(layers: Layers) -> None:
     sequence = layers.sequence("gpu misaligned")
     residual, positions = layers.inputs(8)
