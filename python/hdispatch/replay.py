@@ -40,8 +40,8 @@ class Replays:
     replays, captures  how many calls were replayed, and how many graphs were made
 
     A call that the launch table did not serve is never captured, nor one under a capture of somebody else's, which gets the
-    launches themselves, or under a dispatch mode of torch's. A graph holds the kernels that it was made of, also those of a bundle
-    that is unloaded since; it is not replayed then. `stats` counts the launches of a capture, and no replays.
+    launches themselves, or under a dispatch mode of torch's. A graph holds the kernels that it was made of, also those of a
+    bundle that is unloaded since; it is not replayed then. `stats` counts the launches of a capture, and no replays.
     """
 
     def __init__(self, sequence: Callable[..., None], name: str, *, most: int = MOST) -> None:
