@@ -161,8 +161,9 @@ class SequenceDoor {
     SequencePlan launches;
     int64_t m = 0;
     Arena::Lane lane{};
-    at::Tensor memory;  ///< the arena
-    at::Tensor whole;   ///< of a call in chunks
+    std::recursive_mutex* turn = nullptr;  ///< the lane's
+    at::Tensor memory;                     ///< the arena
+    at::Tensor whole;                      ///< of a call in chunks
     std::vector<uintptr_t> temps;
     std::vector<std::vector<c10::IValue>> stacks;  ///< by run; slots' places are empty
   };
@@ -290,6 +291,7 @@ std::unique_ptr<SequenceDoor::Plan> SequenceDoor::make_plan(const Given& given, 
   auto plan = std::make_unique<Plan>(sequence_);
   plan->m = given.m;
   plan->lane = lane;
+  plan->turn = &arena_->turn(lane);
   plan->memory = arena_->get(lane, sequence_.arena_bytes());
   if (sequence_.is_chunked(given.m)) plan->whole = allocate(given.device, sequence_.whole_bytes(given.m));
   plan->temps = sequence_.addresses(given.m, aligned(plan->memory), plan->whole.defined() ? aligned(plan->whole) : 0);
@@ -340,10 +342,9 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   size_t failed = 0;
   LaunchResult result{};
   std::exception_ptr error;
-  std::recursive_mutex& turn = arena_->turn(plan.lane);
   PyThreadState* const state = PyEval_SaveThread();
   try {
-    const std::lock_guard lock(turn);
+    const std::lock_guard lock(*plan.turn);
     const std::optional<LaunchContext> context =
         plan.launches.table() ? std::optional<LaunchContext>(std::in_place, *plan.launches.table()) : std::nullopt;
     result = plan.launches.launch(foreign, failed);
@@ -457,7 +458,7 @@ void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue>
 
 /// Every step as a call of its own.
 HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObject* const* args) {
-  std::unique_lock turn(arena_->turn(plan.lane), std::try_to_lock);
+  std::unique_lock turn(*plan.turn, std::try_to_lock);
   if (!turn) {
     const py::gil_scoped_release released;
     turn.lock();

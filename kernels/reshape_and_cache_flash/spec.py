@@ -13,6 +13,8 @@ from ..numerics import FP8, random_rows
 
 NAME = "reshape_and_cache_flash"
 
+#: What kv_cache_dtype may be.
+FORMATS = ("auto", "fp8", "fp8_e4m3")
 #: Tokens of a block of a sample call's cache.
 PAGE = 16
 
@@ -39,6 +41,8 @@ def reference(
                     float8_e4m3fn, or its bytes as uint8, and get x / scale in float32, clamped to ±448, NaN staying NaN
     k_scale         float32 with one element; v_scale likewise
     """
+    if kv_cache_dtype not in FORMATS:
+        raise ArgumentError(f"{NAME}: kv_cache_dtype is {kv_cache_dtype!r}; expected one of {FORMATS}")
     for cache in (key_cache, value_cache):
         dtypes = (key.dtype,) if kv_cache_dtype == "auto" else (FP8, torch.uint8)
         if cache.dtype not in dtypes:
@@ -87,7 +91,7 @@ SPEC = OpSpec(
         ),
         TensorArg("value_cache", ("*", "*", "N", "K"), "key_cache", True, layout="any", multiple=16),
         TensorArg("slot_mapping", ("M",), (torch.int64,)),
-        StrArg("kv_cache_dtype", ("auto", "fp8", "fp8_e4m3")),
+        StrArg("kv_cache_dtype", FORMATS),
         TensorArg("k_scale", (1,), (torch.float32,), flat=True),
         TensorArg("v_scale", (1,), (torch.float32,), flat=True),
     ),

@@ -40,8 +40,8 @@ class Replays:
     replays, captures  how many calls were replayed, and how many graphs were made
 
     A call that the launch table did not serve is never captured, nor one under a capture of somebody else's, which gets the
-    launches themselves. A graph holds the kernels that it was made of, also those of a bundle that is unloaded since; it is not
-    replayed then. `stats` counts the launches of a capture, and no replays.
+    launches themselves, or under a dispatch mode of torch's. A graph holds the kernels that it was made of, also those of a
+    bundle that is unloaded since; it is not replayed then. `stats` counts the launches of a capture, and no replays.
     """
 
     def __init__(self, sequence: Callable[..., None], name: str, *, most: int = MOST) -> None:
@@ -55,7 +55,7 @@ class Replays:
     def __call__(self, *slots: Any) -> None:
         """Run the sequence on the current stream of its tensors' device."""
         device = next((slot.device for slot in slots if isinstance(slot, torch.Tensor)), None)
-        if device is None or device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        if device is None or device.type != "cuda" or _is_watched():
             self.sequence(*slots)
             return
         stream = torch.cuda.current_stream(device)
@@ -115,8 +115,14 @@ class Replays:
         return found
 
 
+def _is_watched() -> bool:
+    """Whether launches are to be made one by one: for somebody's capture, or a mode that wants to see every op."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing()
+
+
 def _identity(slot: Any) -> Hashable:
-    """What a graph has of a slot's value."""
+    """What a graph has of a slot's value, and by what the sequence would refuse it: the call that was captured was not."""
     if isinstance(slot, torch.Tensor):
-        return slot.data_ptr(), slot.shape, slot.stride(), slot.dtype
-    return slot  # type: ignore[no-any-return]
+        is_differentiated = slot.requires_grad and torch.is_grad_enabled()
+        return slot.data_ptr(), slot.shape, slot.stride(), slot.dtype, type(slot), is_differentiated, slot.is_neg()
+    return type(slot), slot if isinstance(slot, Hashable) else id(slot)

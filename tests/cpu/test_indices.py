@@ -55,6 +55,16 @@ def test_slots(name):
     is_refused(name, given, f"{name}: slot_mapping has {10**9}; expected at least 0 and less than")
 
 
+@pytest.mark.parametrize("name", ["fp8_e5m2", "text", ""])
+def test_formats_that_there_are_not(name):
+    """Not taken for e4m3, whose bytes are others."""
+    _, given = arguments("reshape_and_cache_flash")
+    dtypes = {"key_cache": torch.uint8, "value_cache": torch.uint8}
+    given |= {cache: torch.zeros(given[cache].shape, dtype=dtype) for cache, dtype in dtypes.items()}
+    given["kv_cache_dtype"] = name
+    is_refused("reshape_and_cache_flash", given, f"kv_cache_dtype is {name!r}; expected one of")
+
+
 @pytest.mark.parametrize("block", [-1, 10**6])
 @pytest.mark.parametrize("name", PAGED)
 def test_blocks(name, block):

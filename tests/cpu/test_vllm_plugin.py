@@ -56,6 +56,15 @@ def test_off_it_does_not_even_look_for_vllm(monkeypatch):
     plugin.register()
 
 
+@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY"])
+def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, fake_vllm, name):
+    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(HdispatchError, match=f"{name} is 'yes'; it takes"):
+        plugin.register()
+    assert f"{name} is 'yes'" in plugin.examine()["reason"]
+
+
 def test_a_bundle_must_be_named(monkeypatch, tmp_path):
     monkeypatch.delenv("HDISPATCH_BUNDLE", raising=False)
     with pytest.raises(HdispatchError, match="HDISPATCH=1 needs HDISPATCH_BUNDLE"):
@@ -353,6 +362,21 @@ def test_the_arena_stays_where_weights_of_the_same_shape_come():
     first = make_layers(bound, None)
     assert make_layers(make_weights(schemes.PerTokenFp8()), None, former=first).workspace is first.workspace
     assert make_layers(make_weights(schemes.BlockFp8()), None, former=first).workspace is not first.workspace
+
+
+def test_copies_stay_where_graphs_have_them():
+    """Weights that are loaded again leave captured graphs as they are, so that what those read and write must be there."""
+    device, first = torch.device("cpu"), torch.rand(8, 4)
+    own = weights.bind_rope(Object(cos_sin_cache=first), torch.float32, device, None)
+    assert own.data_ptr() == first.data_ptr()
+    copy = weights.bind_rope(Object(cos_sin_cache=first), torch.bfloat16, device, None)
+    again = weights.bind_rope(Object(cos_sin_cache=first + 1), torch.bfloat16, device, copy)
+    assert again.data_ptr() == copy.data_ptr()
+    assert torch.equal(again, (first + 1).bfloat16())
+    other = weights.bind_rope(Object(cos_sin_cache=torch.rand(9, 4)), torch.bfloat16, device, copy)
+    assert other.data_ptr() != copy.data_ptr()
+    replaced = weights.bind_rope(Object(cos_sin_cache=first.clone()), torch.float32, device, own)
+    assert replaced.data_ptr() != own.data_ptr()
 
 
 # ---- a step ----

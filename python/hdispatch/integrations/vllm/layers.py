@@ -19,7 +19,7 @@ from ...sequence import Arena, Sequence, SequenceTensor
 from . import settings
 from .attention import Attention, Kind
 from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
-from .weights import Weights
+from .weights import Weights, kept_memory
 from .workspace import ROWS, Workspace, rows_within
 
 #: Most rows of a step that is replayed when it comes again: with more, the GPU takes longer than the launches.
@@ -49,7 +49,7 @@ class FusedLayers:
     attention    of all layers
     get_context  vLLM's forward context of the step
     reduce       sums a tensor over tensor parallel ranks into a new one; None on one rank
-    former       layers whose weights are no more: their arena is used again, since graphs may have been captured with it
+    former       layers whose weights are no more: their memory is used again, since graphs may have been captured with it
     """
 
     def __init__(
@@ -74,7 +74,8 @@ class FusedLayers:
         self._still: torch.Tensor | None = None
         if reduce is None and device.type == "cuda" and settings.replay():
             rows = min(REPLAYED_ROWS, self.workspace.rows)  # none in chunks
-            self._still = torch.empty(2, rows, weights.shape.hidden, dtype=weights.dtype, device=device)
+            made = torch.empty(2, rows, weights.shape.hidden, dtype=weights.dtype, device=device)
+            self._still = kept_memory(made, None if former is None else former._still)
 
     def forward(
         self, input_ids: torch.Tensor | None, positions: torch.Tensor, inputs_embeds: torch.Tensor | None

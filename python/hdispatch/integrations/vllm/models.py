@@ -100,7 +100,8 @@ class FusedForward:
             support.check_attention(attention.attn)
             support.check_rope(attention.rotary_emb, RotaryEmbedding.forward_cuda, attention.head_dim)
         config = self._config
-        bound = weights.bind(decoder, config.model_config.dtype)
+        former = None if self._layers is None else self._layers.weights
+        bound = weights.bind(decoder, config.model_config.dtype, former)
         settings.load_bundle(bound.embedding.device)
         scheduler = config.scheduler_config
         ranks = get_tensor_model_parallel_world_size()

@@ -28,7 +28,8 @@ def register() -> None:
     whose decoder layers we run whole (`models.ARCHITECTURES`). The bundle of HDISPATCH_BUNDLE is loaded later, when the model
     is made: only then has a worker chosen its device.
 
-    Raises `HdispatchError` for a wrong HDISPATCH or HDISPATCH_ATTENTION, or where HDISPATCH_BUNDLE names no folder.
+    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION or HDISPATCH_REPLAY, or where HDISPATCH_BUNDLE names no
+    folder.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -38,6 +39,7 @@ def register() -> None:
         return
     settings.bundle_folder()
     settings.attention()
+    settings.replay()
     from . import models
 
     models.register()
@@ -103,4 +105,5 @@ def _switched_off() -> str:
         return f"{settings.SWITCH} is not 1: the plug-in does nothing"
     settings.bundle_folder()
     settings.attention()
+    settings.replay()
     return ""

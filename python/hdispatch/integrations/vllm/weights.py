@@ -28,6 +28,13 @@ def plain(x: torch.Tensor) -> torch.Tensor:
     return y if type(y) is torch.Tensor else y.as_subclass(torch.Tensor)
 
 
+def kept_memory(made: torch.Tensor, former: torch.Tensor | None) -> torch.Tensor:
+    """`made`, in the memory of `former` if that is one of its kind: graphs may have been captured with it."""
+    if former is None or (made.shape, made.dtype, made.device) != (former.shape, former.dtype, former.device):
+        return made
+    return former.copy_(made)
+
+
 def bind_linear(name: str, module: Any, k: int, n: int, dtype: torch.dtype) -> tuple[Scheme, Linear]:
     """The matrix of a vLLM linear layer that takes rows of k elements to rows of n.
 
@@ -139,8 +146,11 @@ class Weights:
     layers: tuple[Layer, ...]
 
 
-def bind(model: Any, dtype: torch.dtype) -> Weights:
-    """The weights of vLLM's Qwen2Model, Qwen3Model or LlamaModel after loading. `UnsupportedError` for what is not served."""
+def bind(model: Any, dtype: torch.dtype, former: Weights | None = None) -> Weights:
+    """The weights of vLLM's Qwen2Model, Qwen3Model or LlamaModel after loading. `UnsupportedError` for what is not served.
+
+    former  what it said before; copies that it made are where they were
+    """
     first = model.layers[0]
     attention, mlp = first.self_attn, first.mlp
     shape = Shape(
@@ -169,10 +179,17 @@ def bind(model: Any, dtype: torch.dtype) -> Weights:
         epsilons.pop(),
         embedding,
         plain(model.norm.weight),
-        plain(rope.cos_sin_cache).to(device=embedding.device, dtype=dtype),
+        bind_rope(rope, dtype, embedding.device, None if former is None else former.rope_cache),
         bool(rope.is_neox_style),
         tuple(layers),
     )
+
+
+def bind_rope(rope: Any, dtype: torch.dtype, device: torch.device, former: torch.Tensor | None) -> torch.Tensor:
+    """Cosines and sines: vLLM's own where they have the dtype, else a copy, in `former` if it fits."""
+    own = plain(rope.cos_sin_cache)
+    made = own.to(device=device, dtype=dtype)
+    return made if made is own else kept_memory(made, former)
 
 
 def _norms(layer: Any) -> list[Any]:
