@@ -39,16 +39,19 @@ PyObject* error_classes[6];  // by Fault; owned
 
 // ---- serving ----
 
-/// The miss: counts it and throws in strict mode. Returns if the fallback is to run.
+/// The miss: counts it and throws in strict mode. Returns if the fallback is to run; a call without rows is none, and
+/// `fell_back` counts it.
 HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
-  if (outcome == Outcome::kEmptyOutput) {
-    op.counters().empty.fetch_add(1, std::memory_order_relaxed);
-    return;
-  }
+  if (outcome == Outcome::kEmptyOutput) return;
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome == Outcome::kRefused && is_failure(found.result.status))
     Runtime::describe(op, call, outcome, found);  // throws
   count_miss(op, reason_of(op, call, outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
+}
+
+/// After a fallback that refused nothing.
+void fell_back(const Op& op, Outcome outcome) {
+  if (outcome == Outcome::kEmptyOutput) op.counters().empty.fetch_add(1, std::memory_order_relaxed);
 }
 
 // ---- the vectorcall door ----
@@ -162,7 +165,9 @@ PyObject* call_op(const OpObject* self, PyObject* const* args) {
   const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found, &kGil);
   if (HD_UNLIKELY(!is_done(outcome))) {
     miss(op, call, outcome, found);
-    return call_fallback(self, args);
+    PyObject* result = call_fallback(self, args);
+    if (result) fell_back(op, outcome);
+    return result;
   }
   for (const uint8_t i : op.mutated())
     if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
@@ -261,6 +266,7 @@ class BoxedOp : public c10::OperatorKernel {
     if (HD_UNLIKELY(!is_done(outcome))) {
       miss(op(), call, outcome, found);
       fall_back(values);
+      fell_back(op(), outcome);
       return;
     }
     bump_versions(op(), values);

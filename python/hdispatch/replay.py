@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,7 +56,14 @@ class Replays:
     def __call__(self, *slots: Any) -> None:
         """Run the sequence on the current stream of its tensors' device."""
         device = next((slot.device for slot in slots if isinstance(slot, torch.Tensor)), None)
-        if device is None or device.type != "cuda" or _is_watched():
+        if device is None or device.type != "cuda":
+            self.sequence(*slots)
+            return
+        if device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):  # whose capture is looked for, and on whose stream the graph runs
+                self(*slots)
+            return
+        if _is_watched():
             self.sequence(*slots)
             return
         stream = torch.cuda.current_stream(device)
@@ -71,8 +79,7 @@ class Replays:
             self._graphs.move_to_end(key)
         self.replays += 1
         graph.used = self._calls
-        with torch.cuda.device(device):
-            graph.graph.replay()
+        graph.graph.replay()
 
     def _make_room(self, stream: torch.cuda.Stream) -> bool:
         """Whether there is room for one more graph: drop one that has long not been used, if all places are taken."""
@@ -107,8 +114,12 @@ class Replays:
             graph.capture_begin(capture_error_mode="thread_local")
             try:
                 self.sequence(*slots)
-            finally:
-                graph.capture_end()
+            except BaseException:
+                del self._seen[key]
+                with suppress(RuntimeError):  # the capture may be broken; what broke it is raised
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         del self._seen[key]
         self._graphs[key] = found = _Graph(graph)
         self.captures += 1
