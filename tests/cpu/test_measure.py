@@ -418,7 +418,9 @@ def test_what_is_no_candidates_fault_is_an_error(bundle, tmp_path, in_child):
 def run_command(bundle: Path, out: Path, pid_file: Path) -> subprocess.Popen[str]:
     """`hdispatch tune measure`, in a process group of its own; its second cell has a candidate that hangs."""
     program = f"""
+import signal
 import sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_measure
 from hdispatch.cli.main import main
