@@ -247,7 +247,7 @@ def no_row(call: Call) -> str:
 
 
 def measure(case: Case, peers: Peers, rounds: int, order: random.Random) -> dict[str, Any]:
-    """A row of the result: median microseconds by path, errors, and the ratios to the best peers."""
+    """A row of the result: median microseconds and quartiles by path, errors, and the ratios to the best peers."""
     made = paths(case, peers)
     if absent := no_row(made[OURS](0)):
         return {"cell": case.cell._asdict(), "no_row": absent}
@@ -265,11 +265,22 @@ def measure(case: Case, peers: Peers, rounds: int, order: random.Random) -> dict
         "cell": case.cell._asdict(),
         "layers": case.layers,
         "us": us,
+        "quartiles_us": {name: statistics.quantiles(taken, n=4)[::2] for name, taken in times.items()},
         "errors": errors,
         "right": bool(errors[OURS] <= limit),
         "ratio": peer / us[OURS] if peer else None,
         "half_ratio": us[VLLM_HALF] / us[HALF] if {HALF, VLLM_HALF} <= set(us) else None,
     }
+
+
+def timings(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each cell and path, as `benchmarks/regress.py` compares them."""
+    return [
+        {"op": "decode attention", **row["cell"], "path": path, "median_us": us, "q1_us": low, "q3_us": high}
+        for row in rows
+        for path, us in row.get("us", {}).items()
+        for low, high in (row["quartiles_us"][path],)
+    ]
 
 
 def host(peers: Peers, pool: torch.Tensor, rounds: int) -> dict[str, float]:
@@ -378,8 +389,8 @@ def main() -> int:
         print(f"{word:12s} {verdict['what']} {verdict['limit']}: {got}")
     if given.json:
         whole = {
-            "machine": machine.describe(torch.device("cuda")), "rows": rows, "host_us": host_us, "verdicts": judged,
-            "missing": peers.missing,
+            "machine": machine.describe(torch.device("cuda")), "timings": timings(rows), "cells": rows, "host_us": host_us,
+            "verdicts": judged, "missing": peers.missing,
         }  # fmt: skip
         given.json.write_text(json.dumps(whole, indent=1))
     return int(any(not row.get("right", True) for row in rows))

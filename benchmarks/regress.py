@@ -15,7 +15,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 #: Fields that are measured; the others name the cell.
 MEASURED = ("median", "q1", "q3")
@@ -30,14 +30,26 @@ class Time(NamedTuple):
     spread: float
 
 
+def refuse(why: str) -> NoReturn:
+    """End: there is nothing to compare."""
+    print(why, file=sys.stderr)
+    sys.exit(2)
+
+
 def read(file: Path, paths: list[str]) -> dict[tuple[tuple[str, Any], ...], Time]:
     """The cells of a result; all paths if none is given."""
-    content = json.loads(file.read_text())
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        refuse(f"{file} is no result: {error}")
+    rows = (content.get("timings") or content.get("rows")) if isinstance(content, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        refuse(f'{file} is no result: it has no list of rows, "timings" or "rows"')
     found = {}
-    for row in content.get("timings") or content.get("rows") or []:
+    for row in rows:
         unit = next((name.removeprefix("median") for name in row if name.startswith("median")), None)
         if unit is None:
-            sys.exit(f"{file}: a row has no median: {row}")
+            refuse(f"{file}: a row has no median: {row}")
         if paths and row.get("path") not in paths:
             continue
         measured = {f"{name}{unit}" for name in MEASURED}

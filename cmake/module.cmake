@@ -15,7 +15,8 @@ list(GET torch_facts 0 TORCH_DIR)
 list(GET torch_facts 1 TORCH_VERSION)
 message(STATUS "torch ${TORCH_VERSION} in ${TORCH_DIR}")
 
-pybind11_add_module(_C csrc/tensor_view.cpp csrc/op_call.cpp csrc/override.cpp csrc/sequence_call.cpp csrc/bench.cpp
+pybind11_add_module(_C csrc/tensor_view.cpp csrc/op_call.cpp csrc/override.cpp csrc/arena.cpp
+  csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp
   csrc/module.cpp)
 target_include_directories(_C SYSTEM PRIVATE ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include)
 target_compile_options(_C PRIVATE -Wall -Wextra -Wno-missing-field-initializers)

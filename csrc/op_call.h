@@ -1,8 +1,7 @@
 // op_call.h -- the doors of an op: a Python object with a vectorcall slot, and the same op in torch's dispatcher.
 //
 //   hdispatch.ops.<op>          OpObject. Exact torch.Tensor or Parameter, no modes, no subclass: the fast path.
-//   Anything
-//                               else goes to the torch door.
+//                               Anything else goes to the torch door.
 //   torch.ops.hdispatch.<op>    one generic boxed kernel for every op, on CPU, CUDA, Meta and Autograd keys.
 //
 // Both fill a `Call` and end in `serve`: Runtime::dispatch and, on a miss, the op's fallback or, in strict mode, an

@@ -3,14 +3,11 @@
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
 #include <c10/util/SmallVector.h>
 #include <pthread.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/python/pybind_utils.h>
 
 #include <cxxabi.h>
 #include <structmember.h>
@@ -21,6 +18,8 @@
 #include <list>
 
 #include "overlap.h"
+#include "sequence_plan.h"
+#include "sequence_reader.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -59,75 +58,6 @@ uintptr_t aligned(const at::Tensor& memory) {
 
 OpCounters& counters_of(const std::string& name);
 
-}  // namespace
-
-at::Tensor allocate(DeviceSlot device, size_t bytes) {
-  const c10::InferenceMode normal(false);
-  const c10::Device where = device == kCpuSlot
-                                ? c10::Device(c10::DeviceType::CPU)
-                                : c10::Device(c10::DeviceType::CUDA, static_cast<c10::DeviceIndex>(device - 1));
-  return at::empty({static_cast<int64_t>(bytes + Sequence::kAlignment)},
-                   at::TensorOptions().dtype(c10::ScalarType::Byte).device(where));
-}
-
-Arena::Arena(at::Tensor memory) : given_(std::move(memory)) {
-  if (given_.scalar_type() != c10::ScalarType::Byte || given_.dim() != 1 || !given_.is_contiguous() ||
-      given_.storage_offset() != 0)
-    fail(Fault::kCaller, "an arena's memory is ", given_.toString(), " of ", given_.dim(), " dimensions, from element ",
-         given_.storage_offset(), " of its storage on; it takes all of a contiguous uint8 tensor of one dimension");
-}
-
-std::shared_ptr<Arena> make_arena(const py::object& memory) {
-  if (memory.is_none()) return std::make_shared<Arena>();
-  if (!THPVariable_Check(memory.ptr()))
-    fail(Fault::kCaller, "an arena's memory is a ", Py_TYPE(memory.ptr())->tp_name,
-         "; it takes a torch.Tensor or None");
-  return std::make_shared<Arena>(THPVariable_Unpack(memory.ptr()));
-}
-
-const at::Tensor& Arena::get(const Lane& lane, size_t bytes) {
-  if (given_.defined()) {
-    const DeviceSlot device = given_.is_cpu() ? kCpuSlot : static_cast<DeviceSlot>(given_.device().index() + 1);
-    if (device != lane.first)
-      fail(Fault::kCaller, "the arena's memory is on ", given_.device().str(), "; the slots are on another device");
-    const size_t wanted = bytes + Sequence::kAlignment;
-    if (static_cast<size_t>(given_.numel()) < wanted)
-      fail(Fault::kCaller, "the arena's memory has ", given_.numel(), " bytes; the sequence takes ", wanted,
-           ", arena_bytes and ", Sequence::kAlignment, " to align them");
-    return given_;
-  }
-  std::vector<at::Tensor>& made = made_[lane];
-  if (made.empty() || static_cast<size_t>(made.back().numel()) < bytes + Sequence::kAlignment)
-    made.push_back(allocate(lane.first, bytes));
-  return made.back();
-}
-
-size_t Arena::bytes() const {
-  size_t total = given_.defined() ? static_cast<size_t>(given_.numel()) : 0;
-  for (const auto& [lane, made] : made_)
-    for (const at::Tensor& each : made) total += static_cast<size_t>(each.numel());
-  return total;
-}
-
-namespace {
-
-/// An argument of a step, in the order of the op's schema.
-struct Argument {
-  enum class Kind : uint8_t { kValue, kTensor, kInteger, kResult };
-  Kind kind = Kind::kValue;
-  uint32_t index = 0;  ///< kTensor: in SequenceStep::tensors; kInteger: the slot; kResult: the step
-  py::object object;   ///< kValue, of an op
-  c10::IValue value;   ///< kValue, of a foreign step
-  bool is_flag = false;
-  bool is_float = false;
-};
-
-struct Step {
-  const OpObject* op = nullptr;  ///< null: foreign
-  std::optional<c10::OperatorHandle> foreign;
-  std::vector<Argument> args;
-};
-
 /// What a call gives, read.
 struct Given {
   c10::SmallVector<TensorView, 16> views;
@@ -139,7 +69,7 @@ struct Given {
 
 class SequenceDoor {
  public:
-  SequenceDoor(Sequence sequence, std::vector<Step> steps, std::vector<at::Tensor> constants,
+  SequenceDoor(Sequence sequence, std::vector<DoorStep> steps, std::vector<at::Tensor> constants,
                std::vector<at::Tensor> written, std::shared_ptr<Arena> arena)
       : sequence_(std::move(sequence)),
         steps_(std::move(steps)),
@@ -147,7 +77,7 @@ class SequenceDoor {
         written_(std::move(written)),
         arena_(std::move(arena)),
         counters_(counters_of(sequence_.name())) {
-    has_foreign_ = std::any_of(steps_.begin(), steps_.end(), [](const Step& step) { return !step.op; });
+    has_foreign_ = std::any_of(steps_.begin(), steps_.end(), [](const DoorStep& step) { return !step.op; });
   }
 
   void call(PyObject* const* args);
@@ -189,7 +119,7 @@ class SequenceDoor {
   void bump_versions(PyObject* const* args) const;
 
   Sequence sequence_;
-  std::vector<Step> steps_;
+  std::vector<DoorStep> steps_;
   std::vector<at::Tensor> constants_;  ///< whatever their owners do, this memory stays
   std::vector<at::Tensor> written_;    ///< constants that are written, as they were given
   std::shared_ptr<Arena> arena_;
@@ -415,8 +345,8 @@ at::Tensor SequenceDoor::tensor(const StepTensor& tensor, const SequenceRun& run
 std::vector<c10::IValue> SequenceDoor::make_stack(const SequenceRun& run, const Plan& plan,
                                                   const SequenceInputs& inputs) const {
   std::vector<c10::IValue> stack;
-  for (const Argument& arg : steps_[run.step].args) {
-    if (arg.kind == Argument::Kind::kTensor) {
+  for (const SequenceArgument& arg : steps_[run.step].args) {
+    if (arg.kind == SequenceArgument::Kind::kTensor) {
       const StepTensor& source = sequence_.steps()[run.step].tensors[arg.index];
       stack.push_back(source.is_temp ? c10::IValue(tensor(source, run, plan, inputs, {})) : c10::IValue());
     } else {
@@ -430,17 +360,17 @@ std::vector<c10::IValue> SequenceDoor::make_stack(const SequenceRun& run, const 
 void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue> stack, const Plan& plan,
                                 const SequenceInputs& inputs, const std::vector<at::Tensor>& slots,
                                 std::vector<at::Tensor>& results) const {
-  const Step& step = steps_[run.step];
+  const DoorStep& step = steps_[run.step];
   for (size_t i = 0; i < stack.size(); ++i) {
-    const Argument& arg = step.args[i];
-    if (arg.kind == Argument::Kind::kTensor) {
+    const SequenceArgument& arg = step.args[i];
+    if (arg.kind == SequenceArgument::Kind::kTensor) {
       const StepTensor& source = sequence_.steps()[run.step].tensors[arg.index];
       if (source.is_temp) continue;
       at::Tensor found = tensor(source, run, plan, inputs, slots);
       stack[i] = found.defined() ? c10::IValue(std::move(found)) : c10::IValue();
-    } else if (arg.kind == Argument::Kind::kResult) {
+    } else if (arg.kind == SequenceArgument::Kind::kResult) {
       stack[i] = results[arg.index];
-    } else if (arg.kind == Argument::Kind::kInteger) {
+    } else if (arg.kind == SequenceArgument::Kind::kInteger) {
       const int64_t value = inputs.integers[arg.index];
       stack[i] = arg.is_flag    ? c10::IValue(value != 0)
                  : arg.is_float ? c10::IValue(static_cast<double>(value))
@@ -468,17 +398,17 @@ HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObj
   const std::vector<SequenceRun> runs = sequence_.order(given.m);
   std::vector<at::Tensor> results(steps_.size());
   for (const SequenceRun& run : runs) {
-    const Step& step = steps_[run.step];
+    const DoorStep& step = steps_[run.step];
     if (!step.op) {
       call_foreign(run, make_stack(run, plan, inputs), plan, inputs, slots, results);
       continue;
     }
     std::vector<py::object> made;
     std::vector<PyObject*> pointers;
-    for (const Argument& arg : step.args) {
-      if (arg.kind == Argument::Kind::kValue) {
+    for (const SequenceArgument& arg : step.args) {
+      if (arg.kind == SequenceArgument::Kind::kValue) {
         made.push_back(arg.object);
-      } else if (arg.kind == Argument::Kind::kInteger) {
+      } else if (arg.kind == SequenceArgument::Kind::kInteger) {
         made.push_back(py::int_(given.integers[arg.index]));
       } else {
         const at::Tensor found = tensor(sequence_.steps()[run.step].tensors[arg.index], run, plan, inputs, slots);
@@ -576,166 +506,15 @@ std::map<std::string, OpCounters>& all_counters() {
 
 OpCounters& counters_of(const std::string& name) { return all_counters()[name]; }
 
-// ---- from a description ----
-
-RowDim to_dim(const py::handle& given) {
-  if (given.is_none()) return {.any = true};
-  const auto [per_row, constant] = given.cast<std::pair<int64_t, int64_t>>();
-  return {per_row, constant, false};
-}
-
-std::vector<RowDim> to_dims(const py::handle& given) {
-  std::vector<RowDim> dims;
-  for (const auto& dim : given.cast<py::list>()) dims.push_back(to_dim(dim));
-  return dims;
-}
-
-/// A name that no op takes is a type that is not checked.
-DType to_dtype(const py::handle& given) {
-  return given.is_none() ? DType::kNone : dtype_named(given.cast<std::string>()).value_or(DType::kOther);
-}
-
-/// ("narrow", dimension, start, length), ("view", sizes), ("transpose", dimension, dimension)
-ViewStep to_view(const py::handle& item) {
-  const auto given = item.cast<py::tuple>();
-  const auto kind = given[0].cast<std::string>();
-  ViewStep step;
-  if (kind == "view") {
-    step.kind = ViewStep::Kind::kReshape;
-    step.sizes = to_dims(given[1]);
-    return step;
-  }
-  step.first = given[1].cast<uint32_t>();
-  if (kind == "transpose") {
-    step.kind = ViewStep::Kind::kTranspose;
-    step.second = given[2].cast<uint32_t>();
-  } else {
-    HD_CHECK(kind == "narrow", kind);
-    step.start = to_dim(given[2]);
-    step.length = to_dim(given[3]);
-  }
-  return step;
-}
-
-/// What the steps of a sequence become, for the core and for the door.
-class StepReader {
- public:
-  std::vector<SequenceStep> steps;
-  std::vector<Step> door_steps;
-  std::vector<at::Tensor> constants;
-  std::vector<at::Tensor> written;
-
-  explicit StepReader(const std::string& name) : name_(name) {}
-
-  /// {"name", "op": op or None, "torch": (name, overload) or None, "by_rows", "args": [(kind, …), …]}
-  void add(const py::dict& given, const OpObject& (*as_op)(const py::handle&)) {
-    SequenceStep step;
-    Step door;
-    step.name = given["name"].cast<std::string>();
-    step.by_rows = given["by_rows"].cast<bool>();
-    const auto args = given["args"].cast<py::list>();
-    if (!given["op"].is_none()) {
-      door.op = &as_op(given["op"]);
-      step.op = door.op->op;
-    } else {
-      const auto [name, overload] = given["torch"].cast<std::pair<std::string, std::string>>();
-      door.foreign = c10::Dispatcher::singleton().findSchemaOrThrow(name.c_str(), overload.c_str());
-    }
-    try {
-      for (uint32_t i = 0; i < args.size(); ++i) door.args.push_back(read(args[i].cast<py::tuple>(), i, step, door));
-      if (step.op) fill(step, door);
-    } catch (const Error& error) {
-      throw Error(error.fault(), text("sequence ", name_, ", step ", steps.size(), ": ", error.what()));
-    } catch (const py::cast_error& error) {
-      fail(Fault::kCaller, "sequence ", name_, ", step ", steps.size(), " (", step.name, "): ", error.what());
-    }
-    steps.push_back(std::move(step));
-    door_steps.push_back(std::move(door));
-  }
-
- private:
-  /// ("slot", index, views), ("temp", index, views), ("integer", slot), ("result", step) or ("value", object)
-  Argument read(const py::tuple& given, uint32_t at, SequenceStep& step, const Step& door) {
-    Argument arg;
-    const auto kind = given[0].cast<std::string>();
-    if (kind == "value") {
-      arg.object = given[1];
-      if (!step.op) arg.value = torch::jit::toIValue(given[1], door.foreign->schema().arguments()[at].real_type());
-      keep(arg, given[2].cast<bool>());
-      return arg;
-    }
-    arg.index = given[1].cast<uint32_t>();
-    if (kind == "integer") {
-      arg.kind = Argument::Kind::kInteger;
-      step.integers.push_back({at, arg.index});
-      if (step.op) return arg;
-      const std::string type = door.foreign->schema().arguments()[at].type()->str();
-      arg.is_flag = type.starts_with("bool");
-      arg.is_float = type.starts_with("float");
-    } else if (kind == "result") {
-      arg.kind = Argument::Kind::kResult;
-    } else {
-      StepTensor tensor{at, kind == "temp", arg.index, {}};
-      for (const auto& view : given[2].cast<py::list>()) tensor.views.push_back(to_view(view));
-      arg.kind = Argument::Kind::kTensor;
-      arg.index = static_cast<uint32_t>(step.tensors.size());
-      step.tensors.push_back(std::move(tensor));
-    }
-    return arg;
-  }
-
-  /// Memory that a constant had when it was bound stays, whatever its owner does to the tensor.
-  void keep(const Argument& arg, bool is_written) {
-    if (!THPVariable_Check(arg.object.ptr())) return;
-    const at::Tensor& tensor = THPVariable_Unpack(arg.object.ptr());
-    constants.push_back(tensor.detach());
-    if (is_written) written.push_back(tensor);
-  }
-
-  /// The call with all that is the same for every call.
-  static void fill(SequenceStep& step, const Step& door) {
-    std::vector<PyObject*> objects;
-    const py::int_ zero(0);
-    for (size_t i = 0; i < door.args.size(); ++i) {
-      const Argument& arg = door.args[i];
-      objects.push_back(arg.kind == Argument::Kind::kValue     ? arg.object.ptr()
-                        : arg.kind == Argument::Kind::kInteger ? zero_of(step.op->args()[i], zero)
-                                                               : Py_None);
-    }
-    bool grad = false;
-    if (!read_arguments(*step.op, objects.data(), step.call, grad))
-      fail(Fault::kCaller, step.name, ": a constant is no plain CPU or CUDA tensor");
-  }
-
-  static PyObject* zero_of(const ArgSpec& arg, const py::int_& zero) {
-    return arg.kind == ArgKind::kBool ? Py_False : zero.ptr();
-  }
-
-  const std::string& name_;  ///< of the sequence
-};
-
 }  // namespace
 
 PyObject* make_sequence(PyObject* type, const std::string& name, const py::list& slots, const py::list& temps,
                         const py::list& steps, int64_t max_rows, std::shared_ptr<Arena> arena,
                         const OpObject& (*as_op)(const py::handle&)) {
-  std::vector<SequenceSlot> made_slots;
-  for (const auto& item : slots) {
-    const auto [slot, dims, dtype, is_tensor, is_written, is_optional] =
-        item.cast<std::tuple<std::string, py::object, py::object, bool, bool, bool>>();
-    made_slots.push_back({slot, is_tensor, !dims.is_none(), dims.is_none() ? std::vector<RowDim>() : to_dims(dims),
-                          to_dtype(dtype), is_written, is_optional});
-  }
-  std::vector<SequenceTemp> made_temps;
-  for (const auto& item : temps) {
-    const auto [dims, dtype] = item.cast<std::pair<py::list, py::object>>();
-    made_temps.push_back({to_dims(dims), to_dtype(dtype)});
-  }
-  StepReader reader(name);
-  for (const auto& step : steps) reader.add(step.cast<py::dict>(), as_op);
+  SequenceParts parts = read_steps(name, steps, as_op);
   auto door = std::make_unique<SequenceDoor>(
-      Sequence(name, std::move(made_slots), std::move(made_temps), std::move(reader.steps), max_rows),
-      std::move(reader.door_steps), std::move(reader.constants), std::move(reader.written), std::move(arena));
+      Sequence(name, read_slots(slots), read_temps(temps), std::move(parts.steps), max_rows),
+      std::move(parts.door_steps), std::move(parts.constants), std::move(parts.written), std::move(arena));
   SequenceObject* self = PyObject_New(SequenceObject, reinterpret_cast<PyTypeObject*>(type));
   if (!self) throw python_error();
   self->vectorcall = vectorcall;

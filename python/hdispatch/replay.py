@@ -1,14 +1,15 @@
 """Calls of a sequence that come again with the same memory, replayed as CUDA graphs: one launch for all.
 
-A driver call takes 2 to 5 µs of host time, and a decoder's step has hundreds. A graph of them takes 10, and 3 ms to make. So
-calls are as always until one comes for the third time: with the same tensors' addresses, sizes and strides, the same integers,
-the same launch table, on the same stream. Then it is captured, on a stream of its own, and replayed from there on.
+A driver call takes 2 to 5 µs of host time, and a decoder's step has hundreds: vLLM's forward of an 8B model took an H100's host
+0.16 ms replayed, 1.19 launched. Making a graph takes all launches and more. So calls are as always until one comes for the
+third time: with the same tensors' addresses, sizes and strides, the same integers, the same launch table, on the same stream.
+Then it is captured, on a stream of its own, and replayed from there on.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,6 @@ class Replays:
     """A sequence, called as it is itself; for one thread at a time.
 
     sequence  what `Sequence.freeze` returned. Its foreign steps must be such that CUDA graphs may hold them
-    name      the sequence's, in `stats`
     most      graphs that are kept
     replays, captures  how many calls were replayed, and how many graphs were made
 
@@ -45,8 +45,8 @@ class Replays:
     bundle that is unloaded since; it is not replayed then. `stats` counts the launches of a capture, and no replays.
     """
 
-    def __init__(self, sequence: Callable[..., None], name: str, *, most: int = MOST) -> None:
-        self.sequence, self.name, self.most = sequence, name, most
+    def __init__(self, sequence: _C.Sequence, *, most: int = MOST) -> None:
+        self.sequence, self.most = sequence, most
         self.replays = self.captures = 0
         self._calls = 0
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
@@ -103,8 +103,7 @@ class Replays:
             self._seen.popitem(last=False)
 
     def _hits(self) -> int:
-        counts = _C.sequence_stats().get(self.name)
-        return 0 if counts is None else int(counts["hits"])
+        return int(_C.sequence_stats()[self.sequence.name]["hits"])
 
     def _capture(self, key: Hashable, stream: torch.cuda.Stream, slots: tuple[Any, ...]) -> _Graph:
         """Make the graph of a call. Nothing runs."""

@@ -255,8 +255,12 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
+#: The doors, and what the one of sequences is made of.
+DOORS = ("op_call", "override", "sequence_call", "sequence_reader", "arena")
+
+
 def test_the_core_knows_no_door():
-    assert not core_files() & {"op_call.h", "override.h", "sequence_call.h", "tensor_view.h", "bench.h"}
+    assert not core_files() & {*(f"{door}.h" for door in DOORS), "tensor_view.h", "bench.h"}
 
 
 def test_only_the_driver_opens_libcuda():
@@ -270,5 +274,5 @@ def test_only_the_driver_opens_libcuda():
 
 def test_only_tensor_view_and_the_doors_read_aten():
     readers = {name for name, includes in INCLUDES.items() if any(re.match(r"<(ATen|torch|c10)", each) for each in includes)}
-    doors = {f"{door}.{kind}" for door in ("op_call", "override", "sequence_call") for kind in ("cpp", "h")}
+    doors = {f"{door}.{kind}" for door in DOORS for kind in ("cpp", "h")}
     assert readers <= {"tensor_view.h", "tensor_view.cpp", *doors, "noop_cuda_guard.cpp"}

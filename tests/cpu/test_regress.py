@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -44,3 +45,27 @@ def test_other_paths_and_unmatched_cells_are_not_judged(tmp_path):
 
 def test_nothing_to_compare_is_not_a_pass(tmp_path):
     assert compare(tmp_path, [row(1, 10.0)], [row(2, 10.0)])[0] == 2
+
+
+@pytest.mark.parametrize("content", [None, "{", "[1]", "{}", '{"rows": 3}', '{"rows": [3]}', '{"rows": [{"op": "a"}]}'])
+def test_a_file_that_is_no_result_is_named(tmp_path, content):
+    file = tmp_path / "odd.json"
+    if content is not None:
+        file.write_text(content)
+    done = subprocess.run([sys.executable, str(SCRIPT), str(file), str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert str(file) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_what_the_attention_benchmark_writes_can_be_compared(tmp_path):
+    spec = importlib.util.spec_from_file_location("attention_benchmark", SCRIPT.with_name("attention.py"))
+    attention = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = attention
+    spec.loader.exec_module(attention)
+    cell = attention.Cell(32, 8, 1, 1024)._asdict()
+    measured = {"cell": cell, "us": {"hdispatch": 10.0}, "quartiles_us": {"hdispatch": [9.9, 10.1]}}
+    rows = attention.timings([measured, {"cell": cell, "no_row": "why"}])
+    slower = [row | {"median_us": 12.0} for row in rows]
+    assert compare(tmp_path, rows, rows)[0] == 0
+    assert compare(tmp_path, rows, slower)[0] == 1

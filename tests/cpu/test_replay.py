@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 def test_tensors_of_a_cpu_are_never_captured():
     calls = []
-    replays = hdispatch.Replays(lambda *slots: calls.append(slots), "on the CPU")
+    replays = hdispatch.Replays(lambda *slots: calls.append(slots))
     x = torch.ones(3)
     for _ in range(5):
         replays(x, 7, None)

@@ -345,8 +345,8 @@ def test_layers_stay_within_the_limit(model, scheme):
         attention.bind()
         for kind in attention_module.Kind:
             found = fused._make_steps(kind, few=False)
-            assert len(found.sequences) == (1 if reduce is None else 6)
-            assert found.arena_bytes == space.rows * space.row_bytes
+            assert len(found) == (1 if reduce is None else 6)
+            assert max(each.arena_bytes for each in found) == space.rows * space.row_bytes
 
 
 def test_rows_within_a_limit():

@@ -37,7 +37,7 @@ def expected(sequence, layers: Layers, m: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("m", [1, 7, 64, 129])
 def test_a_call_that_comes_again_is_replayed(layers: Layers, m: int) -> None:
     sequence = layers.sequence(f"replayed {m}")
-    replays = hdispatch.Replays(sequence, f"replayed {m}")
+    replays = hdispatch.Replays(sequence)
     residual, positions = layers.inputs(m)
     for seed in range(6):
         found = run(replays, layers, residual, positions, m, seed)
@@ -47,7 +47,7 @@ def test_a_call_that_comes_again_is_replayed(layers: Layers, m: int) -> None:
 
 def test_other_memory_other_sizes_and_other_streams_are_other_calls(layers: Layers) -> None:
     sequence = layers.sequence("others")
-    replays = hdispatch.Replays(sequence, "others")
+    replays = hdispatch.Replays(sequence)
     kept = [layers.inputs(m) for m in (4, 4, 5)]
     for _ in range(3):
         for residual, positions in kept:
@@ -65,7 +65,7 @@ def test_other_memory_other_sizes_and_other_streams_are_other_calls(layers: Laye
 
 def test_a_new_table_is_another_call(layers: Layers, bundle_dir: Path) -> None:
     sequence = layers.sequence("new table")
-    replays = hdispatch.Replays(sequence, "new table")
+    replays = hdispatch.Replays(sequence)
     residual, positions = layers.inputs(2)
     for seed in range(4):
         run(replays, layers, residual, positions, 2, seed)
@@ -78,7 +78,7 @@ def test_a_new_table_is_another_call(layers: Layers, bundle_dir: Path) -> None:
 
 def test_under_a_capture_it_launches(layers: Layers) -> None:
     sequence = layers.sequence("outer")
-    replays = hdispatch.Replays(sequence, "outer")
+    replays = hdispatch.Replays(sequence)
     residual, positions = layers.inputs(3)
     for seed in range(3):
         run(replays, layers, residual, positions, 3, seed)
@@ -96,7 +96,7 @@ def test_under_a_capture_it_launches(layers: Layers) -> None:
 
 def test_places_are_not_given_away_while_they_are_used(layers: Layers) -> None:
     sequence = layers.sequence("places")
-    replays = hdispatch.Replays(sequence, "places", most=2)
+    replays = hdispatch.Replays(sequence, most=2)
     kept = [layers.inputs(m) for m in (1, 2, 3)]
     for _ in range(5):
         for residual, positions in kept:

@@ -9,11 +9,11 @@ What lies between steps is in the sequences' arena; steps with more rows than it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ... import ops
+from ... import _C, ops
 from ...replay import Replays
 from ...sequence import Arena, Sequence, SequenceTensor
 from . import settings
@@ -22,22 +22,11 @@ from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
 from .weights import Weights, kept_memory
 from .workspace import ROWS, Workspace, rows_within
 
-#: Most rows of a step that is replayed when it comes again: with more, the GPU takes longer than the launches.
+#: Most rows of a step that is replayed when it comes again: its residual and hidden states keep memory of their own.
 REPLAYED_ROWS = 256
 
 #: The sequences' names in `stats`.
 LAYERS, HALF_LAYER = "decoder layers", "half a decoder layer"
-
-
-class Steps(NamedTuple):
-    """What a step calls.
-
-    sequences  all layers, or without one, each half of a layer in turn; they take the slots residual, sum, hidden and those of
-               attention, in which the halves of activations have no part
-    """
-
-    sequences: tuple[Callable[..., None], ...]
-    arena_bytes: int
 
 
 class FusedLayers:
@@ -65,9 +54,13 @@ class FusedLayers:
         self.model, self.weights, self.attention = model, weights, attention
         self._get_context, self._reduce = get_context, reduce
         self._names = [layer.attention.layer_name for layer in weights.layers]
-        self._steps: dict[tuple[Kind, bool], Steps] = {}
+        #: What a kind of step calls, for few rows or for any: one sequence of all layers, or with sums over ranks, one of
+        #: each half of a layer in turn. They take the slots residual, sum (halves), hidden and those of attention, in which the
+        #: halves of activations have no part.
+        self._steps: dict[tuple[Kind, bool], tuple[Callable[..., None], ...]] = {}
         device = weights.embedding.device
-        row_bytes = _Builder(self, Kind.NOTHING, few=False, rows=ROWS, arena=Arena()).make().arena_bytes // ROWS
+        sketch = _Builder(self, Kind.NOTHING, few=False, rows=ROWS, arena=Arena()).make()
+        row_bytes = max(each.arena_bytes for each in sketch) // ROWS
         kept = former.workspace if former is not None and former.workspace.fits(row_bytes, device) else None
         self.workspace: Workspace = kept or Workspace(rows_within(row_bytes, most_rows), row_bytes, device)
         #: Where replayed steps have residual and hidden states: a graph has their addresses.
@@ -84,15 +77,14 @@ class FusedLayers:
         metadata, slots = self._step(self._get_context())
         kind = self.attention.kind(metadata)
         few = not self.weights.scheme.quantized and positions.size(0) <= LOW_LATENCY_ROWS
-        sequences, _ = self._steps.get((kind, few)) or self._make_steps(kind, few)
+        sequences = self._steps.get((kind, few)) or self._make_steps(kind, few)
         given = self.attention.given(kind, positions, metadata, slots)
         if kind is Kind.HALF and self._still is not None and positions.size(0) <= self._still.size(1):
-            residual, hidden = self._still[0, : positions.size(0)], self._still[1, : positions.size(0)]
-            self._embed_into(residual, input_ids, inputs_embeds)
-            sequences[0](residual, hidden, *given)
-            return hidden
-        residual = self._embed(input_ids, inputs_embeds)
-        hidden = torch.empty_like(residual)
+            hidden = self._still[1, : positions.size(0)]
+            residual = self._embed(input_ids, inputs_embeds, self._still[0, : positions.size(0)])
+        else:
+            residual = self._embed(input_ids, inputs_embeds)
+            hidden = torch.empty_like(residual)
         if self._reduce is None:
             sequences[0](residual, hidden, *given)
             return hidden
@@ -113,22 +105,18 @@ class FusedLayers:
             self._steps.clear()  # the caches are constants of the sequences
         return metadata, context.slot_mapping[self._names[0]]
 
-    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """The embeddings of a step in memory of their own: they become the residual."""
+    def _embed(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The embeddings of a step, in `out` or in memory of their own: they become the residual."""
         if inputs_embeds is not None:
-            return torch.empty_like(inputs_embeds, dtype=self.weights.dtype).copy_(inputs_embeds)
+            made = torch.empty_like(inputs_embeds, dtype=self.weights.dtype) if out is None else out
+            return made.copy_(inputs_embeds)
         if self._reduce is None:
             assert input_ids is not None
-            return torch.index_select(self.weights.embedding, 0, input_ids)
+            return torch.index_select(self.weights.embedding, 0, input_ids, out=out)
         embedded: torch.Tensor = self.model.embed_tokens(input_ids)
         return embedded
-
-    def _embed_into(self, out: torch.Tensor, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> None:
-        if inputs_embeds is not None:
-            out.copy_(inputs_embeds)
-        else:
-            assert input_ids is not None
-            torch.index_select(self.weights.embedding, 0, input_ids, out=out)
 
     def _run_halves(
         self,
@@ -146,12 +134,12 @@ class FusedLayers:
         ops.fused_add_rms_norm(total, residual, self.weights.final_norm, self.weights.epsilon)
         return total
 
-    def _make_steps(self, kind: Kind, few: bool) -> Steps:
+    def _make_steps(self, kind: Kind, few: bool) -> tuple[Callable[..., None], ...]:
         made = _Builder(self, kind, few=few, rows=self.workspace.rows, arena=self.workspace.arena).make()
-        if kind is Kind.HALF and self._still is not None:
-            made = made._replace(sequences=(Replays(made.sequences[0], LAYERS),))
-        self._steps[kind, few] = made
-        return made
+        is_replayed = kind is Kind.HALF and self._still is not None
+        steps = tuple(map(Replays, made)) if is_replayed else made
+        self._steps[kind, few] = steps
+        return steps
 
     @property
     def is_parallel(self) -> bool:
@@ -171,10 +159,9 @@ class _Builder:
         self.scheme, self.kind, self.few = layers.weights.scheme, kind, few
         self.rows, self.arena = rows, arena
 
-    def make(self) -> Steps:
+    def make(self) -> tuple[_C.Sequence, ...]:
         """Described and frozen."""
-        made = tuple(s.freeze() for s in (self._halves() if self.is_parallel else (self._all(),)))
-        return Steps(made, max(each.arena_bytes for each in made))
+        return tuple(s.freeze() for s in (self._halves() if self.is_parallel else (self._all(),)))
 
     def _all(self) -> Sequence:
         """All layers and the last norm."""
