@@ -166,7 +166,7 @@ def ratio_of(rows: list[dict[str, Any]]) -> float | None:
 
 def leave_losses(file: Path, measured: list[list[dict[str, Any]]]) -> None:
     """Rewrites a config file of attention_dense, as the module's text says."""
-    from hdispatch.build import configs
+    from hdispatch.compile import configs
 
     spec = hdispatch.ops.spec("attention_dense")
     read = configs.read(file, spec)

@@ -17,8 +17,8 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import build, configs
-from hdispatch.build.builder import Selection
+from hdispatch.compile import build, configs
+from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
 from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
@@ -293,7 +293,7 @@ def test_buckets_that_a_config_file_leaves_to_the_fallback(monkeypatch: pytest.M
         for edge, what in ((16, {"config": small}), (16384, {"config": {}, "backend": "fallback"}))
     ]
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(entries))
-    monkeypatch.setattr("hdispatch.build.op_package.config_folder", lambda _: tmp_path)
+    monkeypatch.setattr("hdispatch.compile.op_package.config_folder", lambda _: tmp_path)
     spec = hdispatch.ops.spec("attention_dense")
     typical = spec.typical_variant()
     monkeypatch.setattr("hdispatch.opspec.OpSpec.served_variants", lambda _: [typical])

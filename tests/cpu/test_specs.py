@@ -14,8 +14,8 @@ import hdispatch.configs
 import hdispatch.kernels
 import pytest
 import torch
-from hdispatch.build import available_ops, configs
-from hdispatch.build.versions import OPTIONAL
+from hdispatch.compile import available_ops, configs
+from hdispatch.compile.versions import OPTIONAL
 from hdispatch.opspec import OpSpec, Variant
 from hdispatch.testing.numeric import (
     MismatchError,

@@ -18,8 +18,8 @@ import hdispatch
 import pytest
 import torch
 from hdispatch.bench import machine
-from hdispatch.build import build
-from hdispatch.build.builder import Selection
+from hdispatch.compile import build
+from hdispatch.compile.builder import Selection
 from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib.paged_kv import Rule as PagedRule
 from hdispatch.kernels.lib.paged_kv import attend as attend_paged
@@ -248,7 +248,7 @@ def helion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("helion")
     chosen = {"block_sizes": [64, 8], "num_warps": 4, "num_stages": 3, "chunk": 256, "indexing": "pointer", "pid_type": "flat"}
     (folder / "nvidia_h200.json").write_text(json.dumps([{"key": {}, "backend": "helion", "config": chosen}]))
-    op_package = importlib.import_module("hdispatch.build.op_package")
+    op_package = importlib.import_module("hdispatch.compile.op_package")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op_package, "config_folder", lambda _: folder)
         select = Selection(shapes=lambda _: [{"K": 128}])
