@@ -16,7 +16,7 @@ import torch
 from hdispatch import _C, BundleError, HdispatchError, Key
 from hdispatch.cli.main import main
 from hdispatch.cli.tune import _chosen_buckets
-from hdispatch.compile import build, configs
+from hdispatch.compile import build, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
@@ -448,9 +448,9 @@ def test_tuning_from_candidates_to_a_bundle(config_folder, cache, tmp_path):
     measured = measure.measure(tmp_path / "candidates", tmp_path / "times.jsonl", device=device)
     assert (measured.measured, measured.failures) == (BUCKETS, [])
     assert device.sizes == set(itertools.product(LADDER, LENGTHS))
-    found = timings.read(tmp_path / "times.jsonl", select.refusal({NAME: SPEC}, lambda _: ["triton"]))
+    found = timings.read(tmp_path / "times.jsonl", select.refusal({NAME: op_package.read(NAME, NAME)}))
     assert {(line["M"], line["second"]) for line in found} == device.sizes
-    (selected,) = select.select(found, {NAME: SPEC}, lambda _: config_folder, backends_of=lambda _: ["triton"])
+    (selected,) = select.select(found, {NAME: op_package.read(NAME, NAME)})
     assert (selected.worst, selected.slots) == (0.0, BUCKETS)
     file = configs.read(selected.path, SPEC)
     for bucket in range(BUCKETS):
@@ -477,7 +477,7 @@ def test_timings_that_are_refused(change, words):
     line: Any = {"op": NAME, "variant": "any", "K": 64, "N": 0, "bucket": 1, "M": 1, "second": 512, "backend": "triton"}
     line |= {"generic": []} | change
     line = {name: value for name, value in line.items() if value is not None}
-    assert words in str(select.refusal({NAME: SPEC}, lambda _: ["triton"])(line))
+    assert words in str(select.refusal({NAME: op_package.read(NAME, NAME)})(line))
 
 
 def test_only_some_buckets_of_m():
