@@ -22,7 +22,7 @@ from hdispatch.ladders import Ladders
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 from hdispatch.opspec import IntArg
 from hdispatch.testing import null
-from hdispatch.tune import collect, measure, select, timings
+from hdispatch.tune import collect, device, measure, select, timings
 from hdispatch.tune.candidates import read_candidates
 from two_ladders.spec import LADDER, LENGTHS, SPEC
 
@@ -387,7 +387,7 @@ class Timer:
         """Nothing is held."""
 
 
-class FakeDevice(measure.Device):
+class FakeDevice(device.Device):
     """The null driver; a chunk is the faster, the nearer it is to what a bucket's edges say."""
 
     def __init__(self) -> None:
@@ -400,7 +400,7 @@ class FakeDevice(measure.Device):
         """None: the null driver."""
         return 0
 
-    def publish(self, rows: measure.OneRow) -> measure.Serve:
+    def publish(self, rows: device.OneRow) -> device.Serve:
         """Remembers how fast the row will be."""
         edges = rows.ladders.edges(rows.bucket)
         self.us = 10.0 + abs(rows.record["config"]["chunk"] - wanted_chunk(edges))

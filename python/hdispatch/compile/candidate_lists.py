@@ -101,9 +101,9 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     Uses Helion's private `_bind_isolated`, like helion_backend.py, and its autotuner's ConfigGeneration.
     """
     generation = importlib.import_module("helion.autotuner.config_generation")
-    trace = importlib.import_module(f"{__package__}.trace")
+    calls = importlib.import_module(f"{__package__}.call_maker")
     spec = load_spec(question.package)
-    maker = trace.CallMaker(spec, spec.variant(question.variant), shape)
+    maker = calls.CallMaker(spec, spec.variant(question.variant), shape)
     config_spec = module.KERNEL._bind_isolated(maker.symbolic(HINT, floats=False).args).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]
