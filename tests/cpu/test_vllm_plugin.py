@@ -344,7 +344,7 @@ def test_layers_stay_within_the_limit(model, scheme):
         assert space.rows % 128 == 0
         attention.bind()
         for kind in attention_module.Kind:
-            found = fused._make_steps(kind, few=False)
+            found = fused._make_steps(kind, few=False, whole=reduce is None)
             assert len(found) == (1 if reduce is None else 6)
             assert max(each.arena_bytes for each in found) == space.rows * space.row_bytes
 
@@ -538,7 +538,7 @@ def decode(bound, lengths, rows, reduce=None):
     found = fused.forward(None, positions, embedded)
     assert hdispatch.stats()["attention_half"]["fallbacks"] - before == len(bound.layers)
     assert fused.attention.decode_reason is None
-    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32)}
+    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32, reduce is None)}
     return fused.workspace.rows, found, [layer.attention.kv_cache.clone() for layer in bound.layers]
 
 
@@ -607,7 +607,7 @@ def test_steps_with_flash_attention(monkeypatch, scheme, written):
         fused = make_layers(bound, reduce, context)
         given = torch.nn.functional.pad(positions, (0, padding), value=7)
         found = fused.forward(None, given, embedded[: tokens + padding])[:tokens]
-        assert set(fused._steps) == {(attention_module.Kind.FLASH, False)}
+        assert set(fused._steps) == {(attention_module.Kind.FLASH, False, reduce is None)}
         assert (fused.attention.write_reason is None) is written
         return [found, *(layer.attention.kv_cache.clone() for layer in bound.layers)]
 

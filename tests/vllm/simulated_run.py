@@ -155,7 +155,7 @@ def decisions() -> list[dict[str, Any]]:
         layers = getattr(model, "_layers", None)
         workspace = None if layers is None else layers.workspace
         arena = None if workspace is None else {"rows": workspace.rows, "bytes": workspace.memory.numel()}
-        kinds = None if layers is None else sorted(kind.name for kind, _ in layers._steps)
+        kinds = None if layers is None else sorted({kind.name for kind, *_ in layers._steps})
         reason = getattr(model, "hdispatch_reason", "not ours")
         found.append({"class": type(model).__module__, "reason": reason, "arena": arena, "kinds": kinds})
     return found
