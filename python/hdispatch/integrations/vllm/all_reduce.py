@@ -94,7 +94,7 @@ class CustomAllReduce:
         """What `add`'s handle is in a call: of vLLM's table under a capture of vLLM's, which fills it in; else of our own."""
         communicator = self._communicator()
         assert communicator is not None
-        if self.memory.is_cuda and torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_current_stream_capturing():
             return int(communicator.ca_comm._ptr)
         return self._handle
 
