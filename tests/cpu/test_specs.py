@@ -128,6 +128,18 @@ def test_reference_writes_everything_and_nothing_else(op: str, variant: Variant)
         assert torch.equal(args[name], value), name
 
 
+@pytest.mark.parametrize("op", ["attention_half", "paged_attention_decode"])
+def test_reference_takes_samples_at_every_edge_of_the_second_ladder(op: str) -> None:
+    """Positions and tables of a sample are of its length: an index past them is a fault that kills a GPU's process."""
+    spec = spec_of(op)
+    variant = next(variant for variant in spec.variants() if variant.name == spec.typical)
+    for edge in spec.second.ladder:
+        sizes = {"M": 1, "K": 64, "N": 4, spec.second.name: edge}
+        arguments = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
+        spec.reference(*arguments)
+        assert not arguments[0].isnan().any()
+
+
 @pytest.mark.parametrize(("op", "variant"), variants())
 def test_reference_takes_strided_rows_and_no_rows(op: str, variant: Variant) -> None:
     args = sample(op, variant, 5)
