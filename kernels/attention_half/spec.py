@@ -165,6 +165,7 @@ SPEC = OpSpec(
     measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
     workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
+    own_scales=True,
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+group=4",
 )
