@@ -19,10 +19,9 @@ def decode_inputs(
     input_ids,
     positions,
     seq_lens,
-    query_start_loc,
     is_padding,
-    block_table,
     slot_mapping,
+    block_table,
     idx_mapping,
     num_computed_tokens,
     last_sampled_tokens,
@@ -48,10 +47,7 @@ def decode_inputs(
     tl.store(positions + row, computed.to(tl.int64))
     tl.store(seq_lens + row, computed + 1)
     tl.store(slot_mapping + row, block * page_size + (computed - last * page_size))
-    tl.store(is_padding + row, tl.cast(0, tl.uint8))
-    tl.store(query_start_loc + row + 1, row + 1)
-    if row == 0:
-        tl.store(query_start_loc, 0)
+    tl.store(is_padding + row, 0)
     table = block_table + row.to(tl.int64) * columns
     for begin in range(0, last + 1, BLOCK):
         column = begin + tl.arange(0, BLOCK)
@@ -62,10 +58,9 @@ def launch(
     input_ids: torch.Tensor,
     positions: torch.Tensor,
     seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
     is_padding: torch.Tensor,
-    block_table: torch.Tensor,
     slot_mapping: torch.Tensor,
+    block_table: torch.Tensor,
     idx_mapping: torch.Tensor,
     num_computed_tokens: torch.Tensor,
     last_sampled_tokens: torch.Tensor,
@@ -76,23 +71,16 @@ def launch(
     _launcher: Callable[..., None],
 ) -> None:
     """One program per request."""
-    m = idx_mapping.size(0)
-    for written in (input_ids, positions, seq_lens, is_padding, block_table, slot_mapping):
-        if written.size(0) < m:
-            raise ValueError(f"decode_inputs: {written.size(0)} rows for {m} requests; the kernel takes at least as many")
-    if query_start_loc.size(0) < m + 1:
-        raise ValueError(f"decode_inputs: query_start_loc has {query_start_loc.size(0)} elements for {m} requests")
     pdl = config.get("pdl", True)
     _launcher(
         decode_inputs,
-        (m,),
+        (idx_mapping.size(0),),
         input_ids,
         positions,
         seq_lens,
-        query_start_loc,
         is_padding,
-        block_table,
         slot_mapping,
+        block_table,
         idx_mapping,
         num_computed_tokens,
         last_sampled_tokens,
