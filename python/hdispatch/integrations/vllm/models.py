@@ -19,7 +19,7 @@ from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-from . import all_reduce, sampling, settings, support, weights
+from . import all_reduce, runner, settings, support, weights
 from .all_reduce import CustomAllReduce
 from .attention import Attention
 from .layers import FusedLayers
@@ -60,8 +60,8 @@ class FusedForward:
         return layers.forward(input_ids, positions, inputs_embeds)
 
     def get_model_state_cls(self) -> type:
-        """The class of the model's state in vLLM's V2 runner: vLLM's own choice, with our sampler for greedy steps."""
-        return sampling.state_class(resolve_model_state_cls(self._config, self.model))
+        """The class of the model's state in vLLM's V2 runner: vLLM's own choice, but for the attention of decode steps."""
+        return runner.state_class(resolve_model_state_cls(self._config, self.model))
 
     def load_weights(self, given: Any) -> set[str]:
         """vLLM's own, after which the weights are bound anew."""
