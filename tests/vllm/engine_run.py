@@ -85,7 +85,6 @@ class Engine:
         counts = runtime.stats()["attention_half"]
         return {"reason": layers.attention.decode_reason, "calls": counts["hits"] + counts["fallbacks"]}
 
-
     def _runner_decodes(self) -> dict[str, Any]:
         """Why the runner's decode steps are vLLM's own, and the calls, launched or not, of the ops in their place."""
         from hdispatch import runtime
@@ -189,7 +188,7 @@ def generate(
     prompts = [{"prompt_token_ids": [(13 * i + 5 * (j % 8)) % 1000 + 10 for j in range(n)]} for i, n in enumerate(lengths)]
     fixed = {"ignore_eos": True, "detokenize": False, "seed": 5, "logprobs": logprobs} | (sampling or {})
     sampled = [
-        SamplingParams(temperature=0.9 if mixed and i % 2 else temperature, max_tokens=tokens + i * stagger, **fixed)
+        SamplingParams(temperature=0.9 if mixed and not i % 2 else temperature, max_tokens=tokens + i * stagger, **fixed)
         for i in range(len(lengths))
     ]
     found = []
