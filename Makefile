@@ -2,6 +2,7 @@
 #
 #   make demo      environment, extension, a bundle of nine ops of one model, then the dispatch microbenchmark: minutes
 #   make bundle    environment, extension, the bundle of every row: all ops, sizes and dtypes
+#   make wheel     dist/*.whl with the bundle for H100 and H200 inside; if CuteDSL is installed, for CPUs such as this one alone
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
 #   make lint      ruff, mypy --strict, clang-format
@@ -17,7 +18,7 @@ DEMO_BUNDLE ?= build/demo-bundle
 PY := $(VENV)/bin/python
 CTEST_BUILD := build/ctest
 
-.PHONY: demo bundle test test-vllm setup setup-test lint sanitize core-test clean
+.PHONY: demo bundle wheel test test-vllm setup setup-test lint sanitize core-test clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +35,12 @@ demo: setup
 bundle: setup
 	$(PY) -m hdispatch build --target auto --out $(BUNDLE)
 	$(PY) -m hdispatch doctor $(BUNDLE)
+
+wheel: setup
+	mkdir -p build/embedded
+	$(PY) -m hdispatch build --target h200 --out build/embedded/sm_90a --archive build/embedded/sm_90a.tar.xz 
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist \
+	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
 
 test: setup-test core-test
 	$(PY) -m pytest tests -n 2

@@ -79,7 +79,10 @@ def add_dispatch_parser(kinds: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--bundle", metavar="DIR", type=Path, help="bundle to measure (default: $HDISPATCH_BUNDLE, else a small one is built)"
+        "--bundle",
+        metavar="DIR",
+        type=Path,
+        help="bundle to measure (default: $HDISPATCH_BUNDLE, else the installation's, else a small one is built)",
     )
     parser.add_argument("--op", metavar="NAME", default=DEFAULT_OP, help=f"op to call (default: {DEFAULT_OP})")
     parser.add_argument("--variant", metavar="V", help="variant to call (default: bfloat16+residual, else the op's first)")
