@@ -15,10 +15,10 @@ import sys
 import time
 from pathlib import Path
 
-from hdispatch.build import Selection, build
 from hdispatch.cli import main as command_line
 from hdispatch.cli.build import default_target, describe
 from hdispatch.cli.text import Progress
+from hdispatch.compile import Selection, build
 from hdispatch.opspec import OpSpec
 
 #: Op -> its sizes in Qwen3-8B: hidden size 4096, intermediate 12288, 32 query and 8 key heads of 128.

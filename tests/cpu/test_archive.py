@@ -86,9 +86,7 @@ def test_its_digest_is_checked(packed: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])
 def test_a_truncated_archive_is_refused(packed: Path, keep: int) -> None:
     packed.write_bytes(packed.read_bytes()[:keep])
-    with pytest.raises(
-        hdispatch.BundleError, match=r"packed.tar.xz: (ends too early|is no .tar.xz).*copy it again"
-    ):
+    with pytest.raises(hdispatch.BundleError, match=r"packed.tar.xz: (ends too early|is no .tar.xz).*copy it again"):
         read_bundle(packed)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 from hdispatch import archive
-from hdispatch.build import Selection, build
+from hdispatch.compile import Selection, build
 
 pytest.importorskip("scikit_build_core", reason="builds a wheel without isolation")
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import _build_info, embedded, manifest
-from ..bench import machine
+from ..bench import busy, machine
 from ..errors import BundleError, HdispatchError
 from .text import count, print_json
 
@@ -110,6 +110,7 @@ def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -
         "backends": {name: _examined(check) for name, check in BACKENDS.items()},
         "bundle": served,
         "vllm": _examine_vllm(extension["ok"]),
+        "host": _examine_host(),
         "serving": {"ok": not problems, "reason": "; ".join(problems)},
     }
 
@@ -173,6 +174,13 @@ def _examine_vllm(extension: bool) -> dict[str, Any]:
     from ..integrations.vllm import plugin
 
     return plugin.examine()
+
+
+def _examine_host() -> dict[str, Any]:
+    """Whether times measured now would be worth something."""
+    ns = busy.empty_call_ns()
+    busy_now = busy.is_busy(ns)
+    return {"ok": not busy_now, "reason": busy.describe(ns) if busy_now else "", "empty_call_ns": round(ns, 1)}
 
 
 def _examined(check: Callable[[], str]) -> dict[str, Any]:
@@ -286,6 +294,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  libcuda    {_verdict(found['driver'], 'found')}",
         f"  GPU        {_verdict(found['gpu'], ', '.join(each['name'] for each in found['gpu']['devices']))}",
         f"  bundle     {_verdict(bundle, _words_of_bundle(bundle))}",
+        f"  host       {_verdict(found['host'], _words_of_host(found['host']))}",
         f"  vLLM       {_verdict(found['vllm'], _words_of_vllm(found['vllm']))}",
     ]
     lines += ["building", *(f"  {name:10} {_verdict(each, each['found'])}" for name, each in found["backends"].items())]
@@ -302,6 +311,10 @@ def _why(found: dict[str, Any]) -> str:
 
 def _words_of_bundle(bundle: dict[str, Any]) -> str:
     return f"{bundle['folder']}, {count(bundle['rows'], 'row')} for {bundle['target']}" if bundle["ok"] else ""
+
+
+def _words_of_host(host: dict[str, Any]) -> str:
+    return f"an empty Python call takes {host['empty_call_ns']:.0f} ns"
 
 
 def _words_of_vllm(vllm: dict[str, Any]) -> str:
