@@ -17,7 +17,7 @@ import hdispatch
 import pytest
 import torch
 from hdispatch.cli import main
-from hdispatch.compile import Selection, build
+from hdispatch.compile import Selection, available_ops, build
 from hdispatch.testing import null
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +182,20 @@ def test_every_python_name_in_the_text_is_there():
     names = set(re.findall(r"\bhdispatch\.(\w+)\(", text)) | set(re.findall(r"`hdispatch\.([A-Z]\w+)`", text))
     assert {"load", "stats", "explain", "strict", "register", "Sequence"} <= names
     assert {name for name in names if not hasattr(hdispatch, name)} <= set(hdispatch.ops.names())
+
+
+def test_every_op_is_in_the_list_of_ops():
+    listed = (ROOT / "docs" / "ops.md").read_text()
+    assert [name for name in available_ops() if f"`{name}`" not in listed] == []
+
+
+def test_every_setting_is_explained():
+    settings = set()
+    for file in (ROOT / "python").rglob("*.py"):
+        settings |= set(re.findall(r"\"(HDISPATCH(?:_[A-Z]+)*)\"", file.read_text()))
+    explained = (ROOT / "docs" / "operations.md").read_text()
+    assert settings
+    assert [name for name in sorted(settings) if f"`{name}`" not in explained] == []
 
 
 def test_concepts_before_a_first_op():

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import hdispatch
 import pytest
+import toy
 from hdispatch import archive
 from hdispatch.compile import Selection, build
 
@@ -125,12 +126,19 @@ print(hdispatch.__file__, bundle.folder, bundle.rows, hdispatch.stats()["silu_an
     assert hits == "1"
 
 
-def test_the_next_wheel_has_no_bundle(wheel, names):
-    """CMake's build folder is kept; the setting is not."""
-    assert not [name for name in names if name.startswith("hdispatch/bundles")]
-
-
 def test_a_bundle_must_be_named_by_its_architecture(tmp_path):
     (tmp_path / "bundle.tar.xz").write_bytes(b"")
-    with pytest.raises(AssertionError, match="takes the full path of an archive that is named"):
+    with pytest.raises(AssertionError, match="HDISPATCH_EMBED_BUNDLE is"):
         make_wheel(tmp_path / "dist", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'bundle.tar.xz'}")
+
+
+def test_the_next_wheel_has_no_bundle(tmp_path):
+    """CMake's build folder is kept; the setting is not, whether the build with it succeeded or was refused."""
+    archive.pack(toy.write(tmp_path / "toy"), tmp_path / "sm_90a.tar.xz")
+    with_bundle = make_wheel(tmp_path / "with", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'sm_90a.tar.xz'}")
+    assert "hdispatch/bundles/sm_90a.tar.xz" in zipfile.ZipFile(with_bundle).namelist()
+    for attempt in ("after one with", "after a refused one"):
+        made = make_wheel(tmp_path / attempt)
+        assert not [name for name in zipfile.ZipFile(made).namelist() if name.startswith("hdispatch/bundles")]
+        with pytest.raises(AssertionError, match="HDISPATCH_EMBED_BUNDLE is"):
+            make_wheel(tmp_path / "refused", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'none.tar.xz'}")

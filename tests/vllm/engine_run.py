@@ -85,7 +85,6 @@ class Engine:
         counts = runtime.stats()["attention_half"]
         return {"reason": layers.attention.decode_reason, "calls": counts["hits"] + counts["fallbacks"]}
 
-
     def _runner_decodes(self) -> dict[str, Any]:
         """Why the runner's decode steps are vLLM's own, and the calls, launched or not, of the ops in their place."""
         from hdispatch import runtime
