@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .errors import HdispatchError
+from .errors import BundleError, HdispatchError
 from .ladders import Ladders
 from .manifest import OpEntry
 
@@ -394,6 +394,14 @@ class OpSpec:
         if (theirs and theirs["arg"]) != (ours and ours["arg"]):
             return f"a second ladder of {theirs and theirs['arg']} and not of {ours and ours['arg']}"
         return None
+
+    def check_same(self, entry: OpEntry, where: object, remedy: str) -> None:
+        """`BundleError` if the op in the manifest `where` is another than this one; `remedy` says what to do then."""
+        if (other := self.difference(entry)) is not None:
+            raise BundleError(
+                f"{where}: built for {entry['schema']}; the installed op is {self.schema()} "
+                f"with other variants or arguments ({other}); {remedy}"
+            )
 
     @property
     def second(self) -> IntArg | None:

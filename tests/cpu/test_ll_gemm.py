@@ -150,7 +150,7 @@ def test_config_that_takes_too_few_tokens_is_refused(tmp_path) -> None:
 import hdispatch.compile.cutedsl_backend as backend
 from hdispatch.compile.store import Store
 from hdispatch.compile.target import DESCRIBED
-from hdispatch.compile.unit import Unit
+from hdispatch.compile.build_unit import Unit
 from hdispatch.errors import BuildError
 from pathlib import Path
 import sys
