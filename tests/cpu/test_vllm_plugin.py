@@ -57,7 +57,7 @@ def test_off_it_does_not_even_look_for_vllm(monkeypatch):
     plugin.register()
 
 
-@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY"])
+@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER"])
 def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, fake_vllm, name):
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
     monkeypatch.setenv(name, "yes")
@@ -124,7 +124,7 @@ def test_doctor_without_vllm(monkeypatch):
         raise plugin.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(plugin.importlib.metadata, "version", missing)
-    found = {"ok": False, "reason": "vLLM is not installed", "version": None, "models": [], "decode": ""}
+    found = {"ok": False, "reason": "vLLM is not installed", "version": None, "models": [], "decode": "", "runner": ""}
     assert plugin.examine() == found
 
 
@@ -780,18 +780,23 @@ def test_lengths_that_attention_half_is_told(monkeypatch, edges, limit, expected
     assert told == expected
 
 
+SWITCHES = {"HDISPATCH_REPLAY": settings.replay, "HDISPATCH_RUNNER": settings.runner}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
 @pytest.mark.parametrize(("value", "on"), [(None, True), ("", True), ("1", True), ("0", False)])
-def test_replays_are_on_unless_switched_off(monkeypatch, value, on):
-    monkeypatch.delenv("HDISPATCH_REPLAY", raising=False)
+def test_replays_and_runner_are_on_unless_switched_off(monkeypatch, name, value, on):
+    monkeypatch.delenv(name, raising=False)
     if value is not None:
-        monkeypatch.setenv("HDISPATCH_REPLAY", value)
-    assert settings.replay() is on
+        monkeypatch.setenv(name, value)
+    assert SWITCHES[name]() is on
 
 
-def test_another_value_of_the_switch_is_refused(monkeypatch):
-    monkeypatch.setenv("HDISPATCH_REPLAY", "yes")
-    with pytest.raises(HdispatchError, match="HDISPATCH_REPLAY is 'yes'; it takes 1"):
-        settings.replay()
+@pytest.mark.parametrize("name", SWITCHES)
+def test_another_value_of_a_switch_is_refused(monkeypatch, name):
+    monkeypatch.setenv(name, "yes")
+    with pytest.raises(HdispatchError, match=f"{name} is 'yes'; it takes 1"):
+        SWITCHES[name]()
 
 
 def test_a_decode_step_writes_the_new_tokens_alone():
