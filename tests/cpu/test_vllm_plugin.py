@@ -67,14 +67,15 @@ def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, f
 
 
 def test_a_bundle_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(plugin.embedded, "FOLDER", tmp_path / "bundles")
+    monkeypatch.setattr(plugin, "_unfit", str)
+    monkeypatch.setenv("HDISPATCH", "1")
     monkeypatch.delenv("HDISPATCH_BUNDLE", raising=False)
-    with pytest.raises(HdispatchError, match="HDISPATCH=1 needs HDISPATCH_BUNDLE"):
-        settings.bundle_folder()
+    with pytest.raises(HdispatchError, match="HDISPATCH_BUNDLE is not set, and this hdispatch was installed without a bundle"):
+        plugin.register()
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path / "none"))
-    with pytest.raises(HdispatchError, match="which is no folder"):
-        settings.bundle_folder()
-    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
-    assert settings.bundle_folder() == tmp_path
+    with pytest.raises(HdispatchError, match="which does not exist; make it with `hdispatch build --out"):
+        plugin.register()
     settings.load_bundle(torch.device("cpu"))  # the references serve CPU tensors: nothing to load
 
 
@@ -108,7 +109,8 @@ def test_doctor_says_why_vllm_would_not_be_served(monkeypatch, tmp_path, fake_vl
     sys.modules["vllm"].__version__ = "0.34.1"
     assert reason() == "this is vLLM 0.34.1; the plug-in is for 0.33"
     monkeypatch.setenv("HDISPATCH_BUNDLE", "")
-    assert "HDISPATCH=1 needs HDISPATCH_BUNDLE" in reason()
+    monkeypatch.setattr(plugin.embedded, "FOLDER", tmp_path / "bundles")
+    assert "HDISPATCH_BUNDLE is not set" in reason()
     monkeypatch.setenv("HDISPATCH", "0")
     assert reason() == "HDISPATCH is not 1: the plug-in does nothing"
     monkeypatch.setenv("VLLM_PLUGINS", "another")

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ... import embedded
 from ...errors import HdispatchError
 from . import settings
 from .override import Override, override_vllm_ops
@@ -25,11 +26,11 @@ def register() -> None:
     """Serve vLLM with hdispatch if HDISPATCH is 1; otherwise do nothing. vLLM calls this in every process, maybe twice.
 
     Overrides the `_C` ops that the launch table can serve, for every model, and registers classes of our own for the models
-    whose decoder layers we run whole (`models.ARCHITECTURES`), and our model runner for all (`runner.Runner`). The bundle of
-    HDISPATCH_BUNDLE is loaded later, when the model is made: only then has a worker chosen its device.
+    whose decoder layers we run whole (`models.ARCHITECTURES`), and our model runner for all (`runner.Runner`). The bundle,
+    HDISPATCH_BUNDLE's or the package's own, is loaded later, when the model is made: only then has a worker chosen its device.
 
     Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION, HDISPATCH_REPLAY or HDISPATCH_RUNNER, or where
-    HDISPATCH_BUNDLE names no folder.
+    HDISPATCH_BUNDLE names nothing, or is not set and the package has no bundle.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -37,7 +38,7 @@ def register() -> None:
     if reason:
         settings.logger.warning("hdispatch: off: %s", reason)
         return
-    settings.bundle_folder()
+    embedded.check_any()
     settings.attention()
     settings.replay()
     settings.runner()
@@ -105,7 +106,7 @@ def _switched_off() -> str:
         return f"{ALLOWED} is {allowed!r}, which leaves {NAME} out"
     if not settings.is_on():
         return f"{settings.SWITCH} is not 1: the plug-in does nothing"
-    settings.bundle_folder()
+    embedded.check_any()
     settings.attention()
     settings.replay()
     settings.runner()

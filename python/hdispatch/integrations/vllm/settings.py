@@ -1,11 +1,10 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _RUNNER."""
+"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_ATTENTION, _REPLAY, _RUNNER."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from pathlib import Path
 
 import torch
 
@@ -13,7 +12,6 @@ from ... import runtime
 from ...errors import HdispatchError
 
 SWITCH = "HDISPATCH"
-BUNDLE = "HDISPATCH_BUNDLE"
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
 RUNNER = "HDISPATCH_RUNNER"
@@ -64,20 +62,8 @@ def _flag(name: str, yes: str, no: str) -> bool:
     return asked == "1"
 
 
-def bundle_folder() -> Path:
-    """The folder that HDISPATCH_BUNDLE names. `HdispatchError` if it names none."""
-    folder = os.environ.get(BUNDLE, "")
-    if not folder:
-        raise HdispatchError(
-            f"{SWITCH}=1 needs {BUNDLE}, the folder of a bundle; make one with `hdispatch build --target native --out DIR`"
-        )
-    if not Path(folder).is_dir():
-        raise HdispatchError(f"{BUNDLE} is {folder!r}, which is no folder; make one with `hdispatch build --out {folder}`")
-    return Path(folder)
-
-
 def load_bundle(device: torch.device) -> None:
-    """Load the bundle of HDISPATCH_BUNDLE for a CUDA device, unless one serves it already. Nothing for another device.
+    """Load the default bundle (`hdispatch.load`) for a CUDA device, unless one serves it already. Nothing for another device.
 
     Call it when the process has chosen its device, as tensor parallel workers do after plug-ins are registered. Raises what
     `hdispatch.load` raises.
@@ -88,5 +74,5 @@ def load_bundle(device: torch.device) -> None:
     with _LOADING:
         if any(bundle.device == index for bundle in runtime.loaded()):
             return
-        bundle = runtime.load(bundle_folder(), device=index)
+        bundle = runtime.load(device=index)
     logger.info("hdispatch: %d rows of %s serve cuda:%d", bundle.rows, bundle.folder, index)
