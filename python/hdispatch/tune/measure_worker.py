@@ -16,9 +16,9 @@ from pathlib import Path
 from .. import child
 from ..errors import HdispatchError
 from ..manifest import Manifest
-from .apart import Setup
 from .candidates import read_candidates
 from .measure import Bench, Device, open_device
+from .measure_process import Setup
 
 
 def main(opened: Callable[[Path, Manifest, int], Device] = open_device) -> None:

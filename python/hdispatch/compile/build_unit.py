@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from ..errors import BuildError
 from ..ladders import Ladders
-from ..manifest import MClass, Record
+from ..manifest import MClass, Record, class_of
 from ..opspec import OpSpec, Variant
 
 #: M that a host function is traced with first.
@@ -113,11 +113,6 @@ def serves_second(low: int, high: int, ladders: Ladders, bucket: int) -> bool:
     """The same of the values of the second ladder's integer; of an op that has one."""
     first, last = ladders.second_bounds(bucket)
     return low <= first and high >= (last or max(OPEN_BUCKET_M, ladders.second[-1] + 1))
-
-
-def class_of(m: int) -> MClass:
-    """The class of M, as the launcher tells it."""
-    return "one" if m == 1 else "mult16" if m % 16 == 0 else "other"
 
 
 def classes_of(first: int, last: int) -> set[MClass]:

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from ..errors import BundleError
-from ..manifest import MANIFEST_NAME, Manifest, ladders_of, read_files
+from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, ladders_of, read_files
 from ..typed_json import Mismatch, check, parse
 
-CANDIDATES_NAME = "candidates.json"
 CANDIDATES_VERSION = 1
 
 

@@ -24,11 +24,11 @@ from typing import Any
 from ..errors import BuildError
 from . import pool
 from . import target as targets
+from .build_unit import HINT, load_spec
 from .target import GpuTarget
-from .unit import HINT, load_spec
 from .worker import Setup
 
-_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.build.space import main; main()")
+_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.compile.candidate_lists import main; main()")
 
 #: What is moved along Helion's fragments; the others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..errors import BuildError
 from ..opspec import OpSpec
-from . import space
+from . import candidate_lists
 from .configs import FALLBACK, ConfigEntry, ConfigFile
 from .target import GpuTarget
 
@@ -18,7 +18,7 @@ def first_candidates(spec: OpSpec, package: str, backend: str, target: GpuTarget
     """
     points = [(shape, spec.ladders.edges(bucket)) for shape in spec.shapes for bucket in range(spec.ladders.count)]
     hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
-    question = space.Question(
+    question = candidate_lists.Question(
         package=package,
         backend=backend,
         variant=spec.typical_variant().name,
@@ -27,7 +27,7 @@ def first_candidates(spec: OpSpec, package: str, backend: str, target: GpuTarget
         shapes=[dict(shape) for shape, _ in points],
         radius=0,
     )
-    (found,) = space.ask([question], target)
+    (found,) = candidate_lists.ask([question], target)
     entries = [ConfigEntry({**shape, **edges}, said[0]) for (shape, edges), said in zip(points, found, strict=True) if said]
     if not entries:
         raise BuildError(

@@ -28,11 +28,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[impo
 
 from ..errors import BuildError
 from ..manifest import TENSOR_MAP_TYPES, MClass
+from .build_unit import early_reads
 from .expr import divisor
 from .store import Store, digest
 from .target import GpuTarget
 from .trace import ALIGNMENT, CallMaker, Constant, Descriptor, Flag, HostArg, HostSide, Launch, Number, Pointer, Real, Trace
-from .unit import early_reads
 
 Kind = Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64", "tensor_map"]
 

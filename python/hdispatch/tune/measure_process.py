@@ -1,7 +1,7 @@
 """The process that measures, seen from the one that started it: cells in, timings out; ended when a candidate does not end.
 
 A kernel that never ends cannot be stopped from the process that launched it, and a broken context cannot be mended: both cost
-that process, and the next one goes on with the other candidates. See worker.py for what is said.
+that process, and the next one goes on with the other candidates. See measure_worker.py for what is said.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import HdispatchError
 from .timings import Timing
 
 #: -P keeps the current folder off the module path.
-COMMAND = (sys.executable, "-P", "-c", "from hdispatch.tuning.worker import main; main()")
+COMMAND = (sys.executable, "-P", "-c", "from hdispatch.tune.measure_worker import main; main()")
 #: Seconds for importing torch, reading the bundle and opening the GPU; and for a cell's arguments and its reference.
 START_SECONDS, CELL_SECONDS = 600.0, 600.0
 
@@ -42,7 +42,7 @@ class Lost:
     seconds: float
 
 
-class Apart:
+class MeasureProcess:
     """One such process after the other. `timeout`: seconds that a candidate may take for one step."""
 
     def __init__(self, setup: Setup, timeout: float) -> None:

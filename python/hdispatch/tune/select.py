@@ -16,14 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from ..compile import configs
+from ..compile.measurements import companion
+from ..compile.store import write_atomic
+from ..compile.target import short_name
+from ..compile.versions import OPTIONAL
 from ..errors import BuildError
 from ..opspec import SYMBOLS, OpSpec
-from ..tuning.timings import BROKE, ConfigKey, Refusal, Timing, cell_key, config_key, fault
-from . import configs
-from .store import write_atomic
-from .target import short_name
-from .tuned import companion
-from .versions import OPTIONAL
+from .timings import BROKE, ConfigKey, Refusal, Timing, cell_key, config_key, fault
 
 #: A change of config between neighbouring buckets must gain this share of the limit: fewer edges are easier to read.
 CHANGE = 0.25

@@ -16,18 +16,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..compile import candidate_lists, configs, freeze, op_package, store
+from ..compile.build_unit import Unit, load_spec
+from ..compile.candidate_lists import Question
+from ..compile.out import check_out
+from ..compile.target import GpuTarget, resolve
+from ..compile.versions import OPTIONAL, missing
 from ..errors import BuildError
-from ..manifest import Manifest, MClass, Record
+from ..manifest import CANDIDATES_NAME, Manifest, MClass, Record, class_of
 from ..opspec import OpSpec
-from ..tuning.candidates import CANDIDATES_NAME, CANDIDATES_VERSION, Candidates, Cell, Dropped, Origin
-from ..tuning.timings import ConfigKey, canonical
-from . import configs, freeze, op_package, space, store
-from .attempts import Attempts, Made
-from .out import check_out
-from .space import Question
-from .target import GpuTarget, resolve
-from .unit import Unit, class_of, load_spec
-from .versions import OPTIONAL, missing
+from .candidates import CANDIDATES_VERSION, Candidates, Cell, Dropped, Origin
+from .compile_many import Attempts, Made
+from .timings import ConfigKey, canonical
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class CandidateReport:
     notes: list[str] = field(default_factory=list)
 
 
-def candidates(
+def collect(
     ops: Sequence[str] | None,
     target: str | GpuTarget,
     out: Path,
@@ -242,7 +242,7 @@ class Options:
                 groups.setdefault((point.package, backend, point.variant), []).append(point)
         questions = [self._question(package, backend, points) for (package, backend, _), points in groups.items()]
         found: dict[tuple[Point, str], list[ConfigKey] | None] = {}
-        for ((_, backend, _), points), answer in zip(groups.items(), space.ask(questions, target), strict=True):
+        for ((_, backend, _), points), answer in zip(groups.items(), candidate_lists.ask(questions, target), strict=True):
             for point, said in zip(points, answer, strict=True):
                 found[point, backend] = None if said is None else [ConfigKey(backend, canonical(config)) for config in said]
         return found

@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from ..compile import configs, op_package
+from ..compile.build_unit import load_spec
+from ..compile.store import write_atomic
+from ..compile.target import present
 from ..errors import BuildError
 from ..opspec import OpSpec
-from . import configs, op_package
-from .store import write_atomic
-from .target import present
-from .tune import Point, Scope, points_of, sizes_of
-from .unit import load_spec
+from .collect import Point, Scope, points_of, sizes_of
 
 #: What a launch record can hold: descriptors made on the device need scratch memory.
 OVERRIDES = {"indexing": "pointer"}

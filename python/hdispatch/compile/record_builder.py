@@ -21,6 +21,7 @@ from ..errors import BuildError
 from ..manifest import M_CLASSES, Cubin, CubinRecord, Expr, Guard, MClass, Param, Record
 from ..opspec import OpSpec
 from . import triton_backend
+from .build_unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, load_spec, serves, serves_second
 from .expr import OPERATORS, evaluate, guards_of, postfix, render, turns
 from .store import Store
 from .target import GpuTarget
@@ -40,7 +41,6 @@ from .trace import (
     trace,
 )
 from .triton_backend import Code, MapCode
-from .unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, load_spec, serves, serves_second
 
 INT32_MAX = 2**31 - 1
 MAX_GRID = (INT32_MAX, 65535, 65535)

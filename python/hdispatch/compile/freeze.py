@@ -26,13 +26,14 @@ from ..manifest import (
     Tuned,
     artifacts_of,
     checksum_line,
+    class_of,
 )
 from ..opspec import OpSpec
 from . import ffi_link
+from .build_unit import classes_of, serves, serves_second
 from .out import check_out, write
 from .store import Store, digest, sync_folder
 from .target import GpuTarget
-from .unit import class_of, classes_of, serves, serves_second
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import BuildError
+from .build_unit import Built, Unit
 from .target import GpuTarget
-from .unit import Built, Unit
 from .versions import ptxas, ptxas_variable
 from .worker import Setup
 
@@ -35,7 +35,7 @@ _FOREIGN = (
 )
 
 #: -P keeps the current folder off the module path: one with a helion.py in it would shadow Helion.
-_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.build.worker import main; main()")
+_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.compile.worker import main; main()")
 
 
 def available_cpus() -> int:

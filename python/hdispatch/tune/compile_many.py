@@ -11,14 +11,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..compile import builder, op_package, pool
+from ..compile.build_unit import Built, RefusedEntry, Unit
+from ..compile.pool import _Worker
+from ..compile.store import Store
+from ..compile.target import GpuTarget
+from ..compile.versions import tool_versions
+from ..compile.worker import Setup
 from ..errors import BuildError
-from . import builder, op_package, pool
-from .pool import _Worker
-from .store import Store
-from .target import GpuTarget
-from .unit import Built, RefusedEntry, Unit
-from .versions import tool_versions
-from .worker import Setup
 
 #: A compilation that takes longer has gone wrong.
 COMPILE_SECONDS = 600.0

@@ -3,7 +3,7 @@
 A launch table has one row per key, so each candidate gets a table of its own: one row, one class of M, published while the
 candidate is called or captured. Tables are never unloaded, so a captured graph keeps its code when the next is published.
 
-`measure` does so in a process of its own (apart.py), which is ended and replaced where a candidate breaks it or never ends.
+`measure` does so in a separate process (measure_process.py): one that a candidate breaks or never leaves is replaced.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import torch
 from .. import _C, ops
 from ..errors import BundleError, HdispatchError
 from ..ladders import Ladders, bucket_bounds
-from ..manifest import MANIFEST_NAME, Manifest, MClass, Record, artifacts_of, ladders_of
+from ..manifest import MANIFEST_NAME, Manifest, Record, artifacts_of, class_of, ladders_of
 from ..opspec import OpSpec, TensorArg
 from ..runtime import check_target, strict
 from ..testing.device_timer import Queued, Replay, Timed, interleave, rotation_count, timing_event
 from ..testing.numeric import MismatchError, compare_outputs
 from . import timings
-from .apart import Apart, Lost, Setup
 from .candidates import CandidateBundle, Cell, read_candidates
+from .measure_process import Lost, MeasureProcess, Setup
 from .timings import BROKE, CellKey, ConfigKey, Status, Timing
 
 #: Rounds in which every candidate is timed once, and after how many of them those slower than the best by which factor go.
@@ -205,7 +205,7 @@ def measure(
     if device is not None:
         measurer = _Here(bundle, device, chosen.seed, given)
     else:
-        measurer = Apart(Setup(str(folder.resolve()), _current_device(), chosen.seed, given), chosen.timeout)
+        measurer = MeasureProcess(Setup(str(folder.resolve()), _current_device(), chosen.seed, given), chosen.timeout)
     with contextlib.closing(measurer):
         return _Run(bundle, out, measurer, given, _read_known(out, measurer.gpu)).go(chosen, progress)
 
@@ -330,12 +330,7 @@ def _identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
 def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
     """Refuse a bundle whose ops are not the installed ones."""
     for name, entry in bundle["manifest"]["ops"].items():
-        spec = ops.spec(name)
-        if (other := spec.difference(entry)) is not None:
-            raise BundleError(
-                f"{folder / MANIFEST_NAME}: made for {entry['schema']}; the installed op is {spec.schema()}, with other "
-                f"variants or arguments ({other}); make the candidates again"
-            )
+        ops.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
 
 
 def _current_device() -> int:
@@ -654,8 +649,3 @@ def launch_count(estimate: float) -> int:
     if estimate <= HOST_US:
         return MOST_LAUNCHES
     return max(LEAST_LAUNCHES, min(round(REPLAY_US / estimate), MOST_LAUNCHES))
-
-
-def class_of(m: int) -> MClass:
-    """The class of M, as the launcher tells it."""
-    return "one" if m == 1 else "mult16" if m % 16 == 0 else "other"
