@@ -10,10 +10,10 @@ from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Varia
 
 from ..lib.indices import check_indices
 from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, check_slots, random_lengths, random_paged, softmax_scale, write
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
+from ..lib.rope import random_cache, rotated
 from ..lib.workspace import BYTES
-from ..numerics import random_rows
-from ..rms_norm.spec import normalized, random_weight
-from ..rope import random_cache, rotated
 
 NAME = "attention_half"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
 
 NAME = "dynamic_per_token_scaled_fp8_quant"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX, absmax, random_rows, to_fp8
+from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, to_fp8
 
 NAME = "dynamic_scaled_fp8_quant"
 

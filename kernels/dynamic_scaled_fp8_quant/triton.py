@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import fp8_times, widened
+from ..lib.triton_fp8 import fp8_times, widened
 
 GENERIC = ("K",)
 INDEX_BITS = 64

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
 
-from ..numerics import random_rows
-from ..rms_norm.spec import normalized, random_weight
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
 
 NAME = "fused_add_rms_norm"
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rows import looped, options, programs, warps_for, whole
+from ..lib.triton_rows import looped, options, programs, warps_for, whole
 
 GENERIC = ("K",)
 INDEX_BITS = 64

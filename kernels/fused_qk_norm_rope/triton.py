@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from hdispatch.opspec import Variant
 
-from ..rope import program_tile
+from ..lib.triton_rope import candidates as candidates
+from ..lib.triton_rope import program_tile
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -148,14 +148,3 @@ def launch(
         num_stages=1,
         launch_pdl=pdl,
     )
-
-
-def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """Configs worth measuring. More tokens per program give a thread more loads at once, and longer programs."""
-    if sizes["M"] <= 64:
-        tiles = [(1, 2), (1, 4), (1, 1), (1, 8), (2, 2)]
-    elif sizes["M"] <= 512:
-        tiles = [(1, 2), (1, 4), (1, 1), (1, 8), (2, 1), (2, 2), (2, 4)]
-    else:
-        tiles = [(2, 2), (1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2)]
-    return [{"tokens": tokens, "num_warps": warps} for tokens, warps in tiles]

@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..fused_qk_norm_rope.triton import candidates as candidates
-from ..rope import program_tile
+from ..lib.triton_rope import candidates as candidates
+from ..lib.triton_rope import program_tile
 
 GENERIC = ("K",)
 INDEX_BITS = 64

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX
+from ..lib.reference_fp8 import FP8, FP8_MAX
 
 NAME = "ll_gemm_fp8"
 

@@ -9,8 +9,8 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
 from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, random_lengths, random_paged, softmax_scale
+from ..lib.reference_fp8 import FP8
 from ..lib.workspace import BYTES
-from ..numerics import FP8
 
 NAME = "paged_attention_decode"
 

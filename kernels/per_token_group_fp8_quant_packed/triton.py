@@ -2,7 +2,7 @@
 
 Groups are numbered through all rows, with each row filled up to a multiple of four: a missing group is a byte of 0. So are
 the rows that fill M up to a multiple of four, where the scales lie as vLLM's op takes them.
-Configs are those of per_token_group_fp8_quant.
+See lib/triton_groups.py.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..per_token_group_fp8_quant import triton as shared
-from ..per_token_group_fp8_quant.triton import (
+from ..lib import triton_groups as lib
+from ..lib.triton_fp8 import reciprocal
+from ..lib.triton_groups import (
     absmax_scale,
     clamp_codes,
     inverse_scale,
@@ -24,7 +25,6 @@ from ..per_token_group_fp8_quant.triton import (
     row_of,
     store_codes,
 )
-from ..triton_device import reciprocal
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -89,7 +89,7 @@ def launch(
     _launcher: Callable[..., None],
 ) -> None:
     """One program for every `elements` elements."""
-    m, groups_of_row = input.size(0), shared.whole_groups(input.size(1), group_size)
+    m, groups_of_row = input.size(0), lib.whole_groups(input.size(1), group_size)
     words_of_row = (groups_of_row + 3) // 4
     groups = (m + 3) // 4 * 4 * words_of_row * 4
     tile = config["elements"] // group_size
@@ -110,10 +110,10 @@ def launch(
         GROUP=group_size,
         GROUPS=tile,
         VECTOR=config["vector"],
-        **shared.launch_options(config),
+        **lib.launch_options(config),
     )
 
 
-def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring for some sizes; the first is a safe default."""
-    return shared.candidates(sizes, variant)
+    return lib.tile_configs(lib.TILES, sizes, sizes.get("K", 4096))

@@ -9,7 +9,7 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
+from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, widened
+from ..lib.triton_fp8 import bounded, clamp_rows, divide_rows, row_scale, widened
+from ..lib.triton_rows import looped, options, programs, warps_for, whole
 
 GENERIC = ("K",)
 INDEX_BITS = 64

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..per_token_group_fp8_quant.triton import (
+from ..lib.triton_fp8 import bounded
+from ..lib.triton_groups import (
     absmax_scale,
     inverse_scale,
     launch_options,
@@ -24,7 +25,6 @@ from ..per_token_group_fp8_quant.triton import (
     store_codes,
     whole_groups,
 )
-from ..triton_device import bounded
 
 GENERIC = ("K",)
 INDEX_BITS = 64

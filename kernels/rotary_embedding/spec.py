@@ -9,8 +9,8 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..lib.indices import check_indices
-from ..numerics import random_rows
-from ..rope import random_cache, random_positions, rotated
+from ..lib.reference_fp8 import random_rows
+from ..lib.rope import random_cache, random_positions, rotated
 
 NAME = "rotary_embedding"
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rope import program_tile
+from ..lib import triton_rope as lib
 
 GENERIC = ("K", "N")
 INDEX_BITS = 64
@@ -98,7 +98,7 @@ def launch(
         raise ValueError(f"rotary_embedding: rows of {query_size} and {key_size} elements are not heads of {head_size}")
     if rotary % 16 != 0 or rotary > head_size:
         raise ValueError(f"rotary_embedding: {rotary} of {head_size} elements rotated; the kernel takes multiples of 16")
-    tokens, heads = program_tile(head_size, is_neox, config)
+    tokens, heads = lib.program_tile(head_size, is_neox, config)
     query_tiles = (query_size // head_size + heads - 1) // heads
     key_tiles = (key_size // head_size + heads - 1) // heads
     pdl = config.get("pdl", True)
@@ -128,11 +128,5 @@ def launch(
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """Configs worth measuring. More tokens per program give a thread more loads at once, and longer programs."""
-    if sizes["M"] <= 64:
-        tiles = [(1, 2), (1, 4), (1, 1), (1, 8), (2, 2)]
-    elif sizes["M"] <= 512:
-        tiles = [(1, 2), (1, 4), (1, 1), (1, 8), (2, 1), (2, 2), (2, 4)]
-    else:
-        tiles = [(2, 2), (1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2), (4, 4)]
-    return [{"tokens": tokens, "num_warps": warps} for tokens, warps in tiles]
+    """Configs worth measuring: those of the fused ops, and longer programs, which have no norm to wait for."""
+    return lib.candidates(sizes) + ([{"tokens": 4, "num_warps": 4}] if sizes["M"] > 512 else [])

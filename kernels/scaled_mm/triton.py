@@ -14,8 +14,8 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..lib.triton_tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 from .pair import pair_kernel
-from .tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 
 #: One record serves all K and N that are multiples of 16.
 GENERIC = ("K", "N")

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from ..scaled_mm.pair import load_tiles, make_barriers, store_tile, tile_of
+from ..lib.gluon_pair import load_tiles, make_barriers, store_tile, tile_of
 
 
 @gluon.jit

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8
-from ..scaled_mm.spec import SHAPES, random_fp8, random_scales
+from ..lib.reference_fp8 import FP8
+from ..lib.reference_gemm import SHAPES, random_fp8, random_scales
 
 NAME = "scaled_mm_blockwise"
 

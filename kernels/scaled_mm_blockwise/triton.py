@@ -14,7 +14,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..scaled_mm.tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
+from ..lib.triton_tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 from .pair import pair_kernel
 
 #: One record serves all K and N that are multiples of 16.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import random_rows
+from ..lib.reference_fp8 import random_rows
 
 NAME = "silu_and_mul"
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import divided_silu, widened
+from ..lib.triton_fp8 import divided_silu, widened
 
 GENERIC = ("N",)
 INDEX_BITS = 64

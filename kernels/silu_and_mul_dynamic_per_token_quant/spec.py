@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, silu_and_mul, upper_bound
+from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, silu_and_mul, upper_bound
 
 NAME = "silu_and_mul_dynamic_per_token_quant"
 

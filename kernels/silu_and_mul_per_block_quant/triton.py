@@ -1,6 +1,6 @@
 """The Triton kernel of silu_and_mul_per_block_quant: some neighbouring groups per program.
 
-Groups are numbered through all rows. Configs are those of per_token_group_fp8_quant.
+Groups are numbered through all rows. See lib/triton_groups.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..per_token_group_fp8_quant import triton as shared
-from ..per_token_group_fp8_quant.triton import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
-from ..triton_device import clamp_rows, silu, widened
+from ..lib import triton_groups as lib
+from ..lib.triton_fp8 import clamp_rows, silu, widened
+from ..lib.triton_groups import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
 
 GENERIC = ("N",)
 INDEX_BITS = 64
@@ -81,7 +81,7 @@ def launch(
     _launcher: Callable[..., None],
 ) -> None:
     """One program for every `elements` elements."""
-    m, groups_of_row = out.size(0), shared.whole_groups(out.size(1), group_size)
+    m, groups_of_row = out.size(0), lib.whole_groups(out.size(1), group_size)
     groups = m * groups_of_row
     tile = config["elements"] // group_size
     _launcher(
@@ -99,7 +99,7 @@ def launch(
         GROUPS=tile,
         VECTOR=config["vector"],
         UE8M0=scale_ue8m0,
-        **shared.launch_options(config),
+        **lib.launch_options(config),
     )
 
 
@@ -116,4 +116,4 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
         (4096, 4, 16),
         (4096, 8, 8),
     )
-    return shared.tile_configs(tiles, sizes, sizes.get("N", 6144))
+    return lib.tile_configs(tiles, sizes, sizes.get("N", 6144))

@@ -8,7 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX, random_rows, to_fp8
+from ..lib.reference_fp8 import FP8, FP8_MAX, random_rows, to_fp8
 
 NAME = "static_scaled_fp8_quant"
 

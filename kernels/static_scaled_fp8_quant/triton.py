@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import fp8_times
+from ..lib.triton_fp8 import fp8_times
 
 GENERIC = ("K",)
 INDEX_BITS = 64

@@ -20,9 +20,8 @@ import torch
 from hdispatch.build import build, configs
 from hdispatch.build.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
-from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
-from hdispatch.kernels.lib.sdpa import Rule, attend, serve
+from hdispatch.kernels.lib.sdpa import LENGTHS, Rule, attend, serve
 from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
 

@@ -1,6 +1,6 @@
 """The dot form of the low-latency GEMMs: a block has a few outputs and all of K, multiplied in the ordinary cores.
 
-See ll_gemm.py for what all forms have in common.
+See program.py for what all forms have in common.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Float32, Int32, Numeric, cute
 from cutlass.utils import SmemAllocator
 
-from .ll_gemm_base import VECTOR, Gemm
+from .base import VECTOR, Gemm
 
 
 class Dot(Gemm):

@@ -1,4 +1,4 @@
-"""What the forms of the low-latency GEMMs have in common: see ll_gemm.py."""
+"""What the forms of the low-latency GEMMs have in common: see program.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from cutlass.utils import SmemAllocator
 
 #: Bytes that a thread copies at once.
 VECTOR = 16
-
-#: Columns of tokens in a tile of the tensor core.
-COLUMNS = 8
 
 
 class Gemm:

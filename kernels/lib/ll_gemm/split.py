@@ -1,6 +1,6 @@
 """The split form of the low-latency GEMMs: a block multiplies one tile in the tensor core, its warps each a piece of K.
 
-See ll_gemm.py for what all forms have in common.
+See program.py for what all forms have in common.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Numeric
 from cutlass.cute.nvgpu import warp
 from cutlass.utils import SmemAllocator
 
-from .ll_gemm_base import COLUMNS, VECTOR, Gemm
+from .base import VECTOR, Gemm
+from .configs import COLUMNS
 
 #: Bytes of a row that the four threads which share it copy at once.
 STEP = 64

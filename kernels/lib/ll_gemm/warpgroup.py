@@ -1,6 +1,6 @@
 """The warpgroup form of the low-latency GEMMs: weights stream through TMA into a ring of shared memory, wgmma reads them there.
 
-See ll_gemm.py for what all forms have in common.
+See program.py for what all forms have in common.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Numeric, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
-from .ll_gemm_base import COLUMNS, Gemm
+from .base import Gemm
+from .configs import COLUMNS
 
 #: Bytes of a row in a chunk: what one TMA copy brings of it, and what its swizzle spans.
 CHUNK = 128
