@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_rows import looped, options, programs, warps_for, whole
+from ..lib.triton_rows import load_weights, looped, normed, options, programs, warps_for, whole
 
 GENERIC = ("K", "N")
 INDEX_BITS = 64
@@ -44,9 +44,8 @@ def rms_norm(
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (token < tl.cast(m, tl.uint32))[:, None]
     first = inside & (columns < k)
-    if weight is not None:
-        # As a matrix it gets the input's layout in registers; and it is a constant, so it need not wait.
-        w = tl.load(weight + columns + tl.zeros([ROWS, 1], tl.int32), mask=first, other=0.0)
+    # A constant, so it need not wait.
+    w = load_weights(weight, 0, columns, first, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)
@@ -58,16 +57,12 @@ def rms_norm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    y = x * rstd
-    if weight is not None:
-        y *= w.to(tl.float32)
-    tl.store(target + columns, y.to(result.dtype.element_ty), mask=first)
+    tl.store(target + columns, normed(x, rstd, w).to(result.dtype.element_ty), mask=first)
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
-            y = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32) * rstd
-            if weight is not None:
-                y *= tl.load(weight + start + columns + tl.zeros([ROWS, 1], tl.int32), mask=rest, other=0.0).to(tl.float32)
+            more = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
+            y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
             tl.store(target + start + columns, y.to(result.dtype.element_ty), mask=rest)
 
 
