@@ -15,6 +15,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib.triton_fp8 import fp8_times, widened
+from ..lib.triton_launch import launch_options
 
 GENERIC = ("K",)
 INDEX_BITS = 64
@@ -63,23 +64,8 @@ def launch(
     if m * (k - 8) > LIMIT:
         raise ValueError(f"dynamic_scaled_fp8_quant: input has {m * k} elements; the kernel is for up to {LIMIT}")
     tiles = ((m + config["rows"] - 1) // config["rows"]) * ((k + config["block"] - 1) // config["block"])
-    pdl = config.get("pdl", True)
-    _launcher(
-        dynamic_scaled_fp8_quant,
-        (min(config["programs"], tiles),),
-        result,
-        input,
-        scale,
-        m,
-        k,
-        input.stride(0),
-        ROWS=config["rows"],
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    grid, tile = (min(config["programs"], tiles),), {"ROWS": config["rows"], "BLOCK": config["block"]}
+    _launcher(dynamic_scaled_fp8_quant, grid, result, input, scale, m, k, input.stride(0), **tile, **launch_options(config))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -19,19 +19,9 @@ EARLY_READS = ("weight",)
 
 @triton.jit
 def fused_add_rms_norm(
-    input,
-    residual,
-    weight,
-    epsilon,
-    m,
-    k,
-    row_stride,
-    residual_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    input, residual, weight, epsilon, m, k, row_stride, residual_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """LOOP: k may exceed BLOCK; then the rest of the residual is read again after the sum of squares is known."""
     row = own_rows(ROWS)
     x_row = input + row[:, None] * row_stride
@@ -60,7 +50,8 @@ def fused_add_rms_norm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    tl.store(x_row + columns, normed(x, rstd, w).to(input.dtype.element_ty), mask=first)
+    y = normed(x, rstd, w)
+    tl.store(x_row + columns, y.to(input.dtype.element_ty), mask=first)
     if LOOP:
         # The residual that is read here was written above, perhaps by another thread.
         tl.debug_barrier()
@@ -82,19 +73,8 @@ def launch(
 ) -> None:
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
-    _launcher(
-        fused_add_rms_norm,
-        programs(m, config),
-        input,
-        residual,
-        weight,
-        epsilon,
-        m,
-        k,
-        input.stride(0),
-        residual.stride(0),
-        **options(config, k),
-    )
+    strides = (input.stride(0), residual.stride(0))
+    _launcher(fused_add_rms_norm, programs(m, config), input, residual, weight, epsilon, m, k, *strides, **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

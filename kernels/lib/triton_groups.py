@@ -9,13 +9,15 @@ rows, a program takes some neighbours, and rows matter only where the scales lie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 
 from .triton_fp8 import reciprocal
+from .triton_launch import launch_options
 
 #: Tiles of (elements, warps, vector) that suit rows of any length; the first is a safe default.
 TILES = (
@@ -119,10 +121,27 @@ def whole_groups(columns: int, group_size: int) -> int:
     return columns // group_size
 
 
-def launch_options(config: dict[str, Any]) -> dict[str, Any]:
-    """PDL and the options of the launch."""
-    pdl = config.get("pdl", True)
-    return {"PDL": pdl, "num_warps": config["num_warps"], "num_stages": 1, "launch_pdl": pdl}
+def tile_options(config: dict[str, Any], group_size: int) -> dict[str, Any]:
+    """The tile of a program, as the kernels' constants, and the launch options."""
+    tile = config["elements"] // group_size
+    return {"GROUP": group_size, "GROUPS": tile, "VECTOR": config["vector"], **launch_options(config)}
+
+
+def launch_groups(
+    kernel: Any, sizes: tuple[int, int, int], tensors: tuple[Any, ...], scales: torch.Tensor, config: dict[str, Any],
+    launcher: Callable[..., None], **constants: Any,
+) -> None:  # fmt: skip
+    """A program for every `elements` elements of rows of whole groups.
+
+    kernel  takes `tensors`, then groups, groups_of_row and the two strides of scales
+    sizes   rows, columns, group_size
+    """
+    rows, columns, group_size = sizes
+    groups_of_row = whole_groups(columns, group_size)
+    groups, tile = rows * groups_of_row, config["elements"] // group_size
+    strides = (scales.stride(0), scales.stride(1))
+    options = tile_options(config, group_size)
+    launcher(kernel, ((groups + tile - 1) // tile,), *tensors, groups, groups_of_row, *strides, **constants, **options)
 
 
 def tile_configs(tiles: Sequence[tuple[int, int, int]], sizes: dict[str, int], columns: int) -> list[dict[str, Any]]:

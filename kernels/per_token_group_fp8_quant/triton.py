@@ -20,22 +20,9 @@ INDEX_BITS = 64
 
 @triton.jit
 def per_token_group_fp8_quant(
-    input,
-    output_q,
-    output_s,
-    eps,
-    fp8_min,
-    fp8_max,
-    groups,
-    groups_of_row,
-    row_stride,
-    group_stride,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UE8M0: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    input, output_q, output_s, eps, fp8_min, fp8_max, groups, groups_of_row, row_stride, group_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """GROUPS groups of GROUP elements per program."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = (group < groups)[:, None]
@@ -62,38 +49,15 @@ def launch(
     output_s: torch.Tensor,
     group_size: int,
     eps: float,
-    fp8_min: float,
-    fp8_max: float,
-    scale_ue8m0: bool,
-    dummy_is_scale_transposed: bool,  # noqa: ARG001
-    dummy_is_tma_aligned: bool,  # noqa: ARG001
-    *,
+    *others: Any,
     config: dict[str, Any],
     _launcher: Callable[..., None],
 ) -> None:
     """One program for every `elements` elements."""
-    m, groups_of_row = input.size(0), lib.whole_groups(input.size(1), group_size)
-    groups = m * groups_of_row
-    tile = config["elements"] // group_size
-    _launcher(
-        per_token_group_fp8_quant,
-        ((groups + tile - 1) // tile,),
-        input,
-        output_q,
-        output_s,
-        eps,
-        fp8_min,
-        fp8_max,
-        groups,
-        groups_of_row,
-        output_s.stride(0),
-        output_s.stride(1),
-        GROUP=group_size,
-        GROUPS=tile,
-        VECTOR=config["vector"],
-        UE8M0=scale_ue8m0,
-        **lib.launch_options(config),
-    )
+    fp8_min, fp8_max, scale_ue8m0 = others[:3]
+    sizes = (input.size(0), input.size(1), group_size)
+    tensors = (input, output_q, output_s, eps, fp8_min, fp8_max)
+    lib.launch_groups(per_token_group_fp8_quant, sizes, tensors, output_s, config, _launcher, UE8M0=scale_ue8m0)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -32,22 +32,9 @@ INDEX_BITS = 64
 
 @triton.jit
 def per_token_group_fp8_quant_packed(
-    input,
-    output_q,
-    output_s_packed,
-    eps,
-    fp8_min,
-    fp8_max,
-    m,
-    groups_of_row,
-    words_of_row,
-    row_stride,
-    word_stride,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    input, output_q, output_s_packed, eps, fp8_min, fp8_max, m, groups_of_row, words_of_row, row_stride, word_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """GROUPS groups of GROUP elements per program, for m rows and those that fill them up to a multiple of four."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row = row_of(group, words_of_row * 4)
@@ -81,37 +68,18 @@ def launch(
     output_q: torch.Tensor,
     output_s_packed: torch.Tensor,
     group_size: int,
-    eps: float,
-    fp8_min: float,
-    fp8_max: float,
-    *,
+    *bounds: float,
     config: dict[str, Any],
     _launcher: Callable[..., None],
 ) -> None:
-    """One program for every `elements` elements."""
+    """One program for every `elements` elements; bounds are eps, fp8_min and fp8_max."""
     m, groups_of_row = input.size(0), lib.whole_groups(input.size(1), group_size)
     words_of_row = (groups_of_row + 3) // 4
     groups = (m + 3) // 4 * 4 * words_of_row * 4
-    tile = config["elements"] // group_size
-    _launcher(
-        per_token_group_fp8_quant_packed,
-        ((groups + tile - 1) // tile,),
-        input,
-        output_q,
-        output_s_packed,
-        eps,
-        fp8_min,
-        fp8_max,
-        m,
-        groups_of_row,
-        words_of_row,
-        output_s_packed.stride(0),
-        output_s_packed.stride(1),
-        GROUP=group_size,
-        GROUPS=tile,
-        VECTOR=config["vector"],
-        **lib.launch_options(config),
-    )
+    options = lib.tile_options(config, group_size)
+    grid = ((groups + options["GROUPS"] - 1) // options["GROUPS"],)
+    sizes = (m, groups_of_row, words_of_row, output_s_packed.stride(0), output_s_packed.stride(1))
+    _launcher(per_token_group_fp8_quant_packed, grid, input, output_q, output_s_packed, *bounds, *sizes, **options)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -19,20 +19,9 @@ EARLY_READS = ("weight",)
 
 @triton.jit
 def rms_norm(
-    result,
-    input,
-    weight,
-    epsilon,
-    m,
-    last_head,
-    k,
-    token_stride,
-    head_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    result, input, weight, epsilon, m, last_head, k, token_stride, head_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Strides are in units of 8 elements, so that rows are seen to be 16-byte aligned. LOOP: k may exceed BLOCK."""
     # Unsigned: twice the rows before an overflow, and a cheaper division.
     row = tl.program_id(0).to(tl.uint32) * ROWS + tl.arange(0, ROWS).to(tl.uint32)
@@ -57,7 +46,8 @@ def rms_norm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    tl.store(target + columns, normed(x, rstd, w).to(result.dtype.element_ty), mask=first)
+    y = normed(x, rstd, w)
+    tl.store(target + columns, y.to(result.dtype.element_ty), mask=first)
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
@@ -79,20 +69,9 @@ def launch(
     m, n, k = input.size(0), input.size(1), input.size(2)
     if input.stride(2) != 1 or input.stride(1) % 8 != 0 or input.stride(0) % 8 != 0:
         raise ValueError(f"rms_norm: strides {input.stride()} of input; the kernel takes rows that are 16-byte aligned")
-    _launcher(
-        rms_norm,
-        programs(m * n, config),
-        result,
-        input,
-        weight,
-        epsilon,
-        m,
-        n - 1,  # as n itself it would be taken for a multiple of 16
-        k,
-        input.stride(0) // 8,
-        input.stride(1) // 8,
-        **options(config, k),
-    )
+    # n - 1, because n itself would be taken for a multiple of 16.
+    sizes = (m, n - 1, k, input.stride(0) // 8, input.stride(1) // 8)
+    _launcher(rms_norm, programs(m * n, config), result, input, weight, epsilon, *sizes, **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

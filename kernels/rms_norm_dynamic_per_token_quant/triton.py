@@ -35,21 +35,9 @@ def _weighted(x, rstd, w):
 
 @triton.jit
 def rms_norm_dynamic_per_token_quant(
-    result,
-    input,
-    weight,
-    scale,
-    epsilon,
-    scale_ub,
-    residual,
-    m,
-    k,
-    row_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    result, input, weight, scale, epsilon, scale_ub, residual, m, k, row_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """LOOP: k may exceed BLOCK; then the rest of a row is read three times, and the residual written in the last."""
     row = own_rows(ROWS)
     source = input + row[:, None] * row_stride
@@ -103,34 +91,12 @@ def rms_norm_dynamic_per_token_quant(
 
 
 def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    epsilon: float,
-    scale_ub: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
+    result: torch.Tensor, input: torch.Tensor, *others: Any, config: dict[str, Any], _launcher: Callable[..., None]
 ) -> None:
-    """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
+    """One program per `rows` rows. Of K at most `block` unless the config has `loop`. The kernel takes the op's arguments."""
     m, k = input.size(0), input.size(1)
-    _launcher(
-        rms_norm_dynamic_per_token_quant,
-        programs(m, config),
-        result,
-        input,
-        weight,
-        scale,
-        epsilon,
-        scale_ub,
-        residual,
-        m,
-        k,
-        input.stride(0),
-        **options(config, k),
-    )
+    kernel, grid = rms_norm_dynamic_per_token_quant, programs(m, config)
+    _launcher(kernel, grid, result, input, *others, m, k, input.stride(0), **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

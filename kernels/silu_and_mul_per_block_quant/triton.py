@@ -23,20 +23,9 @@ INDEX_BITS = 64
 
 @triton.jit
 def silu_and_mul_per_block_quant(
-    out,
-    input,
-    scales,
-    scale_ub,
-    groups,
-    groups_of_row,
-    row_stride,
-    group_stride,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UE8M0: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, input, scales, scale_ub, groups, groups_of_row, row_stride, group_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """GROUPS groups of GROUP elements per program."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = (group < groups)[:, None]
@@ -74,33 +63,15 @@ def launch(
     scales: torch.Tensor,
     group_size: int,
     scale_ub: torch.Tensor | None,
-    is_scale_transposed: bool,  # noqa: ARG001
+    _is_scale_transposed: bool,
     scale_ue8m0: bool,
     *,
     config: dict[str, Any],
     _launcher: Callable[..., None],
 ) -> None:
     """One program for every `elements` elements."""
-    m, groups_of_row = out.size(0), lib.whole_groups(out.size(1), group_size)
-    groups = m * groups_of_row
-    tile = config["elements"] // group_size
-    _launcher(
-        silu_and_mul_per_block_quant,
-        ((groups + tile - 1) // tile,),
-        out,
-        input,
-        scales,
-        scale_ub,
-        groups,
-        groups_of_row,
-        scales.stride(0),
-        scales.stride(1),
-        GROUP=group_size,
-        GROUPS=tile,
-        VECTOR=config["vector"],
-        UE8M0=scale_ue8m0,
-        **lib.launch_options(config),
-    )
+    sizes, tensors = (out.size(0), out.size(1), group_size), (out, input, scales, scale_ub)
+    lib.launch_groups(silu_and_mul_per_block_quant, sizes, tensors, scales, config, _launcher, UE8M0=scale_ue8m0)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
