@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -31,15 +29,7 @@ def dynamic_per_token_scaled_fp8_quant(
     quantize_rows(_loaded, result, input, scale, scale_ub, m, k, row_stride, ROWS, BLOCK, LOOP, PDL)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    scale: torch.Tensor,
-    scale_ub: torch.Tensor | None,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, scale, scale_ub, *, config, _launcher):
     """One program per `rows` rows."""
     quantize(dynamic_per_token_scaled_fp8_quant, result, input, scale, scale_ub, config, _launcher)
 

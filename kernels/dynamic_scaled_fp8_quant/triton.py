@@ -6,10 +6,8 @@ While the tensor is small, the level 2 cache makes that cheaper than the three l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -55,9 +53,7 @@ def dynamic_scaled_fp8_quant(
         tl.store(result + row.to(tl.int64) * k + column, fp8_times(x, inverse), mask=inside)
 
 
-def launch(
-    result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, *, config: dict[str, Any], _launcher: Callable[..., None]
-) -> None:
+def launch(result, input, scale, *, config, _launcher):
     """At most `programs` programs, for tensors of up to some LIMIT elements."""
     m, k = input.size(0), input.size(1)
     # Without the 8 the open bucket would not reach as far as a bucket must, not even for K = 16.

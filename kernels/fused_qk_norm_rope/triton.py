@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
@@ -51,20 +47,10 @@ def fused_qk_norm_rope(
 
 
 def launch(
-    qkv: torch.Tensor,
-    num_heads_q: int,
-    num_heads_k: int,
-    num_heads_v: int,
-    head_dim: int,
-    eps: float,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    *others: Any,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    qkv, num_heads_q, num_heads_k, num_heads_v, head_dim, eps, q_weight, k_weight, cos_sin_cache, is_neox, position_ids,
+    _forced_token_heads_per_warp=-1, *, config, _launcher,
+):  # fmt: skip
     """One program per tile of tokens and heads, as in rotary_embedding."""
-    cos_sin_cache, is_neox, position_ids = others[:3]
     row = qkv.size(1)
     if (num_heads_q + num_heads_k + num_heads_v) * head_dim != row or num_heads_q + num_heads_k < 1:
         raise ValueError(f"fused_qk_norm_rope: rows of {row} elements are not {num_heads_q}, {num_heads_k}, … heads")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 
@@ -79,22 +75,9 @@ def places(kv_cache, slot, head, page, block_stride, head_stride, slot_stride):
 
 
 def launch(
-    qkv: torch.Tensor,
-    num_heads_q: int,
-    num_heads_k: int,
-    head_dim: int,
-    eps: float,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    position_ids: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    qkv, num_heads_q, num_heads_k, head_dim, eps, q_weight, k_weight, cos_sin_cache, is_neox, position_ids, slot_mapping,
+    kv_cache, *, config, _launcher,
+):  # fmt: skip
     """One program per tile of tokens and heads, as in rotary_embedding."""
     name = "fused_qk_norm_rope_cache"
     if (num_heads_q + 2 * num_heads_k) * head_dim != qkv.size(1):
@@ -104,9 +87,9 @@ def launch(
     for weight in (q_weight, k_weight):
         if weight is not None and weight.size(0) != head_dim:
             raise ValueError(f"{name}: a weight is {weight.shape}; heads have {head_dim}")
+    sixteenths = lib.check_rotary(name, cos_sin_cache, head_dim)
     if kv_cache.size(1) != num_heads_k or kv_cache.size(3) != 2 * head_dim or kv_cache.stride(3) != 1:
         raise ValueError(f"{name}: a cache of {kv_cache.shape}, the last stride {kv_cache.stride(3)}; heads have {head_dim}")
-    sixteenths = lib.check_rotary(name, cos_sin_cache, head_dim)
     grid, tiles = lib.tiles(qkv.size(0), (num_heads_q, num_heads_k, num_heads_k), head_dim, is_neox, config)
     tensors = (qkv, q_weight, k_weight, cos_sin_cache, position_ids, slot_mapping, kv_cache)
     sizes = (qkv.size(0), qkv.stride(0), num_heads_q, num_heads_k, *tiles[:2], sixteenths, kv_cache.size(2))

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -44,17 +42,10 @@ def per_token_group_fp8_quant(
 
 
 def launch(
-    input: torch.Tensor,
-    output_q: torch.Tensor,
-    output_s: torch.Tensor,
-    group_size: int,
-    eps: float,
-    *others: Any,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    input, output_q, output_s, group_size, eps, fp8_min, fp8_max, scale_ue8m0, _dummy_is_scale_transposed,
+    _dummy_is_tma_aligned, *, config, _launcher,
+):  # fmt: skip
     """One program for every `elements` elements."""
-    fp8_min, fp8_max, scale_ue8m0 = others[:3]
     sizes = (input.size(0), input.size(1), group_size)
     tensors = (input, output_q, output_s, eps, fp8_min, fp8_max)
     lib.launch_groups(per_token_group_fp8_quant, sizes, tensors, output_s, config, _launcher, UE8M0=scale_ue8m0)

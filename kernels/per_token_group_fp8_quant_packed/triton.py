@@ -7,10 +7,8 @@ See lib/triton_groups.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -63,23 +61,16 @@ def per_token_group_fp8_quant_packed(
     tl.store(byte, exponent, (row < m) | padding)
 
 
-def launch(
-    input: torch.Tensor,
-    output_q: torch.Tensor,
-    output_s_packed: torch.Tensor,
-    group_size: int,
-    *bounds: float,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
-    """One program for every `elements` elements; bounds are eps, fp8_min and fp8_max."""
+def launch(input, output_q, output_s_packed, group_size, eps, fp8_min, fp8_max, *, config, _launcher):
+    """One program for every `elements` elements."""
     m, groups_of_row = input.size(0), lib.whole_groups(input.size(1), group_size)
     words_of_row = (groups_of_row + 3) // 4
     groups = (m + 3) // 4 * 4 * words_of_row * 4
     options = lib.tile_options(config, group_size)
     grid = ((groups + options["GROUPS"] - 1) // options["GROUPS"],)
     sizes = (m, groups_of_row, words_of_row, output_s_packed.stride(0), output_s_packed.stride(1))
-    _launcher(per_token_group_fp8_quant_packed, grid, input, output_q, output_s_packed, *bounds, *sizes, **options)
+    tensors = (input, output_q, output_s_packed)
+    _launcher(per_token_group_fp8_quant_packed, grid, *tensors, eps, fp8_min, fp8_max, *sizes, **options)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

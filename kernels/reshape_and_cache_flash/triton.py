@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -59,19 +57,7 @@ def reshape_and_cache_flash(
     tl.store(value_cache + v_at, stored(v, v_divisor, like), here)
 
 
-def launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    _kv_cache_dtype: str,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(key, value, key_cache, value_cache, slot_mapping, _kv_cache_dtype, k_scale, v_scale, *, config, _launcher):
     """One program per `tokens` tokens and `block` columns."""
     tokens, heads, dim = key.shape
     columns, page = heads * dim, key_cache.size(1)

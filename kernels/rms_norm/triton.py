@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -56,15 +54,7 @@ def rms_norm(
             tl.store(target + start + columns, y.to(result.dtype.element_ty), mask=rest)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, weight, epsilon, *, config, _launcher):
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, n, k = input.size(0), input.size(1), input.size(2)
     if input.stride(2) != 1 or input.stride(1) % 8 != 0 or input.stride(0) % 8 != 0:

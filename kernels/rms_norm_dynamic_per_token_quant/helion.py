@@ -16,14 +16,9 @@ from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, releas
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
 @helion.kernel(static_shapes=False, index_dtype=torch.int64)
 def rms_norm_dynamic_per_token_quant(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    epsilon: float,
-    scale_ub: torch.Tensor | None = None,
-    residual: torch.Tensor | None = None,
-) -> None:
+    result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, epsilon: float,
+    scale_ub: torch.Tensor | None = None, residual: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     m, k = input.size()
     k = hl.specialize(k)
     # A row of weights per row: loaded as a matrix, they get the input's layout in registers, and no exchange is needed.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -90,13 +88,11 @@ def rms_norm_dynamic_per_token_quant(
                 tl.store(old + start + columns, x.to(residual.dtype.element_ty), mask=rest)
 
 
-def launch(
-    result: torch.Tensor, input: torch.Tensor, *others: Any, config: dict[str, Any], _launcher: Callable[..., None]
-) -> None:
-    """One program per `rows` rows. Of K at most `block` unless the config has `loop`. The kernel takes the op's arguments."""
+def launch(result, input, weight, scale, epsilon, scale_ub, residual, *, config, _launcher):
+    """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
-    kernel, grid = rms_norm_dynamic_per_token_quant, programs(m, config)
-    _launcher(kernel, grid, result, input, *others, m, k, input.stride(0), **options(config, k))
+    tensors = (result, input, weight, scale, epsilon, scale_ub, residual)
+    _launcher(rms_norm_dynamic_per_token_quant, programs(m, config), *tensors, m, k, input.stride(0), **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

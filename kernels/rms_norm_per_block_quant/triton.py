@@ -8,10 +8,8 @@ Configs have
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -96,17 +94,10 @@ def rms_norm_per_block_quant(
 
 
 def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    epsilon: float,
-    *others: Any,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    result, input, weight, scale, epsilon, scale_ub, residual, group_size, _is_scale_transposed, scale_ue8m0, *, config,
+    _launcher,
+):  # fmt: skip
     """One program per row of at most `chunk` * `chunks` elements."""
-    scale_ub, residual, group_size, _is_scale_transposed, scale_ue8m0 = others
     m, k = input.size(0), input.size(1)
     if k > config["chunk"] * config["chunks"]:
         raise ValueError(f"a row has {k} elements; the config takes up to {config['chunk']} * {config['chunks']}")

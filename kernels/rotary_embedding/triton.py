@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -59,17 +57,7 @@ def rotary_embedding(
         tl.store(at + column, tl.reshape(tl.join(a, b), (TOKENS * HEADS, D)), in_pairs)
 
 
-def launch(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    head_size: int,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    *_others: Any,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(positions, query, key, head_size, cos_sin_cache, is_neox, _rope_dim_offset=0, _inverse=False, *, config, _launcher):
     """One program per `tokens` tokens and as many heads as give each thread two vectors, or one of interleaved pairs."""
     keys = query if key is None else key
     query_size, key_size = query.size(1), 0 if key is None else keys.size(1)

@@ -66,24 +66,10 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
 
 @gluon.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def pair_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_as,
-    stride_bs,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    out, a, b, a_scales, b_scales, bias, M, N, K, stride_as, stride_bs,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     PDL: gl.constexpr,
-):
+):  # fmt: skip
     """out = a @ b.T. out, a and b are descriptors with blocks of [64, BLOCK_N], [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
 
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not

@@ -5,10 +5,8 @@ All but `dot` accumulate in the tensor core from the first k to the last, as CUT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -26,25 +24,9 @@ EARLY_READS = ("b", "b_scales", "bias")
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def dot_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_as,
-    stride_bs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, bias, M, N, K, stride_out, stride_a, stride_b, stride_as, stride_bs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T on the plain cores: a program's BLOCK_N weights go to its registers, BLOCK_K bytes of each at once.
 
     The first of them are asked for while the kernel before this one still runs. Programs are many, small and resident at
@@ -90,28 +72,10 @@ def dot_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def stream_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_as,
-    stride_bs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, bias, M, N, K, stride_out, stride_a, stride_b, stride_as, stride_bs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out.T = weights @ a.T: the weights are the 64-row side of the tensor core, the rows of a the side that may be narrow.
 
     With SPLIT > 1 a tile takes BLOCK_N / SPLIT weights and cuts K into SPLIT pieces, which are stacked: as rows of the
@@ -161,27 +125,10 @@ def stream_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def tma_kernel(
-    out,
-    a,
-    b,
-    weights,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_b,
-    stride_as,
-    stride_bs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, weights, a_scales, b_scales, bias, M, N, K, stride_b, stride_as, stride_bs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
     A program takes every num_programs-th tile. The loops are fused: the next tile's loads run under this one's stores.
@@ -216,17 +163,7 @@ def tma_kernel(
             out.store([tile_m * BLOCK_M, tile_n * BLOCK_N + part * WIDTH], result.to(out.dtype))
 
 
-def launch(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scales: torch.Tensor,
-    b_scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    config: Mapping[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(out, a, b, a_scales, b_scales, bias, *, config, _launcher):
     """One launch of the kernel that the config names; `dot`, `stream`, `tma` and `pair` say what a config holds."""
     m, k, n = a.size(0), a.size(1), b.size(1)
     block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]

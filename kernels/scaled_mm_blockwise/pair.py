@@ -109,24 +109,9 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
 
 @gluon.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def pair_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    out, a, b, a_scales, b_scales, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """out = a @ b.T. out, a and b are descriptors with blocks of [64, min(BLOCK_N, 128)], [BLOCK_M, 128] and [BLOCK_N, 128].
 
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not

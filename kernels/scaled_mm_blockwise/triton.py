@@ -5,10 +5,8 @@ The tensor core sums 128 products at a time, from zero, `dot` 16; the scaled sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -33,26 +31,9 @@ def load_scales(scales, at, stride, COUNT: tl.constexpr, end):
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def dot_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, M, N, K, stride_out, stride_a, stride_b, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T on the plain cores, as in `scaled_mm`. BLOCK_N divides 128: a program's weights share their scales.
 
     A thread's 16 products at a time are of one group: it scales their sum.
@@ -101,29 +82,10 @@ def dot_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def stream_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, M, N, K, stride_out, stride_a, stride_b, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out.T = weights @ a.T, as in `scaled_mm`. BLOCK_N / SPLIT divides 128: the weights of a tile share their scales."""
     GROUP_SIZE: tl.constexpr = 128
     ROWS: tl.constexpr = BLOCK_N // SPLIT
@@ -172,28 +134,10 @@ def stream_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def tma_kernel(
-    out,
-    a,
-    b,
-    weights,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_b,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, weights, a_scales, b_scales, M, N, K, stride_b, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
     A program takes every num_programs-th tile of SLICES * BLOCK_N columns. The loops are fused: the next tile's loads run
@@ -234,16 +178,7 @@ def tma_kernel(
             out.store([tile_m * BLOCK_M, tile_n * COLUMNS + i * BLOCK_N], accs[i].to(out.dtype))
 
 
-def launch(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scales: torch.Tensor,
-    b_scales: torch.Tensor,
-    *,
-    config: Mapping[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(out, a, b, a_scales, b_scales, *, config, _launcher):
     """One launch of the kernel that the config names; `dot`, `stream`, `tma` and `pair` say what a config holds."""
     m, k, n = a.size(0), a.size(1), b.size(1)
     block_m, block_n = config["block_m"], config["block_n"]

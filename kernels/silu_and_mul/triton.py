@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -34,7 +32,7 @@ def silu_and_mul(result, input, n, blocks, BLOCK: tl.constexpr, PDL: tl.constexp
     tl.store(result + row.to(tl.int64) * n + columns, activated * (up + 0.0), mask=inside)
 
 
-def launch(result: torch.Tensor, input: torch.Tensor, *, config: dict[str, Any], _launcher: Callable[..., None]) -> None:
+def launch(result, input, *, config, _launcher):
     """One program per `block` columns of each row."""
     m, n = result.size(0), result.size(1)
     launch_blocks(silu_and_mul, m, n, (result, input), (), config, _launcher)

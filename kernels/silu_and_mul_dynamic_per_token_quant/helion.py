@@ -16,11 +16,8 @@ from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, releas
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
 @helion.kernel(static_shapes=False, index_dtype=torch.int64)
 def silu_and_mul_dynamic_per_token_quant(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    scale: torch.Tensor,
-    scale_ub: torch.Tensor | None = None,
-) -> None:
+    result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     m, n = result.size()
     n = hl.specialize(n)
     hl.pdl_wait()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -34,15 +32,7 @@ def silu_and_mul_dynamic_per_token_quant(
     quantize_rows(_activated, result, input, scale, scale_ub, m, n, row_stride, ROWS, BLOCK, LOOP, PDL)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    scale: torch.Tensor,
-    scale_ub: torch.Tensor | None,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, scale, scale_ub, *, config, _launcher):
     """One program per `rows` rows."""
     quantize(silu_and_mul_dynamic_per_token_quant, result, input, scale, scale_ub, config, _launcher)
 

@@ -5,10 +5,8 @@ Groups are numbered through all rows. See lib/triton_groups.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -57,18 +55,7 @@ def silu_and_mul_per_block_quant(
     store_scales(scales, scale, group, groups, groups_of_row, row_stride, group_stride)
 
 
-def launch(
-    out: torch.Tensor,
-    input: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int,
-    scale_ub: torch.Tensor | None,
-    _is_scale_transposed: bool,
-    scale_ue8m0: bool,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(out, input, scales, group_size, scale_ub, _is_scale_transposed, scale_ue8m0, *, config, _launcher):
     """One program for every `elements` elements."""
     sizes, tensors = (out.size(0), out.size(1), group_size), (out, input, scales, scale_ub)
     lib.launch_groups(silu_and_mul_per_block_quant, sizes, tensors, scales, config, _launcher, UE8M0=scale_ue8m0)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -31,15 +29,7 @@ def static_scaled_fp8_quant(result, input, scale, k, blocks, row_stride, BLOCK: 
     tl.store(result + row.to(tl.int64) * k + columns, fp8_times(x, inverse), mask=inside)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    scale: torch.Tensor,
-    group_shape: None,  # noqa: ARG001
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, scale, _group_shape, *, config, _launcher):
     """One program per `block` columns of each row."""
     if scale.size(0) != 1:
         raise ValueError(f"static_scaled_fp8_quant: scale has {scale.size(0)} elements; the kernel takes one")

@@ -9,8 +9,8 @@ COLUMNS = 8
 
 
 def split(
-    warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 0, trigger: int = 0
-) -> dict[str, Any]:
+    warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 0, trigger: int = 0,
+) -> dict[str, Any]:  # fmt: skip
     """A config of `Split`; without a depth the weights go straight to registers."""
     form = {"kernel": "split", "rows": rows, "columns": columns, "warps": warps, "cluster": cluster, "steps": steps}
     return form | {"depth": depth or 1, "direct": int(not depth), "trigger": trigger}
@@ -22,16 +22,9 @@ def dot(warps: int, outputs: int = 1, tokens: int = 1, trigger: int = 0) -> dict
 
 
 def warpgroup(
-    rows: int,
-    columns: int,
-    steps: int,
-    stages: int,
-    cluster: int = 1,
-    blocks: int = 132,
-    resident: int = 0,
-    ways: int = 1,
+    rows: int, columns: int, steps: int, stages: int, cluster: int = 1, blocks: int = 132, resident: int = 0, ways: int = 1,
     trigger: int = 0,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """A config of `Warpgroup`. Its shared memory: 128 bytes * (rows + 8 * columns) * steps * stages, at most 226 KB."""
     form = {"kernel": "warpgroup", "rows": rows, "columns": columns, "steps": steps, "stages": stages}
     return form | {"cluster": cluster, "blocks": blocks, "resident": resident, "ways": ways, "trigger": trigger}

@@ -49,14 +49,9 @@ class Dot(Gemm):
 
     @cute.kernel
     def kernel(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None,
         bias: cute.Tensor | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The kernel: see the class."""
         tid, _, _ = cute.arch.thread_idx()
         tile, _, _ = cute.arch.block_idx()

@@ -40,18 +40,9 @@ class Split(Gemm):
     """
 
     def __init__(
-        self,
-        element: type[Numeric],
-        k: int | None,
-        rows: int,
-        columns: int,
-        warps: int,
-        cluster: int,
-        steps: int,
-        depth: int,
-        trigger: int = 0,
-        direct: int = 0,
-    ) -> None:
+        self, element: type[Numeric], k: int | None, rows: int, columns: int, warps: int, cluster: int, steps: int,
+        depth: int, trigger: int = 0, direct: int = 0,
+    ) -> None:  # fmt: skip
         self.step = 8 * STEP // element.width
         super().__init__(element, k, self.step * steps * warps * cluster, depth, trigger)
         self.rows, self.columns, self.warps, self.cluster, self.steps = rows, columns, warps, cluster, steps
@@ -86,14 +77,9 @@ class Split(Gemm):
 
     @cute.kernel
     def kernel(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None,
         bias: cute.Tensor | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The kernel: see the class."""
         tid, _, _ = cute.arch.thread_idx()
         tile, rank, _ = cute.arch.block_idx()
@@ -171,16 +157,9 @@ class Split(Gemm):
 
     @cute.jit
     def store(
-        self,
-        out: cute.Tensor,
-        parts: Any,
-        scales: cute.Tensor,
-        bias: cute.Tensor | None,
-        tid: Int32,
-        first: Int32,
-        m: Int32,
-        n: Int32,
-    ) -> None:
+        self, out: cute.Tensor, parts: Any, scales: cute.Tensor, bias: cute.Tensor | None, tid: Int32, first: Int32,
+        m: Int32, n: Int32,
+    ) -> None:  # fmt: skip
         """Sums up this block's own outputs, from the first on, and stores them."""
         layout = cute.make_layout((self.tokens, self.own, self.parts), stride=(self.pitch, 1, self.tokens * self.pitch))
         sums = cute.make_tensor(cute.recast_ptr(parts, dtype=Float32), layout)
