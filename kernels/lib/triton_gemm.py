@@ -80,26 +80,25 @@ def launch_plain(kernel: Any, call: Call, config: Mapping[str, Any], launcher: C
 
 
 def launch_tiles(
-    kernel: Any, call: Call, config: Mapping[str, Any], launcher: Callable[..., None], block_k: int, columns: int,
-    out_block: list[int], **constants: Any,
+    kernel: Any, call: Call, config: Mapping[str, Any], launcher: Callable[..., None], columns: int, out_columns: int,
+    **constants: Any,
 ) -> None:  # fmt: skip
     """The TMA or the Gluon kernel: of descriptors; a program takes every num_programs-th tile of `columns` columns.
 
-    out_block  what is stored of out at once
+    A copy has all rows of a tile, in the Gluon kernel 64 of them; of out it has `out_columns` columns.
     """
     out, a, b, others, strides = call
     m, k, n = a.size(0), a.size(1), b.size(1)
-    block_m, block_n = config["block_m"], config["block_n"]
-    out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], out_block)
-    a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [block_m, block_k])
-    b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, block_k])
+    block_m, block_k, is_pair = config["block_m"], config.get("block_k", 128), config["kernel"] == "pair"
+    rows = 64 if is_pair else block_m
+    out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [rows, out_columns])
+    a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [rows, block_k])
+    b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [config["block_n"], block_k])
     tiles = ((m + block_m - 1) // block_m) * ((n + columns - 1) // columns)
     grid, options = (min(tiles, config["programs"]),), _tile(config)
-    if config["kernel"] == "tma":  # it prefetches weights, by their addresses
-        launcher(kernel, grid, out_tiles, a_tiles, b_tiles, b, *others, m, n, k, b.stride(1), *strides, **options, **constants)
-        return
-    del options["PREFETCH"]
-    launcher(kernel, grid, out_tiles, a_tiles, b_tiles, *others, m, n, k, *strides, **options, **constants)
+    # The TMA kernel prefetches weights, by their addresses.
+    weights, row = ((), ()) if is_pair else ((b,), (b.stride(1),))
+    launcher(kernel, grid, out_tiles, a_tiles, b_tiles, *weights, *others, m, n, k, *row, *strides, **options, **constants)
 
 
 def _tile(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,5 +107,7 @@ def _tile(config: Mapping[str, Any]) -> dict[str, Any]:
     if "registers" in config:
         found["maxnreg"] = config["registers"]
     if config["kernel"] != "dot":
-        found |= {"GROUP": config["group"], "PREFETCH": config["prefetch"]}
+        found["GROUP"] = config["group"]
+    if config["kernel"] in ("stream", "tma"):
+        found["PREFETCH"] = config["prefetch"]
     return found

@@ -141,6 +141,8 @@ def tma_kernel(
 ):  # fmt: skip
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
+    Rows of the last two tiles may be made twice, with the same result.
+
     A program takes every num_programs-th tile of SLICES * BLOCK_N columns. The loops are fused: the next tile's loads run
     under this one's stores. The slices' products come one after the other, so that they need the registers of one.
     """
@@ -157,14 +159,16 @@ def tma_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP)
-        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        # The last tile ends with M, if M has one: rows that are not there take the copy engine longer.
+        first_row = tl.minimum(tile_m * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
+        m = first_row + tl.arange(0, BLOCK_M)
         a_scale = a_scales + m.to(tl.int64) * stride_am
         # One scale of weights per tile and k, but loaded once per row: so it comes by the same asynchronous copies.
         first = tile_n * COLUMNS // GROUP_SIZE
         last = (N - 1) // GROUP_SIZE
         accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * SLICES
         for at in tl.range(0, K, GROUP_SIZE, num_stages=STAGES):
-            x = a.load([tile_m * BLOCK_M, at])
+            x = a.load([first_row, at])
             scale = tl.load(a_scale + (at // GROUP_SIZE) * stride_ak.to(tl.int64), mask=m < M, other=0.0)
             sums = ()
             for i in tl.static_range(SLICES):
@@ -176,7 +180,7 @@ def tma_kernel(
                 sums += (accs[i] + tl.dot(x, w.T) * both[:, None],)
             accs = sums
         for i in tl.static_range(SLICES):
-            out.store([tile_m * BLOCK_M, tile_n * COLUMNS + i * BLOCK_N], accs[i].to(out.dtype))
+            out.store([first_row, tile_n * COLUMNS + i * BLOCK_N], accs[i].to(out.dtype))
 
 
 def launch(out, a, b, a_scales, b_scales, *, config, _launcher):
@@ -191,10 +195,10 @@ def launch(out, a, b, a_scales, b_scales, *, config, _launcher):
     if config["kernel"] == "stream":
         gemm.launch_plain(stream_kernel, call, config, _launcher, SPLIT=config["split"], **stages)
     elif config["kernel"] == "pair":
-        gemm.launch_tiles(pair_kernel, call, config, _launcher, 128, block_n, [64, min(block_n, 128)], **stages)
+        gemm.launch_tiles(pair_kernel, call, config, _launcher, block_n, min(block_n, 128), **stages)
     else:
-        slices, block = config["slices"], [config["block_m"], block_n]
-        gemm.launch_tiles(tma_kernel, call, config, _launcher, 128, slices * block_n, block, SLICES=slices, **stages)
+        slices = config["slices"]
+        gemm.launch_tiles(tma_kernel, call, config, _launcher, slices * block_n, block_n, SLICES=slices, **stages)
 
 
 def tma(block_m: int, block_n: int, num_stages: int, slices: int = 1, **others: int) -> dict[str, Any]:
