@@ -13,7 +13,6 @@ from ..lib.triton_launch import launch_options
 from .spec import PARTS
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 _COUNTERS = tl.constexpr(WORKSPACE_COUNTERS // 8)
 

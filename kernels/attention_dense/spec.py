@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, Fallback, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..lib.sdpa import LENGTHS, LONGEST, Rule, attend, check_heads, checked_rule, sample_heads, sample_rule, serve, served
 
@@ -82,13 +82,12 @@ SPEC = OpSpec(
         BoolArg("limits"),
     ),
     reference=reference,
-    fallback=fallback,
+    fallback=Fallback(fallback),
     sample=sample,
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_sequences": "M", "max_seqlen_q": "max_seqlen_q"},
     ladder=(4,),  # the number of sequences picks no config
     hints={"N": 32},
-    doc=reference.__doc__ or "",
     own_scales=True,
     served=served,
     typical="bfloat16+causal",

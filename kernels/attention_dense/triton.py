@@ -9,7 +9,6 @@ from hdispatch.opspec import Variant
 from ..lib import flash_attention as lib
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 def launch(out, q, k, v, _max_seqlen_q, scale, softcap, window, causal, limits, *, config, _launcher):

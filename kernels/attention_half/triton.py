@@ -13,7 +13,6 @@ from ..lib import attention as lib
 from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 # All but qkv, which the kernel before this one writes: no kernel of a step writes the others, and of its launches only this one
 # writes this layer's cache.
 EARLY_READS = (

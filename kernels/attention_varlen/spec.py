@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, Fallback, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..lib.sdpa import (
     LENGTHS,
@@ -113,13 +113,12 @@ SPEC = OpSpec(
         BoolArg("limits"),
     ),
     reference=reference,
-    fallback=fallback,
+    fallback=Fallback(fallback),
     sample=sample,
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_tokens": "M", "max_seqlen_q": "max_seqlen_q"},
     ladder=(16384,),  # the number of tokens picks no config
     hints={"N": 32},
-    doc=reference.__doc__ or "",
     own_scales=True,
     served=served,
     typical="bfloat16+causal",

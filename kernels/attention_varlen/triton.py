@@ -9,7 +9,6 @@ from hdispatch.opspec import Variant
 from ..lib import flash_attention as lib
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 def launch(

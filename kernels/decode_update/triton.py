@@ -11,7 +11,6 @@ from hdispatch.opspec import Variant
 from ..lib.triton_launch import launch_options
 
 GENERIC = ("N", "K")
-INDEX_BITS = 64
 
 
 @triton.jit

@@ -12,7 +12,6 @@ from ..lib.triton_fp8 import widened
 from ..lib.triton_rows import looped, quantize, quantize_rows, warps_for, whole
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 
 @triton.jit

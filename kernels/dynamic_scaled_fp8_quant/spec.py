@@ -51,6 +51,5 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     # Larger tensors have no kernel: see triton.py.
     ladder=(1, 2, 4, 8, 16, 32, 64),
-    doc=reference.__doc__ or "",
     hints={"K": 16},
 )

@@ -16,7 +16,6 @@ from ..lib.triton_fp8 import fp8_times, widened
 from ..lib.triton_launch import launch_options
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 #: Elements beyond which three launches are faster: a program reads some 110 GB/s. 64 rows of 5120 are the most.
 LIMIT = 64 * 5120

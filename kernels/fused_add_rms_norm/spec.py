@@ -47,7 +47,6 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     typical="bfloat16+weight",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
 )

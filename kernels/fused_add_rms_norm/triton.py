@@ -11,7 +11,6 @@ from hdispatch.opspec import Variant
 from ..lib.triton_rows import load_weights, looped, normed, options, own_rows, programs, warps_for, whole
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 

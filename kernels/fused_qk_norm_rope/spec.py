@@ -116,6 +116,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k} for k in MODELS), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
-    doc=reference.__doc__ or "",
     served=served,
 )

@@ -9,7 +9,6 @@ from ..lib import triton_rope as lib
 from ..lib.triton_rope import candidates as candidates
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("q_weight", "k_weight")
 
 

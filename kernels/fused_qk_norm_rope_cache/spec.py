@@ -143,7 +143,6 @@ SPEC = OpSpec(
     shapes=({},),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
-    doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+head_dim=128+is_neox",
 )

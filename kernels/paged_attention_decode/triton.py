@@ -13,7 +13,6 @@ from ..lib import attention as lib
 from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, split_tokens, tokens_of_split
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 # What no kernel of a step writes.
 EARLY_READS = ("block_table", "seq_lens", "sinks")
 

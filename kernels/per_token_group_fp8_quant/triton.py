@@ -13,7 +13,6 @@ from ..lib.triton_fp8 import reciprocal, widened
 from ..lib.triton_groups import absmax_scale, clamp_codes, inverse_scale, power_of_two, store_codes, store_scales
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 
 @triton.jit

@@ -25,7 +25,6 @@ from ..lib.triton_groups import (
 )
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 
 @triton.jit

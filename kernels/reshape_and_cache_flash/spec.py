@@ -100,7 +100,6 @@ SPEC = OpSpec(
     shapes=({"K": 128}, {"K": 64}),
     config_key={"head_dim": "K", "num_tokens": "M"},
     hints={"N": 8},
-    doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+kv_cache_dtype=auto",
 )

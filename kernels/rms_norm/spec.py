@@ -48,7 +48,6 @@ SPEC = OpSpec(
     # Hidden states have one row per token, heads have any number.
     shapes=(*({"K": k, "N": 1} for k in (2048, 4096, 5120)), *({"K": k} for k in (128, 64, 256)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     typical="bfloat16+weight",
     # K is below every block, so that configs for few columns can be traced too.
     hints={"K": 48, "N": 8},

@@ -12,7 +12,6 @@ from ..lib.triton_fp8 import bounded, row_scale, widened
 from ..lib.triton_rows import looped, options, own_rows, programs, store_codes, warps_for, whole
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 

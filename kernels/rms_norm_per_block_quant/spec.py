@@ -104,5 +104,4 @@ SPEC = OpSpec(
     served=served,
     # The least of the shapes: a config for rows of that size takes no longer ones.
     hints={"K": 2048},
-    doc=reference.__doc__ or "",
 )

@@ -25,7 +25,6 @@ from ..lib.triton_groups import (
 from ..lib.triton_launch import launch_options
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 

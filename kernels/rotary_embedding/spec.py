@@ -102,7 +102,6 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k, "N": 1024} for k in (2048, 4096, 8192)), {}),
     config_key={"query_size": "K", "key_size": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+key+head_size=128+is_neox",
     hints={"N": 1024},

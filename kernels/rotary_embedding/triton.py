@@ -11,7 +11,6 @@ from hdispatch.opspec import Variant
 from ..lib import triton_rope as lib
 
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 
 
 @triton.jit

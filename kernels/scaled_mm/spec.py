@@ -67,6 +67,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     accumulation=ACCUMULATION,
 )

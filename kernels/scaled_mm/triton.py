@@ -18,7 +18,6 @@ from .pair import pair_kernel
 
 #: One record serves all K and N that are multiples of 16.
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 #: Read before the wait for the kernel before this one, which seldom writes weights: a launch after one that does waits whole.
 EARLY_READS = ("b", "b_scales", "bias")
 

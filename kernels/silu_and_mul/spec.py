@@ -45,5 +45,4 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
     config_key={"intermediate_size": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
 )

@@ -51,6 +51,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
     config_key={"intermediate_size": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     hints={"N": 48},  # below every block, so that configs for few columns can be traced too
 )

@@ -85,5 +85,4 @@ SPEC = OpSpec(
     shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
     config_key={"intermediate_size": "N", "num_tokens": "M"},
     served=served,
-    doc=reference.__doc__ or "",
 )

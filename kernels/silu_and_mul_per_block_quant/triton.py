@@ -16,7 +16,6 @@ from ..lib.triton_fp8 import clamp_rows, silu, widened
 from ..lib.triton_groups import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 @triton.jit

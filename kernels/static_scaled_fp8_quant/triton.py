@@ -12,7 +12,6 @@ from ..lib.triton_blocks import block_configs, launch_blocks, own_block
 from ..lib.triton_fp8 import fp8_times
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 
 @triton.jit

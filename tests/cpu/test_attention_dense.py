@@ -124,7 +124,7 @@ def test_packed_sequences_are_dense_ones(monkeypatch: pytest.MonkeyPatch, fallba
     starts = [torch.tensor([0, *each]).cumsum(0).int() for each in (queries, keys)]
     out = torch.full_like(q, 7.0)
     spec, asked = hdispatch.ops.spec("attention_varlen"), RULES[rule]
-    call = spec.fallback if fallback else spec.reference
+    call = spec.fallback_function if fallback else spec.reference
     assert call is not None
     call(out, q, k, v, *starts, 5, 7, asked.scale, asked.softcap, asked.window, asked.causal, True)
     assert (out[9:] == 7).all()
