@@ -1,4 +1,4 @@
-"""Attention over K and V that lie in tensors, in plain torch: what the references and fallbacks of the dense ops share.
+"""Attention over K and V that lie in tensors, in plain torch: what attention_dense and attention_varlen declare alike.
 
 q [sequences, heads, queries, head_dim], k and v [sequences, kv heads, keys, head_dim]; packed sequences are padded to that.
 Nothing here waits for the GPU.
@@ -6,13 +6,20 @@ Nothing here waits for the GPU.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+from hdispatch.errors import ArgumentError
+from hdispatch.opspec import Variant
 from torch.nn.functional import scaled_dot_product_attention
 
 #: Scores, or elements of padded sequences, that are held at once.
 HELD = 2**27
+#: Upper edges of the buckets of max_seqlen_q.
+LENGTHS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
+#: Queries of a sample call, unless it is asked for, and query heads per kv head.
+LONGEST, GROUP = 100, 4
 
 
 class Rule(NamedTuple):
@@ -22,6 +29,41 @@ class Rule(NamedTuple):
     softcap: float = 0.0
     window: int = 0
     causal: bool = False
+
+
+def checked_rule(op: str, scale: float, softcap: float, window: int, causal: bool, limits: bool) -> Rule:
+    """The ops' last arguments. ArgumentError for a softcap or window without `limits`, or a window without `causal`."""
+    if not limits and (softcap or window):
+        raise ArgumentError(f"{op}: softcap is {softcap} and window {window}; without limits both are 0")
+    if window and not causal:
+        raise ArgumentError(f"{op}: window is {window}; without causal it is 0")
+    return Rule(scale, softcap, window, causal)
+
+
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """ArgumentError unless q has a multiple of k's heads, which are dimension 1 of both, and v has k's shape."""
+    if q.size(1) % max(1, k.size(1)) or (k.size(1) == 0 and q.size(1)):
+        raise ArgumentError(f"{op}: q has {q.size(1)} heads; expected a multiple of k's, which has {k.size(1)}")
+    if k.shape != v.shape:
+        raise ArgumentError(f"{op}: v is {list(v.shape)}; expected k's shape, {list(k.shape)}")
+
+
+def sample_heads(heads: int) -> tuple[int, int, int]:
+    """Heads of q, k and v of a sample call with so many heads of q."""
+    kv_heads = max(1, heads // GROUP) if heads % GROUP == 0 else heads
+    return heads, kv_heads, kv_heads
+
+
+def sample_rule(variant: Variant, dim: int, longest: int) -> tuple[float, float, int, bool, bool]:
+    """scale, softcap, window, causal and limits of a sample call, for heads of `dim` and up to `longest` queries."""
+    causal, limits = bool(variant.static["causal"]), bool(variant.static["limits"])
+    window = 1 + longest // 2 if limits and causal else 0
+    return 1 / math.sqrt(dim), (30.0 if limits else 0.0), window, causal, limits
+
+
+def served(variant: Variant) -> bool:
+    """What models have: a softcap and windows with causal, in bfloat16."""
+    return not variant.static["limits"] or (bool(variant.static["causal"]) and variant.dtypes["q"] == torch.bfloat16)
 
 
 class Lengths(NamedTuple):
@@ -83,6 +125,7 @@ def serve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, lengths
     queries, keys = q.size(2), k.size(2)
     if rule.softcap > 0 or not q.numel() or not keys:
         return attend(q, k, v, rule, lengths).to(q.dtype)
+    q, k, v = (_aligned(each) for each in (q, k, v))
     if lengths is None and rule.window == 0 and (not rule.causal or queries in (1, keys)):
         is_causal = rule.causal and queries > 1
         return scaled_dot_product_attention(q, k, v, is_causal=is_causal, scale=rule.scale, enable_gqa=k.size(1) != q.size(1))
@@ -91,6 +134,14 @@ def serve(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rule: Rule, lengths
     k, v = (each.repeat_interleave(group, 1) if group > 1 else each for each in (k, v))
     y = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=rule.scale)
     return torch.where(mask.any(-1, keepdim=True), y, 0.0)
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy where it is not in vectors of 16 bytes: torch's cuDNN kernel then reads from the address rounded down."""
+    steps = [step * x.element_size() % 16 for step, size in zip(x.stride()[:-1], x.shape[:-1], strict=True) if size > 1]
+    if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and not any(steps):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 class Packed(NamedTuple):

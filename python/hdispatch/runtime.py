@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import _C, functions, host, ops
+from . import _C, embedded, functions, host, ops
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -23,7 +23,11 @@ from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_b
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle. `device` is the CUDA device it serves, or -1: the null driver, which serves CPU tensors."""
+    """A loaded bundle.
+
+    folder   where it was read from, a folder or an archive
+    device   the CUDA device it serves, or -1: the null driver, which serves CPU tensors
+    """
 
     folder: Path
     manifest: Manifest = field(repr=False)
@@ -165,7 +169,7 @@ _SERVING = _Serving()
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     *,
     device: torch.device | int | str | None = None,
     driver: str = "cuda",
@@ -177,6 +181,8 @@ def load(
 
     A bundle is code, which runs in this process: load those alone whose builder you trust.
 
+    folder   of a bundle, or the .tar.xz of one; default $HDISPATCH_BUNDLE, else the one that the package was installed with for
+             the device's architecture (with the null driver: for any)
     device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
              registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).
@@ -192,8 +198,12 @@ def load(
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
     _check_driver(driver)
-    manifest, contents = read_bundle(folder, sha256=sha256)
     index = -1
+    if driver == "cuda" and folder is None:  # which of the package's own depends on the device
+        index = _cuda_device("", device)
+    if folder is None:
+        folder = embedded.choose(index)
+    manifest, contents = read_bundle(folder, sha256=sha256)
     if driver == "cuda":
         index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)

@@ -17,14 +17,14 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.compile import build, configs
+from hdispatch.compile import build, configs, op_package
 from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
-from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
-from hdispatch.kernels.lib.sdpa import Rule, attend, serve
+from hdispatch.kernels.lib.sdpa import LENGTHS, Rule, attend, serve
 from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
+from torch.nn.functional import scaled_dot_product_attention
 
 PROGRAM = Path(__file__).with_name("flash_attention_kernels.py")
 OPS = ("attention_dense", "attention_varlen")
@@ -89,6 +89,29 @@ def test_reference_and_fallback_are_a_loop_in_float64(queries: int, keys: int, r
     assert (serve(q, k, v, RULES[rule]).double() - want).abs().max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_gets_vectors_of_16_bytes(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """cuDNN's kernel reads from addresses rounded down."""
+    given = []
+
+    def seen(*args: torch.Tensor, **more: object) -> torch.Tensor:
+        given.extend(args)
+        return scaled_dot_product_attention(*args, **more)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", seen)
+    plain = [randn(2, heads, 5, 8, seed=seed).half() for seed, heads in enumerate((4, 2, 2))]
+    shifted = [torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in plain]
+    odd_rows = [torch.cat((x, x[..., :1]), -1)[..., :-1] for x in plain]
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain]
+    want = serve(*plain, RULES[rule])
+    for args in (shifted, odd_rows, turned):
+        assert torch.equal(serve(*args, RULES[rule]), want)
+    for x in given:
+        assert x.data_ptr() % 16 == 0
+        assert x.stride(-1) == 1
+        assert all(step * 2 % 16 == 0 for step in x.stride()[:-1])
+
+
 @pytest.mark.parametrize("held", [sdpa.HELD, 1])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("fallback", [False, True])
@@ -101,7 +124,7 @@ def test_packed_sequences_are_dense_ones(monkeypatch: pytest.MonkeyPatch, fallba
     starts = [torch.tensor([0, *each]).cumsum(0).int() for each in (queries, keys)]
     out = torch.full_like(q, 7.0)
     spec, asked = hdispatch.ops.spec("attention_varlen"), RULES[rule]
-    call = spec.fallback if fallback else spec.reference
+    call = spec.fallback_function if fallback else spec.reference
     assert call is not None
     call(out, q, k, v, *starts, 5, 7, asked.scale, asked.softcap, asked.window, asked.causal, True)
     assert (out[9:] == 7).all()
@@ -194,10 +217,20 @@ def test_no_gradient_is_asked_for_without_grad() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attention") / "bundle"
+    """A bundle whose kernels serve every length: the config files leave to torch where it is faster."""
+    out = tmp_path_factory.mktemp("attention")
+    rows = ((16, {"block_m": 16, "num_warps": 4, "stages": 3}), (16384, {"block_m": 128, "num_warps": 8, "stages": 2}))
+    entries = [
+        {"key": {"head_dim": 64, "num_sequences": 4, "max_seqlen_q": edge}, "config": {"block_n": 64} | config}
+        for edge, config in rows
+    ]
+    (out / "nvidia_h200.json").write_text(json.dumps(entries))
     chosen = Selection(shapes=lambda _: [{"K": 64}], variants=lambda _: ["bfloat16+causal"])
-    build(list(OPS), "h100", out, select=chosen)
-    return out
+    usual = op_package.config_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op_package, "config_folder", lambda name: out if name.endswith("dense") else usual(name))
+        build(list(OPS), "h100", out / "bundle", select=chosen)
+    return out / "bundle"
 
 
 @pytest.fixture
