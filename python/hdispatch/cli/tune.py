@@ -27,7 +27,7 @@ Choose the configs of ops in three steps, of which only the second needs the GPU
 
   hdispatch tune candidates --out cand --archive cand.tar.xz    what to measure, compiled; on any machine
   hdispatch tune measure cand --out timings.jsonl               every candidate at every size, on the GPU; can be resumed
-  hdispatch tune select timings.jsonl                           the fewest configs that are nearly the best -> configs/
+  hdispatch tune select timings.jsonl                           few configs that are nearly the best -> configs/
 
 and a further source of candidates, for whoever has the GPU hours:
 
@@ -51,8 +51,8 @@ timeout and left out from then on, and a new process goes on with the others.
 """
 
 SELECT = """\
-Choose, from timings, the smallest set of configs per op that stays within the allowed regret (how much slower than the best
-measured config) at every size and bucket, and write configs/<op>/<gpu>.json in vLLM's format, with the times and versions
+Choose, from timings, few configs per op that stay within the allowed regret (how much slower than the best measured config) at
+every size and bucket, and write configs/<op>/<gpu>.json in vLLM's format, with the times and versions
 beside it in <gpu>.tuned.json. Entries for sizes without timings are kept.
 """
 
@@ -217,7 +217,7 @@ def _chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
 
 
 def describe_candidates(report: CandidateReport, archive: Path | None) -> str:
-    """The report in words."""
+    """The report as text."""
     lines = [
         [op, *map(str, (o.options, o.units, len(o.dropped), o.from_cache, o.records, o.cells, o.pairs)), f"{o.seconds:.0f} s"]
         for op, o in report.ops.items()
@@ -307,7 +307,7 @@ def run_select(arguments: argparse.Namespace) -> int:
 
 
 def describe_selection(reports: Sequence[OpReport], dry_run: bool) -> str:
-    """The report in words."""
+    """The report as text."""
     lines = [
         [
             r.op,

@@ -32,7 +32,7 @@ from .timings import ConfigKey
 
 @dataclass
 class OpCandidates:
-    """What an op brought.
+    """The counts of an op.
 
     options, units   distinct configs; what was to be compiled: an option once for all points that share its code
     from_cache       units that were compiled before
@@ -54,7 +54,7 @@ class OpCandidates:
 
 @dataclass
 class CandidateReport:
-    """What was made, by op; `bytes` of the bundle, `seconds` that making it took."""
+    """The result of `collect`, by op; `bytes` of the bundle, `seconds` that making it took."""
 
     out: Path
     target: GpuTarget
@@ -114,7 +114,7 @@ class _Competitor:
 
 
 class _Bundle:
-    """What was compiled, by point."""
+    """The compiled candidates, by point, and the bundle of them."""
 
     def __init__(self, found: PointConfigs, made: Mapping[UnitKey, Made]) -> None:
         self.found = found
@@ -146,7 +146,7 @@ class _Bundle:
         return self.found.opens.get((package, option), frozenset())
 
     def report(self, package: OpPackage, into: OpCandidates) -> None:
-        """What an op brought. BuildError if nothing of it compiles."""
+        """Fill in the counts of an op. BuildError if none of its candidates compiles."""
         mine = {key: made for key, made in self.made.items() if key[0] is package}
         cells = [each for point, each in self.by_point.items() if point.op is package and each]
         into.options = len({key[2] for key in mine})
@@ -233,7 +233,7 @@ class _Bundle:
 
 
 def _code(record: Record, m_class: MClass) -> bytes:
-    """What is launched for a class of M, whatever config it came from."""
+    """Identifies the launch for a class of M, whatever config it came from."""
     if record["launcher"] == "tvm_ffi":
         return store.canonical({name: value for name, value in record.items() if name not in ("config", "m_min", "m_max")})
     launched: dict[str, Any] = {
