@@ -28,12 +28,12 @@ const OpObject& as_op(const py::handle& object) {
 // ---- ops ----
 
 py::object define_op(const std::string& name, const std::string& schema, const py::list& args, const py::list& variants,
-                     const py::object& fallback, const py::str& doc, const std::string& workspace,
-                     const std::vector<uint64_t>& workspace_bytes) {
+                     const py::object& fallback, const py::str& doc, const py::object& signature,
+                     const std::string& workspace, const std::vector<uint64_t>& workspace_bytes) {
   OpParts parts = read_op(name, args, variants, workspace_bytes);
   const Op& op = Runtime::get().define_op(name, schema, std::move(parts.args), std::move(parts.variants), workspace);
   return py::reinterpret_steal<py::object>(
-      reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr(), doc.ptr())));
+      reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr(), doc.ptr(), signature.ptr())));
 }
 
 // ---- overrides ----
@@ -155,8 +155,11 @@ PYBIND11_MODULE(_C, m) {
       py::arg("name"), py::arg("slots"), py::arg("temps"), py::arg("steps"), py::arg("max_rows"), py::arg("arena"));
 
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
-        py::arg("fallback"), py::arg("doc"), py::arg("workspace") = "",
+        py::arg("fallback"), py::arg("doc"), py::arg("signature"), py::arg("workspace") = "",
         py::arg("workspace_bytes") = std::vector<uint64_t>{});
+  m.def(
+      "set_traced_call", [](const py::object& function) { set_traced_call(op_type, function.ptr()); },
+      py::arg("function"));
   py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
       .def("undo", &Override::undo)
       .def("resume", &Override::resume)

@@ -255,8 +255,8 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
-#: The doors, and what the one of sequences is made of.
-DOORS = ("op_call", "override", "sequence_call", "sequence_reader", "arena")
+#: The doors, what they ask profilers, and what the one of sequences is made of.
+DOORS = ("op_call", "override", "profiler", "sequence_call", "sequence_reader", "arena")
 
 
 def test_the_core_knows_no_door():
