@@ -40,7 +40,7 @@ function(add_door torch_dir)
   target_include_directories(${folder} SYSTEM BEFORE PRIVATE ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
   target_compile_options(${folder} PRIVATE -Wall -Wextra -Wno-missing-field-initializers)
   target_link_libraries(${folder} PRIVATE hdispatch_core)
-  foreach(name c10 torch_cpu torch torch_python)
+  foreach(name c10 torch_cpu torch_python)
     target_link_libraries(${folder} PRIVATE ${torch_dir}/lib/lib${name}.so)
   endforeach()
 

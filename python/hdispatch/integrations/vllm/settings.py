@@ -1,4 +1,4 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY."""
+"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _METRICS_PORT."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SWITCH = "HDISPATCH"
 BUNDLE = "HDISPATCH_BUNDLE"
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
+METRICS_PORT = "HDISPATCH_METRICS_PORT"
 #: What HDISPATCH_ATTENTION takes -> what decode steps take then.
 ATTENTIONS = {
     "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
@@ -53,6 +54,14 @@ def replay() -> bool:
             f"{REPLAY} is {asked!r}; it takes 1 (replay decode steps that come again) or 0 (launch each kernel)"
         )
     return asked == "1"
+
+
+def metrics_port() -> int:
+    """HDISPATCH_METRICS_PORT, where the worker of cuda:0 serves its metrics; 0 for none. `HdispatchError` for another value."""
+    asked = os.environ.get(METRICS_PORT, "") or "0"
+    if not (asked.isascii() and asked.isdecimal() and int(asked) < 65536):
+        raise HdispatchError(f"{METRICS_PORT} is {asked!r}; it takes a port, 1 to 65535, or 0 (serve no metrics)")
+    return int(asked)
 
 
 def bundle_folder() -> Path:
