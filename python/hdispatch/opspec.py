@@ -227,6 +227,8 @@ class OpSpec:
                                 first served one if None.
     accumulation                root mean square of what the kernels' sums over K lose besides roundings of the output, per
                                 square root of K and relative to the output's own; 0 where they add in float32.
+    own_scales                  whether the rows of the outputs have scales of their own, as averages over many or few tokens
+                                have: where sums cancel, a row's scale says what rounding may lose.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     measured                    sizes to measure candidates at of symbols that rows leave open; `hints` for the others.
     closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
@@ -246,6 +248,7 @@ class OpSpec:
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
     accumulation: float = 0.0
+    own_scales: bool = False
     hints: Mapping[str, int] = field(default_factory=dict)
     measured: Mapping[str, int] = field(default_factory=dict)
     closed: bool = False

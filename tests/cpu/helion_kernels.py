@@ -10,7 +10,7 @@ from typing import Any
 import helion
 import helion.language as hl
 import torch
-from hdispatch.build import DESCRIBED, record, store, unit
+from hdispatch.compile import DESCRIBED, record, store, unit
 from hdispatch.opspec import OpSpec, TensorArg
 
 

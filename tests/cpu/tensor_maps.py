@@ -13,8 +13,8 @@ import helion
 import helion.language as hl
 import torch
 import triton
-from hdispatch.build import DESCRIBED, record, store, triton_backend, unit
-from hdispatch.build.trace import CallMaker, trace
+from hdispatch.compile import DESCRIBED, record, store, triton_backend, unit
+from hdispatch.compile.trace import CallMaker, trace
 from hdispatch.opspec import OpSpec, TensorArg
 from triton.backends.nvidia import driver
 from triton.tools.tensor_descriptor import TensorDescriptor

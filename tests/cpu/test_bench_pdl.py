@@ -12,9 +12,9 @@ import pytest
 import torch
 from hdispatch.bench import pdl
 from hdispatch.bench.pdl_chains import CHAINS, Chain, make_chain
-from hdispatch.build import Selection, build
 from hdispatch.cli import bench_pdl
 from hdispatch.cli.main import main
+from hdispatch.compile import Selection, build
 from hdispatch.errors import HdispatchError
 from hdispatch.manifest import LIBRARY
 from hdispatch.testing import device_timer, null

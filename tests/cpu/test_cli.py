@@ -14,10 +14,10 @@ import pytest
 import torch
 import toy
 from hdispatch.bench import dispatch
-from hdispatch.build import Selection, configs, store
-from hdispatch.build import build as wing
 from hdispatch.cli import build, doctor, inspect, numbers, text
 from hdispatch.cli.main import main
+from hdispatch.compile import Selection, configs, store
+from hdispatch.compile import build as wing
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, read_bundle
 
 OP = "rms_norm_dynamic_per_token_quant"
@@ -460,7 +460,7 @@ def test_bench_builds_a_bundle_if_none_is_given(monkeypatch, capsys, toy_bundle)
         progress(1, 1, "one")
         toy.write(out)
 
-    from hdispatch.build import Selection
+    from hdispatch.compile import Selection
 
     monkeypatch.setattr("hdispatch.cli.bench.build_wing", lambda: (fake, Selection))
     assert (

@@ -9,7 +9,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import DESCRIBED, configs, op_package, tune
+from hdispatch.compile import DESCRIBED, configs, op_package, tune
 from hdispatch.errors import BuildError
 from hdispatch.opspec import IntArg, OpSpec, TensorArg
 

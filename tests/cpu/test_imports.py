@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hdispatch.build import Selection, available_ops, build, op_package, tune
-from hdispatch.build.imports import ImportGraph
+from hdispatch.compile import Selection, available_ops, build, op_package, tune
+from hdispatch.compile.imports import ImportGraph
 from hdispatch.errors import BuildError
 from hdispatch.manifest import read_bundle
 
@@ -92,7 +92,7 @@ def test_the_key_of_every_op_has_all_that_it_runs():
     for package, hashes in found.items():
         folder = op_package.folder_of(package)
         assert {f"{package}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"} <= hashes.keys()
-        wing = {"build.record", "build.triton_backend", "build.trace", "manifest", "opspec"}
+        wing = {"compile.record", "compile.triton_backend", "compile.trace", "manifest", "opspec"}
         assert {f"hdispatch.{name}" for name in wing} <= hashes.keys()
         assert "hdispatch.runtime" not in hashes, "the serve wing decides no record"
     assert GROUPS in found["hdispatch.kernels.silu_and_mul_per_block_quant"]

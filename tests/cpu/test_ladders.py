@@ -14,9 +14,9 @@ import hdispatch
 import pytest
 import torch
 from hdispatch import _C, BundleError, HdispatchError, Key
-from hdispatch.build import build, configs, select, tune
 from hdispatch.cli.main import main
 from hdispatch.cli.tune import _chosen_buckets
+from hdispatch.compile import build, configs, select, tune
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
@@ -55,7 +55,7 @@ def entries() -> list[dict[str, Any]]:
 def config_folder(monkeypatch, tmp_path) -> Path:
     folder = tmp_path / "configs"
     folder.mkdir()
-    monkeypatch.setattr("hdispatch.build.op_package.config_folder", lambda _: folder)
+    monkeypatch.setattr("hdispatch.compile.op_package.config_folder", lambda _: folder)
     return folder
 
 
@@ -72,7 +72,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         where = tmp_path_factory.mktemp("configs")
-        patch.setattr("hdispatch.build.op_package.config_folder", lambda _: where)
+        patch.setattr("hdispatch.compile.op_package.config_folder", lambda _: where)
         write_configs(where, entries())
         out = tmp_path_factory.mktemp("two") / "bundle"
         report = build([NAME], "h200", out, cache=cache, extra=["two_ladders"])

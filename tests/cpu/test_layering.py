@@ -18,8 +18,8 @@ PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
 #: The build wing, and what may use it: lazily, so that a serving process never has it.
-BUILD = ("hdispatch.build",)
-LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.build", "hdispatch.__main__")
+BUILD = ("hdispatch.compile",)
+LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.compile", "hdispatch.__main__")
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
 #: Where the extension cannot be imported nothing else can be: this hands over to the report of `hdispatch doctor`, and ends.

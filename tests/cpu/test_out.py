@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import toy
-from hdispatch.build import build, out, tune
-from hdispatch.build.out import check_out, write
+from hdispatch.compile import build, out, tune
+from hdispatch.compile.out import check_out, write
 from hdispatch.errors import BuildError
 from hdispatch.manifest import ARTIFACTS, CHECKSUM_NAME, MANIFEST_NAME, read_bundle, read_files
 from hdispatch.tuning.candidates import CANDIDATES_NAME

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hdispatch.build import configs, select, tuned
 from hdispatch.cli import tune
 from hdispatch.cli.main import main
+from hdispatch.compile import configs, select, tuned
 from hdispatch.errors import BuildError, HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
 from hdispatch.tuning import timings
@@ -399,7 +399,7 @@ def test_the_command_writes_and_draws(tmp_path, capsys):
 
 
 def test_the_default_backend_is_the_ops_and_not_what_is_installed_here(tmp_path, monkeypatch):
-    monkeypatch.setattr("hdispatch.build.tune.missing", lambda backend: backend if backend == "helion" else None)
+    monkeypatch.setattr("hdispatch.compile.tune.missing", lambda backend: backend if backend == "helion" else None)
     timings.append(tmp_path / "t.jsonl", [{**real(4096, 0, "a", 1.0), "backend": "triton"}])
     assert main(["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]) == 0
     written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"

@@ -11,8 +11,8 @@ from typing import Any
 
 import hdispatch
 import pytest
-from hdispatch.build import DESCRIBED, autotune, configs, tune
 from hdispatch.cli.main import main
+from hdispatch.compile import DESCRIBED, autotune, configs, tune
 from hdispatch.errors import BuildError
 from hdispatch.opspec import OpSpec
 from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
@@ -67,7 +67,7 @@ PROGRAM = """
 import sys
 sys.path.append(FOLDER)
 from pathlib import Path
-from hdispatch.build import tune
+from hdispatch.compile import tune
 here = Path(FOLDER)
 report = tune.candidates(["tuned_op"], "h200", here / OUT, cache=here / "cache", extra=["tuned_op"], jobs=1,
                          scope=tune.Scope(more=(here / "more",)))

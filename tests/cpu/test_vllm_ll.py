@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from hdispatch.bench import peers, vllm_ll, vllm_ll_build
-from hdispatch.build import ffi_link
 from hdispatch.cli.main import main
+from hdispatch.compile import ffi_link
 from hdispatch.errors import BuildError, HdispatchError
 from op_results import sample_few as sample
 

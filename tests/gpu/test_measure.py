@@ -68,7 +68,7 @@ TIMEOUT, ALL = 15.0, 180.0
 
 def make(folder: Path, target: str) -> Path:
     """The bundle of candidates, one of which spins."""
-    from hdispatch.build import tune
+    from hdispatch.compile import tune
 
     (folder / "spins").mkdir()
     for name, text in (("__init__", ""), ("spec", SPEC), ("triton", KERNEL)):
@@ -104,7 +104,7 @@ def test_a_kernel_that_never_ends_costs_its_process_and_nothing_else(tmp_path, m
 
 @pytest.mark.parametrize("op", ["silu_and_mul"])
 def test_a_process_of_its_own_measures_an_installed_op(tmp_path, op):
-    from hdispatch.build import tune
+    from hdispatch.compile import tune
 
     scope = tune.Scope(shapes=lambda spec: [spec.shapes[0]], buckets=lambda _spec: [0, 4], radius=-1, spread=0)
     tune.candidates([op], "native", tmp_path / "cand", scope=scope)

@@ -11,7 +11,7 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import build
+from hdispatch.compile import build
 
 sys.path.append(str(Path(__file__).parents[1] / "cpu"))
 

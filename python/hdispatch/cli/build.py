@@ -13,7 +13,7 @@ from . import numbers
 from .text import Progress, count, print_json, size
 
 if TYPE_CHECKING:
-    from ..build import BuildReport
+    from ..compile import BuildReport
 
 #: In --shapes: the rows that serve every size.
 ANY = "any"
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 def build_wing() -> tuple[Any, Any]:
     """`build` and `Selection` of the build wing, which is imported here and not before."""
     try:
-        from .. import build as wing
+        from .. import compile as wing
     except ImportError as error:
         raise HdispatchError(
             f"the build wing cannot be imported: {error}; install it: pip install 'hdispatch[build]'"

@@ -386,7 +386,7 @@ def run_helion(arguments: argparse.Namespace) -> int:
 def _build_wing(module: str) -> Any:
     """A module of the build wing, which is imported here and not before."""
     try:
-        return importlib.import_module(f"hdispatch.build.{module}")
+        return importlib.import_module(f"hdispatch.compile.{module}")
     except ImportError as error:
         raise HdispatchError(
             f"the build wing cannot be imported: {error}; install it: pip install 'hdispatch[build]'"

@@ -28,7 +28,7 @@ from .target import GpuTarget
 from .unit import HINT, load_spec
 from .worker import Setup
 
-_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.build.space import main; main()")
+_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.compile.space import main; main()")
 
 #: What is moved along Helion's fragments; the others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")

@@ -35,7 +35,7 @@ _FOREIGN = (
 )
 
 #: -P keeps the current folder off the module path: one with a helion.py in it would shadow Helion.
-_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.build.worker import main; main()")
+_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.compile.worker import main; main()")
 
 
 def available_cpus() -> int:
