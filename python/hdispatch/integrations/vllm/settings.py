@@ -1,4 +1,4 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _METRICS_PORT."""
+"""What a person sets in the environment: HDISPATCH, the switch; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _METRICS_PORT."""
 
 from __future__ import annotations
 
