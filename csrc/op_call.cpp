@@ -156,8 +156,8 @@ HD_COLD PyObject* call_torch(const OpObject* self, PyObject* const* args) {
   return PyObject_Vectorcall(self->torch_op, args, op.args().size(), nullptr);
 }
 
-/// `args` are all arguments in order, and `call` has them.
-inline PyObject* serve(const OpObject* self, PyObject* const* args, Call& call) {
+/// `args` are all arguments in order, and `call` has them. Inlined into both callers: a call of its own costs 5 ns.
+__attribute__((always_inline)) inline PyObject* serve(const OpObject* self, PyObject* const* args, Call& call) {
   const Op& op = *self->op;
   const TableReader reader;
   Dispatch found;

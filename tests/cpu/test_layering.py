@@ -233,6 +233,12 @@ def test_no_header_includes_itself_in_a_circle():
         assert not [target for target in targets if target.endswith(".cpp")], name
 
 
+def test_the_first_line_of_a_file_says_what_it_is_for():
+    # The licence is in LICENSE, for the whole project; headers of files do not repeat it.
+    for name in INCLUDES:
+        assert re.match(rf"// {re.escape(name)} -- \S.{{10,}}", (CSRC / name).read_text()), name
+
+
 def core_files() -> set[str]:
     """The sources of hdispatch_core as CMake has them, and every header of ours that they reach."""
     text = (ROOT / "CMakeLists.txt").read_text()
