@@ -57,13 +57,41 @@ def test_off_it_does_not_even_look_for_vllm(monkeypatch):
     plugin.register()
 
 
-@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER"])
+@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER", "HDISPATCH_METRICS_PORT"])
 def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, fake_vllm, name):
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
     monkeypatch.setenv(name, "yes")
     with pytest.raises(HdispatchError, match=f"{name} is 'yes'; it takes"):
         plugin.register()
     assert f"{name} is 'yes'" in plugin.examine()["reason"]
+
+
+@pytest.mark.parametrize(("value", "port"), [("", 0), ("0", 0), ("9100", 9100), ("65535", 65535)])
+def test_the_port_of_metrics(monkeypatch, value, port):
+    monkeypatch.setenv("HDISPATCH_METRICS_PORT", value)
+    assert settings.metrics_port() == port
+
+
+@pytest.mark.parametrize("value", ["65536", "-1", "9100.5", "²"])
+def test_a_wrong_port_of_metrics(monkeypatch, value):
+    monkeypatch.setenv("HDISPATCH_METRICS_PORT", value)
+    with pytest.raises(HdispatchError, match="it takes a port, 1 to 65535"):
+        settings.metrics_port()
+
+
+def test_a_worker_serves_metrics_on_its_own_port(monkeypatch):
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from hdispatch import metrics
+
+    started = []
+    monkeypatch.setattr(prometheus_client, "start_http_server", started.append)
+    monkeypatch.setenv("HDISPATCH_METRICS_PORT", "9100")
+    plugin.serve_metrics(3)
+    try:
+        assert started == [9103]
+        assert prometheus_client.REGISTRY.get_sample_value("hdispatch_hits_total", {"op": "toy"}) is not None
+    finally:
+        prometheus_client.REGISTRY.unregister(metrics.register())
 
 
 def test_a_bundle_must_be_named(monkeypatch, tmp_path):
