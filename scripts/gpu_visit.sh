@@ -15,6 +15,7 @@
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest, BUILD of `hdispatch build`; for
 # sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
+# INSTALLED=1: the extension is installed already, by a run before; several may then run beside each other, on GPUs of their own.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -32,7 +33,8 @@ if [ ! -f "$carry/vllm_C.so.xz" ] && [ -f "$carry/vllm.tar.xz" ]; then  # the sa
   vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"
 fi
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
-python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
+[ -n "${INSTALLED:-}" ] || python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 ||
+  { cat "$out/build.log"; exit 1; }
 wait
 
 # vLLM and what it imports, for steps that need it.
@@ -106,7 +108,7 @@ for step in "$@"; do
     vllm-kernel-tests) vllm_kernel_tests ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
-    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
+    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" DEMO_BUNDLE="$site/demo-bundle" ;;
     *) echo "no step $step" >&2; false ;;
   esac > "$out/$step.txt" 2>&1 || { status=1; echo "step $step FAILED"; }
   echo "== $step"; tail -n "${TAIL:-60}" "$out/$step.txt"

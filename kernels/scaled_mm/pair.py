@@ -1,103 +1,25 @@
-"""The Gluon kernel of scaled_mm: one warp loads by TMA, two groups of four warps multiply, each at its own pace.
-
-Triton 3.7 does not specialise warps on Hopper by itself; in Gluon a kernel says which warps do what.
-"""
+"""The Gluon kernel of scaled_mm: one warp loads by TMA, two groups of four warps multiply, each at its own pace."""
 
 from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
+
+from ..lib.gluon_pair import load_tiles, make_barriers, row_of, store_tile, tile_of
 
 
 @gluon.jit
-def tile_of(index, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """`tile_at` for Gluon, which calls none of Triton's functions."""
-    first = index // (GROUP * tiles_n) * GROUP
-    rows = gl.minimum(tiles_m - first, GROUP)
-    within = index % (GROUP * tiles_n)
-    return first + within % rows, within // rows
-
-
-@gluon.jit
-def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, GROUP: gl.constexpr, PDL: gl.constexpr):
-    """Fills the stages, one after the other, as the two groups free them.
-
-    With PDL the kernel before this one may still write `a`; the first weights are asked for while it runs.
-    """
-    STAGES: gl.constexpr = a_tiles.shape[0]
-    BLOCK_M: gl.constexpr = a_tiles.shape[1]
-    BLOCK_N: gl.constexpr = b_tiles.shape[1]
-    BLOCK_K: gl.constexpr = a_tiles.shape[2]
-    BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K
-    tiles_m = gl.cdiv(M, BLOCK_M)
-    tiles_n = gl.cdiv(N, BLOCK_N)
-    early = 0
-    if PDL:
-        _, tile_n = tile_of(gl.program_id(0), tiles_m, tiles_n, GROUP)
-        for i in gl.static_range(STAGES):
-            wanted = i * BLOCK_K < K
-            mbarrier.expect(ready.index(i), BYTES, pred=wanted)
-            tma.async_copy_global_to_shared(b, [tile_n * BLOCK_N, i * BLOCK_K], ready.index(i), b_tiles.index(i), pred=wanted)
-        gdc_wait()
-        gdc_launch_dependents()
-        early = STAGES * BLOCK_K
-    stage = 0
-    phase = 1
-    for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
-        for at in range(0, K, BLOCK_K):
-            mbarrier.wait(free.index(stage), phase)
-            late = at >= early
-            mbarrier.expect(ready.index(stage), BYTES, pred=late)
-            tma.async_copy_global_to_shared(a, [tile_m * BLOCK_M, at], ready.index(stage), a_tiles.index(stage))
-            tma.async_copy_global_to_shared(b, [tile_n * BLOCK_N, at], ready.index(stage), b_tiles.index(stage), pred=late)
-            stage += 1
-            if stage == STAGES:
-                stage = 0
-                phase ^= 1
-        early = 0
-
-
-@gluon.jit
-def make_barriers(STAGES: gl.constexpr):
-    """One barrier per stage that says that it is loaded, one that says that both groups are done with it."""
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
-    fence_async_shared()
-    return ready, free
-
-
-@gluon.jit
-def store_tile(out, m, n, out_tile, result):
-    """Write a group's part of out, once its part before has left shared memory."""
-    tma.store_wait(0)
-    out_tile.store(result.to(out.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out, [m, n], out_tile)
-
-
-@gluon.jit
-def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
+def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
     """Upper or lower half of each tile, in parts of 64 rows."""
     out, a_scales, b_scales, bias, a_tiles, b_tiles, ready, free = tensors
     M, N, K, stride_as, stride_bs = sizes
     if PDL:
         gdc_wait()
-    STAGES: gl.constexpr = a_tiles.shape[0]
-    BLOCK_M: gl.constexpr = a_tiles.shape[1]
+    STAGES: gl.constexpr = b_tiles.shape[0]
     BLOCK_N: gl.constexpr = b_tiles.shape[1]
-    BLOCK_K: gl.constexpr = a_tiles.shape[2]
+    BLOCK_K: gl.constexpr = b_tiles.shape[2]
     PARTS: gl.constexpr = BLOCK_M // 128
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
     tiles_m = gl.cdiv(M, BLOCK_M)
@@ -110,13 +32,12 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
     before = STAGES - 1
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
-        first = tile_m * BLOCK_M + HALF * (PARTS * 64)
         accs = (gl.zeros((64, BLOCK_N), gl.float32, LAYOUT),) * PARTS
         for at in range(0, K, BLOCK_K):
             mbarrier.wait(ready.index(stage), phase)
             sums = ()
             for i in gl.static_range(PARTS):
-                x = a_tiles.index(stage).slice((HALF * PARTS + i) * 64, 64)
+                x = a_tiles.index((stage * 2 + HALF) * PARTS + i)
                 w = b_tiles.index(stage).permute((1, 0))
                 sums += (warpgroup_mma(x, w, accs[i], is_async=True),)
             # These products run on; the ones before them are done with their stage.
@@ -132,41 +53,28 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
         n = gl.minimum(tile_n * BLOCK_N + column, N - 1)
         b_scale = gl.load(b_scales + n * stride_bs)
         for i in gl.static_range(PARTS):
-            m = gl.minimum(first + i * 64 + row, M - 1)
+            first = row_of(tile_m, HALF * PARTS + i, M, BLOCK_M)
+            m = gl.minimum(first + row, M - 1)
             a_scale = gl.load(a_scales + m * stride_as)
             result = gl.expand_dims(a_scale, 1) * (gl.expand_dims(b_scale, 0) * accs[i])
             if bias is not None:
                 result += gl.expand_dims(gl.load(bias + n).to(gl.float32), 0)
-            store_tile(out, first + i * 64, tile_n * BLOCK_N, out_tile, result)
+            store_tile(out, first, tile_n * BLOCK_N, out_tile, result)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def pair_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_as,
-    stride_bs,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
+    out, a, b, a_scales, b_scales, bias, M, N, K, stride_as, stride_bs,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr,
     PDL: gl.constexpr,
-):
-    """out = a @ b.T. out, a and b are descriptors with blocks of [64, BLOCK_N], [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
+):  # fmt: skip
+    """out = a @ b.T. out, a and b are descriptors with blocks of [64, BLOCK_N], [64, BLOCK_K] and [BLOCK_N, BLOCK_K].
 
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not
-    written.
+    written. Some of the last 64 rows may be made, and written, several times, with the same result.
     """
-    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK_K], a.layout)
+    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES * (BLOCK_M // 64), 64, BLOCK_K], a.layout)
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK_K], b.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, BLOCK_N], out.layout)
     ready, free = make_barriers(STAGES)
@@ -176,9 +84,9 @@ def pair_kernel(
     sizes = (M, N, K, stride_as, stride_bs)
     gl.warp_specialize(
         [
-            (multiply, (tensors, sizes, out_tiles.index(0), UPPER, GROUP, PDL)),
-            (multiply, (tensors, sizes, out_tiles.index(1), LOWER, GROUP, PDL)),
-            (load_tiles, (a, b, a_tiles, b_tiles, ready, free, M, N, K, GROUP, PDL)),
+            (multiply, (tensors, sizes, out_tiles.index(0), UPPER, BLOCK_M, GROUP, PDL)),
+            (multiply, (tensors, sizes, out_tiles.index(1), LOWER, BLOCK_M, GROUP, PDL)),
+            (load_tiles, (a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M, GROUP, PDL)),
         ],
         [4, 1],
         [240, 24],

@@ -33,15 +33,14 @@ def define(spec: OpSpec) -> _C.Op:
     if spec.name in globals():
         raise HdispatchError(f"op {spec.name!r} would hide hdispatch.ops.{spec.name}")
     variants = list(spec.variant_arguments().items())
-    doc = f"{spec.schema()}\n\n{inspect.cleandoc(spec.doc or spec.reference.__doc__ or '')}"
+    doc = f"{spec.schema()}\n\n{inspect.cleandoc(spec.reference.__doc__ or '')}"
     described = [_describe(spec, arg) for arg in spec.args]
-    reference = spec.fallback or spec.reference
-    signature = _signature(spec)
+    fallback, signature = spec.fallback_function, _signature(spec)
     if spec.workspace is None:
-        op = _C.define_op(spec.name, spec.schema(), described, variants, reference, doc, signature)
+        op = _C.define_op(spec.name, spec.schema(), described, variants, fallback, doc, signature)
     else:
         sizes = [spec.workspace_bytes(variant) for variant in spec.variants()]
-        op = _C.define_op(spec.name, spec.schema(), described, variants, reference, doc, signature, spec.workspace.name, sizes)
+        op = _C.define_op(spec.name, spec.schema(), described, variants, fallback, doc, signature, spec.workspace.name, sizes)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
     globals()[spec.name] = op

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, functions, host, ops
+from . import _C, embedded, functions, host, ops
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -24,8 +24,10 @@ from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_f
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle. `device` is the CUDA device it serves, or -1: the null driver, which serves CPU tensors.
+    """A loaded bundle.
 
+    folder        where it was read from, a folder or an archive
+    device        the CUDA device it serves, or -1: the null driver, which serves CPU tensors
     sha256        of its manifest.json, which tells it from any other
     load_seconds  how long it took to verify and load
     """
@@ -172,7 +174,7 @@ _SERVING = _Serving()
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     *,
     device: torch.device | int | str | None = None,
     driver: str = "cuda",
@@ -184,6 +186,8 @@ def load(
 
     A bundle is code, which runs in this process: load those alone whose builder you trust.
 
+    folder   of a bundle, or the .tar.xz of one; default $HDISPATCH_BUNDLE, else the one that the package was installed with for
+             the device's architecture (with the null driver: for any)
     device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
              registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).
@@ -200,9 +204,13 @@ def load(
     """
     _check_driver(driver)
     start = time.perf_counter()
+    index = -1
+    if driver == "cuda" and folder is None:  # which of the package's own depends on the device
+        index = _cuda_device("", device)
+    if folder is None:
+        folder = embedded.choose(index)
     files = read_files(folder, sha256=sha256)
     manifest = files.manifest
-    index = -1
     if driver == "cuda":
         index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)
@@ -341,12 +349,7 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
             raise BundleError(
                 f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
             )
-        spec = ops.spec(name)
-        if (other := spec.difference(entry)) is not None:
-            raise BundleError(
-                f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} "
-                f"with other variants or arguments ({other}); rebuild"
-            )
+        ops.spec(name).check_same(entry, where, "rebuild")
         found[name] = ops.get(name)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}

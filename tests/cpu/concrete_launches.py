@@ -12,9 +12,10 @@ import json
 import struct
 from typing import Any
 
+from hdispatch.compile.build_unit import load_spec
 from hdispatch.compile.trace import CallMaker, Descriptor, Flag, HostSide, Launch, Number, Pointer, Trace, trace
 from hdispatch.compile.triton_backend import Sample, _SampleTensor, samples
-from hdispatch.compile.unit import class_of, load_spec
+from hdispatch.manifest import class_of
 
 BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
 

@@ -13,11 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from hdispatch.compile import DESCRIBED, triton_backend
+from hdispatch.compile.build_unit import Unit
 from hdispatch.compile.expr import postfix
-from hdispatch.compile.record import Candidate
+from hdispatch.compile.record_builder import Candidate
 from hdispatch.compile.store import Store
 from hdispatch.compile.trace import CallMaker, Constant, Flag, Number, Pointer, Real, trace
-from hdispatch.compile.unit import Unit
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg
 from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -17,12 +17,11 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.compile import build, configs
+from hdispatch.compile import build, configs, op_package
 from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
-from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
-from hdispatch.kernels.lib.sdpa import Rule, attend, serve
+from hdispatch.kernels.lib.sdpa import LENGTHS, Rule, attend, serve
 from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
 from torch.nn.functional import scaled_dot_product_attention
@@ -125,7 +124,7 @@ def test_packed_sequences_are_dense_ones(monkeypatch: pytest.MonkeyPatch, fallba
     starts = [torch.tensor([0, *each]).cumsum(0).int() for each in (queries, keys)]
     out = torch.full_like(q, 7.0)
     spec, asked = hdispatch.ops.spec("attention_varlen"), RULES[rule]
-    call = spec.fallback if fallback else spec.reference
+    call = spec.fallback_function if fallback else spec.reference
     assert call is not None
     call(out, q, k, v, *starts, 5, 7, asked.scale, asked.softcap, asked.window, asked.causal, True)
     assert (out[9:] == 7).all()
@@ -218,10 +217,20 @@ def test_no_gradient_is_asked_for_without_grad() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attention") / "bundle"
+    """A bundle whose kernels serve every length: the config files leave to torch where it is faster."""
+    out = tmp_path_factory.mktemp("attention")
+    rows = ((16, {"block_m": 16, "num_warps": 4, "stages": 3}), (16384, {"block_m": 128, "num_warps": 8, "stages": 2}))
+    entries = [
+        {"key": {"head_dim": 64, "num_sequences": 4, "max_seqlen_q": edge}, "config": {"block_n": 64} | config}
+        for edge, config in rows
+    ]
+    (out / "nvidia_h200.json").write_text(json.dumps(entries))
     chosen = Selection(shapes=lambda _: [{"K": 64}], variants=lambda _: ["bfloat16+causal"])
-    build(list(OPS), "h100", out, select=chosen)
-    return out
+    usual = op_package.config_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op_package, "config_folder", lambda name: out if name.endswith("dense") else usual(name))
+        build(list(OPS), "h100", out / "bundle", select=chosen)
+    return out / "bundle"
 
 
 @pytest.fixture

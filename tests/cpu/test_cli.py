@@ -350,7 +350,7 @@ def test_doctor_as_json(capsys, toy_bundle, monkeypatch):
     monkeypatch.setenv(doctor.BUNDLE_VARIABLE, str(toy_bundle))
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "serving"}
+    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "host", "serving"}
     assert found["vllm"]["ok"] or found["vllm"]["reason"]
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs", "tvm_ffi", "linker"}
@@ -460,9 +460,7 @@ def test_bench_builds_a_bundle_if_none_is_given(monkeypatch, capsys, toy_bundle)
         progress(1, 1, "one")
         toy.write(out)
 
-    from hdispatch.compile import Selection
-
-    monkeypatch.setattr("hdispatch.cli.bench.build_wing", lambda: (fake, Selection))
+    monkeypatch.setattr("hdispatch.compile.build", fake)
     assert (
         main(["bench", "dispatch", "--op", "toy", "--device", "cpu", "--quick", "--variant", "bfloat16", "--hidden", "512"])
         == 0
@@ -477,7 +475,7 @@ def test_bench_goes_on_where_no_bundle_can_be_built(monkeypatch, capsys):
     def fails_to_build(*_args, **_kwargs):
         raise hdispatch.BuildError("no compiler today")
 
-    monkeypatch.setattr("hdispatch.cli.bench.build_wing", lambda: (fails_to_build, lambda **_kwargs: None))
+    monkeypatch.setattr("hdispatch.compile.build", fails_to_build)
     assert main(["bench", "dispatch", "--op", "toy", "--device", "cpu", "--quick"]) == 0
     out = capsys.readouterr().out
     assert "no compiler today" in out
@@ -520,3 +518,17 @@ def test_progress_on_a_terminal_draws_one_line(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "\n" not in err
     assert "4/4 all" in err
+
+
+def test_progress_says_what_remains(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(text.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(text.sys.stderr, "isatty", lambda: False, raising=False)
+    progress = text.Progress()
+    progress(40, 80, "from the cache")  # which took no time, and says nothing about the rest
+    now[0] += 30
+    progress(60, 80, "an op")
+    now[0] += 30
+    progress(80, 80, "the last op")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["40/80 from the cache (0 s)", "60/80 an op, about 30 s left (30 s)", "80/80 the last op (60 s)"]

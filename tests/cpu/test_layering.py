@@ -18,8 +18,8 @@ PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
 #: The build wing, and what may use it: lazily, so that a serving process never has it.
-BUILD = ("hdispatch.compile",)
-LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.compile", "hdispatch.__main__")
+BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in ("autotune", "collect", "compile_many", "select")))
+LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
 #: Where the extension cannot be imported nothing else can be: this hands over to the report of `hdispatch doctor`, and ends.
@@ -39,14 +39,17 @@ class Import:
         return f"{self.source} imports {self.target}"
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def modules_in(folder: Path, package: str) -> dict[str, Path]:
+    """The modules of a package that lies in a folder, by their full names."""
+    named = {(package, *path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in named.items()}
 
 
-FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+FILES = modules_in(PACKAGE, "hdispatch")
+KERNELS = modules_in(ROOT / "kernels", "hdispatch.kernels")
+LIB = "hdispatch.kernels.lib"
 #: What the build adds to the package.
-MODULES = {*FILES, "hdispatch._C", "hdispatch._build_info", "hdispatch.kernels", "hdispatch.configs"}
+MODULES = {*FILES, *KERNELS, "hdispatch._C", "hdispatch._build_info", "hdispatch.configs"}
 
 
 def imports_of(name: str, path: Path) -> Iterator[Import]:
@@ -137,7 +140,7 @@ def test_importing_brings_no_dsl(fresh):
     added = fresh["added"]
     assert isinstance(added, list)
     assert "hdispatch" in added
-    others = ("hdispatch.cli", "hdispatch.bench", "hdispatch.testing", "hdispatch.tuning")
+    others = ("hdispatch.cli", "hdispatch.bench", "hdispatch.testing", "hdispatch.tune")
     assert not [module for module in added if within(module, (*DSLS, *BUILD, *others))]
 
 
@@ -164,7 +167,8 @@ def test_the_command_line_starts_without_the_build_wing():
 def test_measuring_needs_neither_the_build_wing_nor_a_dsl():
     # torch may import triton by itself, where it is installed.
     code = (
-        "import json, sys, hdispatch.tuning.measure, hdispatch.tuning.worker; print(json.dumps({'all': sorted(sys.modules)}))"
+        "import json, sys, hdispatch.tune.measure, hdispatch.tune.measure_worker\n"
+        "print(json.dumps({'all': sorted(sys.modules)}))"
     )
     loaded = run(code)["all"]
     assert isinstance(loaded, list)
@@ -199,6 +203,11 @@ def test_the_build_wing_imports_neither_the_command_line_nor_the_benchmark():
     assert tuple(found) == HANDS_OVER
 
 
+def test_the_build_does_not_know_tuning():
+    build = ("hdispatch.compile",)
+    assert not [str(each) for each in OURS if within(each.source, build) and within(each.target, ("hdispatch.tune",))]
+
+
 def test_no_module_imports_the_package_itself():
     assert not [str(each) for each in OURS if each.target == "hdispatch"]
 
@@ -211,9 +220,64 @@ def test_imports_are_at_the_top():
 
 def test_vllm_is_imported_by_the_plug_in_alone():
     vllm = [each for each in IMPORTS if within(each.target, ("vllm",)) and not within(each.source, LAZY)]
-    assert {each.source for each in vllm} == {PLUGIN, f"{VLLM}.models", f"{VLLM}.sampling"}
+    assert {each.source for each in vllm} == {
+        PLUGIN,
+        *(f"{VLLM}.{name}" for name in ("models", "runner", "sampling", "decode_batch")),
+    }
     assert all(each.local for each in vllm if each.source == PLUGIN)
     assert {each.source for each in IMPORTS if each.target == f"{VLLM}.models"} == {PLUGIN}
+
+
+# ---- kernels ----
+
+
+KERNEL_IMPORTS = [each for name, path in KERNELS.items() for each in imports_of(name, path)]
+
+
+def op_of(module: str) -> str | None:
+    """The op whose folder a module lies in."""
+    parts = module.split(".")
+    return parts[2] if module in KERNELS and len(parts) > 2 and not within(module, (LIB,)) else None
+
+
+def test_no_op_imports_another():
+    ops = {name.split(".")[2] for name in KERNELS if name.endswith(".spec")}
+    assert len(ops) > 20
+    crossing = [each for each in KERNEL_IMPORTS if op_of(each.target) not in (None, op_of(each.source))]
+    assert not [str(each) for each in crossing]
+
+
+def test_what_is_shared_lies_in_lib():
+    beside = {name for name in KERNELS if name.count(".") == 2 and not KERNELS[name].name.startswith("__init__")}
+    assert not beside
+
+
+def test_kernels_import_declarations_a_dsl_and_lib():
+    allowed = ("hdispatch.opspec", "hdispatch.errors", "hdispatch.kernels", "torch", "triton", "helion", "cutlass")
+    found = [each for each in KERNEL_IMPORTS if each.target.split(".")[0] not in sys.stdlib_module_names]
+    assert not [str(each) for each in found if not within(each.target, allowed)]
+
+
+def test_declarations_import_no_dsl():
+    """All that a spec.py reaches, through lib too."""
+    allowed = ("hdispatch.opspec", "hdispatch.errors", "hdispatch.kernels", "torch")
+    reached = {name for name in KERNELS if name.endswith(".spec")}
+    todo = sorted(reached)
+    while todo:
+        for each in imports_of(name := todo.pop(), KERNELS[name]):
+            assert each.target.split(".")[0] in sys.stdlib_module_names or within(each.target, allowed), str(each)
+            if each.target in KERNELS and each.target not in reached:
+                reached.add(each.target)
+                todo.append(each.target)
+    assert f"{LIB}.reference_fp8" in reached
+
+
+def test_no_kernel_module_imports_in_a_circle():
+    graph: dict[str, set[str]] = {name: set() for name in KERNELS}
+    for each in KERNEL_IMPORTS:
+        if each.target in KERNELS and each.target != each.source:
+            graph[each.source].add(each.target)
+    assert find_cycle(graph) is None
 
 
 # ---- C++ ----

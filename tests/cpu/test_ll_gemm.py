@@ -150,7 +150,7 @@ def test_config_that_takes_too_few_tokens_is_refused(tmp_path) -> None:
 import hdispatch.compile.cutedsl_backend as backend
 from hdispatch.compile.store import Store
 from hdispatch.compile.target import DESCRIBED
-from hdispatch.compile.unit import Unit
+from hdispatch.compile.build_unit import Unit
 from hdispatch.errors import BuildError
 from pathlib import Path
 import sys
@@ -204,7 +204,8 @@ def test_products_of_the_warpgroup_form_overlap(tmp_path) -> None:
     script = """
 import sys
 from cutlass import BFloat16, Float8E4M3FN, cute
-from hdispatch.kernels.ll_gemm import program, warpgroup
+from hdispatch.kernels.lib.ll_gemm.configs import warpgroup
+from hdispatch.kernels.lib.ll_gemm.program import program
 
 configs = [
     ({"K": 4096}, warpgroup(48, 2, 2, 12, ways=2)),

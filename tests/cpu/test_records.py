@@ -24,11 +24,11 @@ import pytest
 import torch
 import triton
 from hdispatch.compile import build, pool
+from hdispatch.compile.build_unit import HINT
 from hdispatch.compile.expr import evaluate
 from hdispatch.compile.trace import FLOAT_HINT, CallMaker
-from hdispatch.compile.unit import HINT, class_of
 from hdispatch.ladders import bucket_index
-from hdispatch.manifest import Manifest, Record, read_bundle
+from hdispatch.manifest import Manifest, Record, class_of, read_bundle
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker

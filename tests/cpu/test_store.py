@@ -12,8 +12,8 @@ from typing import Any, TypedDict
 import pytest
 import toy
 from hdispatch.compile import Selection, build, builder
+from hdispatch.compile.build_unit import Unit
 from hdispatch.compile.store import Store, canonical, default_root, digest, write_atomic
-from hdispatch.compile.unit import Unit
 from hdispatch.errors import BuildError
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 

@@ -224,9 +224,9 @@ def test_damaged_manifests(folder, tmp_path, change, words):
 
 def test_it_is_not_read_early(monkeypatch, tmp_path):
     """A module that names it among its early reads is refused."""
-    from hdispatch.compile import unit
+    from hdispatch.compile import build_unit
 
     module = type(sys)("early")
     module.EARLY_READS = ("memory",)
     with pytest.raises(BuildError, match="takes a tuple of tensor arguments of counting_rows"):
-        unit.early_reads(module, SPEC, SPEC.variants()[0])
+        build_unit.early_reads(module, SPEC, SPEC.variants()[0])

@@ -79,7 +79,10 @@ def add_dispatch_parser(kinds: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--bundle", metavar="DIR", type=Path, help="bundle to measure (default: $HDISPATCH_BUNDLE, else a small one is built)"
+        "--bundle",
+        metavar="DIR",
+        type=Path,
+        help="bundle to measure (default: $HDISPATCH_BUNDLE, else the installation's, else a small one is built)",
     )
     parser.add_argument("--op", metavar="NAME", default=DEFAULT_OP, help=f"op to call (default: {DEFAULT_OP})")
     parser.add_argument("--variant", metavar="V", help="variant to call (default: bfloat16+residual, else the op's first)")
@@ -154,8 +157,9 @@ def _build_small(options: Any, folder: Path) -> Any:
     print(f"no --bundle: building one with {options.op}, {variant}, {sizes} for {target}", file=sys.stderr)
     progress = Progress()
     try:
-        build, selection = build_wing()
-        select = selection(shapes=lambda _spec: [shape], variants=lambda _spec: [variant])
+        with build_wing():
+            from ..compile import Selection, build
+        select = Selection(shapes=lambda _spec: [shape], variants=lambda _spec: [variant])
         build([options.op], target, folder / "bundle", select=select, progress=progress)
     except HdispatchError as error:
         return replace(options, no_bundle=f"no bundle, and none could be built: {error}")
@@ -172,7 +176,7 @@ def describe(result: Any) -> str:
     parts = [
         describe_machine(result["machine"]),
         describe_rows(result["rows"], result["machine"]["op"]),
-        describe_targets(result["rows"]),
+        describe_targets(result["rows"], result["machine"].get("empty_call_ns", 0)),
     ]
     if result["skipped"]:
         parts.append(describe_skipped(result["skipped"]))
@@ -213,9 +217,12 @@ def describe_rows(rows: list[Any], own: str) -> str:
     return table(("path", "M", "of", "median", "quartile 1", "quartile 3", "× floor"), lines, left=3)
 
 
-def describe_targets(rows: list[Any]) -> str:
-    """The targets beside what was measured."""
+def describe_targets(rows: list[Any], empty_call_ns: float = 0) -> str:
+    """The targets beside what was measured; of a busy machine, as an empty call tells, that a miss may be its own."""
+    from ..bench import busy
     from ..bench.results import judge
+
+    is_busy = busy.is_busy(empty_call_ns)
 
     lines = []
     for judged in judge(rows):
@@ -227,7 +234,10 @@ def describe_targets(rows: list[Any]) -> str:
         measured = "" if judged.measured is None else figure(judged.measured)
         bound = "at least" if target.at_least else "at most"
         lines.append([target.text, measured, f"{bound} {figure(target.limit)}", judged.verdict])
-    return table(("target", "measured", "wanted", "verdict"), lines)
+        if is_busy and judged.verdict == "miss":
+            lines[-1][-1] = "miss (busy machine)"
+    told = [busy.describe(empty_call_ns)] if is_busy else []
+    return "\n".join([table(("target", "measured", "wanted", "verdict"), lines), *told])
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:

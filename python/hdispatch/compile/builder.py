@@ -13,12 +13,12 @@ from ..errors import BuildError
 from ..manifest import artifacts_of
 from ..opspec import OpSpec
 from . import configs, op_package, pool, store
+from .build_unit import Built, BuiltEntry, Unit, load_spec
+from .default_configs import first_candidates
 from .freeze import Entry, freeze
+from .measurements import Measurements
 from .out import check_out
 from .target import GpuTarget, resolve
-from .tuned import Measurements
-from .unit import Built, BuiltEntry, Unit, load_spec
-from .untuned import first_candidates
 from .versions import missing, tool_versions
 
 #: The shape of a row and its bucket.

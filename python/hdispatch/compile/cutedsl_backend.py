@@ -29,10 +29,10 @@ from ..errors import BuildError
 from ..manifest import Expr, FfiArg, FfiRecord, Guard
 from ..opspec import OpSpec, TensorArg
 from . import op_package
+from .build_unit import Built, Unit, early_reads, load_spec
 from .expr import guards_of
 from .store import Store, digest
 from .target import GpuTarget
-from .unit import Built, Unit, early_reads, load_spec
 
 #: Raised when what is stored about an object file, or how it is compiled, changes.
 CODE_FORMAT = 1

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..errors import BuildError
 from . import configs
+from .build_unit import load_spec
 from .imports import Closure, ImportGraph
-from .unit import load_spec
 from .versions import PACKAGES
 
 KERNELS = "hdispatch.kernels"

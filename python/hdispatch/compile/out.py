@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..manifest import ARTIFACTS, CHECKSUM_NAME, MANIFEST_NAME, MAX_MANIFEST, checksum_line
-from ..tuning.candidates import CANDIDATES_NAME
+from ..manifest import ARTIFACTS, CANDIDATES_NAME, CHECKSUM_NAME, MANIFEST_NAME, MAX_MANIFEST, checksum_line
 from ..typed_json import Mismatch, parse
 from .store import sync_folder
 

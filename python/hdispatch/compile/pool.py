@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from ..errors import BuildError
+from .build_unit import Built, Unit
 from .target import GpuTarget
-from .unit import Built, Unit
 from .versions import ptxas, ptxas_variable
 from .worker import Setup
 

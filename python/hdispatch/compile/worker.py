@@ -18,8 +18,8 @@ from typing import Any
 
 from ..errors import BuildError
 from . import target as targets
+from .build_unit import Unit
 from .store import Store
-from .unit import Unit
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def main() -> None:
 def _answer(request: dict[str, Any], target: targets.GpuTarget, store: Store) -> dict[str, Any]:
     try:
         # Triton and Helion ask for the device when they are imported: not before `install`.
-        record = importlib.import_module(f"{__package__}.record")
-        built = record.build_records(Unit.from_json(request["unit"]), target, request["tools"], store)
+        builder = importlib.import_module(f"{__package__}.record_builder")
+        built = builder.build_records(Unit.from_json(request["unit"]), target, request["tools"], store)
     except BuildError as error:
         return {"error": str(error), "detail": ""}
     except Exception as error:  # a DSL may raise anything; the parent process says which unit it was

@@ -1,11 +1,10 @@
-"""What a person sets in the environment: HDISPATCH, the switch; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _METRICS_PORT."""
+"""What a person sets in the environment: HDISPATCH, the switch; HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _METRICS_PORT."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from pathlib import Path
 
 import torch
 
@@ -13,9 +12,9 @@ from ... import runtime
 from ...errors import HdispatchError
 
 SWITCH = "HDISPATCH"
-BUNDLE = "HDISPATCH_BUNDLE"
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
+RUNNER = "HDISPATCH_RUNNER"
 METRICS_PORT = "HDISPATCH_METRICS_PORT"
 #: What HDISPATCH_ATTENTION takes -> what decode steps take then.
 ATTENTIONS = {
@@ -48,11 +47,19 @@ def attention() -> str:
 
 def replay() -> bool:
     """Whether decode steps that come again are replayed: HDISPATCH_REPLAY, 1 if not set. `HdispatchError` for another value."""
-    asked = os.environ.get(REPLAY, "") or "1"
+    return _flag(REPLAY, "replay decode steps that come again", "launch each kernel")
+
+
+def runner() -> bool:
+    """Whether vLLM's model runner is ours in decode steps: HDISPATCH_RUNNER, 1 if not set. `HdispatchError` likewise."""
+    return _flag(RUNNER, "prepare and end decode steps by one launch each", "vLLM's own model runner and sampler")
+
+
+def _flag(name: str, yes: str, no: str) -> bool:
+    """The value of a variable, on if it is not set. yes and no say what it switches."""
+    asked = os.environ.get(name, "") or "1"
     if asked not in ("0", "1"):
-        raise HdispatchError(
-            f"{REPLAY} is {asked!r}; it takes 1 (replay decode steps that come again) or 0 (launch each kernel)"
-        )
+        raise HdispatchError(f"{name} is {asked!r}; it takes 1 ({yes}) or 0 ({no})")
     return asked == "1"
 
 
@@ -64,20 +71,8 @@ def metrics_port() -> int:
     return int(asked)
 
 
-def bundle_folder() -> Path:
-    """The folder that HDISPATCH_BUNDLE names. `HdispatchError` if it names none."""
-    folder = os.environ.get(BUNDLE, "")
-    if not folder:
-        raise HdispatchError(
-            f"{SWITCH}=1 needs {BUNDLE}, the folder of a bundle; make one with `hdispatch build --target native --out DIR`"
-        )
-    if not Path(folder).is_dir():
-        raise HdispatchError(f"{BUNDLE} is {folder!r}, which is no folder; make one with `hdispatch build --out {folder}`")
-    return Path(folder)
-
-
 def load_bundle(device: torch.device) -> None:
-    """Load the bundle of HDISPATCH_BUNDLE for a CUDA device, unless one serves it already. Nothing for another device.
+    """Load the default bundle (`hdispatch.load`) for a CUDA device, unless one serves it already. Nothing for another device.
 
     Call it when the process has chosen its device, as tensor parallel workers do after plug-ins are registered. Raises what
     `hdispatch.load` raises.
@@ -88,5 +83,5 @@ def load_bundle(device: torch.device) -> None:
     with _LOADING:
         if any(bundle.device == index for bundle in runtime.loaded()):
             return
-        bundle = runtime.load(bundle_folder(), device=index)
+        bundle = runtime.load(device=index)
     logger.info("hdispatch: %d rows of %s serve cuda:%d", bundle.rows, bundle.folder, index)
