@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import torch
-from hdispatch.bench.pdl_chains import CHAINS, make_chain
+from hdispatch.testing.pdl_chains import CHAINS, make_chain
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, artifacts_of, read_bundle
 
 

@@ -28,7 +28,7 @@ from toy import write_text
 NAME = SPEC.name
 OP = hdispatch.ops.define(SPEC) if NAME not in hdispatch.ops.names() else hdispatch.ops.get(NAME)
 PLAIN, DOUBLED = 2**16 + 64 * 4 * 4 + 1024, 2**16 + 64 * 4 * 4
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def arguments(m: int = 4, doubled: bool = False) -> list[Any]:
@@ -184,7 +184,7 @@ for variant in SPEC.variants():
         torch.testing.assert_close(args[0], want[0])
         assert int(memory[0][:2**16].count_nonzero()) == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=SUPPORT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -1,16 +1,19 @@
-"""What a run of the op benchmark gives, and how it is compared: cells of two paths, roofs, calls from Python."""
+"""A result of the op benchmark, as a file has it, and how it is compared: cells of two paths, roofs, calls from Python."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from .ops_grid import ALWAYS_ROTATED, GEMMS, LOW_LATENCY, Cell, Mode, report_order
-from .ops_timing import Failure, Timing
+from hdispatch.errors import HdispatchError
+
+from .grid import ALWAYS_ROTATED, GEMMS, LOW_LATENCY, Cell, Mode, report_order
 from .peers import OURS, OURS_TORCH, TORCH_MM, VLLM, VLLM_NAMES
-from .results import Verdict
+from .timing import Failure, Timing
 
 
 class Eager(TypedDict):
@@ -33,7 +36,7 @@ class Result(TypedDict):
     copy_bandwidth  bytes per second that a device-to-device copy reads and writes in this run
     timings         GPU time under CUDA graphs, by cell and path
     eager           host and GPU together
-    stats           `hdispatch.stats()` of the run, all processes together
+    stats           `hdispatch.stats()` of the run
     compile         how the torch.compile cells came about; None if they were left out
     failures        paths that could not run in a cell
     skipped         what was left out, and why
@@ -49,27 +52,21 @@ class Result(TypedDict):
     skipped: dict[str, str]
 
 
+def read_json(file: Path) -> Result:
+    """A result that `bench ops --json` wrote. HdispatchError for a file that is none."""
+    try:
+        plain = json.loads(file.read_text(encoding="utf-8"))
+        return {name: plain[name] for name in Result.__annotations__}  # type: ignore[return-value]
+    except OSError as error:
+        raise HdispatchError(f"cannot read {file}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise HdispatchError(f"{file} is not a result of bench ops: {error}") from error
+
+
 #: Bytes per second of a copy, read and written, on the GPU that the targets name; on others, what the run measured.
 COPY_BANDWIDTH = {"H200": 4.3e12}
 #: Dense fp8 operations per second of a Hopper GPU.
 FP8_FLOPS = 1979e12
-
-
-@dataclass(frozen=True)
-class Judged:
-    """A target, None if there is none, with what was measured, None if it did not run. `note` says over what."""
-
-    text: str
-    wanted: float | None
-    measured: float | None
-    note: str = ""
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the target is met."""
-        if self.measured is None:
-            return "not run"
-        return "pass" if self.wanted is None or self.measured >= self.wanted else "miss"
 
 
 # ---- comparisons ----
@@ -103,18 +100,9 @@ def geomean(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def point(cell: Cell) -> tuple[str, str, str, str, int, int, int, Mode]:
+def point(cell: Cell) -> tuple[object, ...]:
     """What tells a cell from others."""
-    return (
-        cell["op"],
-        cell["variant"],
-        cell["model"],
-        cell["label"],
-        cell["K"],
-        cell["N"],
-        cell["m"],
-        cell["mode"],
-    )
+    return tuple(cell[name] for name in Cell.__annotations__)  # type: ignore[literal-required]
 
 
 def compare(timings: Iterable[Timing], peer: str) -> Comparison | None:

@@ -8,25 +8,26 @@ import hdispatch
 import pytest
 import torch
 import toy
-from hdispatch.bench import ops_grid
-from hdispatch.bench.ops_grid import MODELS
 from hdispatch.errors import HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
-from op_results import MEASURED, QUANT, SMALL, arguments_of, cell
+from ops_results import MEASURED, QUANT, SMALL, arguments_of, cell
+
+from benchmarks.ops import grid
+from benchmarks.ops.grid import MODELS
 
 # ---- the grid ----
 
 
 def test_coarse_first_spans_the_range_however_short_it_is_cut():
-    assert ops_grid.coarse_first(ops_grid.MS)[:5] == [1, 8192, 64, 512, 8]
-    assert sorted(ops_grid.coarse_first(ops_grid.MS)) == list(ops_grid.MS)
-    assert ops_grid.coarse_first([4, 4]) == [4]
-    assert ops_grid.coarse_first([]) == []
+    assert grid.coarse_first(grid.MS)[:5] == [1, 8192, 64, 512, 8]
+    assert sorted(grid.coarse_first(grid.MS)) == list(grid.MS)
+    assert grid.coarse_first([4, 4]) == [4]
+    assert grid.coarse_first([]) == []
 
 
 def test_shapes_of_the_models():
     spec = hdispatch.ops.spec(QUANT)
-    shapes = ops_grid.op_shapes(spec, spec.variant("bfloat16"))
+    shapes = grid.op_shapes(spec, spec.variant("bfloat16"))
     assert [(s.model, s.label, s.k, s.n) for s in shapes] == [
         ("Qwen3-1.7B", "hidden", 2048, 0),
         ("Qwen3-1.7B", "intermediate", 6144, 0),
@@ -37,10 +38,10 @@ def test_shapes_of_the_models():
     ]
 
 
-@pytest.mark.parametrize("op", [op for op in MEASURED if op not in ops_grid.LOW_LATENCY])
+@pytest.mark.parametrize("op", [op for op in MEASURED if op not in grid.LOW_LATENCY])
 def test_every_model_has_shapes_of_every_op(op):
     spec = hdispatch.ops.spec(op)
-    shapes = ops_grid.op_shapes(spec, spec.typical_variant())
+    shapes = grid.op_shapes(spec, spec.typical_variant())
     assert {shape.model for shape in shapes} == {model.name for model in MODELS}
 
 
@@ -51,7 +52,7 @@ def test_gemm_shapes_are_those_of_the_post():
         "Qwen3-32B": {"qkv": (5120, 10240), "out": (5120, 5120), "gate_up": (5120, 51200), "down": (25600, 5120)},
     }
     for model in MODELS:
-        shapes = ops_grid.SIZES["scaled_mm"](model)
+        shapes = grid.SIZES["scaled_mm"](model)
         assert {label: (sizes["K"], sizes["N"]) for label, sizes in shapes.items()} == wanted[model.name]
 
 
@@ -62,13 +63,13 @@ def spec_with(shapes, name="toy_op", dims=("M", "K")) -> OpSpec:
 
 def test_shapes_that_no_model_has_are_kept_apart():
     spec = spec_with(({"K": 100}, {}))
-    found = ops_grid.op_shapes(spec, spec.variant("bfloat16"))
+    found = grid.op_shapes(spec, spec.variant("bfloat16"))
     assert [(s.model, s.label, s.k) for s in found] == [("other", "K=100", 100)]
 
 
 def test_where_every_shape_is_generic_the_models_sizes_are_measured():
     spec = spec_with(({"K": 4096}, {"K": 128}, {}), name="rms_norm", dims=("M", "N", "K"))
-    found = {(s.label, s.k, s.n) for s in ops_grid.op_shapes(spec, spec.variant("bfloat16")) if s.model == "Qwen3-8B"}
+    found = {(s.label, s.k, s.n) for s in grid.op_shapes(spec, spec.variant("bfloat16")) if s.model == "Qwen3-8B"}
     assert {("hidden", 4096, 1), ("q heads", 128, 32)} <= found
 
 
@@ -88,36 +89,36 @@ def test_typical_variant_is_what_vllm_calls():
 
 def test_variants_by_name():
     spec = hdispatch.ops.spec("rms_norm_dynamic_per_token_quant")
-    names = [v.name for v in ops_grid.chosen_variants(spec, ["default", "bfloat16+residual", "int4"])]
+    names = [v.name for v in grid.chosen_variants(spec, ["default", "bfloat16+residual", "int4"])]
     assert names == ["bfloat16", "bfloat16+residual"]
-    assert [v.name for v in ops_grid.chosen_variants(spec, ["int4"])] == ["bfloat16"]
+    assert [v.name for v in grid.chosen_variants(spec, ["int4"])] == ["bfloat16"]
 
 
 def test_cells_are_the_whole_grid():
     specs = [hdispatch.ops.spec(QUANT)]
-    found = ops_grid.cells(specs, (1, 16, 8192), ("warm", "rotated"), ["Qwen3-8B"], ["default"])
+    found = grid.cells(specs, (1, 16, 8192), ("warm", "rotated"), ["Qwen3-8B"], ["default"])
     assert len(found) == 3 * 2 * 2
     assert {(each["m"], each["mode"], each["label"]) for each in found} >= {
         (1, "warm", "hidden"),
         (16, "rotated", "intermediate"),
     }
     assert [each["m"] for each in found] == [1] * 4 + [8192] * 4 + [16] * 4
-    roofs = ops_grid.roof_cells(specs, (1, 8192), ["Qwen3-8B"], ["default"])
+    roofs = grid.roof_cells(specs, (1, 8192), ["Qwen3-8B"], ["default"])
     assert {(each["m"], each["mode"]) for each in roofs} == {(8192, "rotated")}
 
 
 def test_model_names():
-    assert ops_grid.model_names(None)[-1] == "other"
-    assert ops_grid.model_names(["8b", "qwen3-32B"]) == ["Qwen3-8B", "Qwen3-32B"]
+    assert grid.model_names(None)[-1] == "other"
+    assert grid.model_names(["8b", "qwen3-32B"]) == ["Qwen3-8B", "Qwen3-32B"]
     with pytest.raises(HdispatchError, match=r"there are Qwen3-1\.7B"):
-        ops_grid.model_names(["70B"])
+        grid.model_names(["70B"])
 
 
 # ---- what a call must move ----
 
 
 def moved(op: str, m: int = 5) -> int:
-    return ops_grid.call_bytes(hdispatch.ops.spec(op), arguments_of(op), m)
+    return grid.call_bytes(hdispatch.ops.spec(op), arguments_of(op), m)
 
 
 def test_bytes_are_those_of_every_tensor_once():
@@ -129,7 +130,7 @@ def test_bytes_are_those_of_every_tensor_once():
 def test_a_residual_is_read_and_written():
     spec = hdispatch.ops.spec("rms_norm_dynamic_per_token_quant")
     arguments = spec.sample(spec.variant("bfloat16+residual"), SMALL, torch.device("cpu"), torch.Generator())
-    assert ops_grid.call_bytes(spec, arguments, 5) == moved("rms_norm_dynamic_per_token_quant") + 5 * 1024 * 2 * 2
+    assert grid.call_bytes(spec, arguments, 5) == moved("rms_norm_dynamic_per_token_quant") + 5 * 1024 * 2 * 2
 
 
 @pytest.mark.skipif("fused_add_rms_norm" not in MEASURED, reason="no such op yet")
@@ -150,5 +151,5 @@ def test_rope_moves_the_heads_of_q_and_k_and_gathers_rows():
 
 
 def test_operations_are_counted_for_gemms_only():
-    assert ops_grid.call_flops(cell("scaled_mm", m=3, K=128, N=256)) == 2 * 3 * 128 * 256
-    assert ops_grid.call_flops(cell(m=3)) == 0
+    assert grid.call_flops(cell("scaled_mm", m=3, K=128, N=256)) == 2 * 3 * 128 * 256
+    assert grid.call_flops(cell(m=3)) == 0

@@ -27,7 +27,7 @@ Empty = Callable[[tuple[int, ...], torch.dtype], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """A call of an op. Its variant, K and N choose its row; `launcher` is the kind of launcher which that should have."""
+    """A call of an op. Its variant, K and N choose its row; `launcher`: the launcher kind its row must have."""
 
     op: str
     variant: str

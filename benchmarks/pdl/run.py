@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
+from hdispatch import ops, runtime
+from hdispatch.bench import machine
+from hdispatch.bench.paths import Unavailable
+from hdispatch.errors import HdispatchError, first_line
+from hdispatch.testing.device_timer import Replay, elapsed_us
+from hdispatch.testing.host_timer import Batch, interleave, quiet, summarize
+from hdispatch.testing.pdl_chains import CHAINS, Chain, make_chain
 
-from .. import ops, runtime
-from ..errors import HdispatchError
-from ..testing.device_timer import Replay, elapsed_us
-from ..testing.host_timer import Batch, interleave, quiet, summarize
-from . import machine
-from .paths import Unavailable, first_line
-from .pdl_chains import CHAINS, Chain, make_chain
+from ..verdict import TARGETS, Verdict
 
 #: Called with steps done, steps in all, and what is being done.
 Progress = Callable[[int, int, str], None]
@@ -30,9 +31,6 @@ Progress = Callable[[int, int, str], None]
 #: eager    called from Python, from the first call to the end of the last kernel: whichever is slower, host or GPU
 Mode = Literal["graph", "queued", "eager"]
 MODES: tuple[Mode, ...] = get_args(Mode)
-#: The modes whose figure is the GPU's time alone, and what PDL is to gain there.
-JUDGED: tuple[Mode, ...] = ("graph", "queued")
-WANTED = 1.15
 
 #: Passes through a chain in a graph and in a batch of calls, and replays of a graph between two events.
 GRAPH_PASSES, EAGER_PASSES, REPLAYS = 32, 25, 4
@@ -82,36 +80,24 @@ class Options:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Judged:
-    """How much faster a chain is with PDL. `verdict` is empty where no target stands."""
-
-    chain: str
-    m: int
-    mode: Mode
-    on: Timing
-    off: Timing
-
-    @property
-    def speedup(self) -> float:
-        """The median without PDL over that with it."""
-        return self.off["median_us"] / self.on["median_us"]
-
-    @property
-    def verdict(self) -> str:
-        """Whether the target is met."""
-        if self.mode not in JUDGED:
-            return ""
-        return "pass" if self.speedup >= WANTED else "miss"
+#: A chain, its M, and the mode that it was timed in.
+Cell = tuple[str, int, Mode]
 
 
-def judge(timings: Sequence[Timing]) -> list[Judged]:
-    """Every chain and mode that was timed both ways."""
-    found = {(each["chain"], each["m"], each["mode"], each["pdl"]): each for each in timings}
+def pairs(timings: Sequence[Timing]) -> dict[Cell, tuple[Timing, Timing]]:
+    """With PDL and without: of every chain and mode that was timed both ways."""
+    off = {(each["chain"], each["m"], each["mode"]): each for each in timings if not each["pdl"]}
+    on = {(each["chain"], each["m"], each["mode"]): each for each in timings if each["pdl"]}
+    return {cell: (each, off[cell]) for cell, each in on.items() if cell in off}
+
+
+def judge(timings: Sequence[Timing]) -> list[Verdict]:
+    """How much faster a chain is with PDL, in the modes that have a target."""
+    target = TARGETS["pdl"]
     return [
-        Judged(chain, m, mode, on, found[chain, m, mode, False])
-        for (chain, m, mode, pdl), on in found.items()
-        if pdl and (chain, m, mode, False) in found
+        Verdict(f"{chain}, M={m}, {mode}", target["speedup"], off["median_us"] / on["median_us"])
+        for (chain, m, mode), (on, off) in pairs(timings).items()
+        if mode in target["modes"]
     ]
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hdispatch import ops
+from hdispatch.errors import HdispatchError, first_line
+from hdispatch.testing.device_timer import Replay, interleave, rotation_count
+from hdispatch.testing.host_timer import summarize
 
-from .. import ops
-from ..errors import HdispatchError
-from ..testing.device_timer import Replay, interleave, rotation_count
-from ..testing.host_timer import summarize
 from . import peers
-from .ops_grid import Cell, call_bytes, call_flops, sizes_of
-from .paths import first_line
+from .grid import Cell, call_bytes, call_flops, sizes_of
 
 #: What one replay of a graph should take, in µs, and how many launches it has at most.
 REPLAY_US = 600.0

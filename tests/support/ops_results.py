@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hdispatch
 import torch
-from hdispatch.bench import ops_grid, peers
-from hdispatch.bench.ops_grid import Cell
+
+from benchmarks.ops import grid, peers
+from benchmarks.ops.grid import Cell
 
 QUANT = "dynamic_per_token_scaled_fp8_quant"
 SMALL = {"M": 5, "K": 1024, "N": 512}
 #: The ops that are measured, of those that are installed.
-MEASURED = [op for op in ops_grid.SIZES if op in hdispatch.ops.names()]
+MEASURED = [op for op in grid.SIZES if op in hdispatch.ops.names()]
 
 
 def arguments_of(op: str, sizes: dict[str, int] = SMALL) -> list:
@@ -41,7 +42,7 @@ def result(timings=(), eager=(), stats=None, gpu="NVIDIA H200", modes=("warm",),
     machine = {
         "gpu": gpu, "driver": "580", "cpu": "Xeon", "cores": 16, "python": "3.12", "torch": "2.11", "triton": "3.6",
         "helion": None, "hdispatch": "0.1", "revision": "abcdef0123456789+changes", "date": "2026-11-21", "seconds": 99.0,
-        "rounds": 11, "seed": 0, "ops": [QUANT], "ms": list(ops_grid.MS), "modes": list(modes), "models": [], "vllm_ops": None,
+        "rounds": 11, "seed": 0, "ops": [QUANT], "ms": list(grid.MS), "modes": list(modes), "models": [], "vllm_ops": None,
         "bundle": {"target": "h200", "rows": 10, "records": 3, "tools": {}},
     }  # fmt: skip
     stats = {QUANT: {"hits": 10, "empty": 0, "fallbacks": 0, "misses": {}}} if stats is None else stats

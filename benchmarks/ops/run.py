@@ -1,7 +1,7 @@
 """The op benchmark: GPU time per op over the models' shapes beside its peers, and what a call takes as users feel it.
 
-In order: the machine's copy bandwidth; calls from Python; rotated cells that are held against the roofs; the cells that
-torch.compile takes part in, compiled in many processes and then timed in one after the other; all others.
+In order: the machine's copy bandwidth; calls from Python; rotated cells that are compared with the roofs; the cells that
+torch.compile takes part in, which many processes have compiled before; all others.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hdispatch import ops, runtime
+from hdispatch.bench import machine
+from hdispatch.errors import HdispatchError, first_line
+from hdispatch.opspec import OpSpec
+from hdispatch.testing.host_timer import WARM_CALLS, Batch, interleave, quiet, summarize
 
-from .. import ops, runtime
-from ..errors import HdispatchError
-from ..opspec import OpSpec
-from ..testing.host_timer import WARM_CALLS, Batch, interleave, quiet, summarize
-from . import compiled, machine, ops_crew, peers
-from .ops_compare import Eager, Result, cell_name
-from .ops_grid import EAGER_M, EAGER_MODEL, LOW_LATENCY, MS, Cell, Mode, cells, model_names, report_order, roof_cells
-from .ops_report import SPEEDUPS
-from .ops_timing import Binder, Failure, Measured, Timing, copy_bandwidth, make_arguments, measure, require_gpu
-from .paths import first_line
+from ..verdict import TARGETS
+from . import compiled, peers
+from .grid import EAGER_M, EAGER_MODEL, LOW_LATENCY, MS, Cell, Mode, cells, model_names, report_order, roof_cells
+from .result import Eager, Result, cell_name
+from .timing import Binder, Failure, Measured, Timing, copy_bandwidth, make_arguments, measure, require_gpu
 from .vllm_ll import Library
 
 #: Called with steps done, steps in all, and what is being done.
@@ -46,7 +46,7 @@ class Options:
     variants         of each op those that are named here, `default` being one; the default one where it has none of them
     modes            warm, rotated: how the cells of the grid find their buffers
     compile_ms       Ms of the cells that torch.compile takes part in; () leaves it out
-    compile_seconds  how long cells may be handed out for compiling
+    compile_seconds  how long cells may be compiled
     workers          processes that compile
     seconds          no cell begins later than this after the start; None for no limit
     """
@@ -84,7 +84,6 @@ class _Run:
     failures: list[Failure] = field(default_factory=list)
     eager: list[Eager] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
-    stats: dict[str, dict[str, Any]] = field(default_factory=dict)
     compile: dict[str, Any] | None = None
     vllm_ll: Library | None = None
 
@@ -122,7 +121,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
             bandwidth = copy_bandwidth(device)
             torch.cuda.empty_cache()
             _measure_all(current)
-        ops_crew.add_stats(current.stats, runtime.stats())
+        stats = runtime.stats()
     finally:
         bundle.unload()
     return {
@@ -130,7 +129,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
         "copy_bandwidth": bandwidth,
         "timings": current.timings,
         "eager": current.eager,
-        "stats": {op: counts for op, counts in current.stats.items() if counts["hits"] or counts["misses"]},
+        "stats": {op: counts for op, counts in stats.items() if counts["hits"] or counts["misses"]},
         "compile": current.compile,
         "failures": current.failures,
         "skipped": current.skipped,
@@ -191,16 +190,17 @@ def _measure_all(current: _Run) -> None:
     current.steps = len(grid) + len(roofs) + len(with_compile) + (EAGER_BATCHES if options.eager else 0)
     if options.eager:
         _eager(current, [cell for cell in roofs + grid if cell["model"] == EAGER_MODEL or cell["op"] in LOW_LATENCY])
-    _in_process(current, roofs)
-    timed = _with_compile(current, with_compile)
-    _in_process(current, [cell for cell in grid if cell not in timed])
+    _time(current, roofs)
+    with compiled.caches() as folder:
+        ready = _compile(current, with_compile, folder)
+        _time(current, ready, with_compile=True)
+    _time(current, [cell for cell in grid if cell not in ready])
 
 
 def compile_cells_of(grid: Sequence[Cell], options: Options) -> list[Cell]:
     """The cells that torch.compile takes part in: those of ops with a target first, else in the order of the grid."""
-    wanted = set(options.compile_ms)
-    found = [cell for cell in grid if cell["m"] in wanted and cell["op"] in compiled.FUNCTIONS]
-    return sorted(found, key=lambda cell: peers.COMPILE not in SPEEDUPS.get(cell["op"], {}))
+    found = [cell for cell in grid if cell["m"] in options.compile_ms and cell["op"] in compiled.OPS]
+    return sorted(found, key=lambda cell: peers.COMPILE not in TARGETS["ops"]["speedups"].get(cell["op"], {}))
 
 
 def _peer_binders(current: _Run) -> dict[str, Binder]:
@@ -211,7 +211,7 @@ def _peer_binders(current: _Run) -> dict[str, Binder]:
     return binders
 
 
-def _in_process(current: _Run, wanted: Sequence[Cell]) -> None:
+def _time(current: _Run, wanted: Sequence[Cell], with_compile: bool = False) -> None:
     binders: dict[str, Binder] = {peers.OURS: peers.bind_ours, **_peer_binders(current)}
     if current.vllm_ll:
         binders |= {peers.LL_BF16: current.vllm_ll.bind_ll_bf16, peers.SKINNY: current.vllm_ll.bind_skinny}
@@ -219,11 +219,13 @@ def _in_process(current: _Run, wanted: Sequence[Cell]) -> None:
         if not current.goes_on():
             note = Counter(each["mode"] for each in wanted[index:])
             words = ", ".join(f"{count} {mode}" for mode, count in note.items())
-            current.skipped[f"{words} cells"] = f"--seconds {current.options.seconds:g} had passed"
+            words += " cells with torch.compile" if with_compile else " cells"
+            current.skipped[words] = f"--seconds {current.options.seconds:g} had passed"
             return
         current.step(f"{cell['op']} {cell_name(cell)}")
+        own = binders | ({peers.COMPILE: compiled.binder(cell["op"])} if with_compile else {})
         try:
-            measured = measure(cell, binders, current.device, current.options.rounds, current.order)
+            measured = measure(cell, own, current.device, current.options.rounds, current.order)
             if index % 8 == 7:  # cells differ in size: what one has freed, the next may not find
                 torch.cuda.empty_cache()
         except Exception as error:  # the arguments do not fit, say; the other cells still run
@@ -231,14 +233,11 @@ def _in_process(current: _Run, wanted: Sequence[Cell]) -> None:
         current.keep(measured)
 
 
-# ---- torch.compile ----
-
-
-def _with_compile(current: _Run, wanted: Sequence[Cell]) -> list[Cell]:
-    """Compile and time; returns the cells that were timed with all their paths."""
+def _compile(current: _Run, wanted: Sequence[Cell], folder: Path) -> list[Cell]:
+    """Compile into the caches in `folder`; returns the cells that are done."""
     options = current.options
     if not wanted:
-        current.skipped[peers.COMPILE] = "left out" if not options.compile_ms else "no op of the run has a function for it"
+        current.skipped[peers.COMPILE] = "left out" if not options.compile_ms else "no op of the run is compared with it"
         return []
     begin = time.monotonic()
     deadline = begin + options.compile_seconds
@@ -246,34 +245,21 @@ def _with_compile(current: _Run, wanted: Sequence[Cell]) -> list[Cell]:
         deadline = min(deadline, begin + max(0.0, current.start + options.seconds - begin) * 0.5)
     torch.cuda.empty_cache()
     count = max(1, min(options.workers, len(wanted)))
-    timed: list[Cell] = []
-    with ops_crew.crew(count, options.bundle, options.vllm_ops, options.rounds, options.seed) as processes:
-        made = ops_crew.compile_cells(processes, wanted, deadline, lambda: current.step("compiling"))
-        took = time.monotonic() - begin
-        for cell, answer in ops_crew.time_cells(made.held, current.goes_on):
-            current.step(f"{cell['op']} {cell_name(cell)}")
-            if "error" in answer:
-                made.failed.append((cell, answer["error"]))
-                continue
-            current.keep(Measured(answer["timings"], answer["failures"]))
-            timed.append(cell)
-        for stats in ops_crew.stats_of(list(dict.fromkeys(worker for _, worker in made.held))):
-            ops_crew.add_stats(current.stats, stats)
+    made = compiled.compile_cells(wanted, count, deadline, folder / "lock", lambda: current.step("compiling"))
     current.failures += [{**cell, "path": peers.COMPILE, "reason": reason} for cell, reason in made.failed]
     current.compile = {
         "options": compiled.OPTIONS,
         "processes": count,
-        "cells": len(timed),
+        "cells": len(made.cells),
         "of": len(wanted),
-        "ms": sorted({cell["m"] for cell in timed}),
-        "seconds": round(took, 1),
+        "ms": sorted({cell["m"] for cell in made.cells}),
+        "seconds": round(time.monotonic() - begin, 1),
         "seconds_per_cell": round(sum(made.seconds) / len(made.seconds), 2) if made.seconds else None,
     }
-    if len(timed) < len(wanted):
-        missing = f"{len(wanted) - len(timed)} of {len(wanted)} cells"
-        reason = f"{len(made.failed)} failed, {made.lost} were lost with their process, for the others there was no time"
-        current.skipped[f"{peers.COMPILE}, {missing}"] = reason
-    return timed
+    if left := len(wanted) - len(made.cells):
+        reason = f"{len(made.failed)} failed, for the others there was no time"
+        current.skipped[f"{peers.COMPILE}, {left} of {len(wanted)} cells"] = reason
+    return made.cells
 
 
 # ---- calls from Python ----

@@ -8,14 +8,16 @@ from types import SimpleNamespace
 import hdispatch
 import pytest
 import torch
-from hdispatch.bench import ops, ops_grid, ops_low_latency, ops_plot, ops_report, ops_timing, peers, vllm_ll
-from hdispatch.cli import bench_ops_text
-from op_results import QUANT, eager, pair, result, timing
-from op_results import sample_few as sample
+from ops_results import QUANT, eager, pair, result, timing
+from ops_results import sample_few as sample
+
+from benchmarks.ops import grid, peers, plot, report, verdicts, vllm_ll
+from benchmarks.ops import run as ops
+from benchmarks.ops import timing as ops_timing
 
 CPU = torch.device("cpu")
 BF16, FP8 = "ll_gemm_bf16", "ll_gemm_fp8"
-MODELS = ops_grid.model_names(None)
+MODELS = grid.model_names(None)
 
 
 # ---- cells ----
@@ -23,11 +25,11 @@ MODELS = ops_grid.model_names(None)
 
 def test_cells_are_the_routers_and_one_models_projections():
     spec = hdispatch.ops.spec(BF16)
-    found = ops_grid.cells([spec], ops_grid.MS, ("warm",), MODELS, ["default"])
+    found = grid.cells([spec], grid.MS, ("warm",), MODELS, ["default"])
     assert {(each["K"], each["N"]) for each in found} == {(7168, 256), (4096, 128), (2048, 64), (5120, 160)}
     assert {each["model"] for each in found} == {"other"}
     assert {each["label"] for each in found} >= {"K=7168, N=256"}
-    found = ops_grid.cells([hdispatch.ops.spec(FP8)], (1,), ("warm",), MODELS, ["default"])
+    found = grid.cells([hdispatch.ops.spec(FP8)], (1,), ("warm",), MODELS, ["default"])
     labels = {each["label"]: (each["model"], each["K"], each["N"]) for each in found}
     assert labels == {
         "qkv": ("Qwen3-8B", 4096, 6144),
@@ -37,31 +39,31 @@ def test_cells_are_the_routers_and_one_models_projections():
     }
 
 
-@pytest.mark.parametrize("op", ops_grid.LOW_LATENCY)
+@pytest.mark.parametrize("op", grid.LOW_LATENCY)
 def test_only_few_tokens_are_measured(op):
     specs = [hdispatch.ops.spec(op)]
     for found in (
-        ops_grid.cells(specs, ops_grid.MS, ("warm",), MODELS, ["default"]),
-        ops_grid.roof_cells(specs, ops_grid.MS, MODELS, ["default"]),
+        grid.cells(specs, grid.MS, ("warm",), MODELS, ["default"]),
+        grid.roof_cells(specs, grid.MS, MODELS, ["default"]),
     ):
         assert max(each["m"] for each in found) == 32
-    assert not ops_grid.roof_cells(specs, (64, 8192), MODELS, ["default"])
+    assert not grid.roof_cells(specs, (64, 8192), MODELS, ["default"])
 
 
 def test_weights_that_no_server_finds_in_l2_are_rotated_at_every_m():
-    found = ops_grid.roof_cells([hdispatch.ops.spec(FP8)], ops_grid.MS, MODELS, ["default"])
+    found = grid.roof_cells([hdispatch.ops.spec(FP8)], grid.MS, MODELS, ["default"])
     assert {each["m"] for each in found} == {1, 2, 4, 8, 16, 32}
     assert {each["mode"] for each in found} == {"rotated"}
     assert len(found) == 6 * 4
 
 
 def test_models_may_be_none_of_them():
-    assert ops_grid.model_names(["8B", "other"]) == ["Qwen3-8B", "other"]
+    assert grid.model_names(["8B", "other"]) == ["Qwen3-8B", "other"]
 
 
 def test_bytes_are_the_weights_and_little_else():
-    assert ops_grid.call_bytes(hdispatch.ops.spec(FP8), sample(FP8), 3) == 32 * 64 + 3 * 64 + 3 * 32 * 2 + (3 + 32) * 4
-    assert ops_grid.call_bytes(hdispatch.ops.spec(BF16), sample(BF16), 3) == 2 * (32 * 64 + 3 * 64 + 3 * 32)
+    assert grid.call_bytes(hdispatch.ops.spec(FP8), sample(FP8), 3) == 32 * 64 + 3 * 64 + 3 * 32 * 2 + (3 + 32) * 4
+    assert grid.call_bytes(hdispatch.ops.spec(BF16), sample(BF16), 3) == 2 * (32 * 64 + 3 * 64 + 3 * 32)
 
 
 # ---- peers ----
@@ -121,8 +123,8 @@ def projections(ours: float, theirs: float, **given) -> list[dict]:
 
 def judged(*timings: dict) -> dict[str, tuple]:
     """By text: target, what was measured, verdict."""
-    found = ops_low_latency.judge_speedups(result(timings))
-    return {j.text: (j.wanted, j.measured and round(j.measured, 3), j.verdict) for j in found}
+    found = [each for each in verdicts.judge(result(timings)) if each.text.startswith("ll_gemm") and not each.share]
+    return {each.text: (each.wanted, each.measured and round(each.measured, 3), each.word) for each in found}
 
 
 def test_targets_are_the_issues():
@@ -143,7 +145,7 @@ def test_a_cell_below_one_is_a_miss_however_good_the_mean():
     assert found["ll_gemm_bf16 against torch.mm, warm, M ≤ 16, every cell"] == (1.0, 0.99, "miss")
     found = judged(*routers(1, 1.2, m=1), *routers(1, 1.2, m=8))
     assert [verdict for _, _, verdict in found.values()][:2] == ["miss", "pass"]
-    text = bench_ops_text.describe(result([*routers(1, 4, m=1), *routers(1, 0.99, m=8), *routers(1, 0.5, m=32)]))
+    text = report.describe(result([*routers(1, 4, m=1), *routers(1, 0.99, m=8), *routers(1, 0.5, m=32)]))
     (line,) = [line for line in text.splitlines() if "torch.mm, warm, M ≤ 16, every cell" in line]
     assert line.split()[-10:] == ["0.99", "×", "miss", "other", "K=7168,", "N=256", "M=8;", "1", "cells", "below"]
     assert "ll_gemm_bf16 against torch.mm, other K=7168, N=256: M=8 0.99, M=32 0.50" in text
@@ -159,7 +161,7 @@ def test_fp8_is_judged_on_rotated_buffers():
     found = judged(*projections(1, 2, mode="warm"), *projections(1, 1.21), *projections(1, 0.1, m=32))
     assert found["ll_gemm_fp8 against CUTLASS, rotated, M ≤ 16"] == (1.2, 1.21, "pass")
     assert judged(*projections(1, 1.19))["ll_gemm_fp8 against CUTLASS, rotated, M ≤ 16"][2] == "miss"
-    text = bench_ops_text.describe(result([*projections(1, 1.21), *projections(1, 0.1, m=32)]))
+    text = report.describe(result([*projections(1, 1.21), *projections(1, 0.1, m=32)]))
     assert "speedups by op, rotated buffers" in text
     assert "ll_gemm_fp8 against CUTLASS, 8B qkv: M=32 0.10" in text
 
@@ -175,51 +177,34 @@ def test_bandwidth_at_one_row():
     def at(us: float, label: str, m: int = 1, **given) -> dict:
         return timing(peers.OURS, us, moved=43 * 10**6, op=FP8, m=m, mode="rotated", label=label, **given)
 
-    whole = result([at(12.4, "gate_up"), at(13, "down"), at(20, "qkv"), at(5, "down", m=32)])
-    found = {j.text: (j.wanted, round(j.measured, 2), j.verdict) for j in ops_low_latency.judge_bandwidth(whole)}
-    assert found == {
-        "ll_gemm_fp8, 8B gate_up M=1: of the copy bandwidth": (0.8, 0.81, "pass"),
-        "ll_gemm_fp8, 8B down M=1: of the copy bandwidth": (0.8, 0.77, "miss"),
-        "ll_gemm_fp8, 8B qkv M=1: of the copy bandwidth": (None, 0.5, "pass"),
+    def found(*timings: dict) -> dict:
+        judged = [each for each in verdicts.judge(result(timings)) if each.share and each.text.startswith(FP8)]
+        return {each.text: (each.wanted, each.measured and round(each.measured, 2), each.word) for each in judged}
+
+    gate_up, down = (f"ll_gemm_fp8, 8B {label} M=1: of the copy bandwidth" for label in ("gate_up", "down"))
+    assert found(at(12.4, "gate_up"), at(13, "down"), at(20, "qkv"), at(5, "down", m=32)) == {
+        gate_up: (0.8, 0.81, "pass"),
+        down: (0.8, 0.77, "miss"),
     }
-    targets = [each.text for each in ops_report.judge(whole)]
-    assert "ll_gemm_fp8, 8B gate_up M=1: of the copy bandwidth" in targets
-    assert not [text for text in targets if "qkv M=1" in text and text.startswith(FP8)]
-    (line,) = [line for line in bench_ops_text.describe(whole).splitlines() if "8B qkv M=1: of the copy" in line]
-    assert line.split()[-3:] == ["–", "50", "%"]
-    unmeasured = ops_low_latency.judge_bandwidth(result())
-    assert [(j.measured, j.verdict) for j in unmeasured] == [(None, "not run")] * 2
+    assert found() == {gate_up: (0.8, None, "not run"), down: (0.8, None, "not run")}
 
 
 def test_calls_from_python_are_shown_but_not_judged():
     label = "K=7168, N=256"
     own = [eager(peers.OURS, 2, label, BF16), eager(peers.OURS_TORCH, 2.5, label, BF16), eager(peers.TORCH_MM, 3, label, BF16)]
-    others = [eager(peers.OURS, 2), eager(peers.OURS_TORCH, 2), eager(peers.VLLM, 8)]
-    whole = result(eager=own + others)
-    assert [(j.wanted, round(j.measured, 2)) for j in ops_report.judge_eager(whole)] == [(None, 1.2), (1.5, 4.0)]
-    assert not [j for j in ops_report.judge(whole) if j.text.startswith(BF16) and "eager" in j.text]
-    text = bench_ops_text.describe_eager(whole)
-    assert "the slower of the two doors against torch.ops._C or torch.mm" in text
-    lines = [line.split() for line in text.splitlines() if line.startswith(BF16)]
-    assert lines == [
-        [BF16, "K=7168,", "N=256", "2.00", "2.50", "3.00"],
-        [f"{BF16},", "eager,", "M=16", "–", "1.20", "×"],
-    ]
-    alone = ops_report.judge_eager(result(eager=own))
-    assert [(j.wanted, j.verdict) for j in alone][1:] == [(1.5, "not run")]
-
-
-def test_ops_with_tables_of_their_own_are_in_no_other():
-    whole = result([*routers(1, 2), *projections(1, 2)])
-    assert not [name for name, _ in ops_report.judge_speedups(whole) if name in ops_grid.LOW_LATENCY]
-    assert "GEMMs of a few tokens" in bench_ops_text.describe(whole)
-    assert "GEMMs of a few tokens" not in bench_ops_text.describe(result(pair(1, 2)))
+    whole = result(eager=[*own, eager(peers.OURS, 2), eager(peers.OURS_TORCH, 2), eager(peers.VLLM, 8)])
+    judged = [each for each in verdicts.judge(whole) if "eager" in each.text]
+    assert [(each.wanted, round(each.measured, 2)) for each in judged] == [(1.5, 4.0)]
+    lines = [line.split() for line in report.describe_eager(whole).splitlines() if line.startswith(BF16)]
+    assert lines == [[BF16, "K=7168,", "N=256", "2.00", "2.50", "3.00"]]
+    alone = [each for each in verdicts.judge(result(eager=own)) if "eager" in each.text]
+    assert [(each.wanted, each.word) for each in alone] == [(1.5, "not run")]
 
 
 def test_plot_has_every_peer(tmp_path):
     pytest.importorskip("matplotlib")
     whole = result([*routers(1, 2, m=1), *routers(1, 2, m=2), timing(peers.SKINNY, 3, op=BF16, model="other", m=1)])
-    ops_plot.draw(whole, tmp_path / "x.png")
+    plot.draw(whole, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size
 
 
@@ -266,13 +251,13 @@ def test_a_run_measures_them_beside_their_own_peers(monkeypatch, tmp_path):
     assert {each["m"] for each in found["timings"] if each["op"] == FP8 and each["mode"] == "rotated"} == {1, 16}
     assert found["machine"]["vllm_ll"] == "ll.so"
     assert list(found["skipped"]) == [peers.VLLM, peers.COMPILE]
-    bench_ops_text.describe(found)
+    report.describe(found)
 
 
 def test_what_is_not_there_is_named(monkeypatch, tmp_path):
     found, _ = run(monkeypatch, tmp_path, [QUANT])
     assert found["skipped"]["ll_gemm_bf16, ll_gemm_fp8"].startswith("not in the bundle; one built with the CuteDSL has them")
-    assert "ll_gemm_bf16, ll_gemm_fp8: not in the bundle" in bench_ops_text.describe(found)
+    assert "ll_gemm_bf16, ll_gemm_fp8: not in the bundle" in report.describe(found)
     assert "vLLM" not in " ".join(found["skipped"])
     found, took_part = run(monkeypatch, tmp_path, [QUANT, BF16])
     assert found["skipped"]["ll_gemm_fp8"].startswith("not in the bundle")

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hdispatch import ops
+from hdispatch.errors import BuildError, HdispatchError
 
-from .. import ops
-from ..errors import BuildError, HdispatchError
-from .ops_grid import op_shapes
+from .grid import op_shapes
 from .vllm_ll import OP, SKINNY_MOST_M, function_name
 
 SOURCES = Path("model_executor", "kernels", "linear", "cute_dsl")
@@ -52,7 +52,7 @@ def make(vllm: Path, out: Path, progress: Progress = lambda _done, _all, _label:
     For the op's shapes, every M of its ladder and both types of its output. HdispatchError without vLLM's sources or the
     DSL, or if they do not compile. The code is for an H200, its host part for the CPU of this machine.
     """
-    from ..build import ffi_link
+    from hdispatch.build import ffi_link
 
     folder = sources(vllm)
     if "cutlass" in sys.modules and os.environ.get("CUTE_DSL_ARCH") != ARCH:

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
+from hdispatch.errors import HdispatchError
+from hdispatch.opspec import OpSpec, TensorArg, Variant
 from torch import Tensor
-
-from ..errors import HdispatchError
-from ..opspec import OpSpec, TensorArg, Variant
 
 #: warm: the same buffers in every launch; rotated: buffers that together exceed twice L2.
 Mode = Literal["warm", "rotated"]
@@ -217,7 +216,7 @@ def cells(
 
 
 def roof_cells(specs: Sequence[OpSpec], ms: Sequence[int], models: Sequence[str], variants: Sequence[str]) -> list[Cell]:
-    """Rotated cells that are held against the roofs: every op at the largest M, GEMMs at the smallest too.
+    """Rotated cells that are compared with the roofs: every op at the largest M, GEMMs at the smallest too.
 
     And those of `ALWAYS_ROTATED` at every M.
     """

@@ -6,12 +6,13 @@ import itertools
 from pathlib import Path
 from typing import Any
 
-from ..errors import HdispatchError
-from . import plot
-from .ops_compare import Result, groups, main_mode, name_of, words_of_peer
-from .ops_grid import MODELS
-from .ops_timing import Timing
+from hdispatch.bench import plot
+from hdispatch.errors import HdispatchError
+
+from .grid import MODELS
 from .peers import COMPILE, LL_BF16, OURS, SKINNY, TORCH_MM, VLLM
+from .result import Result, groups, main_mode, name_of, words_of_peer
+from .timing import Timing
 
 COLORS = {OURS: "#20639b", VLLM: "#c0392b", COMPILE: "#f2a33a", TORCH_MM: "#3caea3", LL_BF16: "#8e44ad", SKINNY: "#d98cb3"}
 DASHES = ("-", "--", "-.", ":")

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hdispatch.bench import peers, vllm_ll, vllm_ll_build
 from hdispatch.build import ffi_link
 from hdispatch.cli.main import main
 from hdispatch.errors import BuildError, HdispatchError
-from op_results import sample_few as sample
+from ops_results import sample_few as sample
+
+from benchmarks.ops import peers, vllm_ll, vllm_ll_build
 
 BF16, FP8 = "ll_gemm_bf16", "ll_gemm_fp8"
 

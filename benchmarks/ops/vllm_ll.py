@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hdispatch.errors import HdispatchError
+from hdispatch.opspec import dtype_name
 from torch import Tensor
 
-from ..errors import HdispatchError
-from ..opspec import dtype_name
 from .peers import Bound
 
 OP = "ll_gemm_bf16"

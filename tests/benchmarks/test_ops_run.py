@@ -1,80 +1,85 @@
-"""The op benchmark without a GPU: its peers' functions, processes, runs and command line."""
+"""The op benchmark without a GPU: what torch.compile is given, its peers, processes, runs and command line."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import multiprocessing
+import os
 import random
+import subprocess
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import compiling
 import hdispatch
 import pytest
 import torch
 import toy
-from hdispatch.bench import compiled, ops, ops_compare, ops_crew, ops_grid, ops_report, ops_timing, ops_worker, peers
-from hdispatch.bench.ops_grid import Cell
-from hdispatch.cli import bench_ops, bench_ops_text
 from hdispatch.cli.main import main
 from hdispatch.errors import HdispatchError
 from hdispatch.opspec import TensorArg
-from hdispatch.testing.numeric import assert_close_by_dtype, compare_fp8
-from op_results import MEASURED, QUANT, SMALL, arguments_of, cell, pair, result, timing, whole_result
+from ops_results import MEASURED, QUANT, SMALL, cell, pair, result, timing, whole_result
+
+from benchmarks import verdict
+from benchmarks.ops import command, compiled, grid, peers
+from benchmarks.ops import run as ops
+from benchmarks.ops import timing as ops_timing
+from benchmarks.ops.grid import Cell
+from benchmarks.ops.result import point
 
 CPU = torch.device("cpu")
+
+
+COMPILED = [op for op in MEASURED if op in compiled.OPS]
 
 
 # ---- the functions for torch.compile ----
 
 
-def outputs_of(op: str, arguments: list) -> list[torch.Tensor]:
-    """What the reference wrote, as the function returns it."""
+def sampled(op: str, variant=None) -> list:
     spec = hdispatch.ops.spec(op)
-    spec.reference(*arguments)
-    named = dict(zip((arg.name for arg in spec.args), arguments, strict=True))
-    if op == "fused_qk_norm_rope":
-        q, k, _ = named["qkv"].split([named[f"num_heads_{each}"] * named["head_dim"] for each in "qkv"], dim=-1)
-        return [q, k]
-    return [named[arg.name] for arg in spec.tensors() if arg.mutated and named[arg.name] is not None]
+    sizes = SMALL | ({"N": 2, "K": 256} if op == "rms_norm" else {})
+    return spec.sample(variant or spec.typical_variant(), sizes, CPU, torch.Generator().manual_seed(2))
 
 
-def returned(function, arguments) -> list[torch.Tensor]:
-    got = function(*arguments)
-    return [got] if isinstance(got, torch.Tensor) else list(got)
+def bits(value: torch.Tensor) -> torch.Tensor:
+    return value.contiguous().view(torch.uint8)
 
 
-@pytest.mark.parametrize("op", [op for op in MEASURED if op in compiled.FUNCTIONS])
-def test_functions_compute_what_the_reference_does(op):
+@pytest.mark.parametrize("op", COMPILED)
+def test_functions_return_what_the_reference_writes_and_write_nothing(op):
     spec = hdispatch.ops.spec(op)
     for variant in spec.served_variants():
-        sizes = SMALL | ({"N": 2, "K": 256} if op == "rms_norm" else {})
-        arguments = spec.sample(variant, sizes, CPU, torch.Generator().manual_seed(2))
-        before = peers.copied(arguments)
-        got = returned(compiled.FUNCTIONS[op], arguments)
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(arguments, before, strict=True)
-            if isinstance(a, torch.Tensor) and a.dtype == torch.int64
-        )
-        for mine, wanted in zip(got, outputs_of(op, arguments), strict=True):
-            if mine.dtype == torch.float8_e4m3fn:
-                compare_fp8(mine, wanted, min_equal=0.99)
-            elif mine.dtype == torch.int32:
-                assert (mine == wanted).float().mean() > 0.99
-            else:
-                assert_close_by_dtype(mine, wanted.reshape(mine.shape), rtol=2e-2 if mine.dtype != torch.float32 else 1e-6)
+        arguments = sampled(op, variant)
+        before, written = peers.copied(arguments), peers.copied(arguments)
+        got = compiled.functional(spec)(*arguments)
+        spec.reference(*written)
+        for given, old in zip(arguments, before, strict=True):
+            assert not isinstance(given, torch.Tensor) or torch.equal(bits(given), bits(old))
+        pairs = zip(spec.args, written, strict=True)
+        wanted = [value for arg, value in pairs if isinstance(arg, TensorArg) and arg.mutated and value is not None]
+        assert wanted
+        for mine, want in zip(got, wanted, strict=True):
+            assert torch.equal(bits(mine), bits(want))
+            assert mine.stride() == want.stride()
 
 
-@pytest.mark.parametrize("op", [op for op in MEASURED if op in compiled.FUNCTIONS])
+@pytest.mark.parametrize("op", COMPILED)
 def test_functions_are_one_graph(op):
-    arguments = arguments_of(op, SMALL | ({"N": 1} if op == "rms_norm" else {}))
-    torch.compile(compiled.FUNCTIONS[op], backend="eager", fullgraph=True, dynamic=False)(*arguments)
+    """On meta tensors: of what is on the CPU the references check the indices, which no GPU waits for."""
+    arguments = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in sampled(op)]
+    torch._dynamo.reset()
+    function = compiled.functional(hdispatch.ops.spec(op))
+    torch.compile(function, backend="eager", fullgraph=True, dynamic=False)(*arguments)
 
 
-def test_the_options_are_the_posts_and_torch_takes_them():
+def test_every_op_but_gemms_is_compared_with_torch_compile():
+    assert set(compiled.OPS) == set(grid.SIZES) - {*grid.GEMMS, *grid.LOW_LATENCY}
     assert compiled.OPTIONS == {
         "enable_auto_functionalized_v2": False,
         "size_asserts": False,
@@ -83,7 +88,7 @@ def test_the_options_are_the_posts_and_torch_takes_them():
         "combo_kernels": True,
         "benchmark_combo_kernel": True,
     }
-    assert compiled.compile_op(QUANT) is not compiled.compile_op(QUANT)
+    assert compiled.compile_op(QUANT) is not compiled.compile_op(QUANT), "torch knows the options"
 
 
 # ---- peers ----
@@ -206,169 +211,62 @@ def test_launch_count():
 # ---- processes that compile ----
 
 
-class FakeWorker:
-    """Answers at once; dies, fails or hangs on the Ms that it is told to."""
-
-    def __init__(self, dies=(), fails=(), hangs=()):
-        self.dies, self.fails, self.hangs = dies, fails, hangs
-        self.asked: list[tuple[str, int]] = []
-        self.killed = threading.Event()
-
-    def ask(self, request):
-        """The answer."""
-        if request["do"] == "stats":
-            return {"stats": {"op": {"hits": len(self.asked), "empty": 0, "fallbacks": 0, "misses": {"no row": 1}}}}
-        m = request["cell"]["m"]
-        self.asked.append((request["do"], m))
-        if m in self.hangs:
-            self.killed.wait(20)
-        if m in self.dies or self.killed.is_set():
-            raise ops_crew.WorkerGone(f"gone at {m}")
-        if m in self.fails:
-            return {"error": f"cannot {request['do']} {m}"}
-        time.sleep(0.01)
-        if request["do"] == "compile":
-            return {"seconds": 1.5}
-        path = {"path": peers.COMPILE, "median_us": 3.0, "q1_us": 3.0, "q3_us": 3.0, "bytes": 1, "flops": 0}
-        return {"timings": [{**request["cell"], **path}], "failures": []}
-
-    def kill(self):
-        """End it."""
-        self.killed.set()
-
-
-def compile_cells(workers, ms, seconds=60.0, grace=0.5):
+def compile_cells(tmp_path, ms, function, processes=2, seconds=100.0) -> tuple[compiled.Compiled, int]:
     ticks: list[int] = []
-    made = ops_crew.compile_cells(
-        workers, [cell(m=m) for m in ms], time.monotonic() + seconds, lambda: ticks.append(1), grace=grace
-    )
+    begin = time.monotonic()
+    with compiled.caches():
+        made = compiled.compile_cells(
+            [cell(m=m) for m in ms], processes, begin + seconds, tmp_path / "lock", lambda: ticks.append(1), function
+        )
+    assert not multiprocessing.active_children()
     return made, len(ticks)
 
 
-def test_cells_are_shared_out_and_kept_in_order():
-    workers = [FakeWorker() for _ in range(3)]
-    made, ticks = compile_cells(workers, range(1, 13))
-    assert [each["m"] for each, _ in made.held] == list(range(1, 13))
-    assert sorted(m for worker in workers for _, m in worker.asked) == list(range(1, 13))
-    assert all(worker.asked for worker in workers)
-    assert all(("compile", each["m"]) in worker.asked for each, worker in made.held)
-    assert (ticks, made.seconds, made.failed, made.lost) == (12, [1.5] * 12, [], 0)
+def test_cells_are_compiled_in_order_and_failures_named(tmp_path):
+    made, ticks = compile_cells(tmp_path, range(1, 8), compiling.fails_at_2)
+    assert [each["m"] for each in made.cells] == [1, 3, 4, 5, 6, 7]
+    assert made.seconds == [1.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+    assert [(each["m"], reason) for each, reason in made.failed] == [(2, "ValueError: cannot compile 2")]
+    assert ticks == 7
 
 
-def test_a_cell_that_fails_and_a_process_that_dies():
-    workers = [FakeWorker(dies={3}, fails={2})]
-    made, _ = compile_cells(workers, range(1, 6))
-    assert not made.held  # what a dead process had compiled is gone with it
-    assert [(each["m"], reason) for each, reason in made.failed] == [(2, "cannot compile 2"), (3, "gone at 3")]
-    assert made.lost == 1
-
-
-def test_the_deadline_stops_handing_out():
-    made, _ = compile_cells([FakeWorker()], range(1, 1000), seconds=0.1)
-    assert 0 < len(made.held) < 50
-    assert not compile_cells([FakeWorker()], [1], seconds=-1)[0].held
-
-
-def test_a_process_that_hangs_is_ended():
-    workers = [FakeWorker(hangs={1}), FakeWorker(hangs={1})]
+def test_the_deadline_ends_cells_that_hang(tmp_path):
     begin = time.monotonic()
-    made, _ = compile_cells(workers, range(1, 5), seconds=0.2, grace=0.3)
-    assert time.monotonic() - begin < 10
-    assert sum(worker.killed.is_set() for worker in workers) == 1
-    assert [each["m"] for each, _ in made.held] == [2, 3, 4]
+    made, _ = compile_cells(tmp_path, [5, 1], compiling.hangs_at_1, processes=1, seconds=15.0)
+    assert time.monotonic() - begin < 60
+    assert ([each["m"] for each in made.cells], made.failed) == ([5], [])
+    assert not compile_cells(tmp_path, [5], compiling.hangs_at_1, seconds=-1.0)[0].cells
 
 
-def test_cells_are_timed_one_at_a_time_as_long_as_there_is_time():
-    workers = [FakeWorker(), FakeWorker(dies={4}, fails={3})]
-    held = [(cell(m=m), workers[m > 2]) for m in (1, 2, 3, 4, 5)]
-    left = [True] * 4 + [False]
-    answers = [answer for _, answer in ops_crew.time_cells(held, lambda: left.pop(0))]
-    assert [answer.get("error") for answer in answers] == [None, None, "cannot time 3", "gone at 4"]
-    assert [m for worker in workers for _, m in worker.asked] == [1, 2, 3, 4]
+def test_a_process_that_dies_is_named(tmp_path):
+    made, _ = compile_cells(tmp_path, [1], compiling.dies, processes=1)
+    assert not made.cells
+    assert [reason.partition(":")[0] for _, reason in made.failed] == ["BrokenProcessPool"]
 
 
-def test_stats_of_all_processes_are_added():
-    total: dict = {}
-    for stats in ops_crew.stats_of([FakeWorker(), FakeWorker()]):
-        ops_crew.add_stats(total, stats)
-    assert total == {"op": {"hits": 0, "empty": 0, "fallbacks": 0, "misses": {"no row": 2}}}
+def test_caches_are_the_runs_own(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "mine")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    with compiled.caches() as folder:
+        assert os.environ["TRITON_CACHE_DIR"].startswith(str(folder))
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"].startswith(str(folder))
+    assert os.environ["TRITON_CACHE_DIR"] == "mine"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert not folder.exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what it needs where there is no GPU")
-def test_a_real_process_says_what_it_needs(tmp_path):
-    with ops_crew.crew(1, tmp_path, None, 3, 0) as (process,), pytest.raises(ops_crew.WorkerGone, match="sees no CUDA device"):
-        process.ask({"do": "stats"})
-
-
-PATCHED = """
-import torch
-from hdispatch.bench import compiled, ops_timing, ops_worker
-class Replayed:
-    def __init__(self, calls, launches):
-        print("noise of a compiler")
-        [call() for call in calls]
-    def time(self, replays=1):
-        return 2.0
-    def close(self):
-        pass
-ops_timing.Replay = Replayed
-ops_worker.require_gpu = lambda: torch.device("cpu")
-ops_worker.runtime.load = lambda *_, **__: None
-torch.cuda.synchronize = lambda *_: None
-compiled.compile_op = lambda op: compiled.FUNCTIONS[op]
-ops_worker.main()
-"""
-
-
-def test_a_real_process_compiles_times_and_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(ops_crew, "_COMMAND", (sys.executable, "-P", "-c", PATCHED))
-    with ops_crew.crew(1, tmp_path, None, 3, 0) as processes:
-        made = ops_crew.compile_cells(processes, [cell(m=1), cell(m=2)], time.monotonic() + 100)
-        assert [each["m"] for each, _ in made.held] == [1, 2]
-        assert not made.failed
-        answers = [answer for _, answer in ops_crew.time_cells(made.held, lambda: True)]
-        assert [[each["path"] for each in answer["timings"]] for answer in answers] == [[peers.COMPILE]] * 2
-        (stats,) = ops_crew.stats_of(processes)
-        assert stats[QUANT]["misses"] == {"no table": 2}
-        processes[0].kill()
-        with pytest.raises(ops_crew.WorkerGone, match="ended with status"):
-            processes[0].ask({"do": "stats"})
-
-
-def test_the_worker_answers_what_it_could_not_do(replayed):
-    worker = ops_worker.Worker(ops_worker.Setup("b", None, 3, 0, "lock"), CPU, random.Random(0))
-    assert "KeyError" in worker.answer({"do": "time", "cell": cell()})["error"]
-    assert "no op 'nonsense'" in worker.answer({"do": "compile", "cell": cell(op="nonsense")})["error"]
-    assert worker.answer({"do": "stats"})["stats"] == hdispatch.stats()
-
-
-def test_the_worker_times_what_it_compiled(replayed, monkeypatch):
-    monkeypatch.setattr(compiled, "compile_op", lambda op: compiled.FUNCTIONS[op])
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
-    worker = ops_worker.Worker(ops_worker.Setup("b", None, 3, 0, "lock"), CPU, random.Random(0))
-    assert worker.answer({"do": "compile", "cell": cell()})["seconds"] >= 0
-    answer = worker.answer({"do": "time", "cell": cell()})
-    assert [each["path"] for each in answer["timings"]] == [peers.COMPILE]
-    assert [each["path"] for each in answer["failures"]] == [peers.OURS]  # no bundle: a miss
-    assert json.loads(json.dumps(answer)) == answer
-
-
+@pytest.mark.slow
 def test_measurements_of_compilers_take_turns(tmp_path):
-    inside, most = [0], [0]
+    spans = compiling.measured_in_turn(tmp_path / "lock", processes=3)
+    assert len(spans) == 3
+    for (_, end), (begin, _) in itertools.pairwise(spans):
+        assert end <= begin
 
-    def measurement():
-        inside[0] += 1
-        most[0] = max(most[0], inside[0])
-        time.sleep(0.02)
-        inside[0] -= 1
 
-    alone = ops_worker._locked(measurement, tmp_path / "lock")
-    threads = [threading.Thread(target=alone) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1]
+def test_a_cell_is_timed_with_what_was_compiled(replayed, monkeypatch):
+    monkeypatch.setattr(compiled, "compile_op", lambda op: compiled.functional(hdispatch.ops.spec(op)))
+    measured = ops_timing.measure(cell(), {peers.COMPILE: compiled.binder(QUANT)}, CPU, 1, random.Random(0))
+    assert [each["path"] for each in measured.timings] == [peers.COMPILE]
 
 
 # ---- a run ----
@@ -384,9 +282,10 @@ def measured(monkeypatch, tmp_path):
         paths = [path for path in binders if path != peers.TORCH_MM]  # which has none of these ops
         return ops_timing.Measured([{**timing(path, 2), **each} for path in paths])
 
-    @contextmanager
-    def crew(count, *_):
-        yield [FakeWorker(fails={4}) for _ in range(count)]
+    def compile_cells(cells, processes, deadline, lock, tick):
+        failed = [(each, "cannot compile 4") for each in cells if each["m"] == 4]
+        done = [each for each in cells if each["m"] != 4] if time.monotonic() < deadline else []
+        return compiled.Compiled(done, [1.5] * len(done), failed)
 
     bundle = SimpleNamespace(
         manifest={"ops": {QUANT: {}}, "target": {"name": "h200"}, "records": [], "tools": {}}, rows=7, unload=lambda: None
@@ -396,7 +295,8 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(ops.runtime, "load", lambda *_, **__: bundle)
     monkeypatch.setattr(ops, "copy_bandwidth", lambda _: 4e12)
     monkeypatch.setattr(ops, "measure", measure)
-    monkeypatch.setattr(ops_crew, "crew", crew)
+    monkeypatch.setattr(compiled, "compile_cells", compile_cells)
+    monkeypatch.setattr(compiled, "binder", lambda _op: peers.bind_ours)
     options = ops.Options(tmp_path, ms=(1, 4, 8192), models=("8B",), workers=2, eager=False)
     return SimpleNamespace(options=options, cells=seen)
 
@@ -405,17 +305,18 @@ def test_run_measures_every_cell_once(measured):
     steps: list[tuple[int, int]] = []
     found = ops.run(measured.options, lambda done, total, _: steps.append((done, total)))
     warm = [each for each in found["timings"] if each["mode"] == "warm"]
-    points = [ops_compare.point(each) for each in warm]
+    points = [point(each) for each in warm if each["path"] == peers.OURS]
     assert len(points) == len(set(points)) == 2 * 3
-    assert {each["m"] for each in measured.cells if each["mode"] == "warm"} == {4}  # torch.compile failed there
     assert {each["m"] for each in measured.cells if each["mode"] == "rotated"} == {8192}
+    with_compile = {each["m"] for each in warm if each["path"] == peers.COMPILE}
+    assert with_compile == {1, 8192}, "torch.compile failed at 4"
     assert found["compile"]["cells"] == 4
     assert found["compile"]["ms"] == [1, 8192]
     assert [each["reason"] for each in found["failures"]] == ["cannot compile 4"] * 2
     assert peers.VLLM in found["skipped"]
     assert steps[-1][0] <= steps[-1][1]
     assert json.loads(json.dumps(found)) == found
-    bench_ops_text.describe(found)
+    command.describe(found)
 
 
 def test_ops_with_a_target_are_compiled_first(tmp_path):
@@ -436,7 +337,7 @@ def test_run_stops_cleanly_when_the_time_is_up(measured):
     assert not found["timings"]
     assert found["skipped"]["2 rotated cells"] == "--seconds 0 had passed"
     assert found["skipped"]["6 warm cells"] == "--seconds 0 had passed"
-    assert "for the others there was no time" in " ".join(found["skipped"].values())
+    assert found["skipped"]["torch.compile, 6 of 6 cells"] == "2 failed, for the others there was no time"
 
 
 def test_eager_calls_every_door(measured, monkeypatch):
@@ -471,12 +372,14 @@ def test_without_a_gpu_it_says_so(capsys, tmp_path):
 
 def test_show_and_check(capsys, tmp_path):
     file = tmp_path / "ops.json"
-    ops_report.write_json(whole_result(), file)
+    verdict.write_json(whole_result(), file)
     assert main(["bench", "ops", "--show", str(file)]) == 0
-    assert "speedups, geometric means" in capsys.readouterr().out
+    assert "over, or where" in capsys.readouterr().out
     assert main(["bench", "ops", "--show", str(file), "--check"]) == 1
-    ops_report.write_json(result(pair(1, 1.5)), file)
-    assert main(["bench", "ops", "--show", str(file), "--check"]) == 0
+    verdict.write_json(result(pair(1, 1.5)), file)
+    assert main(["bench", "ops", "--show", str(file), "--check", "--json", str(file)]) == 0
+    targets = json.loads(file.read_text())["targets"]
+    assert {each["verdict"] for each in targets} == {"pass", "not run"}
 
 
 def test_options(monkeypatch, tmp_path):
@@ -491,8 +394,8 @@ def test_options(monkeypatch, tmp_path):
         == 0
     )
     plain, quick, cut = seen
-    assert (plain.ms, plain.compile_ms, plain.modes, plain.rounds) == (ops_grid.MS, ops_grid.MS, ("warm",), ops.ROUNDS)
-    assert (quick.ms, quick.compile_ms, quick.modes, quick.rounds) == (bench_ops.QUICK_MS, (), ("warm", "rotated"), 5)
+    assert (plain.ms, plain.compile_ms, plain.modes, plain.rounds) == (grid.MS, grid.MS, ("warm",), ops.ROUNDS)
+    assert (quick.ms, quick.compile_ms, quick.modes, quick.rounds) == (command.QUICK_MS, (), ("warm", "rotated"), 5)
     assert (quick.ops, quick.models) == (("rms_norm", "silu_and_mul"), ("8B",))
     assert (cut.ms, cut.compile_ms, cut.seconds, cut.workers, cut.variants) == ((1, 16), (16,), 9.0, 3, ("default", "x"))
 
@@ -504,3 +407,39 @@ def test_wrong_command_lines(capsys, tmp_path):
     assert "is not a file" in capsys.readouterr().err
     assert main(["bench", "ops", "--json", str(tmp_path / "no" / "x.json")]) == 1
     assert "is not a folder" in capsys.readouterr().err
+
+
+def test_help(capsys):
+    assert main(["bench", "ops", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: hdispatch bench ops")
+    for words in ("--make-vllm-ll", "--compile-seconds", "targets.toml", "rotated"):
+        assert words in out, words
+
+
+@pytest.mark.parametrize("name", ["ops", "pdl"])
+def test_a_wheel_says_where_the_benchmark_is(tmp_path, name):
+    """The package alone, as a wheel has it, from a folder where no benchmarks/ is."""
+    code = (
+        "import sys, pathlib, hdispatch.cli.bench as bench\n"
+        f"bench.__file__ = {str(tmp_path / 'site' / 'hdispatch' / 'cli' / 'bench.py')!r}\n"
+        "from hdispatch.cli.main import main\n"
+        f"sys.exit(main(['bench', {name!r}, '--bundle', 'b', '--help']))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"bench {name} is in a checkout of hdispatch, not in its wheel" in done.stderr
+
+
+def test_a_checkout_in_pythonpath_is_found(tmp_path):
+    checkout = str(Path(__file__).parents[2])
+    code = (
+        "import sys, hdispatch.cli.bench as bench\n"
+        f"bench.__file__ = {str(tmp_path / 'site' / 'hdispatch' / 'cli' / 'bench.py')!r}\n"
+        "from hdispatch.cli.main import main\n"
+        "sys.exit(main(['bench', 'pdl', '--help']))"
+    )
+    environment = os.environ | {"PYTHONPATH": checkout}
+    command = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

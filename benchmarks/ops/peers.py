@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hdispatch import ops
+from hdispatch.errors import HdispatchError
+from hdispatch.opspec import OpSpec, TensorArg
 from torch import Tensor
-
-from .. import ops
-from ..errors import HdispatchError
-from ..opspec import OpSpec, TensorArg
 
 Call = Callable[..., object]
 #: Makes the call of an op from the op's own arguments: what to call, and the arguments it takes.
