@@ -59,13 +59,17 @@ def functional(spec: OpSpec) -> Function:
 def compile_op(op: str) -> Function:
     """The op's function under torch.compile; the first call compiles it, for the shapes of that call."""
     torch._dynamo.reset()  # it finds compiled functions by code object, and all of these have the same
-    compiled: Function = torch.compile(functional(ops.spec(op)), fullgraph=True, dynamic=False, options=dict(OPTIONS))
+    return compile_function(functional(ops.spec(op)))
+
+
+def compile_function(function: Function) -> Function:
+    """A function under torch.compile as the benchmark has it."""
+    compiled: Function = torch.compile(function, fullgraph=True, dynamic=False, options=dict(OPTIONS))
     return compiled
 
 
-def binder(op: str) -> Binder:
-    """Binds calls of the compiled function; the first arguments that are bound compile it."""
-    function = compile_op(op)
+def binder(function: Function) -> Binder:
+    """Binds calls of a compiled function; the first arguments that are bound compile it."""
 
     def bind(_op: str, arguments: Sequence[Any]) -> peers.Bound:
         for _ in range(2):  # the second call finds everything compiled and tuned

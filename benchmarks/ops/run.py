@@ -223,7 +223,7 @@ def _time(current: _Run, wanted: Sequence[Cell], with_compile: bool = False) -> 
             current.skipped[words] = f"--seconds {current.options.seconds:g} had passed"
             return
         current.step(f"{cell['op']} {cell_name(cell)}")
-        own = binders | ({peers.COMPILE: compiled.binder(cell["op"])} if with_compile else {})
+        own = binders | ({peers.COMPILE: compiled.binder(compiled.compile_op(cell["op"]))} if with_compile else {})
         try:
             measured = measure(cell, own, current.device, current.options.rounds, current.order)
             if index % 8 == 7:  # cells differ in size: what one has freed, the next may not find

@@ -26,7 +26,7 @@ from hdispatch.opspec import TensorArg
 from ops_results import MEASURED, QUANT, SMALL, cell, pair, result, timing, whole_result
 
 from benchmarks import verdict
-from benchmarks.ops import command, compiled, grid, peers
+from benchmarks.ops import check_baselines, command, compiled, grid, peers
 from benchmarks.ops import run as ops
 from benchmarks.ops import timing as ops_timing
 from benchmarks.ops.grid import Cell
@@ -263,10 +263,50 @@ def test_measurements_of_compilers_take_turns(tmp_path):
         assert end <= begin
 
 
-def test_a_cell_is_timed_with_what_was_compiled(replayed, monkeypatch):
-    monkeypatch.setattr(compiled, "compile_op", lambda op: compiled.functional(hdispatch.ops.spec(op)))
-    measured = ops_timing.measure(cell(), {peers.COMPILE: compiled.binder(QUANT)}, CPU, 1, random.Random(0))
+def test_a_cell_is_timed_with_what_was_compiled(replayed):
+    function = compiled.functional(hdispatch.ops.spec(QUANT))
+    measured = ops_timing.measure(cell(), {peers.COMPILE: compiled.binder(function)}, CPU, 1, random.Random(0))
     assert [each["path"] for each in measured.timings] == [peers.COMPILE]
+
+
+# ---- baselines against others ----
+
+FASTER = """
+import time
+import torch
+
+def derived_is_slow(result, input, scale, scale_ub=None):
+    return torch.zeros_like(result), torch.zeros_like(scale)
+
+FUNCTIONS = {"dynamic_per_token_scaled_fp8_quant": derived_is_slow}
+"""
+
+
+@pytest.mark.parametrize(("given_us", "status"), [(1.0, 1), (1.96, 0), (2.5, 0)])
+def test_a_faster_baseline_is_found(monkeypatch, capsys, tmp_path, given_us, status):
+    def measure(each, binders, *_):
+        assert list(binders) == ["derived", "in place", "given"]
+        times = {"derived": 2.0, "in place": 3.0, "given": given_us}
+        return ops_timing.Measured([{**timing(path, times[path]), **each} for path in binders])
+
+    (tmp_path / "others.py").write_text(FASTER)
+    monkeypatch.setattr(check_baselines, "require_gpu", lambda: CPU)
+    monkeypatch.setattr(check_baselines, "measure", measure)
+    assert check_baselines.main([str(tmp_path / "others.py"), "--ms", "1,16"]) == status
+    out = capsys.readouterr().out
+    assert f"{QUANT}" in out
+    assert ("faster than the derived one" in out) == bool(status)
+
+
+def test_a_baseline_that_fails_is_no_pass(monkeypatch, capsys, tmp_path):
+    def measure(each, *_):
+        return ops_timing.Measured(failures=[{**each, "path": "derived", "reason": "it broke"}])
+
+    (tmp_path / "others.py").write_text(FASTER)
+    monkeypatch.setattr(check_baselines, "require_gpu", lambda: CPU)
+    monkeypatch.setattr(check_baselines, "measure", measure)
+    assert check_baselines.main([str(tmp_path / "others.py"), "--ms", "1"]) == 1
+    assert "it broke" in capsys.readouterr().out
 
 
 # ---- a run ----
@@ -296,7 +336,7 @@ def measured(monkeypatch, tmp_path):
     monkeypatch.setattr(ops, "copy_bandwidth", lambda _: 4e12)
     monkeypatch.setattr(ops, "measure", measure)
     monkeypatch.setattr(compiled, "compile_cells", compile_cells)
-    monkeypatch.setattr(compiled, "binder", lambda _op: peers.bind_ours)
+    monkeypatch.setattr(compiled, "binder", lambda _function: peers.bind_ours)
     options = ops.Options(tmp_path, ms=(1, 4, 8192), models=("8B",), workers=2, eager=False)
     return SimpleNamespace(options=options, cells=seen)
 
