@@ -19,7 +19,7 @@ from typing import Any
 
 import hdispatch
 from hdispatch.bench.machine import describe, package_version
-from hdispatch.build import BuildReport, build
+from hdispatch.compile import BuildReport, build
 from hdispatch.manifest import LIBRARY, read_bundle
 
 #: What the figures are about.

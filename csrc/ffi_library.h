@@ -2,7 +2,7 @@
 // process.
 //
 // A bundle's library is opened when a table that needs it is built, from the bytes that were verified, and never
-// closed. It links a shim (python/hdispatch/build/ffi_shim.c) in the place of libtvm_ffi and the DSL's runtime:
+// closed. It links a shim (python/hdispatch/compile/ffi_shim.c) in the place of libtvm_ffi and the DSL's runtime:
 //
 //   int hdispatch_ffi_version(void)                      kShimVersion
 //   int hdispatch_ffi_prepare(void* library, const char* function, int device, void** module)

@@ -32,7 +32,7 @@ def make(element: type[Numeric], k: int | None, config: Mapping[str, Any]) -> Ge
 
 @dataclass(frozen=True)
 class Program:
-    """What a bundle's builder compiles: see `hdispatch.build.cutedsl_backend`."""
+    """What a bundle's builder compiles: see `hdispatch.compile.cutedsl_backend`."""
 
     host: Callable[..., None]
     arguments: dict[str, Any]

@@ -20,9 +20,11 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool
     return torch.cat(turned, dim=-1) if is_neox else torch.stack(turned, dim=-1).flatten(-2)
 
 
-def random_cache(rotary: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """Cosines and then sines of random angles, [SAMPLE_POSITIONS, rotary]."""
-    angles = 6.2832 * torch.rand(SAMPLE_POSITIONS, rotary // 2, generator=generator, device=generator.device)
+def random_cache(
+    rotary: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator, positions: int = SAMPLE_POSITIONS
+) -> torch.Tensor:
+    """Cosines and then sines of random angles, [positions, rotary]."""
+    angles = 6.2832 * torch.rand(positions, rotary // 2, generator=generator, device=generator.device)
     return torch.cat((angles.cos(), angles.sin()), dim=-1).to(device=device, dtype=dtype)
 
 

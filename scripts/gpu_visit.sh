@@ -15,6 +15,7 @@
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest, BUILD of `hdispatch build`; for
 # sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
+# INSTALLED=1: the extension is installed already, by a run before; several may then run beside each other, on GPUs of their own.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
 carry=$(realpath "$1") out=$(realpath "$2")
@@ -32,7 +33,8 @@ if [ ! -f "$carry/vllm_C.so.xz" ] && [ -f "$carry/vllm.tar.xz" ]; then  # the sa
   vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"
 fi
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
-python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 || { cat "$out/build.log"; exit 1; }
+[ -n "${INSTALLED:-}" ] || python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 ||
+  { cat "$out/build.log"; exit 1; }
 wait
 
 # vLLM and what it imports, for steps that need it.

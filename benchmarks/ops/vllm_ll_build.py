@@ -52,7 +52,7 @@ def make(vllm: Path, out: Path, progress: Progress = lambda _done, _all, _label:
     For the op's shapes, every M of its ladder and both types of its output. HdispatchError without vLLM's sources or the
     DSL, or if they do not compile. The code is for an H200, its host part for the CPU of this machine.
     """
-    from hdispatch.build import ffi_link
+    from hdispatch.compile import ffi_link
 
     folder = sources(vllm)
     if "cutlass" in sys.modules and os.environ.get("CUTE_DSL_ARCH") != ARCH:

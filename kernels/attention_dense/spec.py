@@ -141,6 +141,7 @@ SPEC = OpSpec(
     ladder=(4,),  # the number of sequences picks no config
     hints={"N": 32},
     doc=reference.__doc__ or "",
+    own_scales=True,
     served=served,
     typical="bfloat16+causal",
 )

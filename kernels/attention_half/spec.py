@@ -13,7 +13,7 @@ from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, check_slots, ran
 from ..lib.workspace import BYTES
 from ..numerics import random_rows
 from ..rms_norm.spec import normalized, random_weight
-from ..rope import random_cache, rotated
+from ..rope import SAMPLE_POSITIONS, random_cache, rotated
 
 NAME = "attention_half"
 
@@ -115,7 +115,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
         torch.full((m, heads, dim), float("nan"), dtype=dtype, device=device),
         random_rows(m, (heads + 2 * kv_heads) * dim, dtype, device, generator),
         *weights,
-        random_cache(dim, variant.dtypes["cos_sin_cache"], device, generator),
+        random_cache(dim, variant.dtypes["cos_sin_cache"], device, generator, max(SAMPLE_POSITIONS, longest)),
         (lengths - 1).to(device),
         paged.slots,
         paged.kv_cache,
@@ -165,6 +165,7 @@ SPEC = OpSpec(
     measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
     workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
+    own_scales=True,
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+group=4",
 )

@@ -130,6 +130,7 @@ SPEC = OpSpec(
     ladder=(16384,),  # the number of tokens picks no config
     hints={"N": 32},
     doc=reference.__doc__ or "",
+    own_scales=True,
     served=served,
     typical="bfloat16+causal",
 )

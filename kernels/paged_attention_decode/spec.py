@@ -137,6 +137,7 @@ SPEC = OpSpec(
     measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
     workspace=WorkspaceArg("workspace", BYTES),
     doc=reference.__doc__ or "",
+    own_scales=True,
     served=served,
     typical="bfloat16-bfloat16+group=4+max_queries=1",
 )

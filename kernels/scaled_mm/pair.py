@@ -27,15 +27,24 @@ def tile_of(index, tiles_m, tiles_n, GROUP: gl.constexpr):
 
 
 @gluon.jit
-def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, GROUP: gl.constexpr, PDL: gl.constexpr):
-    """Fills the stages, one after the other, as the two groups free them.
+def row_of(tile_m, piece, M, BLOCK_M: gl.constexpr):
+    """Where 64 rows of a tile begin. No piece reaches beyond M, if M is 64 or more: the last ones are the last 64 rows again.
+
+    The copy engine takes some five times as long for a row that is not there: M = 129 took 52 us where M = 256 takes 24.
+    """
+    return gl.minimum(tile_m * BLOCK_M + piece * 64, gl.maximum(M - 64, 0))
+
+
+@gluon.jit
+def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
+    """Fills the stages, one after the other, as the two groups free them. A stage of a has BLOCK_M / 64 pieces in a row.
 
     With PDL the kernel before this one may still write `a`; the first weights are asked for while it runs.
     """
-    STAGES: gl.constexpr = a_tiles.shape[0]
-    BLOCK_M: gl.constexpr = a_tiles.shape[1]
+    STAGES: gl.constexpr = b_tiles.shape[0]
+    PIECES: gl.constexpr = BLOCK_M // 64
     BLOCK_N: gl.constexpr = b_tiles.shape[1]
-    BLOCK_K: gl.constexpr = a_tiles.shape[2]
+    BLOCK_K: gl.constexpr = b_tiles.shape[2]
     BYTES: gl.constexpr = (BLOCK_M + BLOCK_N) * BLOCK_K
     tiles_m = gl.cdiv(M, BLOCK_M)
     tiles_n = gl.cdiv(N, BLOCK_N)
@@ -57,7 +66,9 @@ def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, GROUP: gl.constexpr
             mbarrier.wait(free.index(stage), phase)
             late = at >= early
             mbarrier.expect(ready.index(stage), BYTES, pred=late)
-            tma.async_copy_global_to_shared(a, [tile_m * BLOCK_M, at], ready.index(stage), a_tiles.index(stage))
+            for i in gl.static_range(PIECES):
+                piece = a_tiles.index(stage * PIECES + i)
+                tma.async_copy_global_to_shared(a, [row_of(tile_m, i, M, BLOCK_M), at], ready.index(stage), piece)
             tma.async_copy_global_to_shared(b, [tile_n * BLOCK_N, at], ready.index(stage), b_tiles.index(stage), pred=late)
             stage += 1
             if stage == STAGES:
@@ -88,16 +99,15 @@ def store_tile(out, m, n, out_tile, result):
 
 
 @gluon.jit
-def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
+def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
     """Upper or lower half of each tile, in parts of 64 rows."""
     out, a_scales, b_scales, bias, a_tiles, b_tiles, ready, free = tensors
     M, N, K, stride_as, stride_bs = sizes
     if PDL:
         gdc_wait()
-    STAGES: gl.constexpr = a_tiles.shape[0]
-    BLOCK_M: gl.constexpr = a_tiles.shape[1]
+    STAGES: gl.constexpr = b_tiles.shape[0]
     BLOCK_N: gl.constexpr = b_tiles.shape[1]
-    BLOCK_K: gl.constexpr = a_tiles.shape[2]
+    BLOCK_K: gl.constexpr = b_tiles.shape[2]
     PARTS: gl.constexpr = BLOCK_M // 128
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 32])
     tiles_m = gl.cdiv(M, BLOCK_M)
@@ -110,13 +120,12 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
     before = STAGES - 1
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
-        first = tile_m * BLOCK_M + HALF * (PARTS * 64)
         accs = (gl.zeros((64, BLOCK_N), gl.float32, LAYOUT),) * PARTS
         for at in range(0, K, BLOCK_K):
             mbarrier.wait(ready.index(stage), phase)
             sums = ()
             for i in gl.static_range(PARTS):
-                x = a_tiles.index(stage).slice((HALF * PARTS + i) * 64, 64)
+                x = a_tiles.index((stage * 2 + HALF) * PARTS + i)
                 w = b_tiles.index(stage).permute((1, 0))
                 sums += (warpgroup_mma(x, w, accs[i], is_async=True),)
             # These products run on; the ones before them are done with their stage.
@@ -132,12 +141,13 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
         n = gl.minimum(tile_n * BLOCK_N + column, N - 1)
         b_scale = gl.load(b_scales + n * stride_bs)
         for i in gl.static_range(PARTS):
-            m = gl.minimum(first + i * 64 + row, M - 1)
+            first = row_of(tile_m, HALF * PARTS + i, M, BLOCK_M)
+            m = gl.minimum(first + row, M - 1)
             a_scale = gl.load(a_scales + m * stride_as)
             result = gl.expand_dims(a_scale, 1) * (gl.expand_dims(b_scale, 0) * accs[i])
             if bias is not None:
                 result += gl.expand_dims(gl.load(bias + n).to(gl.float32), 0)
-            store_tile(out, first + i * 64, tile_n * BLOCK_N, out_tile, result)
+            store_tile(out, first, tile_n * BLOCK_N, out_tile, result)
     tma.store_wait(0)
 
 
@@ -161,12 +171,12 @@ def pair_kernel(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """out = a @ b.T. out, a and b are descriptors with blocks of [64, BLOCK_N], [BLOCK_M, BLOCK_K] and [BLOCK_N, BLOCK_K].
+    """out = a @ b.T. out, a and b are descriptors with blocks of [64, BLOCK_N], [64, BLOCK_K] and [BLOCK_N, BLOCK_K].
 
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not
-    written.
+    written. Some of the last 64 rows may be made, and written, several times, with the same result.
     """
-    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, BLOCK_K], a.layout)
+    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES * (BLOCK_M // 64), 64, BLOCK_K], a.layout)
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK_K], b.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, BLOCK_N], out.layout)
     ready, free = make_barriers(STAGES)
@@ -176,9 +186,9 @@ def pair_kernel(
     sizes = (M, N, K, stride_as, stride_bs)
     gl.warp_specialize(
         [
-            (multiply, (tensors, sizes, out_tiles.index(0), UPPER, GROUP, PDL)),
-            (multiply, (tensors, sizes, out_tiles.index(1), LOWER, GROUP, PDL)),
-            (load_tiles, (a, b, a_tiles, b_tiles, ready, free, M, N, K, GROUP, PDL)),
+            (multiply, (tensors, sizes, out_tiles.index(0), UPPER, BLOCK_M, GROUP, PDL)),
+            (multiply, (tensors, sizes, out_tiles.index(1), LOWER, BLOCK_M, GROUP, PDL)),
+            (load_tiles, (a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M, GROUP, PDL)),
         ],
         [4, 1],
         [240, 24],

@@ -184,6 +184,8 @@ def tma_kernel(
 ):
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
+    Rows of the last two tiles may be made twice, with the same result.
+
     A program takes every num_programs-th tile. The loops are fused: the next tile's loads run under this one's stores.
     out leaves in PARTS pieces of BLOCK_N / PARTS columns, each through the same shared memory.
     """
@@ -199,12 +201,14 @@ def tma_kernel(
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP)
+        # The last tile ends with M, if M has one: rows that are not there take the copy engine longer.
+        first_row = tl.minimum(tile_m * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for at in range(0, K, BLOCK_K):
-            x = a.load([tile_m * BLOCK_M, at])
+            x = a.load([first_row, at])
             w = b.load([tile_n * BLOCK_N, at])
             acc = tl.dot(x, w.T, acc)
-        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        m = first_row + tl.arange(0, BLOCK_M)
         a_scale = tl.load(a_scales + m.to(tl.int64) * stride_as, mask=m < M, other=0.0)
         parts = acc.reshape(BLOCK_M, 2, WIDTH).permute(0, 2, 1).split() if PARTS == 2 else (acc,)
         for part in tl.static_range(PARTS):
@@ -213,7 +217,7 @@ def tma_kernel(
             result = a_scale[:, None] * (b_scale[None, :] * parts[part])
             if bias is not None:
                 result += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-            out.store([tile_m * BLOCK_M, tile_n * BLOCK_N + part * WIDTH], result.to(out.dtype))
+            out.store([first_row, tile_n * BLOCK_N + part * WIDTH], result.to(out.dtype))
 
 
 def launch(
@@ -255,7 +259,7 @@ def launch(
         return
     if config["kernel"] == "pair":
         out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, block_n])
-        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [block_m, block_k])
+        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [64, block_k])
         b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, block_k])
         tiles = ((m + block_m - 1) // block_m) * ((n + block_n - 1) // block_n)
         del shared["PREFETCH"]

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from ..scaled_mm.pair import load_tiles, make_barriers, store_tile, tile_of
+from ..scaled_mm.pair import load_tiles, make_barriers, row_of, store_tile, tile_of
 
 
 @gluon.jit
@@ -30,14 +30,13 @@ def multiply_now(x, y):
 
 
 @gluon.jit
-def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
+def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
     """Upper or lower half of each tile, in parts of 64 rows and at most 128 columns."""
     out, a_scales, b_scales, a_tiles, b_tiles, ready, free = tensors
     M, N, K, stride_am, stride_ak, stride_bk, stride_bn = sizes
     if PDL:
         gdc_wait()
-    STAGES: gl.constexpr = a_tiles.shape[0]
-    BLOCK_M: gl.constexpr = a_tiles.shape[1]
+    STAGES: gl.constexpr = b_tiles.shape[0]
     BLOCK_N: gl.constexpr = b_tiles.shape[1]
     WIDTH: gl.constexpr = out_tile.shape[1]
     PARTS_M: gl.constexpr = BLOCK_M // 128
@@ -55,11 +54,12 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
     phase = 0
     for index in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
         tile_m, tile_n = tile_of(index, tiles_m, tiles_n, GROUP)
-        first = tile_m * BLOCK_M + HALF * (PARTS_M * 64)
+        firsts = ()
         rows = ()
         factors = ()
         for i in gl.static_range(PARTS_M):
-            m = gl.minimum(first + i * 64 + row, M - 1)
+            firsts += (row_of(tile_m, HALF * PARTS_M + i, M, BLOCK_M),)
+            m = gl.minimum(firsts[i] + row, M - 1)
             rows += (a_scales + m.to(gl.int64) * stride_am,)
             factors += (gl.load(a_scales + m.to(gl.int64) * stride_am),)
         columns = ()
@@ -87,7 +87,7 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
             sums = ()
             for i in gl.static_range(PARTS_M):
                 for j in gl.static_range(PARTS_N):
-                    x = a_tiles.index(stage).slice((HALF * PARTS_M + i) * 64, 64)
+                    x = a_tiles.index((stage * 2 + HALF) * PARTS_M + i)
                     w = b_tiles.index(stage).slice(j * WIDTH, WIDTH).permute((1, 0))
                     # Never true, but ptxas must not know: else it takes other registers for each part, and runs out of them.
                     products = warpgroup_mma(x, w, products, use_acc=M < 0, is_async=True)
@@ -103,7 +103,7 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, GROUP: gl.constexpr, 
                 phase ^= 1
         for i in gl.static_range(PARTS_M):
             for j in gl.static_range(PARTS_N):
-                store_tile(out, first + i * 64, tile_n * BLOCK_N + j * WIDTH, out_tile, accs[i * PARTS_N + j])
+                store_tile(out, firsts[i], tile_n * BLOCK_N + j * WIDTH, out_tile, accs[i * PARTS_N + j])
     tma.store_wait(0)
 
 
@@ -127,12 +127,12 @@ def pair_kernel(
     STAGES: gl.constexpr,
     PDL: gl.constexpr,
 ):
-    """out = a @ b.T. out, a and b are descriptors with blocks of [64, min(BLOCK_N, 128)], [BLOCK_M, 128] and [BLOCK_N, 128].
+    """out = a @ b.T. out, a and b are descriptors with blocks of [64, min(BLOCK_N, 128)], [64, 128] and [BLOCK_N, 128].
 
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not
-    written.
+    written. Some of the last 64 rows may be made, and written, several times, with the same result.
     """
-    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES, BLOCK_M, 128], a.layout)
+    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES * (BLOCK_M // 64), 64, 128], a.layout)
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
     out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, out.block_shape[1]], out.layout)
     ready, free = make_barriers(STAGES)
@@ -142,9 +142,9 @@ def pair_kernel(
     sizes = (M, N, K, stride_am, stride_ak, stride_bk, stride_bn)
     gl.warp_specialize(
         [
-            (multiply, (tensors, sizes, out_tiles.index(0), UPPER, GROUP, PDL)),
-            (multiply, (tensors, sizes, out_tiles.index(1), LOWER, GROUP, PDL)),
-            (load_tiles, (a, b, a_tiles, b_tiles, ready, free, M, N, K, GROUP, PDL)),
+            (multiply, (tensors, sizes, out_tiles.index(0), UPPER, BLOCK_M, GROUP, PDL)),
+            (multiply, (tensors, sizes, out_tiles.index(1), LOWER, BLOCK_M, GROUP, PDL)),
+            (load_tiles, (a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M, GROUP, PDL)),
         ],
         [4, 1],
         [240, 24],

@@ -196,6 +196,8 @@ def tma_kernel(
 ):
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
+    Rows of the last two tiles may be made twice, with the same result.
+
     A program takes every num_programs-th tile of SLICES * BLOCK_N columns. The loops are fused: the next tile's loads run
     under this one's stores. The slices' products come one after the other, so that they need the registers of one.
     """
@@ -212,14 +214,16 @@ def tma_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP)
-        m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        # The last tile ends with M, if M has one: rows that are not there take the copy engine longer.
+        first_row = tl.minimum(tile_m * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
+        m = first_row + tl.arange(0, BLOCK_M)
         a_scale = a_scales + m.to(tl.int64) * stride_am
         # One scale of weights per tile and k, but loaded once per row: so it comes by the same asynchronous copies.
         first = tile_n * COLUMNS // GROUP_SIZE
         last = (N - 1) // GROUP_SIZE
         accs = (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),) * SLICES
         for at in tl.range(0, K, GROUP_SIZE, num_stages=STAGES):
-            x = a.load([tile_m * BLOCK_M, at])
+            x = a.load([first_row, at])
             scale = tl.load(a_scale + (at // GROUP_SIZE) * stride_ak.to(tl.int64), mask=m < M, other=0.0)
             sums = ()
             for i in tl.static_range(SLICES):
@@ -231,7 +235,7 @@ def tma_kernel(
                 sums += (accs[i] + tl.dot(x, w.T) * both[:, None],)
             accs = sums
         for i in tl.static_range(SLICES):
-            out.store([tile_m * BLOCK_M, tile_n * COLUMNS + i * BLOCK_N], accs[i].to(out.dtype))
+            out.store([first_row, tile_n * COLUMNS + i * BLOCK_N], accs[i].to(out.dtype))
 
 
 def launch(
@@ -271,7 +275,7 @@ def launch(
         return
     if config["kernel"] == "pair":
         out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, min(block_n, 128)])
-        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [block_m, 128])
+        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [64, 128])
         b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, 128])
         tiles = ((m + block_m - 1) // block_m) * ((n + block_n - 1) // block_n)
         del shared["PREFETCH"]

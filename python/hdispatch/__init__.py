@@ -4,7 +4,7 @@
     hdispatch.load("bundle")
     hdispatch.ops.rms_norm_dynamic_per_token_quant(out, x, weight, scale, 1e-6, None, residual)
 
-Importing compiles nothing, opens no bundle and touches no GPU. The build wing is `hdispatch.build`.
+Importing compiles nothing, opens no bundle and touches no GPU. The build wing is `hdispatch.compile`.
 """
 
 from . import extension as _extension

@@ -42,6 +42,8 @@ from .typed_json import Mismatch, check, parse
 SCHEMA_VERSION = 4
 MANIFEST_NAME = "manifest.json"
 CHECKSUM_NAME = "manifest.sha256"
+#: Beside them in a bundle of candidates: see `hdispatch.tune.candidates`.
+CANDIDATES_NAME = "candidates.json"
 ARTIFACTS = "artifacts"
 LIBRARY = f"{ARTIFACTS}/functions.so"
 
@@ -54,6 +56,11 @@ Expr = list[int | str]
 #: Classes of M for which Triton compiles different code: M == 1; M % 16 == 0; any other M.
 MClass = Literal["one", "mult16", "other"]
 M_CLASSES: tuple[MClass, ...] = ("one", "mult16", "other")
+
+
+def class_of(m: int) -> MClass:
+    """The class of M, as the launcher tells it (csrc/record.h)."""
+    return "one" if m == 1 else "mult16" if m % 16 == 0 else "other"
 
 
 #: Element types of a TMA descriptor, in the order of the driver's CUtensorMapDataType.

@@ -30,7 +30,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .errors import HdispatchError
+from .errors import BundleError, HdispatchError
 from .ladders import Ladders
 from .manifest import OpEntry
 
@@ -227,6 +227,8 @@ class OpSpec:
                                 first served one if None.
     accumulation                root mean square of what the kernels' sums over K lose besides roundings of the output, per
                                 square root of K and relative to the output's own; 0 where they add in float32.
+    own_scales                  whether the rows of the outputs have scales of their own, as averages over many or few tokens
+                                have: where sums cancel, a row's scale says what rounding may lose.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     measured                    sizes to measure candidates at of symbols that rows leave open; `hints` for the others.
     closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
@@ -246,6 +248,7 @@ class OpSpec:
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
     accumulation: float = 0.0
+    own_scales: bool = False
     hints: Mapping[str, int] = field(default_factory=dict)
     measured: Mapping[str, int] = field(default_factory=dict)
     closed: bool = False
@@ -391,6 +394,14 @@ class OpSpec:
         if (theirs and theirs["arg"]) != (ours and ours["arg"]):
             return f"a second ladder of {theirs and theirs['arg']} and not of {ours and ours['arg']}"
         return None
+
+    def check_same(self, entry: OpEntry, where: object, remedy: str) -> None:
+        """`BundleError` if the op in the manifest `where` is another than this one; `remedy` says what to do then."""
+        if (other := self.difference(entry)) is not None:
+            raise BundleError(
+                f"{where}: built for {entry['schema']}; the installed op is {self.schema()} "
+                f"with other variants or arguments ({other}); {remedy}"
+            )
 
     @property
     def second(self) -> IntArg | None:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Hashable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -33,11 +33,22 @@ class _Graph:
     used: int = 0  #: number of the call that used it last
 
 
+class Captures(Protocol):
+    """What foreign steps need besides the capture itself: those whose arguments are not all known before."""
+
+    def may_begin(self) -> bool:
+        """Whether a capture may be made now; if not, the call is launched."""
+
+    def ended(self) -> None:
+        """Called after each capture, also one that an error ended, and before its graph runs."""
+
+
 class Replays:
     """A sequence, called as it is itself; for one thread at a time.
 
     sequence  what `Sequence.freeze` returned. Its foreign steps must be such that CUDA graphs may hold them
     most      graphs that are kept
+    around    what its foreign steps need around a capture
     replays, captures  how many calls were replayed, and how many graphs were made
 
     A call that the launch table did not serve is never captured, nor one under a capture of somebody else's, which gets the
@@ -45,8 +56,8 @@ class Replays:
     bundle that is unloaded since; it is not replayed then. `stats` counts the launches of a capture, and no replays.
     """
 
-    def __init__(self, sequence: _C.Sequence, *, most: int = MOST) -> None:
-        self.sequence, self.most = sequence, most
+    def __init__(self, sequence: _C.Sequence, *, most: int = MOST, around: Captures | None = None) -> None:
+        self.sequence, self.most, self._around = sequence, most, around
         self.replays = self.captures = 0
         self._calls = 0
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
@@ -71,7 +82,7 @@ class Replays:
         self._calls += 1
         graph = self._graphs.get(key)
         if graph is None:
-            if not self._seen.get(key) or not self._make_room(stream):
+            if not self._seen.get(key) or not self._may_capture(stream):
                 self._call(key, slots)
                 return
             graph = self._capture(key, stream, slots)
@@ -80,6 +91,9 @@ class Replays:
         self.replays += 1
         graph.used = self._calls
         graph.graph.replay()
+
+    def _may_capture(self, stream: torch.cuda.Stream) -> bool:
+        return (self._around is None or self._around.may_begin()) and self._make_room(stream)
 
     def _make_room(self, stream: torch.cuda.Stream) -> bool:
         """Whether there is room for one more graph: drop one that has long not been used, if all places are taken."""
@@ -109,17 +123,20 @@ class Replays:
         """Make the graph of a call. Nothing runs."""
         aside = self._streams.setdefault(stream.cuda_stream, torch.cuda.Stream(stream.device))  # type: ignore[no-untyped-call]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(aside):
-            graph.capture_begin(capture_error_mode="thread_local")
-            try:
-                self.sequence(*slots)
-            except BaseException:
-                del self._seen[key]
-                with suppress(RuntimeError):  # the capture may be broken; what broke it is raised
-                    graph.capture_end()
-                raise
-            graph.capture_end()
         del self._seen[key]
+        try:
+            with torch.cuda.stream(aside):
+                graph.capture_begin(capture_error_mode="thread_local")
+                try:
+                    self.sequence(*slots)
+                except BaseException:
+                    with suppress(RuntimeError):  # the capture may be broken; what broke it is raised
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        finally:
+            if self._around is not None:
+                self._around.ended()
         self._graphs[key] = found = _Graph(graph)
         self.captures += 1
         return found

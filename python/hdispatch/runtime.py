@@ -330,12 +330,7 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
             raise BundleError(
                 f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
             )
-        spec = ops.spec(name)
-        if (other := spec.difference(entry)) is not None:
-            raise BundleError(
-                f"{where}: built for {entry['schema']}; the installed op is {spec.schema()} "
-                f"with other variants or arguments ({other}); rebuild"
-            )
+        ops.spec(name).check_same(entry, where, "rebuild")
         found[name] = ops.get(name)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}

@@ -10,8 +10,8 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import Selection, build
 from hdispatch.cli.main import main
+from hdispatch.compile import Selection, build
 from hdispatch.errors import HdispatchError
 from hdispatch.manifest import LIBRARY
 from hdispatch.testing import device_timer, null

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hdispatch.build import ffi_link
 from hdispatch.cli.main import main
+from hdispatch.compile import ffi_link
 from hdispatch.errors import BuildError, HdispatchError
 from ops_results import sample_few as sample
 

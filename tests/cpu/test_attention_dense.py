@@ -16,14 +16,15 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import build, configs
-from hdispatch.build.builder import Selection
+from hdispatch.compile import build, configs, op_package
+from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
 from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
 from hdispatch.kernels.lib.sdpa import Rule, attend, serve
 from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
+from torch.nn.functional import scaled_dot_product_attention
 
 PROGRAM = Path(__file__).parents[1] / "support" / "flash_attention_kernels.py"
 OPS = ("attention_dense", "attention_varlen")
@@ -86,6 +87,29 @@ def test_reference_and_fallback_are_a_loop_in_float64(queries: int, keys: int, r
     want = torch.stack([looped(q[i], k[i], v[i], RULES[rule]) for i in range(2)])
     assert torch.allclose(attend(q, k, v, RULES[rule]).double(), want, atol=2e-6)
     assert (serve(q, k, v, RULES[rule]).double() - want).abs().max() <= TOLERANCE
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_gets_vectors_of_16_bytes(monkeypatch: pytest.MonkeyPatch, rule: str) -> None:
+    """cuDNN's kernel reads from addresses rounded down."""
+    given = []
+
+    def seen(*args: torch.Tensor, **more: object) -> torch.Tensor:
+        given.extend(args)
+        return scaled_dot_product_attention(*args, **more)
+
+    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", seen)
+    plain = [randn(2, heads, 5, 8, seed=seed).half() for seed, heads in enumerate((4, 2, 2))]
+    shifted = [torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x) for x in plain]
+    odd_rows = [torch.cat((x, x[..., :1]), -1)[..., :-1] for x in plain]
+    turned = [x.transpose(2, 3).contiguous().transpose(2, 3) for x in plain]
+    want = serve(*plain, RULES[rule])
+    for args in (shifted, odd_rows, turned):
+        assert torch.equal(serve(*args, RULES[rule]), want)
+    for x in given:
+        assert x.data_ptr() % 16 == 0
+        assert x.stride(-1) == 1
+        assert all(step * 2 % 16 == 0 for step in x.stride()[:-1])
 
 
 @pytest.mark.parametrize("held", [sdpa.HELD, 1])
@@ -193,10 +217,20 @@ def test_no_gradient_is_asked_for_without_grad() -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("attention") / "bundle"
+    """A bundle whose kernels serve every length: the config files leave to torch where it is faster."""
+    out = tmp_path_factory.mktemp("attention")
+    rows = ((16, {"block_m": 16, "num_warps": 4, "stages": 3}), (16384, {"block_m": 128, "num_warps": 8, "stages": 2}))
+    entries = [
+        {"key": {"head_dim": 64, "num_sequences": 4, "max_seqlen_q": edge}, "config": {"block_n": 64} | config}
+        for edge, config in rows
+    ]
+    (out / "nvidia_h200.json").write_text(json.dumps(entries))
     chosen = Selection(shapes=lambda _: [{"K": 64}], variants=lambda _: ["bfloat16+causal"])
-    build(list(OPS), "h100", out, select=chosen)
-    return out
+    usual = op_package.config_folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(op_package, "config_folder", lambda name: out if name.endswith("dense") else usual(name))
+        build(list(OPS), "h100", out / "bundle", select=chosen)
+    return out / "bundle"
 
 
 def grids(*args: torch.Tensor, **given: Any) -> list[tuple[int, int, int]]:
@@ -284,7 +318,7 @@ def test_buckets_that_a_config_file_leaves_to_the_fallback(monkeypatch: pytest.M
         for edge, what in ((16, {"config": small}), (16384, {"config": {}, "backend": "fallback"}))
     ]
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(entries))
-    monkeypatch.setattr("hdispatch.build.op_package.config_folder", lambda _: tmp_path)
+    monkeypatch.setattr("hdispatch.compile.op_package.config_folder", lambda _: tmp_path)
     spec = hdispatch.ops.spec("attention_dense")
     typical = spec.typical_variant()
     monkeypatch.setattr("hdispatch.opspec.OpSpec.served_variants", lambda _: [typical])

@@ -15,7 +15,7 @@ import torch
 import toy
 from hdispatch.bench import dispatch, machine, paths, plot, results
 from hdispatch.bench.workload import CYCLE, M_KINDS, Workload, unseen_pool
-from hdispatch.build import available_ops
+from hdispatch.compile import available_ops
 from hdispatch.errors import HdispatchError
 from hdispatch.testing import host_timer
 

@@ -11,7 +11,7 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import buildable_ops
+from hdispatch.compile import buildable_ops
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "bit_equality.py"
 CPU = torch.device("cpu")

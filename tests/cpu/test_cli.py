@@ -14,10 +14,10 @@ import pytest
 import torch
 import toy
 from hdispatch.bench import dispatch
-from hdispatch.build import Selection, configs, store
-from hdispatch.build import build as wing
 from hdispatch.cli import build, doctor, inspect, numbers, text
 from hdispatch.cli.main import main
+from hdispatch.compile import Selection, configs, store
+from hdispatch.compile import build as wing
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, read_bundle
 
 OP = "rms_norm_dynamic_per_token_quant"
@@ -460,9 +460,7 @@ def test_bench_builds_a_bundle_if_none_is_given(monkeypatch, capsys, toy_bundle)
         progress(1, 1, "one")
         toy.write(out)
 
-    from hdispatch.build import Selection
-
-    monkeypatch.setattr("hdispatch.cli.bench.build_wing", lambda: (fake, Selection))
+    monkeypatch.setattr("hdispatch.compile.build", fake)
     assert (
         main(["bench", "dispatch", "--op", "toy", "--device", "cpu", "--quick", "--variant", "bfloat16", "--hidden", "512"])
         == 0
@@ -477,7 +475,7 @@ def test_bench_goes_on_where_no_bundle_can_be_built(monkeypatch, capsys):
     def fails_to_build(*_args, **_kwargs):
         raise hdispatch.BuildError("no compiler today")
 
-    monkeypatch.setattr("hdispatch.cli.bench.build_wing", lambda: (fails_to_build, lambda **_kwargs: None))
+    monkeypatch.setattr("hdispatch.compile.build", fails_to_build)
     assert main(["bench", "dispatch", "--op", "toy", "--device", "cpu", "--quick"]) == 0
     out = capsys.readouterr().out
     assert "no compiler today" in out

@@ -9,9 +9,10 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import DESCRIBED, configs, op_package, tune
+from hdispatch.compile import DESCRIBED, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.opspec import IntArg, OpSpec, TensorArg
+from hdispatch.tune import collect
 
 SPEC = OpSpec(
     name="toy_configs",
@@ -256,7 +257,7 @@ def test_entries_for_a_value_of_an_argument(tmp_path):
 def collected(op: str, more: Path) -> tuple[list[configs.ConfigFile], list[str]]:
     """The files of a folder that `tune candidates --configs` takes, without the op's own, and its notes."""
     notes: list[str] = []
-    files = tune._config_files(f"{op_package.KERNELS}.{op}", tune.Scope(more=(more,)), DESCRIBED["h200"], notes)
+    files = collect._config_files(f"{op_package.KERNELS}.{op}", collect.Scope(more=(more,)), DESCRIBED["h200"], notes)
     return [file for file in files if more in file.path.parents], notes
 
 
@@ -277,7 +278,7 @@ def test_files_that_cannot_serve_are_named_and_left_out(tmp_path):
     files, notes = collected("rms_norm_per_block_quant", tmp_path)
     assert not files
     assert "a.json: 1 of 1 entries are for helion; rms_norm_per_block_quant has kernels of triton" in notes[0]
-    strangers = tune._strangers(tune.Scope(more=(tmp_path,)), op_package.find(None))
+    strangers = collect._strangers(collect.Scope(more=(tmp_path,)), op_package.find(None))
     assert strangers == [f"left out: {tmp_path / 'silu_mul_fp8'} is of no op here"]
 
 

@@ -12,8 +12,8 @@ import hdispatch
 import pytest
 import torch
 import toy
-from hdispatch.build import Selection, build
 from hdispatch.cli import inspect
+from hdispatch.compile import Selection, build
 from hdispatch.errors import BuildError
 from hdispatch.manifest import read_bundle
 from hdispatch.testing import null

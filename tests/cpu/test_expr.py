@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import sympy
-from hdispatch.build.expr import MAX_DEPTH, at, depth, divisor, evaluate, postfix, render, turns
+from hdispatch.compile.expr import MAX_DEPTH, at, depth, divisor, evaluate, postfix, render, turns
 from hdispatch.errors import BuildError
 from hypothesis import given, settings
 from hypothesis import strategies as st

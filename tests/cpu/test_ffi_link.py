@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hdispatch.build import ffi_link
+from hdispatch.compile import ffi_link
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("nvidia_cutlass_dsl") is None,

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 from hdispatch import host
-from hdispatch.build import DESCRIBED, BuildReport, Selection, available_ops, build, ffi_link
-from hdispatch.build.freeze import Entry, freeze
-from hdispatch.build.store import Store
+from hdispatch.compile import DESCRIBED, BuildReport, Selection, available_ops, build, ffi_link
+from hdispatch.compile.freeze import Entry, freeze
+from hdispatch.compile.store import Store
 from hdispatch.errors import BuildError
 from hdispatch.manifest import CHECKSUM_NAME, LIBRARY, MANIFEST_NAME, read_bundle
 from hdispatch.opspec import OpSpec, TensorArg
@@ -338,7 +338,7 @@ def test_a_failure_names_the_record_and_leaves_nothing(tmp_path, kernel, message
     program = (
         f"import sys; sys.path.append({str(tmp_path)!r})\n"
         "from pathlib import Path\n"
-        "from hdispatch.build import build\n"
+        "from hdispatch.compile import build\n"
         "from hdispatch.errors import BuildError\n"
         "try:\n"
         f"    here = Path({str(tmp_path)!r})\n"

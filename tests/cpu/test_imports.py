@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hdispatch.build import Selection, available_ops, build, op_package, tune
-from hdispatch.build.imports import ImportGraph
+from hdispatch.compile import Selection, available_ops, build, op_package
+from hdispatch.compile.imports import ImportGraph
 from hdispatch.errors import BuildError
 from hdispatch.manifest import read_bundle
+from hdispatch.tune import collect
 
 SUPPORT = Path(__file__).parents[1] / "support"
 GROUPS = "hdispatch.kernels.per_token_group_fp8_quant.triton"
@@ -92,7 +93,7 @@ def test_the_key_of_every_op_has_all_that_it_runs():
     for package, hashes in found.items():
         folder = op_package.folder_of(package)
         assert {f"{package}.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__"} <= hashes.keys()
-        wing = {"build.record", "build.triton_backend", "build.trace", "manifest", "opspec"}
+        wing = {"compile.record_builder", "compile.triton_backend", "compile.trace", "manifest", "opspec"}
         assert {f"hdispatch.{name}" for name in wing} <= hashes.keys()
         assert "hdispatch.runtime" not in hashes, "the serve wing decides no record"
     assert GROUPS in found["hdispatch.kernels.silu_and_mul_per_block_quant"]
@@ -132,7 +133,7 @@ def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
         },
     )
     one = Selection(shapes=lambda _: [{"K": 64, "N": 72}], variants=lambda _: ["any"], buckets=lambda _: [0])
-    scope = tune.Scope(shapes=one.shapes, variants=one.variants, buckets=one.buckets, radius=-1, spread=0)
+    scope = collect.Scope(shapes=one.shapes, variants=one.variants, buckets=one.buckets, radius=-1, spread=0)
     config = tree / "pack" / "triton_example" / "configs" / "nvidia_h200.json"
     config.parent.mkdir()
     config.write_text((example / "configs" / "nvidia_h200.json").read_text())
@@ -151,6 +152,6 @@ def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
     assert second[0] == 0
     assert second[1] != first[1]
     edited.write_text(edited.read_text().replace("x - alpha * y", "x - 2 * alpha * y"))
-    made = tune.candidates(["triton_example"], "h200", tmp_path / "d", scope=scope, cache=cache, extra=extra, jobs=1)
+    made = collect.collect(["triton_example"], "h200", tmp_path / "d", scope=scope, cache=cache, extra=extra, jobs=1)
     assert made.ops["triton_example"].from_cache == 0
     assert read_bundle(tmp_path / "d")[0]["files"].keys().isdisjoint(second[1])

@@ -13,16 +13,16 @@ import hdispatch
 import pytest
 import torch
 from hdispatch import _C, BundleError, HdispatchError, Key
-from hdispatch.build import build, configs, select, tune
 from hdispatch.cli.main import main
 from hdispatch.cli.tune import _chosen_buckets
+from hdispatch.compile import build, configs
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 from hdispatch.opspec import IntArg
 from hdispatch.testing import null
-from hdispatch.tuning import measure, timings
-from hdispatch.tuning.candidates import read_candidates
+from hdispatch.tune import collect, measure, select, timings
+from hdispatch.tune.candidates import read_candidates
 from two_ladders.spec import LADDER, LENGTHS, SPEC
 
 NAME = SPEC.name
@@ -54,7 +54,7 @@ def entries() -> list[dict[str, Any]]:
 def config_folder(monkeypatch, tmp_path) -> Path:
     folder = tmp_path / "configs"
     folder.mkdir()
-    monkeypatch.setattr("hdispatch.build.op_package.config_folder", lambda _: folder)
+    monkeypatch.setattr("hdispatch.compile.op_package.config_folder", lambda _: folder)
     return folder
 
 
@@ -71,7 +71,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         where = tmp_path_factory.mktemp("configs")
-        patch.setattr("hdispatch.build.op_package.config_folder", lambda _: where)
+        patch.setattr("hdispatch.compile.op_package.config_folder", lambda _: where)
         write_configs(where, entries())
         out = tmp_path_factory.mktemp("two") / "bundle"
         report = build([NAME], "h200", out, cache=cache, extra=["two_ladders"])
@@ -431,7 +431,7 @@ def wanted_chunk(edges: dict[str, int]) -> int:
 
 
 def test_tuning_from_candidates_to_a_bundle(config_folder, cache, tmp_path):
-    report = tune.candidates([NAME], "h200", tmp_path / "candidates", cache=cache, extra=["two_ladders"])
+    report = collect.collect([NAME], "h200", tmp_path / "candidates", cache=cache, extra=["two_ladders"])
     assert report.ops[NAME].cells == BUCKETS
     cells = read_candidates(tmp_path / "candidates")["candidates"]["cells"]
     assert [(cell["M"], cell["second"]) for cell in cells] == list(itertools.product(LADDER, LENGTHS))

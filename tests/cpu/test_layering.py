@@ -18,8 +18,8 @@ PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
 #: The build wing, and what may use it: lazily, so that a serving process never has it.
-BUILD = ("hdispatch.build",)
-LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.build", "hdispatch.__main__")
+BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in ("autotune", "collect", "compile_many", "select")))
+LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
 #: Where the extension cannot be imported nothing else can be: this hands over to the report of `hdispatch doctor`, and ends.
@@ -137,7 +137,7 @@ def test_importing_brings_no_dsl(fresh):
     added = fresh["added"]
     assert isinstance(added, list)
     assert "hdispatch" in added
-    others = ("hdispatch.cli", "hdispatch.bench", "hdispatch.testing", "hdispatch.tuning")
+    others = ("hdispatch.cli", "hdispatch.bench", "hdispatch.testing", "hdispatch.tune")
     assert not [module for module in added if within(module, (*DSLS, *BUILD, *others))]
 
 
@@ -164,7 +164,8 @@ def test_the_command_line_starts_without_the_build_wing():
 def test_measuring_needs_neither_the_build_wing_nor_a_dsl():
     # torch may import triton by itself, where it is installed.
     code = (
-        "import json, sys, hdispatch.tuning.measure, hdispatch.tuning.worker; print(json.dumps({'all': sorted(sys.modules)}))"
+        "import json, sys, hdispatch.tune.measure, hdispatch.tune.measure_worker\n"
+        "print(json.dumps({'all': sorted(sys.modules)}))"
     )
     loaded = run(code)["all"]
     assert isinstance(loaded, list)
@@ -202,6 +203,11 @@ def test_the_build_wing_imports_neither_the_command_line_nor_the_benchmark():
     above = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__")
     found = [str(each) for each in OURS if within(each.target, above) and not within(each.source, above)]
     assert tuple(found) == HANDS_OVER
+
+
+def test_the_build_does_not_know_tuning():
+    build = ("hdispatch.compile",)
+    assert not [str(each) for each in OURS if within(each.source, build) and within(each.target, ("hdispatch.tune",))]
 
 
 def test_no_module_imports_the_package_itself():

@@ -15,7 +15,7 @@ import hdispatch
 import pytest
 import torch
 import triton
-from hdispatch.build import Selection, build, configs
+from hdispatch.compile import Selection, build, configs
 from hdispatch.errors import BuildError
 from hdispatch.manifest import LIBRARY, read_bundle
 from hdispatch.testing import null
@@ -147,10 +147,10 @@ def test_bundle_holds_one_library_and_no_row_twice(bundle) -> None:
 @needs_dsl
 def test_config_that_takes_too_few_tokens_is_refused(tmp_path) -> None:
     script = """
-import hdispatch.build.cutedsl_backend as backend
-from hdispatch.build.store import Store
-from hdispatch.build.target import DESCRIBED
-from hdispatch.build.unit import Unit
+import hdispatch.compile.cutedsl_backend as backend
+from hdispatch.compile.store import Store
+from hdispatch.compile.target import DESCRIBED
+from hdispatch.compile.build_unit import Unit
 from hdispatch.errors import BuildError
 from pathlib import Path
 import sys

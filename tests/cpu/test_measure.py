@@ -21,9 +21,9 @@ import torch
 import toy
 from hdispatch.cli.main import main
 from hdispatch.errors import BundleError, HdispatchError
-from hdispatch.manifest import MANIFEST_NAME
-from hdispatch.tuning import apart, measure, timings
-from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
+from hdispatch.manifest import CANDIDATES_NAME, MANIFEST_NAME
+from hdispatch.tune import measure, measure_process, timings
+from hdispatch.tune.candidates import read_candidates
 
 #: config -> µs
 TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.5, "loser": 20.0, "hopeless": 50.0}
@@ -314,11 +314,11 @@ import sys
 sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.errors import HdispatchError
-from hdispatch.tuning import worker
+from hdispatch.tune import measure_worker
 def opened(folder, manifest, index):
     assert manifest["ops"]
     return {device}
-worker.main(opened)
+measure_worker.main(opened)
 """
     return (sys.executable, "-P", "-c", program)
 
@@ -329,7 +329,7 @@ def in_child(monkeypatch) -> Callable[..., None]:
     monkeypatch.setattr(measure, "_current_device", lambda: 0)
 
     def use(broken: dict[str, str] | None = None, device: str | None = None) -> None:
-        monkeypatch.setattr(apart, "COMMAND", command(device or f"test_measure.FakeDevice({broken or {}!r})"))
+        monkeypatch.setattr(measure_process, "COMMAND", command(device or f"test_measure.FakeDevice({broken or {}!r})"))
 
     return use
 
@@ -413,7 +413,7 @@ def test_a_process_that_cannot_start_is_an_error(bundle, tmp_path, in_child, dev
 
 
 def test_what_is_no_candidates_fault_is_an_error(bundle, tmp_path, in_child):
-    in_child(device="(vars(sys.modules['hdispatch.tuning.measure']).update(copied=0), test_measure.FakeDevice())[1]")
+    in_child(device="(vars(sys.modules['hdispatch.tune.measure']).update(copied=0), test_measure.FakeDevice())[1]")
     with pytest.raises(HdispatchError, match=r"^TypeError: .int. object is not callable$"):
         measure.measure(bundle, tmp_path / "t.jsonl")
     assert timings.read(tmp_path / "t.jsonl") == []
@@ -428,8 +428,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.cli.main import main
-from hdispatch.tuning import apart, measure
-apart.COMMAND = {command("test_measure.FakeDevice({'near': 'hang at 16'})")!r}
+from hdispatch.tune import measure_process, measure
+measure_process.COMMAND = {command("test_measure.FakeDevice({'near': 'hang at 16'})")!r}
 measure._current_device = lambda: 0
 sys.exit(main(["tune", "measure", {str(bundle)!r}, "--out", {str(out)!r}, "--timeout", "1000"]))
 """

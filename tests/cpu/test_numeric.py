@@ -44,6 +44,21 @@ def test_sixteen_bits_are_compared_by_roundings_and_norm(dtype):
             compare(spec, (want.float() * 1.01).to(dtype), want)
 
 
+def test_rows_may_have_scales_of_their_own():
+    spec, want = outputs(torch.bfloat16)
+    want[1:] /= 32
+    want[0, 0] = 0.002
+    other = want.clone()
+    other[0, 0] += torch.finfo(torch.bfloat16).eps
+    with pytest.raises(numeric.MismatchError, match="1 of 4096"):
+        compare(spec, other, want)
+    spec = OpSpec(**{**vars(spec), "own_scales": True})
+    compare(spec, other, want)
+    other[1, 0] += torch.finfo(torch.bfloat16).eps
+    with pytest.raises(numeric.MismatchError, match="1 of 4096"):
+        compare(spec, other, want)
+
+
 def test_scales_may_have_a_few_outliers():
     spec, want = outputs(torch.float32)
     want = want.abs() + 1

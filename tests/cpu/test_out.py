@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import toy
-from hdispatch.build import build, out, tune
-from hdispatch.build.out import check_out, write
+from hdispatch.compile import build, out
+from hdispatch.compile.out import check_out, write
 from hdispatch.errors import BuildError
-from hdispatch.manifest import ARTIFACTS, CHECKSUM_NAME, MANIFEST_NAME, read_bundle, read_files
-from hdispatch.tuning.candidates import CANDIDATES_NAME
+from hdispatch.manifest import ARTIFACTS, CANDIDATES_NAME, CHECKSUM_NAME, MANIFEST_NAME, read_bundle, read_files
+from hdispatch.tune import collect
 
 TEXTS = [json.dumps({**toy.manifest(), "hdispatch": name}).encode() for name in ("0.1", "0.2")]
 
@@ -143,7 +143,7 @@ def test_what_is_refused_before_anything_is_compiled(tmp_path, monkeypatch, case
     before = snapshot(tmp_path)
     steps = {
         "build": lambda: build(["triton_example"], "h200", place, cache=cache, extra=["triton_example"]),
-        "candidates": lambda: tune.candidates(["triton_example"], "h200", place, cache=cache, extra=["triton_example"]),
+        "candidates": lambda: collect.collect(["triton_example"], "h200", place, cache=cache, extra=["triton_example"]),
         "write": lambda: write(place, lambda _: None),
     }
     monkeypatch.setattr("subprocess.Popen", None)  # nothing is started

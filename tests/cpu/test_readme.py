@@ -11,7 +11,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import build
+from hdispatch.compile import build
 from hdispatch.testing import null
 
 README = Path(__file__).parents[2] / "README.md"

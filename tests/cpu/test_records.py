@@ -23,12 +23,12 @@ import hdispatch
 import pytest
 import torch
 import triton
-from hdispatch.build import build, pool
-from hdispatch.build.expr import evaluate
-from hdispatch.build.trace import FLOAT_HINT, CallMaker
-from hdispatch.build.unit import HINT, class_of
+from hdispatch.compile import build, pool
+from hdispatch.compile.build_unit import HINT
+from hdispatch.compile.expr import evaluate
+from hdispatch.compile.trace import FLOAT_HINT, CallMaker
 from hdispatch.ladders import bucket_index
-from hdispatch.manifest import Manifest, Record, read_bundle
+from hdispatch.manifest import Manifest, Record, class_of, read_bundle
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker
@@ -182,7 +182,7 @@ def test_every_row_is_covered(cases, bundle):
     manifest = read_bundle(bundle)[0]
     cubins = {index for index, record in enumerate(manifest["records"]) if record["launcher"] == "cubin"}
     traced = {row["op"] for row in manifest["rows"] if row["record"] in cubins}
-    assert traced == {EXAMPLE.name, *hdispatch.build.available_ops()} - FUNCTIONS
+    assert traced == {EXAMPLE.name, *hdispatch.compile.available_ops()} - FUNCTIONS
     rows: dict[int, set[tuple]] = defaultdict(set)
     ms: dict[int, set[int]] = defaultdict(set)
     for row in manifest["rows"]:

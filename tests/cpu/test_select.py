@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from hdispatch.build import configs, select, tuned
 from hdispatch.cli import tune
 from hdispatch.cli.main import main
+from hdispatch.compile import configs, measurements
 from hdispatch.errors import BuildError, HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
-from hdispatch.tuning import timings
+from hdispatch.tune import select, timings
 
 SPEC = OpSpec(
     name="toy_select",
@@ -399,7 +399,7 @@ def test_the_command_writes_and_draws(tmp_path, capsys):
 
 
 def test_the_default_backend_is_the_ops_and_not_what_is_installed_here(tmp_path, monkeypatch):
-    monkeypatch.setattr("hdispatch.build.tune.missing", lambda backend: backend if backend == "helion" else None)
+    monkeypatch.setattr("hdispatch.tune.collect.missing", lambda backend: backend if backend == "helion" else None)
     timings.append(tmp_path / "t.jsonl", [{**real(4096, 0, "a", 1.0), "backend": "triton"}])
     assert main(["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]) == 0
     written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"
@@ -473,16 +473,16 @@ def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_p
         {"cutedsl": 150.0, "triton": 100.0},
         {"cutedsl": 150.0, "triton": 100.0},
     ]
-    found = tuned.Measurements(SPEC, report.path)
+    found = measurements.Measurements(SPEC, report.path)
     record: Any = {"backend": "cutedsl", "config": {"name": "fast"}}
     assert found.of("float32", {"K": 64}, {"M": 1}, record) == {"us": 50.0, "others": {"triton": 100.0}}
     assert found.of("float32", {"K": 64}, {"M": 8}, record) is None, "another config was chosen there"
     assert found.of("other", {"K": 64}, {"M": 1}, record) is None
     assert found.of("float32", {}, {"M": 1}, record) is None
-    assert not tuned.Measurements(SPEC, tmp_path / "nothing.json").times
+    assert not measurements.Measurements(SPEC, tmp_path / "nothing.json").times
     (tmp_path / "odd.tuned.json").write_text('{"variants": 3}')
     with pytest.raises(BuildError, match=r"cannot read the measurements in .*odd\.tuned\.json: variants is 3"):
-        tuned.Measurements(SPEC, tmp_path / "odd.json")
+        measurements.Measurements(SPEC, tmp_path / "odd.json")
     file = configs.read(report.path, SPEC)
     alone = file.available(["triton"], "triton")
     assert [alone.pick(SPEC, {"K": 64}, {"M": edge}).config["name"] for edge in SPEC.ladder] == ["a", "a", "b", "b"]

@@ -14,8 +14,8 @@ import hdispatch.configs
 import hdispatch.kernels
 import pytest
 import torch
-from hdispatch.build import available_ops, configs
-from hdispatch.build.versions import OPTIONAL
+from hdispatch.compile import available_ops, configs
+from hdispatch.compile.versions import OPTIONAL
 from hdispatch.opspec import OpSpec, Variant
 from hdispatch.testing.numeric import (
     MismatchError,
@@ -126,6 +126,18 @@ def test_reference_writes_everything_and_nothing_else(op: str, variant: Variant)
     assert_no_poison(args["scale"], "scale")
     for name, value in kept.items():
         assert torch.equal(args[name], value), name
+
+
+@pytest.mark.parametrize("op", ["attention_half", "paged_attention_decode"])
+def test_reference_takes_samples_at_every_edge_of_the_second_ladder(op: str) -> None:
+    """Positions and tables of a sample are of its length: an index past them is a fault that kills a GPU's process."""
+    spec = spec_of(op)
+    variant = next(variant for variant in spec.variants() if variant.name == spec.typical)
+    for edge in spec.second.ladder:
+        sizes = {"M": 1, "K": 64, "N": 4, spec.second.name: edge}
+        arguments = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
+        spec.reference(*arguments)
+        assert not arguments[0].isnan().any()
 
 
 @pytest.mark.parametrize(("op", "variant"), variants())

@@ -11,9 +11,9 @@ from typing import Any, TypedDict
 
 import pytest
 import toy
-from hdispatch.build import Selection, build, builder
-from hdispatch.build.store import Store, canonical, default_root, digest, write_atomic
-from hdispatch.build.unit import Unit
+from hdispatch.compile import Selection, build, builder
+from hdispatch.compile.build_unit import Unit
+from hdispatch.compile.store import Store, canonical, default_root, digest, write_atomic
 from hdispatch.errors import BuildError
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 

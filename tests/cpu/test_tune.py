@@ -11,11 +11,13 @@ from typing import Any
 
 import hdispatch
 import pytest
-from hdispatch.build import DESCRIBED, autotune, configs, tune
 from hdispatch.cli.main import main
+from hdispatch.compile import DESCRIBED, configs
 from hdispatch.errors import BuildError
+from hdispatch.manifest import CANDIDATES_NAME
 from hdispatch.opspec import OpSpec
-from hdispatch.tuning.candidates import CANDIDATES_NAME, read_candidates
+from hdispatch.tune import autotune, collect
+from hdispatch.tune.candidates import read_candidates
 
 KERNEL = """
 import os
@@ -67,11 +69,11 @@ PROGRAM = """
 import sys
 sys.path.append(FOLDER)
 from pathlib import Path
-from hdispatch.build import tune
+from hdispatch.tune import collect
 here = Path(FOLDER)
-report = tune.candidates(["tuned_op"], "h200", here / OUT, cache=here / "cache", extra=["tuned_op"], jobs=1,
-                         scope=tune.Scope(more=(here / "more",)))
-tune.archive(here / OUT, here / (OUT + ".tar.xz"))
+report = collect.collect(["tuned_op"], "h200", here / OUT, cache=here / "cache", extra=["tuned_op"], jobs=1,
+                         scope=collect.Scope(more=(here / "more",)))
+collect.archive(here / OUT, here / (OUT + ".tar.xz"))
 op = report.ops["tuned_op"]
 print(op.options, op.units, op.from_cache, op.records, op.cells, op.pairs, op.same_code, len(op.dropped))
 """
@@ -158,7 +160,7 @@ def test_helions_autotuner_writes_as_it_goes(tmp_path, monkeypatch):
 
     monkeypatch.setattr(autotune, "_best", best)
     monkeypatch.setattr(autotune, "present", lambda: DESCRIBED["h200"])
-    scope = tune.Scope(shapes=lambda _spec: [{"N": 6144}], buckets=lambda _spec: [0, 1, 2])
+    scope = collect.Scope(shapes=lambda _spec: [{"N": 6144}], buckets=lambda _spec: [0, 1, 2])
     op = "silu_and_mul_dynamic_per_token_quant"
     failed = autotune.autotune([op], tmp_path, scope=scope)
     assert failed == [f"{op} {{'intermediate_size': 6144, 'num_tokens': 2}}: ValueError: no luck"]
@@ -201,6 +203,6 @@ def test_bad_requests(tmp_path, capsys, arguments, message):
 def test_sizes_that_rows_leave_open_are_measured_at_those_that_the_spec_says():
     """Attention's splits depend on the number of heads: that of a model, not one that every group divides."""
     for op in ("attention_half", "paged_attention_decode"):
-        (point, *_) = tune.points_of(f"hdispatch.kernels.{op}", tune.Scope(shapes=lambda _spec: [{"K": 128}]))
-        assert tune.sizes_of(point)["N"] == 32
-        assert tune.load_spec(point.package).hint("N") % 35 == 0
+        (point, *_) = collect.points_of(f"hdispatch.kernels.{op}", collect.Scope(shapes=lambda _spec: [{"K": 128}]))
+        assert collect.sizes_of(point)["N"] == 32
+        assert collect.load_spec(point.package).hint("N") % 35 == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -334,9 +335,10 @@ def test_layers_stay_within_the_limit(model, scheme):
     """All kinds of steps, all layers or halves of them, take what the workspace was made for."""
     hidden, heads, kv_heads, intermediate = SHAPES[model]
     bound = with_caches(make_weights(scheme, 3, weights.Shape(hidden, heads, kv_heads, 128, intermediate), torch.empty))
-    for reduce in (None, torch.clone):
+    for reduce, whole in ((None, True), (torch.clone, False), (_OneRank(), False), (_OneRank(), True)):
         attention = make_attention(bound)
-        fused = layers.FusedLayers(Object(), bound, 8192, attention, lambda: None, reduce)
+        summed, all_reduce = (torch.clone, reduce) if isinstance(reduce, _OneRank) else (reduce, None)
+        fused = layers.FusedLayers(Object(), bound, 8192, attention, lambda: None, summed, None, all_reduce)
         space = fused.workspace
         assert space.memory.numel() == space.rows * space.row_bytes + workspace.ALIGNMENT
         assert space.memory.numel() <= workspace.LIMIT_BYTES + workspace.ALIGNMENT < 100e6
@@ -344,9 +346,10 @@ def test_layers_stay_within_the_limit(model, scheme):
         assert space.rows % 128 == 0
         attention.bind()
         for kind in attention_module.Kind:
-            found = fused._make_steps(kind, few=False)
-            assert len(found) == (1 if reduce is None else 6)
-            assert max(each.arena_bytes for each in found) == space.rows * space.row_bytes
+            found = fused._make_steps(kind, few=False, whole=whole)
+            assert len(found) == (1 if whole else 6)
+            taken = max(each.arena_bytes for each in found)
+            assert taken == space.rows * space.row_bytes or (taken < space.rows * space.row_bytes and all_reduce)
 
 
 def test_rows_within_a_limit():
@@ -436,19 +439,51 @@ def make_attention(bound, longest=512):
     return attention_module.Attention(bound, lambda: longest, (64, 512), lambda x: x)
 
 
+class _OneRank:
+    """The custom all-reduce of a single rank: what was summed is NaN after it."""
+
+    def __init__(self, rows=1000):
+        self.memory, self.reason = torch.full((rows, HIDDEN), float("nan"), dtype=torch.bfloat16), None
+
+    def objection(self):
+        return self.reason
+
+    def handle(self):
+        return 7
+
+    def add(self, s, _, shared, total):
+        s.add_torch(torch.ops.aten.copy_.default, total, shared)
+        s.add_torch(torch.ops.aten.fill_.Scalar, shared, float("nan"))
+
+    def sum(self, rows, out):
+        out.copy_(self.memory[:rows])
+        self.memory.fill_(float("nan"))
+
+
 def make_layers(bound, reduce, context=None, most=512, former=None):
     """Layers whose arena is NaN in every type."""
     context = context or Object(attn_metadata=None)
-    fused = layers.FusedLayers(Object(), bound, most, make_attention(bound), lambda: context, reduce, former)
+    summed, all_reduce = (torch.clone, reduce) if isinstance(reduce, _OneRank) else (reduce, None)
+    fused = layers.FusedLayers(Object(), bound, most, make_attention(bound), lambda: context, summed, former, all_reduce)
     fused.workspace.memory.fill_(255)
     return fused
 
 
-def run_step(bound, rows, reduce):
+def run_step(bound, rows, reduce, most=512):
     """A step without attention, as vLLM's memory profile makes it."""
-    fused = make_layers(bound, reduce)
+    fused = make_layers(bound, reduce, most=most)
     embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
-    return [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
+    found = [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
+    if isinstance(reduce, _OneRank):
+        few = not bound.scheme.quantized and rows <= 32
+        assert set(fused._steps) == {(attention_module.Kind.NOTHING, few, is_whole(fused, rows))}
+    return found
+
+
+def is_whole(fused, rows):
+    """Whether a step is one sequence."""
+    most = min(layers.REPLAYED_ROWS, fused.workspace.rows, fused.all_reduce.memory.size(0))
+    return rows <= most and fused.all_reduce.reason is None
 
 
 @pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
@@ -471,6 +506,69 @@ def test_sums_over_ranks_are_read_where_they_are(scheme, rows):
     assert all(torch.equal(each, expected) for each in run_step(bound, rows, lambda x: x))
 
 
+@pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
+@pytest.mark.parametrize("rows", [1, 7, 32, 33, 256, 257])
+def test_sums_over_ranks_are_steps_of_one_sequence(scheme, rows):
+    """Up to 256 rows, as many as ranks share memory for, while vLLM has no other all-reduce: the bits of the step without."""
+    bound = make_weights(scheme)
+    (expected, again) = run_step(bound, rows, None)
+    assert expected.isfinite().all()
+    assert torch.equal(expected, again)
+    other = _OneRank()
+    other.reason = "another comes first"
+    for all_reduce in (_OneRank(), _OneRank(rows), _OneRank(rows - 1), other):
+        assert all(torch.equal(each, expected) for each in run_step(bound, rows, all_reduce))
+    assert _OneRank().memory.size(0) > rows  # the first one had more
+
+
+def test_a_step_without_rows_sums_nothing():
+    all_reduce = _OneRank()
+    fused = make_layers(make_weights(schemes.PerTokenFp8()), all_reduce)
+    embedded = torch.empty(0, HIDDEN, dtype=torch.bfloat16)
+    assert fused.forward(None, torch.arange(0), embedded).shape == (0, HIDDEN)
+    assert all_reduce.memory.isnan().all()
+
+
+@pytest.mark.parametrize("shard", [True, False])
+def test_the_embedding_of_a_rank_is_summed(shard):
+    """In the memory that ranks share, where vLLM's embedding is no more than its op and a sum; else by vLLM's module."""
+    bound = make_weights(schemes.PerTokenFp8())
+    ids = torch.tensor([3, 0, 63, 9])
+    expected = make_layers(bound, None).forward(ids, torch.arange(4), None)
+    fused = make_layers(bound, _OneRank())
+    asked = []
+
+    def embed(given):
+        asked.append(given)
+        return bound.embedding[given]
+
+    embed.use_fused_embedding, embed.reduce_results, embed.parallel_group = shard, True, None
+    embed.weight = bound.embedding
+    embed.shard_indices = Object(
+        org_vocab_start_index=0,
+        org_vocab_end_index=64,
+        num_org_vocab_padding=0,
+        added_vocab_start_index=64,
+        added_vocab_end_index=64,
+    )
+    fused.model.embed_tokens = embed
+    with simulated_embedding():
+        assert torch.equal(fused.forward(ids, torch.arange(4), None), expected)
+    assert len(asked) == (0 if shard else 1)
+
+
+@contextlib.contextmanager
+def simulated_embedding():
+    """vLLM's op, as the simulated engine has it."""
+    with torch.library._scoped_library("_C", "FRAGMENT") as library:
+        library.define(
+            "vocab_parallel_embedding(Tensor! out, Tensor input_ids, Tensor weight, int org_vocab_start_index, "
+            "int org_vocab_end_index, int num_org_vocab_padding, int added_vocab_start_index, int added_vocab_end_index) -> ()"
+        )
+        library.impl("vocab_parallel_embedding", simulated_ops().embedding, "CPU")
+        yield
+
+
 @pytest.mark.parametrize("reduce", [None, torch.clone])
 @pytest.mark.parametrize("scheme", [schemes.Scheme(), schemes.StaticFp8(), schemes.PerTokenFp8(), schemes.BlockFp8()])
 def test_chunks_of_a_step(monkeypatch, scheme, reduce):
@@ -485,16 +583,20 @@ def test_chunks_of_a_step(monkeypatch, scheme, reduce):
 PAGE, BLOCKS = 16, 40
 
 
-@pytest.fixture
-def flash_attention():
-    """FlashAttention 3's op and vLLM's cache write, as the simulated engine has them."""
+def simulated_ops():
     path = pathlib.Path(__file__).parents[1] / "vllm" / "simulated_ops.py"
     spec = importlib.util.spec_from_file_location("simulated_ops", path)
     simulated = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(simulated)
+    return simulated
+
+
+@pytest.fixture
+def flash_attention():
+    """FlashAttention 3's op and vLLM's cache write, as the simulated engine has them."""
     library = torch.library._scoped_library
     with library("_C_cache_ops", "FRAGMENT") as cache, library("_vllm_fa3_C", "FRAGMENT") as fa3:
-        simulated.define_cache_and_attention(cache, fa3)
+        simulated_ops().define_cache_and_attention(cache, fa3)
         yield
 
 
@@ -538,7 +640,8 @@ def decode(bound, lengths, rows, reduce=None):
     found = fused.forward(None, positions, embedded)
     assert hdispatch.stats()["attention_half"]["fallbacks"] - before == len(bound.layers)
     assert fused.attention.decode_reason is None
-    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32)}
+    whole = reduce is None or (isinstance(reduce, _OneRank) and is_whole(fused, rows))
+    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32, whole)}
     return fused.workspace.rows, found, [layer.attention.kv_cache.clone() for layer in bound.layers]
 
 
@@ -555,7 +658,7 @@ def test_padded_rows_of_a_decode_step_are_harmless():
         assert all(torch.equal(mine, other) for mine, other in zip(padded_caches, caches, strict=True))
 
 
-@pytest.mark.parametrize("reduce", [None, torch.clone])
+@pytest.mark.parametrize("reduce", [None, torch.clone, _OneRank()])
 def test_decode_steps_in_chunks_and_with_sums(monkeypatch, reduce):
     """More requests than the arena has rows, and sums over ranks: the bits of a step without either; caches too."""
     lengths = [1 + 7 * request % 60 for request in range(150)]
@@ -607,13 +710,15 @@ def test_steps_with_flash_attention(monkeypatch, scheme, written):
         fused = make_layers(bound, reduce, context)
         given = torch.nn.functional.pad(positions, (0, padding), value=7)
         found = fused.forward(None, given, embedded[: tokens + padding])[:tokens]
-        assert set(fused._steps) == {(attention_module.Kind.FLASH, False)}
+        whole = reduce is None or (isinstance(reduce, _OneRank) and is_whole(fused, len(given)))
+        assert set(fused._steps) == {(attention_module.Kind.FLASH, False, whole)}
         assert (fused.attention.write_reason is None) is written
         return [found, *(layer.attention.kv_cache.clone() for layer in bound.layers)]
 
     expected = run(512, None)
     assert all(each.isfinite().all() for each in expected)
-    for changes in ((128, None), (512, torch.clone), (128, torch.clone), (512, None, 5), (128, torch.clone, 5)):
+    summed = ((512, _OneRank()), (128, _OneRank()), (512, _OneRank(), 5))
+    for changes in ((128, None), (512, torch.clone), (128, torch.clone), (512, None, 5), (128, torch.clone, 5), *summed):
         found = run(*changes)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), changes
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from counting_rows.spec import SPEC
 from hdispatch import BundleError, HdispatchError, Key
-from hdispatch.build import build
 from hdispatch.cli.main import main
+from hdispatch.compile import build
 from hdispatch.errors import BuildError
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 from hdispatch.opspec import WorkspaceArg
@@ -215,9 +215,9 @@ def test_damaged_manifests(folder, tmp_path, change, words):
 
 def test_it_is_not_read_early(monkeypatch, tmp_path):
     """A module that names it among its early reads is refused."""
-    from hdispatch.build import unit
+    from hdispatch.compile import build_unit
 
     module = type(sys)("early")
     module.EARLY_READS = ("memory",)
     with pytest.raises(BuildError, match="takes a tuple of tensor arguments of counting_rows"):
-        unit.early_reads(module, SPEC, SPEC.variants()[0])
+        build_unit.early_reads(module, SPEC, SPEC.variants()[0])

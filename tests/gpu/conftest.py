@@ -48,7 +48,7 @@ def bundle_dir(tmp_path_factory) -> Path:
     given = os.environ.get("HDISPATCH_BUNDLE")
     if given:
         return Path(given)
-    from hdispatch.build import build
+    from hdispatch.compile import build
 
     folder = tmp_path_factory.mktemp("bundle") / "native"
     build(None, "native", folder)

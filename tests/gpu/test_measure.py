@@ -9,7 +9,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.tuning import apart, measure, timings
+from hdispatch.tune import measure, measure_process, timings
 
 SPEC = """
 import torch
@@ -58,7 +58,7 @@ sys.path.insert(0, {folder!r})
 import hdispatch
 from spins.spec import SPEC
 hdispatch.ops.define(SPEC)
-from hdispatch.tuning.worker import main
+from hdispatch.tune.measure_worker import main
 main()
 """
 
@@ -68,12 +68,12 @@ TIMEOUT, ALL = 15.0, 180.0
 
 def make(folder: Path, target: str) -> Path:
     """The bundle of candidates, one of which spins."""
-    from hdispatch.build import tune
+    from hdispatch.tune import collect
 
     (folder / "spins").mkdir()
     for name, text in (("__init__", ""), ("spec", SPEC), ("triton", KERNEL)):
         (folder / "spins" / f"{name}.py").write_text(text)
-    tune.candidates(["spins"], target, folder / "cand", extra=["spins"], cache=folder / "cache")
+    collect.collect(["spins"], target, folder / "cand", extra=["spins"], cache=folder / "cache")
     return folder / "cand"
 
 
@@ -82,7 +82,7 @@ def test_a_kernel_that_never_ends_costs_its_process_and_nothing_else(tmp_path, m
     bundle, out = make(tmp_path, "native"), tmp_path / "t.jsonl"
     if "spins" not in hdispatch.ops.names():
         hdispatch.ops.define(sys.modules["spins.spec"].SPEC)
-    monkeypatch.setattr(apart, "COMMAND", (sys.executable, "-P", "-c", WORKER.format(folder=str(tmp_path))))
+    monkeypatch.setattr(measure_process, "COMMAND", (sys.executable, "-P", "-c", WORKER.format(folder=str(tmp_path))))
     start = time.monotonic()
     report = measure.measure(bundle, out, measure.Options(timeout=TIMEOUT))
     assert time.monotonic() - start < ALL
@@ -104,10 +104,10 @@ def test_a_kernel_that_never_ends_costs_its_process_and_nothing_else(tmp_path, m
 
 @pytest.mark.parametrize("op", ["silu_and_mul"])
 def test_a_process_of_its_own_measures_an_installed_op(tmp_path, op):
-    from hdispatch.build import tune
+    from hdispatch.tune import collect
 
-    scope = tune.Scope(shapes=lambda spec: [spec.shapes[0]], buckets=lambda _spec: [0, 4], radius=-1, spread=0)
-    tune.candidates([op], "native", tmp_path / "cand", scope=scope)
+    scope = collect.Scope(shapes=lambda spec: [spec.shapes[0]], buckets=lambda _spec: [0, 4], radius=-1, spread=0)
+    collect.collect([op], "native", tmp_path / "cand", scope=scope)
     report = measure.measure(tmp_path / "cand", tmp_path / "t.jsonl")
     assert (report.measured, report.left, report.failures) == (2, 0, [])
     lines = timings.read(tmp_path / "t.jsonl")

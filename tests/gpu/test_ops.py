@@ -14,7 +14,7 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.build import buildable_ops
+from hdispatch.compile import buildable_ops
 from hdispatch.opspec import TensorArg
 from hdispatch.testing.numeric import compare_outputs, poison
 

@@ -66,9 +66,9 @@ def test_chunks(layers: Layers) -> None:
     sequence = layers.sequence("gpu chunks", max_rows=48)
     for m in (48, 49, 96, 100, 257):
         residual, positions = layers.inputs(m)
-        # Rows of one bucket alone are served by one kernel: as calls of the same chunks.
+        # Rows of one bucket alone are served by one kernel: as calls of the same chunks, which have a multiple of 16 rows.
         count = -(-m // 48)
-        size = -(-m // count)
+        size = -(-m // count // 16) * 16
         expected = [one_by_one(layers, residual[i : i + size], positions[i : i + size]) for i in range(0, m, size)]
         sequence(residual, positions)
         assert is_same(residual, torch.cat(expected)), m

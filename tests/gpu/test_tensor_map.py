@@ -9,7 +9,7 @@ import pytest
 import tma_copy.spec
 import tma_matmul.spec
 import torch
-from hdispatch.build import build
+from hdispatch.compile import build
 
 PACKAGES = ("tma_copy", "tma_matmul")
 MS = (1, 2, 15, 16, 31, 32, 33, 127, 1000, 4096)

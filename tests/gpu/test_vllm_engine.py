@@ -138,11 +138,16 @@ def test_prompts_that_the_cache_holds(play):
     check_near_ties(twice, once)
 
 
-def test_our_sampler_takes_vllms_tokens(play):
-    """Greedy, without logprobs: those of vLLM's own sampler over the same layers."""
-    sizes = {"tokens": 48, "lengths": [40, 25, 60, 300, 7, 130, 64, 64], "logprobs": None}
-    ours, theirs = (play("generate", own_sampler=own, **sizes) for own in (True, False))
+@pytest.mark.parametrize("graphs", [False, True], ids=["eager", "graphs"])
+def test_our_runner_takes_vllms_tokens(play, graphs):
+    """Greedy, without logprobs: those of vLLM's own runner and sampler over the same layers, requests ending one by one."""
+    sizes = {"tokens": 48, "lengths": [40, 25, 60, 300, 7, 130, 64, 64], "logprobs": None, "stagger": 3}
+    options = {"compilation_config": GRAPHS} if graphs else {}
+    ours, theirs = (play("generate", options=options, variables={"HDISPATCH_RUNNER": on}, **sizes) for on in ("1", "0"))
+    check_served(ours)
     assert (ours["sampler"], theirs["sampler"]) == ("GreedySampler", "Sampler")
+    assert ours["runner_decodes"]["reason"] is None
+    assert ours["runner_decodes"]["decode_inputs"] == ours["runner_decodes"]["decode_update"] > 0
     assert [each["tokens"] for each in ours["requests"]] == [each["tokens"] for each in theirs["requests"]]
 
 

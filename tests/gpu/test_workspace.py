@@ -12,7 +12,7 @@ import hdispatch
 import pytest
 import torch
 import two_ladders.spec
-from hdispatch.build import build
+from hdispatch.compile import build
 
 PACKAGES = ("counting_rows", "two_ladders")
 COUNTING, LADDERS = counting_rows.spec.SPEC, two_ladders.spec.SPEC

@@ -12,9 +12,10 @@ import json
 import struct
 from typing import Any
 
-from hdispatch.build.trace import CallMaker, Descriptor, Flag, HostSide, Launch, Number, Pointer, Trace, trace
-from hdispatch.build.triton_backend import Sample, _SampleTensor, samples
-from hdispatch.build.unit import class_of, load_spec
+from hdispatch.compile.build_unit import load_spec
+from hdispatch.compile.trace import CallMaker, Descriptor, Flag, HostSide, Launch, Number, Pointer, Trace, trace
+from hdispatch.compile.triton_backend import Sample, _SampleTensor, samples
+from hdispatch.manifest import class_of
 
 BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "i64": 8}
 
@@ -24,7 +25,7 @@ def _traced(package: str, backend: str, variant: str, known: str, config: str, h
     spec = load_spec(package)
     maker = CallMaker(spec, spec.variant(variant), json.loads(known))
     module = importlib.import_module(f"{package}.{backend}")
-    side = importlib.import_module(f"hdispatch.build.{backend}_backend").host_side(module, json.loads(config), maker, hint)
+    side = importlib.import_module(f"hdispatch.compile.{backend}_backend").host_side(module, json.loads(config), maker, hint)
     return side, trace(side.host, maker.symbolic(hint))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import helion
 import helion.language as hl
 import torch
-from hdispatch.build import DESCRIBED, record, store, unit
+from hdispatch.compile import DESCRIBED, build_unit, record_builder, store
 from hdispatch.opspec import OpSpec, TensorArg
 
 
@@ -73,5 +73,5 @@ def build(kernel: str, config: dict[str, Any], buckets: list[int], cache: str) -
     modules["toy_helion.helion"] = types.ModuleType("toy_helion.helion")
     modules["toy_helion.helion"].KERNEL = globals()[kernel]  # type: ignore[attr-defined]
     sys.modules.update(modules)
-    work = unit.Unit("toy_helion", "helion", "any", {"K": 64}, config, tuple(buckets))
-    return record.build_records(work, DESCRIBED["h200"], {}, store.Store(Path(cache)))
+    work = build_unit.Unit("toy_helion", "helion", "any", {"K": 64}, config, tuple(buckets))
+    return record_builder.build_records(work, DESCRIBED["h200"], {}, store.Store(Path(cache)))

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from hdispatch.build import DESCRIBED, triton_backend
-from hdispatch.build.expr import postfix
-from hdispatch.build.record import Candidate
-from hdispatch.build.store import Store
-from hdispatch.build.trace import CallMaker, Constant, Flag, Number, Pointer, Real, trace
-from hdispatch.build.unit import Unit
+from hdispatch.compile import DESCRIBED, triton_backend
+from hdispatch.compile.build_unit import Unit
+from hdispatch.compile.expr import postfix
+from hdispatch.compile.record_builder import Candidate
+from hdispatch.compile.store import Store
+from hdispatch.compile.trace import CallMaker, Constant, Flag, Number, Pointer, Real, trace
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg
 from triton.tools.tensor_descriptor import TensorDescriptor
 

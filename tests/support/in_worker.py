@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hdispatch.build import DESCRIBED, pool
-from hdispatch.build.target import install
+from hdispatch.compile import DESCRIBED, pool
+from hdispatch.compile.target import install
 
 HERE = Path(__file__).parent
 BOOT = f"import sys; sys.path.append({str(HERE)!r}); import in_worker; in_worker.serve()"

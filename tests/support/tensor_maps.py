@@ -13,8 +13,8 @@ import helion
 import helion.language as hl
 import torch
 import triton
-from hdispatch.build import DESCRIBED, record, store, triton_backend, unit
-from hdispatch.build.trace import CallMaker, trace
+from hdispatch.compile import DESCRIBED, build_unit, record_builder, store, triton_backend
+from hdispatch.compile.trace import CallMaker, trace
 from hdispatch.opspec import OpSpec, TensorArg
 from triton.backends.nvidia import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -40,7 +40,7 @@ def encoded(package: str, variant: str, shape: dict[str, int], config: Any, call
 
     Each is [arguments of its encoder, the parameters that follow the map].
     """
-    spec = unit.load_spec(package)
+    spec = build_unit.load_spec(package)
     maker = CallMaker(spec, spec.variant(variant), shape)
     module = importlib.import_module(f"{package}.triton")
     side = triton_backend.host_side(module, config, maker, 64)
@@ -96,5 +96,5 @@ def helion_record(cache: str) -> Any:
     modules["toy_helion.helion"].KERNEL = double  # type: ignore[attr-defined]
     sys.modules.update(modules)
     config = {"block_sizes": [16, 32], "indexing": "tensor_descriptor", "host_tensor_descriptors": True}
-    work = unit.Unit("toy_helion", "helion", "any", {"K": 64}, config, (1,))
-    return record.build_records(work, DESCRIBED["h200"], {}, store.Store(Path(cache)))[0]["record"]
+    work = build_unit.Unit("toy_helion", "helion", "any", {"K": 64}, config, (1,))
+    return record_builder.build_records(work, DESCRIBED["h200"], {}, store.Store(Path(cache)))[0]["record"]

@@ -47,6 +47,17 @@ def simulate(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answe
 
 
 @pytest.fixture
+def generate(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
+    """Run parallel_run.py on a simulated engine: generate(**parameters of its run) -> its answer and "log"."""
+
+    def run(**given: Any) -> Answer:
+        variables = environment | given.pop("variables", {})
+        return ask("parallel_run.py", variables, tmp_path, "tiny-qwen3", "token", {"simulated": True} | given)
+
+    return run
+
+
+@pytest.fixture
 def play(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
     """Run a scenario of engine_run.py on a simulated engine: play(scenario, options, **parameters) -> its answer and "log"."""
 

@@ -19,7 +19,7 @@ import torch
 class Engine:
     """vLLM's LLM on random weights of a realistic spread, and what of it the scenarios need."""
 
-    def __init__(self, folder: str, simulated: bool, options: dict[str, Any], own_sampler: bool = True) -> None:
+    def __init__(self, folder: str, simulated: bool, options: dict[str, Any], other_code: bool = False) -> None:
         defaults = {"max_model_len": 2048, "max_num_seqs": 160, "max_num_batched_tokens": 4096}
         if simulated:
             import simulation
@@ -33,9 +33,11 @@ class Engine:
         from vllm import LLM
         from vllm.plugins import load_general_plugins
 
+        if other_code:
+            from hdispatch.integrations.vllm import runner
+
+            runner.FINGERPRINT = "0" * 64
         load_general_plugins()
-        if not own_sampler:
-            keep_vllms_sampler()
         if not options.get("compilation_config"):
             defaults["enforce_eager"] = True
         sizes = {"gpu_memory_utilization": 0.2, "kv_cache_memory_bytes": 1 << 30, "enable_prefix_caching": False}
@@ -68,6 +70,7 @@ class Engine:
             "runner": type(self.runner).__module__,
             "sampler": type(self.runner.sampler).__name__,
             "decode": self._decode(),
+            "runner_decodes": self._runner_decodes(),
             "hits": sum(each["hits"] for each in counts.values()),
             "misses": {op: each["misses"] for op, each in counts.items() if each["misses"]},
         }
@@ -81,6 +84,14 @@ class Engine:
             return None
         counts = runtime.stats()["attention_half"]
         return {"reason": layers.attention.decode_reason, "calls": counts["hits"] + counts["fallbacks"]}
+
+    def _runner_decodes(self) -> dict[str, Any]:
+        """Why the runner's decode steps are vLLM's own, and the calls, launched or not, of the ops in their place."""
+        from hdispatch import runtime
+
+        counts = runtime.stats()
+        calls = {op: counts[op]["hits"] + counts[op]["fallbacks"] for op in ("decode_inputs", "argmax", "decode_update")}
+        return {"reason": getattr(self.runner, "decode_reason", "vLLM's runner"), **calls}
 
 
 def accuracy(engine: Engine, steps: int, requests: int) -> dict[str, Any]:
@@ -156,17 +167,33 @@ def same_bits(engine: Engine, steps: int, requests: int) -> dict[str, Any]:
 
 
 def generate(
-    engine: Engine, tokens: int, lengths: list[int], times: int = 1, temperature: float = 0.0, logprobs: int | None = 5
+    engine: Engine,
+    tokens: int,
+    lengths: list[int],
+    times: int = 1,
+    temperature: float = 0.0,
+    logprobs: int | None = 5,
+    sampling: dict[str, Any] | None = None,
+    mixed: bool = False,
+    stagger: int = 0,
 ) -> dict[str, Any]:
-    """Tokens of the last of several times, and logprobs of the likeliest. Prompts repeat themselves: n-grams are found."""
+    """Tokens of the last of several times, and logprobs of the likeliest. Prompts repeat themselves: n-grams are found.
+
+    sampling  more of vLLM's SamplingParams
+    mixed     whether every other request is not greedy
+    stagger   tokens that each request gets more than the one before it, so that they end one by one
+    """
     from vllm import SamplingParams
 
     prompts = [{"prompt_token_ids": [(13 * i + 5 * (j % 8)) % 1000 + 10 for j in range(n)]} for i, n in enumerate(lengths)]
-    fixed = {"max_tokens": tokens, "ignore_eos": True, "detokenize": False, "seed": 5}
-    sampling = SamplingParams(temperature=temperature, logprobs=logprobs, **fixed)
+    fixed = {"ignore_eos": True, "detokenize": False, "seed": 5, "logprobs": logprobs} | (sampling or {})
+    sampled = [
+        SamplingParams(temperature=0.9 if mixed and i % 2 else temperature, max_tokens=tokens + i * stagger, **fixed)
+        for i in range(len(lengths))
+    ]
     found = []
     for _ in range(times):
-        outputs = engine.llm.generate(prompts, sampling, use_tqdm=False)
+        outputs = engine.llm.generate(prompts, sampled, use_tqdm=False)
     for each in outputs:
         output = each.outputs[0]
         steps = output.logprobs or []
@@ -237,16 +264,10 @@ SCENARIOS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def keep_vllms_sampler() -> None:
-    from hdispatch.integrations.vllm import sampling
-
-    sampling.GreedyState.custom_sampler = lambda *_: None
-
-
 def main() -> None:
     given = json.loads(sys.argv[2])
     scenario = SCENARIOS[given.pop("scenario")]
-    engine = Engine(sys.argv[1], given.pop("simulated"), given.pop("options"), given.pop("own_sampler", True))
+    engine = Engine(sys.argv[1], given.pop("simulated"), given.pop("options"), given.pop("other_code", False))
     answer = scenario(engine, **given)
     print("ANSWER " + json.dumps(answer | engine.facts()), flush=True)
     os._exit(0)  # vLLM's shutdown takes seconds

@@ -72,6 +72,28 @@ def _define_c() -> None:
     library.impl("vocab_parallel_embedding", embedding, "CPU")
 
 
+def define_custom_all_reduce() -> None:
+    """vLLM's custom all-reduce as a sum over gloo; without captures, which a CPU has none of."""
+    library = torch.library.Library("_C_custom_ar", "FRAGMENT")
+    KEPT.append(library)
+    library.define("meta_size() -> int")
+    library.impl("meta_size", lambda: 0, "CompositeExplicitAutograd")
+    library.define("init_custom_ar(int[] ipc_tensors, Tensor rank_data, int rank, bool fully_connected) -> int")
+    library.impl("init_custom_ar", lambda *_: 1, "CompositeExplicitAutograd")
+    library.define("register_buffer(int fa, int[] ipc_tensors) -> ()")
+    library.impl("register_buffer", lambda *_: None, "CompositeExplicitAutograd")
+    library.define("all_reduce(int fa, Tensor inp, Tensor! out, int reg_buffer, int reg_buffer_sz_bytes) -> ()")
+    library.impl("all_reduce", all_reduce, "CPU")
+
+
+def all_reduce(handle: int, given: torch.Tensor, out: torch.Tensor, buffer: int, size: int) -> None:
+    from vllm.distributed import get_tp_group
+
+    assert (handle, buffer, size) == (1, 0, 0)
+    torch.distributed.all_reduce(out.copy_(given), group=get_tp_group().device_group)
+    given.fill_(float("nan"))  # nobody reads it again
+
+
 def _caller(op: Any) -> Any:
     return lambda *given: op(*given)
 

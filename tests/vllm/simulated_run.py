@@ -20,6 +20,7 @@ def run(
     folder: str,
     tokens: int = 6,
     ranks: int = 1,
+    custom_all_reduce: bool = False,
     layers_off: bool = False,
     rows_off: bool = False,
     arena: int | None = None,
@@ -29,6 +30,7 @@ def run(
 
     tokens      of each request
     ranks       tensor parallel
+    custom_all_reduce  vLLM has its custom all-reduce
     layers_off  the plug-in's classes are registered, but told to take vLLM's own layers
     rows_off    the table is said to have no rows of the attention ops
     arena       most bytes of the workspace, if less than the product's
@@ -36,7 +38,7 @@ def run(
 
     In one process every step runs in vLLM's own layers too, on the same caches; "steps" says how far ours are from them.
     """
-    engine = simulation.start(ranks)
+    engine = simulation.start(ranks, custom_all_reduce)
     from vllm import SamplingParams
     from vllm.plugins import load_general_plugins
 
@@ -155,7 +157,7 @@ def decisions() -> list[dict[str, Any]]:
         layers = getattr(model, "_layers", None)
         workspace = None if layers is None else layers.workspace
         arena = None if workspace is None else {"rows": workspace.rows, "bytes": workspace.memory.numel()}
-        kinds = None if layers is None else sorted(kind.name for kind, _ in layers._steps)
+        kinds = None if layers is None else sorted({kind.name for kind, *_ in layers._steps})
         reason = getattr(model, "hdispatch_reason", "not ours")
         found.append({"class": type(model).__module__, "reason": reason, "arena": arena, "kinds": kinds})
     return found

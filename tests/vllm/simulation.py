@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import types
 from typing import Any
 
 os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
@@ -84,7 +85,7 @@ def mock_cuda(devices: int) -> None:
     torch.zeros = zeros_here
 
 
-def mock_platform(devices: int) -> None:
+def mock_platform(devices: int, custom_all_reduce: bool) -> None:
     """vLLM's CUDA platform over CPU tensors."""
     import vllm.platforms as platforms
     from vllm.platforms import cuda
@@ -107,9 +108,43 @@ def mock_platform(devices: int) -> None:
 
     if devices > 1:
         base = "vllm.distributed.device_communicators.base_device_communicator.DeviceCommunicatorBase"
-        SimulatedCuda.get_device_communicator_cls = classmethod(lambda cls: base)
+        communicator = f"{__name__}.SimulatedCommunicator" if custom_all_reduce else base
+        SimulatedCuda.get_device_communicator_cls = classmethod(lambda cls: communicator)
         SimulatedCuda.use_custom_op_collectives = classmethod(lambda cls: False)
     platforms._current_platform = SimulatedCuda()
+
+
+def mock_custom_all_reduce() -> None:
+    """A communicator of vLLM's with a custom all-reduce, whose memory is this process's own."""
+    from vllm.distributed.device_communicators import cuda_wrapper
+    from vllm.distributed.device_communicators.base_device_communicator import DeviceCommunicatorBase
+
+    class SimulatedCommunicator(DeviceCommunicatorBase):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            super().__init__(*given, **named)
+            if "tp" not in self.unique_name:
+                return
+            self.memory = torch.zeros(8 << 20, dtype=torch.uint8)
+            self.ca_comm = types.SimpleNamespace(
+                group=self.cpu_group,
+                rank=self.rank_in_group,
+                world_size=self.world_size,
+                meta_ptrs=[0] * self.world_size,
+                buffer_ptrs=[self.memory.data_ptr()] * self.world_size,
+                fully_connected=True,
+                max_size=self.memory.numel(),
+                device=torch.device("cpu"),
+                disabled=False,
+                mnnvl_only=False,
+                should_custom_ar=lambda _: True,
+            )
+
+    class CudaRTLibrary:
+        def cudaIpcGetMemHandle(self, _: Any) -> bytes:
+            return bytes(128)
+
+    globals()["SimulatedCommunicator"] = SimulatedCommunicator
+    cuda_wrapper.CudaRTLibrary = CudaRTLibrary
 
 
 def mock_worker() -> type:
@@ -148,12 +183,15 @@ def mock_lora() -> None:
         torch.library.impl(f"vllm::{name}", "CPU")(_nothing)
 
 
-def start(devices: int = 1) -> type:
-    """Everything, and vLLM's LLM."""
+def start(devices: int = 1, custom_all_reduce: bool = False) -> type:
+    """Everything, and vLLM's LLM; with a custom all-reduce of vLLM's on request."""
     torch.set_num_threads(1)
     mock_cuda(devices)
     simulated_ops.define()
-    mock_platform(devices)
+    mock_platform(devices, custom_all_reduce)
+    if custom_all_reduce:
+        simulated_ops.define_custom_all_reduce()
+        mock_custom_all_reduce()
     worker = mock_worker()
     globals()["SimulatedWorker"] = worker
     worker.__module__, worker.__qualname__ = __name__, "SimulatedWorker"

@@ -95,6 +95,31 @@ def test_two_runs_give_the_same_bits(simulate: Simulate) -> None:
     assert first["requests"] == second["requests"]
 
 
+def test_sums_over_ranks_in_the_sequence(simulate: Simulate) -> None:
+    """vLLM's custom all-reduce as a step of one sequence: the bits of sums between halves of layers."""
+    within, between = (simulate("tiny-qwen3", "token", tokens=4, ranks=2, custom_all_reduce=on) for on in (True, False))
+    assert within["log"].count("hdispatch: sums over ranks lie in the sequence of all layers") == 2
+    assert between["log"].count("hdispatch: sums over ranks lie between halves of layers: vLLM's custom all-reduce is off") == 2
+    assert within["requests"] == between["requests"]
+
+
+def test_two_ranks_have_the_logits_of_one(generate: Simulate) -> None:
+    """Of one model, whose parts they have: logprobs differ by rounding, tokens part at near ties."""
+    one, two = (generate(ranks=ranks, tokens=[3, 6, 5, 4]) for ranks in (1, 2))
+    assert all(each["whole"] == each["kinds"] > 0 for each in two["ranks"])
+    compared = 0
+    for mine, other in zip(two["requests"], one["requests"], strict=True):
+        for step, (a, b) in enumerate(zip(mine["tokens"], other["tokens"], strict=True)):
+            known = dict(map(tuple, other["top"][step]))
+            gaps = [abs(value - known[token]) for token, value in mine["top"][step] if token in known]
+            assert max(gaps) < 0.1
+            compared += len(gaps)
+            if a != b:
+                assert known[b] - known[a] < 0.1
+                break
+    assert compared > 30
+
+
 def test_tensor_parallel_on_two_ranks(simulate: Simulate) -> None:
     """Two workers, sums over gloo; tokens part from vLLM's own at near ties only."""
     ours, theirs = (simulate("tiny-qwen3", "token", tokens=4, ranks=2, layers_off=off) for off in (False, True))

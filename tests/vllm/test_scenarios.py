@@ -42,6 +42,8 @@ def test_the_v1_runner_and_speculation_change_nothing(play: Play, options: Any, 
         assert found["decode"] == expected["decode"]
     assert expected["sampler"] == "GreedySampler"
     assert found["sampler"] == "Sampler"  # V1's own, and that of speculation
+    assert found["runner_decodes"]["reason"] == ("vLLM's runner" if variables else "speculation is on")
+    assert found["runner_decodes"]["decode_inputs"] == 0
 
 
 def test_prompts_that_the_cache_holds(play: Play) -> None:
@@ -52,13 +54,50 @@ def test_prompts_that_the_cache_holds(play: Play) -> None:
     assert found["decode"]["calls"] == 2 * expected["decode"]["calls"]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_our_sampler_takes_vllms_tokens(play: Play, temperature: float) -> None:
-    """Greedy and random, without logprobs: those of vLLM's own sampler over the same layers."""
-    given = {"tokens": 6, "lengths": LENGTHS, "temperature": temperature, "logprobs": None}
-    ours = play("generate", **given)
-    theirs = play("generate", own_sampler=False, **given)
+OFF = {"HDISPATCH_RUNNER": "0"}
+
+
+@pytest.mark.parametrize(
+    ("more", "options"),
+    [
+        ({"logprobs": None}, {}),
+        ({}, {}),
+        ({"logprobs": None, "temperature": 0.8}, {}),
+        ({"logprobs": None, "sampling": {"repetition_penalty": 1.3}}, {}),
+        ({"logprobs": None, "mixed": True}, {}),
+        ({"logprobs": None}, {"max_num_batched_tokens": 32, "max_num_seqs": 2}),
+        ({"logprobs": None}, {"async_scheduling": False}),
+    ],
+    ids=["greedy", "logprobs", "random", "penalty", "mixed", "chunks", "sync"],
+)
+def test_our_runner_takes_vllms_tokens(play: Play, more: dict[str, Any], options: dict[str, Any]) -> None:
+    """The tokens of vLLM's own runner over the same layers, with requests that come and go; its Triton kernels interpreted."""
+    given = {"tokens": 10, "lengths": [40, 25, 60, 17], "stagger": 2} | more
+    ours = play("generate", options, **given)
+    theirs = play("generate", options, variables=OFF, **given)
     assert (ours["sampler"], theirs["sampler"]) == ("GreedySampler", "Sampler")
+    assert tokens_of(ours) == tokens_of(theirs)
+    found = ours["runner_decodes"]
+    assert found["reason"] is None
+    assert found["decode_inputs"] == found["decode_update"] > 0
+    assert (found["argmax"] > 0) == ("temperature" not in more)
+    assert set(theirs["runner_decodes"].values()) == {"vLLM's runner", 0}
+    assert ours["decode"] == theirs["decode"]
+    assert "hdispatch: vLLM's own model runner stays: HDISPATCH_RUNNER is 0" in theirs["log"]
+
+
+def test_a_runner_that_is_not_the_known_one_stays(play: Play) -> None:
+    found = play("generate", tokens=3, lengths=LENGTHS, other_code=True)
+    assert found["sampler"] == "Sampler"
+    assert "hdispatch: vLLM's own model runner stays: its code is " in found["log"]
+    assert found["reason"] is None
+
+
+def test_layers_of_vllms_under_our_runner(play: Play) -> None:
+    """LoRA: vLLM's own layers read all of attention's metadata."""
+    given = {"tokens": 6, "lengths": LENGTHS, "logprobs": None}
+    ours, theirs = (play("generate", {"enable_lora": True}, variables=off, **given) for off in ({}, OFF))
+    assert ours["runner_decodes"]["decode_inputs"] > 0
     assert tokens_of(ours) == tokens_of(theirs)
 
 
@@ -78,6 +117,7 @@ def test_two_runs_and_another_order_give_the_same_bits(play: Play) -> None:
 def test_requests_are_preempted_and_finish(play: Play) -> None:
     found = play("storm", {"num_gpu_blocks_override": 33}, steps=30, most=8, longest=120)
     assert found["preempted"] > 0
+    assert found["runner_decodes"]["decode_inputs"] > 0
     assert not found["unfinished"]
     assert found["reason"] is None
     assert found["decode"]["calls"] > 0

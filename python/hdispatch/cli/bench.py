@@ -186,8 +186,9 @@ def _build_small(options: Any, folder: Path) -> Any:
     print(f"no --bundle: building one with {options.op}, {variant}, {sizes} for {target}", file=sys.stderr)
     progress = Progress()
     try:
-        build, selection = build_wing()
-        select = selection(shapes=lambda _spec: [shape], variants=lambda _spec: [variant])
+        with build_wing():
+            from ..compile import Selection, build
+        select = Selection(shapes=lambda _spec: [shape], variants=lambda _spec: [variant])
         build([options.op], target, folder / "bundle", select=select, progress=progress)
     except HdispatchError as error:
         return replace(options, no_bundle=f"no bundle, and none could be built: {error}")

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import HdispatchError
 from ..opspec import SYMBOLS, OpSpec
 from . import numbers
-from .text import Progress, count, print_json, size
+from .text import Progress, count, print_json, size, split
 
 if TYPE_CHECKING:
-    from ..build import BuildReport
+    from ..compile import BuildReport
 
 #: In --shapes: the rows that serve every size.
 ANY = "any"
@@ -66,16 +67,17 @@ def run(arguments: argparse.Namespace) -> int:
     """Build and print the report."""
     if arguments.jobs is not None and arguments.jobs < 1:
         raise HdispatchError(f"--jobs is {arguments.jobs}; it takes 1 or more")
-    build, selection = build_wing()
+    with build_wing():
+        from ..compile import Selection, build
     shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
-    variants = _split(arguments.variants)
-    select = selection(
+    variants = split(arguments.variants)
+    select = Selection(
         shapes=_choose_shapes(shapes) if shapes else None, variants=_choose_variants(variants) if variants else None
     )
     progress = Progress()
     try:
         report = build(
-            _split(arguments.ops),
+            split(arguments.ops),
             default_target() if arguments.target == "auto" else arguments.target,
             arguments.out,
             jobs=arguments.jobs,
@@ -92,15 +94,15 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def build_wing() -> tuple[Any, Any]:
-    """`build` and `Selection` of the build wing, which is imported here and not before."""
+@contextmanager
+def build_wing() -> Iterator[None]:
+    """For imports of the build wing, which the command line makes late: an `ImportError` inside says how to install it."""
     try:
-        from .. import build as wing
+        yield
     except ImportError as error:
         raise HdispatchError(
             f"the build wing cannot be imported: {error}; install it: pip install 'hdispatch[build]'"
         ) from error
-    return wing.build, wing.Selection
 
 
 def default_target() -> str:
@@ -110,14 +112,10 @@ def default_target() -> str:
     return "native" if torch.cuda.is_available() else "h200"
 
 
-def _split(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
-
-
 def parse_shapes(text: str) -> list[dict[str, int]]:
     """`K=4096,K=2048:N=512,any` -> [{"K": 4096}, {"K": 2048, "N": 512}, {}]."""
     found = []
-    for item in _split(text) or []:
+    for item in split(text) or []:
         shape: dict[str, int] = {}
         for part in item.split(":") if item != ANY else ():
             symbol, _, number = part.partition("=")

@@ -193,7 +193,7 @@ def _check_tvm_ffi() -> str:
 
 def _check_link() -> str:
     """What links the host functions of a bundle."""
-    from ..build import ffi_link
+    from ..compile import ffi_link
 
     archive = ffi_link.runtime_archive()
     return f"{' '.join(ffi_link.compiler())}, {archive or 'without CuteDSL'}"
@@ -232,7 +232,7 @@ def _satisfies(version: str, wanted: str) -> bool:
 
 def _check_ptxas() -> str:
     """The assembler that Triton would use for the GPU here, else for an H200."""
-    from ..build import target, versions
+    from ..compile import target, versions
 
     wanted = target.resolve("native" if torch.cuda.is_available() else "h200")
     path = versions.ptxas(wanted)

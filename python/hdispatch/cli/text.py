@@ -39,6 +39,11 @@ def size(amount: float) -> str:
     return f"{amount:.1f} GiB"
 
 
+def split(text: str | None) -> list[str] | None:
+    """`a, b` -> ["a", "b"]; None if it was not given."""
+    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
+
+
 def count(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import HdispatchError
 from ..opspec import OpSpec
 from . import numbers
-from .build import parse_shapes
-from .text import Progress, count, duration, print_json, size, table
+from .build import build_wing, parse_shapes
+from .text import Progress, count, duration, print_json, size, split, table
+
+if TYPE_CHECKING:
+    from ..tune.candidates import Dropped
+    from ..tune.collect import CandidateReport, Scope
+    from ..tune.select import OpReport
 
 DESCRIPTION = """\
 Choose the configs of ops in three steps, of which only the second needs the GPU:
@@ -142,23 +146,24 @@ def _add_helion(parser: argparse.ArgumentParser) -> None:
 
 def run_candidates(arguments: argparse.Namespace) -> int:
     """Collect, compile, print the report."""
-    tune = _build_wing("tune")
+    with build_wing():
+        from ..tune.collect import archive, collect
     if missing := next((folder for folder in arguments.configs if not folder.is_dir()), None):
         raise HdispatchError(f"--configs {missing} is not a folder")
     if arguments.archive and not arguments.archive.resolve().parent.is_dir():
         raise HdispatchError(f"cannot write {arguments.archive}: {arguments.archive.parent} is not a folder")
     with timed_progress() as progress:
-        report = tune.candidates(
-            _split(arguments.ops),
+        report = collect(
+            split(arguments.ops),
             arguments.target,
             arguments.out,
-            scope=_scope(arguments, tune),
+            scope=_scope(arguments),
             jobs=arguments.jobs,
             cache=arguments.cache,
             progress=progress,
         )
     if arguments.archive:
-        tune.archive(arguments.out, arguments.archive)
+        archive(arguments.out, arguments.archive)
     if arguments.json:
         print_json(_candidates_json(report))
     else:
@@ -166,10 +171,13 @@ def run_candidates(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _scope(arguments: argparse.Namespace, tune: Any) -> Any:
-    variants, edges = _split(arguments.variants), _split(arguments.buckets)
+def _scope(arguments: argparse.Namespace) -> Scope:
+    with build_wing():
+        from ..tune.collect import Scope
+
+    variants, edges = split(arguments.variants), split(arguments.buckets)
     shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
-    return tune.Scope(
+    return Scope(
         variants=_chosen_variants(variants) if variants else None,
         shapes=_chosen_shapes(shapes) if shapes else None,
         buckets=_chosen_buckets(edges) if edges else None,
@@ -207,7 +215,7 @@ def _chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
     return choose
 
 
-def describe_candidates(report: Any, archive: Path | None) -> str:
+def describe_candidates(report: CandidateReport, archive: Path | None) -> str:
     """The report in words."""
     lines = [
         [op, *map(str, (o.options, o.units, len(o.dropped), o.from_cache, o.records, o.cells, o.pairs)), f"{o.seconds:.0f} s"]
@@ -228,12 +236,12 @@ def describe_candidates(report: Any, archive: Path | None) -> str:
     return "\n\n".join(parts)
 
 
-def _words_of_dropped(dropped: Mapping[str, Any]) -> str:
+def _words_of_dropped(dropped: Dropped) -> str:
     why = dropped["why"].splitlines()[0]
     return f"{dropped['op']} {dropped['variant']}, {dropped['backend']} {dropped['config']}: {why[:300]}"
 
 
-def _candidates_json(report: Any) -> dict[str, Any]:
+def _candidates_json(report: CandidateReport) -> dict[str, Any]:
     return {
         "out": str(report.out),
         "target": report.target.name,
@@ -250,11 +258,11 @@ def _candidates_json(report: Any) -> dict[str, Any]:
 def run_measure(arguments: argparse.Namespace) -> int:
     """Measure and say what was wrong."""
     from ..bench.machine import describe
-    from ..tuning import measure
+    from ..tune import measure
 
     machine = describe()
     versions = {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
-    options = measure.Options(_split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
+    options = measure.Options(split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
     with timed_progress() as progress:
         report = measure.measure(arguments.bundle, arguments.out, options, versions=versions, progress=progress)
     for failure in report.failures:
@@ -273,16 +281,17 @@ def run_measure(arguments: argparse.Namespace) -> int:
 
 def run_select(arguments: argparse.Namespace) -> int:
     """Select, write, print the report."""
-    select, op_package, unit = _build_wing("select"), _build_wing("op_package"), _build_wing("unit")
+    with build_wing():
+        from ..compile import build_unit, op_package
+        from ..tune import select, timings
     from ..bench import plot
-    from ..tuning import timings
 
     if arguments.plot:
         plot.require()
-    packages, out, chosen = op_package.find(None), arguments.out, _split(arguments.ops)
+    packages, out, chosen = op_package.find(None), arguments.out, split(arguments.ops)
     if unknown := next((op for op in chosen or () if op not in packages), None):
         raise HdispatchError(f"--ops: no op {unknown!r}; there are {sorted(packages)}")
-    specs = {name: unit.load_spec(package) for name, package in packages.items()}
+    specs = {name: build_unit.load_spec(package) for name, package in packages.items()}
     refused = select.refusal(specs, lambda op: op_package.backends_of(packages[op]))
     lines = timings.read_all(arguments.timings, lambda line: refused(line) if chosen is None or line["op"] in chosen else None)
     if chosen is not None:
@@ -304,7 +313,7 @@ def run_select(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe_selection(reports: Sequence[Any], dry_run: bool) -> str:
+def describe_selection(reports: Sequence[OpReport], dry_run: bool) -> str:
     """The report in words."""
     lines = [
         [
@@ -327,7 +336,7 @@ def describe_selection(reports: Sequence[Any], dry_run: bool) -> str:
     return "\n\n".join([table(header, lines), *(["\n".join(["notes", *notes])] if notes else []), written])
 
 
-def draw_curves(reports: Sequence[Any], limit: float, file: Path) -> None:
+def draw_curves(reports: Sequence[OpReport], limit: float, file: Path) -> None:
     """Worst and mean regret over the number of configs, a panel per op."""
     import matplotlib.figure
 
@@ -364,12 +373,13 @@ def draw_curves(reports: Sequence[Any], limit: float, file: Path) -> None:
 
 def run_helion(arguments: argparse.Namespace) -> int:
     """Tune with Helion and say what failed."""
-    autotune = _build_wing("autotune")
+    with build_wing():
+        from ..tune.autotune import autotune
     with timed_progress() as progress:
-        failed = autotune.autotune(
-            _split(arguments.ops),
+        failed = autotune(
+            split(arguments.ops),
             arguments.out,
-            scope=_scope(arguments, _build_wing("tune")),
+            scope=_scope(arguments),
             effort=arguments.effort,
             seconds=arguments.seconds,
             progress=progress,
@@ -381,20 +391,6 @@ def run_helion(arguments: argparse.Namespace) -> int:
 
 
 # ---- shared ----
-
-
-def _build_wing(module: str) -> Any:
-    """A module of the build wing, which is imported here and not before."""
-    try:
-        return importlib.import_module(f"hdispatch.build.{module}")
-    except ImportError as error:
-        raise HdispatchError(
-            f"the build wing cannot be imported: {error}; install it: pip install 'hdispatch[build]'"
-        ) from error
-
-
-def _split(text: str | None) -> list[str] | None:
-    return [part.strip() for part in text.split(",") if part.strip()] if text is not None else None
 
 
 @contextmanager

@@ -157,8 +157,9 @@ def compare_outputs(spec: OpSpec, variant: Variant, got: Sequence[Any], want: Se
 
     fp8 codes: `compare_fp8` with `min_equal`. float32 is taken for scales: `compare_scale`, a thousandth of them (at least
     one) allowed to be outliers where the inputs have 16 bits. 16-bit floats, and float32 of ops whose spec has
-    `accumulation`: within two roundings, or where sums cancel within as much of the tensor's root mean square, and the whole
-    within NORM_ERRORS in the Frobenius norm; to both is added what the spec says of the kernels' `accumulation`. Everything
+    `accumulation`: within two roundings, or where sums cancel within as much of the tensor's root mean square (of the row's,
+    where that is more and the spec has `own_scales`), and the whole within NORM_ERRORS in the Frobenius norm; to both is
+    added what the spec says of the kernels' `accumulation`. Everything
     else is equal.
     """
     narrow = any(dtype.itemsize == 2 and dtype.is_floating_point for dtype in variant.dtypes.values())
@@ -166,7 +167,7 @@ def compare_outputs(spec: OpSpec, variant: Variant, got: Sequence[Any], want: Se
     for arg, actual, expected in zip(spec.args, got, want, strict=True):
         if getattr(arg, "mutated", False) and expected is not None:
             try:
-                _compare_output(actual, expected, narrow, lost, min_equal)
+                _compare_output(actual, expected, narrow, lost, min_equal, spec.own_scales)
             except MismatchError as error:
                 raise MismatchError(f"{arg.name}: {error}") from None
 
@@ -180,7 +181,9 @@ def _bound_size(spec: OpSpec, args: Sequence[Any], symbol: str) -> int:
     return int(args[spec.args.index(arg)].size(dim))
 
 
-def _compare_output(actual: torch.Tensor, expected: torch.Tensor, narrow: bool, lost: float, min_equal: float) -> None:
+def _compare_output(
+    actual: torch.Tensor, expected: torch.Tensor, narrow: bool, lost: float, min_equal: float, own_scales: bool
+) -> None:
     if not expected.numel():
         _check_alike(actual, expected)
     elif expected.dtype == torch.float8_e4m3fn:
@@ -188,12 +191,12 @@ def _compare_output(actual: torch.Tensor, expected: torch.Tensor, narrow: bool, 
     elif expected.dtype == torch.float32 and not lost:
         compare_scale(actual, expected, outliers=max(1e-3, 1 / expected.numel()) if narrow else 0.0)
     elif expected.dtype in NORM_ERRORS:
-        _compare_rounded(actual, expected, lost)
+        _compare_rounded(actual, expected, lost, own_scales)
     else:
         assert_close_by_dtype(actual, expected)
 
 
-def _compare_rounded(actual: torch.Tensor, expected: torch.Tensor, lost: float) -> None:
+def _compare_rounded(actual: torch.Tensor, expected: torch.Tensor, lost: float, own_scales: bool) -> None:
     """`lost` is the root mean square of the error that is allowed besides rounding, relative to the output's."""
     _check_alike(actual, expected)
     got, want = (t.detach().float() for t in (actual, expected))
@@ -202,7 +205,10 @@ def _compare_rounded(actual: torch.Tensor, expected: torch.Tensor, lost: float) 
     rtol, _ = TOLERANCES[expected.dtype]
     # Rows and columns may have scales of their own: the largest element, some four times the root mean square where scales
     # are large, says what is lost there; twice that is eight standard deviations.
-    slack = rtol * size / want.numel() ** 0.5 + (2 * lost * float(want.abs().max()) if lost else 0.0)
+    scale = torch.tensor(size / want.numel() ** 0.5, device=want.device)
+    if own_scales:
+        scale = torch.maximum(scale, torch.linalg.vector_norm(want, dim=-1, keepdim=True) / want.size(-1) ** 0.5)
+    slack = rtol * scale + (2 * lost * float(want.abs().max()) if lost else 0.0)
     over = error > rtol * want.abs() + slack
     over |= got.isfinite() != want.isfinite()
     if over.any():

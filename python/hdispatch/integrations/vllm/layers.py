@@ -2,27 +2,31 @@
 
 A layer is norm, qkv product, attention with all that belongs to it, quantization, out product, norm, gate and up product,
 activation, down product; norms, activations and quantizations are one kernel where the scheme allows. All layers are one
-sequence, which one call launches; with tensor parallel, each half of a layer is one, and sums over ranks lie between them.
+sequence, which one call launches. With tensor parallel, sums over ranks are steps of it where vLLM takes its custom all-reduce;
+else, and for many rows, each half of a layer is a sequence, and vLLM's sums lie between them.
 What lies between steps is in the sequences' arena; steps with more rows than it has run in chunks but for attention.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from ... import _C, ops
 from ...replay import Replays
-from ...sequence import Arena, Sequence, SequenceTensor
+from ...sequence import Arena, Sequence, SequenceInteger, SequenceTensor
 from . import settings
+from .all_reduce import CustomAllReduce
 from .attention import Attention, Kind
 from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
 from .weights import Weights, kept_memory
 from .workspace import ROWS, Workspace, rows_within
 
-#: Most rows of a step that is replayed when it comes again: its residual and hidden states keep memory of their own.
+#: Most rows of a step that is replayed when it comes again: its residual and hidden states keep memory of their own. And of one
+#: whose sums over ranks are steps of the sequence.
 REPLAYED_ROWS = 256
 
 #: The sequences' names in `stats`.
@@ -38,6 +42,7 @@ class FusedLayers:
     attention    of all layers
     get_context  vLLM's forward context of the step
     reduce       sums a tensor over tensor parallel ranks into a new one; None on one rank
+    all_reduce   sums as steps of a sequence, where vLLM has them
     former       layers whose weights are no more: their memory is used again, since graphs may have been captured with it
     """
 
@@ -50,23 +55,28 @@ class FusedLayers:
         get_context: Callable[[], Any],
         reduce: Callable[[torch.Tensor], torch.Tensor] | None,
         former: FusedLayers | None = None,
+        all_reduce: CustomAllReduce | None = None,
     ) -> None:
         self.model, self.weights, self.attention = model, weights, attention
+        self.all_reduce = all_reduce
         self._get_context, self._reduce = get_context, reduce
         self._names = [layer.attention.layer_name for layer in weights.layers]
-        #: What a kind of step calls, for few rows or for any: one sequence of all layers, or with sums over ranks, one of
-        #: each half of a layer in turn. They take the slots residual, sum (halves), hidden and those of attention, in which the
-        #: halves of activations have no part.
-        self._steps: dict[tuple[Kind, bool], tuple[Callable[..., None], ...]] = {}
+        #: What a kind of step calls, for few rows or for any: one sequence of all layers ("whole"), or one of each half of a
+        #: layer in turn. They take the slots residual, sum (halves), hidden, those of sums over ranks (whole) and those of
+        #: attention, in which the halves of activations have no part.
+        self._steps: dict[tuple[Kind, bool, bool], tuple[Callable[..., None], ...]] = {}
         device = weights.embedding.device
-        sketch = _Builder(self, Kind.NOTHING, few=False, rows=ROWS, arena=Arena()).make()
-        row_bytes = max(each.arena_bytes for each in sketch) // ROWS
+        wholes = {reduce is None, reduce is None or all_reduce is not None}
+        sketches = [_Builder(self, Kind.NOTHING, few=False, whole=each, rows=ROWS, arena=Arena()).make() for each in wholes]
+        row_bytes = max(each.arena_bytes for sketch in sketches for each in sketch) // ROWS
         kept = former.workspace if former is not None and former.workspace.fits(row_bytes, device) else None
         self.workspace: Workspace = kept or Workspace(rows_within(row_bytes, most_rows), row_bytes, device)
         #: Where replayed steps have residual and hidden states: a graph has their addresses.
         self._still: torch.Tensor | None = None
-        if reduce is None and device.type == "cuda" and settings.replay():
-            rows = min(REPLAYED_ROWS, self.workspace.rows)  # none in chunks
+        rows = min(REPLAYED_ROWS, self.workspace.rows)  # none in chunks
+        #: Most rows of a step whose sums over ranks are steps of the sequence.
+        self._summed_rows = 0 if all_reduce is None else min(rows, all_reduce.memory.size(0))
+        if True in wholes and device.type == "cuda" and settings.replay():
             made = torch.empty(2, rows, weights.shape.hidden, dtype=weights.dtype, device=device)
             self._still = kept_memory(made, None if former is None else former._still)
 
@@ -75,20 +85,31 @@ class FusedLayers:
     ) -> torch.Tensor:
         """Hidden states [rows, hidden] after the last norm; of a decode step valid until the next one, as a graph's are."""
         metadata, slots = self._step(self._get_context())
-        kind = self.attention.kind(metadata)
-        few = not self.weights.scheme.quantized and positions.size(0) <= LOW_LATENCY_ROWS
-        sequences = self._steps.get((kind, few)) or self._make_steps(kind, few)
+        rows, kind = positions.size(0), self.attention.kind(metadata)
+        few = not self.weights.scheme.quantized and rows <= LOW_LATENCY_ROWS
+        whole = self._reduce is None or self._sums_in_sequence(rows)
+        sequences = self._steps.get((kind, few, whole)) or self._make_steps(kind, few, whole)
         given = self.attention.given(kind, positions, metadata, slots)
-        if kind is Kind.HALF and self._still is not None and positions.size(0) <= self._still.size(1):
-            hidden = self._still[1, : positions.size(0)]
-            residual = self._embed(input_ids, inputs_embeds, self._still[0, : positions.size(0)])
+        if whole and kind is Kind.HALF and self._still is not None and rows <= self._still.size(1):
+            hidden = self._still[1, :rows]
+            residual = self._embed(input_ids, inputs_embeds, whole, self._still[0, :rows])
         else:
-            residual = self._embed(input_ids, inputs_embeds)
+            residual = self._embed(input_ids, inputs_embeds, whole)
             hidden = torch.empty_like(residual)
-        if self._reduce is None:
-            sequences[0](residual, hidden, *given)
-            return hidden
-        return self._run_halves(sequences, residual, hidden, given, self._reduce)
+        if self._reduce is not None and not whole:
+            return self._run_halves(sequences, residual, hidden, given, self._reduce)
+        sums = () if self._reduce is None else self._sums(rows)
+        sequences[0](residual, hidden, *sums, *given)
+        return hidden
+
+    def _sums_in_sequence(self, rows: int) -> bool:
+        """Whether a step's sums over ranks are steps of the sequence."""
+        return 0 < rows <= self._summed_rows and self.all_reduce is not None and self.all_reduce.objection() is None
+
+    def _sums(self, rows: int) -> tuple[Any, ...]:
+        """The values of the slots of sums over ranks."""
+        assert self.all_reduce is not None
+        return self.all_reduce.memory[:rows], self.all_reduce.handle()
 
     def _step(self, context: Any) -> tuple[Any, Any]:
         """Attention's metadata and cache slots of the step, one for all layers; None in a run without caches."""
@@ -106,7 +127,11 @@ class FusedLayers:
         return metadata, context.slot_mapping[self._names[0]]
 
     def _embed(
-        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, out: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        whole: bool,
+        out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The embeddings of a step, in `out` or in memory of their own: they become the residual."""
         if inputs_embeds is not None:
@@ -115,8 +140,23 @@ class FusedLayers:
         if self._reduce is None:
             assert input_ids is not None
             return torch.index_select(self.weights.embedding, 0, input_ids, out=out)
+        shard = _shard(self.model.embed_tokens, self.weights.dtype) if whole else None
+        if shard is not None:
+            assert input_ids is not None
+            assert self.all_reduce is not None
+            return self._embed_shard(input_ids, shard, self.all_reduce, out)
         embedded: torch.Tensor = self.model.embed_tokens(input_ids)
-        return embedded
+        return embedded if out is None else out.copy_(embedded)
+
+    def _embed_shard(
+        self, input_ids: torch.Tensor, shard: tuple[int, ...], all_reduce: CustomAllReduce, out: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The rows of this rank's part of the vocabulary, zeros for others, summed over ranks."""
+        rows = input_ids.size(0)
+        made = self.weights.embedding.new_empty(rows, self.weights.shape.hidden) if out is None else out
+        torch.ops._C.vocab_parallel_embedding(all_reduce.memory[:rows], input_ids, self.weights.embedding, *shard)
+        all_reduce.sum(rows, made)
+        return made
 
     def _run_halves(
         self,
@@ -134,48 +174,80 @@ class FusedLayers:
         ops.fused_add_rms_norm(total, residual, self.weights.final_norm, self.weights.epsilon)
         return total
 
-    def _make_steps(self, kind: Kind, few: bool) -> tuple[Callable[..., None], ...]:
-        made = _Builder(self, kind, few=few, rows=self.workspace.rows, arena=self.workspace.arena).make()
-        is_replayed = kind is Kind.HALF and self._still is not None
-        steps = tuple(map(Replays, made)) if is_replayed else made
-        self._steps[kind, few] = steps
+    def _make_steps(self, kind: Kind, few: bool, whole: bool) -> tuple[Callable[..., None], ...]:
+        made = _Builder(self, kind, few=few, whole=whole, rows=self.workspace.rows, arena=self.workspace.arena).make()
+        is_replayed = whole and kind is Kind.HALF and self._still is not None
+        steps = tuple(Replays(each, around=self.all_reduce) for each in made) if is_replayed else made
+        self._steps[kind, few, whole] = steps
         return steps
 
-    @property
-    def is_parallel(self) -> bool:
-        """Whether sums over ranks are taken."""
-        return self._reduce is not None
+
+def _shard(embedding: Any, dtype: torch.dtype) -> tuple[int, ...] | None:
+    """The part of the vocabulary that vLLM's embedding has on this rank, as `vocab_parallel_embedding` takes it; None for one
+    that does more than that op and a sum.
+    """
+    plain = getattr(embedding, "use_fused_embedding", False) and embedding.reduce_results and embedding.parallel_group is None
+    if not plain or embedding.weight.dtype != dtype:
+        return None
+    at = embedding.shard_indices
+    ends = at.org_vocab_start_index, at.org_vocab_end_index, at.num_org_vocab_padding
+    return *ends, at.added_vocab_start_index, at.added_vocab_end_index
 
 
 class _Builder:
     """Makes the sequences of one kind of step.
 
-    few   whether for at most LOW_LATENCY_ROWS rows alone
-    rows  of the arena
+    few    whether for at most LOW_LATENCY_ROWS rows alone
+    whole  all layers, with sums over ranks if there are several; else each half of a layer
+    rows   of the arena
     """
 
-    def __init__(self, layers: FusedLayers, kind: Kind, *, few: bool, rows: int, arena: Arena) -> None:
-        self.weights, self.attention, self.is_parallel = layers.weights, layers.attention, layers.is_parallel
-        self.scheme, self.kind, self.few = layers.weights.scheme, kind, few
+    def __init__(self, layers: FusedLayers, kind: Kind, *, few: bool, whole: bool, rows: int, arena: Arena) -> None:
+        self.weights, self.attention, self.all_reduce = layers.weights, layers.attention, layers.all_reduce
+        self.scheme, self.kind, self.few, self.whole = layers.weights.scheme, kind, few, whole
         self.rows, self.arena = rows, arena
 
     def make(self) -> tuple[_C.Sequence, ...]:
         """Described and frozen."""
-        return tuple(s.freeze() for s in (self._halves() if self.is_parallel else (self._all(),)))
+        return tuple(s.freeze() for s in ((self._all(),) if self.whole else self._halves()))
 
     def _all(self) -> Sequence:
         """All layers and the last norm."""
         s, weights = Sequence(LAYERS, max_rows=self.rows, arena=self.arena), self.weights
         residual, result = self._slot(s, "residual"), self._slot(s, "hidden")
+        total, last = None, len(weights.layers) - 1
+        sums = self._declare_sums(s)
         slots = self.attention.declare(s, self.kind)
-        total = None
         for n in range(len(weights.layers)):
-            out = self._temp(s, weights.shape.hidden)
-            self._attend(s, n, residual, total, out, slots)
-            total = result if n + 1 == len(weights.layers) else self._temp(s, weights.shape.hidden)
-            self._activate(s, n, residual, out, total)
+            attended = self._add_up(s, sums, None, partial(self._attend, s, n, residual, total, slots=slots))
+            total = self._add_up(s, sums, result if n == last else None, partial(self._activate, s, n, residual, attended))
+        assert total is not None
         s.add(ops.fused_add_rms_norm, result, residual, weights.final_norm, weights.epsilon)
         return s
+
+    def _declare_sums(self, s: Sequence) -> tuple[CustomAllReduce, SequenceTensor, SequenceInteger] | None:
+        """The slots of sums over ranks; None on one rank."""
+        if self.all_reduce is None:
+            return None
+        return self.all_reduce, self._slot(s, "shared"), s.int_slot("all_reduce_handle")
+
+    def _add_up(
+        self,
+        s: Sequence,
+        sums: tuple[CustomAllReduce, SequenceTensor, SequenceInteger] | None,
+        total: SequenceTensor | None,
+        add_half: Callable[[SequenceTensor], None],
+    ) -> SequenceTensor:
+        """Half of a layer with its sum over ranks, if there are several, in `total` or a new temporary."""
+        if total is None:
+            total = self._temp(s, self.weights.shape.hidden)
+        if sums is None:
+            add_half(total)
+        else:
+            all_reduce, shared, handle = sums
+            add_half(shared)
+            all_reduce.add(s, handle, shared, total)
+        return total
 
     def _halves(self) -> Iterator[Sequence]:
         """Each half of each layer, up to what is summed."""

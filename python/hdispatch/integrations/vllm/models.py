@@ -5,18 +5,22 @@ Needs vLLM. `register` puts the classes in the place of vLLM's own, by vLLM's re
 
 from __future__ import annotations
 
+import ctypes
 import time
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+import vllm.envs as vllm_envs
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
+from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary
 from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
 from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-from . import sampling, settings, support, weights
+from . import all_reduce, runner, settings, support, weights
+from .all_reduce import CustomAllReduce
 from .attention import Attention
 from .layers import FusedLayers
 
@@ -56,8 +60,8 @@ class FusedForward:
         return layers.forward(input_ids, positions, inputs_embeds)
 
     def get_model_state_cls(self) -> type:
-        """The class of the model's state in vLLM's V2 runner: vLLM's own choice, with our sampler for greedy steps."""
-        return sampling.state_class(resolve_model_state_cls(self._config, self.model))
+        """The class of the model's state in vLLM's V2 runner: vLLM's own choice, but for the attention of decode steps."""
+        return runner.state_class(resolve_model_state_cls(self._config, self.model))
 
     def load_weights(self, given: Any) -> set[str]:
         """vLLM's own, after which the weights are bound anew."""
@@ -118,6 +122,7 @@ class FusedForward:
             get_forward_context,
             tensor_model_parallel_all_reduce if ranks > 1 else None,
             self._layers,
+            _find_all_reduce(bound, self._layers) if ranks > 1 else None,
         )
 
     def _say(self, seconds: float) -> None:
@@ -132,6 +137,35 @@ class FusedForward:
             layers.workspace.rows,
             seconds,
         )
+        if get_tensor_model_parallel_world_size() > 1:
+            reason = _all_reduce_objection()
+            settings.logger.info("hdispatch: sums over ranks lie %s", reason or "in the sequence of all layers")
+
+
+def _all_reduce_objection() -> str | None:
+    """Why sums over ranks lie between halves of layers; None if they are steps of one sequence."""
+    if vllm_envs.VLLM_USE_NCCL_SYMM_MEM:
+        reason: str | None = "vLLM's all-reduce is NCCL's over symmetric memory (VLLM_USE_NCCL_SYMM_MEM=1)"
+    else:
+        reason = all_reduce.objection(get_tp_group().device_communicator)
+    return None if reason is None else f"between halves of layers: {reason}"
+
+
+def _find_all_reduce(bound: weights.Weights, former: FusedLayers | None) -> CustomAllReduce | None:
+    """vLLM's custom all-reduce, as steps of a sequence; None where vLLM has none or another comes first.
+
+    FlashInfer's may find only at its first sum that it cannot be used; then vLLM's custom one comes first from there on.
+    """
+    communicator = get_tp_group().device_communicator
+    custom = getattr(communicator, "ca_comm", None)
+    if custom is None or custom.disabled or custom.mnnvl_only or vllm_envs.VLLM_USE_NCCL_SYMM_MEM:
+        return None
+    known = None if former is None else former.all_reduce
+    if known is not None and known.is_of(communicator):
+        return known
+    address = ctypes.c_void_p(custom.buffer_ptrs[custom.rank])
+    handle = bytes(CudaRTLibrary().cudaIpcGetMemHandle(address))[: all_reduce.HANDLE_BYTES]
+    return CustomAllReduce(communicator, handle, bound.shape.hidden, bound.dtype)
 
 
 def _identity(decoder: Any) -> tuple[Any, ...]:

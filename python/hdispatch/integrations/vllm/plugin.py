@@ -25,11 +25,11 @@ def register() -> None:
     """Serve vLLM with hdispatch if HDISPATCH is 1; otherwise do nothing. vLLM calls this in every process, maybe twice.
 
     Overrides the `_C` ops that the launch table can serve, for every model, and registers classes of our own for the models
-    whose decoder layers we run whole (`models.ARCHITECTURES`). The bundle of HDISPATCH_BUNDLE is loaded later, when the model
-    is made: only then has a worker chosen its device.
+    whose decoder layers we run whole (`models.ARCHITECTURES`), and our model runner for all (`runner.Runner`). The bundle of
+    HDISPATCH_BUNDLE is loaded later, when the model is made: only then has a worker chosen its device.
 
-    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION or HDISPATCH_REPLAY, or where HDISPATCH_BUNDLE names no
-    folder.
+    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION, HDISPATCH_REPLAY or HDISPATCH_RUNNER, or where
+    HDISPATCH_BUNDLE names no folder.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -40,9 +40,11 @@ def register() -> None:
     settings.bundle_folder()
     settings.attention()
     settings.replay()
-    from . import models
+    settings.runner()
+    from . import models, runner
 
     models.register()
+    runner.install()
     _OVERRIDE.append(override_vllm_ops())
     torch.nn.modules.module.register_module_parameter_registration_hook(_on_parameter)
 
@@ -70,20 +72,20 @@ def _unfit() -> str:
 
 
 def examine() -> dict[str, Any]:
-    """What `register` would do here, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode"}.
+    """What `register` would do here, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "runner"}.
 
-    decode says what attention of decode steps takes: `settings.ATTENTIONS`.
+    decode says what attention of decode steps takes: `settings.ATTENTIONS`; runner why vLLM's own model runner stays, if so.
 
     Imports vLLM where it is installed and all else is as it should be, which takes seconds; registers nothing. What speaks
     against one model is known when it is made: vLLM's log says it.
     """
-    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": [], "decode": ""}
+    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": [], "decode": "", "runner": ""}
     try:
         found["version"] = importlib.metadata.version("vllm")
         found["reason"] = _switched_off() or _unfit()
         if found["reason"]:
             return found
-        from . import models
+        from . import models, runner
     except importlib.metadata.PackageNotFoundError:
         return found | {"reason": "vLLM is not installed"}
     except HdispatchError as error:
@@ -91,7 +93,7 @@ def examine() -> dict[str, Any]:
     except Exception as error:  # a broken install fails in any way it likes
         return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
     decode = settings.ATTENTIONS[settings.attention()]
-    return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode}
+    return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode, "runner": runner.objection()}
 
 
 def _switched_off() -> str:
@@ -106,4 +108,5 @@ def _switched_off() -> str:
     settings.bundle_folder()
     settings.attention()
     settings.replay()
+    settings.runner()
     return ""

@@ -1,4 +1,4 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY."""
+"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _RUNNER."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SWITCH = "HDISPATCH"
 BUNDLE = "HDISPATCH_BUNDLE"
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
+RUNNER = "HDISPATCH_RUNNER"
 #: What HDISPATCH_ATTENTION takes -> what decode steps take then.
 ATTENTIONS = {
     "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
@@ -47,11 +48,19 @@ def attention() -> str:
 
 def replay() -> bool:
     """Whether decode steps that come again are replayed: HDISPATCH_REPLAY, 1 if not set. `HdispatchError` for another value."""
-    asked = os.environ.get(REPLAY, "") or "1"
+    return _flag(REPLAY, "replay decode steps that come again", "launch each kernel")
+
+
+def runner() -> bool:
+    """Whether vLLM's model runner is ours in decode steps: HDISPATCH_RUNNER, 1 if not set. `HdispatchError` likewise."""
+    return _flag(RUNNER, "prepare and end decode steps by one launch each", "vLLM's own model runner and sampler")
+
+
+def _flag(name: str, yes: str, no: str) -> bool:
+    """The value of a variable, on if it is not set. yes and no say what it switches."""
+    asked = os.environ.get(name, "") or "1"
     if asked not in ("0", "1"):
-        raise HdispatchError(
-            f"{REPLAY} is {asked!r}; it takes 1 (replay decode steps that come again) or 0 (launch each kernel)"
-        )
+        raise HdispatchError(f"{name} is {asked!r}; it takes 1 ({yes}) or 0 ({no})")
     return asked == "1"
 
 

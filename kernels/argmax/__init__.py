@@ -1,0 +1,1 @@
+"""argmax: the op's declaration and its kernels."""

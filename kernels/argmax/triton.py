@@ -1,0 +1,116 @@
+"""The Triton kernel of argmax: a program takes a part of a row, and the last one of a row compares the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from hdispatch.opspec import WORKSPACE_COUNTERS, Variant
+
+from .spec import PARTS
+
+GENERIC = ("N",)
+INDEX_BITS = 64
+
+_COUNTERS = tl.constexpr(WORKSPACE_COUNTERS // 8)
+
+
+@triton.jit
+def ranked(x):
+    """An int32 for each number, which compares as torch's argmax compares the numbers."""
+    x = x.to(tl.float32) + 0.0  # -0 becomes 0
+    bits = x.to(tl.int32, bitcast=True)
+    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
+
+
+@triton.jit
+def argmax(
+    out,
+    logits,
+    workspace,
+    row_stride,
+    columns,
+    part,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Grid (parts, rows); a part has `part` columns, but the last, which may have fewer or none."""
+    index = tl.program_id(0)
+    row = tl.program_id(1)
+    first = index * part
+    end = tl.minimum(first + part, columns)
+    base = logits + row.to(tl.int64) * row_stride
+    best = tl.full([BLOCK], -0x80000000, tl.int32)
+    where = tl.full([BLOCK], 0x7FFFFFFF, tl.int32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    for begin in range(first, end, BLOCK):
+        column = begin + tl.arange(0, BLOCK)
+        rank = ranked(tl.load(base + column, column < end, other=float("-inf")))
+        # A lane's columns ascend: of equal ones it keeps the first.
+        better = (rank > best) & (column < end)
+        best = tl.where(better, rank, best)
+        where = tl.where(better, column, where)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    # Of equal ranks the lower column is the larger number.
+    found = tl.max((best.to(tl.int64) << 32) | (0x7FFFFFFF - where).to(tl.int64), axis=0)
+    if PARTS == 1:
+        tl.store(out + row, 0x7FFFFFFF - (found & 0x7FFFFFFF))
+    else:
+        counters = workspace.to(tl.pointer_type(tl.int32))
+        parts = workspace + _COUNTERS + row * PARTS
+        tl.store(parts + index, found)
+        tl.debug_barrier()
+        if tl.atomic_add(counters + row, 1, sem="acq_rel") == PARTS - 1:
+            tl.store(counters + row, 0)
+            all_parts = tl.load(parts + tl.arange(0, PARTS), cache_modifier=".cg")
+            tl.store(out + row, 0x7FFFFFFF - (tl.max(all_parts, axis=0) & 0x7FFFFFFF))
+
+
+def launch(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    workspace: torch.Tensor,
+    *,
+    config: dict[str, Any],
+    _launcher: Callable[..., None],
+) -> None:
+    """config["parts"], a power of two, for each row."""
+    rows, columns = logits.shape
+    parts, pdl = config["parts"], config.get("pdl", True)
+    if columns < 1 or columns >= 2**31 - 2**16:
+        raise ValueError(f"argmax: rows of {columns}; the kernel takes 1 to {2**31 - 2**16 - 1}")
+    if parts > 1 and rows * parts > PARTS:
+        raise ValueError(f"argmax: {rows} rows in {parts} parts; the workspace has memory for {PARTS}")
+    _launcher(
+        argmax,
+        (parts, rows),
+        out,
+        logits,
+        workspace.view(torch.int64),
+        logits.stride(0),
+        columns,
+        (columns + 16 * parts - 1) // (16 * parts) * 16,
+        PARTS=parts,
+        BLOCK=config["block"],
+        PDL=pdl,
+        num_warps=config["num_warps"],
+        num_stages=config["num_stages"],
+        launch_pdl=pdl,
+    )
+
+
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
+    """Configs worth measuring: the fewer rows, the more parts."""
+    counts = [parts for parts in (1, 2, 4, 8, 16, 32, 64, 128) if 64 <= sizes["M"] * parts <= 1024] or [1]
+    tiles = [(2048, 4, 1), (4096, 8, 1), (2048, 4, 2), (4096, 4, 1)]
+    return [
+        {"parts": parts, "block": block, "num_warps": warps, "num_stages": stages}
+        for parts in counts
+        for block, warps, stages in tiles
+    ]

@@ -1,0 +1,1 @@
+"""decode_inputs: the op's declaration and its kernels."""

@@ -1,0 +1,1 @@
+"""decode_update: the op's declaration and its kernels."""

@@ -1,0 +1,284 @@
+"""The build: ops and configs -> units -> records and artifacts, from the cache or from worker processes -> a bundle."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import BuildError
+from ..manifest import artifacts_of
+from ..opspec import OpSpec
+from . import configs, op_package, pool, store
+from .build_unit import Built, BuiltEntry, Unit, load_spec
+from .default_configs import first_candidates
+from .freeze import Entry, freeze
+from .measurements import Measurements
+from .out import check_out
+from .target import GpuTarget, resolve
+from .versions import missing, tool_versions
+
+#: The shape of a row and its bucket.
+Row = tuple[tuple[tuple[str, int], ...], int]
+
+
+@dataclass
+class BuildReport:
+    """What a build did.
+
+    rows, records, cubins   of the bundle; cubins counts files
+    bytes                   of the bundle, all files
+    sha256                  of its manifest: what `load(DIR, sha256=…)` takes
+    seconds                 that this build took
+    record_seconds          of each record by name, when it was built; the cache keeps them
+    cache_hits              records that were not built now
+    notes                   what a person should know: foreign configs, damaged cache files
+    """
+
+    out: Path
+    target: GpuTarget
+    rows: int = 0
+    records: int = 0
+    cubins: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    seconds: float = 0.0
+    record_seconds: list[tuple[str, float]] = field(default_factory=list)
+    cache_hits: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Less than everything, for tests and tuning: what is built of an op, or None for all of it."""
+
+    shapes: Callable[[OpSpec], Iterable[dict[str, int]]] | None = None
+    buckets: Callable[[OpSpec], Iterable[int]] | None = None
+    variants: Callable[[OpSpec], Iterable[str]] | None = None
+
+    @property
+    def partial(self) -> bool:
+        """Whether rows may be missing."""
+        return any((self.shapes, self.buckets, self.variants))
+
+
+def build(
+    ops: Sequence[str] | None,
+    target: str | GpuTarget,
+    out: Path,
+    *,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    select: Selection | None = None,
+    extra: Sequence[str] = (),
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BuildReport:
+    """Builds the bundle `out` of ops for a GPU.
+
+    ops       names, or None for all ops that have a kernel of a backend that is installed
+    target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
+    jobs      worker processes, one per CPU if None
+    cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
+    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and, once tuned,
+              configs/<gpu>.json
+    progress  called with records done, records in all and the name of the last one
+
+    BuildError, and no bundle, if anything cannot be built.
+    """
+    start = time.monotonic()
+    gpu = resolve(target)
+    if jobs is not None and jobs < 1:
+        raise BuildError(f"jobs is {jobs}; it takes at least 1 worker process")
+    check_out(out)
+    report = BuildReport(out, gpu)
+    where = store.Store(cache if cache is not None else store.default_root())
+    packages = op_package.find(ops, extra)
+    if ops is None:
+        packages = _buildable(packages, report.notes)
+    chosen = select or Selection()
+    units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
+    without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(unit)}
+    units = [unit for unit in units if unit.backend != configs.NO_ROW]
+    specs = {name: load_spec(package) for name, package in packages.items()}
+    entries = _measured(_entries(units, gpu, where, jobs, report, progress), packages, specs, gpu)
+    frozen = freeze(specs, entries, gpu, where, out, partial=chosen.partial, without=without)
+    report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
+    report.rows = len(frozen.manifest["rows"])
+    report.records = len(frozen.manifest["records"])
+    report.cubins = len(frozen.manifest["files"])
+    report.bytes, report.sha256 = frozen.bytes, frozen.sha256
+    report.seconds = time.monotonic() - start
+    return report
+
+
+def buildable_ops() -> list[str]:
+    """Those of `available_ops` that have a kernel of a backend that is installed."""
+    return sorted(_buildable(op_package.find(None), []))
+
+
+def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """Those with a kernel of a backend that is installed; the others are noted."""
+    found = {}
+    for name, package in packages.items():
+        absent = [missing(backend) for backend in op_package.backends_of(package)]
+        if all(absent):
+            notes.append(f"{name} is left out: {absent[0]} is not installed")
+        else:
+            found[name] = package
+    return found
+
+
+def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
+    spec = load_spec(package)
+    where = op_package.config_folder(package)
+    backends = op_package.backends_of(package)
+    file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
+    if note:
+        notes.append(note)
+    file.require_backends(backends)
+    file = _available(file, spec, backends, notes)
+    variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
+    shapes = list(chosen.shapes(spec)) if chosen.shapes else list(spec.shapes)
+    for shape in shapes:
+        if wrong := {symbol: value for symbol, value in shape.items() if not 1 <= value < 2**32}:
+            raise BuildError(f"{spec.name}: the shape {shape} has {wrong}; sizes are 1 to {2**32 - 1}")
+    buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(spec.ladders.count))
+    rows: dict[bytes, list[tuple[dict[str, int], int]]] = {}
+    picked: dict[bytes, tuple[str, dict[str, int], dict[str, Any]]] = {}
+    for shape in shapes:
+        for bucket in buckets:
+            entry = file.pick(spec, shape, spec.ladders.edges(bucket))
+            backend = entry.backend or backends[0]
+            generic = () if backend == configs.NO_ROW else op_package.generic_sizes(package, backend)
+            known = {symbol: size for symbol, size in shape.items() if symbol not in generic}
+            key = store.canonical([backend, known, entry.config])
+            picked[key] = backend, known, entry.config
+            rows.setdefault(key, []).append((shape, bucket))
+    units: list[Unit] = []
+    for variant in variants:
+        taken: set[Row] = set()
+        for key, (backend, known, config) in picked.items():
+            plain = [(tuple(sorted(spec.row_shape(variant, shape).items())), bucket) for shape, bucket in rows[key]]
+            own = tuple(row for row in dict.fromkeys(plain) if row not in taken)
+            taken.update(own)
+            if own:
+                served = tuple(sorted({bucket for _, bucket in own}))
+                units.append(Unit(package, backend, variant, known, config, served, own))
+    return units
+
+
+def _keys(unit: Unit) -> Iterator[tuple[str, str, int, int, int]]:
+    """The keys of the rows of a unit, as `freeze` names them: op, variant, K, N, bucket."""
+    for shape, bucket in unit.rows:
+        sizes = dict(shape)
+        yield load_spec(unit.package).name, unit.variant, sizes.get("K", 0), sizes.get("N", 0), bucket
+
+
+def _available(file: configs.ConfigFile, spec: OpSpec, backends: Sequence[str], notes: list[str]) -> configs.ConfigFile:
+    """The file with the entries that count here, and a note if those are not all."""
+    usual = file.available(backends, backends[0])
+    absent = {backend: name for backend in backends if (name := missing(backend))}
+    found = file.available([backend for backend in backends if backend not in absent], backends[0])
+    if found.entries != usual.entries:
+        notes.append(f"{spec.name}: {', '.join(absent.values())} is not installed; its rows take the best configs without it")
+    return found
+
+
+def _entries(
+    units: Sequence[Unit],
+    target: GpuTarget,
+    where: store.Store,
+    jobs: int | None,
+    report: BuildReport,
+    progress: Callable[[int, int, str], None] | None,
+) -> list[Entry]:
+    """The records of all units: those in the cache, then those built by the workers."""
+    tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
+    sources = op_package.sources({unit.package for unit in units})
+    keys = [record_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
+    results: dict[int, list[Built]] = {}
+    for index, key in enumerate(keys):
+        if (found := find_built(units[index], key, where)) is not None:
+            results[index] = found
+    report.cache_hits = sum(len(built) for built in results.values())
+    done = len(results)
+    if progress and done:
+        progress(done, len(units), "from the cache")
+    missing = [index for index in range(len(units)) if index not in results]
+    work = [(units[index], tools[units[index].backend]) for index in missing]
+    for position, built in pool.run(work, target, where.root, jobs or pool.available_cpus()) if work else ():
+        index = missing[position]
+        results[index] = built
+        where.put("record", keys[index], {"built": built})
+        done += 1
+        if progress:
+            progress(done, len(units), units[index].label)
+    entries = []
+    for index, unit in enumerate(units):
+        for one in results[index]:
+            report.record_seconds.append((unit.label, one["seconds"]))
+            entries += _entry(unit, one, tools[unit.backend])
+    return entries
+
+
+def _measured(
+    entries: Sequence[Entry], packages: Mapping[str, str], specs: Mapping[str, OpSpec], target: GpuTarget
+) -> list[Entry]:
+    """The entries with what was measured on this very kind of GPU."""
+    found = {
+        name: Measurements(specs[name], op_package.config_folder(package) / target.config_file)
+        for name, package in packages.items()
+    }
+
+    def with_times(entry: Entry) -> Entry:
+        measurements, ladders = found[entry.op], specs[entry.op].ladders
+        edges = {bucket: ladders.edges(bucket) for bucket in entry.buckets}
+        times = {bucket: measurements.of(entry.variant, entry.shape, edges[bucket], entry.record) for bucket in entry.buckets}
+        return replace(entry, tuned={bucket: tuned for bucket, tuned in times.items() if tuned is not None})
+
+    return [with_times(entry) for entry in entries]
+
+
+def _entry(unit: Unit, built: Built, tools: dict[str, str]) -> list[Entry]:
+    """One for each shape whose rows the record serves."""
+    served: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for shape, bucket in unit.rows:
+        if bucket in built["buckets"]:
+            served.setdefault(shape, []).append(bucket)
+    return [
+        Entry(
+            op=load_spec(unit.package).name,
+            variant=unit.variant,
+            shape=dict(shape),
+            buckets=tuple(buckets),
+            record=built["record"],
+            tools=tools,
+            seconds=built["seconds"],
+        )
+        for shape, buckets in served.items()
+    ]
+
+
+def find_built(unit: Unit, key: str, where: store.Store) -> list[Built] | None:
+    """The records of a unit from the cache: only if they serve all of its buckets, each once, and all their files are there."""
+    found = where.get("record", key, BuiltEntry)
+    if found is None or sorted(bucket for one in found["built"] for bucket in one["buckets"]) != sorted(unit.buckets):
+        return None
+    complete = all(where.has_blob(file) for one in found["built"] for file in artifacts_of(one["record"]))
+    return found["built"] if complete else None
+
+
+def record_key(unit: Unit, sources: Mapping[str, str], target: GpuTarget, tools: Mapping[str, str]) -> str:
+    """Everything that the records of a unit depend on."""
+    return store.digest(
+        {
+            "unit": {**unit.to_json(), "rows": []},
+            "sources": dict(sources),
+            "target": target.to_json(),
+            "tools": dict(tools),
+            "python": platform.python_version(),
+        }
+    )

@@ -1,0 +1,103 @@
+"""What a candidate bundle holds beside its manifest: which records compete for which rows.
+
+A candidate bundle is a bundle, so its records, artifacts and checksums are read and verified as usual; its rows are the
+first candidate of each cell. `candidates.json` adds the others. It names the manifest's SHA-256: the two belong together.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict, cast
+
+from ..errors import BundleError
+from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, ladders_of, read_files
+from ..typed_json import Mismatch, check, parse
+
+CANDIDATES_VERSION = 1
+
+
+class Cell(TypedDict):
+    """What one config is chosen for: an op's variant at sizes and a bucket. Records compete for it, by their index.
+
+    K, N   the sizes that are measured; 0 for one that the op has not
+    M      the upper edge of the bucket: where it is measured
+    second likewise of the second ladder's integer, if the op has one
+    """
+
+    op: str
+    variant: str
+    K: int
+    N: int
+    bucket: int
+    M: int
+    second: NotRequired[int]
+    records: list[int]
+
+
+class Origin(TypedDict):
+    """Of one record: the sizes that are not compiled in, and the seconds that generating and compiling it took."""
+
+    generic: list[str]
+    seconds: float
+
+
+class Dropped(TypedDict):
+    """A config that could not become a record, or one with the same code as another."""
+
+    op: str
+    variant: str
+    backend: str
+    config: dict[str, Any]
+    why: str
+
+
+class Candidates(TypedDict):
+    """The whole of candidates.json. `origins` are by index of the record."""
+
+    version: int
+    manifest: str
+    cells: list[Cell]
+    origins: list[Origin]
+    dropped: list[Dropped]
+
+
+class CandidateBundle(TypedDict):
+    """A candidate bundle that was read: the manifest, the bytes of its artifacts by name, the cells."""
+
+    manifest: Manifest
+    contents: dict[str, bytes]
+    candidates: Candidates
+
+
+def read_candidates(folder: str | os.PathLike[str]) -> CandidateBundle:
+    """Read a candidate bundle and verify all of it. `BundleError` naming the file and what is wrong with it."""
+    manifest, sha256, contents, beside = read_files(folder, beside=[CANDIDATES_NAME])
+    path = Path(folder) / CANDIDATES_NAME
+    if CANDIDATES_NAME not in beside:
+        raise BundleError(f"{path}: is missing; a bundle of candidates is made by `hdispatch tune candidates`")
+    try:
+        data = parse(beside[CANDIDATES_NAME])
+        check(data, Candidates)
+    except (ValueError, Mismatch) as error:
+        raise BundleError(f"{path}: malformed: {error}; make the candidates again") from error
+    candidates = cast(Candidates, data)
+    if candidates["version"] != CANDIDATES_VERSION:
+        raise BundleError(f"{path}: version {candidates['version']}; this hdispatch reads {CANDIDATES_VERSION}")
+    if candidates["manifest"] != sha256:
+        raise BundleError(f"{path}: made for another {MANIFEST_NAME} than the one beside it; make the candidates again")
+    _check_cells(path, manifest, candidates)
+    return {"manifest": manifest, "contents": contents, "candidates": candidates}
+
+
+def _check_cells(path: Path, manifest: Manifest, candidates: Candidates) -> None:
+    records, ops = len(manifest["records"]), manifest["ops"]
+    if len(candidates["origins"]) != records:
+        raise BundleError(f"{path}: tells of {len(candidates['origins'])} records; the manifest has {records}")
+    for index, cell in enumerate(candidates["cells"]):
+        known = cell["op"] in ops and cell["variant"] in ops[cell["op"]]["variants"]
+        if not known or not 0 <= cell["bucket"] < ladders_of(ops[cell["op"]]).count:
+            name = f"{cell['op']} {cell['variant']} bucket {cell['bucket']}"
+            raise BundleError(f"{path}: cell {index} is of {name}, which the manifest does not have")
+        if not cell["records"] or any(not 0 <= record < records for record in cell["records"]):
+            raise BundleError(f"{path}: cell {index} names records {cell['records']} of {records}")
