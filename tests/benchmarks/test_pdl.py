@@ -463,18 +463,18 @@ def test_the_report_and_the_exit_code(monkeypatch, capsys, tmp_path):
     }
     taken: list[pdl.Options] = []
     monkeypatch.setattr(pdl, "run", lambda options, _progress: (taken.append(options), result)[1])
-    command = ["bench", "pdl", "--bundle", "b", "--quick", "--ms", "1,16", "--chains", "mixed"]
-    assert main([*command, "--json", str(tmp_path / "pdl.json")]) == 0
+    line = ["bench", "pdl", "--bundle", "b", "--quick", "--ms", "1,16", "--chains", "mixed"]
+    assert main([*line, "--json", str(tmp_path / "pdl.json")]) == 0
     out = capsys.readouterr().out
     for words in ("1.60 ×", "1.04 ×", "pass", "miss", "12.50 (12.50–12.50)", "ll_gemm_bf16 [K=4096, N=128] cutedsl"):
         assert words in out, words
     assert json.loads((tmp_path / "pdl.json").read_text()) == result
     assert (taken[0].rounds, taken[0].chains, taken[0].ms) == (5, ("mixed",), (1, 16))
-    assert main([*command, "--check"]) == 1
+    assert main([*line, "--check"]) == 1
     result["timings"] = result["timings"][:2]
-    assert main([*command, "--check"]) == 0
+    assert main([*line, "--check"]) == 0
     result["skipped"] = {"cutedsl, M=1": "the bundle has no row of ll_gemm_bf16"}
-    assert main([*command, "--check"]) == 1
+    assert main([*line, "--check"]) == 1
     assert "cutedsl, M=1: the bundle has no row" in command.describe(result)
 
 
