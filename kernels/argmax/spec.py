@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from hdispatch.errors import ArgumentError
 from hdispatch.opspec import WORKSPACE_COUNTERS, OpSpec, TensorArg, Variant, WorkspaceArg
 
 NAME = "argmax"
@@ -20,6 +21,8 @@ def reference(out: torch.Tensor, logits: torch.Tensor) -> None:
             all else
     logits  bfloat16, float16 or float32 [M, N], N at least 1; the stride of rows is free
     """
+    if not logits.size(-1):
+        raise ArgumentError(f"{NAME}: logits has rows of 0; expected at least 1 number in each")
     torch.argmax(logits, dim=-1, out=out)
 
 

@@ -78,7 +78,7 @@ def launch(
         output_bin_counts.size(1),
         BLOCK=config["block"],
         PDL=pdl,
-        num_warps=1,
+        num_warps=config["num_warps"],
         num_stages=1,
         launch_pdl=pdl,
     )
@@ -86,4 +86,4 @@ def launch(
 
 def candidates(_sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """The one config: a warp's worth of requests."""
-    return [{"block": 32}]
+    return [{"block": 32, "num_warps": 1}]

@@ -8,10 +8,12 @@ from typing import Any
 
 import hdispatch
 import pytest
+import torch
 import toy
 from doors import DOORS, Door
 from hdispatch import Key
 from sequence_op import GATED, OP, PLAIN, SOURCE
+from vllm_layers import simulated_ops
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +96,15 @@ def written(tmp_path: Path) -> Path:
 def good(tmp_path: Path) -> hdispatch.Bundle:
     """A bundle that is loaded and serves while others are refused."""
     return hdispatch.load(toy.write(tmp_path / "good"), driver="null")
+
+
+# ---- the plug-in ----
+
+
+@pytest.fixture
+def flash_attention():
+    """FlashAttention 3's op and vLLM's cache write, as the simulated engine has them."""
+    library = torch.library._scoped_library
+    with library("_C_cache_ops", "FRAGMENT") as cache, library("_vllm_fa3_C", "FRAGMENT") as fa3:
+        simulated_ops().define_cache_and_attention(cache, fa3)
+        yield

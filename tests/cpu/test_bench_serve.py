@@ -171,16 +171,18 @@ def test_prompts_fit_a_prefill_and_differ():
 
 def test_what_decode_steps_of_a_mode_take(monkeypatch, tmp_path):
     monkeypatch.setenv("HDISPATCH_ATTENTION", "half")
-    monkeypatch.delenv("HDISPATCH_REPLAY", raising=False)
+    for name in ("HDISPATCH_REPLAY", "HDISPATCH_RUNNER"):
+        monkeypatch.delenv(name, raising=False)
 
     def variables(mode):
         graphs, served = serve.MODES[mode]
         setup = Setup(mode, graphs, served, "tiny-qwen3", "token", str(tmp_path), 1, 1.0, None, 0)
         found = environment(setup, tmp_path)
-        return found["HDISPATCH"], found["HDISPATCH_ATTENTION"], found.get("HDISPATCH_REPLAY")
+        return found["HDISPATCH"], found["HDISPATCH_ATTENTION"], found.get("HDISPATCH_REPLAY"), found.get("HDISPATCH_RUNNER")
 
-    assert variables("eager") == ("0", "half", None)
-    assert variables("ours") == variables("ours+graph") == ("1", "half", None)
-    assert variables("ours-fa3") == variables("ours-fa3+graph") == ("1", "fa3", None)
-    assert variables("ours-launches") == ("1", "half", "0")
-    assert not any("fa3" in mode for mode in serve.USUAL)
+    assert variables("eager") == ("0", "half", None, None)
+    assert variables("ours") == variables("ours+graph") == ("1", "half", None, None)
+    assert variables("ours-fa3") == variables("ours-fa3+graph") == ("1", "fa3", None, None)
+    assert variables("ours-launches") == ("1", "half", "0", None)
+    assert variables("ours-vllm-runner") == ("1", "half", None, "0")
+    assert not any(mode.startswith("ours-") for mode in serve.USUAL)

@@ -222,7 +222,10 @@ def test_imports_are_at_the_top():
 
 def test_vllm_is_imported_by_the_plug_in_alone():
     vllm = [each for each in IMPORTS if within(each.target, ("vllm",)) and not within(each.source, LAZY)]
-    assert {each.source for each in vllm} == {PLUGIN, f"{VLLM}.models", f"{VLLM}.sampling"}
+    assert {each.source for each in vllm} == {
+        PLUGIN,
+        *(f"{VLLM}.{name}" for name in ("models", "runner", "sampling", "decode_batch")),
+    }
     assert all(each.local for each in vllm if each.source == PLUGIN)
     assert {each.source for each in IMPORTS if each.target == f"{VLLM}.models"} == {PLUGIN}
 

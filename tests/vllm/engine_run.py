@@ -188,7 +188,7 @@ def generate(
     prompts = [{"prompt_token_ids": [(13 * i + 5 * (j % 8)) % 1000 + 10 for j in range(n)]} for i, n in enumerate(lengths)]
     fixed = {"ignore_eos": True, "detokenize": False, "seed": 5, "logprobs": logprobs} | (sampling or {})
     sampled = [
-        SamplingParams(temperature=0.9 if mixed and i % 2 else temperature, max_tokens=tokens + i * stagger, **fixed)
+        SamplingParams(temperature=0.9 if mixed and not i % 2 else temperature, max_tokens=tokens + i * stagger, **fixed)
         for i in range(len(lengths))
     ]
     found = []

@@ -31,11 +31,12 @@ MODES = {
     "compiled": ("compiled", "no"),
     "ours+compiled": ("compiled", "layers"),
     "ours-launches": ("none", "layers-launches"),
+    "ours-vllm-runner": ("none", "layers-vllm-runner"),
     "ours-fa3": ("none", "layers-fa3"),
     "ours-fa3+graph": ("decode", "layers-fa3"),
 }
 #: The modes that are measured unless others are asked for.
-USUAL = tuple(mode for mode, (_, served) in MODES.items() if served not in ("layers-fa3", "layers-launches"))
+USUAL = tuple(mode for mode, (_, served) in MODES.items() if not served.startswith("layers-"))
 #: Requests and tokens of each, for the time to the first token.
 PREFILLS = ((1, 128), (1, 1024), (4, 1024))
 #: What of a process's log an error quotes.

@@ -135,6 +135,19 @@ def _compare_logits(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[f
     return relative.tolist(), kl.tolist()
 
 
+class _Around:
+    """vLLM's sampler, whose calls `call` makes."""
+
+    def __init__(self, sampler: Any, call: Any) -> None:
+        self._sampler, self._call = sampler, call
+
+    def __call__(self, logits: torch.Tensor, input_batch: Any) -> Any:
+        return self._call(logits, input_batch)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._sampler, name)
+
+
 def forced_logits(
     llm: Any, runner: Any, sizes: Sequence[int], steps: int, order: Sequence[int] | None = None
 ) -> list[torch.Tensor]:
@@ -145,33 +158,28 @@ def forced_logits(
     from vllm import SamplingParams
 
     rows: list[list[torch.Tensor]] = [[] for _ in sizes]
-    batch: list[Any] = []
     numbers: dict[str, int] = {}
-    sample, sampler = runner.sample, runner.sampler.sample
+    sampler = runner.sampler
 
-    def note_batch(hidden: torch.Tensor, input_batch: Any, grammar: Any) -> Any:
-        batch[:] = [input_batch]
-        return sample(hidden, input_batch, grammar)
-
-    def force(logits: torch.Tensor, *given: Any, **named: Any) -> Any:
-        sampled, processed = sampler(logits, *given, **named)
-        now = batch[0]
+    def force(logits: torch.Tensor, now: Any) -> Any:
+        output = sampler(logits, now)
         positions = now.positions[now.logits_indices]
         if not numbers:  # the prefill: the lengths say which request is which
             numbers.update(zip(now.req_ids, map(sizes.index, now.seq_lens[: len(now.req_ids)].tolist()), strict=True))
         for row, name in enumerate(now.req_ids):
             rows[numbers[name]].append(logits[row].clone())
+        sampled = output.sampled_token_ids
         sampled.copy_(forced(positions).view_as(sampled).to(sampled.dtype))
-        return sampled, processed
+        return output
 
-    runner.sample, runner.sampler.sample = note_batch, force
+    runner.sampler = _Around(sampler, force)
     try:
         sampling = SamplingParams(max_tokens=steps, ignore_eos=True, detokenize=False, temperature=0.0)
         order = range(len(sizes)) if order is None else order
         prompts = [{"prompt_token_ids": prompt(request, sizes[request])} for request in order]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
     finally:
-        del runner.sample, runner.sampler.sample
+        runner.sampler = sampler
     for request, output in zip(order, outputs, strict=True):
         expected = forced(torch.arange(sizes[request] - 1, sizes[request] + steps - 1)).tolist()
         if list(output.outputs[0].token_ids) != expected:

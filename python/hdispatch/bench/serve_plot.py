@@ -9,7 +9,10 @@ from ..errors import HdispatchError
 from . import plot
 from .serve import MODES, Result
 
-PALETTE = ("#95a5a6", "#f2a33a", "#20639b", "#c0392b", "#3caea3", "#8e44ad", "#2c3e50", "#7fb3d5", "#a3e4d7", "#e59866")
+PALETTE = (
+    *("#95a5a6", "#f2a33a", "#20639b", "#c0392b", "#3caea3", "#8e44ad", "#2c3e50", "#7fb3d5"),
+    *("#d4ac0d", "#a3e4d7", "#e59866"),
+)
 COLORS = dict(zip(MODES, PALETTE, strict=True))
 BARS = 0.84
 

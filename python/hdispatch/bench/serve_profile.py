@@ -84,7 +84,7 @@ def _profile_host(llm: Any, runner: Any, model: Any, window: Any) -> dict[str, A
     timers = _Timers()
     engine = llm.llm_engine
     core = engine.engine_core.engine_core
-    module = sys.modules[type(runner).__module__]
+    modules = [sys.modules[each.__module__] for each in type(runner).__mro__]  # the plug-in's runner is a class above vLLM's
     timers.wrap(engine.output_processor, "process_outputs", "process outputs")
     timers.wrap(core.scheduler, "schedule", "schedule")
     timers.wrap(core.scheduler, "update_from_output", "update from output")
@@ -95,8 +95,8 @@ def _profile_host(llm: Any, runner: Any, model: Any, window: Any) -> dict[str, A
         timers.wrap(runner.cudagraph_manager, "run_fullgraph", "graph replay")
     timers.wrap(model, "forward", "model")
     timers.wrap(model, "compute_logits", "logits")
-    if hasattr(module, "AsyncOutput"):
-        timers.wrap(module.AsyncOutput, "get_output", "waiting for the GPU")
+    for output in {each.AsyncOutput for each in modules if hasattr(each, "AsyncOutput")}:
+        timers.wrap(output, "get_output", "waiting for the GPU")
 
     def enter() -> None:
         timers.on = True

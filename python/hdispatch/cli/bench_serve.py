@@ -35,6 +35,7 @@ modes:
   compiled        vLLM's default: torch.compile, full and piecewise graphs
   ours+compiled   the default configuration with the plug-in's layers
   ours-launches   ours with HDISPATCH_REPLAY=0: every kernel is launched, no step that comes again is replayed
+  ours-vllm-runner  ours with HDISPATCH_RUNNER=0: vLLM's own model runner and sampler
   ours-fa3        ours with HDISPATCH_ATTENTION=fa3: decode steps take FlashAttention 3, not attention_half
   ours-fa3+graph  the same in the graphs
 
@@ -65,7 +66,13 @@ def add_serve_parser(kinds: Any) -> None:
     add("--bundle", metavar="DIR", type=Path, help=f"bundle to serve from (default: ${BUNDLE_VARIABLE})")
     add("--model", metavar="NAME", choices=MODELS, default="qwen3-8b", help=f"{', '.join(MODELS)} (default: qwen3-8b)")
     add("--scheme", metavar="NAME", choices=SCHEMES, default="token", help=f"{', '.join(SCHEMES)} (default: token)")
-    add("--modes", metavar="A,B", type=numbers.words, default=USUAL, help="default: all without fa3 and launches, see below")
+    add(
+        "--modes",
+        metavar="A,B",
+        type=numbers.words,
+        default=USUAL,
+        help="default: those without a setting in their names, see below",
+    )
     add("--batches", metavar="N,N", type=numbers.sizes, default=(1, 8, 32, 128), help="requests (default: 1,8,32,128)")
     add("--rounds", metavar="N", type=numbers.whole, default=3, help="rounds (default: 3)")
     add("--together", metavar="N", type=numbers.whole, default=4, help="engines that live at the same time (default: 4)")

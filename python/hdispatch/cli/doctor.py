@@ -159,7 +159,8 @@ def _examine_bundle(folder: Path | None, sha256: str | None, extension: bool, gp
 def _examine_vllm(extension: bool) -> dict[str, Any]:
     """Whether `vllm serve` would be served by the plug-in."""
     if not extension:
-        return {"ok": False, "reason": "not looked for without the extension", "version": None, "models": [], "decode": ""}
+        reason = "not looked for without the extension"
+        return {"ok": False, "reason": reason, "version": None, "models": [], "decode": "", "runner": ""}
     from ..integrations.vllm import plugin
 
     return plugin.examine()
@@ -298,7 +299,8 @@ def _words_of_vllm(vllm: dict[str, Any]) -> str:
     if not vllm["ok"]:
         return ""
     models = ", ".join(vllm["models"])
-    return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}"
+    runner = f"vLLM's own model runner: {vllm['runner']}" if vllm["runner"] else "its model runner's decode steps"
+    return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}; {runner}"
 
 
 def _verdict(part: dict[str, Any], found: str) -> str:

@@ -27,7 +27,7 @@ from .decode_batch import DecodeBatch, DecodeBuffers
 from .sampling import GreedySampler
 
 #: vLLM's own.
-ORIGINAL: type = model_runner.GPUModelRunner
+ORIGINAL: Any = model_runner.GPUModelRunner
 #: What ours stands in for, whole or for some steps, or builds on as it is.
 REPLACED = (
     *(ORIGINAL.prepare_inputs, ORIGINAL.prepare_attn, ORIGINAL.sample, ORIGINAL.postprocess_sampled, ORIGINAL.sample_tokens),
@@ -65,21 +65,22 @@ def install() -> None:
     if reason:
         settings.logger.warning("hdispatch: vLLM's own model runner stays: %s", reason)
     else:
-        model_runner.GPUModelRunner = Runner  # type: ignore[misc]
+        model_runner.GPUModelRunner = Runner
 
 
 def uninstall() -> None:
     """Put vLLM's class back; runners that were made stay as they are."""
-    model_runner.GPUModelRunner = ORIGINAL  # type: ignore[misc]
+    model_runner.GPUModelRunner = ORIGINAL
 
 
-class Runner(ORIGINAL):  # type: ignore[misc]
+class Runner(ORIGINAL):
     """vLLM's, for which a step of one new token per request is one launch of decode_inputs and one of decode_update.
 
     decode_reason  why decode steps are vLLM's own; None if they are ours, "" if nothing is decided yet
     """
 
     decode_reason: str | None = ""
+    sampler: Any
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -165,9 +166,9 @@ class Runner(ORIGINAL):  # type: ignore[misc]
         """Keep the sampled tokens, and that theirs are computed."""
         known = self._decode_buffers.get(num_sampled.size(0))
         if known is None or known.fixed["num_sampled"] is not num_sampled:
-            return super().postprocess_sampled(
-                idx_mapping, sampled_tokens, num_sampled, num_rejected, query_start_loc, draft_tokens
-            )
+            given = idx_mapping, sampled_tokens, num_sampled, num_rejected, query_start_loc, draft_tokens
+            super().postprocess_sampled(*given)
+            return
         states = self.req_states
         ops.decode_update(
             states.num_computed_tokens.gpu,
@@ -178,7 +179,6 @@ class Runner(ORIGINAL):  # type: ignore[misc]
             idx_mapping,
             sampled_tokens,
         )
-        return None
 
     # ---- whether ----
 
