@@ -108,7 +108,7 @@ for step in "$@"; do
     vllm-kernel-tests) vllm_kernel_tests ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
-    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
+    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" DEMO_BUNDLE="$site/demo-bundle" ;;
     *) echo "no step $step" >&2; false ;;
   esac > "$out/$step.txt" 2>&1 || { status=1; echo "step $step FAILED"; }
   echo "== $step"; tail -n "${TAIL:-60}" "$out/$step.txt"

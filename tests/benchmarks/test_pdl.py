@@ -19,6 +19,7 @@ from hdispatch.testing.numeric import poison
 from hdispatch.testing.pdl_chains import CHAINS, Chain, make_chain
 
 from benchmarks.pdl import run as pdl
+from benchmarks.pdl.command import describe
 from benchmarks.verdict import TARGETS
 
 CPU = torch.device("cpu")
@@ -475,7 +476,7 @@ def test_the_report_and_the_exit_code(monkeypatch, capsys, tmp_path):
     assert main([*line, "--check"]) == 0
     result["skipped"] = {"cutedsl, M=1": "the bundle has no row of ll_gemm_bf16"}
     assert main([*line, "--check"]) == 1
-    assert "cutedsl, M=1: the bundle has no row" in command.describe(result)
+    assert "cutedsl, M=1: the bundle has no row" in describe(result)
 
 
 def test_help(capsys):

@@ -19,9 +19,8 @@ import torch
 from hdispatch.compile import build, configs, op_package
 from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
-from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
-from hdispatch.kernels.lib.sdpa import Rule, attend, serve
+from hdispatch.kernels.lib.sdpa import LENGTHS, Rule, attend, serve
 from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
 from torch.nn.functional import scaled_dot_product_attention
@@ -124,7 +123,7 @@ def test_packed_sequences_are_dense_ones(monkeypatch: pytest.MonkeyPatch, fallba
     starts = [torch.tensor([0, *each]).cumsum(0).int() for each in (queries, keys)]
     out = torch.full_like(q, 7.0)
     spec, asked = hdispatch.ops.spec("attention_varlen"), RULES[rule]
-    call = spec.fallback if fallback else spec.reference
+    call = spec.fallback_function if fallback else spec.reference
     assert call is not None
     call(out, q, k, v, *starts, 5, 7, asked.scale, asked.softcap, asked.window, asked.causal, True)
     assert (out[9:] == 7).all()

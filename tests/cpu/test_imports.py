@@ -15,7 +15,7 @@ from hdispatch.manifest import read_bundle
 from hdispatch.tune import collect
 
 SUPPORT = Path(__file__).parents[1] / "support"
-GROUPS = "hdispatch.kernels.per_token_group_fp8_quant.triton"
+GROUPS = "hdispatch.kernels.lib.triton_groups"
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_what_a_package_takes_from_its_modules_is_followed(tree):
 
 
 def test_installed_distributions_count_by_version():
-    found = ImportGraph().closure([GROUPS])
+    found = ImportGraph().closure(["hdispatch.kernels.silu_and_mul_per_block_quant.triton"])
     assert {each.partition("==")[0] for each in found.distributions} >= {"torch", "triton"}
     assert not any("site-packages" in path.parts and "hdispatch" not in path.parts for path in found.files.values())
 

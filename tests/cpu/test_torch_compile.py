@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import hdispatch
 import pytest
 import torch
@@ -26,10 +28,14 @@ pytestmark = [
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(backend, dynamic):
+@pytest.mark.parametrize("door", ["ops", "torch.ops"])
+def test_compile(backend, dynamic, door):
     def layer(result, x, weight, scale, residual):
         x = x * 2
-        torch.ops.hdispatch.toy(result, x, weight, scale, 0.5, None, residual)
+        if door == "ops":
+            hdispatch.ops.toy(result, x, weight, scale, 0.5, residual=residual)
+        else:
+            torch.ops.hdispatch.toy(result, x, weight, scale, 0.5, None, residual)
         return result.float() + scale, x if residual is None else residual * 2
 
     torch._dynamo.reset()
@@ -47,6 +53,20 @@ def test_compile(backend, dynamic):
         a = toy.arguments(4, 64)
         compiled(a[RESULT], a[INPUT], a[WEIGHT], a[SCALE], None)
     assert counts()["hits"] == 1
+
+
+def test_signature():
+    signature = inspect.signature(hdispatch.ops.toy)
+    assert str(signature) == (
+        "(result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, epsilon: float, "
+        "scale_ub: torch.Tensor | None = None, residual: torch.Tensor | None = None) -> None"
+    )
+
+
+def test_signatures_of_all_ops():
+    for name in hdispatch.ops.names():
+        spec, parameters = hdispatch.ops.spec(name), inspect.signature(hdispatch.ops.get(name)).parameters
+        assert list(parameters) == [arg.name for arg in spec.args]
 
 
 def test_compile_refuses_a_wrong_call():

@@ -25,8 +25,6 @@ import triton
 import triton.language as tl
 
 GENERIC = ("K",)
-INDEX_BITS = 64
-
 @triton.jit
 def kernel(result, x, elements, SIZE: tl.constexpr, SHARE: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

@@ -44,7 +44,7 @@ def test_off_it_does_not_even_look_for_vllm(monkeypatch):
     plugin.register()
 
 
-@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER"])
+@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER", "HDISPATCH_METRICS_PORT"])
 def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, fake_vllm, name):
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
     monkeypatch.setenv(name, "yes")
@@ -53,15 +53,44 @@ def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, f
     assert f"{name} is 'yes'" in plugin.examine()["reason"]
 
 
+@pytest.mark.parametrize(("value", "port"), [("", 0), ("0", 0), ("9100", 9100), ("65535", 65535)])
+def test_the_port_of_metrics(monkeypatch, value, port):
+    monkeypatch.setenv("HDISPATCH_METRICS_PORT", value)
+    assert settings.metrics_port() == port
+
+
+@pytest.mark.parametrize("value", ["65536", "-1", "9100.5", "²"])
+def test_a_wrong_port_of_metrics(monkeypatch, value):
+    monkeypatch.setenv("HDISPATCH_METRICS_PORT", value)
+    with pytest.raises(HdispatchError, match="it takes a port, 1 to 65535"):
+        settings.metrics_port()
+
+
+def test_a_worker_serves_metrics_on_its_own_port(monkeypatch):
+    prometheus_client = pytest.importorskip("prometheus_client")
+    from hdispatch import metrics
+
+    started = []
+    monkeypatch.setattr(prometheus_client, "start_http_server", started.append)
+    monkeypatch.setenv("HDISPATCH_METRICS_PORT", "9100")
+    plugin.serve_metrics(3)
+    try:
+        assert started == [9103]
+        assert prometheus_client.REGISTRY.get_sample_value("hdispatch_hits_total", {"op": "toy"}) is not None
+    finally:
+        prometheus_client.REGISTRY.unregister(metrics.register())
+
+
 def test_a_bundle_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(plugin.embedded, "FOLDER", tmp_path / "bundles")
+    monkeypatch.setattr(plugin, "_unfit", str)
+    monkeypatch.setenv("HDISPATCH", "1")
     monkeypatch.delenv("HDISPATCH_BUNDLE", raising=False)
-    with pytest.raises(HdispatchError, match="HDISPATCH=1 needs HDISPATCH_BUNDLE"):
-        settings.bundle_folder()
+    with pytest.raises(HdispatchError, match="HDISPATCH_BUNDLE is not set, and this hdispatch was installed without a bundle"):
+        plugin.register()
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path / "none"))
-    with pytest.raises(HdispatchError, match="which is no folder"):
-        settings.bundle_folder()
-    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
-    assert settings.bundle_folder() == tmp_path
+    with pytest.raises(HdispatchError, match="which does not exist; make it with `hdispatch build --out"):
+        plugin.register()
     settings.load_bundle(torch.device("cpu"))  # the references serve CPU tensors: nothing to load
 
 
@@ -95,7 +124,8 @@ def test_doctor_says_why_vllm_would_not_be_served(monkeypatch, tmp_path, fake_vl
     sys.modules["vllm"].__version__ = "0.34.1"
     assert reason() == "this is vLLM 0.34.1; the plug-in is for 0.33"
     monkeypatch.setenv("HDISPATCH_BUNDLE", "")
-    assert "HDISPATCH=1 needs HDISPATCH_BUNDLE" in reason()
+    monkeypatch.setattr(plugin.embedded, "FOLDER", tmp_path / "bundles")
+    assert "HDISPATCH_BUNDLE is not set" in reason()
     monkeypatch.setenv("HDISPATCH", "0")
     assert reason() == "HDISPATCH is not 1: the plug-in does nothing"
     monkeypatch.setenv("VLLM_PLUGINS", "another")

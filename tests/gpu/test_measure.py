@@ -31,8 +31,6 @@ KERNEL = """
 import triton
 import triton.language as tl
 
-INDEX_BITS = 64
-
 @triton.jit
 def kernel(result, x, elements, SIZE: tl.constexpr, SPIN: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)

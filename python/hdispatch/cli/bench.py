@@ -111,7 +111,10 @@ def add_dispatch_parser(kinds: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--bundle", metavar="DIR", type=Path, help="bundle to measure (default: $HDISPATCH_BUNDLE, else a small one is built)"
+        "--bundle",
+        metavar="DIR",
+        type=Path,
+        help="bundle to measure (default: $HDISPATCH_BUNDLE, else the installation's, else a small one is built)",
     )
     parser.add_argument("--op", metavar="NAME", default=DEFAULT_OP, help=f"op to call (default: {DEFAULT_OP})")
     parser.add_argument("--variant", metavar="V", help="variant to call (default: bfloat16+residual, else the op's first)")
@@ -205,7 +208,7 @@ def describe(result: Any) -> str:
     parts = [
         describe_machine(result["machine"]),
         describe_rows(result["rows"], result["machine"]["op"]),
-        describe_targets(result["rows"]),
+        describe_targets(result["rows"], result["machine"].get("empty_call_ns", 0)),
     ]
     if result["skipped"]:
         parts.append(describe_skipped(result["skipped"]))
@@ -240,9 +243,12 @@ def describe_rows(rows: list[Any], own: str) -> str:
     return table(("path", "M", "of", "median", "quartile 1", "quartile 3", "× floor"), lines, left=3)
 
 
-def describe_targets(rows: list[Any]) -> str:
-    """The targets beside what was measured."""
+def describe_targets(rows: list[Any], empty_call_ns: float = 0) -> str:
+    """The targets beside what was measured; of a busy machine, as an empty call tells, that a miss may be its own."""
+    from ..bench import busy
     from ..bench.results import judge
+
+    is_busy = busy.is_busy(empty_call_ns)
 
     lines = []
     for judged in judge(rows):
@@ -254,7 +260,10 @@ def describe_targets(rows: list[Any]) -> str:
         measured = "" if judged.measured is None else figure(judged.measured)
         bound = "at least" if target.at_least else "at most"
         lines.append([target.text, measured, f"{bound} {figure(target.limit)}", judged.verdict])
-    return table(("target", "measured", "wanted", "verdict"), lines)
+        if is_busy and judged.verdict == "miss":
+            lines[-1][-1] = "miss (busy machine)"
+    told = [busy.describe(empty_call_ns)] if is_busy else []
+    return "\n".join([table(("target", "measured", "wanted", "verdict"), lines), *told])
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:

@@ -163,7 +163,7 @@ def _check_bucket(spec: OpSpec, entry: Entry, bucket: int) -> None:
     record = entry.record
     first, last = spec.ladders.bounds(bucket)
     name = _name((entry.op, entry.variant, entry.shape.get("K", 0), entry.shape.get("N", 0), bucket))
-    if not serves(record["m_min"], record["m_max"], spec.ladders, bucket, spec.closed):
+    if not serves(record["m_min"], record["m_max"], spec.ladders, bucket, spec.is_closed):
         raise BuildError(
             f"gap: {name} holds M from {first} to {last or 'any'}, "
             f"its record is valid for {record['m_min']} to {record['m_max']} only"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from hdispatch.opspec import BoolArg, OpSpec, TensorArg, WorkspaceArg
+from hdispatch.opspec import BoolArg, Fallback, OpSpec, TensorArg, WorkspaceArg
 
 ROWS, SPLITS = 64, 4
 
@@ -31,7 +31,7 @@ SPEC = OpSpec(
     shapes=({"K": 64},),
     config_key={"width": "K", "rows": "M"},
     ladder=(16, ROWS),
-    closed=True,
+    fallback=Fallback(reference, beyond_ladder=True),
     # the plain variant has room for more
     workspace=WorkspaceArg("memory", lambda variant: ROWS * 4 * SPLITS + (0 if variant.static["doubled"] else 1024)),
 )

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
+INDEX_BITS = 32
 ROWS, SPLITS = 64, 4
 
 

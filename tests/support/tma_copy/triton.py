@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+INDEX_BITS = 32
+
 
 @triton.jit
 def kernel(result, shifted, PDL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):

@@ -11,7 +11,6 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 
 
 @triton.jit

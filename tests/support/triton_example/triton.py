@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+INDEX_BITS = 32
+
 
 @triton.jit
 def kernel(

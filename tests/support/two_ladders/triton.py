@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INDEX_BITS = 32
+
 
 @triton.jit
 def kernel(out, x, lengths, longest, scale, stride, K: tl.constexpr, CHUNK: tl.constexpr, FAR: tl.constexpr):

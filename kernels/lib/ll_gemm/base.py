@@ -1,4 +1,4 @@
-"""What the forms of the low-latency GEMMs have in common: see ll_gemm.py."""
+"""What the forms of the low-latency GEMMs have in common: see program.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from cutlass.utils import SmemAllocator
 
 #: Bytes that a thread copies at once.
 VECTOR = 16
-
-#: Columns of tokens in a tile of the tensor core.
-COLUMNS = 8
 
 
 class Gemm:
@@ -68,30 +65,17 @@ class Gemm:
 
     @cute.jit
     def scaled(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor,
-        w_scale: cute.Tensor,
-        pdl: Int32,
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor, w_scale: cute.Tensor, pdl: Int32,
         stream: Any,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The host function with scales. pdl: 1 if the launch may begin before its predecessor has ended."""
         self.launch(out, x, w, x_scale, w_scale, None, pdl, stream)
 
     @cute.jit
     def biased(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor,
-        w_scale: cute.Tensor,
-        bias: cute.Tensor,
-        pdl: Int32,
-        stream: Any,
-    ) -> None:
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor, w_scale: cute.Tensor,
+        bias: cute.Tensor, pdl: Int32, stream: Any,
+    ) -> None:  # fmt: skip
         """The host function with scales and a bias per output. pdl as in `scaled`."""
         self.launch(out, x, w, x_scale, w_scale, bias, pdl, stream)
 
@@ -102,16 +86,9 @@ class Gemm:
 
     @cute.jit
     def launch(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
-        bias: cute.Tensor | None,
-        pdl: Int32,
-        stream: Any,
-    ) -> None:
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None,
+        bias: cute.Tensor | None, pdl: Int32, stream: Any,
+    ) -> None:  # fmt: skip
         """Launches the kernel."""
         self.kernel(out, x, w, x_scale, w_scale, bias).launch(
             grid=self.grid(w.shape[0]),

@@ -1,6 +1,6 @@
 """The split form of the low-latency GEMMs: a block multiplies one tile in the tensor core, its warps each a piece of K.
 
-See ll_gemm.py for what all forms have in common.
+See program.py for what all forms have in common.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from cutlass import BFloat16, Constexpr, Float16, Float32, Int32, Int64, Numeric
 from cutlass.cute.nvgpu import warp
 from cutlass.utils import SmemAllocator
 
-from .ll_gemm_base import COLUMNS, VECTOR, Gemm
+from .base import VECTOR, Gemm
+from .configs import COLUMNS
 
 #: Bytes of a row that the four threads which share it copy at once.
 STEP = 64
@@ -39,18 +40,9 @@ class Split(Gemm):
     """
 
     def __init__(
-        self,
-        element: type[Numeric],
-        k: int | None,
-        rows: int,
-        columns: int,
-        warps: int,
-        cluster: int,
-        steps: int,
-        depth: int,
-        trigger: int = 0,
-        direct: int = 0,
-    ) -> None:
+        self, element: type[Numeric], k: int | None, rows: int, columns: int, warps: int, cluster: int, steps: int,
+        depth: int, trigger: int = 0, direct: int = 0,
+    ) -> None:  # fmt: skip
         self.step = 8 * STEP // element.width
         super().__init__(element, k, self.step * steps * warps * cluster, depth, trigger)
         self.rows, self.columns, self.warps, self.cluster, self.steps = rows, columns, warps, cluster, steps
@@ -85,14 +77,9 @@ class Split(Gemm):
 
     @cute.kernel
     def kernel(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None,
         bias: cute.Tensor | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The kernel: see the class."""
         tid, _, _ = cute.arch.thread_idx()
         tile, rank, _ = cute.arch.block_idx()
@@ -170,16 +157,9 @@ class Split(Gemm):
 
     @cute.jit
     def store(
-        self,
-        out: cute.Tensor,
-        parts: Any,
-        scales: cute.Tensor,
-        bias: cute.Tensor | None,
-        tid: Int32,
-        first: Int32,
-        m: Int32,
-        n: Int32,
-    ) -> None:
+        self, out: cute.Tensor, parts: Any, scales: cute.Tensor, bias: cute.Tensor | None, tid: Int32, first: Int32,
+        m: Int32, n: Int32,
+    ) -> None:  # fmt: skip
         """Sums up this block's own outputs, from the first on, and stores them."""
         layout = cute.make_layout((self.tokens, self.own, self.parts), stride=(self.pitch, 1, self.tokens * self.pitch))
         sums = cute.make_tensor(cute.recast_ptr(parts, dtype=Float32), layout)

@@ -1,6 +1,6 @@
 """The warpgroup form of the low-latency GEMMs: weights stream through TMA into a ring of shared memory, wgmma reads them there.
 
-See ll_gemm.py for what all forms have in common.
+See program.py for what all forms have in common.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Numeric, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
-from .ll_gemm_base import COLUMNS, Gemm
+from .base import Gemm
+from .configs import COLUMNS
 
 #: Bytes of a row in a chunk: what one TMA copy brings of it, and what its swizzle spans.
 CHUNK = 128
@@ -42,19 +43,9 @@ class Warpgroup(Gemm):
     """
 
     def __init__(
-        self,
-        element: type[Numeric],
-        k: int | None,
-        rows: int,
-        columns: int,
-        steps: int,
-        stages: int,
-        cluster: int = 1,
-        blocks: int = 132,
-        resident: int = 0,
-        ways: int = 1,
-        trigger: int = 0,
-    ) -> None:
+        self, element: type[Numeric], k: int | None, rows: int, columns: int, steps: int, stages: int, cluster: int = 1,
+        blocks: int = 132, resident: int = 0, ways: int = 1, trigger: int = 0,
+    ) -> None:  # fmt: skip
         self.chunk = 8 * CHUNK // element.width
         super().__init__(element, k, self.chunk * steps * cluster, 1, trigger)
         if rows % 8 or not 0 < rows <= 2 * TALL:
@@ -106,16 +97,9 @@ class Warpgroup(Gemm):
 
     @cute.jit
     def launch(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
-        bias: cute.Tensor | None,
-        pdl: Int32,
-        stream: Any,
-    ) -> None:
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None,
+        bias: cute.Tensor | None, pdl: Int32, stream: Any,
+    ) -> None:  # fmt: skip
         """See `Gemm`."""
         w_atom, w_tensor = self.copier(w, self.rows)
         x_atom, x_tensor = self.copier(x, self.tokens)
@@ -159,16 +143,9 @@ class Warpgroup(Gemm):
 
     @cute.kernel
     def kernel(
-        self,
-        out: cute.Tensor,
-        w_atom: cute.CopyAtom,
-        w: cute.Tensor,
-        x_atom: cute.CopyAtom,
-        x: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
-        bias: cute.Tensor | None,
-    ) -> None:
+        self, out: cute.Tensor, w_atom: cute.CopyAtom, w: cute.Tensor, x_atom: cute.CopyAtom, x: cute.Tensor,
+        x_scale: cute.Tensor | None, w_scale: cute.Tensor | None, bias: cute.Tensor | None,
+    ) -> None:  # fmt: skip
         """The kernel: see the class."""
         first, rank, _ = cute.arch.block_idx()
         every, _, _ = cute.arch.grid_dim()
@@ -223,21 +200,9 @@ class Warpgroup(Gemm):
 
     @cute.jit
     def copy_all(
-        self,
-        w_atom: cute.CopyAtom,
-        w: cute.Tensor,
-        x_atom: cute.CopyAtom,
-        x: cute.Tensor,
-        w_ring: Any,
-        x_ring: Any,
-        full: Any,
-        free: Any,
-        first: Int32,
-        every: Int32,
-        rank: Int32,
-        turns: Any,
-        rounds: Int32,
-    ) -> None:
+        self, w_atom: cute.CopyAtom, w: cute.Tensor, x_atom: cute.CopyAtom, x: cute.Tensor, w_ring: Any, x_ring: Any,
+        full: Any, free: Any, first: Int32, every: Int32, rank: Int32, turns: Any, rounds: Int32,
+    ) -> None:  # fmt: skip
         """One warp asks for everything, in the order in which it is multiplied."""
         w_to, w_from = self.partition(w_atom, w, w_ring, self.rows, self.w_slots)
         x_to, x_from = self.partition(x_atom, x, x_ring, self.tokens, self.x_slots)
@@ -466,20 +431,9 @@ class Warpgroup(Gemm):
 
     @cute.jit
     def store(
-        self,
-        out: cute.Tensor,
-        acc: cute.Tensor,
-        x_scale: Constexpr,
-        x_scales: cute.Tensor,
-        w_scales: cute.Tensor,
-        bias: cute.Tensor | None,
-        tid: Int32,
-        rank: Int32,
-        first: Int32,
-        row: Int32,
-        m: Int32,
-        n: Int32,
-    ) -> None:
+        self, out: cute.Tensor, acc: cute.Tensor, x_scale: Constexpr, x_scales: cute.Tensor, w_scales: cute.Tensor,
+        bias: cute.Tensor | None, tid: Int32, rank: Int32, first: Int32, row: Int32, m: Int32, n: Int32,
+    ) -> None:  # fmt: skip
         """Stores the sums that this block owns."""
         for i in cutlass.range_constexpr(self.sums):
             token, within = i // 4 * COLUMNS + tid % 4 * 2 + i % 2, row + i // 2 % 2 * 8

@@ -1,4 +1,4 @@
-"""The PTX of the kernels' silu and its sigmoid, for Triton and for Helion. No GPU code runs here."""
+"""The PTX of the kernels' silu, its sigmoid and the widening of bfloat16, for Triton and for Helion. No GPU code runs here."""
 
 from __future__ import annotations
 
@@ -29,3 +29,7 @@ SILU = (
     f"{{{_TOTAL}.reg .f32 q, r; rsqrt.approx.ftz.f32 t, e; mul.rn.f32 t, t, t; mul.rn.f32 q, $1, t; "
     "neg.f32 r, $1; fma.rn.f32 r, q, e, r; min.f32 r, r, 0f7F7FFFFF; neg.f32 t, t; fma.rn.f32 $0, r, t, q;}"
 )
+
+#: bfloat16 to float32: two numbers of one register, in two instructions. Triton takes three, because it moves the upper one
+#: down first.
+WIDEN = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xFFFF0000;"

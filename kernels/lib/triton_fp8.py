@@ -1,6 +1,6 @@
 """What the Triton kernels share; called from device code.
 
-Triton's `/` on float32 is good to 2 ulp only. Where the last bit counts, the divisions here are IEEE's: see device.py,
+Triton's `/` on float32 is good to 2 ulp only. Where the last bit counts, the divisions here are IEEE's: see helion_fp8.py,
 which does the same for Helion. Tiles are [rows, columns] in float32.
 
 `tl.maximum` and `tl.minimum` return the number where one of two is NaN, as CUDA C's fmaxf and fminf do; so the order in
@@ -16,13 +16,12 @@ import os
 import triton
 import triton.language as tl
 
-from .sigmoid import SIGMOID, SILU
-from .widen import WIDEN
+from .ptx import SIGMOID, SILU, WIDEN
 
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
-#: See sigmoid.py and widen.py.
+#: See ptx.py.
 PTX_SIGMOID = tl.constexpr(SIGMOID)
 PTX_SILU = tl.constexpr(SILU)
 PTX_WIDEN = tl.constexpr(WIDEN)

@@ -10,7 +10,7 @@ import itertools
 import triton
 import triton.language as tl
 
-from ..triton_device import APPROXIMATE
+from .triton_fp8 import APPROXIMATE
 
 
 @triton.jit

@@ -1,13 +1,14 @@
 """What the torch references and the sample inputs of the ops with a scale per group share. Plain torch, on any device.
 
-A group is `group_size` neighbouring elements of a row; the last one of a row may be shorter. See numerics.py about rounding.
+A group is `group_size` neighbouring elements of a row; the last one of a row may be shorter. Rounding is that of
+reference_fp8.py.
 """
 
 from __future__ import annotations
 
 import torch
 
-from .numerics import FP8, FP8_MAX, MIN_SCALE, to_fp8
+from .reference_fp8 import FP8, FP8_MAX, MIN_SCALE, to_fp8
 
 #: What vLLM bounds a scale by before it rounds it up to a power of two.
 LEAST_ROUNDED = 1e-10

@@ -16,8 +16,7 @@ import os
 import helion.language as hl
 import torch
 
-from .sigmoid import SIGMOID
-from .widen import WIDEN
+from .ptx import SIGMOID, WIDEN
 
 #: Helion's interpreter runs the kernels as plain Python on the CPU, where there is nothing to release.
 INTERPRETED = os.environ.get("HELION_INTERPRET") == "1"
@@ -38,7 +37,7 @@ def release_dependents() -> None:
 
 
 def widened(x: torch.Tensor) -> torch.Tensor:
-    """x of any float dtype in float32; see widened of triton_device.py."""
+    """x of any float dtype in float32; see widened of triton_fp8.py."""
     wide = x.to(torch.float32)
     if INTERPRETED or x.dtype != torch.bfloat16:
         return wide
@@ -60,7 +59,7 @@ def at_most_448(x: torch.Tensor) -> torch.Tensor:
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
-    """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_device.py."""
+    """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_fp8.py."""
     if INTERPRETED:
         return x * (1.0 / (1.0 + torch.exp(x * -1.0)))
     return x * hl.inline_triton(INLINE_SIGMOID, args=(x,), output_like=x)

@@ -1,13 +1,13 @@
-"""What rotary_embedding and fused_qk_norm_rope share: the rotation in plain torch, sample inputs, the kernels' tiles."""
+"""What the declarations of the ops with a rotary embedding share: the rotation in torch, sample inputs, heads of models."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 #: Positions in the caches of sample calls.
 SAMPLE_POSITIONS = 4096
+#: Heads of q and of k in rows of K elements, for heads of 128: those of Qwen3 1.7B, 8B and 32B.
+MODELS = {4096: (16, 8), 6144: (32, 8), 10240: (64, 8)}
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
@@ -33,11 +33,17 @@ def random_positions(tokens: int, device: torch.device, generator: torch.Generat
     return torch.randint(SAMPLE_POSITIONS, (tokens,), generator=generator, device=generator.device).to(device)
 
 
-def program_tile(head_size: int, is_neox: bool, config: dict[str, Any]) -> tuple[int, int]:
-    """Tokens and heads of a program for which loads are vectors of 16 bytes and nothing is exchanged between threads.
+def split_heads(k: int, head_dim: int) -> tuple[int, int]:
+    """Heads of q and of k in a row of K elements; where no model is known, about half and a quarter of them."""
+    if head_dim == 128 and k in MODELS:
+        return MODELS[k]
+    k_heads = (k // head_dim + 2) // 4
+    return k // head_dim - 2 * k_heads, k_heads
 
-    A thread holds the two elements of 8 pairs, of one head of each token. Of interleaved pairs it holds 4: their halves
-    of the cache are vectors of 8 bytes, and for more than one token the compiler would make them 16 and exchange them.
-    """
-    pairs, tokens = (8, config["tokens"]) if is_neox else (4, 1)
-    return tokens, config["num_warps"] * 32 * pairs * 2 // head_size
+
+def foreign_key(key: dict[str, int]) -> dict[str, int]:
+    """vLLM's config files name the heads, of 128 elements, where ours name the elements of a row."""
+    if not {"q_heads", "kv_heads"} <= key.keys():
+        return key
+    others = {name: size for name, size in key.items() if name not in ("q_heads", "kv_heads")}
+    return {"hidden_size": (key["q_heads"] + 2 * key["kv_heads"]) * 128, **others}

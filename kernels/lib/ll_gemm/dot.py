@@ -1,6 +1,6 @@
 """The dot form of the low-latency GEMMs: a block has a few outputs and all of K, multiplied in the ordinary cores.
 
-See ll_gemm.py for what all forms have in common.
+See program.py for what all forms have in common.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import cutlass
 from cutlass import Float32, Int32, Numeric, cute
 from cutlass.utils import SmemAllocator
 
-from .ll_gemm_base import VECTOR, Gemm
+from .base import VECTOR, Gemm
 
 
 class Dot(Gemm):
@@ -49,14 +49,9 @@ class Dot(Gemm):
 
     @cute.kernel
     def kernel(
-        self,
-        out: cute.Tensor,
-        x: cute.Tensor,
-        w: cute.Tensor,
-        x_scale: cute.Tensor | None,
-        w_scale: cute.Tensor | None,
+        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None,
         bias: cute.Tensor | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """The kernel: see the class."""
         tid, _, _ = cute.arch.thread_idx()
         tile, _, _ = cute.arch.block_idx()
