@@ -188,6 +188,11 @@ def test_no_module_imports_in_a_circle():
     assert find_cycle(graph) is None
 
 
+def test_the_package_imports_no_benchmark_of_the_checkout():
+    """A wheel has none: `hdispatch bench ops` looks for it when it is run."""
+    assert not [str(each) for each in IMPORTS if within(each.target, ("benchmarks", "tests"))]
+
+
 def test_the_serve_wing_never_imports_the_build_wing():
     assert not [str(each) for each in OURS if within(each.target, BUILD) and not within(each.source, LAZY)]
 
