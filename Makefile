@@ -5,6 +5,7 @@
 #   make wheel     dist/*.whl with the bundle for H100 and H200 inside; if CuteDSL is installed, for CPUs such as this one alone
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
+#   make test-wheels  one wheel for two torches, in an environment of each: downloads both with their dependencies, gigabytes
 #   make lint      ruff, mypy --strict, clang-format
 #   make sanitize  the C++ tests under ASan + UBSan, then under TSan
 #
@@ -15,10 +16,11 @@ VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 TORCH ?= torch==2.13.0
 BUNDLE ?= bundle
 DEMO_BUNDLE ?= build/demo-bundle
+WHEEL_TORCH ?= torch==2.13.0 torch==2.14.1
 PY := $(VENV)/bin/python
 CTEST_BUILD := build/ctest
 
-.PHONY: demo bundle wheel test test-vllm setup setup-test lint sanitize core-test clean
+.PHONY: demo bundle wheel test test-vllm test-wheels setup setup-test lint sanitize core-test clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -57,6 +59,12 @@ core-test: $(PY)
 sanitize: setup
 	$(PY) scripts/core_tests.py $(CTEST_BUILD)-asan --sanitize address,undefined
 	$(PY) scripts/core_tests.py $(CTEST_BUILD)-tsan --sanitize thread
+
+test-wheels: setup-test
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras wheels --only-tools
+	rm -rf build/dist
+	$(PY) scripts/wheels.py --torch $(patsubst torch==%,%,$(WHEEL_TORCH)) --out build/dist
+	HDISPATCH_WHEEL=$$(echo build/dist/*.whl) HDISPATCH_WHEEL_TORCH="$(WHEEL_TORCH)" $(PY) -m pytest tests/wheels -rA
 
 lint: setup-test
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,cutedsl,plot,test,lint --only-tools

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -18,15 +19,17 @@ from . import _C, embedded, functions, host, ops
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
-from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_bundle
+from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_files
 
 
 @dataclass(frozen=True)
 class Bundle:
     """A loaded bundle.
 
-    folder   where it was read from, a folder or an archive
-    device   the CUDA device it serves, or -1: the null driver, which serves CPU tensors
+    folder        where it was read from, a folder or an archive
+    device        the CUDA device it serves, or -1: the null driver, which serves CPU tensors
+    sha256        of its manifest.json, which tells it from any other
+    load_seconds  how long it took to verify and load
     """
 
     folder: Path
@@ -34,6 +37,8 @@ class Bundle:
     device: int
     pdl: bool = field(default=True, repr=False)
     early_reads: bool = field(default=True, repr=False)
+    sha256: str = field(default="", repr=False)
+    load_seconds: float = field(default=0.0, repr=False, compare=False)
     _table: _C.Table | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -198,19 +203,23 @@ def load(
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
     _check_driver(driver)
+    start = time.perf_counter()
     index = -1
     if driver == "cuda" and folder is None:  # which of the package's own depends on the device
         index = _cuda_device("", device)
     if folder is None:
         folder = embedded.choose(index)
-    manifest, contents = read_bundle(folder, sha256=sha256)
+    files = read_files(folder, sha256=sha256)
+    manifest = files.manifest
     if driver == "cuda":
         index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)
         check_host(folder, manifest)
     builder = _builder(index, pdl, early_reads)
-    _fill(builder, Path(folder), manifest, contents)
-    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, builder.finish())
+    _fill(builder, Path(folder), manifest, files.contents)
+    table = builder.finish()
+    seconds = time.perf_counter() - start
+    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, files.sha256, seconds, table)
     _SERVING.set_bundle(index, bundle)
     return bundle
 

@@ -15,7 +15,7 @@ from hdispatch.manifest import read_bundle
 from hdispatch.tune import collect
 from hdispatch.tune.points import Scope
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 GROUPS = "hdispatch.kernels.lib.triton_groups"
 
 
@@ -119,7 +119,7 @@ def test_an_edit_anywhere_changes_the_key(tree, edited):
 @pytest.mark.slow
 def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
     """The same cache, twice: by `build` and by `tune candidates`."""
-    example = HERE / "triton_example"
+    example = SUPPORT / "triton_example"
     kernel = (example / "triton.py").read_text()
     write(
         tree,

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,14 +77,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
         report = build([NAME], "h200", out, cache=cache, extra=["two_ladders"])
     assert report.rows == BUCKETS
     return out
-
-
-@pytest.fixture
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 # ---- buckets ----

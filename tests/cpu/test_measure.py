@@ -30,6 +30,10 @@ from hdispatch.tune.candidates import read_candidates
 TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.5, "loser": 20.0, "hopeless": 50.0}
 
 
+#: Where a process of its own finds this file, and what it imports.
+IMPORTED = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
+
+
 def toy_record(name: str, **changes: Any) -> dict[str, Any]:
     record = toy.record()
     return {**record, "config": {"name": name}, **changes}
@@ -308,7 +312,7 @@ def command(device: str) -> tuple[str, ...]:
     """The process that measures, on the device that this expression makes."""
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.errors import HdispatchError
 from hdispatch.tune import measure_worker
@@ -422,7 +426,7 @@ def run_command(bundle: Path, out: Path, pid_file: Path) -> subprocess.Popen[str
 import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.cli.main import main
 from hdispatch.tune import measure_process, measure

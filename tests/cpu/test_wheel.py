@@ -48,7 +48,10 @@ def names(wheel: Path) -> set[str]:
 
 def test_what_is_in_it(names):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert {f"hdispatch/_C{suffix}", "hdispatch/_noop_cuda_guard.so", "hdispatch/_build_info.py"} <= names
+    assert {"hdispatch/libhdispatch_core.so", "hdispatch/_build_info.py"} <= names
+    doors = {f"torch_{minor.replace('.', '_')}" for minor in hdispatch._build_info.TORCH_VERSIONS}
+    for door in doors:
+        assert {f"hdispatch/{door}/_C{suffix}", f"hdispatch/{door}/_noop_cuda_guard.so"} <= names
     assert {"hdispatch/_C.pyi", "hdispatch/_build_info.pyi", "hdispatch/py.typed"} <= names
     sources = [("python/hdispatch", "hdispatch"), ("kernels", "hdispatch/kernels"), ("configs", "hdispatch/configs")]
     for folder, inside in sources:
@@ -66,7 +69,7 @@ def test_its_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         info = f"hdispatch-{hdispatch.__version__}.dist-info"
         metadata = archive.read(f"{info}/METADATA").decode()
-        assert "Requires-Dist: torch<2.15,>=2.11" in metadata
+        assert "Requires-Dist: torch<2.16,>=2.11" in metadata
         assert "License-Expression: Apache-2.0" in metadata
         assert f"{info}/licenses/LICENSE" in archive.namelist()
         assert "hdispatch = hdispatch.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()

@@ -116,7 +116,13 @@ def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -
 
 
 def _examine_extension(problem: str) -> dict[str, Any]:
-    found = {"ok": not problem, "reason": problem, "built_with_torch": _build_info.TORCH_VERSION, "file": None, "ops": []}
+    found = {
+        "ok": not problem,
+        "reason": problem,
+        "built_with_torch": list(_build_info.TORCH_VERSIONS.values()),
+        "file": None,
+        "ops": [],
+    }
     if problem:
         return found
     from .. import _C, ops
@@ -289,7 +295,7 @@ def describe(found: dict[str, Any]) -> str:
     lines = ["versions", *(f"  {name:10} {value or 'none'}" for name, value in versions.items())]
     lines += [
         "extension",
-        f"  built with torch {extension['built_with_torch']}: {_verdict(extension, extension['file'])}",
+        f"  built with torch {', '.join(extension['built_with_torch'])}: {_verdict(extension, extension['file'])}",
         f"  ops: {', '.join(extension['ops']) or 'none'}",
         "serving",
         f"  libcuda    {_verdict(found['driver'], 'found')}",

@@ -1,4 +1,4 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_ATTENTION, _REPLAY, _RUNNER."""
+"""What a person sets in the environment: HDISPATCH, the switch; HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _METRICS_PORT."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ SWITCH = "HDISPATCH"
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
 RUNNER = "HDISPATCH_RUNNER"
+METRICS_PORT = "HDISPATCH_METRICS_PORT"
 #: What HDISPATCH_ATTENTION takes -> what decode steps take then.
 ATTENTIONS = {
     "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
@@ -60,6 +61,14 @@ def _flag(name: str, yes: str, no: str) -> bool:
     if asked not in ("0", "1"):
         raise HdispatchError(f"{name} is {asked!r}; it takes 1 ({yes}) or 0 ({no})")
     return asked == "1"
+
+
+def metrics_port() -> int:
+    """HDISPATCH_METRICS_PORT, where the worker of cuda:0 serves its metrics; 0 for none. `HdispatchError` for another value."""
+    asked = os.environ.get(METRICS_PORT, "") or "0"
+    if not (asked.isascii() and asked.isdecimal() and int(asked) < 65536):
+        raise HdispatchError(f"{METRICS_PORT} is {asked!r}; it takes a port, 1 to 65535, or 0 (serve no metrics)")
+    return int(asked)
 
 
 def load_bundle(device: torch.device) -> None:
