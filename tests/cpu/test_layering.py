@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
-#: The build wing, and what may use it: lazily, so that a serving process never has it.
-BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in ("autotune", "collect", "compile_many", "select")))
+#: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
+TUNING = ("autotune", "collect", "compile_many", "cover", "measured", "point_configs", "points", "select")
+BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"

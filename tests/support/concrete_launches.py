@@ -13,7 +13,9 @@ import struct
 from typing import Any
 
 from hdispatch.compile.build_unit import load_spec
-from hdispatch.compile.trace import CallMaker, Descriptor, Flag, HostSide, Launch, Number, Pointer, Trace, trace
+from hdispatch.compile.call_maker import CallMaker
+from hdispatch.compile.host_launch import Descriptor, Flag, Launch, Number, Pointer
+from hdispatch.compile.trace import HostSide, Trace, trace
 from hdispatch.compile.triton_backend import Sample, _SampleTensor, samples
 from hdispatch.manifest import class_of
 

@@ -14,10 +14,12 @@ import triton
 import triton.language as tl
 from hdispatch.compile import DESCRIBED, triton_backend
 from hdispatch.compile.build_unit import Unit
+from hdispatch.compile.call_maker import CallMaker
 from hdispatch.compile.expr import postfix
+from hdispatch.compile.host_launch import Constant, Flag, Number, Pointer, Real
 from hdispatch.compile.record_builder import Candidate
 from hdispatch.compile.store import Store
-from hdispatch.compile.trace import CallMaker, Constant, Flag, Number, Pointer, Real, trace
+from hdispatch.compile.trace import trace
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg
 from triton.tools.tensor_descriptor import TensorDescriptor
 

@@ -14,7 +14,8 @@ import helion.language as hl
 import torch
 import triton
 from hdispatch.compile import DESCRIBED, build_unit, record_builder, store, triton_backend
-from hdispatch.compile.trace import CallMaker, trace
+from hdispatch.compile.call_maker import CallMaker
+from hdispatch.compile.trace import trace
 from hdispatch.opspec import OpSpec, TensorArg
 from triton.backends.nvidia import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
