@@ -219,7 +219,7 @@ def test_no_module_imports_the_package_itself():
 def test_imports_are_at_the_top():
     # Lazy ones are for what must not be loaded before it is needed: the build wing and the DSLs, and vLLM by its plug-in.
     lazy = (*LAZY, PLUGIN)
-    assert tuple(str(each) for each in IMPORTS if each.local and not within(each.source, lazy)) == HANDS_OVER
+    assert not [str(each) for each in IMPORTS if each.local and not within(each.source, lazy)]
 
 
 def test_vllm_is_imported_by_the_plug_in_alone():
