@@ -90,7 +90,7 @@ for step in "$@"; do
         --json "$out/attention.json" ${ATTENTION:-} ;;
     attention-dense) python3 benchmarks/attention_dense.py "$bundle" --json "$out/attention_dense.json" ${ATTENTION:-} ;;
     gpu-tests) with_vllm python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
-    cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
+    cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu tests/benchmarks --maxfail=10 -q --durations=5 -n 12 ;;
     fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$bundle" ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;

@@ -194,7 +194,7 @@ def test_a_number_that_is_none_is_a_wrong_command_line(capsys, command, number):
     if number.startswith("99") and command[-2] in ("--seconds", "--regret"):
         number = f"1e{number[:4]}"  # a long number is one
     assert main([number if word == "BAD" else word for word in command]) == 2
-    assert re.search(r"is no whole number|is no number|is no size|is not a list of Ms", capsys.readouterr().err)
+    assert re.search(r"is no whole number|is no number|is no size|is no list of sizes", capsys.readouterr().err)
 
 
 def test_numbers():

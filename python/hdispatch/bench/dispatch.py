@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from .. import ops, runtime
-from ..errors import HdispatchError
+from ..errors import HdispatchError, first_line
 from ..manifest import read_bundle
 from ..opspec import OpSpec
 from ..testing.host_timer import interleave, quiet, summarize
 from . import busy, machine, paths
-from .paths import Case, Maker, Setup, Unavailable, first_line
+from .paths import Case, Maker, Setup, Unavailable
 from .results import Result, Row
 from .workload import LARGEST_M, Workload
 

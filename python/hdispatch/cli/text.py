@@ -6,7 +6,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 BAR_WIDTH = 30
 
@@ -46,6 +47,18 @@ def split(text: str | None) -> list[str] | None:
 def count(number: int, noun: str) -> str:
     """`1 row`, `2 rows`."""
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """The header of a result: the machine, the versions and the revision that it was measured with."""
+    on = f"{machine['gpu']}, driver {machine['driver']}, " if machine["gpu"] else "no GPU, "
+    tools = ("python", "torch", "triton", "helion", "hdispatch")
+    versions = ", ".join(f"{name} {machine[name]}" for name in tools if machine.get(name))
+    head, plus, changes = (machine["revision"] or "unknown").partition("+")
+    return [
+        f"{on}{machine['cpu']}, {machine['cores']} cores",
+        f"{versions}, revision {head[:12]}{plus}{changes}, {machine['date']}",
+    ]
 
 
 def print_json(value: object) -> None:
