@@ -44,7 +44,6 @@ SPEC = OpSpec(
     config_key={"num_tokens": "M"},
     ladder=(2, 8, 32, 128, 16384),
     hints={"N": 151936},
-    doc=reference.__doc__ or "",
     typical="bfloat16",
     workspace=WorkspaceArg("workspace", 8 * PARTS),
 )

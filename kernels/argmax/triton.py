@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,10 +9,10 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS, Variant
 
+from ..lib.triton_launch import launch_options
 from .spec import PARTS
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 _COUNTERS = tl.constexpr(WORKSPACE_COUNTERS // 8)
 
@@ -27,17 +26,7 @@ def ranked(x):
 
 
 @triton.jit
-def argmax(
-    out,
-    logits,
-    workspace,
-    row_stride,
-    columns,
-    part,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+def argmax(out, logits, workspace, row_stride, columns, part, PARTS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """Grid (parts, rows); a part has `part` columns, but the last, which may have fewer or none."""
     index = tl.program_id(0)
     row = tl.program_id(1)
@@ -72,37 +61,17 @@ def argmax(
             tl.store(out + row, 0x7FFFFFFF - (tl.max(all_parts, axis=0) & 0x7FFFFFFF))
 
 
-def launch(
-    out: torch.Tensor,
-    logits: torch.Tensor,
-    workspace: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(out, logits, workspace, *, config, _launcher):
     """config["parts"], a power of two, for each row."""
     rows, columns = logits.shape
-    parts, pdl = config["parts"], config.get("pdl", True)
+    parts = config["parts"]
     if columns < 1 or columns >= 2**31 - 2**16:
         raise ValueError(f"argmax: rows of {columns}; the kernel takes 1 to {2**31 - 2**16 - 1}")
     if parts > 1 and rows * parts > PARTS:
         raise ValueError(f"argmax: {rows} rows in {parts} parts; the workspace has memory for {PARTS}")
-    _launcher(
-        argmax,
-        (parts, rows),
-        out,
-        logits,
-        workspace.view(torch.int64),
-        logits.stride(0),
-        columns,
-        (columns + 16 * parts - 1) // (16 * parts) * 16,
-        PARTS=parts,
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
-        launch_pdl=pdl,
-    )
+    part = (columns + 16 * parts - 1) // (16 * parts) * 16
+    options = {"PARTS": parts, "BLOCK": config["block"], **launch_options(config, config["num_stages"])}
+    _launcher(argmax, (parts, rows), out, logits, workspace.view(torch.int64), logits.stride(0), columns, part, **options)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from hdispatch.opspec import Variant
 
 from ..lib import flash_attention as lib
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
-def launch(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    max_seqlen_q: int,  # noqa: ARG001
-    scale: float,
-    softcap: float,
-    window: int,
-    causal: bool,
-    limits: bool,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(out, q, k, v, _max_seqlen_q, scale, softcap, window, causal, limits, *, config, _launcher):
     """max_seqlen_q only picked the config."""
-    lib.launch_dense("attention_dense", out, q, k, v, scale, softcap, window, causal, limits, config, _launcher)
+    rule = lib.Rule(scale, softcap, window, causal, limits)
+    lib.launch_dense("attention_dense", (out, q, k, v), rule, config, _launcher)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -10,10 +10,10 @@ from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Varia
 
 from ..lib.indices import check_indices
 from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, check_slots, random_lengths, random_paged, softmax_scale, write
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
+from ..lib.rope import SAMPLE_POSITIONS, random_cache, rotated
 from ..lib.workspace import BYTES
-from ..numerics import random_rows
-from ..rms_norm.spec import normalized, random_weight
-from ..rope import SAMPLE_POSITIONS, random_cache, rotated
 
 NAME = "attention_half"
 
@@ -164,7 +164,6 @@ SPEC = OpSpec(
     hints={"N": 560},  # a multiple of every group
     measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
     workspace=WorkspaceArg("workspace", BYTES),
-    doc=reference.__doc__ or "",
     own_scales=True,
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+group=4",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +13,6 @@ from ..lib import attention as lib
 from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 # All but qkv, which the kernel before this one writes: no kernel of a step writes the others, and of its launches only this one
 # writes this layer's cache.
 EARLY_READS = (
@@ -59,40 +57,12 @@ def turned(x, y, x_weight, y_weight, first, cos, sin, eps, D: tl.constexpr, NORM
 
 @triton.jit
 def attention_half(
-    out,
-    qkv,
-    q_weight,
-    k_weight,
-    cos_sin_cache,
-    positions,
-    slot_mapping,
-    kv_cache,
-    block_table,
-    seq_lens,
-    workspace,
-    max_seq_len,
-    scale,
-    eps,
-    chunk,
-    page,
-    inverse,
-    eighths,
-    out_row,
-    qkv_row,
-    table_row,
-    block_stride,
-    head_stride,
+    out, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, kv_cache, block_table, seq_lens, workspace,
+    max_seq_len, scale, eps, chunk, page, inverse, eighths, out_row, qkv_row, table_row, block_stride, head_stride,
     slot_stride,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    NORM: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    EARLY: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+    AT_ONCE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (splits, kv heads, requests). The cache's tokens are split; the new one belongs to the last split that is used.
 
     Of ROWS rows the first G are query heads, and the next one is k, which costs nothing there. eighths is half of the rotary
@@ -176,26 +146,9 @@ def attention_half(
 
 
 def launch(
-    out: torch.Tensor,
-    qkv: torch.Tensor,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    cos_sin_cache: torch.Tensor,
-    positions: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    max_seq_len: int,
-    scale: float,
-    eps: float,
-    group: int,
-    _is_neox: bool,
-    workspace: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    out, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, kv_cache, block_table, seq_lens, max_seq_len,
+    scale, eps, group, _is_neox, workspace, *, config, _launcher,
+):  # fmt: skip
     """A block per split, kv head and request; see lib.split_chunk for config["chunk"]."""
     requests, heads, dim = out.shape
     kv_heads, page, rotary = kv_cache.size(1), kv_cache.size(2), cos_sin_cache.size(1)
@@ -206,46 +159,15 @@ def launch(
         raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
     if rotary % 16 != 0 or rotary > dim:
         raise ValueError(f"attention_half: {rotary} of {dim} elements rotated; the kernel takes multiples of 16")
-    pdl, warps, chunk = config.get("pdl", True), config["num_warps"], lib.split_chunk(config["chunk"], group)
-    _launcher(
-        attention_half,
-        (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, chunk), kv_heads, requests),
-        out,
-        qkv,
-        q_weight,
-        k_weight,
-        cos_sin_cache,
-        positions,
-        slot_mapping,
-        kv_cache,
-        block_table,
-        seq_lens,
-        workspace.view(torch.float32),
-        max_seq_len,
-        scale,
-        eps,
-        chunk,
-        page,
-        lib.page_inverse(page),
-        rotary // 16,
-        out.stride(0),
-        qkv.stride(0),
-        block_table.stride(0),
-        kv_cache.stride(0),
-        kv_cache.stride(1),
-        kv_cache.stride(2),
-        G=group,
-        D=dim,
-        ROWS=16 if group < 16 else 32,
-        NORM=q_weight is not None,
-        TILE=config["tile"],
-        STAGES=config["stages"],
-        AT_ONCE=config.get("at_once", lib.parts_at_once(group, dim, warps)),
-        EARLY=config.get("early", True),
-        PDL=pdl,
-        num_warps=warps,
-        launch_pdl=pdl,
-    )
+    chunk = lib.split_chunk(config["chunk"], group)
+    grid = (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, chunk), kv_heads, requests)
+    constants = (q_weight, k_weight, cos_sin_cache, positions, slot_mapping)
+    tensors = (out, qkv, *constants, kv_cache, block_table, seq_lens, workspace.view(torch.float32))
+    sizes = (chunk, page, lib.page_inverse(page), rotary // 16)
+    strides = (out.stride(0), qkv.stride(0), *lib.cache_strides(kv_cache, block_table))
+    tile = {"G": group, "D": dim, "ROWS": 16 if group < 16 else 32, "NORM": q_weight is not None}
+    options = lib.options(config, group, dim) | {"EARLY": config.get("early", True)}
+    _launcher(attention_half, grid, *tensors, max_seq_len, scale, eps, *sizes, *strides, **tile, **options)
 
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, Fallback, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..attention_dense.spec import GROUP, LENGTHS, LONGEST, check_rule, rule_of, served
-from ..lib.sdpa import Packed, Rule, by_padding
+from ..lib.sdpa import (
+    LENGTHS,
+    LONGEST,
+    Packed,
+    Rule,
+    by_padding,
+    check_heads,
+    checked_rule,
+    sample_heads,
+    sample_rule,
+    served,
+)
 
 NAME = "attention_varlen"
 
@@ -53,56 +62,37 @@ def reference(
     by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=True)
 
 
-def fallback(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    causal: bool,
-    limits: bool,
-) -> None:
+def fallback(out: torch.Tensor, *arguments: Any) -> None:
     """The op by torch's scaled_dot_product_attention, of padded sequences: lengths need not come to the host."""
-    packed = Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=False)
+    packed = Packed(*arguments[:7])
+    by_padding(out, packed, _checked(packed, *arguments[7:]), exact=False)
 
 
-def _checked(packed: Packed, scale: float, softcap: float, window: int, causal: bool, limits: bool) -> Rule:
+def _checked(packed: Packed, *rule: Any) -> Rule:
     """ArgumentError for what the declaration cannot say."""
-    check_rule(NAME, softcap, window, causal, limits)
-    q, k, v, starts_q, starts_k = packed[:5]
-    if q.size(1) % max(1, k.size(1)) or (k.size(1) == 0 and q.size(1)):
-        raise ArgumentError(f"{NAME}: q has {q.size(1)} heads; expected a multiple of k's, which has {k.size(1)}")
-    if k.shape != v.shape:
-        raise ArgumentError(f"{NAME}: v is {list(v.shape)}; expected k's shape, {list(k.shape)}")
+    check_heads(NAME, *packed[:3])
+    starts_q, starts_k = packed.cu_seqlens_q, packed.cu_seqlens_k
     if starts_q.size(0) != starts_k.size(0) or not starts_q.size(0):
         raise ArgumentError(
             f"{NAME}: cu_seqlens_q has {starts_q.size(0)} numbers and cu_seqlens_k {starts_k.size(0)}; expected as many, "
             "one more than sequences"
         )
-    return Rule(scale, softcap, window, causal)
+    return checked_rule(NAME, *rule)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments: the first sequence has the longest length, if there are as many tokens, the last ones are empty."""
-    m, dim, dtype = sizes["M"], sizes["K"], variant.dtypes["q"]
-    kv_heads = max(1, sizes["N"] // GROUP) if sizes["N"] % GROUP == 0 else sizes["N"]
+    m, dim = sizes["M"], sizes["K"]
     longest = min(sizes.get("max_seqlen_q", LONGEST), max(1, m))
     cuts = list(range(longest, m, max(1, longest - 1)))
     starts = torch.tensor([0, *(cuts if m > longest else []), m, m], dtype=torch.int32).to(device)
     q, k, v = (
-        torch.randn(m, heads, dim, generator=generator, device=generator.device).to(device=device, dtype=dtype)
-        for heads in (sizes["N"], kv_heads, kv_heads)
+        torch.randn(m, heads, dim, generator=generator, device=generator.device).to(device=device, dtype=variant.dtypes["q"])
+        for heads in sample_heads(sizes["N"])
     )
     longest = max(longest, sizes.get("max_seqlen_q", 1))
-    rule = rule_of(variant, longest)
-    return [torch.full_like(q, float("nan")), q, k, v, starts, starts.clone(), longest, longest, 1 / math.sqrt(dim), *rule]
+    lengths = (starts, starts.clone(), longest, longest)
+    return [torch.full_like(q, float("nan")), q, k, v, *lengths, *sample_rule(variant, dim, longest)]
 
 
 SPEC = OpSpec(
@@ -123,13 +113,12 @@ SPEC = OpSpec(
         BoolArg("limits"),
     ),
     reference=reference,
-    fallback=fallback,
+    fallback=Fallback(fallback),
     sample=sample,
     shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_tokens": "M", "max_seqlen_q": "max_seqlen_q"},
     ladder=(16384,),  # the number of tokens picks no config
     hints={"N": 32},
-    doc=reference.__doc__ or "",
     own_scales=True,
     served=served,
     typical="bfloat16+causal",

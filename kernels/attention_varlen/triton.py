@@ -2,41 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from hdispatch.opspec import Variant
 
 from ..lib import flash_attention as lib
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 def launch(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,  # noqa: ARG001
-    scale: float,
-    softcap: float,
-    window: int,
-    causal: bool,
-    limits: bool,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    out, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, _max_seqlen_k, scale, softcap, window, causal, limits, *,
+    config, _launcher,
+):  # fmt: skip
     """The kernel reads lengths of keys on the device: max_seqlen_k is the fallback's."""
-    starts = (cu_seqlens_q, cu_seqlens_k)
-    lib.launch_packed(
-        "attention_varlen", out, q, k, v, starts, max_seqlen_q, scale, softcap, window, causal, limits, config, _launcher
-    )
+    starts, rule = (cu_seqlens_q, cu_seqlens_k), lib.Rule(scale, softcap, window, causal, limits)
+    lib.launch_packed("attention_varlen", (out, q, k, v), starts, max_seqlen_q, rule, config, _launcher)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -93,5 +93,4 @@ SPEC = OpSpec(
     config_key={"num_tokens": "M"},
     ladder=(16384,),
     hints={"N": 128},
-    doc=reference.__doc__ or "",
 )

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..lib.triton_launch import launch_options
+
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 @triton.jit
 def decode_inputs(
-    input_ids,
-    positions,
-    seq_lens,
-    is_padding,
-    slot_mapping,
-    block_table,
-    idx_mapping,
-    num_computed_tokens,
-    last_sampled_tokens,
-    source_block_table,
-    page_size,
-    columns,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    input_ids, positions, seq_lens, is_padding, slot_mapping, block_table, idx_mapping, num_computed_tokens,
+    last_sampled_tokens, source_block_table, page_size, columns,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """columns: of both block tables."""
     row = tl.program_id(0)
     if PDL:
@@ -55,44 +43,14 @@ def decode_inputs(
 
 
 def launch(
-    input_ids: torch.Tensor,
-    positions: torch.Tensor,
-    seq_lens: torch.Tensor,
-    is_padding: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    block_table: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    num_computed_tokens: torch.Tensor,
-    last_sampled_tokens: torch.Tensor,
-    source_block_table: torch.Tensor,
-    page_size: int,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    input_ids, positions, seq_lens, is_padding, slot_mapping, block_table, idx_mapping, num_computed_tokens,
+    last_sampled_tokens, source_block_table, page_size, *, config, _launcher,
+):  # fmt: skip
     """One program per request."""
-    pdl = config.get("pdl", True)
-    _launcher(
-        decode_inputs,
-        (idx_mapping.size(0),),
-        input_ids,
-        positions,
-        seq_lens,
-        is_padding,
-        slot_mapping,
-        block_table,
-        idx_mapping,
-        num_computed_tokens,
-        last_sampled_tokens,
-        source_block_table,
-        page_size,
-        source_block_table.size(1),
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    written = (input_ids, positions, seq_lens, is_padding, slot_mapping, block_table)
+    state = (idx_mapping, num_computed_tokens, last_sampled_tokens, source_block_table)
+    sizes, options = (page_size, source_block_table.size(1)), {"BLOCK": config["block"], **launch_options(config)}
+    _launcher(decode_inputs, (idx_mapping.size(0),), *written, *state, *sizes, **options)
 
 
 def candidates(_sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -77,5 +77,4 @@ SPEC = OpSpec(
     config_key={"num_tokens": "M"},
     ladder=(16384,),
     hints={"N": 2048, "K": 4096},
-    doc=reference.__doc__ or "",
 )

@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..lib.triton_launch import launch_options
+
 GENERIC = ("N", "K")
-INDEX_BITS = 64
 
 
 @triton.jit
 def decode_update(
-    num_computed_tokens,
-    last_sampled_tokens,
-    total_len,
-    all_token_ids,
-    output_bin_counts,
-    idx_mapping,
-    sampled_tokens,
-    requests,
-    longest,
-    words,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    num_computed_tokens, last_sampled_tokens, total_len, all_token_ids, output_bin_counts, idx_mapping, sampled_tokens,
+    requests, longest, words,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """longest and words: the rows of all_token_ids and output_bin_counts."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = at < requests
@@ -50,38 +40,16 @@ def decode_update(
 
 
 def launch(
-    num_computed_tokens: torch.Tensor,
-    last_sampled_tokens: torch.Tensor,
-    total_len: torch.Tensor,
-    all_token_ids: torch.Tensor,
-    output_bin_counts: torch.Tensor,
-    idx_mapping: torch.Tensor,
-    sampled_tokens: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    num_computed_tokens, last_sampled_tokens, total_len, all_token_ids, output_bin_counts, idx_mapping, sampled_tokens, *,
+    config, _launcher,
+):  # fmt: skip
     """One program per `block` requests."""
-    m, pdl = idx_mapping.size(0), config.get("pdl", True)
-    _launcher(
-        decode_update,
-        ((m + config["block"] - 1) // config["block"],),
-        num_computed_tokens,
-        last_sampled_tokens,
-        total_len,
-        all_token_ids,
-        output_bin_counts,
-        idx_mapping,
-        sampled_tokens,
-        m,
-        all_token_ids.size(1),
-        output_bin_counts.size(1),
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    m = idx_mapping.size(0)
+    written = (num_computed_tokens, last_sampled_tokens, total_len, all_token_ids, output_bin_counts)
+    sizes = (m, all_token_ids.size(1), output_bin_counts.size(1))
+    options = {"BLOCK": config["block"], **launch_options(config)}
+    grid = ((m + config["block"] - 1) // config["block"],)
+    _launcher(decode_update, grid, *written, idx_mapping, sampled_tokens, *sizes, **options)
 
 
 def candidates(_sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -9,7 +9,8 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
+from ..lib import helion_rows
+from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
 
 
 # 64-bit offsets: Helion's own check against 2**31 counts elements and does not see a row stride; here they cost 3 registers.
@@ -42,8 +43,5 @@ KERNEL = dynamic_per_token_scaled_fp8_quant
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """Configs worth measuring: 4 to 64 elements of a row in each thread, and several rows where there are many."""
-    blocks = (1, 2, 4) if sizes["M"] >= 1024 else (1,)
-    found = [(b, w) for b in blocks for w in (8, 4, 16, 2, 32) if 4 <= b * sizes["K"] // (32 * w) <= 64]
-    common = {"reduction_loops": [None], "num_stages": 1, "indexing": "pointer", "pid_type": "flat"}
-    return [{"block_sizes": [b], "num_warps": w, **common} for b, w in found]
+    """Configs worth measuring."""
+    return helion_rows.candidates(sizes["M"], sizes["K"])

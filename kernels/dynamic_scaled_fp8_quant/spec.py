@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX, absmax, random_rows, to_fp8
+from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, to_fp8
 
 NAME = "dynamic_scaled_fp8_quant"
 
@@ -51,6 +51,5 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     # Larger tensors have no kernel: see triton.py.
     ladder=(1, 2, 4, 8, 16, 32, 64),
-    doc=reference.__doc__ or "",
     hints={"K": 16},
 )

@@ -6,18 +6,16 @@ While the tensor is small, the level 2 cache makes that cheaper than the three l
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import fp8_times, widened
+from ..lib.triton_fp8 import fp8_times, widened
+from ..lib.triton_launch import launch_options
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 #: Elements beyond which three launches are faster: a program reads some 110 GB/s. 64 rows of 5120 are the most.
 LIMIT = 64 * 5120
@@ -54,32 +52,15 @@ def dynamic_scaled_fp8_quant(
         tl.store(result + row.to(tl.int64) * k + column, fp8_times(x, inverse), mask=inside)
 
 
-def launch(
-    result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, *, config: dict[str, Any], _launcher: Callable[..., None]
-) -> None:
+def launch(result, input, scale, *, config, _launcher):
     """At most `programs` programs, for tensors of up to some LIMIT elements."""
     m, k = input.size(0), input.size(1)
     # Without the 8 the open bucket would not reach as far as a bucket must, not even for K = 16.
     if m * (k - 8) > LIMIT:
         raise ValueError(f"dynamic_scaled_fp8_quant: input has {m * k} elements; the kernel is for up to {LIMIT}")
     tiles = ((m + config["rows"] - 1) // config["rows"]) * ((k + config["block"] - 1) // config["block"])
-    pdl = config.get("pdl", True)
-    _launcher(
-        dynamic_scaled_fp8_quant,
-        (min(config["programs"], tiles),),
-        result,
-        input,
-        scale,
-        m,
-        k,
-        input.stride(0),
-        ROWS=config["rows"],
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    grid, tile = (min(config["programs"], tiles),), {"ROWS": config["rows"], "BLOCK": config["block"]}
+    _launcher(dynamic_scaled_fp8_quant, grid, result, input, scale, m, k, input.stride(0), **tile, **launch_options(config))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
 
-from ..numerics import random_rows
-from ..rms_norm.spec import normalized, random_weight
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
 
 NAME = "fused_add_rms_norm"
 
@@ -47,7 +47,6 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     typical="bfloat16+weight",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
 )

@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rows import looped, options, programs, warps_for, whole
+from ..lib.triton_rows import load_weights, looped, normed, options, own_rows, programs, warps_for, whole
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 
 @triton.jit
 def fused_add_rms_norm(
-    input,
-    residual,
-    weight,
-    epsilon,
-    m,
-    k,
-    row_stride,
-    residual_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    input, residual, weight, epsilon, m, k, row_stride, residual_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """LOOP: k may exceed BLOCK; then the rest of the residual is read again after the sum of squares is known."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    row = own_rows(ROWS)
     x_row = input + row[:, None] * row_stride
     r_row = residual + row[:, None] * residual_stride
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (row < m)[:, None]
     first = inside & (columns < k)
-    if weight is not None:
-        # As a matrix it gets the input's layout in registers; and it is a constant, so it need not wait.
-        w = tl.load(weight + columns + tl.zeros([ROWS, 1], tl.int32), mask=first, other=0.0)
+    # A constant, so it need not wait.
+    w = load_weights(weight, 0, columns, first, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_row + columns, mask=first, other=0.0).to(tl.float32)
@@ -61,45 +47,23 @@ def fused_add_rms_norm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    y = x * rstd
-    if weight is not None:
-        y *= w.to(tl.float32)
+    y = normed(x, rstd, w)
     tl.store(x_row + columns, y.to(input.dtype.element_ty), mask=first)
     if LOOP:
         # The residual that is read here was written above, perhaps by another thread.
         tl.debug_barrier()
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
-            y = tl.load(r_row + start + columns, mask=rest, other=0.0).to(tl.float32) * rstd
-            if weight is not None:
-                y *= tl.load(weight + start + columns + tl.zeros([ROWS, 1], tl.int32), mask=rest, other=0.0).to(tl.float32)
+            more = tl.load(r_row + start + columns, mask=rest, other=0.0).to(tl.float32)
+            y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
             tl.store(x_row + start + columns, y.to(input.dtype.element_ty), mask=rest)
 
 
-def launch(
-    input: torch.Tensor,
-    residual: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(input, residual, weight, epsilon, *, config, _launcher):
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
-    _launcher(
-        fused_add_rms_norm,
-        programs(m, config),
-        input,
-        residual,
-        weight,
-        epsilon,
-        m,
-        k,
-        input.stride(0),
-        residual.stride(0),
-        **options(config, k),
-    )
+    strides = (input.stride(0), residual.stride(0))
+    _launcher(fused_add_rms_norm, programs(m, config), input, residual, weight, epsilon, m, k, *strides, **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -9,14 +9,11 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..lib.indices import check_indices
-from ..numerics import random_rows
-from ..rms_norm.spec import normalized, random_weight
-from ..rope import random_cache, random_positions, rotated
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
+from ..lib.rope import MODELS, foreign_key, random_cache, random_positions, rotated, split_heads
 
 NAME = "fused_qk_norm_rope"
-
-#: Heads of q and of k in rows of K elements, for heads of 128: those of Qwen3 1.7B, 8B and 32B.
-MODELS = {4096: (16, 8), 6144: (32, 8), 10240: (64, 8)}
 
 
 def reference(
@@ -93,25 +90,9 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     ]
 
 
-def split_heads(k: int, head_dim: int) -> tuple[int, int]:
-    """Heads of q and of k in a row of K elements; where no model is known, about half and a quarter of them."""
-    if head_dim == 128 and k in MODELS:
-        return MODELS[k]
-    k_heads = (k // head_dim + 2) // 4
-    return k // head_dim - 2 * k_heads, k_heads
-
-
 def served(variant: Variant) -> bool:
     """Caches are of the dtype of qkv, or float32."""
     return variant.dtypes["cos_sin_cache"] in (variant.dtypes["qkv"], torch.float32)
-
-
-def foreign_key(key: dict[str, int]) -> dict[str, int]:
-    """vLLM's config files name the heads, of 128 elements, where ours name the elements of a row."""
-    if not {"q_heads", "kv_heads"} <= key.keys():
-        return key
-    others = {name: size for name, size in key.items() if name not in ("q_heads", "kv_heads")}
-    return {"hidden_size": (key["q_heads"] + 2 * key["kv_heads"]) * 128, **others}
 
 
 SPEC = OpSpec(
@@ -135,6 +116,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k} for k in MODELS), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
-    doc=reference.__doc__ or "",
     served=served,
 )

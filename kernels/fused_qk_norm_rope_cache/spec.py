@@ -8,12 +8,11 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..fused_qk_norm_rope.spec import foreign_key, split_heads
 from ..lib.indices import check_indices
 from ..lib.paged_kv import check_slots, random_slots, write
-from ..numerics import random_rows
-from ..rms_norm.spec import normalized, random_weight
-from ..rope import random_cache, random_positions, rotated
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
+from ..lib.rope import foreign_key, random_cache, random_positions, rotated, split_heads
 
 NAME = "fused_qk_norm_rope_cache"
 
@@ -144,7 +143,6 @@ SPEC = OpSpec(
     shapes=({},),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
-    doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+head_dim=128+is_neox",
 )

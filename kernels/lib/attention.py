@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
+from .triton_launch import launch_options
 from .workspace import ROWS, cells
 
 #: Triton's interpreter multiplies bfloat16 as integers, and knows no PTX.
@@ -63,6 +64,17 @@ def check_cache(op: str, kv_cache: torch.Tensor, heads: Any, group: int, max_seq
 def parts_at_once(rows: int, dim: int, warps: int) -> int:
     """Parts that the last block loads at once: 64 registers a thread, and no more than 16, which are loads of 16 bytes."""
     return min(16, max(1, 64 * 32 * warps // (triton.next_power_of_2(rows) * dim)))
+
+
+def cache_strides(kv_cache: torch.Tensor, block_table: torch.Tensor) -> tuple[Any, Any, Any, Any]:
+    """table_row, block_stride, head_stride and slot_stride of the kernels."""
+    return block_table.stride(0), kv_cache.stride(0), kv_cache.stride(1), kv_cache.stride(2)
+
+
+def options(config: dict[str, Any], rows: int, dim: int) -> dict[str, Any]:
+    """The constants that come from a config, and the launch options, for blocks of `rows` query rows and heads of `dim`."""
+    at_once = config.get("at_once", parts_at_once(rows, dim, config["num_warps"]))
+    return {"TILE": config["tile"], "STAGES": config["stages"], "AT_ONCE": at_once, **launch_options(config, num_stages=None)}
 
 
 def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
@@ -128,30 +140,11 @@ def prefetch(cache, place, D: tl.constexpr):
 
 @triton.jit
 def tokens_of_split(
-    x,
-    m,
-    total,
-    acc,
-    cache,
-    table,
-    coming,
-    begin,
-    end,
-    limit,
-    window,
-    scale_log2,
-    softcap_log2,
-    page,
-    inverse,
-    block_stride,
-    slot_stride,
-    D: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr,
+    x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+    block_stride, slot_stride,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
-):
+):  # fmt: skip
     """(m, total, acc) after the tokens begin to end, TILE at a time.
 
     x [rows, D] has the dtype in which matrices are multiplied; m, total [rows], acc [rows, D] float32: the greatest score so
@@ -205,20 +198,9 @@ def outputs_of(row, out_row, G: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def finish(
-    out,
-    out_row,
-    workspace,
-    used,
-    m,
-    total,
-    acc,
-    factor,
-    queries,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
+    out, out_row, workspace, used, m, total, acc, factor, queries,
+    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Writes the output of one (request, kv head): of its only split, or of all `used` ones by the last that comes here.
 
     out [requests, queries, heads, D], rows of out_row elements for a request; factor multiplies all of it. PADDED is a power
@@ -262,19 +244,9 @@ def from_l2(at, seen):
 
 @triton.jit
 def combine(
-    out,
-    out_row,
-    tops,
-    sums,
-    parts,
-    used,
-    factor,
-    queries,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-):
+    out, out_row, tops, sums, parts, used, factor, queries,
+    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
     """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each.
 
     Each thread on its own, without a barrier that would hold loads up. Matrices only: sums over a cube's first dimension go

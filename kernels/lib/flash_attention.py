@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .triton_launch import launch_options
 
 #: Triton's interpreter multiplies bfloat16 as integers, and knows no PTX.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
@@ -26,40 +28,11 @@ LARGEST_GRID = 65535
 
 @triton.jit
 def attention(
-    out,
-    q,
-    k,
-    v,
-    k_tiles,
-    v_tiles,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    scale,
-    softcap,
-    window,
-    queries,
-    keys,
-    group,
-    out_sequence,
-    out_head,
-    out_row,
-    q_sequence,
-    q_head,
-    q_row,
-    k_sequence,
-    k_head,
-    k_row,
-    v_sequence,
-    v_head,
-    v_row,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    LIMITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, q, k, v, k_tiles, v_tiles, cu_seqlens_q, cu_seqlens_k, scale, softcap, window, queries, keys, group, out_sequence,
+    out_head, out_row, q_sequence, q_head, q_row, k_sequence, k_head, k_row, v_sequence, v_head, v_row,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr,
+    LIMITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """With cu_seqlens the sequences are packed: sequence strides are then 0, and queries and keys are not looked at.
 
     k_tiles and v_tiles are TMA descriptors [sequences, kv heads, keys, D], or packed [tokens, kv heads, D]; or None, and K and
@@ -129,33 +102,11 @@ def attention(
 
 @triton.jit
 def some_keys(
-    x,
-    m,
-    total,
-    acc,
-    k,
-    v,
-    k_tiles,
-    v_tiles,
-    sequence,
-    kv_head,
-    first_k,
-    begin,
-    end,
-    keys,
-    limit,
-    scale,
-    softcap,
-    window,
-    k_row,
-    v_row,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
-    MASK: tl.constexpr,
-    CAUSAL: tl.constexpr,
+    x, m, total, acc, k, v, k_tiles, v_tiles, sequence, kv_head, first_k, begin, end, keys, limit, scale, softcap, window,
+    k_row, v_row,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, MASK: tl.constexpr, CAUSAL: tl.constexpr,
     LIMITS: tl.constexpr,
-):
+):  # fmt: skip
     """(m, total, acc) after the keys begin to end, BLOCK_N at a time; without MASK whole blocks that every row sees.
 
     x [rows, D]; m, total [rows], acc [rows, D] float32: the greatest score so far times log2(e), the sum of exp2(score - m),
@@ -216,146 +167,90 @@ def keys_at(base, tiles, sequence, kv_head, first_k, start, inside, stride, n, d
     return found
 
 
-def launch_dense(
-    op: str,
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    scale: float,
-    softcap: float,
-    window: int,
-    causal: bool,
-    limits: bool,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+class Rule(NamedTuple):
+    """What a query sees and how scores become weights: the ops' last arguments."""
+
+    scale: float
+    softcap: float
+    window: int
+    causal: bool
+    limits: bool
+
+
+#: out, q, k and v.
+Tensors = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def launch_dense(op: str, tensors: Tensors, rule: Rule, config: dict[str, Any], launcher: Callable[..., None]) -> None:
     """A block for BLOCK_M rows of every kv head and sequence of [sequences, heads, tokens, head_dim]."""
+    out, q, k, v = tensors
     sequences, heads, queries, dim = q.shape
     kv_heads, keys = k.size(1), k.size(2)
-    _check(op, (out, q, k, v), heads, kv_heads, sequences, window, causal, limits)
+    _check(op, tensors, sequences, rule)
     if queries < 1 or keys < 1:
         raise ValueError(f"{op}: {queries} queries of {keys} keys; the kernel takes 1 and more")
     if v.size(1) != kv_heads or v.size(2) != keys or out.size(2) != queries:
         raise ValueError(f"{op}: k is {tuple(k.shape)}, v {tuple(v.shape)}, q {tuple(q.shape)}, out {tuple(out.shape)}")
-    block_n = config["block_n"]
-    tiles: list[Any] = [None, None]
-    if config.get("tma", False):
-        tiles = [
-            TensorDescriptor(
-                each,
-                [sequences, kv_heads, keys, dim],
-                [each.stride(0), each.stride(1), each.stride(2), 1],
-                [1, 1, block_n, dim],
-            )
-            for each in (k, v)
-        ]
-    strides = [each.stride(axis) for each in (out, q, k, v) for axis in (0, 1, 2)]
-    sizes = (queries, keys, heads // kv_heads)
-    blocks = _blocks(queries * (heads // kv_heads), config)
-    _launch((blocks, kv_heads, sequences), (out, q, k, v), tiles, None, (scale, softcap, window), sizes, strides, dim, causal,
-            limits, config, _launcher)  # fmt: skip
+    shape, block = [sequences, kv_heads, keys, dim], [1, 1, config["block_n"], dim]
+    tiles = [_tiles(each, shape, [each.stride(axis) for axis in range(3)], block, config) for each in (k, v)]
+    strides = [each.stride(axis) for each in tensors for axis in range(3)]
+    group = heads // kv_heads
+    grid = (_blocks(queries * group, config), kv_heads, sequences)
+    _launch(grid, (*tensors, *tiles, None, None), rule, (queries, keys, group, *strides), config, launcher)
 
 
 def launch_packed(
-    op: str,
-    out: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens: tuple[torch.Tensor, torch.Tensor],
-    max_seqlen_q: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    causal: bool,
-    limits: bool,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    op: str, tensors: Tensors, cu_seqlens: tuple[torch.Tensor, torch.Tensor], max_seqlen_q: int, rule: Rule,
+    config: dict[str, Any], launcher: Callable[..., None],
+) -> None:  # fmt: skip
     """The same of packed [tokens, heads, head_dim]; blocks behind a sequence's end leave at once."""
+    _out, q, k, v = tensors
     heads, dim = q.size(1), q.size(2)
     keys, kv_heads = k.size(0), k.size(1)
     sequences = cu_seqlens[0].size(0) - 1
-    _check(op, (out, q, k, v), heads, kv_heads, sequences, window, causal, limits)
+    _check(op, tensors, sequences, rule)
     if keys < 1:
         raise ValueError(f"{op}: {keys} keys; the kernel takes 1 and more")
     if v.size(0) != keys or v.size(1) != kv_heads or cu_seqlens[1].size(0) != cu_seqlens[0].size(0):
         raise ValueError(f"{op}: k is {tuple(k.shape)}, v {tuple(v.shape)}, {sequences} sequences")
-    block_n = config["block_n"]
-    tiles: list[Any] = [None, None]
-    if config.get("tma", False):
-        tiles = [
-            TensorDescriptor(each, [keys, kv_heads, dim], [each.stride(0), each.stride(1), 1], [block_n, 1, dim])
-            for each in (k, v)
-        ]
-    strides = [stride for each in (out, q, k, v) for stride in (0, each.stride(1), each.stride(0))]
-    sizes = (0, 0, heads // kv_heads)
-    blocks = _blocks(max_seqlen_q * (heads // kv_heads), config)
-    _launch((blocks, kv_heads, sequences), (out, q, k, v), tiles, cu_seqlens, (scale, softcap, window), sizes, strides, dim,
-            causal, limits, config, _launcher)  # fmt: skip
+    shape, block = [keys, kv_heads, dim], [config["block_n"], 1, dim]
+    tiles = [_tiles(each, shape, [each.stride(axis) for axis in range(2)], block, config) for each in (k, v)]
+    strides = [stride for each in tensors for stride in (0, each.stride(1), each.stride(0))]
+    group = heads // kv_heads
+    grid = (_blocks(max_seqlen_q * group, config), kv_heads, sequences)
+    _launch(grid, (*tensors, *tiles, *cu_seqlens), rule, (0, 0, group, *strides), config, launcher)
+
+
+def _tiles(x: torch.Tensor, shape: list[Any], strides: list[Any], block: list[int], config: dict[str, Any]) -> Any:
+    """A TMA descriptor of K or V, if the config asks for one."""
+    return TensorDescriptor(x, shape, [*strides, 1], block) if config.get("tma", False) else None
 
 
 def _blocks(rows: Any, config: dict[str, Any]) -> Any:
     return (rows + (config["block_m"] - 1)) // config["block_m"]
 
 
-def _check(
-    op: str,
-    tensors: tuple[torch.Tensor, ...],
-    heads: Any,
-    kv_heads: Any,
-    sequences: Any,
-    window: Any,
-    causal: bool,
-    limits: bool,
-) -> None:
+def _check(op: str, tensors: Tensors, sequences: Any, rule: Rule) -> None:
     """ValueError for what the kernel does not take: these become guards of the record."""
+    heads, kv_heads = tensors[1].size(1), tensors[2].size(1)
     if kv_heads < 1 or heads % kv_heads != 0:
         raise ValueError(f"{op}: {heads} query heads; the kernel takes multiples of the {kv_heads} kv heads")
     if sequences < 1 or sequences > LARGEST_GRID or kv_heads > LARGEST_GRID:
         raise ValueError(f"{op}: {sequences} sequences, {kv_heads} kv heads; the kernel takes 1 to {LARGEST_GRID}")
-    if limits and not causal and window != 0:
-        raise ValueError(f"{op}: a window of {window}; without causal it takes 0")
+    if rule.limits and not rule.causal and rule.window != 0:
+        raise ValueError(f"{op}: a window of {rule.window}; without causal it takes 0")
     for each in tensors:
         if each.stride(-1) != 1:
             raise ValueError(f"{op}: heads have the stride {each.stride(-1)}; the kernel takes 1")
 
 
 def _launch(
-    grid: tuple[Any, Any, Any],
-    tensors: tuple[torch.Tensor, ...],
-    tiles: list[Any],
-    cu_seqlens: tuple[torch.Tensor, torch.Tensor] | None,
-    rule: tuple[float, float, int],
-    sizes: tuple[Any, Any, Any],
-    strides: list[Any],
-    dim: int,
-    causal: bool,
-    limits: bool,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
-    pdl = config.get("pdl", True)
-    _launcher(
-        attention,
-        grid,
-        *tensors,
-        *tiles,
-        *(cu_seqlens or (None, None)),
-        *rule,
-        *sizes,
-        *strides,
-        D=dim,
-        BLOCK_M=config["block_m"],
-        BLOCK_N=config["block_n"],
-        STAGES=config["stages"],
-        CAUSAL=causal,
-        LIMITS=limits,
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        launch_pdl=pdl,
-    )
+    grid: tuple[Any, Any, Any], tensors: tuple[Any, ...], rule: Rule, sizes: tuple[Any, ...], config: dict[str, Any],
+    launcher: Callable[..., None],
+) -> None:  # fmt: skip
+    tile = {"D": tensors[1].size(-1), "BLOCK_M": config["block_m"], "BLOCK_N": config["block_n"], "STAGES": config["stages"]}
+    options = {"CAUSAL": rule.causal, "LIMITS": rule.limits, **launch_options(config, num_stages=None)}
+    launcher(attention, grid, *tensors, *rule[:3], *sizes, **tile, **options)
 
 
 def candidates(sizes: dict[str, int]) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Attention over K and V that lie in tensors, in plain torch: what the references and fallbacks of the dense ops share.
+"""Attention over K and V that lie in tensors, in plain torch: what attention_dense and attention_varlen declare alike.
 
 q [sequences, heads, queries, head_dim], k and v [sequences, kv heads, keys, head_dim]; packed sequences are padded to that.
 Nothing here waits for the GPU.
@@ -6,13 +6,20 @@ Nothing here waits for the GPU.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+from hdispatch.errors import ArgumentError
+from hdispatch.opspec import Variant
 from torch.nn.functional import scaled_dot_product_attention
 
 #: Scores, or elements of padded sequences, that are held at once.
 HELD = 2**27
+#: Upper edges of the buckets of max_seqlen_q.
+LENGTHS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
+#: Queries of a sample call, unless it is asked for, and query heads per kv head.
+LONGEST, GROUP = 100, 4
 
 
 class Rule(NamedTuple):
@@ -22,6 +29,41 @@ class Rule(NamedTuple):
     softcap: float = 0.0
     window: int = 0
     causal: bool = False
+
+
+def checked_rule(op: str, scale: float, softcap: float, window: int, causal: bool, limits: bool) -> Rule:
+    """The ops' last arguments. ArgumentError for a softcap or window without `limits`, or a window without `causal`."""
+    if not limits and (softcap or window):
+        raise ArgumentError(f"{op}: softcap is {softcap} and window {window}; without limits both are 0")
+    if window and not causal:
+        raise ArgumentError(f"{op}: window is {window}; without causal it is 0")
+    return Rule(scale, softcap, window, causal)
+
+
+def check_heads(op: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """ArgumentError unless q has a multiple of k's heads, which are dimension 1 of both, and v has k's shape."""
+    if q.size(1) % max(1, k.size(1)) or (k.size(1) == 0 and q.size(1)):
+        raise ArgumentError(f"{op}: q has {q.size(1)} heads; expected a multiple of k's, which has {k.size(1)}")
+    if k.shape != v.shape:
+        raise ArgumentError(f"{op}: v is {list(v.shape)}; expected k's shape, {list(k.shape)}")
+
+
+def sample_heads(heads: int) -> tuple[int, int, int]:
+    """Heads of q, k and v of a sample call with so many heads of q."""
+    kv_heads = max(1, heads // GROUP) if heads % GROUP == 0 else heads
+    return heads, kv_heads, kv_heads
+
+
+def sample_rule(variant: Variant, dim: int, longest: int) -> tuple[float, float, int, bool, bool]:
+    """scale, softcap, window, causal and limits of a sample call, for heads of `dim` and up to `longest` queries."""
+    causal, limits = bool(variant.static["causal"]), bool(variant.static["limits"])
+    window = 1 + longest // 2 if limits and causal else 0
+    return 1 / math.sqrt(dim), (30.0 if limits else 0.0), window, causal, limits
+
+
+def served(variant: Variant) -> bool:
+    """What models have: a softcap and windows with causal, in bfloat16."""
+    return not variant.static["limits"] or (bool(variant.static["causal"]) and variant.dtypes["q"] == torch.bfloat16)
 
 
 class Lengths(NamedTuple):

@@ -1,4 +1,4 @@
-"""The CuteDSL kernels of ll_gemm_bf16: see ll_gemm.py."""
+"""The CuteDSL kernels of ll_gemm_bf16: see lib/ll_gemm."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from cutlass import BFloat16, Float32
 from hdispatch.opspec import Variant
 
-from ..ll_gemm import Program, columns_for, dot, split, warpgroup
-from ..ll_gemm import program as gemm
+from ..lib.ll_gemm.configs import columns_for, dot, split, warpgroup
+from ..lib.ll_gemm.program import Program
+from ..lib.ll_gemm.program import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
 GENERIC = ("N",)
@@ -25,7 +26,7 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
     return gemm(BFloat16, Float32 if variant.dtypes["out"] == torch.float32 else BFloat16, sizes, config)
 
 
-def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:  # noqa: ARG001
+def candidates(sizes: Mapping[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs that are worth measuring. A router's weights are few: all of them are on their way at once."""
     m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
     found = [split(8, cluster, 2, columns=columns, depth=3) for cluster in (4, 2, 1)]

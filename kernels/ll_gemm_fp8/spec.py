@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.opspec import Fallback, OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, FP8_MAX
+from ..lib.reference_fp8 import FP8, FP8_MAX
 
 NAME = "ll_gemm_fp8"
 
@@ -74,7 +74,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16, 32),
-    doc=reference.__doc__ or "",
-    closed=True,
-    fallback=fallback,
+    fallback=Fallback(fallback, beyond_ladder=True),
 )

@@ -30,22 +30,10 @@ def multiplied(x: torch.Tensor, cache: torch.dtype) -> torch.Tensor:
 # 64-bit offsets: a cache has more than 2**31 elements.
 @helion.kernel(static_shapes=False, index_dtype=torch.int64)
 def paged_attention_decode(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
-    max_seq_len: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    k_scale: float,
-    v_scale: float,
-    group: int,
-    max_queries: int,  # noqa: ARG001 -- `check` looks at it
-    workspace: torch.Tensor,
-) -> None:
+    out: torch.Tensor, q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
+    sinks: torch.Tensor | None, max_seq_len: int, scale: float, softcap: float, window: int, k_scale: float, v_scale: float,
+    group: int, max_queries: int, workspace: torch.Tensor,  # noqa: ARG001 -- `check` looks at max_queries
+) -> None:  # fmt: skip
     requests, queries, _, dim = q.size()
     dim = hl.specialize(dim)
     group = hl.specialize(group)

@@ -9,8 +9,8 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
 from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, random_lengths, random_paged, softmax_scale
+from ..lib.reference_fp8 import FP8
 from ..lib.workspace import BYTES
-from ..numerics import FP8
 
 NAME = "paged_attention_decode"
 
@@ -136,7 +136,6 @@ SPEC = OpSpec(
     hints={"N": 560},  # a multiple of every group
     measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
     workspace=WorkspaceArg("workspace", BYTES),
-    doc=reference.__doc__ or "",
     own_scales=True,
     served=served,
     typical="bfloat16-bfloat16+group=4+max_queries=1",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,49 +13,17 @@ from ..lib import attention as lib
 from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, split_tokens, tokens_of_split
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 # What no kernel of a step writes.
 EARLY_READS = ("block_table", "seq_lens", "sinks")
 
 
 @triton.jit
 def paged_attention_decode(
-    out,
-    q,
-    kv_cache,
-    block_table,
-    seq_lens,
-    sinks,
-    workspace,
-    max_seq_len,
-    scale,
-    softcap,
-    window,
-    k_scale,
-    v_scale,
-    queries,
-    chunk,
-    page,
-    inverse,
-    out_row,
-    q_row,
-    q_query,
-    q_head,
-    table_row,
-    block_stride,
-    head_stride,
-    slot_stride,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    ROWS: tl.constexpr,
-    PADDED: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    SINKS: tl.constexpr,
-    TILE: tl.constexpr,
-    STAGES: tl.constexpr,
-    AT_ONCE: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, q, kv_cache, block_table, seq_lens, sinks, workspace, max_seq_len, scale, softcap, window, k_scale, v_scale,
+    queries, chunk, page, inverse, out_row, q_row, q_query, q_head, table_row, block_stride, head_stride, slot_stride,
+    G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, SINKS: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Grid (splits, kv heads, requests). Of ROWS rows the first queries * G, at most PADDED, are the queries' heads in turn.
 
     With a window the splits begin at the first tile that a query sees.
@@ -111,25 +78,9 @@ def paged_attention_decode(
 
 
 def launch(
-    out: torch.Tensor,
-    q: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
-    max_seq_len: int,
-    scale: float,
-    softcap: float,
-    window: int,
-    k_scale: float,
-    v_scale: float,
-    group: int,
-    max_queries: int,
-    workspace: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    out, q, kv_cache, block_table, seq_lens, sinks, max_seq_len, scale, softcap, window, k_scale, v_scale, group,
+    max_queries, workspace, *, config, _launcher,
+):  # fmt: skip
     """A block per split, kv head and request; see lib.split_chunk for config["chunk"]."""
     if q.dim() == 3:  # called directly; the doors make it four
         out, q = out.unsqueeze(1), q.unsqueeze(1)
@@ -142,49 +93,16 @@ def launch(
         )
     if q.stride(3) != 1:
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
-    pdl, warps, rows = config.get("pdl", True), config["num_warps"], max_queries * group
-    chunk = lib.split_chunk(config["chunk"], rows)
-    _launcher(
-        paged_attention_decode,
-        (lib.splits_of(max_seq_len, requests * kv_heads, rows, chunk), kv_heads, requests),
-        out,
-        q,
-        kv_cache,
-        block_table,
-        seq_lens,
-        sinks,
-        workspace.view(torch.float32),
-        max_seq_len,
-        scale,
-        softcap,
-        window,
-        k_scale,
-        v_scale,
-        queries,
-        chunk,
-        page,
-        lib.page_inverse(page),
-        out.stride(0),
-        q.stride(0),
-        q.stride(1),
-        q.stride(2),
-        block_table.stride(0),
-        kv_cache.stride(0),
-        kv_cache.stride(1),
-        kv_cache.stride(2),
-        G=group,
-        D=dim,
-        ROWS=max(16, triton.next_power_of_2(rows)),
-        PADDED=triton.next_power_of_2(rows),
-        CAUSAL=max_queries > 1,
-        SINKS=sinks is not None,
-        TILE=config["tile"],
-        STAGES=config["stages"],
-        AT_ONCE=config.get("at_once", lib.parts_at_once(rows, dim, warps)),
-        PDL=pdl,
-        num_warps=warps,
-        launch_pdl=pdl,
-    )
+    rows = max_queries * group
+    chunk, padded = lib.split_chunk(config["chunk"], rows), triton.next_power_of_2(rows)
+    grid = (lib.splits_of(max_seq_len, requests * kv_heads, rows, chunk), kv_heads, requests)
+    tensors = (out, q, kv_cache, block_table, seq_lens, sinks, workspace.view(torch.float32))
+    rule, sizes = (scale, softcap, window, k_scale, v_scale), (queries, chunk, page, lib.page_inverse(page))
+    strides = (out.stride(0), q.stride(0), q.stride(1), q.stride(2), *lib.cache_strides(kv_cache, block_table))
+    tile = {"G": group, "D": dim, "ROWS": max(16, padded), "PADDED": padded}
+    flags = {"CAUSAL": max_queries > 1, "SINKS": sinks is not None}
+    options = lib.options(config, rows, dim)
+    _launcher(paged_attention_decode, grid, *tensors, max_seq_len, *rule, *sizes, *strides, **tile, **flags, **options)
 
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:

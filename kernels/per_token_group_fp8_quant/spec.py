@@ -7,8 +7,16 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, clamp_low_first, poisoned_outputs, power_of_two, split_groups, store_groups, times_inverse
-from ..numerics import FP8, FP8_MAX, absmax, random_rows
+from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows
+from ..lib.reference_groups import (
+    absmax_scale,
+    clamp_low_first,
+    poisoned_outputs,
+    power_of_two,
+    split_groups,
+    store_groups,
+    times_inverse,
+)
 
 NAME = "per_token_group_fp8_quant"
 
@@ -74,5 +82,4 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
 )

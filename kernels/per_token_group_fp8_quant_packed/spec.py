@@ -8,8 +8,16 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, clamp_low_first, poisoned_outputs, power_of_two, split_groups, store_groups, times_inverse
-from ..numerics import FP8, FP8_MAX, absmax, random_rows
+from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows
+from ..lib.reference_groups import (
+    absmax_scale,
+    clamp_low_first,
+    poisoned_outputs,
+    power_of_two,
+    split_groups,
+    store_groups,
+    times_inverse,
+)
 
 NAME = "per_token_group_fp8_quant_packed"
 
@@ -87,5 +95,4 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
 )

@@ -2,21 +2,20 @@
 
 Groups are numbered through all rows, with each row filled up to a multiple of four: a missing group is a byte of 0. So are
 the rows that fill M up to a multiple of four, where the scales lie as vLLM's op takes them.
-Configs are those of per_token_group_fp8_quant.
+See lib/triton_groups.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..per_token_group_fp8_quant import triton as shared
-from ..per_token_group_fp8_quant.triton import (
+from ..lib import triton_groups as lib
+from ..lib.triton_fp8 import reciprocal
+from ..lib.triton_groups import (
     absmax_scale,
     clamp_codes,
     inverse_scale,
@@ -24,30 +23,15 @@ from ..per_token_group_fp8_quant.triton import (
     row_of,
     store_codes,
 )
-from ..triton_device import reciprocal
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 
 @triton.jit
 def per_token_group_fp8_quant_packed(
-    input,
-    output_q,
-    output_s_packed,
-    eps,
-    fp8_min,
-    fp8_max,
-    m,
-    groups_of_row,
-    words_of_row,
-    row_stride,
-    word_stride,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    input, output_q, output_s_packed, eps, fp8_min, fp8_max, m, groups_of_row, words_of_row, row_stride, word_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """GROUPS groups of GROUP elements per program, for m rows and those that fill them up to a multiple of four."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     row = row_of(group, words_of_row * 4)
@@ -76,44 +60,18 @@ def per_token_group_fp8_quant_packed(
     tl.store(byte, exponent, (row < m) | padding)
 
 
-def launch(
-    input: torch.Tensor,
-    output_q: torch.Tensor,
-    output_s_packed: torch.Tensor,
-    group_size: int,
-    eps: float,
-    fp8_min: float,
-    fp8_max: float,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(input, output_q, output_s_packed, group_size, eps, fp8_min, fp8_max, *, config, _launcher):
     """One program for every `elements` elements."""
-    m, groups_of_row = input.size(0), shared.whole_groups(input.size(1), group_size)
+    m, groups_of_row = input.size(0), lib.whole_groups(input.size(1), group_size)
     words_of_row = (groups_of_row + 3) // 4
     groups = (m + 3) // 4 * 4 * words_of_row * 4
-    tile = config["elements"] // group_size
-    _launcher(
-        per_token_group_fp8_quant_packed,
-        ((groups + tile - 1) // tile,),
-        input,
-        output_q,
-        output_s_packed,
-        eps,
-        fp8_min,
-        fp8_max,
-        m,
-        groups_of_row,
-        words_of_row,
-        output_s_packed.stride(0),
-        output_s_packed.stride(1),
-        GROUP=group_size,
-        GROUPS=tile,
-        VECTOR=config["vector"],
-        **shared.launch_options(config),
-    )
+    options = lib.tile_options(config, group_size)
+    grid = ((groups + options["GROUPS"] - 1) // options["GROUPS"],)
+    sizes = (m, groups_of_row, words_of_row, output_s_packed.stride(0), output_s_packed.stride(1))
+    tensors = (input, output_q, output_s_packed)
+    _launcher(per_token_group_fp8_quant_packed, grid, *tensors, eps, fp8_min, fp8_max, *sizes, **options)
 
 
-def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
+def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring for some sizes; the first is a safe default."""
-    return shared.candidates(sizes, variant)
+    return lib.tile_configs(lib.TILES, sizes, sizes.get("K", 4096))

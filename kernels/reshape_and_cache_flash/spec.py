@@ -9,7 +9,7 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import OpSpec, StrArg, TensorArg, Variant
 
 from ..lib.paged_kv import check_slots, random_slots, write
-from ..numerics import FP8, random_rows
+from ..lib.reference_fp8 import FP8, random_rows
 
 NAME = "reshape_and_cache_flash"
 
@@ -100,7 +100,6 @@ SPEC = OpSpec(
     shapes=({"K": 128}, {"K": 64}),
     config_key={"head_dim": "K", "num_tokens": "M"},
     hints={"N": 8},
-    doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+kv_cache_dtype=auto",
 )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
+from ..lib.triton_launch import launch_options
+
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 @triton.jit
@@ -27,29 +26,10 @@ def stored(x, scale, like: tl.constexpr):
 
 @triton.jit
 def reshape_and_cache_flash(
-    key,
-    value,
-    key_cache,
-    value_cache,
-    slot_mapping,
-    k_scale,
-    v_scale,
-    tokens,
-    columns,
-    page,
-    key_row,
-    value_row,
-    k_block,
-    k_slot,
-    k_head,
-    v_block,
-    v_slot,
-    v_head,
-    D: tl.constexpr,
-    TOKENS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, tokens, columns, page, key_row, value_row,
+    k_block, k_slot, k_head, v_block, v_slot, v_head,
+    D: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """columns is heads * D."""
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -76,19 +56,7 @@ def reshape_and_cache_flash(
     tl.store(value_cache + v_at, stored(v, v_divisor, like), here)
 
 
-def launch(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    _kv_cache_dtype: str,
-    k_scale: torch.Tensor,
-    v_scale: torch.Tensor,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(key, value, key_cache, value_cache, slot_mapping, _kv_cache_dtype, k_scale, v_scale, *, config, _launcher):
     """One program per `tokens` tokens and `block` columns."""
     tokens, heads, dim = key.shape
     columns, page = heads * dim, key_cache.size(1)
@@ -99,36 +67,13 @@ def launch(
     for cache in (key_cache, value_cache):
         if cache.stride(3) != 1:
             raise ValueError(f"reshape_and_cache_flash: heads of a cache have the stride {cache.stride(3)}; the kernel takes 1")
-    pdl, block = config.get("pdl", True), config["block"]
-    _launcher(
-        reshape_and_cache_flash,
-        ((tokens + config["tokens"] - 1) // config["tokens"], (columns + block - 1) // block),
-        key,
-        value,
-        key_cache,
-        value_cache,
-        slot_mapping,
-        k_scale,
-        v_scale,
-        tokens,
-        columns,
-        page,
-        key.stride(0),
-        value.stride(0),
-        key_cache.stride(0),
-        key_cache.stride(1),
-        key_cache.stride(2),
-        value_cache.stride(0),
-        value_cache.stride(1),
-        value_cache.stride(2),
-        D=dim,
-        TOKENS=config["tokens"],
-        BLOCK=block,
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    block = config["block"]
+    grid = ((tokens + config["tokens"] - 1) // config["tokens"], (columns + block - 1) // block)
+    tensors = (key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale)
+    strides = [cache.stride(axis) for cache in (key_cache, value_cache) for axis in range(3)]
+    sizes = (tokens, columns, page, key.stride(0), value.stride(0), *strides)
+    tile = {"D": dim, "TOKENS": config["tokens"], "BLOCK": block}
+    _launcher(reshape_and_cache_flash, grid, *tensors, *sizes, **tile, **launch_options(config))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
 
-from ..numerics import random_rows
+from ..lib.reference_fp8 import random_rows
+from ..lib.reference_norm import normalized, random_weight
 
 NAME = "rms_norm"
 
@@ -24,17 +25,6 @@ def reference(result: torch.Tensor, input: torch.Tensor, weight: torch.Tensor | 
     r = rsqrt(mean(input * input) + epsilon) of each row; all arithmetic is float32.
     """
     result.copy_(normalized(input.float(), weight, epsilon).reshape(result.shape))
-
-
-def normalized(x: torch.Tensor, weight: torch.Tensor | None, epsilon: float) -> torch.Tensor:
-    """x * rsqrt(mean(x * x) + epsilon) * weight in float32, for x float32 [..., K] and weight [K] of any dtype, or None."""
-    y = x * torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
-    return y if weight is None else y * weight.float()
-
-
-def random_weight(columns: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    """Weights [columns] around 1."""
-    return (1 + 0.2 * torch.randn(columns, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -58,7 +48,6 @@ SPEC = OpSpec(
     # Hidden states have one row per token, heads have any number.
     shapes=(*({"K": k, "N": 1} for k in (2048, 4096, 5120)), *({"K": k} for k in (128, 64, 256)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     typical="bfloat16+weight",
     # K is below every block, so that configs for few columns can be traced too.
     hints={"K": 48, "N": 8},

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rows import looped, options, programs, warps_for, whole
+from ..lib.triton_rows import load_weights, looped, normed, options, programs, warps_for, whole
 
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 
 @triton.jit
 def rms_norm(
-    result,
-    input,
-    weight,
-    epsilon,
-    m,
-    last_head,
-    k,
-    token_stride,
-    head_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    result, input, weight, epsilon, m, last_head, k, token_stride, head_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """Strides are in units of 8 elements, so that rows are seen to be 16-byte aligned. LOOP: k may exceed BLOCK."""
     # Unsigned: twice the rows before an overflow, and a cheaper division.
     row = tl.program_id(0).to(tl.uint32) * ROWS + tl.arange(0, ROWS).to(tl.uint32)
@@ -44,9 +30,8 @@ def rms_norm(
     columns = tl.arange(0, BLOCK)[None, :]
     inside = (token < tl.cast(m, tl.uint32))[:, None]
     first = inside & (columns < k)
-    if weight is not None:
-        # As a matrix it gets the input's layout in registers; and it is a constant, so it need not wait.
-        w = tl.load(weight + columns + tl.zeros([ROWS, 1], tl.int32), mask=first, other=0.0)
+    # A constant, so it need not wait.
+    w = load_weights(weight, 0, columns, first, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)
@@ -58,46 +43,24 @@ def rms_norm(
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    y = x * rstd
-    if weight is not None:
-        y *= w.to(tl.float32)
+    y = normed(x, rstd, w)
     tl.store(target + columns, y.to(result.dtype.element_ty), mask=first)
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
-            y = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32) * rstd
-            if weight is not None:
-                y *= tl.load(weight + start + columns + tl.zeros([ROWS, 1], tl.int32), mask=rest, other=0.0).to(tl.float32)
+            more = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
+            y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
             tl.store(target + start + columns, y.to(result.dtype.element_ty), mask=rest)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor | None,
-    epsilon: float,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, weight, epsilon, *, config, _launcher):
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, n, k = input.size(0), input.size(1), input.size(2)
     if input.stride(2) != 1 or input.stride(1) % 8 != 0 or input.stride(0) % 8 != 0:
         raise ValueError(f"rms_norm: strides {input.stride()} of input; the kernel takes rows that are 16-byte aligned")
-    _launcher(
-        rms_norm,
-        programs(m * n, config),
-        result,
-        input,
-        weight,
-        epsilon,
-        m,
-        n - 1,  # as n itself it would be taken for a multiple of 16
-        k,
-        input.stride(0) // 8,
-        input.stride(1) // 8,
-        **options(config, k),
-    )
+    # n - 1, because n itself would be taken for a multiple of 16.
+    sizes = (m, n - 1, k, input.stride(0) // 8, input.stride(1) // 8)
+    _launcher(rms_norm, programs(m * n, config), result, input, weight, epsilon, *sizes, **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

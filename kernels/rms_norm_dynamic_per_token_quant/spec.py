@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
+from ..lib.reference_norm import random_weight, twice_rounded
 
 NAME = "rms_norm_dynamic_per_token_quant"
 
@@ -43,23 +44,17 @@ def reference(
     if residual is not None:
         x = x + residual.float()
         residual.copy_(x)
-    quantize_rows(_normalized(x, weight, epsilon), result, scale, scale_ub)
-
-
-def _normalized(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """y of `reference` in float32, of x [M, K] float32 and weight [K]."""
-    rstd = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
-    return ((x * rstd).to(weight.dtype) * weight).float()
+    quantize_rows(twice_rounded(x, weight, epsilon), result, scale, scale_ub)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments; `OpSpec` says the rest."""
     m, k, dtype, epsilon = sizes["M"], sizes["K"], variant.dtypes["input"], 1e-6
     x = random_rows(m, k, dtype, device, generator)
-    weight = (1 + 0.2 * torch.randn(k, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
+    weight = random_weight(k, dtype, device, generator)
     residual = None if "residual" in variant.none else random_rows(m, k, dtype, device, generator)
     total = x.float() if residual is None else x.float() + residual.float()
-    scale_ub = None if "scale_ub" in variant.none else upper_bound(_normalized(total, weight, epsilon))
+    scale_ub = None if "scale_ub" in variant.none else upper_bound(twice_rounded(total, weight, epsilon))
     result, scale = poisoned_outputs(m, k, device)
     return [result, x, weight, scale, epsilon, scale_ub, residual]
 
@@ -79,6 +74,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
 )

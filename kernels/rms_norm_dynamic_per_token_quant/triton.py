@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rows import looped, options, programs, warps_for, whole
-from ..triton_device import bounded, clamp_rows, divide_rows, row_scale, widened
+from ..lib.triton_fp8 import bounded, row_scale, widened
+from ..lib.triton_rows import looped, options, own_rows, programs, store_codes, warps_for, whole
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 
@@ -35,23 +32,11 @@ def _weighted(x, rstd, w):
 
 @triton.jit
 def rms_norm_dynamic_per_token_quant(
-    result,
-    input,
-    weight,
-    scale,
-    epsilon,
-    scale_ub,
-    residual,
-    m,
-    k,
-    row_stride,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LOOP: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    result, input, weight, scale, epsilon, scale_ub, residual, m, k, row_stride,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """LOOP: k may exceed BLOCK; then the rest of a row is read three times, and the residual written in the last."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    row = own_rows(ROWS)
     source = input + row[:, None] * row_stride
     target = result + row[:, None] * k
     old = None
@@ -89,9 +74,7 @@ def rms_norm_dynamic_per_token_quant(
         absmax = bounded(absmax, bound)
     s = row_scale(absmax)
     tl.store(scale + row, s, mask=row < m)
-    if scale_ub is not None:
-        y = clamp_rows(y, s)
-    tl.store(target + columns, divide_rows(y, s).to(tl.float8e4nv), mask=first)
+    store_codes(target + columns, y, s, scale_ub, first)
     if residual is not None:
         tl.store(old + columns, x.to(residual.dtype.element_ty), mask=first)
     if LOOP:
@@ -99,42 +82,16 @@ def rms_norm_dynamic_per_token_quant(
             rest = inside & (start + columns < k)
             x = _sum(source, old, start + columns, rest)
             y = _weighted(x, rstd, tl.load(weights + start + columns, mask=rest, other=0.0))
-            if scale_ub is not None:
-                y = clamp_rows(y, s)
-            tl.store(target + start + columns, divide_rows(y, s).to(tl.float8e4nv), mask=rest)
+            store_codes(target + start + columns, y, s, scale_ub, rest)
             if residual is not None:
                 tl.store(old + start + columns, x.to(residual.dtype.element_ty), mask=rest)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    epsilon: float,
-    scale_ub: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, weight, scale, epsilon, scale_ub, residual, *, config, _launcher):
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
-    _launcher(
-        rms_norm_dynamic_per_token_quant,
-        programs(m, config),
-        result,
-        input,
-        weight,
-        scale,
-        epsilon,
-        scale_ub,
-        residual,
-        m,
-        k,
-        input.stride(0),
-        **options(config, k),
-    )
+    tensors = (result, input, weight, scale, epsilon, scale_ub, residual)
+    _launcher(rms_norm_dynamic_per_token_quant, programs(m, config), *tensors, m, k, input.stride(0), **options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

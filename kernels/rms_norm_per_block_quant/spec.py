@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
-from ..numerics import FP8, absmax, random_rows, upper_bound
+from ..lib.reference_fp8 import FP8, absmax, random_rows, upper_bound
+from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
+from ..lib.reference_norm import random_weight, twice_rounded
 
 NAME = "rms_norm_per_block_quant"
 
@@ -53,7 +54,7 @@ def reference(
     if residual is not None:
         x = x + residual.float()
         residual.copy_(x)
-    groups = split_groups(_normalized(x, weight, epsilon), group_size)
+    groups = split_groups(twice_rounded(x, weight, epsilon), group_size)
     largest = absmax(groups)
     if scale_ub is not None:
         largest = torch.fmin(largest, scale_ub.reshape(()))
@@ -62,22 +63,16 @@ def reference(
     store_groups(times_inverse(groups, scales), result)
 
 
-def _normalized(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """y of `reference` in float32, of x [M, K] float32 and weight [K]."""
-    rstd = torch.rsqrt((x * x).mean(dim=-1, keepdim=True) + epsilon)
-    return ((x * rstd).to(weight.dtype) * weight).float()
-
-
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments; `OpSpec` says the rest."""
     m, k, dtype, size, epsilon = sizes["M"], sizes["K"], variant.dtypes["input"], int(variant.static["group_size"]), 1e-6
     x = random_rows(m, k, dtype, device, generator)
-    weight = (1 + 0.2 * torch.randn(k, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
+    weight = random_weight(k, dtype, device, generator)
     residual = None if "residual" in variant.none else random_rows(m, k, dtype, device, generator)
     scale_ub = None
     if "scale_ub" not in variant.none:
         total = x.float() if residual is None else x.float() + residual.float()
-        scale_ub = upper_bound(split_groups(_normalized(total, weight, epsilon), size).flatten(0, 1))
+        scale_ub = upper_bound(split_groups(twice_rounded(total, weight, epsilon), size).flatten(0, 1))
     result, scale = poisoned_outputs(m, k, size, device)
     ue8m0 = bool(variant.static["scale_ue8m0"])
     return [result, x, weight, scale, epsilon, scale_ub, residual, size, False, ue8m0]
@@ -109,5 +104,4 @@ SPEC = OpSpec(
     served=served,
     # The least of the shapes: a config for rows of that size takes no longer ones.
     hints={"K": 2048},
-    doc=reference.__doc__ or "",
 )

@@ -8,26 +8,23 @@ Configs have
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..per_token_group_fp8_quant.triton import (
+from ..lib.triton_fp8 import bounded
+from ..lib.triton_groups import (
     absmax_scale,
     inverse_scale,
-    launch_options,
     power_of_two,
     store_codes,
     whole_groups,
 )
-from ..triton_device import bounded
+from ..lib.triton_launch import launch_options
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 EARLY_READS = ("weight",)
 
 
@@ -44,23 +41,9 @@ def load_row(pointer, groups_of_row, GROUP: tl.constexpr, GROUPS: tl.constexpr, 
 
 @triton.jit
 def rms_norm_per_block_quant(
-    result,
-    input,
-    weight,
-    scale,
-    scale_ub,
-    residual,
-    epsilon,
-    groups_of_row,
-    input_stride,
-    row_stride,
-    group_stride,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    UE8M0: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    result, input, weight, scale, scale_ub, residual, epsilon, groups_of_row, input_stride, row_stride, group_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, CHUNKS: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """A row of at most CHUNKS * GROUPS groups of GROUP elements."""
     dtype: tl.constexpr = input.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
@@ -110,44 +93,18 @@ def rms_norm_per_block_quant(
 
 
 def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor,
-    epsilon: float,
-    scale_ub: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    group_size: int,
-    is_scale_transposed: bool,  # noqa: ARG001
-    scale_ue8m0: bool,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+    result, input, weight, scale, epsilon, scale_ub, residual, group_size, _is_scale_transposed, scale_ue8m0, *, config,
+    _launcher,
+):  # fmt: skip
     """One program per row of at most `chunk` * `chunks` elements."""
     m, k = input.size(0), input.size(1)
     if k > config["chunk"] * config["chunks"]:
         raise ValueError(f"a row has {k} elements; the config takes up to {config['chunk']} * {config['chunks']}")
-    _launcher(
-        rms_norm_per_block_quant,
-        (m,),
-        result,
-        input,
-        weight,
-        scale,
-        scale_ub,
-        residual,
-        epsilon,
-        whole_groups(k, group_size),
-        input.stride(0),
-        scale.stride(0),
-        scale.stride(1),
-        GROUP=group_size,
-        GROUPS=config["chunk"] // group_size,
-        CHUNKS=config["chunks"],
-        UE8M0=scale_ue8m0,
-        **launch_options(config),
-    )
+    tensors = (result, input, weight, scale, scale_ub, residual)
+    strides = (input.stride(0), scale.stride(0), scale.stride(1))
+    tile = {"GROUP": group_size, "GROUPS": config["chunk"] // group_size, "CHUNKS": config["chunks"]}
+    groups_of_row, options = whole_groups(k, group_size), launch_options(config)
+    _launcher(rms_norm_per_block_quant, (m,), *tensors, epsilon, groups_of_row, *strides, **tile, UE8M0=scale_ue8m0, **options)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

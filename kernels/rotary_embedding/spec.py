@@ -9,8 +9,8 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..lib.indices import check_indices
-from ..numerics import random_rows
-from ..rope import random_cache, random_positions, rotated
+from ..lib.reference_fp8 import random_rows
+from ..lib.rope import random_cache, random_positions, rotated
 
 NAME = "rotary_embedding"
 
@@ -102,7 +102,6 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k, "N": 1024} for k in (2048, 4096, 8192)), {}),
     config_key={"query_size": "K", "key_size": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     served=served,
     typical="bfloat16-bfloat16+key+head_size=128+is_neox",
     hints={"N": 1024},

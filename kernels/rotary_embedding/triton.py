@@ -2,50 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..rope import program_tile
+from ..lib import triton_rope as lib
 
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 
 
 @triton.jit
 def rotary_embedding(
-    query,
-    key,
-    positions,
-    cos_sin_cache,
-    tokens,
-    query_stride,
-    key_stride,
-    query_heads,
-    key_heads,
-    query_tiles,
-    sixteenths,
-    D: tl.constexpr,
-    NEOX: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """Rotates HEADS heads of TOKENS tokens; the tiles of the key follow those of the query.
-
-    sixteenths is the rotary dimension / 16: so its rows are seen to be aligned.
-    """
-    ROWS: tl.constexpr = TOKENS * HEADS
+    query, key, positions, cos_sin_cache, tokens, query_stride, key_stride, query_heads, key_heads, query_tiles, sixteenths,
+    D: tl.constexpr, NEOX: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Rotates HEADS heads of TOKENS tokens; the tiles of the key follow those of the query."""
     half = sixteenths * 8
-    rows = tl.arange(0, ROWS)
-    token = tl.program_id(0) * TOKENS + rows // HEADS
+    token, number = lib.rows_of_tile(TOKENS, HEADS)
     tile = tl.program_id(1)
     of_query = tile < query_tiles
-    head = tl.where(of_query, tile, tile - query_tiles) * HEADS + rows % HEADS
+    head = tl.where(of_query, tile, tile - query_tiles) * HEADS + number
     inside = ((token < tokens) & (head < tl.where(of_query, query_heads, key_heads)))[:, None]
     stride = tl.where(of_query, query_stride, key_stride)
     at = tl.where(of_query, query, key) + (token.to(tl.int64) * stride + head * D)[:, None]
@@ -62,77 +40,36 @@ def rotary_embedding(
         a = tl.load(at + pair, rotated).to(tl.float32)
         b = tl.load(at + half + pair, rotated).to(tl.float32)
     else:
-        a, b = tl.split(tl.reshape(tl.load(at + column, in_pairs), (ROWS, D // 2, 2)).to(tl.float32))
+        a = tl.load(at + column, in_pairs).to(tl.float32)
+        b = a
     angle = cos_sin_cache + (position * (2 * half))[:, None] + pair
     cos = tl.load(angle, rotated).to(tl.float32)
     sin = tl.load(angle + half, rotated).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
-    dtype: tl.constexpr = query.dtype.element_ty
-    a, b = (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+    a, b = lib.turned(a, b, cos, sin, query.dtype.element_ty, D, NEOX)
     if NEOX:
         tl.store(at + pair, a, rotated)
         tl.store(at + half + pair, b, rotated)
     else:
-        tl.store(at + column, tl.reshape(tl.join(a, b), (ROWS, D)), in_pairs)
+        tl.store(at + column, tl.reshape(tl.join(a, b), (TOKENS * HEADS, D)), in_pairs)
 
 
-def launch(
-    positions: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    head_size: int,
-    cos_sin_cache: torch.Tensor,
-    is_neox: bool,
-    _rope_dim_offset: int = 0,
-    _inverse: bool = False,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(positions, query, key, head_size, cos_sin_cache, is_neox, _rope_dim_offset=0, _inverse=False, *, config, _launcher):
     """One program per `tokens` tokens and as many heads as give each thread two vectors, or one of interleaved pairs."""
     keys = query if key is None else key
-    query_size, key_size, rotary = query.size(1), 0 if key is None else keys.size(1), cos_sin_cache.size(1)
+    query_size, key_size = query.size(1), 0 if key is None else keys.size(1)
     if query_size % head_size != 0 or key_size % head_size != 0:
         raise ValueError(f"rotary_embedding: rows of {query_size} and {key_size} elements are not heads of {head_size}")
-    if rotary % 16 != 0 or rotary > head_size:
-        raise ValueError(f"rotary_embedding: {rotary} of {head_size} elements rotated; the kernel takes multiples of 16")
-    tokens, heads = program_tile(head_size, is_neox, config)
-    query_tiles = (query_size // head_size + heads - 1) // heads
-    key_tiles = (key_size // head_size + heads - 1) // heads
-    pdl = config.get("pdl", True)
-    _launcher(
-        rotary_embedding,
-        ((query.size(0) + tokens - 1) // tokens, query_tiles + key_tiles),
-        query,
-        keys,
-        positions,
-        cos_sin_cache,
-        query.size(0),
-        query.stride(0),
-        keys.stride(0),
-        query_size // head_size,
-        key_size // head_size,
-        query_tiles,
-        rotary // 16,
-        D=head_size,
-        NEOX=is_neox,
-        TOKENS=tokens,
-        HEADS=heads,
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    sixteenths = lib.check_rotary("rotary_embedding", cos_sin_cache, head_size)
+    query_heads, key_heads = query_size // head_size, key_size // head_size
+    grid, tiles = lib.tiles(query.size(0), (query_heads, key_heads), head_size, is_neox, config)
+    tensors = (query, keys, positions, cos_sin_cache)
+    sizes = (query.size(0), query.stride(0), keys.stride(0), query_heads, key_heads, tiles[0], sixteenths)
+    _launcher(rotary_embedding, grid, *tensors, *sizes, **lib.options(head_size, is_neox, config))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """Configs worth measuring. More tokens per program give a thread more loads at once, and longer programs."""
-    if sizes["M"] <= 64:
-        tiles = [(1, 2), (1, 4), (1, 1), (1, 8), (2, 2)]
-    elif sizes["M"] <= 512:
-        tiles = [(1, 2), (1, 4), (1, 1), (1, 8), (2, 1), (2, 2), (2, 4)]
-    else:
-        tiles = [(2, 2), (1, 2), (1, 4), (2, 1), (2, 4), (4, 1), (4, 2), (4, 4)]
-    return [{"tokens": tokens, "num_warps": warps} for tokens, warps in tiles]
+    """Configs worth measuring: those of the fused ops, and longer programs, which have no norm to wait for."""
+    return lib.candidates(sizes) + ([{"tokens": 4, "num_warps": 4}] if sizes["M"] > 512 else [])

@@ -1,4 +1,4 @@
-"""The CuteDSL kernels of scaled_mm for few tokens: see ll_gemm.py.
+"""The CuteDSL kernels of scaled_mm for few tokens: see lib/ll_gemm.
 
 With PDL they read b and b_scales before the kernel before them has ended.
 """
@@ -12,9 +12,9 @@ import torch
 from cutlass import BFloat16, Float8E4M3FN, Float16
 from hdispatch.opspec import Variant
 
-from ..ll_gemm import Program
-from ..ll_gemm import program as gemm
-from ..ll_gemm_fp8.cutedsl import candidates as gemm_candidates
+from ..lib.ll_gemm.candidates import fp8_candidates
+from ..lib.ll_gemm.program import Program
+from ..lib.ll_gemm.program import program as gemm
 
 #: One record serves all N; K is compiled in where a row has one.
 GENERIC = ("N",)
@@ -31,6 +31,6 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
     return gemm(Float8E4M3FN, out, sizes, config, names, transposed=True)
 
 
-def candidates(sizes: Mapping[str, int], variant: Variant) -> list[dict[str, Any]]:
+def candidates(sizes: Mapping[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs that are worth measuring: none for more tokens than the kernels take."""
-    return gemm_candidates(sizes, variant) if sizes["M"] <= _LARGEST_M else []
+    return fp8_candidates(sizes) if sizes["M"] <= _LARGEST_M else []

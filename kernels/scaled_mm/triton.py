@@ -5,46 +5,28 @@ All but `dot` accumulate in the tensor core from the first k to the last, as CUT
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..lib import triton_gemm as gemm
+from ..lib.triton_gemm import dot
+from ..lib.triton_tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 from .pair import pair_kernel
-from .tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 
 #: One record serves all K and N that are multiples of 16.
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 #: Read before the wait for the kernel before this one, which seldom writes weights: a launch after one that does waits whole.
 EARLY_READS = ("b", "b_scales", "bias")
 
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def dot_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_as,
-    stride_bs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, bias, M, N, K, stride_out, stride_a, stride_b, stride_as, stride_bs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T on the plain cores: a program's BLOCK_N weights go to its registers, BLOCK_K bytes of each at once.
 
     The first of them are asked for while the kernel before this one still runs. Programs are many, small and resident at
@@ -90,28 +72,10 @@ def dot_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def stream_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_as,
-    stride_bs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, bias, M, N, K, stride_out, stride_a, stride_b, stride_as, stride_bs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out.T = weights @ a.T: the weights are the 64-row side of the tensor core, the rows of a the side that may be narrow.
 
     With SPLIT > 1 a tile takes BLOCK_N / SPLIT weights and cuts K into SPLIT pieces, which are stacked: as rows of the
@@ -161,27 +125,10 @@ def stream_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
 def tma_kernel(
-    out,
-    a,
-    b,
-    weights,
-    a_scales,
-    b_scales,
-    bias,
-    M,
-    N,
-    K,
-    stride_b,
-    stride_as,
-    stride_bs,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, weights, a_scales, b_scales, bias, M, N, K, stride_b, stride_as, stride_bs,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr,
+    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
     Rows of the last two tiles may be made twice, with the same result.
@@ -220,142 +167,34 @@ def tma_kernel(
             out.store([first_row, tile_n * BLOCK_N + part * WIDTH], result.to(out.dtype))
 
 
-def launch(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scales: torch.Tensor,
-    b_scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    config: Mapping[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
-    """One launch of the kernel that the config names; `dot`, `stream`, `tma` and `pair` say what a config holds."""
-    m, k, n = a.size(0), a.size(1), b.size(1)
-    block_m, block_n, block_k = config["block_m"], config["block_n"], config["block_k"]
-    scales = (a_scales, b_scales, bias)
-    strides = (a_scales.stride(0), b_scales.stride(0))
-    shared = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "PDL": config.get("pdl", True),
-        "num_warps": config["num_warps"],
-        "launch_pdl": config.get("pdl", True),
-    }
-    sizes = (m, n, k, out.stride(0), a.stride(0), b.stride(1))
+def launch(out, a, b, a_scales, b_scales, bias, *, config, _launcher):
+    """One launch of the kernel that the config names; see lib/triton_gemm.py."""
+    call = gemm.Call(out, a, b, (a_scales, b_scales, bias), (a_scales.stride(0), b_scales.stride(0)))
+    block_n, k_tile = config["block_n"], {"BLOCK_K": config["block_k"]}
     if config["kernel"] == "dot":
-        tiles = ((n + block_n - 1) // block_n, (m + block_m - 1) // block_m)
-        if "registers" in config:
-            shared["maxnreg"] = config["registers"]
-        _launcher(dot_kernel, tiles, out, a, b, *scales, *sizes, *strides, **shared)
-        return
-    shared |= {"GROUP": config["group"], "PREFETCH": config["prefetch"], "num_stages": config["num_stages"]}
-    if config["kernel"] == "stream":
-        rows = block_n // config["split"]
-        tiles = ((m + block_m - 1) // block_m) * ((n + rows - 1) // rows)
-        _launcher(stream_kernel, (tiles,), out, a, b, *scales, *sizes, *strides, SPLIT=config["split"], **shared)
-        return
-    if config["kernel"] == "pair":
-        out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, block_n])
-        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [64, block_k])
-        b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, block_k])
-        tiles = ((m + block_m - 1) // block_m) * ((n + block_n - 1) // block_n)
-        del shared["PREFETCH"]
-        grid, stages = (min(tiles, config["programs"]),), config["num_stages"]
-        _launcher(pair_kernel, grid, out_tiles, a_tiles, b_tiles, *scales, m, n, k, *strides, STAGES=stages, **shared)
-        return
-    parts = config["parts"]
-    out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [block_m, block_n // parts])
-    a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [block_m, block_k])
-    b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, block_k])
-    tiles = ((m + block_m - 1) // block_m) * ((n + block_n - 1) // block_n)
-    grid = (min(tiles, config["programs"]),)
-    sizes = (m, n, k, b.stride(1))
-    _launcher(tma_kernel, grid, out_tiles, a_tiles, b_tiles, b, *scales, *sizes, *strides, PARTS=parts, **shared)
+        gemm.launch_plain(dot_kernel, call, config, _launcher, **k_tile)
+    elif config["kernel"] == "stream":
+        gemm.launch_plain(stream_kernel, call, config, _launcher, SPLIT=config["split"], **k_tile)
+    elif config["kernel"] == "pair":
+        gemm.launch_tiles(pair_kernel, call, config, _launcher, block_n, block_n, STAGES=config["num_stages"], **k_tile)
+    else:
+        parts = config["parts"]
+        gemm.launch_tiles(tma_kernel, call, config, _launcher, block_n, block_n // parts, PARTS=parts, **k_tile)
 
 
-def dot(block_m: int, block_n: int, block_k: int, num_warps: int = 4, registers: int | None = None) -> dict[str, Any]:
-    """A config of `dot_kernel`. block_m is 1 or 2; block_k is at least 512 * num_warps: 16 bytes per thread.
-
-    A program holds block_n * block_k bytes of weights. `registers` is the most a thread may have, to fit more programs: best
-    is one wave of them, so that all ask for their first weights while the kernel before this one runs.
-    """
-    config: dict[str, Any] = {
-        "kernel": "dot",
-        "block_m": block_m,
-        "block_n": block_n,
-        "block_k": block_k,
-        "num_warps": num_warps,
-    }
-    return config if registers is None else {**config, "registers": registers}
+def stream(block_m: int, block_n: int, block_k: int, num_stages: int, **others: int) -> dict[str, Any]:
+    """See `gemm.stream`."""
+    return gemm.stream(block_m, block_n, num_stages, block_k=block_k, **others)
 
 
-def stream(
-    block_m: int, block_n: int, block_k: int, num_stages: int, split: int = 1, prefetch: int = 1024, num_warps: int = 4
-) -> dict[str, Any]:
-    """A config of `stream_kernel`. `prefetch` is in bytes per row of weights; a stage takes
-    (block_n + split * block_m) * block_k bytes of shared memory.
-    """
-    return {
-        "kernel": "stream",
-        "block_m": block_m,
-        "block_n": block_n,
-        "block_k": block_k,
-        "split": split,
-        "group": 8,
-        "prefetch": prefetch,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
+def tma(block_m: int, block_n: int, block_k: int, num_stages: int, parts: int = 1, **others: int) -> dict[str, Any]:
+    """See `gemm.tma`. A block takes (block_m + block_n) * block_k bytes per stage and block_m * block_n / parts * 2 for out."""
+    return gemm.tma(block_m, block_n, num_stages, block_k=block_k, parts=parts, **others)
 
 
-def tma(
-    block_m: int,
-    block_n: int,
-    block_k: int,
-    num_stages: int,
-    parts: int = 1,
-    programs: int = 132,
-    group: int = 8,
-    prefetch: int = 0,
-    num_warps: int = 4,
-) -> dict[str, Any]:
-    """A config of `tma_kernel`. A GPU's 132 SMs hold two blocks of 113 KB each or three of 75 KB; a block takes
-    (block_m + block_n) * block_k bytes per stage and block_m * block_n / parts * 2 for out.
-    """
-    return {
-        "kernel": "tma",
-        "block_m": block_m,
-        "block_n": block_n,
-        "block_k": block_k,
-        "parts": parts,
-        "group": group,
-        "programs": programs,
-        "prefetch": prefetch,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-
-
-def pair(
-    block_m: int, block_n: int, num_stages: int, block_k: int = 128, programs: int = 132, group: int = 8
-) -> dict[str, Any]:
-    """A config of `pair_kernel`, one block per SM: (block_m + block_n) * block_k bytes of shared memory per stage and
-    block_n * 256 for out, at most 227 KB. num_warps is that of one of the two groups.
-    """
-    return {
-        "kernel": "pair",
-        "block_m": block_m,
-        "block_n": block_n,
-        "block_k": block_k,
-        "group": group,
-        "programs": programs,
-        "prefetch": 0,
-        "num_warps": 4,
-        "num_stages": num_stages,
-    }
+def pair(block_m: int, block_n: int, num_stages: int, **others: int) -> dict[str, Any]:
+    """See `gemm.pair`. out takes block_n * 256 bytes."""
+    return gemm.pair(block_m, block_n, num_stages, block_k=128, **others)
 
 
 #: Up to 64 rows: TMA tiles of 64 rows, all but the tile's weights being read as zeros or from L2.

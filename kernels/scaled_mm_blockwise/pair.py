@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from ..scaled_mm.pair import load_tiles, make_barriers, row_of, store_tile, tile_of
+from ..lib.gluon_pair import load_tiles, make_barriers, row_of, store_tile, tile_of
 
 
 @gluon.jit
@@ -109,24 +109,9 @@ def multiply(tensors, sizes, out_tile, HALF: gl.constexpr, BLOCK_M: gl.constexpr
 
 @gluon.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def pair_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    GROUP: gl.constexpr,
-    STAGES: gl.constexpr,
-    PDL: gl.constexpr,
-):
+    out, a, b, a_scales, b_scales, M, N, K, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
     """out = a @ b.T. out, a and b are descriptors with blocks of [64, min(BLOCK_N, 128)], [64, 128] and [BLOCK_N, 128].
 
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not

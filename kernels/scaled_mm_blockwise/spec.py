@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8
-from ..scaled_mm.spec import SHAPES, random_fp8, random_scales
+from ..lib.reference_fp8 import FP8
+from ..lib.reference_gemm import SHAPES, random_fp8, random_scales
 
 NAME = "scaled_mm_blockwise"
 
@@ -59,5 +59,4 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
 )

@@ -5,21 +5,19 @@ The tensor core sums 128 products at a time, from zero, `dot` 16; the scaled sum
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..scaled_mm.tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
+from ..lib import triton_gemm as gemm
+from ..lib.triton_gemm import dot, pair, stream
+from ..lib.triton_tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
 from .pair import pair_kernel
 
 #: One record serves all K and N that are multiples of 16.
 GENERIC = ("K", "N")
-INDEX_BITS = 64
 #: Read before the wait for the kernel before this one, which seldom writes weights: a launch after one that does waits whole.
 EARLY_READS = ("b", "b_scales")
 
@@ -33,26 +31,9 @@ def load_scales(scales, at, stride, COUNT: tl.constexpr, end):
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def dot_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, M, N, K, stride_out, stride_a, stride_b, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T on the plain cores, as in `scaled_mm`. BLOCK_N divides 128: a program's weights share their scales.
 
     A thread's 16 products at a time are of one group: it scales their sum.
@@ -101,29 +82,10 @@ def dot_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def stream_kernel(
-    out,
-    a,
-    b,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_out,
-    stride_a,
-    stride_b,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, a_scales, b_scales, M, N, K, stride_out, stride_a, stride_b, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT: tl.constexpr, GROUP: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out.T = weights @ a.T, as in `scaled_mm`. BLOCK_N / SPLIT divides 128: the weights of a tile share their scales."""
     GROUP_SIZE: tl.constexpr = 128
     ROWS: tl.constexpr = BLOCK_N // SPLIT
@@ -172,28 +134,10 @@ def stream_kernel(
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
 def tma_kernel(
-    out,
-    a,
-    b,
-    weights,
-    a_scales,
-    b_scales,
-    M,
-    N,
-    K,
-    stride_b,
-    stride_am,
-    stride_ak,
-    stride_bk,
-    stride_bn,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLICES: tl.constexpr,
-    GROUP: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    STAGES: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, a, b, weights, a_scales, b_scales, M, N, K, stride_b, stride_am, stride_ak, stride_bk, stride_bn,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SLICES: tl.constexpr, GROUP: tl.constexpr, PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """out = a @ weights.T. out, a and b are descriptors; what lies beyond M, N and K is read as 0 and not written.
 
     Rows of the last two tiles may be made twice, with the same result.
@@ -238,134 +182,27 @@ def tma_kernel(
             out.store([first_row, tile_n * COLUMNS + i * BLOCK_N], accs[i].to(out.dtype))
 
 
-def launch(
-    out: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    a_scales: torch.Tensor,
-    b_scales: torch.Tensor,
-    *,
-    config: Mapping[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
-    """One launch of the kernel that the config names; `dot`, `stream`, `tma` and `pair` say what a config holds."""
-    m, k, n = a.size(0), a.size(1), b.size(1)
-    block_m, block_n = config["block_m"], config["block_n"]
+def launch(out, a, b, a_scales, b_scales, *, config, _launcher):
+    """One launch of the kernel that the config names; see lib/triton_gemm.py."""
     strides = (a_scales.stride(0), a_scales.stride(1), b_scales.stride(0), b_scales.stride(1))
-    shared = {
-        "BLOCK_M": block_m,
-        "BLOCK_N": block_n,
-        "PDL": config.get("pdl", True),
-        "num_warps": config["num_warps"],
-        "launch_pdl": config.get("pdl", True),
-    }
-    sizes = (m, n, k, out.stride(0), a.stride(0), b.stride(1))
+    call = gemm.Call(out, a, b, (a_scales, b_scales), strides)
+    block_n = config["block_n"]
     if config["kernel"] == "dot":
-        tiles = ((n + block_n - 1) // block_n, (m + block_m - 1) // block_m)
-        if "registers" in config:
-            shared["maxnreg"] = config["registers"]
-        _launcher(dot_kernel, tiles, out, a, b, a_scales, b_scales, *sizes, *strides, BLOCK_K=config["block_k"], **shared)
+        gemm.launch_plain(dot_kernel, call, config, _launcher, BLOCK_K=config["block_k"])
         return
-    stages = config["num_stages"]
-    shared |= {"GROUP": config["group"], "PREFETCH": config["prefetch"], "STAGES": stages, "num_stages": stages}
+    stages = {"STAGES": config["num_stages"]}
     if config["kernel"] == "stream":
-        rows = block_n // config["split"]
-        tiles = ((m + block_m - 1) // block_m) * ((n + rows - 1) // rows)
-        _launcher(stream_kernel, (tiles,), out, a, b, a_scales, b_scales, *sizes, *strides, SPLIT=config["split"], **shared)
-        return
-    if config["kernel"] == "pair":
-        out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [64, min(block_n, 128)])
-        a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [64, 128])
-        b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, 128])
-        tiles = ((m + block_m - 1) // block_m) * ((n + block_n - 1) // block_n)
-        del shared["PREFETCH"]
-        grid = (min(tiles, config["programs"]),)
-        _launcher(pair_kernel, grid, out_tiles, a_tiles, b_tiles, a_scales, b_scales, m, n, k, *strides, **shared)
-        return
-    columns = config["slices"] * block_n
-    out_tiles = TensorDescriptor(out, [m, n], [out.stride(0), 1], [block_m, block_n])
-    a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [block_m, 128])
-    b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [block_n, 128])
-    tiles = ((m + block_m - 1) // block_m) * ((n + columns - 1) // columns)
-    grid = (min(tiles, config["programs"]),)
-    args = (out_tiles, a_tiles, b_tiles, b, a_scales, b_scales, m, n, k, b.stride(1), *strides)
-    _launcher(tma_kernel, grid, *args, SLICES=config["slices"], **shared)
+        gemm.launch_plain(stream_kernel, call, config, _launcher, SPLIT=config["split"], **stages)
+    elif config["kernel"] == "pair":
+        gemm.launch_tiles(pair_kernel, call, config, _launcher, block_n, min(block_n, 128), **stages)
+    else:
+        slices = config["slices"]
+        gemm.launch_tiles(tma_kernel, call, config, _launcher, slices * block_n, block_n, SLICES=slices, **stages)
 
 
-def dot(block_m: int, block_n: int, block_k: int, num_warps: int = 4, registers: int | None = None) -> dict[str, Any]:
-    """A config of `dot_kernel`. block_m is 1 or 2, block_n divides 128; block_k is at least 512 * num_warps.
-
-    A program holds block_n * block_k bytes of weights. `registers` is the most a thread may have, to fit more programs: best
-    is one wave of them, so that all ask for their first weights while the kernel before this one runs.
-    """
-    config: dict[str, Any] = {
-        "kernel": "dot",
-        "block_m": block_m,
-        "block_n": block_n,
-        "block_k": block_k,
-        "num_warps": num_warps,
-    }
-    return config if registers is None else {**config, "registers": registers}
-
-
-def stream(
-    block_m: int, block_n: int, num_stages: int, split: int = 1, prefetch: int = 1024, num_warps: int = 4
-) -> dict[str, Any]:
-    """A config of `stream_kernel`. `prefetch` is in bytes per row of weights; a stage takes (block_n + split * block_m) * 128
-    bytes of shared memory.
-    """
-    return {
-        "kernel": "stream",
-        "block_m": block_m,
-        "block_n": block_n,
-        "split": split,
-        "group": 8,
-        "prefetch": prefetch,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-
-
-def tma(
-    block_m: int,
-    block_n: int,
-    num_stages: int,
-    slices: int = 1,
-    programs: int = 132,
-    group: int = 8,
-    prefetch: int = 0,
-    num_warps: int = 4,
-) -> dict[str, Any]:
-    """A config of `tma_kernel`. A GPU's 132 SMs hold two blocks of 113 KB each or three of 75 KB; a block takes
-    (block_m + slices * block_n) * 128 bytes per stage and block_m * block_n * 2 for out.
-    """
-    return {
-        "kernel": "tma",
-        "block_m": block_m,
-        "block_n": block_n,
-        "slices": slices,
-        "group": group,
-        "programs": programs,
-        "prefetch": prefetch,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
-    }
-
-
-def pair(block_m: int, block_n: int, num_stages: int, programs: int = 132, group: int = 8) -> dict[str, Any]:
-    """A config of `pair_kernel`, one block per SM: (block_m + block_n) * 128 bytes of shared memory per stage and
-    min(block_n, 128) * 256 for out, at most 227 KB. num_warps is that of one of the two groups.
-    """
-    return {
-        "kernel": "pair",
-        "block_m": block_m,
-        "block_n": block_n,
-        "group": group,
-        "programs": programs,
-        "prefetch": 0,
-        "num_warps": 4,
-        "num_stages": num_stages,
-    }
+def tma(block_m: int, block_n: int, num_stages: int, slices: int = 1, **others: int) -> dict[str, Any]:
+    """See `gemm.tma`. A block takes (block_m + slices * block_n) * 128 bytes per stage and block_m * block_n * 2 for out."""
+    return gemm.tma(block_m, block_n, num_stages, slices=slices, **others)
 
 
 _THIN_TMA = (

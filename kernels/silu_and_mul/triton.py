@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import divided_silu, widened
+from ..lib.triton_blocks import block_configs, launch_blocks, own_block
+from ..lib.triton_fp8 import divided_silu, widened
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 @triton.jit
 def silu_and_mul(result, input, n, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """blocks: of one row."""
-    # Unsigned: a cheaper division.
-    block = tl.program_id(0).to(tl.uint32)
-    row = block // tl.cast(blocks, tl.uint32)
-    columns = (block - row * tl.cast(blocks, tl.uint32)).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    row, columns = own_block(blocks, BLOCK)
     inside = columns < n
     gates = input + row.to(tl.int64) * n * 2
     if PDL:
@@ -36,28 +31,14 @@ def silu_and_mul(result, input, n, blocks, BLOCK: tl.constexpr, PDL: tl.constexp
     tl.store(result + row.to(tl.int64) * n + columns, activated * (up + 0.0), mask=inside)
 
 
-def launch(result: torch.Tensor, input: torch.Tensor, *, config: dict[str, Any], _launcher: Callable[..., None]) -> None:
+def launch(result, input, *, config, _launcher):
     """One program per `block` columns of each row."""
     m, n = result.size(0), result.size(1)
-    blocks = (n + config["block"] - 1) // config["block"]
-    pdl = config.get("pdl", True)
-    _launcher(
-        silu_and_mul,
-        (m * blocks,),
-        result,
-        input,
-        n,
-        blocks,
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    launch_blocks(silu_and_mul, m, n, (result, input), (), config, _launcher)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring, the same for every N."""
     few = [(1024, 4), (512, 2), (256, 1), (1024, 2), (2048, 8), (512, 1)]
     many = [(1024, 4), (2048, 4), (4096, 8), (4096, 4), (2048, 8), (1024, 2), (2048, 2), (8192, 8)]
-    return [{"block": block, "num_warps": warps} for block, warps in (few if sizes["M"] < 64 else many)]
+    return block_configs(few if sizes["M"] < 64 else many)

@@ -9,17 +9,15 @@ import helion.language as hl
 import torch
 from hdispatch.opspec import Variant
 
-from ..device import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, silu
+from ..lib import helion_rows
+from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, silu
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
 @helion.kernel(static_shapes=False, index_dtype=torch.int64)
 def silu_and_mul_dynamic_per_token_quant(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    scale: torch.Tensor,
-    scale_ub: torch.Tensor | None = None,
-) -> None:
+    result: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, scale_ub: torch.Tensor | None = None,
+) -> None:  # fmt: skip
     m, n = result.size()
     n = hl.specialize(n)
     hl.pdl_wait()
@@ -45,8 +43,5 @@ KERNEL = silu_and_mul_dynamic_per_token_quant
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """Configs worth measuring: 4 to 64 elements of a row in each thread, and several rows where there are many."""
-    blocks = (1, 2, 4) if sizes["M"] >= 1024 else (1,)
-    found = [(b, w) for b in blocks for w in (8, 4, 16, 2, 32) if 4 <= b * sizes["N"] // (32 * w) <= 64]
-    common = {"reduction_loops": [None], "num_stages": 1, "indexing": "pointer", "pid_type": "flat"}
-    return [{"block_sizes": [b], "num_warps": w, **common} for b, w in found]
+    """Configs worth measuring."""
+    return helion_rows.candidates(sizes["M"], sizes["N"])

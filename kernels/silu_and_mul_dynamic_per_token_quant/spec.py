@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
-from ..numerics import FP8, poisoned_outputs, quantize_rows, random_rows, silu_and_mul, upper_bound
+from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, silu_and_mul, upper_bound
 
 NAME = "silu_and_mul_dynamic_per_token_quant"
 
@@ -51,6 +51,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
     config_key={"intermediate_size": "N", "num_tokens": "M"},
-    doc=reference.__doc__ or "",
     hints={"N": 48},  # below every block, so that configs for few columns can be traced too
 )

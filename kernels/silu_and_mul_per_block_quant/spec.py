@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups
-from ..numerics import FP8, FP8_MAX, absmax, random_rows, silu_and_mul, upper_bound
+from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, silu_and_mul, upper_bound
+from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups
 
 NAME = "silu_and_mul_per_block_quant"
 
@@ -85,5 +85,4 @@ SPEC = OpSpec(
     shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
     config_key={"intermediate_size": "N", "num_tokens": "M"},
     served=served,
-    doc=reference.__doc__ or "",
 )

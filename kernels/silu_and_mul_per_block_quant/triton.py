@@ -1,42 +1,28 @@
 """The Triton kernel of silu_and_mul_per_block_quant: some neighbouring groups per program.
 
-Groups are numbered through all rows. Configs are those of per_token_group_fp8_quant.
+Groups are numbered through all rows. See lib/triton_groups.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..per_token_group_fp8_quant import triton as shared
-from ..per_token_group_fp8_quant.triton import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
-from ..triton_device import clamp_rows, silu, widened
+from ..lib import triton_groups as lib
+from ..lib.triton_fp8 import clamp_rows, silu, widened
+from ..lib.triton_groups import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
 
 GENERIC = ("N",)
-INDEX_BITS = 64
 
 
 @triton.jit
 def silu_and_mul_per_block_quant(
-    out,
-    input,
-    scales,
-    scale_ub,
-    groups,
-    groups_of_row,
-    row_stride,
-    group_stride,
-    GROUP: tl.constexpr,
-    GROUPS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    UE8M0: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    out, input, scales, scale_ub, groups, groups_of_row, row_stride, group_stride,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr, UE8M0: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """GROUPS groups of GROUP elements per program."""
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     inside = (group < groups)[:, None]
@@ -68,39 +54,10 @@ def silu_and_mul_per_block_quant(
     store_scales(scales, scale, group, groups, groups_of_row, row_stride, group_stride)
 
 
-def launch(
-    out: torch.Tensor,
-    input: torch.Tensor,
-    scales: torch.Tensor,
-    group_size: int,
-    scale_ub: torch.Tensor | None,
-    is_scale_transposed: bool,  # noqa: ARG001
-    scale_ue8m0: bool,
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(out, input, scales, group_size, scale_ub, _is_scale_transposed, scale_ue8m0, *, config, _launcher):
     """One program for every `elements` elements."""
-    m, groups_of_row = out.size(0), shared.whole_groups(out.size(1), group_size)
-    groups = m * groups_of_row
-    tile = config["elements"] // group_size
-    _launcher(
-        silu_and_mul_per_block_quant,
-        ((groups + tile - 1) // tile,),
-        out,
-        input,
-        scales,
-        scale_ub,
-        groups,
-        groups_of_row,
-        scales.stride(0),
-        scales.stride(1),
-        GROUP=group_size,
-        GROUPS=tile,
-        VECTOR=config["vector"],
-        UE8M0=scale_ue8m0,
-        **shared.launch_options(config),
-    )
+    sizes, tensors = (out.size(0), out.size(1), group_size), (out, input, scales, scale_ub)
+    lib.launch_groups(silu_and_mul_per_block_quant, sizes, tensors, scales, config, _launcher, UE8M0=scale_ue8m0)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
@@ -116,4 +73,4 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
         (4096, 4, 16),
         (4096, 8, 8),
     )
-    return shared.tile_configs(tiles, sizes, sizes.get("N", 6144))
+    return lib.tile_configs(tiles, sizes, sizes.get("N", 6144))

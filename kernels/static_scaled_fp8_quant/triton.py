@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..triton_device import fp8_times
+from ..lib.triton_blocks import block_configs, launch_blocks, own_block
+from ..lib.triton_fp8 import fp8_times
 
 GENERIC = ("K",)
-INDEX_BITS = 64
 
 
 @triton.jit
 def static_scaled_fp8_quant(result, input, scale, k, blocks, row_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """blocks: of one row."""
-    # Unsigned: a cheaper division.
-    block = tl.program_id(0).to(tl.uint32)
-    row = block // tl.cast(blocks, tl.uint32)
-    columns = (block - row * tl.cast(blocks, tl.uint32)).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    row, columns = own_block(blocks, BLOCK)
     inside = columns < k
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -33,40 +28,16 @@ def static_scaled_fp8_quant(result, input, scale, k, blocks, row_stride, BLOCK: 
     tl.store(result + row.to(tl.int64) * k + columns, fp8_times(x, inverse), mask=inside)
 
 
-def launch(
-    result: torch.Tensor,
-    input: torch.Tensor,
-    scale: torch.Tensor,
-    group_shape: None,  # noqa: ARG001
-    *,
-    config: dict[str, Any],
-    _launcher: Callable[..., None],
-) -> None:
+def launch(result, input, scale, _group_shape, *, config, _launcher):
     """One program per `block` columns of each row."""
     if scale.size(0) != 1:
         raise ValueError(f"static_scaled_fp8_quant: scale has {scale.size(0)} elements; the kernel takes one")
     m, k = input.size(0), input.size(1)
-    blocks = (k + config["block"] - 1) // config["block"]
-    pdl = config.get("pdl", True)
-    _launcher(
-        static_scaled_fp8_quant,
-        (m * blocks,),
-        result,
-        input,
-        scale,
-        k,
-        blocks,
-        input.stride(0),
-        BLOCK=config["block"],
-        PDL=pdl,
-        num_warps=config["num_warps"],
-        num_stages=1,
-        launch_pdl=pdl,
-    )
+    launch_blocks(static_scaled_fp8_quant, m, k, (result, input, scale), (input.stride(0),), config, _launcher)
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring, the same for every K."""
     few = [(1024, 4), (1024, 2), (512, 2), (512, 1), (2048, 4), (256, 1)]
     many = [(2048, 4), (1024, 2), (4096, 8), (4096, 4), (2048, 2), (8192, 8), (1024, 4)]
-    return [{"block": block, "num_warps": warps} for block, warps in (few if sizes["M"] < 64 else many)]
+    return block_configs(few if sizes["M"] < 64 else many)

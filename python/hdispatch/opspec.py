@@ -164,6 +164,18 @@ class WorkspaceArg:
     bytes: int | Callable[[Variant], int | None]
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """What serves calls that no row does, instead of the reference.
+
+    function       takes the op's arguments, all that the schema does
+    beyond_ladder  whether all Ms past the ladder's last edge are its: the last bucket then ends at its edge
+    """
+
+    function: Callable[..., None]
+    beyond_ladder: bool = False
+
+
 Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
 
 #: A value that is compiled in.
@@ -209,7 +221,7 @@ class OpSpec:
     """An op. `reference` and `sample` take part in tests and, the former, in serving: it is the fallback.
 
     reference(*args) -> None    the op in plain torch on whatever device the arguments are on, writing the mutated ones;
-                                same arguments and order as the op.
+                                same arguments and order as the op. Its docstring is the op's.
     sample(variant, sizes, device, generator) -> list
                                 random arguments of a variant, `sizes` like {"M": 16, "K": 4096}; mutated arguments
                                 that are not read are poisoned. Inputs with free strides come contiguous. Of an op with a
@@ -231,10 +243,8 @@ class OpSpec:
                                 have: where sums cancel, a row's scale says what rounding may lose.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     measured                    sizes to measure candidates at of symbols that rows leave open; `hints` for the others.
-    closed                      whether the last bucket ends at its edge: larger Ms are the fallback's.
     workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
-    fallback                    what serves calls that no row does; `reference` if None. Same arguments, and it takes all that
-                                the schema does.
+    fallback                    what serves calls that no row does; `reference` if None. See `Fallback`.
     """
 
     name: str
@@ -244,15 +254,13 @@ class OpSpec:
     shapes: tuple[dict[str, int], ...]
     config_key: dict[str, str]
     ladder: tuple[int, ...] = tuple(2**i for i in range(14))
-    doc: str = ""
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
     accumulation: float = 0.0
     own_scales: bool = False
     hints: Mapping[str, int] = field(default_factory=dict)
     measured: Mapping[str, int] = field(default_factory=dict)
-    closed: bool = False
-    fallback: Callable[..., None] | None = None
+    fallback: Fallback | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
     workspace: WorkspaceArg | None = None
 
@@ -402,6 +410,16 @@ class OpSpec:
                 f"{where}: built for {entry['schema']}; the installed op is {self.schema()} "
                 f"with other variants or arguments ({other}); {remedy}"
             )
+
+    @property
+    def fallback_function(self) -> Callable[..., None]:
+        """What serves calls that no row does."""
+        return self.reference if self.fallback is None else self.fallback.function
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the last bucket of M ends at its edge."""
+        return self.fallback is not None and self.fallback.beyond_ladder
 
     @property
     def second(self) -> IntArg | None:

@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,13 @@ import torch
 from hdispatch.compile import build, configs, op_package
 from hdispatch.compile.builder import Selection
 from hdispatch.errors import ArgumentError, BuildError, MissError
-from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib import sdpa
-from hdispatch.kernels.lib.sdpa import Rule, attend, serve
+from hdispatch.kernels.lib.sdpa import LENGTHS, Rule, attend, serve
 from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
 from torch.nn.functional import scaled_dot_product_attention
 
-PROGRAM = Path(__file__).with_name("flash_attention_kernels.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "flash_attention_kernels.py"
 OPS = ("attention_dense", "attention_varlen")
 #: What the seed of the ops allows.
 TOLERANCE = 1e-2
@@ -125,7 +123,7 @@ def test_packed_sequences_are_dense_ones(monkeypatch: pytest.MonkeyPatch, fallba
     starts = [torch.tensor([0, *each]).cumsum(0).int() for each in (queries, keys)]
     out = torch.full_like(q, 7.0)
     spec, asked = hdispatch.ops.spec("attention_varlen"), RULES[rule]
-    call = spec.fallback if fallback else spec.reference
+    call = spec.fallback_function if fallback else spec.reference
     assert call is not None
     call(out, q, k, v, *starts, 5, 7, asked.scale, asked.softcap, asked.window, asked.causal, True)
     assert (out[9:] == 7).all()
@@ -232,14 +230,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(op_package, "config_folder", lambda name: out if name.endswith("dense") else usual(name))
         build(list(OPS), "h100", out / "bundle", select=chosen)
     return out / "bundle"
-
-
-@pytest.fixture
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 def grids(*args: torch.Tensor, **given: Any) -> list[tuple[int, int, int]]:

@@ -13,9 +13,10 @@ from hdispatch.compile.imports import ImportGraph
 from hdispatch.errors import BuildError
 from hdispatch.manifest import read_bundle
 from hdispatch.tune import collect
+from hdispatch.tune.points import Scope
 
-HERE = Path(__file__).parent
-GROUPS = "hdispatch.kernels.per_token_group_fp8_quant.triton"
+SUPPORT = Path(__file__).parents[1] / "support"
+GROUPS = "hdispatch.kernels.lib.triton_groups"
 
 
 @pytest.fixture
@@ -77,7 +78,7 @@ def test_what_a_package_takes_from_its_modules_is_followed(tree):
 
 
 def test_installed_distributions_count_by_version():
-    found = ImportGraph().closure([GROUPS])
+    found = ImportGraph().closure(["hdispatch.kernels.silu_and_mul_per_block_quant.triton"])
     assert {each.partition("==")[0] for each in found.distributions} >= {"torch", "triton"}
     assert not any("site-packages" in path.parts and "hdispatch" not in path.parts for path in found.files.values())
 
@@ -118,7 +119,7 @@ def test_an_edit_anywhere_changes_the_key(tree, edited):
 @pytest.mark.slow
 def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
     """The same cache, twice: by `build` and by `tune candidates`."""
-    example = HERE / "triton_example"
+    example = SUPPORT / "triton_example"
     kernel = (example / "triton.py").read_text()
     write(
         tree,
@@ -133,7 +134,7 @@ def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
         },
     )
     one = Selection(shapes=lambda _: [{"K": 64, "N": 72}], variants=lambda _: ["any"], buckets=lambda _: [0])
-    scope = collect.Scope(shapes=one.shapes, variants=one.variants, buckets=one.buckets, radius=-1, spread=0)
+    scope = Scope(shapes=one.shapes, variants=one.variants, buckets=one.buckets, radius=-1, spread=0)
     config = tree / "pack" / "triton_example" / "configs" / "nvidia_h200.json"
     config.parent.mkdir()
     config.write_text((example / "configs" / "nvidia_h200.json").read_text())

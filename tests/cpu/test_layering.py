@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
-#: The build wing, and what may use it: lazily, so that a serving process never has it.
-BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in ("autotune", "collect", "compile_many", "select")))
+#: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
+TUNING = ("autotune", "collect", "compile_many", "cover", "measured", "point_configs", "points", "select")
+BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
@@ -39,14 +40,17 @@ class Import:
         return f"{self.source} imports {self.target}"
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def modules_in(folder: Path, package: str) -> dict[str, Path]:
+    """The modules of a package that lies in a folder, by their full names."""
+    named = {(package, *path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    return {".".join(parts[:-1] if parts[-1] == "__init__" else parts): path for parts, path in named.items()}
 
 
-FILES = {module_name(path): path for path in PACKAGE.rglob("*.py")}
+FILES = modules_in(PACKAGE, "hdispatch")
+KERNELS = modules_in(ROOT / "kernels", "hdispatch.kernels")
+LIB = "hdispatch.kernels.lib"
 #: What the build adds to the package.
-MODULES = {*FILES, "hdispatch._C", "hdispatch._build_info", "hdispatch.kernels", "hdispatch.configs"}
+MODULES = {*FILES, *KERNELS, "hdispatch._C", "hdispatch._build_info", "hdispatch.configs"}
 
 
 def imports_of(name: str, path: Path) -> Iterator[Import]:
@@ -185,6 +189,11 @@ def test_no_module_imports_in_a_circle():
     assert find_cycle(graph) is None
 
 
+def test_the_package_imports_no_benchmark_of_the_checkout():
+    """A wheel has none: `hdispatch bench ops` looks for it when it is run."""
+    assert not [str(each) for each in IMPORTS if within(each.target, ("benchmarks", "tests"))]
+
+
 def test_the_serve_wing_never_imports_the_build_wing():
     assert not [str(each) for each in OURS if within(each.target, BUILD) and not within(each.source, LAZY)]
 
@@ -225,6 +234,58 @@ def test_vllm_is_imported_by_the_plug_in_alone():
     assert {each.source for each in IMPORTS if each.target == f"{VLLM}.models"} == {PLUGIN}
 
 
+# ---- kernels ----
+
+
+KERNEL_IMPORTS = [each for name, path in KERNELS.items() for each in imports_of(name, path)]
+
+
+def op_of(module: str) -> str | None:
+    """The op whose folder a module lies in."""
+    parts = module.split(".")
+    return parts[2] if module in KERNELS and len(parts) > 2 and not within(module, (LIB,)) else None
+
+
+def test_no_op_imports_another():
+    ops = {name.split(".")[2] for name in KERNELS if name.endswith(".spec")}
+    assert len(ops) > 20
+    crossing = [each for each in KERNEL_IMPORTS if op_of(each.target) not in (None, op_of(each.source))]
+    assert not [str(each) for each in crossing]
+
+
+def test_what_is_shared_lies_in_lib():
+    beside = {name for name in KERNELS if name.count(".") == 2 and not KERNELS[name].name.startswith("__init__")}
+    assert not beside
+
+
+def test_kernels_import_declarations_a_dsl_and_lib():
+    allowed = ("hdispatch.opspec", "hdispatch.errors", "hdispatch.kernels", "torch", "triton", "helion", "cutlass")
+    found = [each for each in KERNEL_IMPORTS if each.target.split(".")[0] not in sys.stdlib_module_names]
+    assert not [str(each) for each in found if not within(each.target, allowed)]
+
+
+def test_declarations_import_no_dsl():
+    """All that a spec.py reaches, through lib too."""
+    allowed = ("hdispatch.opspec", "hdispatch.errors", "hdispatch.kernels", "torch")
+    reached = {name for name in KERNELS if name.endswith(".spec")}
+    todo = sorted(reached)
+    while todo:
+        for each in imports_of(name := todo.pop(), KERNELS[name]):
+            assert each.target.split(".")[0] in sys.stdlib_module_names or within(each.target, allowed), str(each)
+            if each.target in KERNELS and each.target not in reached:
+                reached.add(each.target)
+                todo.append(each.target)
+    assert f"{LIB}.reference_fp8" in reached
+
+
+def test_no_kernel_module_imports_in_a_circle():
+    graph: dict[str, set[str]] = {name: set() for name in KERNELS}
+    for each in KERNEL_IMPORTS:
+        if each.target in KERNELS and each.target != each.source:
+            graph[each.source].add(each.target)
+    assert find_cycle(graph) is None
+
+
 # ---- C++ ----
 
 
@@ -240,6 +301,12 @@ def test_no_header_includes_itself_in_a_circle():
     for name, targets in graph.items():
         assert targets <= set(INCLUDES), name
         assert not [target for target in targets if target.endswith(".cpp")], name
+
+
+def test_the_first_line_of_a_file_says_what_it_is_for():
+    # The licence is in LICENSE, for the whole project; headers of files do not repeat it.
+    for name in INCLUDES:
+        assert re.match(rf"// {re.escape(name)} -- \S.{{10,}}", (CSRC / name).read_text()), name
 
 
 def core_files() -> set[str]:
@@ -264,8 +331,8 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
-#: The doors, and what the one of sequences is made of.
-DOORS = ("op_call", "override", "sequence_call", "sequence_reader", "arena")
+#: The doors, what they ask profilers, and what the one of sequences is made of.
+DOORS = ("op_call", "override", "profiler", "sequence_call", "sequence_reader", "arena")
 
 
 def test_the_core_knows_no_door():

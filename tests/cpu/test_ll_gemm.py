@@ -204,7 +204,8 @@ def test_products_of_the_warpgroup_form_overlap(tmp_path) -> None:
     script = """
 import sys
 from cutlass import BFloat16, Float8E4M3FN, cute
-from hdispatch.kernels.ll_gemm import program, warpgroup
+from hdispatch.kernels.lib.ll_gemm.configs import warpgroup
+from hdispatch.kernels.lib.ll_gemm.program import program
 
 configs = [
     ({"K": 4096}, warpgroup(48, 2, 2, 12, ways=2)),

@@ -1,4 +1,4 @@
-"""The PTX of kernels/sigmoid.py and widen.py, run in numpy over all numbers of 16 bits: vLLM's silu bit for bit.
+"""The PTX of kernels/lib/ptx.py, run in numpy over all numbers of 16 bits: vLLM's silu bit for bit.
 
 Every instruction is exact as PTX defines it, flushing included, but for the approximate ones: those are correctly rounded here,
 and then moved by some units in the last place, as a GPU's may be.
@@ -12,8 +12,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hdispatch.kernels.sigmoid import SIGMOID, SILU
-from hdispatch.kernels.widen import WIDEN
+from hdispatch.kernels.lib.ptx import SIGMOID, SILU, WIDEN
 from numpy.typing import NDArray
 
 F32 = np.float32

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import json
 import re
@@ -88,17 +87,7 @@ def test_sizes_and_variants(op: str) -> None:
 def test_op_is_named_as_its_folder_and_documented() -> None:
     for op in OPS:
         assert spec_of(op).name == op
-        assert "float8_e4m3fn" in spec_of(op).doc
-
-
-@pytest.mark.parametrize("op", ALL)
-def test_serve_wing_imports_torch_only(op: str) -> None:
-    root = Path(hdispatch.kernels.__path__[0])
-    for file in (root / op / "spec.py", root / op / "__init__.py", root / "numerics.py"):
-        for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert {name.split(".")[0] for name in names} <= {"__future__", "typing", "torch", "hdispatch", "numerics"}, file
+        assert "float8_e4m3fn" in (spec_of(op).reference.__doc__ or "")
 
 
 @pytest.mark.parametrize(("op", "variant"), variants())

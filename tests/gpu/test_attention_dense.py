@@ -20,11 +20,10 @@ import torch
 from hdispatch.bench import machine
 from hdispatch.compile import build
 from hdispatch.compile.builder import Selection
-from hdispatch.kernels.attention_dense.spec import LENGTHS
 from hdispatch.kernels.lib.paged_kv import Rule as PagedRule
 from hdispatch.kernels.lib.paged_kv import attend as attend_paged
 from hdispatch.kernels.lib.paged_kv import random_paged
-from hdispatch.kernels.lib.sdpa import Packed, Rule, attend, by_padding
+from hdispatch.kernels.lib.sdpa import LENGTHS, Packed, Rule, attend, by_padding
 from hdispatch.sdpa import FALLBACK
 from torch.nn.attention import SDPBackend, sdpa_kernel
 

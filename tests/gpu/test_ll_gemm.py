@@ -37,7 +37,7 @@ def test_errors(bundle, op, variant, sizes):
         exact[0] = torch.empty_like(exact[0], dtype=torch.float32)
         with hdispatch.strict():
             getattr(hdispatch.ops, op)(*args)
-        spec.fallback(*cublas)
+        spec.fallback_function(*cublas)
         spec.reference(*exact)
         ours, theirs = error(args[0], exact[0]), error(cublas[0], exact[0])
         assert ours <= ERRORS[args[0].dtype], f"M={m}: {ours:.3g}"
@@ -79,6 +79,6 @@ def test_the_fallback_of_ll_gemm_fp8_takes_what_the_schema_takes(m, n, k, change
         args[index] = moved(args[index])
     exact = copy(args)
     exact[0] = torch.empty_like(exact[0], dtype=torch.float32)
-    spec.fallback(*args)
+    spec.fallback_function(*args)
     spec.reference(*exact)
     assert error(args[0], exact[0]) <= ERRORS[torch.bfloat16]

@@ -66,7 +66,7 @@ def typical_case(op):
 
 def most_rows(op, sizes):
     """The largest M that the op's kernels take; beyond it the fallback is faster."""
-    if spec_of(op).closed:
+    if spec_of(op).is_closed:
         return spec_of(op).ladder[-1]
     return 64 * 5120 // sizes["K"] if op == "dynamic_scaled_fp8_quant" else 2**30
 

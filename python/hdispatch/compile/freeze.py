@@ -97,7 +97,7 @@ def freeze(
         "tools": _tools(entries),
         "ops": {name: specs[name].entry() for name in sorted({entry.op for entry in entries})},
         "files": files,
-        "records": [_with_files(record) for record in records.values()],
+        "records": [with_files(record) for record in records.values()],
         "rows": sorted(rows, key=_row_order),
     }
     if LIBRARY in files:
@@ -163,7 +163,7 @@ def _check_bucket(spec: OpSpec, entry: Entry, bucket: int) -> None:
     record = entry.record
     first, last = spec.ladders.bounds(bucket)
     name = _name((entry.op, entry.variant, entry.shape.get("K", 0), entry.shape.get("N", 0), bucket))
-    if not serves(record["m_min"], record["m_max"], spec.ladders, bucket, spec.closed):
+    if not serves(record["m_min"], record["m_max"], spec.ladders, bucket, spec.is_closed):
         raise BuildError(
             f"gap: {name} holds M from {first} to {last or 'any'}, "
             f"its record is valid for {record['m_min']} to {record['m_max']} only"
@@ -226,7 +226,9 @@ def _artifact(sha256: str) -> str:
     return f"{ARTIFACTS}/{sha256}.cubin"
 
 
-def _with_files(record: Record) -> Record:
+def with_files(record: Record) -> Record:
+    """A record as a manifest has it: `file` is the name of a file of the bundle, not an artifact's SHA-256."""
+
     def renamed(cubin: Cubin) -> Cubin:
         return {**cubin, "file": _artifact(cubin["file"])}
 

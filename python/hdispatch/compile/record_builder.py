@@ -22,24 +22,12 @@ from ..manifest import M_CLASSES, Cubin, CubinRecord, Expr, Guard, MClass, Param
 from ..opspec import OpSpec
 from . import triton_backend
 from .build_unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, load_spec, serves, serves_second
+from .call_maker import FLOAT_HINT, ROW_PADDING, CallMaker
 from .expr import OPERATORS, evaluate, guards_of, postfix, render, turns
+from .host_launch import ALIGNMENT, Descriptor, Flag, Launch, Number, Pointer, Real
 from .store import Store
 from .target import GpuTarget
-from .trace import (
-    ALIGNMENT,
-    FLOAT_HINT,
-    ROW_PADDING,
-    CallMaker,
-    Descriptor,
-    Flag,
-    HostSide,
-    Launch,
-    Number,
-    Pointer,
-    Real,
-    Trace,
-    trace,
-)
+from .trace import HostSide, Trace, trace
 from .triton_backend import Code, MapCode
 
 INT32_MAX = 2**31 - 1
@@ -115,7 +103,7 @@ def _gap(unit: Unit, spec: OpSpec, backend: ModuleType, bucket: int) -> BuildErr
     candidate = Candidate(unit, spec, backend, hint.m, hint.second)
     first, last = spec.ladders.bounds(bucket)
     low, high = candidate.interval
-    if serves(low, high, spec.ladders, bucket, spec.closed) and spec.second is not None:
+    if serves(low, high, spec.ladders, bucket, spec.is_closed) and spec.second is not None:
         return _second_gap(spec, candidate, bucket)
     problem = candidate.objection(low - 1) if low > first else candidate.objection(high + 1)
     return BuildError(
@@ -188,7 +176,7 @@ class Candidate:
     def serves(self, bucket: int) -> bool:
         """Whether the code is valid for all of a bucket."""
         ladders = self.maker.spec.ladders
-        if not serves(*self.interval, ladders, bucket, self.maker.spec.closed):
+        if not serves(*self.interval, ladders, bucket, self.maker.spec.is_closed):
             return False
         if ladders.arg is None:
             return True
@@ -260,7 +248,7 @@ class Candidate:
         exprs += [[symbol, 1, ">="] for symbol in self.maker.generic()]
         if self.side.index_bits == 32:
             if free := [*self.maker.generic(), *(arg.name for arg in self.maker.freely_strided())]:
-                raise BuildError(f"{free[0]} is known per call only, which takes 64-bit offsets; set INDEX_BITS = 64")
+                raise BuildError(f"{free[0]} is known per call only, which takes 64-bit offsets; INDEX_BITS is 32")
             exprs += [self._int32_guard(arg.name) for arg in self.maker.row_strided()]
         self._check_paddings(all(f"{arg.name}.stride(0)" in assumed for arg in self.maker.row_strided()))
         for other in self.maker.other_sizes():

@@ -29,10 +29,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[impo
 from ..errors import BuildError
 from ..manifest import TENSOR_MAP_TYPES, MClass
 from .build_unit import early_reads
+from .call_maker import CallMaker
 from .expr import divisor
+from .host_launch import ALIGNMENT, Constant, Descriptor, Flag, HostArg, Launch, Number, Pointer, Real
 from .store import Store, digest
 from .target import GpuTarget
-from .trace import ALIGNMENT, CallMaker, Constant, Descriptor, Flag, HostArg, HostSide, Launch, Number, Pointer, Real, Trace
+from .trace import HostSide, Trace
 
 Kind = Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64", "tensor_map"]
 
@@ -354,14 +356,15 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, _
     """`kernels/<op>/triton.py`: a function `launch(*args, config, _launcher)` of the op's arguments, then its workspace.
 
     It calls `_launcher(kernel, grid, *args, **options)` once, `kernel` being a @triton.jit function; the config's entries
-    are its own business (block sizes, num_warps). Offsets are taken to be 32 bits wide unless the module says
-    `INDEX_BITS = 64`. `EARLY_READS = ("weight",)` names the tensor arguments that kernels may read before they wait for
-    their predecessors (gdc_wait); a module without it promises that they first wait, then release their dependents.
+    are its own business (block sizes, num_warps). Offsets into tensors are 64 bits wide; a module whose kernels have them of
+    32 says `INDEX_BITS = 32`, and its records refuse tensors that these do not reach. `EARLY_READS = ("weight",)` names the
+    tensor arguments that kernels may read before they wait for their predecessors (gdc_wait); a module without it promises
+    that they first wait, then release their dependents.
     """
     launch = getattr(module, "launch", None)
     if not inspect.isfunction(launch):
         raise BuildError(f"{module.__name__} has no function launch(*args, config, _launcher)")
-    bits: Literal[32, 64] = getattr(module, "INDEX_BITS", 32)
+    bits: Literal[32, 64] = getattr(module, "INDEX_BITS", 64)
     if bits not in (32, 64):
         raise BuildError(f"{module.__name__}: INDEX_BITS is {bits!r}; it takes 32 or 64")
 

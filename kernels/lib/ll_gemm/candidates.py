@@ -1,0 +1,75 @@
+"""Configs of the low-latency GEMMs for fp8 weights that are worth measuring: what ll_gemm_fp8 and scaled_mm share. No DSL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .configs import columns_for, dot, split, warpgroup
+
+#: More 16-byte vectors than this per thread do not fit registers.
+_VECTORS = 24
+
+
+def fp8_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Configs that are worth measuring, the first of them for any K and N. `sizes` without K or N: for every one."""
+    m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
+    found = _warpgroups(k, sizes.get("N"), columns)
+    if columns <= 2:
+        found += [split(4, 1, 2, rows=2, columns=columns, depth=2), split(8, 1, 2, rows=2, columns=columns, depth=2)]
+        # All weights on their way at once: for matrices of about as much as the GPU's blocks hold.
+        for warps, rows in ((16, 2), (8, 2), (16, 1)):
+            steps, left = divmod(k, 64 * warps)
+            if not left and steps >= 2 and rows * steps <= 16:
+                found.append(split(warps, 1, steps, rows=rows, columns=columns))
+    if m <= 2:
+        for warps in (8, 4):
+            turns, left = divmod(k, 16 * 32 * warps)
+            if not left:
+                found += [
+                    dot(warps, outputs, m, trigger) for outputs in (4, 2) for trigger in (0, 2) if turns * outputs <= _VECTORS
+                ]
+    return found
+
+
+#: Kilobytes of shared memory: of a block alone on its SM, and of one beside the next kernel's.
+_ALONE, _BESIDE = 220, 108
+
+#: Chunks in a stage, shared memory, sets of warps that multiply.
+_RINGS = ((2, _ALONE, 1), (2, _ALONE, 2), (4, _ALONE, 2), (2, _BESIDE, 1))
+
+#: Tiles are worth trying that use this share of the blocks' time.
+_BUSY = 0.93
+
+
+def _tiles(n: int | None) -> list[tuple[int, int]]:
+    """Rows of a tile and blocks that share it, which keep a GPU's 132 SMs about equally busy. Any N: a tile per SM."""
+    if n is None:
+        return [(64, 1), (64, 2), (32, 1)]
+    found = []
+    for cluster in (1, 2, 4):
+        slots = 132 // cluster
+        counts = {rows: -(-n // rows) for rows in range(16, 129, 8)}
+        busy = [rows for rows, tiles in counts.items() if tiles >= _BUSY * slots * -(-tiles // slots)]
+        wide = [rows for rows in busy if rows > 64][:1]
+        if cluster < 4 or all(counts[rows] <= slots for rows in busy):
+            found += [(rows, cluster) for rows in [*[rows for rows in busy if rows <= 64][-2:], *wide]]
+    return found or [(64, 1), (64, 2)]
+
+
+def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
+    """With as many stages as there is shared memory, beside the sums that the blocks of a cluster give each other."""
+    found = []
+    for rows, cluster in _tiles(n):
+        others = 512 * -(-rows // 64) * (2 + 2 * columns + 8 * columns * (cluster - 1) // cluster) + 2048
+        for steps, most, ways in _RINGS:
+            pool = 4096 * -(-rows // 64) * columns * (ways - 1)
+            row_bytes = 128 * (rows + 8 * columns) * steps
+            turns = -(-k // (128 * steps * cluster))
+            stages = min((most * 1024 - others - pool) // row_bytes, turns) // ways * ways
+            if stages > ways and turns % ways == 0:
+                found.append(warpgroup(rows, columns, steps, stages, cluster, ways=ways))
+        stages = (_ALONE * 1024 - others - 8 * columns * k // cluster) // (128 * rows * 2)
+        if stages >= 4 and (n is None or n > 132 * rows // cluster):
+            found.append(warpgroup(rows, columns, 2, stages, cluster, resident=1))
+    return found

@@ -1,0 +1,142 @@
+"""What the kernels of the two fp8 matrix products share; called from device code.
+
+a is [M, K], the weights are [N, K] (b is their transpose), out is [M, N].
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import triton
+import triton.language as tl
+
+from .triton_fp8 import APPROXIMATE
+
+
+@triton.jit
+def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of the tile of that index: GROUP rows of tiles are walked column by column, so that L2 holds them."""
+    first = index // (GROUP * tiles_n) * GROUP
+    rows = tl.minimum(tiles_m - first, GROUP)
+    within = index % (GROUP * tiles_n)
+    return first + within % rows, within // rows
+
+
+@triton.jit
+def prefetch(rows, left, BYTES: tl.constexpr, COUNT: tl.constexpr):
+    """Ask for the first BYTES bytes at each of the addresses `rows` [COUNT] in L2, but for at most `left` [COUNT] of them.
+
+    `left` is a multiple of 16, and may be negative. A warp's threads ask for a piece each; nothing waits for the bytes.
+    """
+    PIECES: tl.constexpr = 128 // COUNT if COUNT < 128 else 1
+    at = tl.arange(0, PIECES)[None, :] * (BYTES // PIECES)
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [(rows[:, None] + at).to(tl.int64), tl.minimum(left[:, None] - at, BYTES // PIECES)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def add_splits(acc, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The sum of the SPLIT blocks [ROWS, COLUMNS] on the diagonal of `acc` [SPLIT * ROWS, SPLIT * COLUMNS]."""
+    if SPLIT == 1:
+        return acc
+    blocks = tl.reshape(acc, (SPLIT, ROWS, SPLIT, COLUMNS))
+    split = tl.arange(0, SPLIT)
+    diagonal = (split[:, None] == split[None, :])[:, None, :, None]
+    return tl.sum(tl.sum(tl.where(diagonal, blocks, 0.0), axis=2), axis=0)
+
+
+@triton.constexpr_function
+def _with_halves(word, first, second):
+    """PTX that makes float32 u and v of the first two fp8 numbers in `word` and does `first`, then of the others, `second`."""
+    return (
+        f"{{.reg .b16 l, h; .reg .b32 p; .reg .f16 x, y; .reg .f32 u, v; mov.b32 {{l, h}}, {word}; "
+        f"cvt.rn.f16x2.e4m3x2 p, l; mov.b32 {{x, y}}, p; cvt.f32.f16 u, x; cvt.f32.f16 v, y; {first} "
+        f"cvt.rn.f16x2.e4m3x2 p, h; mov.b32 {{x, y}}, p; cvt.f32.f16 u, x; cvt.f32.f16 v, y; {second}}} "
+    )
+
+
+@triton.constexpr_function
+def _unpack():
+    """PTX that makes four float32 of the four fp8 numbers in a word."""
+    return _with_halves("$4", "mov.f32 $0, u; mov.f32 $1, v;", "mov.f32 $2, u; mov.f32 $3, v;")
+
+
+@triton.constexpr_function
+def _dot_16(count):
+    """PTX for four words of weights times 16 float32 of each of `count` tokens, and its constraints.
+
+    Operands come in fours, by word: count sums (the first of four counts), the weights, numbers 0 to 3 of each token's words.
+    """
+    code = "".join(f"mov.f32 ${i}, 0f00000000; " for i in range(4 * count))
+    for word in range(4):
+        halves = ["", ""]
+        for half, i in itertools.product(range(2), range(count)):
+            number = 4 * (count + 1) + 16 * i + 8 * half + word
+            halves[half] += f"fma.rn.f32 ${4 * i}, u, ${number}, ${4 * i}; fma.rn.f32 ${4 * i}, v, ${number + 4}, ${4 * i}; "
+        code += _with_halves(f"${4 * count + word}", *halves)
+    constraints = ",".join(["=&f"] * (4 * count) + ["r"] * 4 + ["f"] * (16 * count))
+    return code, constraints
+
+
+@triton.jit
+def unpack(codes):
+    """The four fp8 numbers in each int32 of `codes` as four float32 tensors, the lowest byte first."""
+    if APPROXIMATE:
+        dtypes: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+        return tl.inline_asm_elementwise(_unpack(), "=f,=f,=f,=f,r", [codes], dtype=dtypes, is_pure=True, pack=1)
+    numbers = ()
+    for i in tl.static_range(4):
+        code = ((codes >> (8 * i)) & 255).to(tl.uint8)
+        numbers += (code.to(tl.float8e4nv, bitcast=True).to(tl.float32),)
+    return numbers
+
+
+@triton.jit
+def dot_vectors(weights, tokens, COUNT: tl.constexpr):
+    """weights [ROWS, K / 4] times each of COUNT tokens [K / 4], int32s of four fp8 numbers: COUNT tensors [ROWS, K / 16].
+
+    They hold the sums of 16 products each, in float32. 16 bytes are what a thread loads at once: no thread needs another's.
+    """
+    VECTORS: tl.constexpr = weights.shape[1] // 4
+    operands = (weights,)
+    for i in tl.static_range(COUNT):
+        x = unpack(tokens[i])
+        for j in tl.static_range(4):
+            operands += (x[j][None, :],)
+    sums = ()
+    if APPROXIMATE:
+        # One piece of PTX for 16 products of all tokens: Triton's own code has all weights of a tile unpacked at a time.
+        code: tl.constexpr = _dot_16(COUNT)
+        dtypes: tl.constexpr = (tl.float32,) * COUNT
+        found = tl.inline_asm_elementwise(code[0], code[1], operands, dtypes, is_pure=True, pack=4)
+        for i in tl.static_range(COUNT):
+            sums += (found[i].reshape(weights.shape[0], VECTORS, 2, 2).split()[0].split()[0],)
+    else:
+        w = unpack(weights)
+        for i in tl.static_range(COUNT):
+            products = w[0] * operands[4 * i + 1] + w[1] * operands[4 * i + 2]
+            products += w[2] * operands[4 * i + 3] + w[3] * operands[4 * i + 4]
+            sums += (tl.sum(products.reshape(weights.shape[0], VECTORS, 4), axis=2),)
+    return sums
+
+
+@triton.jit
+def load_tokens(a, m, M, stride_a, word, words, COUNT: tl.constexpr):
+    """Rows m to m + COUNT - 1 of `a` at the int32s `word` of `words`: COUNT tensors like `word`, zeros beyond M and `words`."""
+    tokens = ()
+    for i in tl.static_range(COUNT):
+        row = (a + (m + i).to(tl.int64) * stride_a).to(tl.pointer_type(tl.int32))
+        tokens += (tl.load(row + word, mask=(m + i < M) & (word < words), other=0),)
+    return tokens
+
+
+@triton.jit
+def stack(tensors, COUNT: tl.constexpr):
+    """COUNT tensors [X, Y], one or two, as one [X, Y, COUNT]."""
+    return tensors[0][:, :, None] if COUNT == 1 else tl.join(tensors[0], tensors[1])
