@@ -1,9 +1,9 @@
 """Host time of what vLLM's model runner does around a decode step's layers, part by part: vLLM's own code and the plug-in's.
 
-A real engine serves a few tokens; the arguments of its last decode step are then used again and again. Enqueue only, median and
-quartiles over rounds in random order, µs per step. On a GPU everything is what it is when serving. Without one the engine is
-that of tests/vllm, on CPU tensors: hdispatch's launches go to the null driver, and vLLM's launches of Triton kernels are counted
-and left out, so that they cost nothing (on a GPU each takes its 10 to 30 µs).
+A real engine serves a few tokens; the arguments of its last decode step are then used again and again. Enqueue only, median
+and quartiles over rounds in random order, µs per step. On a GPU everything is what it is when serving. Without one the engine
+is that of tests/vllm, on CPU tensors: hdispatch's launches go to the null driver, and vLLM's launches of Triton kernels are
+counted and left out, so that they cost nothing (on a GPU each takes its 10 to 30 µs).
 
     HDISPATCH=1 HDISPATCH_BUNDLE=BUNDLE python benchmarks/vllm_runner.py BUNDLE [--rows 1 8 32] [--json FILE]
 
