@@ -8,7 +8,6 @@ options of many points are compiled once for all of them; what cannot be compile
 from __future__ import annotations
 
 import json
-import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -93,12 +92,6 @@ def collect(
     report.bytes = bundle.write({name: package.spec for name, package in packages.items()}, gpu, where, out)
     report.seconds = time.monotonic() - start
     return report
-
-
-def archive(folder: Path, file: Path) -> None:
-    """Packs a bundle into a .tar.xz that holds one folder of the bundle's name."""
-    with tarfile.open(file, "w:xz") as packed:
-        packed.add(folder.resolve(), arcname=folder.name)  # a link is followed, as for writing
 
 
 # ---- the bundle ----
