@@ -380,14 +380,28 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses
-    name the op of the step, and a fallback is a call whose steps were made one by one. `reset` starts again from zero after
-    reading.
+    name the op of the step, and a fallback is a call whose steps were made one by one. Then adopted kernels, as
+    "adopted module.name": hits are launches from C++, empty those of an empty grid, and a fallback is a call that Triton made.
+    `reset` starts again from zero after reading.
     """
-    found = {name: _C.stats(ops.get(name)) for name in ops.names()} | _C.sequence_stats()
+    found = {name: _C.stats(ops.get(name)) for name in ops.names()} | _C.sequence_stats() | _adopted_stats()
     if reset:
         for name in ops.names():
             _C.reset_stats(ops.get(name))
         _C.reset_sequence_stats()
+        _C.reset_adopted_stats()
+    return found
+
+
+def _adopted_stats() -> dict[str, dict[str, Any]]:
+    """Kernels of one name, as Helion makes one for each config, are counted together."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, each in _C.adopted_stats():
+        total = found.setdefault(f"adopted {name}", {"hits": 0, "empty": 0, "fallbacks": 0, "misses": {}})
+        for key in ("hits", "empty", "fallbacks"):
+            total[key] += each[key]
+        for reason, count in each["misses"].items():
+            total["misses"][reason] = total["misses"].get(reason, 0) + count
     return found
 
 

@@ -1,0 +1,521 @@
+// adopted_kernel.cpp -- serving calls of adopted kernels, and learning from the calls that Triton makes.
+#include "adopted_kernel.h"
+
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+
+#include <algorithm>
+#include <bit>
+#include <mutex>
+
+#include "op_call.h"
+#include "tensor_view.h"
+
+namespace hdispatch {
+
+AdoptedCallbacks adopted_callbacks;
+PyObject* adopted_type;
+
+namespace {
+
+int device_count = 1;
+
+/// A Python error as an exception, for the door.
+[[noreturn]] HD_COLD void raise() { throw python_error(); }
+
+/// The reference is given away when this ends.
+struct Owned {
+  PyObject* object = nullptr;
+  ~Owned() { Py_XDECREF(object); }
+};
+
+}  // namespace
+
+void set_adopted_device_count(int count) { device_count = count; }
+
+// ---- state ----
+
+bool WatchedDict::is_same() const noexcept {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version;
+#pragma GCC diagnostic pop
+}
+
+void WatchedDict::note() noexcept {
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
+  version = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#pragma GCC diagnostic pop
+}
+
+void WatchedState::clear() noexcept {
+  for (WatchedDict& each : dicts_) Py_DECREF(each.dict);
+  for (PyObject* each : hooks_) Py_DECREF(each);
+  for (Scope& scope : scopes_) {
+    Py_DECREF(scope.watched.dict);
+    for (Global& each : scope.globals) {
+      Py_DECREF(each.name);
+      Py_DECREF(each.value);
+      Py_XDECREF(each.identity);
+    }
+  }
+  dicts_.clear();
+  hooks_.clear();
+  scopes_.clear();
+}
+
+int WatchedState::traverse(visitproc visit, void* arg) const {
+  for (const WatchedDict& each : dicts_) Py_VISIT(each.dict);
+  for (PyObject* each : hooks_) Py_VISIT(each);
+  for (const Scope& scope : scopes_) {
+    Py_VISIT(scope.watched.dict);
+    for (const Global& each : scope.globals) {
+      Py_VISIT(each.value);
+      Py_VISIT(each.identity);
+    }
+  }
+  return 0;
+}
+
+bool WatchedState::set(PyObject* given) {
+  int number = 0;
+  const char* reason = nullptr;
+  PyObject *dicts = nullptr, *hooks = nullptr, *globals = nullptr;
+  if (!PyArg_ParseTuple(given, "isO!O!O!", &number, &reason, &PyList_Type, &dicts, &PyList_Type, &hooks, &PyList_Type,
+                        &globals))
+    return false;
+  WatchedState made;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts); ++i) {
+    made.dicts_.push_back({Py_NewRef(PyList_GET_ITEM(dicts, i))});
+    made.dicts_.back().note();
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(hooks); ++i) made.hooks_.push_back(Py_NewRef(PyList_GET_ITEM(hooks, i)));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(globals); ++i) {
+    PyObject *dict = nullptr, *name = nullptr, *value = nullptr;
+    int is_mutable = 0;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(globals, i), "O!UOp", &PyDict_Type, &dict, &name, &value, &is_mutable))
+      return false;
+    auto scope = std::ranges::find_if(made.scopes_, [dict](const Scope& each) { return each.watched.dict == dict; });
+    if (scope == made.scopes_.end()) {
+      made.scopes_.push_back({{Py_NewRef(dict)}, {}, false});  // its version 0 is no dict's: compared at the next call
+      scope = made.scopes_.end() - 1;
+    }
+    scope->globals.push_back({Py_NewRef(name), Py_NewRef(value), nullptr, is_mutable != 0});
+    scope->is_mutable = scope->is_mutable || is_mutable;
+  }
+  made.number_ = number;
+  made.reason_ = reason;
+  std::swap(dicts_, made.dicts_);
+  std::swap(hooks_, made.hooks_);
+  std::swap(scopes_, made.scopes_);
+  number_ = made.number_;
+  std::swap(reason_, made.reason_);
+  return true;
+}
+
+/// As Triton: a value that is not equal to the one that the code was compiled with. False with or without an error.
+HD_COLD bool WatchedState::compare_globals() {
+  for (Scope& scope : scopes_) {
+    if (scope.watched.is_same() && !scope.is_mutable) continue;
+    WatchedDict seen = scope.watched;
+    seen.note();  // before: comparing may run Python
+    for (Global& each : scope.globals) {
+      PyObject* now = PyDict_GetItemWithError(scope.watched.dict, each.name);
+      if (!now) return false;
+      if (now == each.identity && !each.is_mutable) continue;
+      const Owned held{Py_NewRef(now)};
+      const int differs = PyObject_RichCompareBool(now, each.value, Py_NE);
+      if (differs != 0) return false;
+      Py_XSETREF(each.identity, Py_NewRef(now));
+    }
+    scope.watched.version = seen.version;
+  }
+  return true;
+}
+
+// ---- the table ----
+
+const AdoptedEntry* AdoptedTable::find(const AdoptedCall& call) const noexcept {
+  if (HD_UNLIKELY(slots_.empty())) return nullptr;
+  const size_t mask = slots_.size() - 1;
+  for (size_t slot = call.hash & mask;; slot = (slot + 1) & mask) {
+    const AdoptedEntry* entry = slots_[slot];
+    if (!entry) return nullptr;
+    if (entry->hash == call.hash && entry->words.size() == call.count &&
+        std::equal(call.words, call.words + call.count, entry->words.data()))
+      return entry;
+  }
+}
+
+void AdoptedTable::rehash(size_t slots) {
+  slots_.assign(slots, nullptr);
+  for (const auto& entry : entries_) {
+    size_t slot = entry->hash & (slots - 1);
+    while (slots_[slot]) slot = (slot + 1) & (slots - 1);
+    slots_[slot] = entry.get();
+  }
+}
+
+const AdoptedEntry* AdoptedTable::insert(std::unique_ptr<AdoptedEntry> entry) {
+  entries_.push_back(std::move(entry));
+  const AdoptedEntry* made = entries_.back().get();
+  if (2 * entries_.size() >= slots_.size()) {
+    rehash(std::max<size_t>(16, 2 * slots_.size()));
+    return made;
+  }
+  size_t slot = made->hash & (slots_.size() - 1);
+  while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
+  return slots_[slot] = made;
+}
+
+void AdoptedTable::clear() noexcept {
+  slots_.clear();
+  entries_.clear();
+}
+
+// ---- calls ----
+
+namespace {
+
+/// What every kernel's rows depend on: Triton's knobs.
+WatchedState& process_state() {
+  static auto* state = new WatchedState;
+  return *state;
+}
+
+HD_COLD void refresh(WatchedState& state, PyObject* callback, PyObject* kernel) {
+  const Owned given{PyObject_CallFunctionObjArgs(callback, kernel, nullptr)};
+  if (!given.object || !state.set(given.object)) raise();
+}
+
+DeviceSlot current_slot(const AdoptedKernel& self) {
+  if (HD_UNLIKELY(self.is_null)) return kCpuSlot;
+  if (HD_LIKELY(device_count == 1)) return 1;
+  return slot_of(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice());
+}
+
+/// A grid dimension; -1 for what Triton is to judge.
+int64_t dimension_of(PyObject* object) {
+  if (HD_UNLIKELY(Py_TYPE(object) != &PyLong_Type)) return -1;
+  int overflow = 0;
+  const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+  return overflow || value < 0 || value > INT32_MAX ? -1 : value;
+}
+
+enum class GridState : uint8_t { kGood, kEmpty, kOdd };
+
+GridState read_grid(PyObject* grid, uint32_t cluster, std::array<uint32_t, 3>& out) {
+  const bool is_tuple = PyTuple_CheckExact(grid);
+  if (HD_UNLIKELY(!is_tuple && !PyList_CheckExact(grid))) return GridState::kOdd;
+  const Py_ssize_t size = is_tuple ? PyTuple_GET_SIZE(grid) : PyList_GET_SIZE(grid);
+  if (HD_UNLIKELY(size < 1 || size > 3)) return GridState::kOdd;
+  out = {1, 1, 1};
+  bool is_empty = false;
+  for (Py_ssize_t i = 0; i < size; ++i) {
+    const int64_t value = dimension_of(is_tuple ? PyTuple_GET_ITEM(grid, i) : PyList_GET_ITEM(grid, i));
+    if (HD_UNLIKELY(value < 0)) return GridState::kOdd;
+    is_empty = is_empty || value == 0;
+    out[static_cast<size_t>(i)] = static_cast<uint32_t>(value);
+  }
+  if (HD_UNLIKELY(uint64_t{out[0]} * cluster > INT32_MAX)) return GridState::kOdd;
+  return HD_UNLIKELY(is_empty) ? GridState::kEmpty : GridState::kGood;
+}
+
+/// All arguments by name, as a callable grid and heuristics get them.
+PyObject* make_arguments(const AdoptedKernel& self, const AdoptedCall& call, const AdoptedEntry& entry) {
+  PyObject* made = entry.constants ? PyDict_Copy(entry.constants) : PyDict_New();
+  if (!made) raise();
+  const auto& parameters = self.reader->parameters();
+  for (size_t i = 0; i < parameters.size(); ++i)
+    if (call.objects[i] && PyDict_SetItem(made, parameters[i].name, call.objects[i]) != 0) {
+      Py_DECREF(made);
+      raise();
+    }
+  return made;
+}
+
+/// What heuristics give, each held as long as this lives.
+struct Computed : ComputedArguments {
+  ~Computed() {
+    for (PyObject* each : parameters) Py_XDECREF(each);
+    for (PyObject* each : options) Py_DECREF(each);
+  }
+};
+
+/// One call, on the stack.
+struct Calling {
+  AdoptedKernel& self;
+  PyObject* grid;
+  PyObject* const* args;
+  size_t positional;
+  PyObject* keyword_names;
+  const CallForm& form;
+
+  size_t keywords() const { return keyword_names ? static_cast<size_t>(PyTuple_GET_SIZE(keyword_names)) : 0; }
+};
+
+/// Triton's own call: run(kernel, *args, grid=, warmup=False, **keywords).
+HD_COLD PyObject* call_triton(const Calling& calling, PyObject* grid) {
+  static PyObject* const own[] = {PyUnicode_InternFromString("grid"), PyUnicode_InternFromString("warmup")};
+  const size_t given = calling.positional + calling.keywords();
+  std::vector<PyObject*> all{calling.self.kernel};
+  all.insert(all.end(), calling.args, calling.args + given);
+  if (calling.form.is_run) {
+    if (grid && calling.form.grid >= 0) all[1 + static_cast<size_t>(calling.form.grid)] = grid;
+    return PyObject_Vectorcall(calling.self.run, all.data(), 1 + calling.positional, calling.keyword_names);
+  }
+  all.push_back(grid ? grid : calling.grid);
+  all.push_back(Py_False);
+  const Owned names{PyTuple_New(static_cast<Py_ssize_t>(calling.keywords() + 2))};
+  if (!names.object) return nullptr;
+  for (size_t i = 0; i < calling.keywords() + 2; ++i) {
+    PyObject* name = i < calling.keywords() ? PyTuple_GET_ITEM(calling.keyword_names, i) : own[i - calling.keywords()];
+    PyTuple_SET_ITEM(names.object, i, Py_NewRef(name));
+  }
+  return PyObject_Vectorcall(calling.self.run, all.data(), 1 + calling.positional, names.object);
+}
+
+HD_COLD void count(const AdoptedKernel& self, const std::string& reason) {
+  self.counters->fallbacks.fetch_add(1, std::memory_order_relaxed);
+  const std::lock_guard lock(OpCounters::mutex);
+  ++self.counters->misses[reason];
+}
+
+HD_COLD PyObject* leave_to_triton(const Calling& calling, const std::string& reason, PyObject* grid = nullptr) {
+  count(calling.self, reason);
+  return call_triton(calling, grid);
+}
+
+// ---- learning ----
+
+template <typename Value>
+Value field(PyObject* row, const char* name) {
+  const pybind11::handle dict(row);
+  return dict[name].cast<Value>();
+}
+
+/// How an argument becomes a parameter of a Triton type ("*fp32", "i32", "u1", …); false if Triton is to do it.
+bool make_param(std::string_view type, uint16_t code, AdoptedParam& param) {
+  const ArgumentClass kind = class_of_code(code);
+  const bool is_float = kind == ArgumentClass::kFloat;
+  const bool is_integer = kind == ArgumentClass::kInt32 || kind == ArgumentClass::kInt64 ||
+                          kind == ArgumentClass::kOne || kind == ArgumentClass::kBool;
+  if (type.starts_with("*")) return kind == ArgumentClass::kTensor || kind == ArgumentClass::kNone;
+  if (type.starts_with("fp") || type == "bf16") {
+    if (!is_float && !is_integer) return false;
+    param.bytes = type == "fp64" ? 8 : type == "fp32" ? 4 : 2;
+    if (type == "fp32") param.conversion = is_float ? Conversion::kFloatToF32 : Conversion::kIntToF32;
+    if (type == "fp64") param.conversion = is_float ? Conversion::kNone : Conversion::kIntToF64;
+    if (type == "bf16") param.conversion = is_float ? Conversion::kFloatToBF16 : Conversion::kIntToBF16;
+    return type == "fp32" || type == "fp64" || type == "bf16";
+  }
+  const bool is_wide = type == "i64" || type == "u64";
+  const bool is_32 = type == "i32" || type == "u32";
+  const bool is_16 = type == "i16" || type == "u16";
+  const bool is_8 = type == "i8" || type == "u8" || type == "i1" || type == "u1";
+  param.bytes = is_wide ? 8 : is_32 ? 4 : is_16 ? 2 : 1;
+  // A value that a narrower or unsigned type does not hold is refused by Triton, or cut off; it says.
+  const bool is_small = kind == ArgumentClass::kOne || kind == ArgumentClass::kBool;
+  if (type == "u64") return is_small || kind == ArgumentClass::kUInt64;
+  if (type == "i64") return is_integer;
+  if (type == "i32") return is_small || kind == ArgumentClass::kInt32;
+  return (is_32 || is_16 || is_8) && is_small;
+}
+
+HD_COLD std::string make_row(const AdoptedKernel& self, const AdoptedCall& call, PyObject* said, DeviceSlot slot,
+                             AdoptedEntry& entry) {
+  AdoptedCode code;
+  code.name = *self.name;
+  code.function = reinterpret_cast<CUfunction>(field<uintptr_t>(said, "function"));
+  code.num_warps = field<uint32_t>(said, "num_warps");
+  code.shared_bytes = field<uint32_t>(said, "shared_bytes");
+  code.cluster = field<uint32_t>(said, "cluster");
+  code.cooperative = field<bool>(said, "cooperative");
+  code.pdl = field<bool>(said, "pdl");
+  code.releases = field<bool>(said, "releases");
+  for (const auto& [argument, type] : field<std::vector<std::pair<size_t, std::string>>>(said, "params")) {
+    AdoptedParam param{static_cast<uint16_t>(argument)};
+    if (argument >= self.reader->parameters().size() || !make_param(type, call.codes[argument], param))
+      return text("argument of type ", type, " is made otherwise");
+    code.params.push_back(param);
+  }
+  LaunchPlace place{slot == kCpuSlot ? &null_driver() : &cuda_driver(), slot, nullptr, device_count == 1};
+  HD_DRIVER(*place.driver, place.driver->context_get(&place.context), "cuCtxGetCurrent", code.name);
+  entry.row = std::make_unique<AdoptedRow>(code, place);
+  return {};
+}
+
+/// What Triton compiled for a call becomes an entry. `compiled` is what it returned.
+HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, DeviceSlot slot, PyObject* compiled) {
+  if (compiled == Py_None || self.table->is_full() || self.table->find(call)) return;
+  const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.learn, self.kernel, compiled, nullptr)};
+  if (!said.object) raise();
+  auto entry = std::make_unique<AdoptedEntry>();
+  entry->words.assign(call.words, call.words + call.count);
+  entry->hash = call.hash;
+  if (PyUnicode_Check(said.object)) {
+    entry->reason = PyUnicode_AsUTF8(said.object);
+    if (entry->reason.empty()) return;  // not yet
+  } else {
+    try {
+      entry->reason = make_row(self, call, said.object, slot, *entry);
+    } catch (const Error& error) {
+      if (error.fault() != Fault::kBundle) throw;
+      entry->reason = error.what();
+    }
+    entry->constants = Py_XNewRef(PyDict_GetItemString(said.object, "constants"));
+    entry->config = Py_XNewRef(PyDict_GetItemString(said.object, "config"));
+  }
+  entry->compiled = Py_NewRef(compiled);
+  entry->tuned = self.tuner_cache ? PyDict_GET_SIZE(self.tuner_cache) : 0;
+  if (!self.table->find(call)) self.table->insert(std::move(entry));
+}
+
+HD_COLD uint32_t number_of_state(const AdoptedKernel& self) {
+  return static_cast<uint32_t>(process_state().number()) << 16 | static_cast<uint32_t>(self.state->number());
+}
+
+/// The first call of a key.
+HD_COLD PyObject* call_and_learn(const Calling& calling, AdoptedCall& call, const ComputedArguments* computed,
+                                 DeviceSlot slot) {
+  PyObject* compiled = leave_to_triton(calling, "first call of a key");
+  if (!compiled) return nullptr;
+  Owned result{compiled};
+  // The first call of all computes what the code depends on.
+  WatchedState& process = process_state();
+  if (!process.is_same()) refresh(process, adopted_callbacks.process_state, nullptr);
+  if (!calling.self.state->is_same()) refresh(*calling.self.state, adopted_callbacks.kernel_state, calling.self.kernel);
+  const char* reason = nullptr;
+  if (process.number() >= 0 && calling.self.state->number() >= 0 &&
+      calling.self.reader->read(calling.form, calling.args, computed, slot, number_of_state(calling.self), call,
+                                reason))
+    learn(calling.self, call, slot, compiled);
+  return std::exchange(result.object, nullptr);
+}
+
+// ---- serving ----
+
+/// What must hold before a key is computed; the reason why it does not, or null.
+inline const char* objection(AdoptedKernel& self) {
+  WatchedState& process = process_state();
+  if (HD_UNLIKELY(!process.is_same())) refresh(process, adopted_callbacks.process_state, nullptr);
+  if (HD_UNLIKELY(!self.state->is_same())) refresh(*self.state, adopted_callbacks.kernel_state, self.kernel);
+  if (HD_UNLIKELY(process.number() < 0)) return process.reason().c_str();
+  if (HD_UNLIKELY(self.state->number() < 0)) return self.state->reason().c_str();
+  if (HD_UNLIKELY(!process.has_no_hooks())) return "launch hook";
+  if (HD_UNLIKELY(!self.state->has_no_hooks())) return "pre-run hook";
+  if (HD_UNLIKELY(!self.state->has_its_globals())) {
+    if (PyErr_Occurred()) raise();
+    return "captured global changed";
+  }
+  if (HD_UNLIKELY(!no_modes())) return "torch mode";
+  return nullptr;
+}
+
+HD_COLD void compute(const Calling& calling, Computed& out) {
+  const AdoptedKernel& self = calling.self;
+  const auto& parameters = self.reader->parameters();
+  out.parameters.assign(parameters.size(), nullptr);
+  Owned given{PyDict_New()};
+  if (!given.object) raise();
+  for (size_t i = 0; i < calling.positional; ++i)
+    if (PyDict_SetItem(given.object, parameters[i].name, calling.args[i]) != 0) raise();
+  for (size_t i = 0; i < calling.keywords(); ++i)
+    if (PyDict_SetItem(given.object, PyTuple_GET_ITEM(calling.keyword_names, i),
+                       calling.args[calling.positional + i]) != 0)
+      raise();
+  if (!calling.form.is_run && (PyDict_SetItemString(given.object, "grid", calling.grid) != 0 ||
+                               PyDict_SetItemString(given.object, "warmup", Py_False) != 0))
+    raise();
+  for (const AdoptedHeuristic& each : *self.heuristics) {
+    // A dict of its own, as Triton gives it one.
+    const Owned copy{PyDict_Copy(given.object)};
+    PyObject* value = copy.object ? PyObject_CallOneArg(each.function, copy.object) : nullptr;
+    if (!value) raise();
+    if (each.parameter >= 0)
+      Py_XSETREF(out.parameters[static_cast<size_t>(each.parameter)], value);
+    else
+      out.options.push_back(value);
+    if (PyDict_SetItem(given.object, each.name, value) != 0) raise();
+  }
+}
+
+/// The launch of an entry's row, for a grid that is one.
+PyObject* launch(AdoptedKernel& self, const AdoptedEntry& entry, AdoptedCall& call, const std::array<uint32_t, 3>& grid,
+                 CUresult& result) {
+  const AdoptedRow& row = *entry.row;
+  const CUstream stream = current_stream(row.place().slot);
+  if (HD_LIKELY(row.has_room(stream))) {
+    result = row.launch(call.values, grid, stream);
+  } else {
+    const Owned held{Py_NewRef(reinterpret_cast<PyObject*>(&self))};
+    PyThreadState* released = PyEval_SaveThread();
+    result = row.launch(call.values, grid, stream);
+    PyEval_RestoreThread(released);
+  }
+  if (HD_UNLIKELY(result != kCudaSuccess)) return nullptr;
+  self.counters->hits.fetch_add(1, std::memory_order_relaxed);
+  if (HD_UNLIKELY(entry.config != self.best_config)) {
+    if (PyObject_SetAttrString(self.tuner, "best_config", entry.config) != 0) raise();
+    self.best_config = entry.config;
+  }
+  return Py_NewRef(entry.compiled);
+}
+
+PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
+  AdoptedKernel& self = calling.self;
+  const DeviceSlot slot = current_slot(self);
+  AdoptedCall call;
+  const char* reason = nullptr;
+  if (HD_UNLIKELY(!self.reader->read(calling.form, calling.args, computed, slot, number_of_state(self), call, reason)))
+    return leave_to_triton(calling, reason);
+  const AdoptedEntry* entry = self.table->find(call);
+  if (HD_UNLIKELY(!entry)) {
+    if (self.table->is_full()) return leave_to_triton(calling, "more keys than are kept");
+    return call_and_learn(calling, call, computed, slot);
+  }
+  if (HD_UNLIKELY(!entry->row)) return leave_to_triton(calling, entry->reason);
+  if (HD_UNLIKELY(self.tuner_cache != nullptr) && HD_UNLIKELY(PyDict_GET_SIZE(self.tuner_cache) < entry->tuned))
+    return leave_to_triton(calling, "autotuner's choices taken back");
+  PyObject* grid = calling.form.is_run ? calling.args[calling.form.grid] : calling.grid;
+  Owned evaluated;
+  if (HD_UNLIKELY(!PyTuple_CheckExact(grid)) && PyCallable_Check(grid)) {
+    const Owned arguments{make_arguments(self, call, *entry)};
+    grid = evaluated.object = PyObject_CallOneArg(grid, arguments.object);
+    if (!grid) return nullptr;
+  }
+  std::array<uint32_t, 3> blocks;
+  switch (read_grid(grid, entry->row->cluster(), blocks)) {
+    case GridState::kGood:
+      break;
+    case GridState::kEmpty:
+      self.counters->empty.fetch_add(1, std::memory_order_relaxed);
+      return Py_NewRef(entry->compiled);
+    default:
+      return leave_to_triton(calling, "grid", evaluated.object);
+  }
+  CUresult result = kCudaSuccess;
+  PyObject* compiled = launch(self, *entry, call, blocks, result);
+  if (HD_LIKELY(compiled != nullptr)) return compiled;
+  return leave_to_triton(calling, "driver's refusal", evaluated.object);  // Triton raises its own error
+}
+
+}  // namespace
+
+PyObject* AdoptedKernel::call(PyObject* grid, PyObject* const* args, size_t positional, PyObject* keyword_names) {
+  const Calling calling{*this, grid, args, positional, keyword_names, reader->form(positional, keyword_names, !grid)};
+  if (HD_UNLIKELY(calling.form.is_wrong)) return leave_to_triton(calling, "arguments");
+  if (calling.form.is_run) {
+    if (calling.form.grid < 0) return leave_to_triton(calling, "arguments");
+    if (calling.form.warmup >= 0 && args[calling.form.warmup] != Py_False) return leave_to_triton(calling, "warm-up");
+  }
+  if (const char* reason = objection(*this)) return leave_to_triton(calling, reason);
+  if (HD_LIKELY(heuristics->empty())) return serve(calling, nullptr);
+  Computed computed;
+  compute(calling, computed);
+  return serve(calling, &computed);
+}
+
+}  // namespace hdispatch
