@@ -239,6 +239,7 @@ int traverse_adopted(PyObject* object, visitproc visit, void* arg) {
     Py_VISIT(entry->config);
   }
   if (const int stopped = self->reader->traverse(visit, arg)) return stopped;
+  if (const int stopped = self->programs->traverse(visit, arg)) return stopped;
   return self->state->traverse(visit, arg);
 }
 
@@ -249,6 +250,7 @@ int clear_adopted(PyObject* object) {
   self->table->clear();
   self->state->clear();
   self->reader->clear();
+  self->programs->clear();
   Py_CLEAR(self->tuner_cache);
   for (AdoptedHeuristic& each : *self->heuristics) {
     Py_CLEAR(each.function);
@@ -268,6 +270,7 @@ void drop_adopted(PyObject* object) {
   delete self->reader;
   delete self->state;
   delete self->table;
+  delete self->programs;
   delete self->heuristics;
   delete self->counters;
   PyTypeObject* type = Py_TYPE(object);
@@ -364,6 +367,7 @@ py::object make_adopted(const py::object& kernel, const std::string& name, const
   self->reader = new KeyReader(std::move(made), may_lack);
   self->state = new WatchedState;
   self->table = new AdoptedTable;
+  self->programs = new HostPrograms;
   self->heuristics = new std::vector<AdoptedHeuristic>(std::move(computed));
   self->counters = new OpCounters;
   self->tuner = tuner.is_none() ? nullptr : tuner.ptr();
@@ -388,12 +392,13 @@ void define_adopted(py::module_& m) {
   m.def(
       "set_adopted_callbacks",
       [](const py::object& process_state, const py::object& kernel_state, const py::object& learn,
-         const py::object& constexpr_type, const py::object& function_type, int device_count) {
-        adopted_callbacks = {process_state.inc_ref().ptr(), kernel_state.inc_ref().ptr(), learn.inc_ref().ptr()};
+         const py::object& trace, const py::object& constexpr_type, const py::object& function_type, int device_count) {
+        adopted_callbacks = {process_state.inc_ref().ptr(), kernel_state.inc_ref().ptr(), learn.inc_ref().ptr(),
+                             trace.inc_ref().ptr()};
         KeyReader::set_constant_types(constexpr_type.ptr(), function_type.ptr());
         set_adopted_device_count(device_count);
       },
-      py::arg("process_state"), py::arg("kernel_state"), py::arg("learn"), py::arg("constexpr_type"),
+      py::arg("process_state"), py::arg("kernel_state"), py::arg("learn"), py::arg("trace"), py::arg("constexpr_type"),
       py::arg("function_type"), py::arg("device_count"));
   m.def("make_adopted", &make_adopted, py::arg("kernel"), py::arg("name"), py::arg("parameters"), py::arg("is_null"),
         py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("tuner_cache"));

@@ -6,7 +6,6 @@
 #include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
-#include <bit>
 #include <mutex>
 
 #include "op_call.h"
@@ -24,156 +23,9 @@ int device_count = 1;
 /// A Python error as an exception, for the door.
 [[noreturn]] HD_COLD void raise() { throw python_error(); }
 
-/// The reference is given away when this ends.
-struct Owned {
-  PyObject* object = nullptr;
-  ~Owned() { Py_XDECREF(object); }
-};
-
 }  // namespace
 
 void set_adopted_device_count(int count) { device_count = count; }
-
-// ---- state ----
-
-bool WatchedDict::is_same() const noexcept {
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version;
-#pragma GCC diagnostic pop
-}
-
-void WatchedDict::note() noexcept {
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  version = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#pragma GCC diagnostic pop
-}
-
-void WatchedState::clear() noexcept {
-  for (WatchedDict& each : dicts_) Py_DECREF(each.dict);
-  for (PyObject* each : hooks_) Py_DECREF(each);
-  for (Scope& scope : scopes_) {
-    Py_DECREF(scope.watched.dict);
-    for (Global& each : scope.globals) {
-      Py_DECREF(each.name);
-      Py_DECREF(each.value);
-      Py_XDECREF(each.identity);
-    }
-  }
-  dicts_.clear();
-  hooks_.clear();
-  scopes_.clear();
-}
-
-int WatchedState::traverse(visitproc visit, void* arg) const {
-  for (const WatchedDict& each : dicts_) Py_VISIT(each.dict);
-  for (PyObject* each : hooks_) Py_VISIT(each);
-  for (const Scope& scope : scopes_) {
-    Py_VISIT(scope.watched.dict);
-    for (const Global& each : scope.globals) {
-      Py_VISIT(each.value);
-      Py_VISIT(each.identity);
-    }
-  }
-  return 0;
-}
-
-bool WatchedState::set(PyObject* given) {
-  int number = 0;
-  const char* reason = nullptr;
-  PyObject *dicts = nullptr, *hooks = nullptr, *globals = nullptr;
-  if (!PyArg_ParseTuple(given, "isO!O!O!", &number, &reason, &PyList_Type, &dicts, &PyList_Type, &hooks, &PyList_Type,
-                        &globals))
-    return false;
-  WatchedState made;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts); ++i) {
-    made.dicts_.push_back({Py_NewRef(PyList_GET_ITEM(dicts, i))});
-    made.dicts_.back().note();
-  }
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(hooks); ++i) made.hooks_.push_back(Py_NewRef(PyList_GET_ITEM(hooks, i)));
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(globals); ++i) {
-    PyObject *dict = nullptr, *name = nullptr, *value = nullptr;
-    int is_mutable = 0;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(globals, i), "O!UOp", &PyDict_Type, &dict, &name, &value, &is_mutable))
-      return false;
-    auto scope = std::ranges::find_if(made.scopes_, [dict](const Scope& each) { return each.watched.dict == dict; });
-    if (scope == made.scopes_.end()) {
-      made.scopes_.push_back({{Py_NewRef(dict)}, {}, false});  // its version 0 is no dict's: compared at the next call
-      scope = made.scopes_.end() - 1;
-    }
-    scope->globals.push_back({Py_NewRef(name), Py_NewRef(value), nullptr, is_mutable != 0});
-    scope->is_mutable = scope->is_mutable || is_mutable;
-  }
-  made.number_ = number;
-  made.reason_ = reason;
-  std::swap(dicts_, made.dicts_);
-  std::swap(hooks_, made.hooks_);
-  std::swap(scopes_, made.scopes_);
-  number_ = made.number_;
-  std::swap(reason_, made.reason_);
-  return true;
-}
-
-/// As Triton: a value that is not equal to the one that the code was compiled with. False with or without an error.
-HD_COLD bool WatchedState::compare_globals() {
-  for (Scope& scope : scopes_) {
-    if (scope.watched.is_same() && !scope.is_mutable) continue;
-    WatchedDict seen = scope.watched;
-    seen.note();  // before: comparing may run Python
-    for (Global& each : scope.globals) {
-      PyObject* now = PyDict_GetItemWithError(scope.watched.dict, each.name);
-      if (!now) return false;
-      if (now == each.identity && !each.is_mutable) continue;
-      const Owned held{Py_NewRef(now)};
-      const int differs = PyObject_RichCompareBool(now, each.value, Py_NE);
-      if (differs != 0) return false;
-      Py_XSETREF(each.identity, Py_NewRef(now));
-    }
-    scope.watched.version = seen.version;
-  }
-  return true;
-}
-
-// ---- the table ----
-
-const AdoptedEntry* AdoptedTable::find(const AdoptedCall& call) const noexcept {
-  if (HD_UNLIKELY(slots_.empty())) return nullptr;
-  const size_t mask = slots_.size() - 1;
-  for (size_t slot = call.hash & mask;; slot = (slot + 1) & mask) {
-    const AdoptedEntry* entry = slots_[slot];
-    if (!entry) return nullptr;
-    if (entry->hash == call.hash && entry->words.size() == call.count &&
-        std::equal(call.words, call.words + call.count, entry->words.data()))
-      return entry;
-  }
-}
-
-void AdoptedTable::rehash(size_t slots) {
-  slots_.assign(slots, nullptr);
-  for (const auto& entry : entries_) {
-    size_t slot = entry->hash & (slots - 1);
-    while (slots_[slot]) slot = (slot + 1) & (slots - 1);
-    slots_[slot] = entry.get();
-  }
-}
-
-const AdoptedEntry* AdoptedTable::insert(std::unique_ptr<AdoptedEntry> entry) {
-  entries_.push_back(std::move(entry));
-  const AdoptedEntry* made = entries_.back().get();
-  if (2 * entries_.size() >= slots_.size()) {
-    rehash(std::max<size_t>(16, 2 * slots_.size()));
-    return made;
-  }
-  size_t slot = made->hash & (slots_.size() - 1);
-  while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
-  return slots_[slot] = made;
-}
-
-void AdoptedTable::clear() noexcept {
-  slots_.clear();
-  entries_.clear();
-}
 
 // ---- calls ----
 
@@ -206,21 +58,35 @@ int64_t dimension_of(PyObject* object) {
 
 enum class GridState : uint8_t { kGood, kEmpty, kOdd };
 
+/// The blocks of a launch from its dimensions, if they are some.
+GridState check_grid(uint32_t cluster, const std::array<uint32_t, 3>& blocks) {
+  if (HD_UNLIKELY(uint64_t{blocks[0]} * cluster > INT32_MAX)) return GridState::kOdd;
+  return HD_LIKELY(blocks[0] && blocks[1] && blocks[2]) ? GridState::kGood : GridState::kEmpty;
+}
+
 GridState read_grid(PyObject* grid, uint32_t cluster, std::array<uint32_t, 3>& out) {
   const bool is_tuple = PyTuple_CheckExact(grid);
   if (HD_UNLIKELY(!is_tuple && !PyList_CheckExact(grid))) return GridState::kOdd;
   const Py_ssize_t size = is_tuple ? PyTuple_GET_SIZE(grid) : PyList_GET_SIZE(grid);
   if (HD_UNLIKELY(size < 1 || size > 3)) return GridState::kOdd;
   out = {1, 1, 1};
-  bool is_empty = false;
   for (Py_ssize_t i = 0; i < size; ++i) {
     const int64_t value = dimension_of(is_tuple ? PyTuple_GET_ITEM(grid, i) : PyList_GET_ITEM(grid, i));
     if (HD_UNLIKELY(value < 0)) return GridState::kOdd;
-    is_empty = is_empty || value == 0;
     out[static_cast<size_t>(i)] = static_cast<uint32_t>(value);
   }
-  if (HD_UNLIKELY(uint64_t{out[0]} * cluster > INT32_MAX)) return GridState::kOdd;
-  return HD_UNLIKELY(is_empty) ? GridState::kEmpty : GridState::kGood;
+  return check_grid(cluster, out);
+}
+
+/// The same from a program's results.
+GridState read_grid(const HostValue* values, size_t count, uint32_t cluster, std::array<uint32_t, 3>& out) {
+  out = {1, 1, 1};
+  for (size_t i = 0; i < count; ++i) {
+    if (values[i].kind != HostValue::Kind::kInteger || values[i].integer < 0 || values[i].integer > INT32_MAX)
+      return GridState::kOdd;
+    out[i] = static_cast<uint32_t>(values[i].integer);
+  }
+  return check_grid(cluster, out);
 }
 
 /// All arguments by name, as a callable grid and heuristics get them.
@@ -414,31 +280,67 @@ inline const char* objection(AdoptedKernel& self) {
   return nullptr;
 }
 
-HD_COLD void compute(const Calling& calling, Computed& out) {
-  const AdoptedKernel& self = calling.self;
-  const auto& parameters = self.reader->parameters();
-  out.parameters.assign(parameters.size(), nullptr);
-  Owned given{PyDict_New()};
-  if (!given.object) raise();
-  for (size_t i = 0; i < calling.positional; ++i)
-    if (PyDict_SetItem(given.object, parameters[i].name, calling.args[i]) != 0) raise();
+/// Triton's own argument of a heuristic: what was given, by name, and what heuristics before it gave.
+HD_COLD PyObject* make_given(const Calling& calling, PyObject* const* objects) {
+  const auto& parameters = calling.self.reader->parameters();
+  PyObject* made = PyDict_New();
+  bool failed = !made;
+  for (size_t i = 0; i < parameters.size(); ++i)
+    failed = failed || (objects[i] && PyDict_SetItem(made, parameters[i].name, objects[i]) != 0);
   for (size_t i = 0; i < calling.keywords(); ++i)
-    if (PyDict_SetItem(given.object, PyTuple_GET_ITEM(calling.keyword_names, i),
-                       calling.args[calling.positional + i]) != 0)
-      raise();
-  if (!calling.form.is_run && (PyDict_SetItemString(given.object, "grid", calling.grid) != 0 ||
-                               PyDict_SetItemString(given.object, "warmup", Py_False) != 0))
-    raise();
+    failed = failed || PyDict_SetItem(made, PyTuple_GET_ITEM(calling.keyword_names, i),
+                                      calling.args[calling.positional + i]) != 0;
+  if (!calling.form.is_run)
+    failed = failed || PyDict_SetItemString(made, "grid", calling.grid) != 0 ||
+             PyDict_SetItemString(made, "warmup", Py_False) != 0;
+  if (!failed) return made;
+  Py_XDECREF(made);
+  raise();
+}
+
+PyObject* to_object(const HostValue& value) {
+  if (value.kind == HostValue::Kind::kInteger) return PyLong_FromLongLong(value.integer);
+  return Py_NewRef(value.kind == HostValue::Kind::kObject ? value.object : value.integer ? Py_True : Py_False);
+}
+
+void compute(const Calling& calling, Computed& out) {
+  const AdoptedKernel& self = calling.self;
+  const size_t parameters = self.reader->parameters().size();
+  PyObject* objects[kMaxAdoptedArguments];
+  for (size_t i = 0; i < parameters; ++i)
+    objects[i] = calling.form.sources[i] >= 0 ? calling.args[calling.form.sources[i]] : nullptr;
+  out.parameters.assign(parameters, nullptr);
+  std::vector<std::pair<PyObject*, PyObject*>> options;  // what heuristics gave that are no parameters
+  const auto make = [&] {
+    PyObject* made = make_given(calling, objects);
+    for (const auto& [name, value] : options)
+      if (PyDict_SetItem(made, name, value) != 0) {
+        Py_DECREF(made);
+        raise();
+      }
+    return made;
+  };
   for (const AdoptedHeuristic& each : *self.heuristics) {
-    // A dict of its own, as Triton gives it one.
-    const Owned copy{PyDict_Copy(given.object)};
-    PyObject* value = copy.object ? PyObject_CallOneArg(each.function, copy.object) : nullptr;
+    HostValue result[HostProgram::kMaxOutputs];
+    size_t count = 0;
+    PyObject* value = nullptr;
+    if (self.programs->run({each.function, objects, nullptr}, adopted_callbacks.trace, self.kernel, make, result,
+                           count) &&
+        count == 1) {
+      value = to_object(result[0]);
+    } else {
+      const Owned given{make()};
+      value = PyObject_CallOneArg(each.function, given.object);
+    }
     if (!value) raise();
-    if (each.parameter >= 0)
-      Py_XSETREF(out.parameters[static_cast<size_t>(each.parameter)], value);
-    else
+    if (each.parameter < 0) {
       out.options.push_back(value);
-    if (PyDict_SetItem(given.object, each.name, value) != 0) raise();
+      options.emplace_back(each.name, value);
+      continue;
+    }
+    const auto index = static_cast<size_t>(each.parameter);
+    Py_XSETREF(out.parameters[index], value);
+    objects[index] = value;
   }
 }
 
@@ -464,6 +366,25 @@ PyObject* launch(AdoptedKernel& self, const AdoptedEntry& entry, AdoptedCall& ca
   return Py_NewRef(entry.compiled);
 }
 
+/// The grid, in Python's words only where a callable one had to be called: `evaluated`.
+GridState find_grid(const Calling& calling, const AdoptedCall& call, const AdoptedEntry& entry,
+                    std::array<uint32_t, 3>& blocks, Owned& evaluated) {
+  AdoptedKernel& self = calling.self;
+  PyObject* grid = calling.form.is_run ? calling.args[calling.form.grid] : calling.grid;
+  const uint32_t cluster = entry.row->cluster();
+  if (HD_LIKELY(PyTuple_CheckExact(grid)) || !PyCallable_Check(grid)) return read_grid(grid, cluster, blocks);
+  const auto make = [&] { return make_arguments(self, call, entry); };
+  HostValue values[HostProgram::kMaxOutputs];
+  size_t count = 0;
+  if (HD_LIKELY(self.programs->run({grid, call.objects, entry.constants}, adopted_callbacks.trace, self.kernel, make,
+                                   values, count)))
+    return read_grid(values, count, cluster, blocks);
+  const Owned arguments{make()};
+  evaluated.object = PyObject_CallOneArg(grid, arguments.object);
+  if (!evaluated.object) raise();
+  return read_grid(evaluated.object, cluster, blocks);
+}
+
 PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
   AdoptedKernel& self = calling.self;
   const DeviceSlot slot = current_slot(self);
@@ -479,15 +400,9 @@ PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
   if (HD_UNLIKELY(!entry->row)) return leave_to_triton(calling, entry->reason);
   if (HD_UNLIKELY(self.tuner_cache != nullptr) && HD_UNLIKELY(PyDict_GET_SIZE(self.tuner_cache) < entry->tuned))
     return leave_to_triton(calling, "autotuner's choices taken back");
-  PyObject* grid = calling.form.is_run ? calling.args[calling.form.grid] : calling.grid;
   Owned evaluated;
-  if (HD_UNLIKELY(!PyTuple_CheckExact(grid)) && PyCallable_Check(grid)) {
-    const Owned arguments{make_arguments(self, call, *entry)};
-    grid = evaluated.object = PyObject_CallOneArg(grid, arguments.object);
-    if (!grid) return nullptr;
-  }
   std::array<uint32_t, 3> blocks;
-  switch (read_grid(grid, entry->row->cluster(), blocks)) {
+  switch (find_grid(calling, call, *entry, blocks, evaluated)) {
     case GridState::kGood:
       break;
     case GridState::kEmpty:

@@ -59,6 +59,7 @@ def set_adopted_callbacks(
     process_state: Callable[[], Any],
     kernel_state: Callable[[Any], Any],
     learn: Callable[[Any, Any], Any],
+    trace: Callable[[Any, Any, Any], Any],
     constexpr_type: type,
     function_type: type,
     device_count: int,

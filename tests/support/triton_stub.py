@@ -102,6 +102,8 @@ class _Launch(ctypes.Structure):
 class Stub:
     """The stub of libcuda, loaded where Triton's launcher finds it."""
 
+    driver: Any
+
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         self._last = _Launch.in_dll(self._library, "hd_last")
@@ -142,30 +144,28 @@ class Stub:
 _stub: Stub | None = None
 
 
-def install() -> Stub:
-    """Makes Triton of this process believe in an H100. Once; nothing else of the process may use a driver of Triton's."""
+@contextmanager
+def installed() -> Iterator[Stub]:
+    """Triton of this process believes in an H100 until the block ends."""
+    from triton.runtime import driver
+
+    made = _make()
+    former = driver._active
+    driver.set_active(made.driver)
+    try:
+        yield made
+    finally:
+        driver._active = former
+
+
+def _make() -> Stub:
     global _stub
     if _stub is not None:
         return _stub
-    folder = Path(tempfile.gettempdir()) / f"hdispatch-triton-stub-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
-    library = folder / "libcuda.so.1"
-    source = folder / "libcuda.c"
-    if not library.is_file() or source.read_text() != SOURCE:
-        source.write_text(SOURCE)
-        made = folder / f"{os.getpid()}.so"
-        subprocess.run(
-            ["gcc", "-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(made)], check=True
-        )
-        made.replace(library)
+    library = _build()
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, libcuda_dirs
-    from triton.runtime import driver
-
-    _stub = Stub(library)
-    knobs.nvidia.libcuda_path = str(folder)
-    libcuda_dirs.cache_clear()
 
     class StubDriver(CudaDriver):
         """Triton's own, but for what it asks torch."""
@@ -180,5 +180,23 @@ def install() -> Stub:
         def get_current_target(self) -> Any:
             return GPUTarget("cuda", 90, 32)
 
-    driver.set_active(StubDriver())
-    return _stub
+    stub = Stub(library)
+    with knobs.nvidia.scope():
+        knobs.nvidia.libcuda_path = str(library.parent)
+        libcuda_dirs.cache_clear()
+        stub.driver = StubDriver()
+    _stub = stub
+    return stub
+
+
+def _build() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"hdispatch-triton-stub-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    library, source = folder / "libcuda.so.1", folder / "libcuda.c"
+    if not library.is_file() or source.read_text() != SOURCE:
+        source.write_text(SOURCE)
+        made = folder / f"{os.getpid()}.so"
+        flags = ["-shared", "-fPIC", "-O1", "-w", "-Wl,-soname,libcuda.so.1"]
+        subprocess.run(["gcc", *flags, str(source), "-o", str(made)], check=True)
+        made.replace(library)
+    return library

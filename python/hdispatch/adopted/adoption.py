@@ -111,7 +111,7 @@ def _set_up() -> None:
         return
     from triton.language import constexpr  # type: ignore[import-untyped]
 
-    from . import triton_kernel, triton_state
+    from . import host_program, triton_kernel, triton_state
 
     def parts(kernel: Any) -> Any:
         return vars(kernel)[triton_kernel.PARTS]
@@ -120,6 +120,7 @@ def _set_up() -> None:
         process_state=triton_state.process_state,
         kernel_state=lambda kernel: triton_state.kernel_state(kernel, parts(kernel).function),
         learn=lambda kernel, compiled: triton_kernel.learn(parts(kernel), compiled),
+        trace=lambda kernel, function, arguments: host_program.trace(parts(kernel).names, function, arguments),
         constexpr_type=constexpr,
         function_type=triton_kernel.JITFunction,
         device_count=torch.cuda.device_count() if torch.cuda.is_available() else 1,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from triton.compiler import CompiledKernel  # type: ignore[import-untyped]
@@ -35,6 +36,11 @@ class Parts:
     keys: list[str] = field(default_factory=list)
     heuristics: list[tuple[str, Any]] = field(default_factory=list)
     is_null: bool = False
+
+    @cached_property
+    def names(self) -> dict[str, int]:
+        """The index of each parameter."""
+        return {each.name: index for index, each in enumerate(self.function.params)}
 
     @property
     def lacks(self) -> bool:
