@@ -1,9 +1,4 @@
-// adopted_door.h -- the Python objects through which adopted kernels are called.
-//
-// Triton's classes get two attributes of ours (`patch_class`): `__getitem__`, also as the class's C slot, so that
-// `kernel[grid]` enters C++ at once and gives an object with a vectorcall; and `run`, which whoever calls kernels
-// without `[grid]` uses (Helion, torch.library.wrap_triton, Triton's own wrappers). A kernel that is not adopted goes
-// on to the attributes that were there before.
+// adopted_door.h -- what the Python module has of adopted kernels: making one, switching it, its keys and counters.
 #pragma once
 
 #include <pybind11/pybind11.h>

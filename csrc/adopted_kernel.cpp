@@ -27,6 +27,12 @@ int device_count = 1;
 
 void set_adopted_device_count(int count) { device_count = count; }
 
+DeviceSlot adopted_slot(bool is_null) {
+  if (HD_UNLIKELY(is_null)) return kCpuSlot;
+  if (HD_LIKELY(device_count == 1)) return 1;
+  return slot_of(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice());
+}
+
 // ---- calls ----
 
 namespace {
@@ -40,12 +46,6 @@ WatchedState& process_state() {
 HD_COLD void refresh(WatchedState& state, PyObject* callback, PyObject* kernel) {
   const Owned given{PyObject_CallFunctionObjArgs(callback, kernel, nullptr)};
   if (!given.object || !state.set(given.object)) raise();
-}
-
-DeviceSlot current_slot(const AdoptedKernel& self) {
-  if (HD_UNLIKELY(self.is_null)) return kCpuSlot;
-  if (HD_LIKELY(device_count == 1)) return 1;
-  return slot_of(c10::impl::VirtualGuardImpl(c10::DeviceType::CUDA).getDevice());
 }
 
 /// A grid dimension; -1 for what Triton is to judge.
@@ -387,7 +387,7 @@ GridState find_grid(const Calling& calling, const AdoptedCall& call, const Adopt
 
 PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
   AdoptedKernel& self = calling.self;
-  const DeviceSlot slot = current_slot(self);
+  const DeviceSlot slot = adopted_slot(self.is_null);
   AdoptedCall call;
   const char* reason = nullptr;
   if (HD_UNLIKELY(!self.reader->read(calling.form, calling.args, computed, slot, number_of_state(self), call, reason)))
@@ -431,6 +431,30 @@ PyObject* AdoptedKernel::call(PyObject* grid, PyObject* const* args, size_t posi
   Computed computed;
   compute(calling, computed);
   return serve(calling, &computed);
+}
+
+bool AdoptedKernel::launch(const CallForm& form, PyObject* const* args, const GivenValue* given,
+                           const int64_t (&grid)[3], const char*& reason) {
+  reason = objection(*this);
+  if (HD_UNLIKELY(reason != nullptr)) return false;
+  AdoptedCall call;
+  if (HD_UNLIKELY(
+          !reader->read(form, args, nullptr, adopted_slot(is_null), number_of_state(*this), call, reason, given)))
+    return false;
+  const AdoptedEntry* entry = table->find(call);
+  if (HD_UNLIKELY(!entry)) return reason = "first call of a key", false;
+  if (HD_UNLIKELY(!entry->row)) return reason = entry->reason.c_str(), false;
+  HostValue values[3];
+  for (size_t i = 0; i < 3; ++i) values[i] = {HostValue::Kind::kInteger, grid[i], nullptr};
+  std::array<uint32_t, 3> blocks;
+  const GridState state = read_grid(values, 3, entry->row->cluster(), blocks);
+  if (HD_UNLIKELY(state == GridState::kOdd)) return reason = "grid", false;
+  if (HD_UNLIKELY(state == GridState::kEmpty)) return true;
+  CUresult result = kCudaSuccess;
+  PyObject* compiled = hdispatch::launch(*this, *entry, call, blocks, result);
+  if (HD_UNLIKELY(!compiled)) return reason = "driver's refusal", false;
+  Py_DECREF(compiled);
+  return true;
 }
 
 }  // namespace hdispatch

@@ -31,6 +31,8 @@ struct AdoptedCallbacks {
   PyObject* kernel_state = nullptr;   ///< (kernel) -> the same
   PyObject* learn = nullptr;          ///< (kernel, compiled) -> str, the reason for no row, or the row as a dict
   PyObject* trace = nullptr;          ///< (kernel, function, arguments) -> what HostProgram takes, or None
+  PyObject* host_state = nullptr;     ///< (host kernel) -> what WatchedState::set takes
+  PyObject* host_record = nullptr;    ///< (host kernel, arguments) -> str, or what HostRecord takes
 };
 extern AdoptedCallbacks adopted_callbacks;
 
@@ -60,10 +62,15 @@ struct AdoptedKernel {
 
   /// Serves a call, or has Triton serve it. `grid` of `run` is among its keywords, and null here.
   PyObject* call(PyObject* grid, PyObject* const* args, size_t positional, PyObject* keyword_names);
+
+  /// Launches what a host record computed, if its key has a row; false with the reason otherwise. May throw.
+  bool launch(const CallForm& form, PyObject* const* args, const GivenValue* given, const int64_t (&grid)[3],
+              const char*& reason);
 };
 
-/// Makes the Python type; once, at import. Null with a Python error.
-PyObject* make_adopted_type();
+/// Where a kernel's calls go: the device that torch has current, or the CPU with the null driver.
+DeviceSlot adopted_slot(bool is_null);
+
 extern PyObject* adopted_type;
 
 /// For the device that torch has current; 1 where the process sees one GPU.

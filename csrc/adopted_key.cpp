@@ -199,6 +199,28 @@ bool KeyReader::exact_word(PyObject* object, uint64_t& word) {
   return number != 0;
 }
 
+namespace {
+
+bool is_multiple(const AdoptedParameter& parameter, uint64_t value) noexcept {
+  return parameter.specialize && parameter.align && (value & 15) == 0;
+}
+
+uint16_t code_of_pointer(const AdoptedParameter& parameter, uint64_t address, int8_t scalar_type) noexcept {
+  return code_of(ArgumentClass::kTensor,
+                 (is_multiple(parameter, address) ? kMultiple : 0) | static_cast<uint64_t>(scalar_type) << 8);
+}
+
+uint16_t code_of_integer(const AdoptedParameter& parameter, int64_t value) noexcept {
+  if (HD_UNLIKELY(value == 1) && parameter.specialize) return code_of(ArgumentClass::kOne);
+  const bool is_small = value >= INT32_MIN && value <= INT32_MAX;
+  return code_of(is_small ? ArgumentClass::kInt32 : ArgumentClass::kInt64,
+                 is_multiple(parameter, static_cast<uint64_t>(value)) ? kMultiple : 0);
+}
+
+uint64_t word_of_integer(int64_t value) noexcept { return static_cast<uint64_t>(value) << 3 | kTagInteger; }
+
+}  // namespace
+
 bool KeyReader::classify(const AdoptedParameter& parameter, PyObject* object, DeviceSlot slot, uint16_t& code,
                          uint64_t& value, const char*& reason) {
   PyTypeObject* type = Py_TYPE(object);
@@ -217,16 +239,13 @@ bool KeyReader::classify(const AdoptedParameter& parameter, PyObject* object, De
     int overflow = 0;
     const long long number = PyLong_AsLongLongAndOverflow(object, &overflow);
     value = static_cast<uint64_t>(number);
-    ArgumentClass kind = number >= INT32_MIN && number <= INT32_MAX ? ArgumentClass::kInt32 : ArgumentClass::kInt64;
-    if (HD_UNLIKELY(overflow)) {
-      value = PyLong_AsUnsignedLongLong(object);
-      if (PyErr_Occurred()) return PyErr_Clear(), reason = "integer of more than 64 bits", false;
-      kind = ArgumentClass::kUInt64;
-    } else if (number == 1 && parameter.specialize) {
-      kind = ArgumentClass::kOne;
+    if (HD_LIKELY(!overflow)) {
+      code = code_of_integer(parameter, number);
+      return true;
     }
-    const bool is_multiple = parameter.specialize && parameter.align && (value & 15) == 0;
-    code = code_of(kind, is_multiple ? kMultiple : 0);
+    value = PyLong_AsUnsignedLongLong(object);
+    if (PyErr_Occurred()) return PyErr_Clear(), reason = "integer of more than 64 bits", false;
+    code = code_of(ArgumentClass::kUInt64, is_multiple(parameter, value) ? kMultiple : 0);
     return true;
   }
   if (type == &PyFloat_Type) {
@@ -249,7 +268,7 @@ bool KeyReader::classify(const AdoptedParameter& parameter, PyObject* object, De
 }
 
 bool KeyReader::read(const CallForm& form, PyObject* const* args, const ComputedArguments* computed, DeviceSlot slot,
-                     uint32_t state, AdoptedCall& call, const char*& reason) {
+                     uint32_t state, AdoptedCall& call, const char*& reason, const GivenValue* given) {
   size_t count = 1;
   uint64_t packed = 0;
   uint32_t shift = 0;
@@ -264,6 +283,25 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
     call.objects[i] = object;
     call.values[i] = 0;
     uint16_t& code = call.codes[i] = code_of(ArgumentClass::kAbsent);
+    if (HD_UNLIKELY(given) && given[i].kind != GivenValue::Kind::kObject) {
+      const bool is_pointer = given[i].kind == GivenValue::Kind::kPointer;
+      const auto number = static_cast<int64_t>(given[i].value);
+      if (HD_UNLIKELY(parameter.is_exact || (parameter.is_constexpr && is_pointer)))
+        return reason = "compile-time value", false;
+      if (parameter.is_constexpr) {
+        if (number >= kMaxExactInteger || number < -kMaxExactInteger) return reason = "compile-time value", false;
+        call.words[count++] = word_of_integer(number);
+        code = code_of(ArgumentClass::kConstant);
+        continue;
+      }
+      call.values[i] = given[i].value;
+      code = is_pointer ? code_of_pointer(parameter, given[i].value, given[i].scalar_type)
+                        : code_of_integer(parameter, number);
+      packed |= uint64_t{code} << shift;
+      shift += 16;
+      if (shift == 64) codes[code_words++] = packed, packed = 0, shift = 0;
+      continue;
+    }
     if (parameter.is_constexpr || parameter.is_exact) {
       uint64_t& word = call.words[count++] = 0;
       if (object && HD_UNLIKELY(!exact_word(object, word)))

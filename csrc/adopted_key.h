@@ -72,6 +72,13 @@ struct ComputedArguments {
   std::vector<PyObject*> options;
 };
 
+/// An argument that is no Python object: what a host record computes.
+struct GivenValue {
+  enum class Kind : uint8_t { kObject, kPointer, kInteger } kind = Kind::kObject;
+  int8_t scalar_type = 0;  ///< of what a pointer points to, as torch numbers them
+  uint64_t value = 0;      ///< an address, or an integer of 64 bits
+};
+
 /// A call's key and values, on the caller's stack. Deliberately not initialised: every entry that is read is written.
 struct AdoptedCall {
   uint64_t words[kMaxKeyWords];
@@ -123,7 +130,9 @@ class KeyReader {
 
   /// Fills key and values. False with the reason, if the call has no key. `state`: what else the code depends on.
   bool read(const CallForm& form, PyObject* const* args, const ComputedArguments* computed, DeviceSlot slot,
-            uint32_t state, AdoptedCall& call, const char*& reason);
+            uint32_t state, AdoptedCall& call, const char*& reason, const GivenValue* given = nullptr);
+  /// A value that is compiled in, told from every other; false if it cannot be.
+  bool exact_word(PyObject* object, uint64_t& word);
 
   const std::vector<AdoptedParameter>& parameters() const noexcept { return parameters_; }
   int traverse(visitproc visit, void* arg) const;
@@ -135,7 +144,6 @@ class KeyReader {
 
  private:
   CallForm make_form(size_t positional, PyObject* keyword_names, bool is_run);
-  bool exact_word(PyObject* object, uint64_t& word);
   bool classify(const AdoptedParameter& parameter, PyObject* object, DeviceSlot slot, uint16_t& code, uint64_t& value,
                 const char*& reason);
 

@@ -8,6 +8,103 @@
 
 namespace hdispatch {
 
+HostSteps::HostSteps(PyObject* listed) {
+  int depth = 0;
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(listed); ++k) {
+    int op = 0, b = 0;
+    long long a = 0;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw python_error();
+    const auto code = static_cast<Op>(op);
+    depth += code <= Op::kContiguous ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
+    HD_CHECK(depth >= 1 && depth <= static_cast<int>(kMaxDepth), depth);
+    steps_.push_back({code, a, b});
+  }
+}
+
+bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const {
+  int64_t stack[kMaxDepth];
+  size_t top = 0;
+  const auto dimension = [objects](const Step& step, bool is_size, int64_t& value) {
+    const at::Tensor& tensor = THPVariable_Unpack(objects[step.a]);
+    const c10::IntArrayRef listed = is_size ? tensor.sizes() : tensor.strides();
+    const auto rank = static_cast<int64_t>(listed.size());
+    const int64_t index = step.b < 0 ? step.b + rank : step.b;
+    if (index < 0 || index >= rank) return false;
+    value = listed[static_cast<size_t>(index)];
+    return true;
+  };
+  for (const Step& step : steps_) {
+    if (step.op <= Op::kContiguous) {
+      int64_t& value = stack[top++] = step.a;
+      if (step.op == Op::kInteger) value = integers[step.a];
+      if (step.op == Op::kNumel) value = THPVariable_Unpack(objects[step.a]).numel();
+      if (step.op == Op::kContiguous) value = THPVariable_Unpack(objects[step.a]).is_contiguous();
+      if ((step.op == Op::kSize || step.op == Op::kStride) && !dimension(step, step.op == Op::kSize, value))
+        return false;
+      continue;
+    }
+    if (step.op == Op::kNextPowerOf2) {
+      int64_t& value = stack[top - 1];
+      if (value < 1 || value > int64_t{1} << 62) return false;  // Python says what it is then
+      value = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(value)));
+      continue;
+    }
+    const int64_t b = stack[--top];
+    int64_t& a = stack[top - 1];
+    const int64_t left = a;
+    switch (step.op) {
+      case Op::kAdd:
+        if (__builtin_add_overflow(left, b, &a)) return false;
+        break;
+      case Op::kSub:
+        if (__builtin_sub_overflow(left, b, &a)) return false;
+        break;
+      case Op::kMul:
+        if (__builtin_mul_overflow(left, b, &a)) return false;
+        break;
+      case Op::kDiv:
+      case Op::kMod: {  // rounded down; by zero Python raises
+        if (b == 0 || (left == INT64_MIN && b == -1)) return false;
+        const int64_t rest = left % b;
+        const bool down = rest != 0 && (rest < 0) != (b < 0);
+        a = step.op == Op::kDiv ? left / b - down : down ? rest + b : rest;
+        break;
+      }
+      case Op::kMin:
+        a = b < left ? b : left;
+        break;
+      case Op::kMax:
+        a = b > left ? b : left;
+        break;
+      case Op::kEq:
+        a = left == b;
+        break;
+      case Op::kNe:
+        a = left != b;
+        break;
+      case Op::kLt:
+        a = left < b;
+        break;
+      case Op::kLe:
+        a = left <= b;
+        break;
+      case Op::kGt:
+        a = left > b;
+        break;
+      case Op::kGe:
+        a = left >= b;
+        break;
+      case Op::kAnd:
+        a = left && b;
+        break;
+      default:
+        a = left || b;
+    }
+  }
+  out = stack[0];
+  return true;
+}
+
 HostProgram::HostProgram(PyObject* made) {
   PyObject *sources = nullptr, *steps = nullptr, *results = nullptr;
   if (!PyArg_ParseTuple(made, "O!O!O!", &PyList_Type, &sources, &PyList_Type, &steps, &PyList_Type, &results))
@@ -28,17 +125,7 @@ HostProgram::HostProgram(PyObject* made) {
     PyObject* object = nullptr;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(results, i), "iO", &kind, &object)) throw python_error();
     outputs_.push_back({static_cast<HostValue::Kind>(kind), Py_NewRef(object), {}});
-    PyObject* listed = PyList_GET_ITEM(steps, i);
-    int depth = 0;
-    for (Py_ssize_t k = 0; k < PyList_GET_SIZE(listed); ++k) {
-      int op = 0, b = 0;
-      long long a = 0;
-      if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw python_error();
-      const auto code = static_cast<Op>(op);
-      depth += code <= Op::kStride ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
-      HD_CHECK(depth >= 1 && depth <= static_cast<int>(kMaxDepth), depth);
-      outputs_.back().steps.push_back({code, a, b});
-    }
+    outputs_.back().steps = HostSteps(PyList_GET_ITEM(steps, i));
   }
 }
 
@@ -106,87 +193,9 @@ bool HostProgram::run(const HostInputs& inputs, HostValue* out) const {
   }
   for (const Output& output : outputs_) {
     *out = {output.kind, 0, output.object};
-    if (output.kind != HostValue::Kind::kObject && !compute(output.steps, integers, objects, out->integer))
-      return false;
+    if (output.kind != HostValue::Kind::kObject && !output.steps.compute(integers, objects, out->integer)) return false;
     ++out;
   }
-  return true;
-}
-
-bool HostProgram::compute(const std::vector<Step>& steps, const int64_t* integers, PyObject* const* objects,
-                          int64_t& out) {
-  int64_t stack[kMaxDepth];
-  size_t top = 0;
-  const auto dimension = [objects](const Step& step, bool is_size, int64_t& value) {
-    const at::Tensor& tensor = THPVariable_Unpack(objects[step.a]);
-    const c10::IntArrayRef listed = is_size ? tensor.sizes() : tensor.strides();
-    const auto rank = static_cast<int64_t>(listed.size());
-    const int64_t index = step.b < 0 ? step.b + rank : step.b;
-    if (index < 0 || index >= rank) return false;
-    value = listed[static_cast<size_t>(index)];
-    return true;
-  };
-  for (const Step& step : steps) {
-    if (step.op <= Op::kStride) {
-      int64_t& value = stack[top++] = step.a;
-      if (step.op == Op::kInteger) value = integers[step.a];
-      if (step.op == Op::kNumel) value = THPVariable_Unpack(objects[step.a]).numel();
-      if (step.op >= Op::kSize && !dimension(step, step.op == Op::kSize, value)) return false;
-      continue;
-    }
-    if (step.op == Op::kNextPowerOf2) {
-      int64_t& value = stack[top - 1];
-      if (value < 1 || value > int64_t{1} << 62) return false;  // Python says what it is then
-      value = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(value)));
-      continue;
-    }
-    const int64_t b = stack[--top];
-    int64_t& a = stack[top - 1];
-    const int64_t left = a;
-    switch (step.op) {
-      case Op::kAdd:
-        if (__builtin_add_overflow(left, b, &a)) return false;
-        break;
-      case Op::kSub:
-        if (__builtin_sub_overflow(left, b, &a)) return false;
-        break;
-      case Op::kMul:
-        if (__builtin_mul_overflow(left, b, &a)) return false;
-        break;
-      case Op::kDiv:
-      case Op::kMod: {  // rounded down; by zero Python raises
-        if (b == 0 || (left == INT64_MIN && b == -1)) return false;
-        const int64_t rest = left % b;
-        const bool down = rest != 0 && (rest < 0) != (b < 0);
-        a = step.op == Op::kDiv ? left / b - down : down ? rest + b : rest;
-        break;
-      }
-      case Op::kMin:
-        a = b < left ? b : left;
-        break;
-      case Op::kMax:
-        a = b > left ? b : left;
-        break;
-      case Op::kEq:
-        a = left == b;
-        break;
-      case Op::kNe:
-        a = left != b;
-        break;
-      case Op::kLt:
-        a = left < b;
-        break;
-      case Op::kLe:
-        a = left <= b;
-        break;
-      case Op::kGt:
-        a = left > b;
-        break;
-      default:
-        a = left >= b;
-    }
-  }
-  out = stack[0];
   return true;
 }
 

@@ -30,10 +30,64 @@ struct HostValue {
   PyObject* object;  ///< borrowed from the program
 };
 
+/// An integer expression in postfix order, over integers and the sizes of tensors.
+class HostSteps {
+ public:
+  static constexpr size_t kMaxDepth = 16;
+
+  HostSteps() = default;
+  /// [(op, a, b)]. Throws python_error.
+  explicit HostSteps(PyObject* listed);
+
+  /// False where Python would raise, or 64 bits do not hold a value. `objects` are exact tensors where a step reads
+  /// one.
+  bool compute(const int64_t* integers, PyObject* const* objects, int64_t& out) const {
+    if (HD_LIKELY(steps_.size() == 1 && steps_[0].op == Op::kConst)) {
+      out = steps_[0].a;
+      return true;
+    }
+    return compute_steps(integers, objects, out);
+  }
+
+ private:
+  enum class Op : uint8_t {
+    kConst,
+    kInteger,
+    kNumel,
+    kSize,
+    kStride,
+    kContiguous,
+    kAdd,
+    kSub,
+    kMul,
+    kDiv,
+    kMod,
+    kMin,
+    kMax,
+    kEq,
+    kNe,
+    kLt,
+    kLe,
+    kGt,
+    kGe,
+    kNextPowerOf2,
+    kAnd,
+    kOr,
+  };
+  struct Step {
+    Op op;
+    int64_t a;
+    int32_t b;
+  };
+
+  bool compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const;
+
+  std::vector<Step> steps_;
+};
+
 class HostProgram {
  public:
   static constexpr size_t kMaxSources = 16;
-  static constexpr size_t kMaxDepth = 16;
   static constexpr size_t kMaxOutputs = 3;
 
   /// ([(kind, key, guard, object)], [[(op, a, b)]], [object or bool flag]) as Python says. Throws python_error.
@@ -50,27 +104,6 @@ class HostProgram {
  private:
   enum class SourceKind : uint8_t { kParameter, kCell, kDefault, kGlobal };
   enum class Guard : uint8_t { kInteger, kObject, kTensor, kAbsent };
-  enum class Op : uint8_t {
-    kConst,
-    kInteger,
-    kNumel,
-    kSize,
-    kStride,
-    kAdd,
-    kSub,
-    kMul,
-    kDiv,
-    kMod,
-    kMin,
-    kMax,
-    kEq,
-    kNe,
-    kLt,
-    kLe,
-    kGt,
-    kGe,
-    kNextPowerOf2,
-  };
   struct Source {
     SourceKind kind;
     Guard guard;
@@ -78,20 +111,13 @@ class HostProgram {
     PyObject* name;    ///< owned; of a parameter or global
     PyObject* object;  ///< owned; of kObject
   };
-  struct Step {
-    Op op;
-    int64_t a;
-    int32_t b;
-  };
   struct Output {
     HostValue::Kind kind;
     PyObject* object;  ///< owned
-    std::vector<Step> steps;
+    HostSteps steps;
   };
 
   PyObject* find(const Source& source, const HostInputs& inputs) const;
-  static bool compute(const std::vector<Step>& steps, const int64_t* integers, PyObject* const* objects, int64_t& out);
-
   std::vector<Source> sources_;
   std::vector<Output> outputs_;
 };

@@ -29,7 +29,7 @@ def scalars(o, a, b, flag, n: tl.int64, BLOCK: tl.constexpr = 32):
 
 
 @triton.jit
-def typed(o, a: tl.float32, b: tl.int32, c: "u1", d: tl.bfloat16):
+def typed(o, a: tl.float32, b: tl.int32, c: u1, d: tl.bfloat16):
     tl.store(o, a + b + c + d)
 
 

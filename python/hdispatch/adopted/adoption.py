@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
@@ -20,6 +21,7 @@ Kernel = TypeVar("Kernel")
 
 _lock = threading.RLock()
 _is_set_up = False
+_helion_is_set_up = False
 _all: Driver | None = None
 #: kernels that are adopted because all are, by id: hashing one makes Triton read its source and its globals, too early
 _lazy: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
@@ -32,9 +34,9 @@ def adopt(kernel: None = None, *, driver: Driver = "cuda") -> None: ...
 def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     """Launch a kernel from C++ after its first call of each key. Returns it: nothing else in the caller's code changes.
 
-    kernel   of `@triton.jit`, with `@triton.autotune` and `@triton.heuristics` or without; or a Python function, whose
-             Triton kernels are then adopted, those that it and the functions it calls name. None: all Triton kernels of
-             the process, also those that are yet to come
+    kernel   of `@triton.jit`, with `@triton.autotune` and `@triton.heuristics` or without; or of `@helion.kernel`; or a
+             Python function, whose Triton kernels are then adopted, those that it and the functions it calls name. None:
+             all Triton kernels of the process, also those that are yet to come, and those that Helion launches
     driver   "null": serve tensors of the CPU and launch nothing (see `hdispatch.testing.null`), for tests
 
     A key is what Triton itself specializes on. The first call of one is Triton's own, and so is every call that is unusual:
@@ -47,8 +49,11 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     with _lock:
         if kernel is None:
             _start_all(driver)
-        for each in () if kernel is None else _kernels_of(kernel):
-            _adopt_one(each, driver)
+        elif _is_helion(kernel):
+            _adopt_helion(kernel, driver)
+        else:
+            for each in _kernels_of(kernel):
+                _adopt_one(each, driver)
     return kernel
 
 
@@ -71,6 +76,10 @@ def unadopt(kernel: Any = None) -> None:
 
             for kernel_class in triton_kernel.CLASSES:
                 _C.unpatch_class(kernel_class)
+        if _helion_is_set_up:
+            import helion  # type: ignore[import-untyped]
+
+            _C.unpatch_host_class(helion.Kernel)
 
 
 class adopting:
@@ -91,7 +100,7 @@ class adopting:
                 self._undo.append(None)
             for each in (kernel for given in self._kernels for kernel in _kernels_of(given)):
                 if not _is_adopted(each):
-                    _adopt_one(each, self._driver)
+                    adopt(each, driver=self._driver)
                     self._undo.append(each)
         return self
 
@@ -158,11 +167,58 @@ def _adopt_one(kernel: Any, driver: Driver) -> None:
     vars(kernel)[triton_kernel.ENTRY] = made
 
 
+# ---- Helion ----
+
+
+def _is_helion(given: Any) -> bool:
+    """Whether it is a Helion kernel; does not import helion."""
+    helion = sys.modules.get("helion")
+    return helion is not None and isinstance(given, helion.Kernel)
+
+
+def _adopt_helion(kernel: Any, driver: Driver) -> None:
+    """Makes a Helion kernel's entry, or switches the one that it has on again."""
+    import helion
+
+    from . import helion_record, triton_kernel
+
+    global _helion_is_set_up
+    _set_up()
+    _C.patch_host_class(helion.Kernel)
+    if not _helion_is_set_up:
+        _C.set_host_callbacks(
+            state=helion_record.kernel_state, record=lambda kernel, args: helion_record.record(kernel, args, _inner(kernel))
+        )
+        _helion_is_set_up = True
+    if _switch(kernel, on=True):
+        return
+    name = helion_record.name_of(kernel)
+    vars(kernel)[triton_kernel.ENTRY] = _C.make_host_kernel(kernel=kernel, name=name, is_null=driver == "null")
+    vars(kernel)[triton_kernel.PARTS] = driver
+
+
+def _inner(kernel: Any) -> Callable[[Any], Any]:
+    """Makes the entry of a Triton kernel that a Helion kernel launches."""
+    from . import triton_kernel
+
+    driver: Driver = vars(kernel)[triton_kernel.PARTS]
+
+    def make(function: Any) -> Any:
+        with _lock:
+            _adopt_one(function, driver)
+        return _entry(function)
+
+    return make
+
+
+# ---- entries ----
+
+
 def _entry(kernel: Any) -> Any:
     from . import triton_kernel
 
-    made = vars(kernel).get(triton_kernel.ENTRY) if isinstance(kernel, triton_kernel.CLASSES) else None
-    return made if isinstance(made, _C.AdoptedKernel) else None
+    made = vars(kernel).get(triton_kernel.ENTRY)
+    return made if isinstance(made, (_C.AdoptedKernel, _C.HostKernel)) else None
 
 
 def _switch(kernel: Any, *, on: bool) -> bool:
@@ -219,7 +275,7 @@ def _kernels_of(given: Any) -> list[Any]:
     """The Triton kernel that is given, or those that a Python function names, itself and through functions that it names."""
     from . import triton_kernel
 
-    if isinstance(given, triton_kernel.CLASSES):
+    if isinstance(given, triton_kernel.CLASSES) or _is_helion(given):
         return [given]
     function = inspect.unwrap(given) if callable(given) else given
     if type(given).__name__ == "InterpretedFunction":
@@ -227,7 +283,7 @@ def _kernels_of(given: Any) -> list[Any]:
     if not isinstance(function, types.FunctionType):
         raise HdispatchError(
             f"{given!r} is a {type(given).__name__}; hdispatch.adopt takes a kernel of @triton.jit, @triton.autotune or "
-            "@triton.heuristics, or a Python function that launches some"
+            "@triton.heuristics or @helion.kernel, or a Python function that launches some"
         )
     found = list({id(each): each for each in _named(function, triton_kernel.CLASSES, set())}.values())
     if not found:

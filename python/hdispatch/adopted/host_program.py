@@ -43,7 +43,8 @@ class Guard(IntEnum):
 class Op(IntEnum):
     """A step of an expression in postfix order."""
 
-    CONST, INTEGER, NUMEL, SIZE, STRIDE, ADD, SUB, MUL, DIV, MOD, MIN, MAX, EQ, NE, LT, LE, GT, GE, NEXT_POWER_OF_2 = range(19)
+    CONST, INTEGER, NUMEL, SIZE, STRIDE, CONTIGUOUS = range(6)
+    ADD, SUB, MUL, DIV, MOD, MIN, MAX, EQ, NE, LT, LE, GT, GE, NEXT_POWER_OF_2, AND, OR = range(6, 22)
 
 
 class Kind(IntEnum):
@@ -58,7 +59,17 @@ Steps = list[Step]
 Program = tuple[list[tuple[int, int, int, object, object]], list[Steps], list[tuple[int, object]]]
 
 #: What a function that is followed does not do: effects, imports, handling of errors.
-_REFUSED = ("STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "STORE_NAME", "STORE_SLICE", "DELETE", "IMPORT", "YIELD")
+_REFUSED = (
+    "STORE_GLOBAL",
+    "STORE_ATTR",
+    "STORE_SUBSCR",
+    "STORE_DEREF",
+    "STORE_NAME",
+    "STORE_SLICE",
+    "DELETE",
+    "IMPORT",
+    "YIELD",
+)
 _REFUSED += ("SEND", "GET_", "MAKE_FUNCTION", "SETUP", "BEFORE_WITH", "LOAD_BUILD_CLASS", "LOAD_NAME", "RAISE", "FORMAT")
 
 _CDIV, _NEXT_POWER_OF_2 = triton.cdiv, triton.next_power_of_2
@@ -292,7 +303,7 @@ def _join(op: Op, left: object, right: object) -> Steps:
     steps = [*_steps_of(left), *_steps_of(right), (op, 0, 0)]
     depth = deepest = 0
     for code, _, _ in steps:
-        depth += 1 if code <= Op.STRIDE else 0 if code == Op.NEXT_POWER_OF_2 else -1
+        depth += 1 if code <= Op.CONTIGUOUS else 0 if code == Op.NEXT_POWER_OF_2 else -1
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH or len(steps) > MAX_STEPS:
         raise _Unfollowed
