@@ -209,15 +209,36 @@ void define_adopted(py::module_& m) {
       out.append(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(each)));
     return out;
   });
-  m.def("switch_adopted", [](const py::object& object, bool on) { is_on(object) = on; });
-  m.def("adopted_is_on", [](const py::object& object) { return is_on(object); });
-  m.def("adopted_keys", [](const py::object& object) {
-    py::list out;
-    for (const auto& entry : as_adopted(object).table->entries())
-      out.append(py::make_tuple(entry->words, entry->row ? entry->row->describe() : entry->reason,
-                                py::reinterpret_borrow<py::object>(entry->compiled)));
-    return out;
-  });
+  m.def(
+      "switch_adopted", [](const py::object& adopted, bool on) { is_on(adopted) = on; }, py::arg("adopted"),
+      py::arg("on"));
+  m.def(
+      "adopted_is_of",
+      [](const py::object& adopted, const py::object& kernel) {
+        if (reinterpret_cast<PyObject*>(Py_TYPE(adopted.ptr())) == host_kernel_type)
+          return reinterpret_cast<HostKernel*>(adopted.ptr())->kernel == kernel.ptr();
+        return as_adopted(adopted).kernel == kernel.ptr();
+      },
+      py::arg("adopted"), py::arg("kernel"));
+  m.def("adopted_is_on", [](const py::object& adopted) { return is_on(adopted); }, py::arg("adopted"));
+  m.def(
+      "bench_adopted_ns",
+      [](const py::object& object, const py::tuple& args, const std::array<uint32_t, 3>& grid, uint32_t count) {
+        std::vector<PyObject*> given;
+        for (const auto& arg : args) given.push_back(arg.ptr());
+        return as_adopted(object).bench_ns(given.data(), given.size(), grid, count);
+      },
+      py::arg("adopted"), py::arg("args"), py::arg("grid"), py::arg("count"));
+  m.def(
+      "adopted_keys",
+      [](const py::object& adopted) {
+        py::list out;
+        for (const auto& entry : as_adopted(adopted).table->entries())
+          out.append(py::make_tuple(entry->words, entry->row ? entry->row->describe() : entry->reason,
+                                    py::reinterpret_borrow<py::object>(entry->compiled)));
+        return out;
+      },
+      py::arg("adopted"));
 }
 
 }  // namespace hdispatch

@@ -142,40 +142,56 @@ namespace {
 
 constexpr uint64_t kTagTensor = 4;
 
-/// What tells calls of one kind from others (the kinds of arguments, values that are no tensors), then the shapes.
-struct HostKey {
-  std::vector<uint64_t> kind;
-  std::vector<uint64_t> shapes;
-};
-
 const char* read_key(HostKernel& self, PyObject* const* args, size_t count, HostKey& key) {
   const DeviceSlot slot = adopted_slot(self.is_null);
   uintptr_t storages[kMaxHostArguments];
-  size_t tensors = 0;
-  key.kind = {uint64_t{slot} << 32 | static_cast<uint32_t>(self.state->number())};
-  key.kind.reserve(count + 1);
+  c10::TensorImpl* tensors[kMaxHostArguments];
+  size_t tensor_count = 0;
+  key.words[0] = uint64_t{slot} << 32 | static_cast<uint32_t>(self.state->number());
+  key.kind = 1;
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = args[i];
+    uint64_t& word = key.words[key.kind++];
     if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
-      uint64_t word = 0;
       const bool is_known = PyLong_CheckExact(object) || PyFloat_CheckExact(object) || PyBool_Check(object) ||
                             object == Py_None || PyUnicode_CheckExact(object) || THPDtype_Check(object);
       if (!is_known || !self.constants->exact_word(object, word)) return "argument's type";
-      key.kind.push_back(word);
       continue;
     }
     c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
-    if (!is_plain(impl->key_set())) return "tensor that torch has to handle";
-    if (slot_of(impl->device()) != slot) return "tensor on another device";
+    if (HD_UNLIKELY(!is_plain(impl->key_set()))) return "tensor that torch has to handle";
+    if (HD_UNLIKELY(slot_of(impl->device()) != slot)) return "tensor on another device";
+    if (HD_UNLIKELY(impl->sizes().size() > HostKey::kMaxRank)) return "tensor of more than 8 dimensions";
     const uintptr_t storage = storage_of(impl, false);
-    for (size_t k = 0; k < tensors; ++k)
-      if (storages[k] == storage && storage) return "arguments that share memory";
-    storages[tensors++] = storage;
+    for (size_t k = 0; k < tensor_count; ++k)
+      if (HD_UNLIKELY(storages[k] == storage && storage)) return "arguments that share memory";
+    storages[tensor_count] = storage;
+    tensors[tensor_count++] = impl;
     const uint64_t residue = impl->numel() ? address_of(impl, false) & 15 : 0;
-    key.kind.push_back(static_cast<uint64_t>(c10::typeMetaToScalarType(impl->dtype())) << 24 |
-                       static_cast<uint64_t>(impl->sizes().size()) << 12 | residue << 3 | kTagTensor);
-    for (const int64_t each : impl->sizes()) key.shapes.push_back(static_cast<uint64_t>(each));
-    for (const int64_t each : impl->strides()) key.shapes.push_back(static_cast<uint64_t>(each));
+    word = static_cast<uint64_t>(c10::typeMetaToScalarType(impl->dtype())) << 24 |
+           static_cast<uint64_t>(impl->sizes().size()) << 12 | residue << 3 | kTagTensor;
+  }
+  key.count = key.kind;
+  for (size_t i = 0; i < tensor_count; ++i) {
+    for (const int64_t each : tensors[i]->sizes()) key.words[key.count++] = static_cast<uint64_t>(each);
+    for (const int64_t each : tensors[i]->strides()) key.words[key.count++] = static_cast<uint64_t>(each);
+  }
+  key.hash = 0;
+  for (size_t i = 0; i < key.kind; ++i) key.hash = mix_word(key.hash, key.words[i]);
+  key.kind_hash = key.hash;
+  for (size_t i = key.kind; i < key.count; ++i) key.hash = mix_word(key.hash, key.words[i]);
+  return nullptr;
+}
+
+/// The entry that serves the call, or says why none does; null for a call that is new.
+const HostEntry* find_entry(const HostTable& table, const HostKey& key, PyObject* const* args) {
+  for (const bool is_exact : {false, true}) {
+    const size_t count = is_exact ? key.count : key.kind;
+    const auto [first, last] = table.equal_range(is_exact ? key.hash : key.kind_hash);
+    for (auto each = first; each != last; ++each) {
+      const HostEntry& entry = *each->second;
+      if (entry.is_for(key.words, count) && (!entry.record || entry.record->holds(args))) return &entry;
+    }
   }
   return nullptr;
 }
@@ -200,14 +216,14 @@ HD_COLD void refresh_host(HostKernel& self) {
 HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_record, self.kernel, args, nullptr)};
   if (!said.object) throw python_error();
-  std::vector<uint64_t> exact = key.kind;
-  exact.insert(exact.end(), key.shapes.begin(), key.shapes.end());
-  if (PyUnicode_Check(said.object)) {
-    if (PyUnicode_GET_LENGTH(said.object)) (*self.refused)[exact] = PyUnicode_AsUTF8(said.object);
-    return;
-  }
-  auto record = std::make_unique<HostRecord>(said.object);
-  (*self.records)[record->is_exact() ? exact : key.kind].push_back(std::move(record));
+  auto entry = std::make_unique<HostEntry>();
+  if (PyUnicode_Check(said.object))
+    entry->reason = PyUnicode_AsUTF8(said.object);
+  else
+    entry->record = std::make_unique<HostRecord>(said.object);
+  const bool is_exact = !entry->record || entry->record->is_exact();
+  entry->words.assign(key.words, key.words + (is_exact ? key.count : key.kind));
+  self.table->emplace(is_exact ? key.hash : key.kind_hash, std::move(entry));
 }
 
 }  // namespace
@@ -221,35 +237,21 @@ PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
   if (HD_UNLIKELY(state->number() < 0)) return leave_to_helion(*this, state->reason(), args, keywords);
   PyObject* const* given = &PyTuple_GET_ITEM(args, 0);
   HostKey key;
-  if (const char* reason = read_key(*this, given, count, key)) return leave_to_helion(*this, reason, args, keywords);
-  const char* reason = nullptr;
-  // Of one kind first, then of one shape.
-  for (const bool is_exact : {false, true}) {
-    std::vector<uint64_t> words = key.kind;
-    if (is_exact) words.insert(words.end(), key.shapes.begin(), key.shapes.end());
-    const auto found = records->find(words);
-    if (found == records->end()) continue;
-    for (size_t i = found->second.size(); i--;) {
-      HostRecord& record = *found->second[i];
-      if (!record.holds(given)) continue;
-      PyObject* result = record.run(given, reason);
-      if (HD_LIKELY(result != nullptr)) {
-        counters->hits.fetch_add(1, std::memory_order_relaxed);
-        return result;
-      }
+  const char* reason = read_key(*this, given, count, key);
+  if (HD_UNLIKELY(reason != nullptr)) return leave_to_helion(*this, reason, args, keywords);
+  const HostEntry* entry = find_entry(*table, key, given);
+  if (HD_LIKELY(entry && entry->record)) {
+    PyObject* result = entry->record->run(given, reason);
+    if (HD_UNLIKELY(!result))
       return leave_to_helion(*this, reason, args, keywords);  // its Triton kernel learns from it
-    }
+    counters->hits.fetch_add(1, std::memory_order_relaxed);
+    return result;
   }
-  std::vector<uint64_t> exact = key.kind;
-  exact.insert(exact.end(), key.shapes.begin(), key.shapes.end());
-  const auto known = refused->find(exact);
-  if (known != refused->end()) return leave_to_helion(*this, known->second, args, keywords);
-  if (records->size() + refused->size() >= kMaxRecords)
-    return leave_to_helion(*this, "more keys than are kept", args, keywords);
+  if (entry) return leave_to_helion(*this, entry->reason, args, keywords);
+  if (table->size() >= kMaxRecords) return leave_to_helion(*this, "more keys than are kept", args, keywords);
   Owned result{leave_to_helion(*this, "first call of a key", args, keywords)};
   if (!result.object) return nullptr;
   refresh_host(*this);  // the call wrote to what is watched
-  key = {};
   if (state->number() >= 0 && !read_key(*this, given, count, key)) learn_host(*this, args, key);
   return std::exchange(result.object, nullptr);
 }
@@ -266,9 +268,8 @@ namespace {
 int traverse_host(PyObject* object, visitproc visit, void* arg) {
   const auto* self = reinterpret_cast<HostKernel*>(object);
   Py_VISIT(Py_TYPE(object));
-  for (const auto& [words, listed] : *self->records)
-    for (const auto& each : listed)
-      if (const int stopped = each->traverse(visit, arg)) return stopped;
+  for (const auto& [hash, entry] : *self->table)
+    if (const int stopped = entry->record ? entry->record->traverse(visit, arg) : 0) return stopped;
   if (const int stopped = self->constants->traverse(visit, arg)) return stopped;
   return self->state->traverse(visit, arg);
 }
@@ -276,7 +277,7 @@ int traverse_host(PyObject* object, visitproc visit, void* arg) {
 int clear_host(PyObject* object) {
   auto* self = reinterpret_cast<HostKernel*>(object);
   self->is_on = false;
-  self->records->clear();
+  self->table->clear();
   self->state->clear();
   self->constants->clear();
   return 0;
@@ -291,8 +292,7 @@ void drop_host(PyObject* object) {
   delete self->constants;
   delete self->state;
   delete self->counters;
-  delete self->records;
-  delete self->refused;
+  delete self->table;
   PyTypeObject* type = Py_TYPE(object);
   PyObject_GC_Del(object);
   Py_DECREF(type);
@@ -328,8 +328,7 @@ HostKernel* make_host_kernel(PyObject* kernel, const std::string& name, PyObject
   self->constants = new KeyReader({}, true);
   self->state = new WatchedState;
   self->counters = new OpCounters;
-  self->records = new std::map<std::vector<uint64_t>, std::vector<std::unique_ptr<HostRecord>>>;
-  self->refused = new std::map<std::vector<uint64_t>, std::string>;
+  self->table = new HostTable;
   host_kernels().push_back(self);
   PyObject_GC_Track(reinterpret_cast<PyObject*>(self));
   return self;

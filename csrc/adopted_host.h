@@ -8,9 +8,10 @@
 
 #include <Python.h>
 
-#include <map>
+#include <algorithm>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "adopted_kernel.h"
@@ -67,6 +68,32 @@ class HostRecord {
   bool is_tuple_ = false;
 };
 
+/// What tells calls of one kind from others (the kinds of arguments, values that are no tensors), then the shapes.
+struct HostKey {
+  static constexpr size_t kMaxRank = 8;
+  static constexpr size_t kMaxWords = 1 + kMaxHostArguments * (1 + 2 * kMaxRank);
+
+  size_t kind;   ///< words of the kind
+  size_t count;  ///< and with those of the shapes
+  uint64_t kind_hash;
+  uint64_t hash;
+  uint64_t words[kMaxWords];
+};
+
+/// One kind of call, or one shape: a record, or why there is none.
+struct HostEntry {
+  std::vector<uint64_t> words;
+  std::unique_ptr<HostRecord> record;
+  std::string reason;
+
+  bool is_for(const uint64_t* given, size_t count) const noexcept {
+    return words.size() == count && std::equal(given, given + count, words.data());
+  }
+};
+
+/// By the hash of the kind alone, or with the shapes.
+using HostTable = std::unordered_multimap<uint64_t, std::unique_ptr<HostEntry>>;
+
 /// The Python object behind an adopted host kernel, in the kernel's `__dict__`.
 struct HostKernel {
   PyObject_HEAD PyObject* kernel;  ///< borrowed
@@ -77,8 +104,7 @@ struct HostKernel {
   KeyReader* constants;
   WatchedState* state;
   OpCounters* counters;
-  std::map<std::vector<uint64_t>, std::vector<std::unique_ptr<HostRecord>>>* records;
-  std::map<std::vector<uint64_t>, std::string>* refused;
+  HostTable* table;
 
   PyObject* call(PyObject* args, PyObject* keywords);
 };

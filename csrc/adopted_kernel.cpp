@@ -457,4 +457,16 @@ bool AdoptedKernel::launch(const CallForm& form, PyObject* const* args, const Gi
   return true;
 }
 
+double AdoptedKernel::bench_ns(PyObject* const* args, size_t count, const std::array<uint32_t, 3>& grid,
+                               uint32_t launches) {
+  const DeviceSlot slot = adopted_slot(is_null);
+  AdoptedCall call;
+  const char* reason = objection(*this);
+  const CallForm& form = reader->form(count, nullptr, false);
+  const bool has_key = !reason && reader->read(form, args, nullptr, slot, number_of_state(*this), call, reason);
+  const AdoptedEntry* entry = has_key ? table->find(call) : nullptr;
+  if (!entry || !entry->row) fail(Fault::kCaller, *name, ": the call has no row; make it before");
+  return entry->row->bench_ns(call.values, grid, current_stream(slot), launches);
+}
+
 }  // namespace hdispatch

@@ -66,6 +66,9 @@ struct AdoptedKernel {
   /// Launches what a host record computed, if its key has a row; false with the reason otherwise. May throw.
   bool launch(const CallForm& form, PyObject* const* args, const GivenValue* given, const int64_t (&grid)[3],
               const char*& reason);
+
+  /// ns per launch of the bare driver call for positional arguments whose key has a row; throws kCaller otherwise.
+  double bench_ns(PyObject* const* args, size_t count, const std::array<uint32_t, 3>& grid, uint32_t launches);
 };
 
 /// Where a kernel's calls go: the device that torch has current, or the CPU with the null driver.

@@ -28,12 +28,6 @@ constexpr uint16_t code_of(ArgumentClass kind, uint64_t facts = 0) noexcept {
   return static_cast<uint16_t>(static_cast<uint64_t>(kind) | facts);
 }
 
-/// The last 16 bytes' worth of mixing is the table's: see `mix`.
-uint64_t mix(uint64_t hash, uint64_t word) noexcept {
-  hash = (hash ^ word) * 0x9e3779b97f4a7c15;
-  return hash ^ (hash >> 29);
-}
-
 bool same_names(PyObject* a, PyObject* b) noexcept {
   if (a == b) return true;
   if (!a || !b || PyTuple_GET_SIZE(a) != PyTuple_GET_SIZE(b)) return false;
@@ -325,7 +319,7 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
   std::copy(codes, codes + code_words, call.words + count);
   count += code_words;
   uint64_t hash = 0;
-  for (size_t i = 0; i < count; ++i) hash = mix(hash, call.words[i]);
+  for (size_t i = 0; i < count; ++i) hash = mix_word(hash, call.words[i]);
   call.hash = hash;
   call.count = count;
   return true;

@@ -26,6 +26,12 @@ inline constexpr size_t kMaxAdoptedArguments = 250;
 inline constexpr size_t kMaxOptions = 32;
 inline constexpr size_t kMaxKeyWords = 1 + kMaxAdoptedArguments + 2 * kMaxOptions + kMaxAdoptedArguments / 4 + 1;
 
+/// The hash of some words, one word further.
+constexpr uint64_t mix_word(uint64_t hash, uint64_t word) noexcept {
+  hash = (hash ^ word) * 0x9e3779b97f4a7c15;
+  return hash ^ (hash >> 29);
+}
+
 /// A parameter of a Triton function. References are owned by whoever made it.
 struct AdoptedParameter {
   PyObject* name = nullptr;      ///< interned
@@ -72,11 +78,11 @@ struct ComputedArguments {
   std::vector<PyObject*> options;
 };
 
-/// An argument that is no Python object: what a host record computes.
+/// An argument that is no Python object: what a host record computes. Deliberately not initialised.
 struct GivenValue {
-  enum class Kind : uint8_t { kObject, kPointer, kInteger } kind = Kind::kObject;
-  int8_t scalar_type = 0;  ///< of what a pointer points to, as torch numbers them
-  uint64_t value = 0;      ///< an address, or an integer of 64 bits
+  enum class Kind : uint8_t { kObject, kPointer, kInteger } kind;
+  int8_t scalar_type;  ///< of what a pointer points to, as torch numbers them
+  uint64_t value;      ///< an address, or an integer of 64 bits
 };
 
 /// A call's key and values, on the caller's stack. Deliberately not initialised: every entry that is read is written.

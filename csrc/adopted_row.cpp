@@ -2,6 +2,7 @@
 #include "adopted_row.h"
 
 #include <bit>
+#include <chrono>
 
 #include "launch_queue.h"
 #include "pending_writes.h"
@@ -89,6 +90,26 @@ bool AdoptedRow::has_room(CUstream stream) const noexcept {
   return LaunchQueue::has_room(*place_.driver, place_.slot, stream);
 }
 
+void AdoptedRow::fill(uint64_t* values, void** params) const noexcept {
+  static uint64_t no_scratch = 0;
+  for (const Converted& each : converted_) values[each.argument] = convert(each.conversion, values[each.argument]);
+  size_t count = 0;
+  for (const uint16_t argument : arguments_) params[count++] = &values[argument];
+  for (size_t i = 0; i < kHiddenPointers; ++i) params[count++] = &no_scratch;
+}
+
+double AdoptedRow::bench_ns(uint64_t* values, const std::array<uint32_t, 3>& grid, CUstream stream,
+                            uint32_t count) const {
+  void* params[kMaxParams];
+  fill(values, params);
+  CUresult result = kCudaSuccess;
+  const auto begin = std::chrono::steady_clock::now();
+  for (uint32_t i = 0; i < count; ++i) result |= put(params, grid, stream);
+  const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - begin;
+  HD_DRIVER(*place_.driver, result, "cuLaunchKernelEx", "an adopted kernel");
+  return taken.count() / count;
+}
+
 CUresult AdoptedRow::put(void** params, const std::array<uint32_t, 3>& grid, CUstream stream) const noexcept {
   LaunchConfig config = config_;
   config.grid[0] = grid[0] * cluster_;
@@ -111,11 +132,7 @@ HD_COLD static CUresult again_in_context(const LaunchPlace& place, CUresult fail
 
 CUresult AdoptedRow::launch(uint64_t* values, const std::array<uint32_t, 3>& grid, CUstream stream) const noexcept {
   void* params[kMaxParams];
-  uint64_t no_scratch = 0;
-  for (const Converted& each : converted_) values[each.argument] = convert(each.conversion, values[each.argument]);
-  size_t count = 0;
-  for (const uint16_t argument : arguments_) params[count++] = &values[argument];
-  for (size_t i = 0; i < kHiddenPointers; ++i) params[count++] = &no_scratch;
+  fill(values, params);
   const bool pop = HD_UNLIKELY(needs_entering(place_)) && enter(place_);
   CUresult result = put(params, grid, stream);
   if (HD_UNLIKELY(result != kCudaSuccess))

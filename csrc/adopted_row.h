@@ -52,6 +52,9 @@ class AdoptedRow {
   /// Launches with the values, which it converts in place; each grid dimension is at least 1.
   CUresult launch(uint64_t* values, const std::array<uint32_t, 3>& grid, CUstream stream) const noexcept;
 
+  /// ns per launch of the bare driver call, in a loop here: the floor that launches are measured against.
+  double bench_ns(uint64_t* values, const std::array<uint32_t, 3>& grid, CUstream stream, uint32_t count) const;
+
   const LaunchPlace& place() const noexcept { return place_; }
   uint32_t cluster() const noexcept { return cluster_; }
   std::string describe() const;
@@ -62,6 +65,8 @@ class AdoptedRow {
     Conversion conversion;
   };
 
+  /// Fills the parameters' addresses; `values` are converted in place.
+  void fill(uint64_t* values, void** params) const noexcept;
   CUresult put(void** params, const std::array<uint32_t, 3>& grid, CUstream stream) const noexcept;
   void check_params(const AdoptedCode& code) const;
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import pickle
 import random
@@ -62,7 +63,7 @@ def fresh(function: Any, **options: Any) -> Any:
     return triton.jit(function.fn, **options)
 
 
-X, Y, O = (torch.zeros(4096) for _ in range(3))
+X, Y, OUT = (torch.zeros(4096) for _ in range(3))
 
 
 # ---- the same launch ----
@@ -105,12 +106,12 @@ def compare(stub: triton_stub.Stub, kernel: Any, grid: Any, args: tuple[Any, ...
 )
 def test_options_reach_the_driver(stub, options):
     add = hdispatch.adopt(fresh(kernels.add), driver="null")
-    call = (stub, add, (4,), (X, Y, O, 1024), {"BLOCK": 256, **options})
+    call = (stub, add, (4,), (X, Y, OUT, 1024), {"BLOCK": 256, **options})
     assert [compare(*call), compare(*call)] == [False, True]
 
 
 def random_tensor(rng: random.Random) -> torch.Tensor:
-    base = rng.choice((X, Y, O))
+    base = rng.choice((X, Y, OUT))
     return base[rng.choice((0, 0, 4, 8, 1, 3)) :].view(rng.choice((torch.float32, torch.float32, torch.int32)))
 
 
@@ -133,10 +134,10 @@ def calls(rng: random.Random) -> dict[str, Callable[[], tuple[tuple[Any, ...], d
         "typed": lambda: ((X, rng.choice((f(), 1, 16, 7)), rng.choice((1, 2, 16, 48)), b(), f()), {}),
         "unspecialized": lambda: ((X, n(), n()), {"k": n()}),
         "unaligned": lambda: ((t(), X), {"n": n()}),
-        "optional": lambda: ((X, *rng.choice(((None,), (Y,), (Y[1:],))), O), {}),
+        "optional": lambda: ((X, *rng.choice(((None,), (Y,), (Y[1:],))), OUT), {}),
         "cast": lambda: ((X, t(), rng.choice((tl.float32, tl.int32)), rng.choice((0, 1, 1.0, True, 0.5))), {}),
-        "strides": lambda: ((X, O, n(), rng.choice((1, 2, 16)), 16, 1, 1), {"columns": n(), "BLOCK": 32}),
-        "function_argument": lambda: ((t(), O, kernels.double), {}),
+        "strides": lambda: ((X, OUT, n(), rng.choice((1, 2, 16)), 16, 1, 1), {"columns": n(), "BLOCK": 32}),
+        "function_argument": lambda: ((t(), OUT, kernels.double), {}),
         "captured": lambda: ((t(), t()), {}),
         "pointers_last": lambda: ((n(), f(), t(), t()), {}),
     }
@@ -172,7 +173,7 @@ def test_random_calls_have_tritons_key_and_parameters(stub, seed):
             wanted = triton_key(kernel, args, keywords)
         except OverflowError:
             continue
-        result, got = launched(lambda: kernel[grid](*args, **keywords))
+        result, got = launched(functools.partial(kernel[grid], *args, **keywords))
         # What Triton compiled for its own key of this very call.
         assert result is kernel.device_caches[0][0][wanted], (name, args, keywords)
         if got is None:
@@ -201,6 +202,7 @@ class GridObject:
     """A callable that is no function."""
 
     def __call__(self, meta: dict[str, Any]) -> tuple[int, ...]:
+        """As many blocks as arguments."""
         return (len(meta),)
 
 
@@ -219,15 +221,15 @@ def odd_grids() -> dict[str, tuple[Any, tuple[int, ...]]]:
         "closure": (lambda meta: (triton.cdiv(n, meta["BLOCK"]),), (4, 1, 1)),
         "global": (grid_of_many, (4, 2, 2)),
         "default": (lambda meta, rows=6: (rows, meta["n"] % 7 + 1), (6, 7, 1)),
-        "tensor": (lambda meta: (rows.shape[0], rows.size(-1), rows.stride(0)), (5, 7, 7)),
+        "tensor": (lambda _meta: (rows.shape[0], rows.size(-1), rows.stride(0)), (5, 7, 7)),
         "argument": (lambda meta: (meta["x"].numel() // meta["BLOCK"],), (16, 1, 1)),
-        "power": (lambda meta: (triton.next_power_of_2(n), -(-n // 3)), (1024, 334, 1)),
-        "list": (lambda meta: [2, 3], (2, 3, 1)),
+        "power": (lambda _meta: (triton.next_power_of_2(n), -(-n // 3)), (1024, 334, 1)),
+        "list": (lambda _meta: [2, 3], (2, 3, 1)),
         "effect": (counts_calls, (1, 1, 1)),
         "branch": (branches, (3, 1, 1)),
         "float": (lambda meta: (int(meta["n"] / 3),), (333, 1, 1)),
         "object": (GridObject(), (5, 1, 1)),
-        "comprehension": (lambda meta: tuple(i for i in (2, 2)), (2, 2, 1)),
+        "comprehension": (lambda _meta: tuple(i for i in (2, 2)), (2, 2, 1)),
         "is None": (lambda meta: (1 if meta["x"] is None else 2,), (2, 1, 1)),
     }
 
@@ -235,10 +237,10 @@ def odd_grids() -> dict[str, tuple[Any, tuple[int, ...]]]:
 @pytest.mark.parametrize("name", list(odd_grids()))
 def test_callable_grids_give_what_python_gives(stub, name):
     add = hdispatch.adopt(fresh(kernels.add), driver="null")
-    add[(1,)](X, Y, O, 1000, BLOCK=256)
+    add[(1,)](X, Y, OUT, 1000, BLOCK=256)
     for turn in range(3):
         grid, wanted = odd_grids()[name]
-        result, got = launched(lambda grid=grid: add[grid](X, Y, O, 1000, BLOCK=256))
+        _, got = launched(lambda grid=grid: add[grid](X, Y, OUT, 1000, BLOCK=256))
         assert got is not None
         assert got["grid"] == wanted, turn
 
@@ -246,11 +248,11 @@ def test_callable_grids_give_what_python_gives(stub, name):
 def test_a_grid_follows_what_it_reads(stub):
     add = hdispatch.adopt(fresh(kernels.add), driver="null")
     for block in (64, 128):
-        add[(1,)](X, Y, O, 1000, BLOCK=block)
+        add[(1,)](X, Y, OUT, 1000, BLOCK=block)
     for n in (1, 64, 65, 4096, 2**31 + 5):
         for block in (64, 128):
             _, got = launched(
-                lambda n=n, block=block: add[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](X, Y, O, 1000, BLOCK=block)
+                lambda n=n, block=block: add[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](X, Y, OUT, 1000, BLOCK=block)
             )
             assert got is not None
             assert got["grid"] == (-(-n // block), 1, 1)
@@ -260,7 +262,7 @@ def test_a_grid_that_reads_a_global_sees_it_change(stub, monkeypatch):
     add = hdispatch.adopt(fresh(kernels.add), driver="null")
     for value in (1000, 2000, 2000):
         monkeypatch.setitem(globals(), "N", value)
-        _, got = launched(lambda: add[grid_of_many](X, Y, O, 1000, BLOCK=256))
+        _, got = launched(lambda: add[grid_of_many](X, Y, OUT, 1000, BLOCK=256))
         if got is not None:
             assert got["grid"][0] == -(-value // 256)
     assert counts(add)["hits"] == 2
@@ -268,12 +270,12 @@ def test_a_grid_that_reads_a_global_sees_it_change(stub, monkeypatch):
 
 def test_a_grid_that_raises_raises(stub):
     add = hdispatch.adopt(fresh(kernels.add), driver="null")
-    add[(1,)](X, Y, O, 1000, BLOCK=256)
+    add[(1,)](X, Y, OUT, 1000, BLOCK=256)
     zero = 0
     with pytest.raises(ZeroDivisionError):
-        add[lambda meta: (meta["n"] // zero,)](X, Y, O, 1000, BLOCK=256)
+        add[lambda meta: (meta["n"] // zero,)](X, Y, OUT, 1000, BLOCK=256)
     with pytest.raises(KeyError, match="NO_SUCH"):
-        add[lambda meta: (meta["NO_SUCH"],)](X, Y, O, 1000, BLOCK=256)
+        add[lambda meta: (meta["NO_SUCH"],)](X, Y, OUT, 1000, BLOCK=256)
 
 
 @pytest.mark.parametrize("grid", [(0,), (4, 0), (1, 1, 0)])
@@ -281,7 +283,7 @@ def test_an_empty_grid_launches_nothing(stub, grid):
     add = hdispatch.adopt(fresh(kernels.add), driver="null")
     before = stub.launches
     for _ in range(2):
-        result, got = launched(lambda: add[grid](X, Y, O, 1000, BLOCK=256))
+        result, got = launched(lambda: add[grid](X, Y, OUT, 1000, BLOCK=256))
         assert got is None
         assert result.metadata.num_warps == 4
     assert counts(add)["empty"] == 1
@@ -292,14 +294,14 @@ def test_an_empty_grid_launches_nothing(stub, grid):
 def test_a_grid_that_is_none_is_refused_as_triton_does(stub, grid):
     add, plain = hdispatch.adopt(fresh(kernels.add), driver="null"), fresh(kernels.add)
     for kernel in (plain, add):
-        kernel[(1,)](X, Y, O, 1000, BLOCK=256)
+        kernel[(1,)](X, Y, OUT, 1000, BLOCK=256)
     try:
-        plain[grid](X, Y, O, 1000, BLOCK=256)
+        plain[grid](X, Y, OUT, 1000, BLOCK=256)
     except Exception as error:
         with pytest.raises(type(error)):
-            add[grid](X, Y, O, 1000, BLOCK=256)
+            add[grid](X, Y, OUT, 1000, BLOCK=256)
     else:
-        add[grid](X, Y, O, 1000, BLOCK=256)
+        add[grid](X, Y, OUT, 1000, BLOCK=256)
     assert misses(add).get("grid") == 1
 
 
@@ -319,7 +321,7 @@ def test_an_autotuned_kernel_is_served_by_its_key(stub):
     tuned = hdispatch.adopt(wrapper(kernels.tuned), driver="null")
     grid = lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)  # noqa: E731
     for n in (1000, 1000, 17, 1000, 17):
-        result, got = launched(lambda n=n: tuned[grid](X, O, n))
+        result, got = launched(lambda n=n: tuned[grid](X, OUT, n))
         config = tuned.cache[(n, "torch.float32", "torch.float32")]
         assert tuned.best_config is config
         assert result.metadata.num_warps == config.num_warps
@@ -328,7 +330,7 @@ def test_an_autotuned_kernel_is_served_by_its_key(stub):
             assert got["block"] == (32 * config.num_warps, 1, 1)
     assert counts(tuned)["hits"] == 3
     tuned.cache.clear()  # to be tuned anew
-    _, got = launched(lambda: tuned[grid](X, O, 1000))
+    _, got = launched(lambda: tuned[grid](X, OUT, 1000))
     assert got is None
     assert misses(tuned)["autotuner's choices taken back"] == 1
 
@@ -337,7 +339,7 @@ def test_heuristics_follow_their_arguments(stub):
     kernel = hdispatch.adopt(wrapper(kernels.heuristic), driver="null")
     for turn in range(2):
         for n, warps, even in ((1000, 8, False), (1024, 8, True), (64, 4, True), (65, 4, False)):
-            result, got = launched(lambda n=n: kernel[(4,)](X, O, n, BLOCK=64))
+            result, got = launched(lambda n=n: kernel[(4,)](X, OUT, n, BLOCK=64))
             assert (got is not None) == (turn == 1)
             assert result.metadata.num_warps == warps
             assert result.src.constants[(3,)] is even
@@ -354,7 +356,7 @@ def test_heuristics_that_cannot_be_followed_are_called(stub):
     kernel = triton.heuristics({"EVEN": even})(fresh(kernels.heuristic.fn))
     hdispatch.adopt(kernel, driver="null")
     for n in (64, 64, 65, 64):
-        result, _ = launched(lambda n=n: kernel[(4,)](X, O, n, BLOCK=64))
+        result, _ = launched(lambda n=n: kernel[(4,)](X, OUT, n, BLOCK=64))
         assert result.src.constants[(3,)] is (n % 64 == 0)
     assert called == [64, 64, 64, 65, 65, 64]  # by both where a key is new
     assert counts(kernel)["hits"] == 2
@@ -367,7 +369,7 @@ def served(kernel: Any, *args: Any, **keywords: Any) -> bool:
     return launched(lambda: kernel[(4,)](*args, **keywords))[1] is not None
 
 
-ADD = (X, Y, O, 1000)
+ADD = (X, Y, OUT, 1000)
 
 
 @pytest.fixture
@@ -389,7 +391,7 @@ def test_launch_hooks_get_their_calls(add, stub):
     assert seen == ["add"]
     assert served(add, *ADD, BLOCK=256)
     with knobs.runtime.scope():
-        knobs.runtime.launch_exit_hook = lambda metadata: seen.append("exit")
+        knobs.runtime.launch_exit_hook = lambda _metadata: seen.append("exit")
         assert not served(add, *ADD, BLOCK=256)
     assert served(add, *ADD, BLOCK=256)
     assert seen == ["add", "exit"]
@@ -398,11 +400,11 @@ def test_launch_hooks_get_their_calls(add, stub):
 
 def test_pre_run_hooks_get_their_calls(add):
     seen = []
-    add.add_pre_run_hook(lambda *args, **keywords: seen.append(args[3]))
+    add.add_pre_run_hook(lambda *args, **_keywords: seen.append(args[3]))
     assert not served(add, *ADD, BLOCK=256)
     add.pre_run_hooks.clear()
     assert served(add, *ADD, BLOCK=256)
-    add.pre_run_hooks = [lambda *args, **keywords: seen.append("another list")]
+    add.pre_run_hooks = [lambda *_args, **_keywords: seen.append("another list")]
     assert not served(add, *ADD, BLOCK=256)
     assert seen == [1000, "another list"]
     assert misses(add)["pre-run hook"] == 2
@@ -419,14 +421,14 @@ def test_knobs_of_the_code_are_part_of_the_key(add):
 
 def test_a_captured_global_that_changed_is_tritons_to_refuse(stub, monkeypatch):
     captured = hdispatch.adopt(fresh(kernels.captured), driver="null")
-    assert not served(captured, X, O)
-    assert served(captured, X, O)
+    assert not served(captured, X, OUT)
+    assert served(captured, X, OUT)
     monkeypatch.setitem(kernels.__dict__, "FACTOR", tl.constexpr(4))
     with pytest.raises(RuntimeError, match="Global variable FACTOR has changed"):
-        served(captured, X, O)
+        served(captured, X, OUT)
     assert misses(captured)["captured global changed"] == 1
     monkeypatch.undo()
-    assert served(captured, X, O)
+    assert served(captured, X, OUT)
 
 
 def test_a_source_that_changed_is_compiled_anew(add):
@@ -468,9 +470,9 @@ def test_tensors_that_only_torch_knows_are_tritons(add):
     class Sub(torch.Tensor):
         pass
 
-    assert not served(add, X.as_subclass(Sub), Y, O, 1000, BLOCK=256)
-    assert served(add, torch.nn.Parameter(X), Y, O, 1000, BLOCK=256)
-    assert not served(add, triton.reinterpret(X, tl.float32), Y, O, 1000, BLOCK=256)
+    assert not served(add, X.as_subclass(Sub), Y, OUT, 1000, BLOCK=256)
+    assert served(add, torch.nn.Parameter(X), Y, OUT, 1000, BLOCK=256)
+    assert not served(add, triton.reinterpret(X, tl.float32), Y, OUT, 1000, BLOCK=256)
     with torch.overrides.BaseTorchFunctionMode():
         assert not served(add, *ADD, BLOCK=256)
     assert {"subclass of a tensor", "argument's type", "torch mode"} <= set(misses(add))
@@ -478,14 +480,14 @@ def test_tensors_that_only_torch_knows_are_tritons(add):
 
 def test_a_refusal_of_the_driver_is_tritons_to_raise(add, stub):
     with stub.refusing(), pytest.raises(RuntimeError, match="stub refuses"):
-        add[(4,)](X, Y, O, 1000, BLOCK=128)
-    assert not served(add, X, Y, O, 1000, BLOCK=128)  # what was not launched is no row
+        add[(4,)](X, Y, OUT, 1000, BLOCK=128)
+    assert not served(add, X, Y, OUT, 1000, BLOCK=128)  # what was not launched is no row
 
 
 def test_compile_time_values_without_a_hash_are_tritons(stub):
     cast = hdispatch.adopt(fresh(kernels.cast), driver="null")
     with pytest.raises(Exception):  # noqa: B017, PT011  Triton's own, of a list as a constexpr
-        cast[(1,)](X, O, tl.float32, [1])
+        cast[(1,)](X, OUT, tl.float32, [1])
     assert misses(cast) == {"compile-time value that cannot be hashed, or one of too many": 1}
 
 
@@ -517,8 +519,8 @@ def test_all_kernels_of_the_process(stub):
             assert not served(each, *ADD, BLOCK=256)
             assert served(each, *ADD, BLOCK=256)
         tuned = wrapper(kernels.tuned)
-        tuned[(1,)](X, O, 1000)
-        assert launched(lambda: tuned[(1,)](X, O, 1000))[1] is not None
+        tuned[(1,)](X, OUT, 1000)
+        assert launched(lambda: tuned[(1,)](X, OUT, 1000))[1] is not None
     assert not served(kernel, *ADD, BLOCK=256)
 
 
@@ -578,6 +580,10 @@ def test_a_kept_launch_stays_one(add):
 def test_copies_of_a_kernel_are_kernels_of_their_own(add):
     other = copy.copy(add)
     assert not served(other, *ADD, BLOCK=256)
+    hdispatch.adopt(other, driver="null")
+    assert not served(other, *ADD, BLOCK=256)
+    assert served(other, *ADD, BLOCK=256)
+    assert served(add, *ADD, BLOCK=256)
     assert pickle.loads(pickle.dumps(vars(add)["_hdispatch_adopted"])) is None
 
 
@@ -588,7 +594,7 @@ def test_threads_share_rows(add):
         rng = random.Random(seed)
         try:
             for _ in range(300):
-                add[(4,)](X, Y, O, rng.choice((1, 16, 1000, 1001)), BLOCK=rng.choice((64, 256)))
+                add[(4,)](X, Y, OUT, rng.choice((1, 16, 1000, 1001)), BLOCK=rng.choice((64, 256)))
         except BaseException as error:
             errors.append(error)
 
@@ -605,5 +611,5 @@ def test_threads_share_rows(add):
 
 def test_keys_are_bounded_by_what_differs(add):
     for n in range(2, 400):
-        add[(4,)](X, Y, O, n, BLOCK=256)
+        add[(4,)](X, Y, OUT, n, BLOCK=256)
     assert len(_C.adopted_keys(vars(add)["_hdispatch_adopted"])) == 2

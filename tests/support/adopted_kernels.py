@@ -29,7 +29,7 @@ def scalars(o, a, b, flag, n: tl.int64, BLOCK: tl.constexpr = 32):
 
 
 @triton.jit
-def typed(o, a: tl.float32, b: tl.int32, c: u1, d: tl.bfloat16):
+def typed(o, a: tl.float32, b: tl.int32, c: tl.int1, d: tl.bfloat16):
     tl.store(o, a + b + c + d)
 
 
@@ -88,7 +88,7 @@ def pointers_last(n, scale, x, o):
 @triton.autotune(
     [triton.Config({"BLOCK": 64}, num_warps=2), triton.Config({"BLOCK": 128}, num_warps=4)],
     key=["n"],
-    do_bench=lambda call, quantiles: (call(), [1.0, 1.0, 1.0])[1],
+    do_bench=lambda call, **_keywords: (call(), [1.0, 1.0, 1.0])[1],
 )
 @triton.jit
 def tuned(x, o, n, BLOCK: tl.constexpr):

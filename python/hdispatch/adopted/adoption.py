@@ -119,6 +119,7 @@ def _set_up() -> None:
     if _is_set_up:
         return
     from triton.language import constexpr  # type: ignore[import-untyped]
+    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
     from . import host_program, triton_kernel, triton_state
 
@@ -131,7 +132,7 @@ def _set_up() -> None:
         learn=lambda kernel, compiled: triton_kernel.learn(parts(kernel), compiled),
         trace=lambda kernel, function, arguments: host_program.trace(parts(kernel).names, function, arguments),
         constexpr_type=constexpr,
-        function_type=triton_kernel.JITFunction,
+        function_type=JITFunction,
         device_count=torch.cuda.device_count() if torch.cuda.is_available() else 1,
     )
     _is_set_up = True
@@ -218,7 +219,9 @@ def _entry(kernel: Any) -> Any:
     from . import triton_kernel
 
     made = vars(kernel).get(triton_kernel.ENTRY)
-    return made if isinstance(made, (_C.AdoptedKernel, _C.HostKernel)) else None
+    if not isinstance(made, (_C.AdoptedKernel, _C.HostKernel)) or not _C.adopted_is_of(made, kernel):
+        return None  # of the kernel that this one is a copy of
+    return made
 
 
 def _switch(kernel: Any, *, on: bool) -> bool:

@@ -80,10 +80,15 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
         except (_Refused, BuildError) as error:
             problems.append(str(error))
             continue
+        except Exception as error:  # anybody's code, on stand-ins; the call itself has been made
+            problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            continue
         kernel_entry = adopt(made.pop("kernel"))
         if kernel_entry is None:
             return "its Triton kernel cannot be adopted"
         return {**made, "function": kernel_entry, "variant": vars(bound), "run": host}
+    for function in _functions(host):
+        adopt(function)  # the launch at least
     return f"host function: {problems[-1]}"
 
 
@@ -147,6 +152,11 @@ def _fact_steps(fact: Any, args: tuple[Any, ...], leaf: Callable[[Any], Steps]) 
 # ---- one launch ----
 
 
+def _functions(host: Callable[..., Any]) -> list[Any]:
+    """The Triton kernels that a host function may launch."""
+    return [value for value in inspect.unwrap(host).__globals__.values() if isinstance(value, JITFunction)]
+
+
 class _Launch:
     """What `JITFunction.run` was called with, in place of the launch."""
 
@@ -159,7 +169,7 @@ class _Launch:
 def _recording(host: Callable[..., Any]) -> Iterator[_Launch]:
     """While it is open, this thread's launches of the host function's kernels are noted instead of made."""
     launch, mine = _Launch(), threading.get_ident()
-    kernels = [value for value in inspect.unwrap(host).__globals__.values() if isinstance(value, JITFunction)]
+    kernels = _functions(host)
 
     def recorder(kernel: Any) -> Callable[..., None]:
         def run(*args: Any, **keywords: Any) -> Any:
@@ -187,7 +197,7 @@ class _Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Lets the host function allocate and make views, notes the allocations, and refuses the rest by name."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.made: list[torch.Tensor] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -60,17 +60,9 @@ Program = tuple[list[tuple[int, int, int, object, object]], list[Steps], list[tu
 
 #: What a function that is followed does not do: effects, imports, handling of errors.
 _REFUSED = (
-    "STORE_GLOBAL",
-    "STORE_ATTR",
-    "STORE_SUBSCR",
-    "STORE_DEREF",
-    "STORE_NAME",
-    "STORE_SLICE",
-    "DELETE",
-    "IMPORT",
-    "YIELD",
+    *("STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "STORE_DEREF", "STORE_NAME", "STORE_SLICE", "DELETE", "IMPORT", "YIELD"),
+    *("SEND", "GET_", "MAKE_FUNCTION", "SETUP", "BEFORE_WITH", "LOAD_BUILD_CLASS", "LOAD_NAME", "RAISE", "FORMAT"),
 )
-_REFUSED += ("SEND", "GET_", "MAKE_FUNCTION", "SETUP", "BEFORE_WITH", "LOAD_BUILD_CLASS", "LOAD_NAME", "RAISE", "FORMAT")
 
 _CDIV, _NEXT_POWER_OF_2 = triton.cdiv, triton.next_power_of_2
 
@@ -205,8 +197,10 @@ class _Opaque:
         raise _Unfollowed
 
     __bool__ = __index__ = __int__ = __float__ = __len__ = __iter__ = __contains__ = __call__ = _unfollowed
-    __str__ = __repr__ = __format__ = __getitem__ = _unfollowed
-    __hash__ = _unfollowed  # type: ignore[assignment]
+    __str__ = __repr__ = __format__ = __hash__ = _unfollowed
+
+    def __getitem__(self, key: object) -> Any:
+        raise _Unfollowed
 
 
 class _Arguments(_Opaque):
@@ -215,8 +209,8 @@ class _Arguments(_Opaque):
     def __init__(self, tracer: _Tracer) -> None:
         self._tracer = tracer
 
-    def __getitem__(self, name: object) -> Any:
-        return self._tracer.parameter(name)
+    def __getitem__(self, key: object) -> Any:
+        return self._tracer.parameter(key)
 
 
 class _Triton(_Opaque):
@@ -260,7 +254,7 @@ class _Tensor(_Opaque):
     def __eq__(self, other: object) -> bool:
         raise _Unfollowed
 
-    __hash__ = _unfollowed  # type: ignore[assignment]
+    __hash__ = _unfollowed
 
 
 class _Shape(_Opaque):
@@ -269,8 +263,8 @@ class _Shape(_Opaque):
     def __init__(self, tensor: _Tensor) -> None:
         self._tensor = tensor
 
-    def __getitem__(self, dimension: object) -> _Number:
-        return self._tensor.size(dimension)
+    def __getitem__(self, key: object) -> Any:
+        return self._tensor.size(key)
 
 
 class _Steps(_Opaque):
@@ -288,7 +282,7 @@ class _Truth(_Steps):
     def __eq__(self, other: object) -> bool:
         raise _Unfollowed
 
-    __hash__ = _unfollowed  # type: ignore[assignment]
+    __hash__ = _unfollowed
 
 
 def _steps_of(value: object) -> Steps:
@@ -331,7 +325,7 @@ class _Number(_Steps):
     __lt__, __le__, __gt__, __ge__ = (_comparison(op) for op in (Op.LT, Op.LE, Op.GT, Op.GE))
     __eq__ = _comparison(Op.EQ)
     __ne__ = _comparison(Op.NE)
-    __hash__ = _unfollowed  # type: ignore[assignment]
+    __hash__ = _unfollowed
 
     def __neg__(self) -> _Number:
         return _Number(_join(Op.SUB, 0, self))

@@ -65,7 +65,7 @@ def _state(token: object, dicts: list[dict[str, Any]], hooks: list[list[Any]], c
     return number, "" if number > 0 else "more states than are kept", dicts, hooks, captured
 
 
-def _is_frozen(value: object) -> bool:
+def _is_frozen(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(_is_frozen(item) for item in value)
     if type(value) is constexpr:
