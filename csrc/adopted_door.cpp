@@ -60,9 +60,9 @@ int clear_adopted(PyObject* object) {
 
 void drop_adopted(PyObject* object) {
   PyObject_GC_UnTrack(object);
-  clear_adopted(object);
   auto* self = reinterpret_cast<AdoptedKernel*>(object);
-  std::erase(alive(), self);
+  std::erase(alive(), self);  // before anything runs Python
+  clear_adopted(object);
   Py_CLEAR(self->run);
   delete self->name;
   delete self->reader;
@@ -153,11 +153,23 @@ py::object make_adopted(const py::object& kernel, const std::string& name, const
 
 }  // namespace
 
-std::vector<std::pair<std::string, OpCounters*>> adopted_counters() {
-  std::vector<std::pair<std::string, OpCounters*>> out;
-  for (AdoptedKernel* each : alive()) out.emplace_back(*each->name, each->counters);
-  for (HostKernel* each : host_kernels()) out.emplace_back(*each->name, each->counters);
+/// Held: making Python objects may run the collector, which frees kernels.
+std::vector<py::object> adopted_objects() {
+  std::vector<py::object> out;
+  out.reserve(alive().size() + host_kernels().size());
+  for (HostKernel* each : host_kernels())
+    out.push_back(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(each)));
+  for (AdoptedKernel* each : alive())
+    out.push_back(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(each)));
   return out;
+}
+
+std::pair<const std::string*, OpCounters*> adopted_counters(const py::object& adopted) {
+  if (reinterpret_cast<PyObject*>(Py_TYPE(adopted.ptr())) == host_kernel_type) {
+    const auto* host = reinterpret_cast<HostKernel*>(adopted.ptr());
+    return {host->name, host->counters};
+  }
+  return {as_adopted(adopted).name, as_adopted(adopted).counters};
 }
 
 void define_adopted(py::module_& m) {
@@ -203,10 +215,7 @@ void define_adopted(py::module_& m) {
   m.attr("AdoptedKernel") = py::reinterpret_borrow<py::object>(adopted_type);
   m.def("adopted_kernels", [] {
     py::list out;
-    for (HostKernel* each : host_kernels())
-      out.append(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(each)));
-    for (AdoptedKernel* each : alive())
-      out.append(py::reinterpret_borrow<py::object>(reinterpret_cast<PyObject*>(each)));
+    for (const py::object& each : adopted_objects()) out.append(each);
     return out;
   });
   m.def(
@@ -230,12 +239,27 @@ void define_adopted(py::module_& m) {
       },
       py::arg("adopted"), py::arg("args"), py::arg("grid"), py::arg("count"));
   m.def(
+      "host_keys",
+      [](const py::object& adopted) {
+        py::list out;  // (whether it is one shape's, the reason why there is no record)
+        if (reinterpret_cast<PyObject*>(Py_TYPE(adopted.ptr())) != host_kernel_type) return out;
+        std::vector<std::pair<bool, std::string>> found;  // first: making Python objects may run the collector
+        for (const auto& [hash, entry] : *reinterpret_cast<HostKernel*>(adopted.ptr())->table)
+          found.emplace_back(!entry->record || entry->record->is_exact(), entry->reason);
+        for (const auto& [exact, reason] : found) out.append(py::make_tuple(exact, reason));
+        return out;
+      },
+      py::arg("adopted"));
+  m.def(
       "adopted_keys",
       [](const py::object& adopted) {
         py::list out;
-        for (const auto& entry : as_adopted(adopted).table->entries())
-          out.append(py::make_tuple(entry->words, entry->row ? entry->row->describe() : entry->reason,
-                                    py::reinterpret_borrow<py::object>(entry->compiled)));
+        const auto& entries = as_adopted(adopted).table->entries();
+        for (size_t i = 0; i < entries.size(); ++i) {  // it may grow meanwhile
+          const AdoptedEntry& entry = *entries[i];
+          out.append(py::make_tuple(entry.words, entry.row ? entry.row->describe() : entry.reason,
+                                    py::reinterpret_borrow<py::object>(entry.compiled)));
+        }
         return out;
       },
       py::arg("adopted"));

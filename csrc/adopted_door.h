@@ -14,7 +14,9 @@ namespace hdispatch {
 /// Adds what hdispatch.adopted uses to the module.
 void define_adopted(pybind11::module_& m);
 
-/// What each adopted kernel that is alive has done, by its name. Holders of the GIL.
-std::vector<std::pair<std::string, OpCounters*>> adopted_counters();
+/// The adopted kernels that are alive, of Triton's and Helion's. Holders of the GIL.
+std::vector<pybind11::object> adopted_objects();
+/// One's name and what it has done, as long as it is held.
+std::pair<const std::string*, OpCounters*> adopted_counters(const pybind11::object& adopted);
 
 }  // namespace hdispatch

@@ -285,9 +285,9 @@ int clear_host(PyObject* object) {
 
 void drop_host(PyObject* object) {
   PyObject_GC_UnTrack(object);
-  clear_host(object);
   auto* self = reinterpret_cast<HostKernel*>(object);
-  std::erase(host_kernels(), self);
+  std::erase(host_kernels(), self);  // before anything runs Python
+  clear_host(object);
   delete self->name;
   delete self->constants;
   delete self->state;

@@ -49,17 +49,17 @@ uint32_t ConstantTable::number(PyObject* value) {
   if (!numbers_ && !(numbers_ = PyDict_New())) return PyErr_Clear(), 0;
   PyObject* key = PyTuple_Pack(2, reinterpret_cast<PyObject*>(Py_TYPE(value)), value);
   if (!key) return PyErr_Clear(), 0;
+  // Hashing and comparing may run Python, and other threads': the number is taken before, and is nobody else's.
   PyObject* known = PyDict_GetItemWithError(numbers_, key);
   uint32_t number = 0;
   if (known) {
     number = static_cast<uint32_t>(PyLong_AsLong(known));
-  } else if (!PyErr_Occurred() && PyDict_GET_SIZE(numbers_) < static_cast<Py_ssize_t>(kMax)) {
-    PyObject* next = PyLong_FromSsize_t(PyDict_GET_SIZE(numbers_) + 1);
-    if (next && PyDict_SetItem(numbers_, key, next) == 0) {
-      number = static_cast<uint32_t>(PyLong_AsLong(next));
-      recent = {value, number};  // held by the key
-    }
-    Py_XDECREF(next);
+  } else if (!PyErr_Occurred() && next_ <= kMax) {
+    PyObject* mine = PyLong_FromUnsignedLong(next_++);
+    PyObject* kept = mine ? PyDict_SetDefault(numbers_, key, mine) : nullptr;
+    if (kept) number = static_cast<uint32_t>(PyLong_AsLong(kept));
+    if (kept && kept == mine) recent = {value, number};  // held by the key
+    Py_XDECREF(mine);
   }
   PyErr_Clear();
   Py_DECREF(key);

@@ -119,6 +119,7 @@ class ConstantTable {
   };
 
   PyObject* numbers_ = nullptr;  ///< dict of (type, value) -> int
+  uint32_t next_ = 1;
   std::array<Recent, 64> recent_{};
 };
 

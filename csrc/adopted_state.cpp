@@ -22,7 +22,13 @@ void WatchedDict::note() noexcept {
 void WatchedState::clear() noexcept {
   for (WatchedDict& each : dicts_) Py_DECREF(each.dict);
   for (PyObject* each : hooks_) Py_DECREF(each);
-  for (Scope& scope : scopes_) {
+  dicts_.clear();
+  hooks_.clear();
+  scopes_.reset();
+}
+
+WatchedState::Scopes::~Scopes() {
+  for (Scope& scope : listed) {
     Py_DECREF(scope.watched.dict);
     for (Global& each : scope.globals) {
       Py_DECREF(each.name);
@@ -30,15 +36,13 @@ void WatchedState::clear() noexcept {
       Py_XDECREF(each.identity);
     }
   }
-  dicts_.clear();
-  hooks_.clear();
-  scopes_.clear();
 }
 
 int WatchedState::traverse(visitproc visit, void* arg) const {
   for (const WatchedDict& each : dicts_) Py_VISIT(each.dict);
   for (PyObject* each : hooks_) Py_VISIT(each);
-  for (const Scope& scope : scopes_) {
+  if (!scopes_) return 0;
+  for (const Scope& scope : scopes_->listed) {
     Py_VISIT(scope.watched.dict);
     for (const Global& each : scope.globals) {
       Py_VISIT(each.value);
@@ -66,10 +70,12 @@ bool WatchedState::set(PyObject* given) {
     int is_mutable = 0;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(globals, i), "O!UOp", &PyDict_Type, &dict, &name, &value, &is_mutable))
       return false;
-    auto scope = std::ranges::find_if(made.scopes_, [dict](const Scope& each) { return each.watched.dict == dict; });
-    if (scope == made.scopes_.end()) {
-      made.scopes_.push_back({{Py_NewRef(dict)}, {}, false});  // its version 0 is no dict's: compared at the next call
-      scope = made.scopes_.end() - 1;
+    if (!made.scopes_) made.scopes_ = std::make_shared<Scopes>();
+    std::vector<Scope>& scopes = made.scopes_->listed;
+    auto scope = std::ranges::find_if(scopes, [dict](const Scope& each) { return each.watched.dict == dict; });
+    if (scope == scopes.end()) {
+      scopes.push_back({{Py_NewRef(dict)}, {}, false});  // its version 0 is no dict's: compared at the next call
+      scope = scopes.end() - 1;
     }
     scope->globals.push_back({Py_NewRef(name), Py_NewRef(value), nullptr, is_mutable != 0});
     scope->is_mutable = scope->is_mutable || is_mutable;
@@ -86,7 +92,8 @@ bool WatchedState::set(PyObject* given) {
 
 /// As Triton: a value that is not equal to the one that the code was compiled with. False with or without an error.
 HD_COLD bool WatchedState::compare_globals() {
-  for (Scope& scope : scopes_) {
+  const std::shared_ptr<Scopes> held_scopes = scopes_;
+  for (Scope& scope : held_scopes->listed) {
     if (scope.watched.is_same() && !scope.is_mutable) continue;
     WatchedDict seen = scope.watched;
     seen.note();  // before: comparing may run Python

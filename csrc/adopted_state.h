@@ -7,6 +7,7 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -51,7 +52,8 @@ class WatchedState {
   }
   /// No captured global has another value. May run Python.
   bool has_its_globals() noexcept {
-    for (const Scope& each : scopes_)
+    if (HD_LIKELY(!scopes_)) return true;
+    for (const Scope& each : scopes_->listed)
       if (HD_UNLIKELY(!each.watched.is_same()) || HD_UNLIKELY(each.is_mutable)) return compare_globals();
     return true;
   }
@@ -76,13 +78,20 @@ class WatchedState {
     bool is_mutable = false;  ///< has a global that changes without a write to the dict
   };
 
+  /// Held while they are compared, which may run Python and replace them.
+  struct Scopes {
+    std::vector<Scope> listed;
+
+    ~Scopes();
+  };
+
   bool compare_globals();
 
   int number_ = -1;
   std::string reason_;
   std::vector<WatchedDict> dicts_;
-  std::vector<PyObject*> hooks_;  ///< lists; owned
-  std::vector<Scope> scopes_;
+  std::vector<PyObject*> hooks_;    ///< lists; owned
+  std::shared_ptr<Scopes> scopes_;  ///< null without captured globals
 };
 
 }  // namespace hdispatch

@@ -246,11 +246,14 @@ PYBIND11_MODULE(_C, m) {
   });
   m.def("adopted_stats", [] {
     py::list out;  // names may be there twice
-    for (const auto& [name, counters] : adopted_counters()) out.append(py::make_tuple(name, stats_of(*counters)));
+    for (const py::object& each : adopted_objects()) {
+      const auto [name, counters] = adopted_counters(each);
+      out.append(py::make_tuple(*name, stats_of(*counters)));
+    }
     return out;
   });
   m.def("reset_adopted_stats", [] {
-    for (const auto& [name, counters] : adopted_counters()) reset_stats(*counters);
+    for (const py::object& each : adopted_objects()) reset_stats(*adopted_counters(each).second);
   });
   m.def("reset_sequence_stats", [] {
     for (const auto& [name, counters] : sequence_counters()) reset_stats(*counters);

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, embedded, functions, host, ops
+from . import _C, adopted, embedded, functions, host, ops
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -405,11 +405,14 @@ def _adopted_stats() -> dict[str, dict[str, Any]]:
     return found
 
 
-def explain(op: _C.Op | _C.Sequence, *args: object) -> str:
+def explain(op: Any, *args: object) -> str:
     """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
 
-    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does.
+    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does. Of an adopted kernel, alone: a
+    line for each key that has come, and why the ones that are not served are not.
     """
+    if not isinstance(op, (_C.Op, _C.Sequence)) and (learnt := adopted.explain(op)) is not None:
+        return learnt
     return _C.explain(op, *args)
 
 

@@ -613,3 +613,9 @@ def test_keys_are_bounded_by_what_differs(add):
     for n in range(2, 400):
         add[(4,)](X, Y, OUT, n, BLOCK=256)
     assert len(_C.adopted_keys(vars(add)["_hdispatch_adopted"])) == 2
+
+
+def test_explain_says_what_was_learnt(add):
+    text = hdispatch.explain(add)
+    assert text.splitlines()[0] == "adopted, 1 key(s)"
+    assert "served    block 128, shared 0 bytes" in text

@@ -11,8 +11,9 @@ import hdispatch
 import pytest
 import torch
 import triton_stub
-from benchmarks import adopt
 from hdispatch.testing import host_timer, null
+
+from benchmarks import adopt
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,7 @@ def test_what_cannot_be_a_record_is_helions_and_its_launch_is_served(stub, name)
         assert len(launches) == (turn == 2)
     assert any("host function" in reason for reason in counts(kernel)["misses"])
     assert counts(kernel)["hits"] == 0
+    assert "Helion's  host function: it " in hdispatch.explain(kernel)
 
 
 def test_arguments_that_share_memory_are_helions(stub):

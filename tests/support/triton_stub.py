@@ -58,6 +58,7 @@ int cuLaunchKernelEx(const Config* config, void* function, void** params, void**
   memcpy(hd_last.attributes, config->attributes, config->count * sizeof(Attribute));
   strcpy(hd_last.name, ((Function*)function)->name);
   for (int i = 0; i < hd_param_count; ++i) memcpy(hd_last.params[i], params[i], hd_param_bytes[i]);
+  hd_param_count = 0;
   return 0;
 }
 """
@@ -110,6 +111,7 @@ class Stub:
         self._count = ctypes.c_int.in_dll(self._library, "hd_launches")
         self._param_count = ctypes.c_int.in_dll(self._library, "hd_param_count")
         self._param_bytes = (ctypes.c_int * 64).in_dll(self._library, "hd_param_bytes")
+        self._sizes: list[int] = []
         self._fail = ctypes.c_int.in_dll(self._library, "hd_fail")
 
     @property
@@ -118,15 +120,15 @@ class Stub:
         return self._count.value
 
     def expect(self, kinds: list[str]) -> None:
-        """The types of the parameters of the next launches: a libcuda does not know how many bytes each has."""
-        sizes = [*(8 if kind.startswith("*") else BYTES.get(kind, 8) for kind in kinds), 8, 8]
+        """The types of the next launch's parameters: a libcuda does not know how many bytes each has."""
+        sizes = self._sizes = [*(8 if kind.startswith("*") else BYTES.get(kind, 8) for kind in kinds), 8, 8]
         self._param_count.value = len(sizes)
         self._param_bytes[: len(sizes)] = sizes
 
     def last(self) -> Launch:
-        """Triton's last launch."""
+        """Triton's last launch, the one that was expected."""
         config = self._last.config
-        sizes = self._param_bytes[: self._param_count.value]
+        sizes = self._sizes
         attributes = {each.id: tuple(each.value[:3]) for each in self._last.attributes[: config.count]}
         params = [bytes(self._last.params[i][:size]) for i, size in enumerate(sizes)]
         return Launch(tuple(config.grid), tuple(config.block), config.shared, attributes, params)

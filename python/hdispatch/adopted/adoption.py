@@ -82,6 +82,21 @@ def unadopt(kernel: Any = None) -> None:
             _C.unpatch_host_class(helion.Kernel)
 
 
+def explain(kernel: Any) -> str | None:
+    """What has been learnt of an adopted kernel, a line a key; None for what is none."""
+    made = _entry(kernel) if hasattr(kernel, "__dict__") else None
+    if made is None:
+        return None
+    state = "adopted" if _C.adopted_is_on(made) else "adopted before"
+    if isinstance(made, _C.HostKernel):
+        keys = _C.host_keys(made)
+        served = [f"served    {'calls of one shape' if exact else 'any M'}" for exact, reason in keys if not reason]
+        return "\n".join([f"{state}, {len(keys)} key(s)", *served, *(f"Helion's  {reason}" for _, reason in keys if reason)])
+    rows = [what for _, what, _ in _C.adopted_keys(made)]
+    lines = [("served    " if what.startswith("block ") else "Triton's  ") + what for what in rows]
+    return "\n".join([f"{state}, {len(rows)} key(s)", *lines])
+
+
 class adopting:
     """`with hdispatch.adopting(kernel, …):` adopts kernels for the block; without arguments all of the process.
 

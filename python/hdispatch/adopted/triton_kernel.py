@@ -94,8 +94,8 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
             return scratch.replace("_", " ").removesuffix(" size")
     if getattr(metadata, "tensordesc_meta", None):
         return "tensor descriptor"
-    if compiled.src.fn is not parts.function:
-        return "code of another function"
+    if compiled.src.fn is not parts.function and compiled.src.fn.cache_key != parts.function.cache_key:
+        return "code of another function"  # of one that this one is no copy of
     names = [each.name for each in parts.function.params]
     params = []
     for name, kind in compiled.src.signature.items():
