@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_rows import load_weights, looped, normed, options, own_rows, programs, warps_for, whole
+from ..lib.triton_rows import load_weights, looped, normed, options, own_rows, programs, store_rest, warps_for, whole
 
 GENERIC = ("K",)
 EARLY_READS = ("weight",)
@@ -52,11 +52,7 @@ def fused_add_rms_norm(
     if LOOP:
         # The residual that is read here was written above, perhaps by another thread.
         tl.debug_barrier()
-        for start in range(BLOCK, k, BLOCK):
-            rest = inside & (start + columns < k)
-            more = tl.load(r_row + start + columns, mask=rest, other=0.0).to(tl.float32)
-            y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
-            tl.store(x_row + start + columns, y.to(input.dtype.element_ty), mask=rest)
+        store_rest(r_row, x_row, weight, rstd, k, columns, inside, ROWS, BLOCK)
 
 
 def launch(input, residual, weight, epsilon, *, config, _launcher):

@@ -7,12 +7,14 @@ table [requests, columns] int32 has the blocks of a request's tokens, `page` tok
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hdispatch.errors import ArgumentError
+from hdispatch.opspec import WorkspaceArg
 
 from .indices import check_indices
+from .workspace import BYTES
 
 #: Elements of K and V that are gathered at once: requests take turns.
 GATHERED = 2**27
@@ -23,6 +25,18 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SAMPLED, SAMPLED_ON_GPU = 2**22, 2**30
 #: Different random numbers in them; an odd number, so that no two tokens are alike.
 DRAWN = 2**20 - 3
+
+
+#: What the declarations of decode attention say alike.
+DECODE: dict[str, Any] = {
+    "shapes": ({"K": 128}, {"K": 64}),
+    "config_key": {"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
+    "ladder": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "hints": {"N": 560},  # a multiple of every group
+    "measured": {"N": 32},  # an 8B model's: how many blocks a call has decides its splits
+    "workspace": WorkspaceArg("workspace", BYTES),
+    "own_scales": True,
+}
 
 
 class Rule(NamedTuple):

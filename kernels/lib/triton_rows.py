@@ -91,6 +91,16 @@ def normed(x, rstd, w):
     return y
 
 
+@triton.jit
+def store_rest(source, target, weight, rstd, k, columns, inside, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Stores the norm of what lies behind the first block of rows, which is read again."""
+    for start in range(BLOCK, k, BLOCK):
+        rest = inside & (start + columns < k)
+        more = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
+        y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
+        tl.store(target + start + columns, y.to(target.dtype.element_ty), mask=rest)
+
+
 def programs(rows: int, config: Config) -> tuple[int]:
     """The grid: a program per `rows` rows."""
     return ((rows + config["rows"] - 1) // config["rows"],)

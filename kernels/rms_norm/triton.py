@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_rows import load_weights, looped, normed, options, programs, warps_for, whole
+from ..lib.triton_rows import load_weights, looped, normed, options, programs, store_rest, warps_for, whole
 
 GENERIC = ("K", "N")
 EARLY_READS = ("weight",)
@@ -46,11 +46,7 @@ def rms_norm(
     y = normed(x, rstd, w)
     tl.store(target + columns, y.to(result.dtype.element_ty), mask=first)
     if LOOP:
-        for start in range(BLOCK, k, BLOCK):
-            rest = inside & (start + columns < k)
-            more = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
-            y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
-            tl.store(target + start + columns, y.to(result.dtype.element_ty), mask=rest)
+        store_rest(source, target, weight, rstd, k, columns, inside, ROWS, BLOCK)
 
 
 def launch(result, input, weight, epsilon, *, config, _launcher):

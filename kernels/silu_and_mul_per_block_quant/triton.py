@@ -62,15 +62,5 @@ def launch(out, input, scales, group_size, scale_ub, _is_scale_transposed, scale
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring for some sizes; the first is a safe default."""
-    tiles = (
-        (2048, 4, 16),
-        (256, 1, 8),
-        (512, 2, 8),
-        (1024, 4, 8),
-        (1024, 2, 16),
-        (2048, 8, 8),
-        (4096, 8, 16),
-        (4096, 4, 16),
-        (4096, 8, 8),
-    )
+    tiles = [tile for tile in lib.TILES if tile not in ((2048, 4, 8), (8192, 8, 16))]
     return lib.tile_configs(tiles, sizes, sizes.get("N", 6144))
