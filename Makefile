@@ -1,8 +1,11 @@
 # The two commands of the README, and what a developer runs.
 #
-#   make demo      environment, extension, bundle of every row, then the dispatch microbenchmark
+#   make demo      environment, extension, a bundle of nine ops of one model, then the dispatch microbenchmark: minutes
+#   make bundle    environment, extension, the bundle of every row: all ops, sizes and dtypes
+#   make wheel     dist/*.whl with the bundle for H100 and H200 inside; if CuteDSL is installed, for CPUs such as this one alone
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
+#   make test-wheels  one wheel for two torches, in an environment of each: downloads both with their dependencies, gigabytes
 #   make lint      ruff, mypy --strict, clang-format
 #   make sanitize  the C++ tests under ASan + UBSan, then under TSan
 #
@@ -12,10 +15,12 @@ PYTHON ?= python3
 VENV ?= $(if $(VIRTUAL_ENV),$(VIRTUAL_ENV),.venv)
 TORCH ?= torch==2.13.0
 BUNDLE ?= bundle
+DEMO_BUNDLE ?= build/demo-bundle
+WHEEL_TORCH ?= torch==2.13.0 torch==2.14.1
 PY := $(VENV)/bin/python
 CTEST_BUILD := build/ctest
 
-.PHONY: demo test test-vllm setup setup-test lint sanitize core-test clean
+.PHONY: demo bundle wheel test test-vllm test-wheels setup setup-test lint sanitize core-test clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -27,9 +32,17 @@ setup-test: $(PY)
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,cutedsl,plot,test
 
 demo: setup
+	$(PY) scripts/demo.py $(DEMO_BUNDLE)
+
+bundle: setup
 	$(PY) -m hdispatch build --target auto --out $(BUNDLE)
 	$(PY) -m hdispatch doctor $(BUNDLE)
-	$(PY) -m hdispatch bench dispatch --bundle $(BUNDLE)
+
+wheel: setup
+	mkdir -p build/embedded
+	$(PY) -m hdispatch build --target h200 --out build/embedded/sm_90a --archive build/embedded/sm_90a.tar.xz 
+	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist \
+	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
 
 test: setup-test core-test
 	$(PY) -m pytest tests -n 2
@@ -46,6 +59,12 @@ core-test: $(PY)
 sanitize: setup
 	$(PY) scripts/core_tests.py $(CTEST_BUILD)-asan --sanitize address,undefined
 	$(PY) scripts/core_tests.py $(CTEST_BUILD)-tsan --sanitize thread
+
+test-wheels: setup-test
+	$(PY) scripts/setup.py --torch "$(TORCH)" --extras wheels --only-tools
+	rm -rf build/dist
+	$(PY) scripts/wheels.py --torch $(patsubst torch==%,%,$(WHEEL_TORCH)) --out build/dist
+	HDISPATCH_WHEEL=$$(echo build/dist/*.whl) HDISPATCH_WHEEL_TORCH="$(WHEEL_TORCH)" $(PY) -m pytest tests/wheels -rA
 
 lint: setup-test
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build,cutedsl,plot,test,lint --only-tools

@@ -1,44 +1,90 @@
-# The extension module _C: the torch and Python doors, compiled against the torch of the building interpreter.
+# The extension module _C: the torch and Python doors, one build of it for each torch that it is to serve.
+#
+#   HDISPATCH_TORCH=DIR;DIR   folders of torch to compile against, of one minor version each; a door needs their include/,
+#                             lib/ and version.py. Default: the torch of the building interpreter.
 #
 # torch's own CMake package would ask for a CUDA toolkit where torch is a CUDA build; headers and libraries are enough.
+set(HDISPATCH_TORCH "" CACHE STRING "folders of torch to compile against; empty: the building interpreter's")
 find_package(Python 3.11 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 
-execute_process(
-  COMMAND ${Python_EXECUTABLE} -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent, torch.__version__, sep=';', end='')"
-  OUTPUT_VARIABLE torch_facts ERROR_VARIABLE torch_error RESULT_VARIABLE torch_result)
-if(NOT torch_result EQUAL 0)
-  message(FATAL_ERROR "hdispatch is compiled against the installed torch, and ${Python_EXECUTABLE} cannot import it:\n"
-    "${torch_error}\nInstall torch first, then: pip install --no-build-isolation .")
+if(HDISPATCH_TORCH)
+  set(torch_dirs ${HDISPATCH_TORCH})
+else()
+  execute_process(
+    COMMAND ${Python_EXECUTABLE} -c "import pathlib, torch; print(pathlib.Path(torch.__file__).parent, end='')"
+    OUTPUT_VARIABLE torch_dirs ERROR_VARIABLE torch_error RESULT_VARIABLE torch_result)
+  if(NOT torch_result EQUAL 0)
+    message(FATAL_ERROR "hdispatch is compiled against the installed torch, and ${Python_EXECUTABLE} cannot import it:\n"
+      "${torch_error}\nInstall torch first, then: pip install --no-build-isolation .")
+  endif()
 endif()
-list(GET torch_facts 0 TORCH_DIR)
-list(GET torch_facts 1 TORCH_VERSION)
-message(STATUS "torch ${TORCH_VERSION} in ${TORCH_DIR}")
 
-pybind11_add_module(_C csrc/tensor_view.cpp csrc/op_call.cpp csrc/override.cpp csrc/arena.cpp
-  csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp
-  csrc/module.cpp)
-target_include_directories(_C SYSTEM PRIVATE ${TORCH_DIR}/include ${TORCH_DIR}/include/torch/csrc/api/include)
-target_compile_options(_C PRIVATE -Wall -Wextra -Wno-missing-field-initializers)
-target_link_libraries(_C PRIVATE hdispatch_core)
-foreach(name c10 torch_cpu torch torch_python)
-  target_link_libraries(_C PRIVATE ${TORCH_DIR}/lib/lib${name}.so)
+# The door for the torch in a folder: hdispatch/torch_X_Y/_C. Adds "X.Y": "X.Y.Z" to `torch_versions`.
+function(add_door torch_dir)
+  file(STRINGS ${torch_dir}/version.py version_line REGEX "^__version__ = ")
+  string(REGEX MATCH "[0-9]+\\.[0-9]+\\.[^'\"]+" version "${version_line}")
+  if(NOT version)
+    message(FATAL_ERROR "${torch_dir}/version.py says no version of torch: ${version_line}")
+  endif()
+  string(REGEX MATCH "^[0-9]+\\.[0-9]+" minor "${version}")
+  string(REPLACE "." "_" folder "torch_${minor}")
+  if(TARGET ${folder})
+    message(FATAL_ERROR "HDISPATCH_TORCH has torch ${minor} twice: ${HDISPATCH_TORCH}")
+  endif()
+  message(STATUS "a door for torch ${version} in ${torch_dir}")
+
+  pybind11_add_module(${folder} csrc/tensor_view.cpp csrc/profiler.cpp csrc/op_call.cpp csrc/override.cpp csrc/arena.cpp
+    csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp csrc/from_python.cpp csrc/module.cpp)
+  # torch brings a pybind11 of its own, which its headers and libtorch_python take: it stands in front of ours.
+  target_include_directories(${folder} SYSTEM BEFORE PRIVATE ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
+  target_compile_options(${folder} PRIVATE -Wall -Wextra -Wno-missing-field-initializers)
+  target_link_libraries(${folder} PRIVATE hdispatch_core)
+  foreach(name c10 torch_cpu torch_python)
+    target_link_libraries(${folder} PRIVATE ${torch_dir}/lib/lib${name}.so)
+  endforeach()
+
+  # A CPU-only torch lacks the CUDA device guard that fake CUDA tensors need while kernels are generated (build wing).
+  set(guard ${folder}_noop_cuda_guard)
+  add_library(${guard} SHARED csrc/noop_cuda_guard.cpp)
+  target_include_directories(${guard} SYSTEM PRIVATE ${torch_dir}/include)
+  target_link_libraries(${guard} PRIVATE ${torch_dir}/lib/libc10.so)
+  set_target_properties(${guard} PROPERTIES PREFIX "" OUTPUT_NAME _noop_cuda_guard)
+  set_target_properties(${folder} PROPERTIES OUTPUT_NAME _C)
+
+  # torch is imported before the module, so its libraries are found by name; no path of the building machine is kept.
+  set_target_properties(${folder} ${guard} PROPERTIES
+    LIBRARY_OUTPUT_DIRECTORY ${CMAKE_CURRENT_BINARY_DIR}/${folder} SKIP_BUILD_RPATH ON INSTALL_RPATH "$ORIGIN/..")
+  install(TARGETS ${folder} ${guard} LIBRARY DESTINATION hdispatch/${folder})
+  set(torch_versions ${torch_versions} "    \"${minor}\": \"${version}\"," PARENT_SCOPE)
+endfunction()
+
+foreach(torch_dir ${torch_dirs})
+  add_door(${torch_dir})
 endforeach()
-# torch is imported before the module, so its libraries are found by name; no path of the building machine is kept.
-set_target_properties(_C PROPERTIES SKIP_BUILD_RPATH ON INSTALL_RPATH "")
 
-# A CPU-only torch lacks the CUDA device guard that fake CUDA tensors need while kernels are generated (build wing).
-add_library(noop_cuda_guard SHARED csrc/noop_cuda_guard.cpp)
-target_include_directories(noop_cuda_guard SYSTEM PRIVATE ${TORCH_DIR}/include)
-target_link_libraries(noop_cuda_guard PRIVATE ${TORCH_DIR}/lib/libc10.so)
-set_target_properties(noop_cuda_guard PROPERTIES PREFIX "_" SKIP_BUILD_RPATH ON INSTALL_RPATH "")
-
-# What the module was built with, readable without loading it: importing it under another torch would crash, not fail.
+# What the doors were compiled against, readable without loading one: under another torch that would crash, not fail.
+list(JOIN torch_versions "\n" torch_versions)
 file(CONFIGURE OUTPUT ${CMAKE_CURRENT_BINARY_DIR}/_build_info.py CONTENT
 "\"\"\"What the extension was compiled against; written by the build.\"\"\"
 
-TORCH_VERSION = \"@TORCH_VERSION@\"
+#: minor version of torch -> the release that its door in torch_<minor> was compiled against
+TORCH_VERSIONS = {
+@torch_versions@
+}
 " @ONLY)
 
-install(TARGETS _C noop_cuda_guard LIBRARY DESTINATION hdispatch)
+# A bundle that the package holds for GPUs of one architecture, an archive named by it: sm_90a.tar.xz. `make wheel` gives one.
+set(HDISPATCH_EMBED_BUNDLE "" CACHE FILEPATH "archive of a bundle to install with the package")
+set(bundle "${HDISPATCH_EMBED_BUNDLE}")
+unset(HDISPATCH_EMBED_BUNDLE CACHE)  # the next build in this folder has a bundle only if it says so, also if this one fails
+if(bundle)
+  if(NOT bundle MATCHES "/sm_[0-9]+a?\\.tar\\.xz$" OR NOT EXISTS "${bundle}")
+    message(FATAL_ERROR "HDISPATCH_EMBED_BUNDLE is '${bundle}'; it takes the full path of an archive that is named by its "
+      "architecture, as sm_90a.tar.xz: hdispatch build --target h200 --out bundle --archive sm_90a.tar.xz")
+  endif()
+  install(FILES ${bundle} DESTINATION hdispatch/bundles)
+endif()
+
+install(TARGETS hdispatch_core LIBRARY DESTINATION hdispatch)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/_build_info.py DESTINATION hdispatch)

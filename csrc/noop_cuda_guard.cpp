@@ -1,4 +1,4 @@
-// noop_cuda_guard.cpp -- the CUDA device guard that a CPU-only torch lacks; becomes hdispatch/_noop_cuda_guard.so.
+// noop_cuda_guard.cpp -- the CUDA device guard that a CPU-only torch lacks; becomes _noop_cuda_guard.so beside _C.
 //
 // Slicing a fake CUDA tensor asks torch for the guard of its device. A torch built without CUDA has none and refuses,
 // so the build wing's workers load this library, and only they do, and only under such a torch. It never touches a

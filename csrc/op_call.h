@@ -27,9 +27,10 @@ namespace hdispatch {
 struct OpObject {
   PyObject_HEAD vectorcallfunc vectorcall;
   const Op* op;
-  PyObject* fallback;  ///< callable(*args), writes the mutated arguments
-  PyObject* torch_op;  ///< torch.ops.hdispatch.<op>
-  PyObject* doc;       ///< str
+  PyObject* fallback;   ///< callable(*args), writes the mutated arguments
+  PyObject* torch_op;   ///< torch.ops.hdispatch.<op>
+  PyObject* doc;        ///< str
+  PyObject* signature;  ///< inspect.Signature
 };
 
 /// In strict mode a miss raises instead of falling back. `on` is the process's mode; while any thread is in a block of
@@ -53,7 +54,11 @@ inline constexpr CallerLock kGil = {[]() -> void* { return PyEval_SaveThread(); 
 PyObject* make_op_type();
 
 /// Defines the op in the runtime and in torch's dispatcher and returns its new OpObject. GIL held.
-OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* doc);
+OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* doc, PyObject* signature);
+
+/// Makes `function` the type's `__call__` attribute. torch.compile traces that attribute, which it cannot where it is
+/// C; a call never looks it up, so that calls stay as fast as they are.
+void set_traced_call(PyObject* type, PyObject* function);
 
 /// Sets the Python error for an exception in flight; call in a catch block.
 void set_python_error() noexcept;

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "profiler.h"
 #include "tensor_view.h"
 
 namespace hdispatch {
@@ -222,6 +223,7 @@ struct Override::Door {
 bool Override::serve(PyObject* const* args, size_t count) const {
   if (HD_UNLIKELY(!is_on_.load(std::memory_order_relaxed))) return false;
   if (HD_UNLIKELY(count < required_ || count > given_ || !no_modes())) return false;
+  if (HD_UNLIKELY(is_profiled())) return false;  // torch records the op's name and arguments
   for (size_t r = 0; r < routes_.size(); ++r) {
     const Op& op = *routes_[r].op;
     const size_t wanted = op.args().size();

@@ -18,6 +18,7 @@
 #include <list>
 
 #include "overlap.h"
+#include "profiler.h"
 #include "sequence_plan.h"
 #include "sequence_reader.h"
 #include "tensor_view.h"
@@ -57,6 +58,24 @@ uintptr_t aligned(const at::Tensor& memory) {
 }
 
 OpCounters& counters_of(const std::string& name);
+
+/// The sequence's name around a call's launches, and each step's name around its own.
+class ProfiledSteps final : public SequencePlan::Observer {
+ public:
+  ProfiledSteps(const Sequence& sequence, const std::vector<SequenceRun>& runs)
+      : sequence_(sequence), runs_(runs), all_("hdispatch::sequence " + sequence.name()) {}
+  void begin(size_t run) override {
+    const SequenceStep& step = sequence_.steps()[runs_[run].step];
+    step_.emplace(step.op ? "hdispatch::" + step.op->name() : step.name);
+  }
+  void end() override { step_.reset(); }
+
+ private:
+  const Sequence& sequence_;
+  const std::vector<SequenceRun>& runs_;
+  ProfiledRange all_;
+  std::optional<ProfiledRange> step_;
+};
 
 /// What a call gives, read.
 struct Given {
@@ -277,7 +296,9 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
     const std::lock_guard lock(*plan.turn);
     const std::optional<LaunchContext> context =
         plan.launches.table() ? std::optional<LaunchContext>(std::in_place, *plan.launches.table()) : std::nullopt;
-    result = plan.launches.launch(foreign, failed);
+    std::optional<ProfiledSteps> profiled;
+    if (HD_UNLIKELY(is_profiled())) profiled.emplace(sequence_, plan.launches.runs());
+    result = plan.launches.launch(foreign, failed, profiled ? &*profiled : nullptr);
   } catch (abi::__forced_unwind&) {
     throw;
   } catch (...) {

@@ -328,13 +328,15 @@ inline void SequencePlan::note(PendingWrites& pending, const Launch& launch, boo
   for (uint32_t i = 0; i < launch.outputs; ++i) is_early ? pending.join(range[i]) : pending.append(range[i]);
 }
 
-LaunchResult SequencePlan::launch(const Foreign& foreign, size_t& failed) {
+LaunchResult SequencePlan::launch(const Foreign& foreign, size_t& failed, Observer* observer) {
   const LaunchFn make = table_ ? table_->driver->launch : nullptr;
   PendingWrites* pending = nullptr;
   for (Launch& each : launches_) {
+    if (HD_UNLIKELY(observer != nullptr)) observer->begin(each.run);
     if (HD_UNLIKELY(each.kind == Kind::kForeign)) {
       pending = nullptr;
       foreign(each.run);
+      if (HD_UNLIKELY(observer != nullptr)) observer->end();
       continue;
     }
     if (!pending && each.launcher->is_tracked()) pending = &PendingWrites::of(static_cast<int>(table_->slot), stream_);
@@ -366,6 +368,7 @@ LaunchResult SequencePlan::launch(const Foreign& foreign, size_t& failed) {
       return result;
     }
     if (each.is_noted) note(*pending, each, is_early);
+    if (HD_UNLIKELY(observer != nullptr)) observer->end();
   }
   for (const auto& [op, count] : hits_) op->counters().hits.fetch_add(count, std::memory_order_relaxed);
   for (const Op* op : empty_) op->counters().empty.fetch_add(1, std::memory_order_relaxed);

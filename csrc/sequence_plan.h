@@ -25,6 +25,16 @@ class SequencePlan {
   /// Makes the foreign step of that run; may throw.
   using Foreign = std::function<void(size_t run)>;
 
+  /// Told of every launch and foreign step, for profilers. `end` follows unless something throws or fails.
+  class Observer {
+   public:
+    virtual void begin(size_t run) = 0;
+    virtual void end() = 0;
+
+   protected:
+    ~Observer() = default;
+  };
+
   /// Why a sequence is not launched as one. Valid as long as the `TableReader`.
   struct Miss {
     uint32_t step = 0;
@@ -50,7 +60,7 @@ class SequencePlan {
   Update update(const SequenceInputs& inputs, Miss& miss);
 
   /// Makes all launches, in order. kLaunched, or what the driver or a function answered to launch number `failed`.
-  LaunchResult launch(const Foreign& foreign, size_t& failed);
+  LaunchResult launch(const Foreign& foreign, size_t& failed, Observer* observer = nullptr);
 
   /// Throws what a failed launch has left to say; on the thread that launched.
   [[noreturn]] void raise(const LaunchResult& result, size_t failed) const;

@@ -33,7 +33,7 @@ GetStream find_get_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_NOW | RTLD_LOCAL | RTLD_NOLOAD);
   if (!library) fail(Fault::kInternal, "this torch has no CUDA: a CUDA table cannot have been loaded");
   void* symbol = dlsym(library, "aoti_torch_get_current_cuda_stream");
-  if (!symbol) fail(Fault::kInternal, "this torch lacks aoti_torch_get_current_cuda_stream; 2.11 to 2.14 have it");
+  if (!symbol) fail(Fault::kInternal, "this torch lacks aoti_torch_get_current_cuda_stream; 2.11 to 2.15 have it");
   return reinterpret_cast<GetStream>(symbol);
 }
 

@@ -28,8 +28,7 @@ inline constexpr c10::DispatchKeySet kPlainKeys =
 
 inline bool is_plain(c10::DispatchKeySet keys) noexcept { return (keys.raw_repr() & ~kPlainKeys.raw_repr()) == 0; }
 
-/// No dispatch mode, functorch transform or torch-function mode is active on this thread. Profilers are not asked for
-/// (15 ns a call): they see the kernels, and the op where it goes through torch's dispatcher.
+/// No dispatch mode, functorch transform or torch-function mode is active on this thread.
 inline bool no_modes() noexcept {
   return is_plain(c10::impl::tls_local_dispatch_key_set().included_) &&
          at::impl::PythonTorchFunctionTLS::stack_len() == 0;

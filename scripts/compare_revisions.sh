@@ -29,7 +29,8 @@ fi
 for round in $(seq "${ROUNDS:-3}"); do
   for which in before after; do
     bundle=bundle_$which
-    (cd "$work" && PYTHONPATH="$work/$which" python3 -m hdispatch bench "$bench" --bundle "${!bundle}" "${vllm[@]}" \
+    tree=$PWD; [ "$which" = before ] && tree="$work/tree"  # `bench ops` is there, not in what is installed
+    (cd "$work" && PYTHONPATH="$work/$which:$tree" python3 -m hdispatch bench "$bench" --bundle "${!bundle}" "${vllm[@]}" \
       --json "$out/$bench-$which-$round.json" ${BENCH_ARGUMENTS:-}) > "$out/$bench-$which-$round.txt" 2>&1
   done
 done

@@ -90,7 +90,7 @@ for step in "$@"; do
         --json "$out/attention.json" ${ATTENTION:-} ;;
     attention-dense) python3 benchmarks/attention_dense.py "$bundle" --json "$out/attention_dense.json" ${ATTENTION:-} ;;
     gpu-tests) with_vllm python3 -m pytest ${TESTS:-tests/gpu --maxfail=20} -q --durations=5 ;;
-    cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu --maxfail=10 -q --durations=5 -n 12 ;;
+    cpu-tests) env -u HDISPATCH_BUNDLE python3 -m pytest tests/cpu tests/benchmarks --maxfail=10 -q --durations=5 -n 12 ;;
     fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$bundle" ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;
@@ -108,7 +108,7 @@ for step in "$@"; do
     vllm-kernel-tests) vllm_kernel_tests ;;
     sanitize) scripts/sanitize.sh ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
-    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" BUNDLE="$site/bundle" ;;
+    make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" DEMO_BUNDLE="$site/demo-bundle" ;;
     *) echo "no step $step" >&2; false ;;
   esac > "$out/$step.txt" 2>&1 || { status=1; echo "step $step FAILED"; }
   echo "== $step"; tail -n "${TAIL:-60}" "$out/$step.txt"

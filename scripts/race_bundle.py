@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from hdispatch.bench.pdl_chains import CHAINS, make_chain
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, artifacts_of, read_bundle
+from hdispatch.testing.pdl_chains import CHAINS, make_chain
 
 
 def main(bundle: str, out: str) -> None:

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import json
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 #: what builds the extension; with --no-build-isolation they are not installed by pip itself
 BUILD_TOOLS = ["scikit-build-core>=0.10", "pybind11>=2.13"]
+#: seconds between two lines about a step that is under way
+INTERVAL = 10
 
 
 def unmet(requirement: str) -> bool:
@@ -29,9 +35,42 @@ def unmet(requirement: str) -> bool:
         return True
 
 
-def pip(*arguments: str) -> None:
-    """Run pip in this environment; its failure ends the set-up."""
-    subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+def pip(step: str, *arguments: str, progress: Callable[[], str] = str) -> None:
+    """Run pip in this environment and say `step`, then every ten seconds how long it has taken and what `progress` says.
+
+    pip's own output is shown if it fails, which ends the set-up.
+    """
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments]
+    start = time.monotonic()
+    say(f"{step} ...")
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        while True:
+            try:
+                status = process.wait(INTERVAL)
+                break
+            except subprocess.TimeoutExpired:
+                say(f"  {time.monotonic() - start:.0f} s {progress()}".rstrip())
+        output.seek(0)
+        said = output.read()
+    if status:
+        sys.exit(f"{said}\nset-up: {step}: pip ended with status {status}")
+    say(f"  done in {time.monotonic() - start:.0f} s")
+
+
+def say(line: str) -> None:
+    """A line on stderr, at once."""
+    print(f"set-up: {line}", file=sys.stderr, flush=True)
+
+
+def compiled(since: float) -> str:
+    """How many files of the extension have been compiled since a time: the build folder tells, pip does not."""
+    database = max((ROOT / "build").glob("*/compile_commands.json"), key=lambda path: path.stat().st_mtime, default=None)
+    if database is None or database.stat().st_mtime < since:
+        return ""
+    total = len(json.loads(database.read_text()))
+    done = sum(path.stat().st_mtime >= since for path in database.parent.rglob("*.o"))
+    return f"{done} of {total} files compiled"
 
 
 def tools() -> list[str]:
@@ -49,19 +88,21 @@ def main() -> None:
     try:
         import packaging  # noqa: F401
     except ImportError:
-        pip("packaging")
+        pip("installing packaging", "packaging")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     supported = next(d for d in project["dependencies"] if d.startswith("torch"))
     if unmet(supported):
-        pip(options.torch)
+        pip(f"installing {options.torch} (the largest download)", options.torch)
     wanted = BUILD_TOOLS + tools()
     for extra in filter(None, options.extras.split(",")):
         wanted += project["optional-dependencies"][extra]
     missing = [requirement for requirement in wanted if unmet(requirement)]
     if missing:
-        pip(*missing)
+        pip(f"installing {', '.join(missing)}", *missing)
     if not options.only_tools:
-        pip("--no-build-isolation", "--no-deps", "--editable", str(ROOT))
+        start = time.time()
+        arguments = ("--no-build-isolation", "--no-deps", "--editable", str(ROOT))
+        pip("compiling the extension, 70 s of one core", *arguments, progress=lambda: compiled(start))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ class Child:
     def send(self, message: Mapping[str, Any]) -> None:
         """A line to it. `WorkerGone` if nobody reads it."""
         try:
-            _pipe(self._process.stdin).write(json.dumps(message).encode() + b"\n")
+            left = memoryview(json.dumps(message).encode() + b"\n")
+            while left:  # a signal may cut a long write short
+                left = left[_pipe(self._process.stdin).write(left) :]
         except (BrokenPipeError, ValueError):
             raise self._gone() from None
 

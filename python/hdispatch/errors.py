@@ -35,3 +35,9 @@ class FunctionError(HdispatchError):
 
 class BuildError(HdispatchError):
     """A kernel and config cannot become a launch record or an artifact; the message names the construct and why."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error in one line: its type, and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -7,6 +7,8 @@ A bundle is a folder:
     artifacts/<sha>.cubin each named by the SHA-256 of its bytes
     artifacts/functions.so  the host functions of every `tvm_ffi` record, if there is one
 
+or that folder as one .tar.xz (archive.py).
+
 Every file is listed in the manifest with size and SHA-256; a file that is not listed is ignored. Reading verifies all of
 it before anything is loaded.
 
@@ -35,6 +37,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NotRequired, Self, TypedDict, cast
 
+from .archive import Archive, is_archive
 from .errors import BundleError
 from .ladders import Ladders
 from .typed_json import Mismatch, check, parse
@@ -391,7 +394,7 @@ def read_files(folder: str | os.PathLike[str], *, sha256: str | None = None, bes
     if sha256 is not None and not (len(sha256) == 64 and set(sha256.lower()) <= set(string.hexdigits)):
         raise BundleError(f"sha256 is {sha256!r}; it takes the 64 hexadecimal digits of a manifest's SHA-256")
     for _ in range(_MOST_TRIES):
-        with _Folder(Path(folder)) as opened:
+        with _open(Path(folder)) as opened:
             try:
                 return _read_all(opened, sha256, beside)
             except BundleError:
@@ -405,7 +408,11 @@ def checksum_line(manifest: bytes) -> bytes:
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST_NAME}\n".encode()
 
 
-def _read_all(opened: _Folder, sha256: str | None, beside: Sequence[str]) -> BundleFiles:
+def _open(path: Path) -> _Folder | Archive:
+    return Archive(path) if is_archive(path) and not path.is_dir() else _Folder(path)
+
+
+def _read_all(opened: _Folder | Archive, sha256: str | None, beside: Sequence[str]) -> BundleFiles:
     root = opened.root
     text = opened.read(MANIFEST_NAME, most=MAX_MANIFEST)
     found = hashlib.sha256(text).hexdigest()
@@ -507,7 +514,7 @@ def _parse(root: Path, text: bytes) -> Manifest:
     return cast(Manifest, manifest)
 
 
-def _read_listed(opened: _Folder, name: str, entry: FileEntry) -> bytes:
+def _read_listed(opened: _Folder | Archive, name: str, entry: FileEntry) -> bytes:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise BundleError(f"{opened.root / MANIFEST_NAME}: lists {name!r}, which is outside the bundle")
     content = opened.read(name, size=entry["size"])

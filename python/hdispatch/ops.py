@@ -35,12 +35,12 @@ def define(spec: OpSpec) -> _C.Op:
     variants = list(spec.variant_arguments().items())
     doc = f"{spec.schema()}\n\n{inspect.cleandoc(spec.reference.__doc__ or '')}"
     described = [_describe(spec, arg) for arg in spec.args]
-    fallback = spec.fallback_function
+    fallback, signature = spec.fallback_function, _signature(spec)
     if spec.workspace is None:
-        op = _C.define_op(spec.name, spec.schema(), described, variants, fallback, doc)
+        op = _C.define_op(spec.name, spec.schema(), described, variants, fallback, doc, signature)
     else:
         sizes = [spec.workspace_bytes(variant) for variant in spec.variants()]
-        op = _C.define_op(spec.name, spec.schema(), described, variants, fallback, doc, spec.workspace.name, sizes)
+        op = _C.define_op(spec.name, spec.schema(), described, variants, fallback, doc, signature, spec.workspace.name, sizes)
     _shorten(op)
     _SPECS[spec.name], _OPS[spec.name] = spec, op
     globals()[spec.name] = op
@@ -81,6 +81,39 @@ def spec(name: str) -> OpSpec:
     if name not in _SPECS:
         raise HdispatchError(f"no op {name!r}; there are {', '.join(sorted(_SPECS))}")
     return _SPECS[name]
+
+
+def _signature(spec: OpSpec) -> inspect.Signature:
+    """As `inspect.signature` gives it. What a required argument follows has no default there, as in Python."""
+    parameters: list[inspect.Parameter] = []
+    required = False
+    for arg in reversed(spec.args):
+        kind: object
+        default: object = inspect.Parameter.empty
+        if isinstance(arg, TensorArg):
+            kind = torch.Tensor | None if arg.optional else torch.Tensor
+            default = None if arg.optional else default
+        elif isinstance(arg, NoneArg):
+            kind, default = list[int] | None if arg.type == "int[]?" else arg.type, None
+        elif isinstance(arg, FloatArg):
+            kind = float
+        else:
+            kind = bool if isinstance(arg, BoolArg) else str if isinstance(arg, StrArg) else int
+            default = default if arg.default is None else arg.default
+        required = required or default is inspect.Parameter.empty
+        default = inspect.Parameter.empty if required else default
+        parameters.append(
+            inspect.Parameter(arg.name, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default, annotation=kind)
+        )
+    return inspect.Signature(parameters[::-1], return_annotation=None)
+
+
+def _call_traced(op: _C.Op, *args: Any, **by_name: Any) -> None:
+    """What torch.compile sees of a call: it traces this in the C++ door's place, down to the op in torch's dispatcher."""
+    getattr(torch.ops.hdispatch, op.name)(*args, **by_name)
+
+
+_C.set_traced_call(_call_traced)
 
 
 def _describe(spec: OpSpec, arg: Arg) -> dict[str, object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
@@ -14,22 +15,30 @@ from typing import Any
 
 import torch
 
-from . import _C, functions, host, ops
+from . import _C, embedded, functions, host, ops
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
-from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_bundle
+from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_files
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle. `device` is the CUDA device it serves, or -1: the null driver, which serves CPU tensors."""
+    """A loaded bundle.
+
+    folder        where it was read from, a folder or an archive
+    device        the CUDA device it serves, or -1: the null driver, which serves CPU tensors
+    sha256        of its manifest.json, which tells it from any other
+    load_seconds  how long it took to verify and load
+    """
 
     folder: Path
     manifest: Manifest = field(repr=False)
     device: int
     pdl: bool = field(default=True, repr=False)
     early_reads: bool = field(default=True, repr=False)
+    sha256: str = field(default="", repr=False)
+    load_seconds: float = field(default=0.0, repr=False, compare=False)
     _table: _C.Table | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -165,7 +174,7 @@ _SERVING = _Serving()
 
 
 def load(
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | None = None,
     *,
     device: torch.device | int | str | None = None,
     driver: str = "cuda",
@@ -177,6 +186,8 @@ def load(
 
     A bundle is code, which runs in this process: load those alone whose builder you trust.
 
+    folder   of a bundle, or the .tar.xz of one; default $HDISPATCH_BUNDLE, else the one that the package was installed with for
+             the device's architecture (with the null driver: for any)
     device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
              registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).
@@ -192,15 +203,23 @@ def load(
     Raises `BundleError` naming the file and what is wrong with it, or `DriverError`; then nothing of it is loaded.
     """
     _check_driver(driver)
-    manifest, contents = read_bundle(folder, sha256=sha256)
+    start = time.perf_counter()
     index = -1
+    if driver == "cuda" and folder is None:  # which of the package's own depends on the device
+        index = _cuda_device("", device)
+    if folder is None:
+        folder = embedded.choose(index)
+    files = read_files(folder, sha256=sha256)
+    manifest = files.manifest
     if driver == "cuda":
         index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)
         check_host(folder, manifest)
     builder = _builder(index, pdl, early_reads)
-    _fill(builder, Path(folder), manifest, contents)
-    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, builder.finish())
+    _fill(builder, Path(folder), manifest, files.contents)
+    table = builder.finish()
+    seconds = time.perf_counter() - start
+    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, files.sha256, seconds, table)
     _SERVING.set_bundle(index, bundle)
     return bundle
 

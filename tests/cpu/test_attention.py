@@ -23,7 +23,7 @@ from hdispatch.kernels.lib.workspace import BYTES, LARGEST_HEAD, PAIRS, ROWS, ce
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
 CPU = torch.device("cpu")
-PROGRAM, HELION = (Path(__file__).with_name(name) for name in ("attention_kernels.py", "helion_attention.py"))
+PROGRAM, HELION = (Path(__file__).parents[1] / "support" / name for name in ("attention_kernels.py", "helion_attention.py"))
 
 
 def generator(seed: int = 0) -> torch.Generator:

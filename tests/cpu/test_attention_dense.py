@@ -10,7 +10,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from hdispatch.sdpa import FALLBACK
 from hdispatch.testing import null
 from torch.nn.functional import scaled_dot_product_attention
 
-PROGRAM = Path(__file__).with_name("flash_attention_kernels.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "flash_attention_kernels.py"
 OPS = ("attention_dense", "attention_varlen")
 #: What the seed of the ops allows.
 TOLERANCE = 1e-2
@@ -231,14 +230,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(op_package, "config_folder", lambda name: out if name.endswith("dense") else usual(name))
         build(list(OPS), "h100", out / "bundle", select=chosen)
     return out / "bundle"
-
-
-@pytest.fixture
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 def grids(*args: torch.Tensor, **given: Any) -> list[tuple[int, int, int]]:

@@ -13,8 +13,9 @@ import hdispatch
 import pytest
 import torch
 import toy
-from hdispatch.bench import dispatch, machine, paths, plot, results
+from hdispatch.bench import busy, dispatch, machine, paths, plot, results
 from hdispatch.bench.workload import CYCLE, M_KINDS, Workload, unseen_pool
+from hdispatch.cli import bench, doctor
 from hdispatch.compile import available_ops
 from hdispatch.errors import HdispatchError
 from hdispatch.testing import host_timer
@@ -407,3 +408,35 @@ def test_driver_version_from_either_kernel_module(monkeypatch):
     ):
         monkeypatch.setattr(Path, "read_text", lambda *_args, text=text, **_kwargs: text)
         assert machine.driver_version() in ("580.159.03", "580.95.05")
+
+
+# ---- a busy machine ----
+
+
+def test_a_miss_on_a_busy_machine_says_so():
+    late = [results.Row(path="null-driver", op="", m="fixed", median_ns=260, q1_ns=250, q3_ns=270, floor_ratio=None)]
+    said = bench.describe_targets(late, busy.USUAL_NS * 1.5)
+    assert "miss (busy machine)" in said
+    assert said.splitlines()[-1].startswith(
+        "this machine is busy or slow: an empty Python call takes 62 ns, usually at most 41;"
+    )
+    assert "not run (busy" not in said
+    said = bench.describe_targets(late, busy.USUAL_NS)
+    assert "miss" in said
+    assert "busy" not in said
+
+
+def test_an_empty_call_is_timed_with_collection_and_affinity_restored():
+    allowed = os.sched_getaffinity(0)
+    assert 5 < busy.empty_call_ns() < 100_000
+    assert os.sched_getaffinity(0) == allowed
+    assert gc.isenabled()
+
+
+def test_doctor_warns_of_a_busy_machine(monkeypatch):
+    monkeypatch.setattr(doctor.busy, "empty_call_ns", lambda: 90.0)
+    found = doctor.examine(None)
+    assert not found["host"]["ok"]
+    assert "host       no: this machine is busy or slow: an empty Python call takes 90 ns" in doctor.describe(found)
+    monkeypatch.setattr(doctor.busy, "empty_call_ns", lambda: 30.0)
+    assert "host       ok: an empty Python call takes 30 ns" in doctor.describe(doctor.examine(None))

@@ -194,7 +194,7 @@ def test_a_number_that_is_none_is_a_wrong_command_line(capsys, command, number):
     if number.startswith("99") and command[-2] in ("--seconds", "--regret"):
         number = f"1e{number[:4]}"  # a long number is one
     assert main([number if word == "BAD" else word for word in command]) == 2
-    assert re.search(r"is no whole number|is no number|is no size|is not a list of Ms", capsys.readouterr().err)
+    assert re.search(r"is no whole number|is no number|is no size|is no list of sizes", capsys.readouterr().err)
 
 
 def test_numbers():
@@ -350,7 +350,7 @@ def test_doctor_as_json(capsys, toy_bundle, monkeypatch):
     monkeypatch.setenv(doctor.BUNDLE_VARIABLE, str(toy_bundle))
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "serving"}
+    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "host", "serving"}
     assert found["vllm"]["ok"] or found["vllm"]["reason"]
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs", "tvm_ffi", "linker"}
@@ -518,3 +518,17 @@ def test_progress_on_a_terminal_draws_one_line(monkeypatch, capsys):
     err = capsys.readouterr().err
     assert "\n" not in err
     assert "4/4 all" in err
+
+
+def test_progress_says_what_remains(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(text.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(text.sys.stderr, "isatty", lambda: False, raising=False)
+    progress = text.Progress()
+    progress(40, 80, "from the cache")  # which took no time, and says nothing about the rest
+    now[0] += 30
+    progress(60, 80, "an op")
+    now[0] += 30
+    progress(80, 80, "the last op")
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["40/80 from the cache (0 s)", "60/80 an op, about 30 s left (30 s)", "80/80 the last op (60 s)"]

@@ -12,7 +12,7 @@ import torch
 from hdispatch.compile import DESCRIBED, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.opspec import IntArg, OpSpec, TensorArg
-from hdispatch.tune import collect
+from hdispatch.tune import point_configs, points
 
 SPEC = OpSpec(
     name="toy_configs",
@@ -257,7 +257,9 @@ def test_entries_for_a_value_of_an_argument(tmp_path):
 def collected(op: str, more: Path) -> tuple[list[configs.ConfigFile], list[str]]:
     """The files of a folder that `tune candidates --configs` takes, without the op's own, and its notes."""
     notes: list[str] = []
-    files = collect._config_files(f"{op_package.KERNELS}.{op}", collect.Scope(more=(more,)), DESCRIBED["h200"], notes)
+    files = point_configs.config_files(
+        op_package.read(op, f"{op_package.KERNELS}.{op}"), points.Scope(more=(more,)), DESCRIBED["h200"], notes
+    )
     return [file for file in files if more in file.path.parents], notes
 
 
@@ -278,8 +280,8 @@ def test_files_that_cannot_serve_are_named_and_left_out(tmp_path):
     files, notes = collected("rms_norm_per_block_quant", tmp_path)
     assert not files
     assert "a.json: 1 of 1 entries are for helion; rms_norm_per_block_quant has kernels of triton" in notes[0]
-    strangers = collect._strangers(collect.Scope(more=(tmp_path,)), op_package.find(None))
-    assert strangers == [f"left out: {tmp_path / 'silu_mul_fp8'} is of no op here"]
+    found = point_configs.strangers(points.Scope(more=(tmp_path,)), op_package.find(None))
+    assert found == [f"left out: {tmp_path / 'silu_mul_fp8'} is of no op here"]
 
 
 #: vllm/kernels/helion/configs of an unpacked vLLM.
@@ -302,6 +304,6 @@ def test_vllms_own_files_load():
         for shape in spec.shapes:
             assert [file.pick(spec, shape, {"M": edge}) for edge in spec.ladder]
         files, notes = collected(path.parent.name, folder)
-        has_helion = "helion" in op_package.backends_of(f"{op_package.KERNELS}.{path.parent.name}")
+        has_helion = "helion" in op_package.read(path.parent.name, f"{op_package.KERNELS}.{path.parent.name}").backends
         assert any(each.path == path for each in files) == has_helion
         assert any(str(path) in note and "are for helion" in note for note in notes) != has_helion

@@ -161,7 +161,7 @@ def test_the_products_name_their_weights(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("given", ['("wieght",)', '"input"', '("x", "M")'])
 def test_wrong_names_are_refused_when_they_are_built(tmp_path, monkeypatch, given):
-    here = Path(__file__).parent / "triton_example"
+    here = Path(__file__).parents[1] / "support" / "triton_example"
     package = f"early_{abs(hash(given))}"
     shutil.copytree(here, tmp_path / package)
     with (tmp_path / package / "triton.py").open("a") as file:
@@ -194,7 +194,7 @@ def launch(result, input, other, alpha, bias, *, config, _launcher):
 )
 def test_code_that_does_not_wait_first_names_what_it_reads(tmp_path, monkeypatch, line, found, named):
     package = f"early_{found[:2]}_{named}".lower()
-    shutil.copytree(Path(__file__).parent / "triton_example", tmp_path / package)
+    shutil.copytree(Path(__file__).parents[1] / "support" / "triton_example", tmp_path / package)
     with (tmp_path / package / "triton.py").open("a") as file:
         file.write(EARLY.format(line) + ('EARLY_READS = ("other", "bias")\n' if named else ""))
     monkeypatch.syspath_prepend(tmp_path)

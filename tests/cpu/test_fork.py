@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import hdispatch
@@ -21,22 +20,16 @@ FORKS = 100
 #: A child that takes this long hangs: its work is a few milliseconds.
 DEADLINE = 20.0
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12: forking with threads is the test
+pytestmark = [
+    pytest.mark.usefixtures("bundle"),
+    pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),  # Python 3.12: forking with threads is the test
+]
 
 
 @pytest.fixture(scope="module")
 def function() -> Any:
     cpp = pytest.importorskip("tvm_ffi.cpp", reason="needs apache-tvm-ffi: pip install 'hdispatch[ffi]'")
     return cpp.load_inline("hdispatch_test_fork", cpp_sources="void nothing() {}", functions=["nothing"]).nothing
-
-
-@pytest.fixture(autouse=True)
-def bundle(tmp_path: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(toy.write(tmp_path), driver="null")
-    yield loaded
-    for each in hdispatch.registered():
-        each.unregister()
-    loaded.unload()
 
 
 def register(function: Any) -> hdispatch.Registration:

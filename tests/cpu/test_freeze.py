@@ -310,7 +310,7 @@ def write_op(folder: Path, kernel: str) -> str:
     """A package with a broken kernel beside the example's spec; its name."""
     package = folder / "broken_op"
     (package / "configs").mkdir(parents=True)
-    source = Path(__file__).parent / "triton_example"
+    source = Path(__file__).parents[1] / "support" / "triton_example"
     (package / "__init__.py").write_text("")
     (package / "spec.py").write_text((source / "spec.py").read_text().replace('name="triton_example"', 'name="broken_op"'))
     (package / "triton.py").write_text(kernel)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import toy
 from hdispatch import _build_info
 from hdispatch.manifest import MANIFEST_NAME
@@ -33,17 +34,28 @@ def import_under(version: str) -> str:
     return done.stdout.strip()
 
 
-@pytest.mark.parametrize("version", ["2.10.0", "2.99.1+cu140", "1.0"])
+#: The release that the tests' door was compiled against, without the build's name, and its minor version.
+MINOR = ".".join(torch.__version__.split(".")[:2])
+BUILT = _build_info.TORCH_VERSIONS[MINOR].split("+")[0]
+
+
+@pytest.mark.parametrize("version", ["2.10.0", "2.99.1+cu140", "1.0", f"{MINOR}.0.dev20260101+cu130", f"{MINOR}.0a0"])
 def test_another_version_of_torch(version):
+    built = ", ".join(each.split("+")[0] for each in _build_info.TORCH_VERSIONS.values())
     assert import_under(version) == (
-        f"hdispatch's extension was compiled against torch {_build_info.TORCH_VERSION}, but torch {version} is installed. "
-        "Rebuild it: pip install --no-build-isolation --force-reinstall --no-deps hdispatch (or . in a checkout)"
+        f"hdispatch's extension was compiled against torch {built}, but torch {version} is installed. "
+        f"Install a torch of {' or '.join(_build_info.TORCH_VERSIONS)}, or rebuild hdispatch: "
+        "pip install --no-build-isolation --force-reinstall --no-deps hdispatch (or . in a checkout)"
     )
+
+
+def test_another_release_of_the_same_minor_version():
+    assert import_under(f"{MINOR}.7") == "imported"
 
 
 def test_another_build_of_the_same_version():
     # One build of the extension serves the CPU and the CUDA builds of a torch.
-    assert import_under(_build_info.TORCH_VERSION.split("+")[0] + "+cu999") == "imported"
+    assert import_under(BUILT + "+cu999") == "imported"
 
 
 COMMAND = """
@@ -58,7 +70,7 @@ from hdispatch.cli.main import main
 print("main was reached")
 """
 WHY = {
-    "another torch": f"compiled against torch {_build_info.TORCH_VERSION}, but torch 9.9.9 is installed. Rebuild it: pip",
+    "another torch": "but torch 9.9.9 is installed. Install a torch of ",
     "no extension": "extension cannot be imported: import of hdispatch._C halted; None in sys.modules. Rebuild it: pip",
 }
 

@@ -13,8 +13,9 @@ from hdispatch.compile.imports import ImportGraph
 from hdispatch.errors import BuildError
 from hdispatch.manifest import read_bundle
 from hdispatch.tune import collect
+from hdispatch.tune.points import Scope
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 GROUPS = "hdispatch.kernels.lib.triton_groups"
 
 
@@ -118,7 +119,7 @@ def test_an_edit_anywhere_changes_the_key(tree, edited):
 @pytest.mark.slow
 def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
     """The same cache, twice: by `build` and by `tune candidates`."""
-    example = HERE / "triton_example"
+    example = SUPPORT / "triton_example"
     kernel = (example / "triton.py").read_text()
     write(
         tree,
@@ -133,7 +134,7 @@ def test_an_edited_helper_in_another_folder_is_built_again(tree, tmp_path):
         },
     )
     one = Selection(shapes=lambda _: [{"K": 64, "N": 72}], variants=lambda _: ["any"], buckets=lambda _: [0])
-    scope = collect.Scope(shapes=one.shapes, variants=one.variants, buckets=one.buckets, radius=-1, spread=0)
+    scope = Scope(shapes=one.shapes, variants=one.variants, buckets=one.buckets, radius=-1, spread=0)
     config = tree / "pack" / "triton_example" / "configs" / "nvidia_h200.json"
     config.parent.mkdir()
     config.write_text((example / "configs" / "nvidia_h200.json").read_text())

@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from hdispatch import _C, BundleError, HdispatchError, Key
 from hdispatch.cli.main import main
 from hdispatch.cli.tune import _chosen_buckets
-from hdispatch.compile import build, configs
+from hdispatch.compile import build, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 from hdispatch.opspec import IntArg
 from hdispatch.testing import null
-from hdispatch.tune import collect, measure, select, timings
+from hdispatch.tune import collect, device, measure, select, timings
 from hdispatch.tune.candidates import read_candidates
 from two_ladders.spec import LADDER, LENGTHS, SPEC
 
@@ -78,14 +77,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
         report = build([NAME], "h200", out, cache=cache, extra=["two_ladders"])
     assert report.rows == BUCKETS
     return out
-
-
-@pytest.fixture
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 # ---- buckets ----
@@ -387,7 +378,7 @@ class Timer:
         """Nothing is held."""
 
 
-class FakeDevice(measure.Device):
+class FakeDevice(device.Device):
     """The null driver; a chunk is the faster, the nearer it is to what a bucket's edges say."""
 
     def __init__(self) -> None:
@@ -400,7 +391,7 @@ class FakeDevice(measure.Device):
         """None: the null driver."""
         return 0
 
-    def publish(self, rows: measure.OneRow) -> measure.Serve:
+    def publish(self, rows: device.OneRow) -> device.Serve:
         """Remembers how fast the row will be."""
         edges = rows.ladders.edges(rows.bucket)
         self.us = 10.0 + abs(rows.record["config"]["chunk"] - wanted_chunk(edges))
@@ -448,9 +439,9 @@ def test_tuning_from_candidates_to_a_bundle(config_folder, cache, tmp_path):
     measured = measure.measure(tmp_path / "candidates", tmp_path / "times.jsonl", device=device)
     assert (measured.measured, measured.failures) == (BUCKETS, [])
     assert device.sizes == set(itertools.product(LADDER, LENGTHS))
-    found = timings.read(tmp_path / "times.jsonl", select.refusal({NAME: SPEC}, lambda _: ["triton"]))
+    found = timings.read(tmp_path / "times.jsonl", select.refusal({NAME: op_package.read(NAME, NAME)}))
     assert {(line["M"], line["second"]) for line in found} == device.sizes
-    (selected,) = select.select(found, {NAME: SPEC}, lambda _: config_folder, backends_of=lambda _: ["triton"])
+    (selected,) = select.select(found, {NAME: op_package.read(NAME, NAME)})
     assert (selected.worst, selected.slots) == (0.0, BUCKETS)
     file = configs.read(selected.path, SPEC)
     for bucket in range(BUCKETS):
@@ -477,7 +468,7 @@ def test_timings_that_are_refused(change, words):
     line: Any = {"op": NAME, "variant": "any", "K": 64, "N": 0, "bucket": 1, "M": 1, "second": 512, "backend": "triton"}
     line |= {"generic": []} | change
     line = {name: value for name, value in line.items() if value is not None}
-    assert words in str(select.refusal({NAME: SPEC}, lambda _: ["triton"])(line))
+    assert words in str(select.refusal({NAME: op_package.read(NAME, NAME)})(line))
 
 
 def test_only_some_buckets_of_m():

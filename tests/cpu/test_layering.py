@@ -17,8 +17,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
-#: The build wing, and what may use it: lazily, so that a serving process never has it.
-BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in ("autotune", "collect", "compile_many", "select")))
+#: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
+TUNING = ("autotune", "collect", "compile_many", "cover", "measured", "point_configs", "points", "select")
+BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
@@ -188,6 +189,11 @@ def test_no_module_imports_in_a_circle():
     assert find_cycle(graph) is None
 
 
+def test_the_package_imports_no_benchmark_of_the_checkout():
+    """A wheel has none: `hdispatch bench ops` looks for it when it is run."""
+    assert not [str(each) for each in IMPORTS if within(each.target, ("benchmarks", "tests"))]
+
+
 def test_the_serve_wing_never_imports_the_build_wing():
     assert not [str(each) for each in OURS if within(each.target, BUILD) and not within(each.source, LAZY)]
 
@@ -297,6 +303,12 @@ def test_no_header_includes_itself_in_a_circle():
         assert not [target for target in targets if target.endswith(".cpp")], name
 
 
+def test_the_first_line_of_a_file_says_what_it_is_for():
+    # The licence is in LICENSE, for the whole project; headers of files do not repeat it.
+    for name in INCLUDES:
+        assert re.match(rf"// {re.escape(name)} -- \S.{{10,}}", (CSRC / name).read_text()), name
+
+
 def core_files() -> set[str]:
     """The sources of hdispatch_core as CMake has them, and every header of ours that they reach."""
     text = (ROOT / "CMakeLists.txt").read_text()
@@ -319,8 +331,8 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
-#: The doors, and what the one of sequences is made of.
-DOORS = ("op_call", "override", "sequence_call", "sequence_reader", "arena")
+#: The doors, what they ask profilers, and what the one of sequences is made of.
+DOORS = ("op_call", "override", "profiler", "sequence_call", "sequence_reader", "arena")
 
 
 def test_the_core_knows_no_door():

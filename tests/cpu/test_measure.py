@@ -22,11 +22,16 @@ import toy
 from hdispatch.cli.main import main
 from hdispatch.errors import BundleError, HdispatchError
 from hdispatch.manifest import CANDIDATES_NAME, MANIFEST_NAME
-from hdispatch.tune import measure, measure_process, timings
+from hdispatch.tune import cell_arguments, cell_bench, measure, measure_process, timings
+from hdispatch.tune import device as devices
 from hdispatch.tune.candidates import read_candidates
 
 #: config -> µs
 TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.5, "loser": 20.0, "hopeless": 50.0}
+
+
+#: Where a process of its own finds this file, and what it imports.
+IMPORTED = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]
 
 
 def toy_record(name: str, **changes: Any) -> dict[str, Any]:
@@ -86,7 +91,7 @@ def hang() -> None:
     time.sleep(10**6)
 
 
-class FakeDevice(measure.Device):
+class FakeDevice(devices.Device):
     """The null driver, which checks and counts a launch as the real one; then the reference writes what a kernel would."""
 
     def __init__(self, broken: dict[str, str] | None = None) -> None:
@@ -102,7 +107,7 @@ class FakeDevice(measure.Device):
         """None: the null driver."""
         return 0
 
-    def publish(self, row: measure.OneRow) -> measure.Serve:
+    def publish(self, row: devices.OneRow) -> devices.Serve:
         """Remembers whose row it is."""
         self.current = row.record["config"]["name"]
         assert list(row.record["cubins"]) == ["mult16" if row.bucket == 4 else "other"]
@@ -131,12 +136,12 @@ class FakeDevice(measure.Device):
         if self.dead:
             raise RuntimeError("illegal memory access")
 
-    def estimate(self, calls: Sequence[measure.Call]) -> float:
+    def estimate(self, calls: Sequence[devices.Call]) -> float:
         """As told."""
         assert len(calls) == 64
         return TIMES[self.current]
 
-    def replay(self, calls: Sequence[measure.Call], launches: int) -> FakeReplay:
+    def replay(self, calls: Sequence[devices.Call], launches: int) -> FakeReplay:
         """As told; half of it on the same buffers."""
         assert launches >= 64
         if self.broken.get(self.current) == "hang when timed":
@@ -144,7 +149,7 @@ class FakeDevice(measure.Device):
         self.replays.append(FakeReplay(TIMES[self.current] / (2 if len(calls) == 1 else 1)))
         return self.replays[-1]
 
-    def queued(self, serve: measure.Serve, calls: Sequence[measure.Call]) -> FakeReplay:  # noqa: ARG002
+    def queued(self, serve: devices.Serve, calls: Sequence[devices.Call]) -> FakeReplay:  # noqa: ARG002
         """A microsecond more than as told; the one that is near is faster there than all others."""
         serve()
         self.replays.append(FakeReplay(9.0 if self.current == "near" else TIMES[self.current] + 1.0))
@@ -192,7 +197,7 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
     }
     assert {(replay.us, replay.in_a_row) for replay in device.replays if replay.timed} == {
         *((us, 1) for us in (*list(TIMES.values())[:4], 11.0, 9.0)),
-        *((TIMES[name] / 2, measure.WARM_REPLAYS) for name in ("fast", "near")),
+        *((TIMES[name] / 2, cell_bench.WARM_REPLAYS) for name in ("fast", "near")),
     }
     assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
     assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())
@@ -207,7 +212,7 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
 
 @pytest.mark.parametrize("limit", ["WARM_BYTES", "WARM_WEIGHTS"])
 def test_what_no_l2_keeps_is_not_timed_warm(bundle, tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(measure, limit, 64)
+    monkeypatch.setattr(cell_bench, limit, 64)
     measure.measure(bundle, tmp_path / "t.jsonl", measure.Options(limit=1), device=FakeDevice())
     assert not any("warm_us" in each for each in timings.read(tmp_path / "t.jsonl"))
 
@@ -215,11 +220,11 @@ def test_what_no_l2_keeps_is_not_timed_warm(bundle, tmp_path, monkeypatch, limit
 def test_weights_have_the_same_size_for_every_m():
     spec = hdispatch.ops.spec("ll_gemm_fp8")
     names = [arg.name for arg in spec.args]
-    assert measure.weights(spec, names) == ["w", "w_scale"]
+    assert cell_arguments.weights(spec, names) == ["w", "w_scale"]
 
 
 def test_short_launches_are_many():
-    assert [measure.launch_count(us) for us in (0.0, 1.5, 8.0, 10.0, 100.0, 1e6)] == [256, 256, 256, 50, 5, 4]
+    assert [cell_bench.launch_count(us) for us in (0.0, 1.5, 8.0, 10.0, 100.0, 1e6)] == [256, 256, 256, 50, 5, 4]
 
 
 def test_a_second_run_does_the_rest(bundle, tmp_path):
@@ -307,7 +312,7 @@ def command(device: str) -> tuple[str, ...]:
     """The process that measures, on the device that this expression makes."""
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.errors import HdispatchError
 from hdispatch.tune import measure_worker
@@ -409,7 +414,7 @@ def test_a_process_that_cannot_start_is_an_error(bundle, tmp_path, in_child, dev
 
 
 def test_what_is_no_candidates_fault_is_an_error(bundle, tmp_path, in_child):
-    in_child(device="(vars(sys.modules['hdispatch.tune.measure']).update(copied=0), test_measure.FakeDevice())[1]")
+    in_child(device="(vars(sys.modules['hdispatch.tune.cell_arguments']).update(copied=0), test_measure.FakeDevice())[1]")
     with pytest.raises(HdispatchError, match=r"^TypeError: .int. object is not callable$"):
         measure.measure(bundle, tmp_path / "t.jsonl")
     assert timings.read(tmp_path / "t.jsonl") == []
@@ -421,7 +426,7 @@ def run_command(bundle: Path, out: Path, pid_file: Path) -> subprocess.Popen[str
 import signal
 import sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.cli.main import main
 from hdispatch.tune import measure_process, measure
@@ -538,5 +543,5 @@ def test_measuring_needs_a_gpu(bundle, tmp_path, capsys):
 
 def test_fewer_rows_are_checked_of_large_tensors():
     ladder = [1, 2, 16, 32, 8192]
-    assert [measure.checked_rows(ladder, bucket, 1000) for bucket in range(5)] == ladder
-    assert [measure.checked_rows(ladder, bucket, 2**27) for bucket in range(5)] == [1, 2, 16, 32, 48]
+    assert [cell_arguments.checked_rows(ladder, bucket, 1000) for bucket in range(5)] == ladder
+    assert [cell_arguments.checked_rows(ladder, bucket, 2**27) for bucket in range(5)] == [1, 2, 16, 32, 48]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import hdispatch
@@ -11,6 +10,8 @@ import torch
 import toy
 from hdispatch.integrations.vllm import ROUTES
 from standin import SCHEMAS, TOY, Library, counts, write_bundle
+
+pytestmark = pytest.mark.usefixtures("bundle")
 
 RESULT, INPUT, WEIGHT, SCALE, EPSILON, SCALE_UB, RESIDUAL = range(7)
 FULL = "bfloat16+scale_ub+residual"
@@ -24,14 +25,6 @@ DOORS = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("memory"))
-
-
-@pytest.fixture(autouse=True)
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 @pytest.fixture(params=DOORS)

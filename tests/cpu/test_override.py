@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hdispatch
@@ -18,21 +18,15 @@ from standin import DOORS, TOY, Library, counts, hits, missed, write_bundle
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+pytestmark = [
+    pytest.mark.usefixtures("bundle"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("override"))
-
-
-@pytest.fixture(autouse=True)
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    hdispatch.set_strict(False)
-    loaded.unload()
 
 
 @pytest.fixture
@@ -468,7 +462,12 @@ def test_a_process_ends_with_overrides_on(folder):
     """Over libraries that are there, that were destroyed before, and that other threads are calling."""
     code = EXIT.format(bundle=str(folder))
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[1] / "support",
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert (done.returncode, done.stdout.strip()) == (0, "3"), done.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
 from pathlib import Path
 
 import hdispatch
@@ -12,6 +11,8 @@ import torch
 from hdispatch.integrations.vllm import ROUTES
 from hdispatch.testing import null
 from standin import SCHEMAS, Library, counts
+
+pytestmark = pytest.mark.usefixtures("bundle")
 
 REAL = [n for n in hdispatch.ops.names() if hdispatch.ops.spec(n).reference.__module__.startswith("hdispatch.kernels")]
 FP8 = torch.float8_e4m3fn
@@ -28,14 +29,6 @@ def fuzz_script():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return fuzz_script().write_null_bundle(tmp_path_factory.mktemp("calls") / "bundle", REAL)
-
-
-@pytest.fixture(autouse=True)
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import hdispatch
@@ -14,21 +13,15 @@ from hdispatch.integrations import vllm
 from hdispatch.integrations.vllm import Form, Override, Route
 from standin import DOORS, SCHEMAS, TOY, TOY_ROUTE, Library, counts, hits, missed, write_bundle
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own
+pytestmark = [
+    pytest.mark.usefixtures("bundle"),
+    pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
+]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("override"))
-
-
-@pytest.fixture(autouse=True)
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    hdispatch.set_strict(False)
-    loaded.unload()
 
 
 # ---- libraries that are loaded later ----

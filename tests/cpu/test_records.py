@@ -25,8 +25,8 @@ import torch
 import triton
 from hdispatch.compile import build, pool
 from hdispatch.compile.build_unit import HINT
+from hdispatch.compile.call_maker import FLOAT_HINT, CallMaker
 from hdispatch.compile.expr import evaluate
-from hdispatch.compile.trace import FLOAT_HINT, CallMaker
 from hdispatch.ladders import bucket_index
 from hdispatch.manifest import Manifest, Record, class_of, read_bundle
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg

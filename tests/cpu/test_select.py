@@ -13,9 +13,10 @@ import torch
 from hdispatch.cli import tune
 from hdispatch.cli.main import main
 from hdispatch.compile import configs, measurements
+from hdispatch.compile.op_package import OpPackage
 from hdispatch.errors import BuildError, HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
-from hdispatch.tune import select, timings
+from hdispatch.tune import cover, measured, select, timings
 
 SPEC = OpSpec(
     name="toy_select",
@@ -59,9 +60,14 @@ def table(k: int, **columns: list[float | None]) -> list[timings.Timing]:
 
 
 def run(lines: list[timings.Timing], folder: Path, **options: Any) -> select.OpReport:
-    options = {"backends_of": lambda _op: ["triton"], **options}
-    (report,) = select.select(lines, {"toy_select": SPEC}, lambda op: folder / op, **options)
+    package = toy_package(folder, backends=options.pop("backends", ("triton",)))
+    (report,) = select.select(lines, {"toy_select": package}, **options)
     return report
+
+
+def toy_package(folder: Path, spec: OpSpec = SPEC, backends: tuple[str, ...] = ("triton",)) -> OpPackage:
+    where = folder / "toy_select"
+    return OpPackage("toy_select", "toy_select", spec, where, backends, dict.fromkeys(backends, frozenset()), where)
 
 
 def picks(folder: Path, shape: dict[str, int]) -> list[str]:
@@ -104,7 +110,7 @@ def brute_force(fits: dict[Any, list[Any]], every: list[Any]) -> int:
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_covers_are_the_smallest(seed):
+def test_covers_are_whole_and_small(seed):
     order = random.Random(seed)
     every = [timings.ConfigKey("triton", str(index)) for index in range(8)]
     regrets = {
@@ -115,10 +121,11 @@ def test_covers_are_the_smallest(seed):
     for found in regrets.values():
         found[min(found, key=lambda c: found[c])] = 0.0
     limit = order.choice([0.0, 0.1, 0.3])
-    fits = {slot: select.fitting(found, limit) for slot, found in regrets.items()}
-    kept = select.cover(regrets, limit)
-    assert len(kept) == brute_force(fits, every)
-    chosen = select.assign(regrets, kept, limit)
+    fits = {slot: cover.fitting(found, limit) for slot, found in regrets.items()}
+    kept = cover.cover(regrets, limit)
+    assert all(options & set(kept) for options in map(set, fits.values()))
+    assert brute_force(fits, every) <= len(kept) <= brute_force(fits, every) + 1
+    chosen = cover.assign(regrets, kept, limit)
     assert all(chosen[slot] in fits[slot] for slot in regrets)
 
 
@@ -126,7 +133,7 @@ def test_a_large_cover_ends():
     order = random.Random(1)
     every = [timings.ConfigKey("triton", str(index)) for index in range(60)]
     regrets = {((("K", k),), b): dict.fromkeys(order.sample(every, 6), 0.0) for k in range(20) for b in range(14)}
-    kept = select.cover(regrets, 0.02)
+    kept = cover.cover(regrets, 0.02)
     assert 10 < len(kept) < 40
 
 
@@ -198,7 +205,7 @@ def test_the_row_for_any_size_prefers_a_config_that_is_kept(tmp_path):
 def test_an_op_with_open_sizes_only_is_measured_at_a_hint(tmp_path):
     spec = OpSpec(**{**vars(SPEC), "shapes": ({},)})
     lines = opened(table(4096, a=[1, 1, 1, 9], b=[9, 9, 9, 1]), "a", "b")
-    select.select(lines, {"toy_select": spec}, lambda op: tmp_path / op, backends_of=lambda _op: ["triton"])
+    select.select(lines, {"toy_select": toy_package(tmp_path, spec)})
     file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
     assert [entry.sizes for entry in file.entries] == [{"M": 4}, {"M": 8}]
 
@@ -224,7 +231,7 @@ def test_entries_of_other_sizes_stay(tmp_path):
 
 def test_the_backend_is_named_where_it_is_not_the_first(tmp_path):
     lines = table(64, a=[1, 1, 2, 2]) + [{**each, "backend": "helion"} for each in table(64, b=[2, 2, 1, 1])]
-    run(lines, tmp_path, backends_of=lambda _op: ["helion", "triton"])
+    run(lines, tmp_path, backends=("helion", "triton"))
     entries = json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text())
     assert [entry.get("backend") for entry in entries] == ["triton", None]
 
@@ -350,7 +357,7 @@ def test_a_line_that_cannot_be_right_is_named(tmp_path, changes, message):
     path = tmp_path / "t.jsonl"
     bad: Any = {**line(64, 1, "a", 2.0), **changes}
     timings.append(path, [line(64, 0, "a", 1.0), bad, line(64, 2, "a", 3.0)])
-    refused = select.refusal({"toy_select": SPEC}, lambda _op: ["triton"])
+    refused = select.refusal({"toy_select": toy_package(tmp_path)})
     with pytest.raises(HdispatchError, match=rf"t\.jsonl:2: no timing.*: {message}"):
         timings.read_all([path], refused)
     with pytest.raises(BuildError):  # what is handed over without a file is looked at too
@@ -362,7 +369,7 @@ def test_a_row_that_the_op_has_not_is_named(tmp_path):
     path = tmp_path / "t.jsonl"
     timings.append(path, [line(65, 0, "a", 1.0)])
     with pytest.raises(HdispatchError, match=r"t\.jsonl:1: .*K is 65 and N is 0; toy_select has rows for \[\{'K': 64\}\]"):
-        timings.read(path, select.refusal({"toy_select": closed}, lambda _op: ["triton"]))
+        timings.read(path, select.refusal({"toy_select": toy_package(tmp_path, closed)}))
 
 
 def test_a_line_with_a_name_twice_or_nested_without_end_is_named(tmp_path):
@@ -399,7 +406,7 @@ def test_the_command_writes_and_draws(tmp_path, capsys):
 
 
 def test_the_default_backend_is_the_ops_and_not_what_is_installed_here(tmp_path, monkeypatch):
-    monkeypatch.setattr("hdispatch.tune.collect.missing", lambda backend: backend if backend == "helion" else None)
+    monkeypatch.setattr("hdispatch.tune.point_configs.missing", lambda backend: backend if backend == "helion" else None)
     timings.append(tmp_path / "t.jsonl", [{**real(4096, 0, "a", 1.0), "backend": "triton"}])
     assert main(["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]) == 0
     written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"
@@ -449,7 +456,7 @@ def test_a_cell_on_the_same_buffers_too(tmp_path):
 
 
 def times_at_64(lines):
-    found = select.Measured(SPEC, lines).times[(("K", 64),), 0]["float32", 64, 0]
+    found = measured.Measured(SPEC, lines).times[(("K", 64),), 0]["float32", 64, 0]
     return {json.loads(config.config)["name"]: us for config, us in found.items()}
 
 
@@ -457,7 +464,7 @@ def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_p
     fast = {"backend": "cutedsl"}
     lines = table(64, a=[100, 100, 200, 200], b=[120, 120, 100, 100]) + table(512, a=[50] * 4)
     lines += [line(64, bucket, "fast", us, **fast) for bucket, us in enumerate((50.0, 50.0, 150.0, 150.0))]
-    report = run(lines, tmp_path, backends_of=lambda _op: ["triton", "cutedsl"])
+    report = run(lines, tmp_path, backends=("triton", "cutedsl"))
     data = json.loads(report.path.read_text())
     assert [(e["key"], e.get("backend"), e.get("without"), e["config"]["name"]) for e in data] == [
         ({"hidden_size": 64, "num_tokens": 2}, "cutedsl", None, "fast"),
@@ -488,5 +495,5 @@ def test_where_an_optional_backend_wins_the_best_without_it_is_written_too(tmp_p
     assert [alone.pick(SPEC, {"K": 64}, {"M": edge}).config["name"] for edge in SPEC.ladder] == ["a", "a", "b", "b"]
     both = file.available(["triton", "cutedsl"], "triton")
     assert [both.pick(SPEC, {"K": 64}, {"M": edge}).config["name"] for edge in SPEC.ladder] == ["fast", "fast", "b", "b"]
-    again = run(lines, tmp_path, backends_of=lambda _op: ["triton", "cutedsl"])
+    again = run(lines, tmp_path, backends=("triton", "cutedsl"))
     assert json.loads(again.path.read_text()) == data, "entries that stand in are replaced, not kept"

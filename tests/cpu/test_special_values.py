@@ -16,7 +16,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.testing.special_values import special_rows
 
-PROGRAM = Path(__file__).with_name("special_values.py")
+PROGRAM = Path(__file__).parents[1] / "support" / "special_values.py"
 HELION = ("dynamic_per_token_scaled_fp8_quant", "rms_norm_dynamic_per_token_quant", "silu_and_mul_dynamic_per_token_quant")
 TRITON = (
     *HELION,

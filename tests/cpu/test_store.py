@@ -188,7 +188,8 @@ def test_a_damaged_artifact_is_built_again(tmp_path):
 @pytest.mark.slow
 def test_two_processes_at_once_do_no_harm(tmp_path):
     program = (
-        f"import sys; sys.path.append({str(HERE)!r}); from pathlib import Path; from test_store import build_one; "
+        f"import sys; sys.path += {[str(HERE), str(HERE.parent / 'support')]!r}; from pathlib import Path; "
+        "from test_store import build_one; "
         "build_one(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
     command = [sys.executable, "-P", "-c", program]

@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 
 import hdispatch
 import pytest
 import torch
 import toy
 
+pytestmark = pytest.mark.usefixtures("bundle")
+
 DOORS = {"hdispatch.ops": hdispatch.ops.toy, "torch.ops default": torch.ops.hdispatch.toy.default}
-
-
-@pytest.fixture(autouse=True)
-def bundle(tmp_path) -> Iterator[None]:
-    loaded = hdispatch.load(toy.write(tmp_path), driver="null")
-    yield
-    hdispatch.set_strict(False)
-    loaded.unload()
 
 
 def raises(door=hdispatch.ops.toy) -> bool:

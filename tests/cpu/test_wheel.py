@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import subprocess
 import sys
 import sysconfig
+import venv
 import zipfile
 from pathlib import Path
 
 import hdispatch
 import pytest
+import toy
+from hdispatch import archive
+from hdispatch.compile import Selection, build
 
 pytest.importorskip("scikit_build_core", reason="builds a wheel without isolation")
 
@@ -20,10 +25,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
+    return make_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def make_wheel(folder: Path, *settings: str) -> Path:
+    """A wheel of this tree in `folder`, with settings for CMake."""
     # In the build folder of `pip install`: what that has compiled is not compiled again.
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "--no-index"]
-    command += ["--wheel-dir", str(folder), str(ROOT)]
+    command += ["--wheel-dir", str(folder), *(f"-Ccmake.define.{setting}" for setting in settings), str(ROOT)]
     (ROOT / "build").mkdir(exist_ok=True)
     with (ROOT / "build" / "wheel.lock").open("w") as lock:  # another worker of pytest's may want one too
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -39,7 +48,10 @@ def names(wheel: Path) -> set[str]:
 
 def test_what_is_in_it(names):
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    assert {f"hdispatch/_C{suffix}", "hdispatch/_noop_cuda_guard.so", "hdispatch/_build_info.py"} <= names
+    assert {"hdispatch/libhdispatch_core.so", "hdispatch/_build_info.py"} <= names
+    doors = {f"torch_{minor.replace('.', '_')}" for minor in hdispatch._build_info.TORCH_VERSIONS}
+    for door in doors:
+        assert {f"hdispatch/{door}/_C{suffix}", f"hdispatch/{door}/_noop_cuda_guard.so"} <= names
     assert {"hdispatch/_C.pyi", "hdispatch/_build_info.pyi", "hdispatch/py.typed"} <= names
     sources = [("python/hdispatch", "hdispatch"), ("kernels", "hdispatch/kernels"), ("configs", "hdispatch/configs")]
     for folder, inside in sources:
@@ -57,7 +69,7 @@ def test_its_metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         info = f"hdispatch-{hdispatch.__version__}.dist-info"
         metadata = archive.read(f"{info}/METADATA").decode()
-        assert "Requires-Dist: torch<2.15,>=2.11" in metadata
+        assert "Requires-Dist: torch<2.16,>=2.11" in metadata
         assert "License-Expression: Apache-2.0" in metadata
         assert f"{info}/licenses/LICENSE" in archive.namelist()
         assert "hdispatch = hdispatch.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
@@ -68,7 +80,7 @@ def test_it_works_by_itself(wheel, tmp_path):
     # Without site: an editable installation would be found first.
     code = f"""
 import sys
-sys.path[:0] = [{str(tmp_path)!r}, {sysconfig.get_path("platlib")!r}, {sysconfig.get_path("purelib")!r}]
+sys.path[:0] = {[str(tmp_path), *(path for path in sys.path if path.endswith("site-packages"))]!r}
 import torch, hdispatch
 assert hdispatch.__file__.startswith({str(tmp_path)!r}), hdispatch.__file__
 name = "dynamic_per_token_scaled_fp8_quant"
@@ -80,3 +92,56 @@ print("works")
 """
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.stdout == "works\n", done.stderr
+
+
+def test_with_a_bundle_inside_a_fresh_environment_is_served(tmp_path):
+    select = Selection(shapes=lambda _: [{"N": 12288}], variants=lambda _: ["bfloat16"])
+    build(["silu_and_mul"], "h200", tmp_path / "bundle", select=select, jobs=1)
+    archive.pack(tmp_path / "bundle", tmp_path / "sm_90a.tar.xz")
+    made = make_wheel(tmp_path / "dist", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'sm_90a.tar.xz'}")
+    assert "hdispatch/bundles/sm_90a.tar.xz" in zipfile.ZipFile(made).namelist()
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", made]
+    subprocess.run(install, check=True)
+    # torch is here already: found behind what the environment has itself
+    own = Path(
+        subprocess.run(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+    )
+    (own / "torch.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    code = """
+import torch, hdispatch
+bundle = hdispatch.load(driver="null")
+x, out = torch.randn(4, 24576, dtype=torch.bfloat16), torch.empty(4, 12288, dtype=torch.bfloat16)
+with hdispatch.strict():
+    hdispatch.ops.silu_and_mul(out, x)
+print(hdispatch.__file__, bundle.folder, bundle.rows, hdispatch.stats()["silu_and_mul"]["hits"])
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("HDISPATCH_BUNDLE", "PYTHONPATH")}
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    file, bundle, rows, hits = done.stdout.split()
+    assert Path(file).is_relative_to(own)
+    assert Path(bundle) == own / "hdispatch" / "bundles" / "sm_90a.tar.xz"
+    assert int(rows) > 0
+    assert hits == "1"
+
+
+def test_a_bundle_must_be_named_by_its_architecture(tmp_path):
+    (tmp_path / "bundle.tar.xz").write_bytes(b"")
+    with pytest.raises(AssertionError, match="HDISPATCH_EMBED_BUNDLE is"):
+        make_wheel(tmp_path / "dist", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'bundle.tar.xz'}")
+
+
+def test_the_next_wheel_has_no_bundle(tmp_path):
+    """CMake's build folder is kept; the setting is not, whether the build with it succeeded or was refused."""
+    archive.pack(toy.write(tmp_path / "toy"), tmp_path / "sm_90a.tar.xz")
+    with_bundle = make_wheel(tmp_path / "with", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'sm_90a.tar.xz'}")
+    assert "hdispatch/bundles/sm_90a.tar.xz" in zipfile.ZipFile(with_bundle).namelist()
+    for attempt in ("after one with", "after a refused one"):
+        made = make_wheel(tmp_path / attempt)
+        assert not [name for name in zipfile.ZipFile(made).namelist() if name.startswith("hdispatch/bundles")]
+        with pytest.raises(AssertionError, match="HDISPATCH_EMBED_BUNDLE is"):
+            make_wheel(tmp_path / "refused", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'none.tar.xz'}")

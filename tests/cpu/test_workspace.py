@@ -8,7 +8,6 @@ import json
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from toy import write_text
 NAME = SPEC.name
 OP = hdispatch.ops.define(SPEC) if NAME not in hdispatch.ops.names() else hdispatch.ops.get(NAME)
 PLAIN, DOUBLED = 2**16 + 64 * 4 * 4 + 1024, 2**16 + 64 * 4 * 4
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parents[1] / "support"
 
 
 def arguments(m: int = 4, doubled: bool = False) -> list[Any]:
@@ -41,14 +40,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("workspace") / "bundle"
     build([NAME], "h200", out, cache=tmp_path_factory.mktemp("cache"), extra=["counting_rows"])
     return out
-
-
-@pytest.fixture
-def bundle(folder: Path) -> Iterator[hdispatch.Bundle]:
-    loaded = hdispatch.load(folder, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
 
 
 def addresses(*calls: list[Any]) -> list[tuple[int, int]]:
@@ -184,7 +175,7 @@ for variant in SPEC.variants():
         torch.testing.assert_close(args[0], want[0])
         assert int(memory[0][:2**16].count_nonzero()) == 0
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], cwd=SUPPORT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

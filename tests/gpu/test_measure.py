@@ -103,8 +103,9 @@ def test_a_kernel_that_never_ends_costs_its_process_and_nothing_else(tmp_path, m
 @pytest.mark.parametrize("op", ["silu_and_mul"])
 def test_a_process_of_its_own_measures_an_installed_op(tmp_path, op):
     from hdispatch.tune import collect
+    from hdispatch.tune.points import Scope
 
-    scope = collect.Scope(shapes=lambda spec: [spec.shapes[0]], buckets=lambda _spec: [0, 4], radius=-1, spread=0)
+    scope = Scope(shapes=lambda spec: [spec.shapes[0]], buckets=lambda _spec: [0, 4], radius=-1, spread=0)
     collect.collect([op], "native", tmp_path / "cand", scope=scope)
     report = measure.measure(tmp_path / "cand", tmp_path / "t.jsonl")
     assert (report.measured, report.left, report.failures) == (2, 0, [])

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import hdispatch
 import pytest
-import torch
-from hdispatch.compile import build
-
-sys.path.append(str(Path(__file__).parents[1] / "cpu"))
-
 import tma_copy.spec
 import tma_matmul.spec
+import torch
+from hdispatch.compile import build
 
 PACKAGES = ("tma_copy", "tma_matmul")
 MS = (1, 2, 15, 16, 31, 32, 33, 127, 1000, 4096)

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
+import counting_rows.spec
 import hdispatch
 import pytest
 import torch
-from hdispatch.compile import build
-
-sys.path.append(str(Path(__file__).parents[1] / "cpu"))
-
-import counting_rows.spec
 import two_ladders.spec
+from hdispatch.compile import build
 
 PACKAGES = ("counting_rows", "two_ladders")
 COUNTING, LADDERS = counting_rows.spec.SPEC, two_ladders.spec.SPEC

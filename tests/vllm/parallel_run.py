@@ -42,6 +42,8 @@ def run(
         simulation.start(ranks, custom_all_reduce=ranks > 1)
         limits |= {"max_num_batched_tokens": 256, "block_size": 16, "worker_cls": "simulation.SimulatedWorker"}
         del limits["kv_cache_memory_bytes"]
+    # By a name that a rank's process can import: __main__ is another module there.
+    import parallel_run as ranks_own
     from vllm import LLM, SamplingParams
 
     if "compilation_config" not in options:
@@ -50,7 +52,7 @@ def run(
     sizes = {"tensor_parallel_size": ranks, "gpu_memory_utilization": 0.2, "enable_prefix_caching": False}
     llm = LLM(**(limits | fixed | sizes | options))
     if launching_rank is not None:
-        llm.apply_model(partial(keep_launching, launching_rank))
+        llm.apply_model(partial(ranks_own.keep_launching, launching_rank))
     prompts = [{"prompt_token_ids": [(13 * i + 5 * j) % 900 + 10 for j in range(5 + 7 * i)]} for i in range(len(tokens))]
     sampling = [
         SamplingParams(max_tokens=each, ignore_eos=True, detokenize=False, temperature=0.0, logprobs=5) for each in tokens
@@ -58,7 +60,7 @@ def run(
     for _ in range(times):
         outputs = [each.outputs[0] for each in llm.generate(prompts, sampling, use_tqdm=False)]
     requests = [{"tokens": list(each.token_ids), "top": [top(step) for step in each.logprobs]} for each in outputs]
-    return {"requests": requests, "ranks": llm.apply_model(facts)}
+    return {"requests": requests, "ranks": llm.apply_model(ranks_own.facts)}
 
 
 def top(step: Any) -> list[tuple[int, float]]:

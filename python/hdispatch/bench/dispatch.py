@@ -16,12 +16,12 @@ from typing import Any
 import torch
 
 from .. import ops, runtime
-from ..errors import HdispatchError
+from ..errors import HdispatchError, first_line
 from ..manifest import read_bundle
 from ..opspec import OpSpec
 from ..testing.host_timer import interleave, quiet, summarize
-from . import machine, paths
-from .paths import Case, Maker, Setup, Unavailable, first_line
+from . import busy, machine, paths
+from .paths import Case, Maker, Setup, Unavailable
 from .results import Result, Row
 from .workload import LARGEST_M, Workload
 
@@ -118,6 +118,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
     phases = (TABLE, SHIPPED, WITHOUT_PDL) if setup.gpu else (TABLE, SHIPPED)
     current = _Run(setup, progress, sum(len(makers) + options.rounds for makers in phases))
     facts: dict[str, Any] = {}
+    empty_call = busy.empty_call_ns()
     try:
         with runtime.strict():
             paths.publish_pick_table(setup)
@@ -130,6 +131,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
     header = machine.describe(setup.gpu.device if setup.gpu else None)
     header |= {"pinned_to_core": current.core, "seed": options.seed, "rounds": options.rounds, "calls": options.calls}
     header |= {"op": options.op, "variant": setup.cpu.variant.name, **setup.cpu.shape, "m": options.m, "bundle": facts or None}
+    header["empty_call_ns"] = round(max(empty_call, busy.empty_call_ns()), 1)
     current.finish()
     return {"machine": header, "rows": current.rows, "skipped": current.skipped}
 

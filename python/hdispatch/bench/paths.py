@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import _C, functions, runtime
-from ..errors import HdispatchError
+from ..errors import HdispatchError, first_line
 from ..ops import get as get_op
 from ..ops import spec as spec_of
 from ..opspec import TensorArg, Variant
@@ -468,9 +468,3 @@ def _import(package: str, module: str) -> Any:
         return importlib.import_module(module)
     except Exception as error:  # a broken install fails in any way it likes
         raise Unavailable(f"{package} cannot be imported: {first_line(error)}") from error
-
-
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import sys
 import tempfile
 import textwrap
@@ -13,12 +15,16 @@ from typing import Any
 
 from ..errors import HdispatchError
 from . import numbers
-from .bench_ops import add_ops_parser
-from .bench_pdl import add_pdl_parser
 from .bench_serve import add_serve_parser
 from .build import build_wing, default_target
 from .doctor import default_bundle
-from .text import Progress, duration, table
+from .text import Progress, duration, machine_lines, table
+
+#: Benchmarks that lie in benchmarks/ of the checkout; serving needs none of them.
+LABORATORY = {
+    "ops": "GPU time per op, beside torch.compile, vLLM's kernels and CUTLASS",
+    "pdl": "GPU time of chains of small kernels, with PDL and without",
+}
 
 DEFAULT_OP = "rms_norm_dynamic_per_token_quant"
 
@@ -64,9 +70,35 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser("bench", help="measure calls and ops", description="Measure; see bench BENCHMARK --help.")
     kinds = parser.add_subparsers(title="benchmarks", metavar="BENCHMARK", dest="benchmark", required=True)
     add_dispatch_parser(kinds)
-    add_ops_parser(kinds)
-    add_pdl_parser(kinds)
     add_serve_parser(kinds)
+    for name, text in LABORATORY.items():
+        laboratory = kinds.add_parser(name, help=f"{text}; in a checkout", prefix_chars="\0", add_help=False)
+        laboratory.add_argument("arguments", nargs="*")  # options too: their prefix is no longer one
+        laboratory.set_defaults(run=functools.partial(run_laboratory, name))
+
+
+def run_laboratory(name: str, given: argparse.Namespace) -> int:
+    """Run a benchmark of the checkout, benchmarks/NAME, which declares its own command line. HdispatchError without one."""
+    checkout = Path(__file__).resolve().parents[3]
+    if (checkout / "benchmarks" / name / "command.py").is_file():
+        sys.path.insert(0, str(checkout))  # processes that it starts need it too
+    try:
+        command = importlib.import_module(f"benchmarks.{name}.command")
+    except ModuleNotFoundError as error:
+        if error.name not in ("benchmarks", f"benchmarks.{name}", f"benchmarks.{name}.command"):
+            raise
+        raise HdispatchError(
+            f"bench {name} is in a checkout of hdispatch, not in its wheel: run it in a checkout with `pip install -e .`, "
+            "or with the checkout's folder in PYTHONPATH"
+        ) from error
+    parser = argparse.ArgumentParser(f"hdispatch bench {name}", formatter_class=argparse.RawDescriptionHelpFormatter)
+    command.add_arguments(parser)
+    try:
+        arguments = parser.parse_args(given.arguments)
+    except SystemExit as stop:  # argparse: 0 after --help, 2 for a wrong command line
+        return stop.code if isinstance(stop.code, int) else 2
+    code: int = command.main(arguments)
+    return code
 
 
 def add_dispatch_parser(kinds: Any) -> None:
@@ -79,7 +111,10 @@ def add_dispatch_parser(kinds: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--bundle", metavar="DIR", type=Path, help="bundle to measure (default: $HDISPATCH_BUNDLE, else a small one is built)"
+        "--bundle",
+        metavar="DIR",
+        type=Path,
+        help="bundle to measure (default: $HDISPATCH_BUNDLE, else the installation's, else a small one is built)",
     )
     parser.add_argument("--op", metavar="NAME", default=DEFAULT_OP, help=f"op to call (default: {DEFAULT_OP})")
     parser.add_argument("--variant", metavar="V", help="variant to call (default: bfloat16+residual, else the op's first)")
@@ -173,7 +208,7 @@ def describe(result: Any) -> str:
     parts = [
         describe_machine(result["machine"]),
         describe_rows(result["rows"], result["machine"]["op"]),
-        describe_targets(result["rows"]),
+        describe_targets(result["rows"], result["machine"].get("empty_call_ns", 0)),
     ]
     if result["skipped"]:
         parts.append(describe_skipped(result["skipped"]))
@@ -182,18 +217,12 @@ def describe(result: Any) -> str:
 
 def describe_machine(machine: dict[str, Any]) -> str:
     """The header: what the figures are worth nothing without."""
-    on = f"{machine['gpu']}, driver {machine['driver']}, " if machine["gpu"] else "no GPU, "
-    versions = ", ".join(
-        f"{name} {machine[name]}" for name in ("python", "torch", "triton", "helion", "hdispatch") if machine[name]
-    )
     sizes = ", ".join(f"{symbol}={machine[symbol]}" for symbol in ("K", "N") if symbol in machine)
     core = f"on core {machine['pinned_to_core']}" if machine["pinned_to_core"] is not None else "not pinned"
-    revision = (machine["revision"] or "unknown").partition("+")
     return "\n".join(
         [
             f"{machine['op']}, {machine['variant']}, {sizes}, M={machine['m']}",
-            f"{on}{machine['cpu']}, {machine['cores']} cores",
-            f"{versions}, revision {revision[0][:12]}{''.join(revision[1:])}, {machine['date']}",
+            *machine_lines(machine),
             f"{machine['rounds']} rounds of {machine['calls']} calls, seed {machine['seed']}, {core}",
         ]
     )
@@ -214,9 +243,12 @@ def describe_rows(rows: list[Any], own: str) -> str:
     return table(("path", "M", "of", "median", "quartile 1", "quartile 3", "× floor"), lines, left=3)
 
 
-def describe_targets(rows: list[Any]) -> str:
-    """The targets beside what was measured."""
+def describe_targets(rows: list[Any], empty_call_ns: float = 0) -> str:
+    """The targets beside what was measured; of a busy machine, as an empty call tells, that a miss may be its own."""
+    from ..bench import busy
     from ..bench.results import judge
+
+    is_busy = busy.is_busy(empty_call_ns)
 
     lines = []
     for judged in judge(rows):
@@ -228,7 +260,10 @@ def describe_targets(rows: list[Any]) -> str:
         measured = "" if judged.measured is None else figure(judged.measured)
         bound = "at least" if target.at_least else "at most"
         lines.append([target.text, measured, f"{bound} {figure(target.limit)}", judged.verdict])
-    return table(("target", "measured", "wanted", "verdict"), lines)
+        if is_busy and judged.verdict == "miss":
+            lines[-1][-1] = "miss (busy machine)"
+    told = [busy.describe(empty_call_ns)] if is_busy else []
+    return "\n".join([table(("target", "measured", "wanted", "verdict"), lines), *told])
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 
 from ..errors import HdispatchError
 from . import numbers
-from .bench_ops import ms, words
 from .doctor import BUNDLE_VARIABLE, default_bundle
 from .text import table
 
@@ -67,14 +66,20 @@ def add_serve_parser(kinds: Any) -> None:
     add("--bundle", metavar="DIR", type=Path, help=f"bundle to serve from (default: ${BUNDLE_VARIABLE})")
     add("--model", metavar="NAME", choices=MODELS, default="qwen3-8b", help=f"{', '.join(MODELS)} (default: qwen3-8b)")
     add("--scheme", metavar="NAME", choices=SCHEMES, default="token", help=f"{', '.join(SCHEMES)} (default: token)")
-    add("--modes", metavar="A,B", type=words, default=USUAL, help="default: those without a setting in their names, see below")
-    add("--batches", metavar="N,N", type=ms, default=(1, 8, 32, 128), help="requests (default: 1,8,32,128)")
+    add(
+        "--modes",
+        metavar="A,B",
+        type=numbers.words,
+        default=USUAL,
+        help="default: those without a setting in their names, see below",
+    )
+    add("--batches", metavar="N,N", type=numbers.sizes, default=(1, 8, 32, 128), help="requests (default: 1,8,32,128)")
     add("--rounds", metavar="N", type=numbers.whole, default=3, help="rounds (default: 3)")
     add("--together", metavar="N", type=numbers.whole, default=4, help="engines that live at the same time (default: 4)")
     add("--ranks", metavar="N", type=numbers.whole, default=1, help="tensor parallel (default: 1)")
     add("--kv", metavar="GIB", type=numbers.real, default=3.5, help="KV cache of each engine (default: 3.5)")
     add("--layers", metavar="N", type=numbers.whole, help="fewer layers than the model has")
-    add("--profile", metavar="N,N", type=ms, default=(), help="batches whose host parts and GPU time are taken")
+    add("--profile", metavar="N,N", type=numbers.sizes, default=(), help="batches whose host parts and GPU time are taken")
     add("--logits", metavar="N", type=numbers.whole, default=0, help="compare the logits of N steps with float32 (default: 0)")
     add("--requests", metavar="N", type=numbers.whole, default=32, help="requests of --logits, at most 64 (default: 32)")
     add("--json", metavar="FILE", type=Path, help="write the result as JSON")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import archive
 from ..errors import HdispatchError
 from ..opspec import SYMBOLS, OpSpec
 from . import numbers
@@ -42,6 +43,9 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the bundle")
+    parser.add_argument(
+        "--archive", metavar="FILE.tar.xz", type=Path, help="write it as one file too, which loads as the folder does"
+    )
     parser.add_argument("--ops", metavar="A,B", help="ops to build (default: all)")
     parser.add_argument(
         "--target",
@@ -67,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Build and print the report."""
     if arguments.jobs is not None and arguments.jobs < 1:
         raise HdispatchError(f"--jobs is {arguments.jobs}; it takes 1 or more")
+    if arguments.archive:
+        archive.check_file(arguments.archive)
     with build_wing():
         from ..compile import Selection, build
     shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
@@ -87,6 +93,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
     finally:
         progress.finish()
+    if arguments.archive:
+        archive.pack(arguments.out, arguments.archive)
     if arguments.json:
         print_json(to_json(report))
     else:

@@ -15,20 +15,23 @@ from typing import Any
 
 import torch
 
-from .. import _build_info, manifest
-from ..bench import machine
-from ..errors import HdispatchError
+from .. import _build_info, embedded, manifest
+from ..bench import busy, machine
+from ..errors import BundleError, HdispatchError
 from .text import count, print_json
 
 #: Names the bundle that doctor and bench take when none is given.
-BUNDLE_VARIABLE = "HDISPATCH_BUNDLE"
+BUNDLE_VARIABLE = embedded.VARIABLE
+NO_BUNDLE = (
+    f"no bundle is given, {BUNDLE_VARIABLE} is not set, and this installation has none for the GPU here; {embedded.ADVICE}"
+)
 
 DESCRIPTION = """\
 Say what is installed, which backends can build and why not, whether the GPU can be reached, whether a bundle would be served
 here, down to the reason if not, and whether the plug-in would serve vLLM. Launches nothing. Where the extension does not fit
 the torch that is installed, that is what it says.
 
-  hdispatch doctor                  the environment, and $HDISPATCH_BUNDLE if it is set
+  hdispatch doctor                  the environment, and $HDISPATCH_BUNDLE, or else the bundle of this installation
   hdispatch doctor bundle           the same with this bundle
 
 Exit code 0 unless the question itself cannot be answered: an environment that cannot serve is an answer, not an error.
@@ -43,7 +46,9 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("bundle", metavar="DIR", type=Path, nargs="?", help="folder of a bundle (default: $HDISPATCH_BUNDLE)")
+    parser.add_argument(
+        "bundle", metavar="DIR", type=Path, nargs="?", help="a bundle (default: $HDISPATCH_BUNDLE, else the installation's)"
+    )
     parser.add_argument("--sha256", metavar="DIGEST", help="the digest that the bundle's manifest must have")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
     parser.set_defaults(run=run)
@@ -74,9 +79,14 @@ def run_without_extension(argv: Sequence[str], problem: str) -> int:
 
 
 def default_bundle(given: Path | None) -> Path | None:
-    """The bundle given, else the environment's, else None."""
-    chosen = os.environ.get(BUNDLE_VARIABLE)
-    return given or (Path(chosen) if chosen else None)
+    """The bundle given, else the environment's, else the package's own for the GPU here (without one: any), else None."""
+    chosen = given or os.environ.get(embedded.VARIABLE)
+    if chosen:
+        return Path(chosen)
+    try:
+        return embedded.choose(torch.cuda.current_device() if torch.cuda.is_available() else -1)
+    except BundleError:
+        return None
 
 
 # ---- examining ----
@@ -100,12 +110,19 @@ def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -
         "backends": {name: _examined(check) for name, check in BACKENDS.items()},
         "bundle": served,
         "vllm": _examine_vllm(extension["ok"]),
+        "host": _examine_host(),
         "serving": {"ok": not problems, "reason": "; ".join(problems)},
     }
 
 
 def _examine_extension(problem: str) -> dict[str, Any]:
-    found = {"ok": not problem, "reason": problem, "built_with_torch": _build_info.TORCH_VERSION, "file": None, "ops": []}
+    found = {
+        "ok": not problem,
+        "reason": problem,
+        "built_with_torch": list(_build_info.TORCH_VERSIONS.values()),
+        "file": None,
+        "ops": [],
+    }
     if problem:
         return found
     from .. import _C, ops
@@ -137,7 +154,7 @@ def _examine_gpu() -> dict[str, Any]:
 def _examine_bundle(folder: Path | None, sha256: str | None, extension: bool, gpu: bool) -> dict[str, Any]:
     """Verify a bundle and load all of it but the code: on the null driver."""
     if folder is None:
-        return {"ok": False, "reason": f"no bundle is named: give DIR or set ${BUNDLE_VARIABLE}", "folder": None}
+        return {"ok": False, "reason": NO_BUNDLE, "folder": None}
     found: dict[str, Any] = {"ok": False, "reason": "", "folder": str(folder), "rows": None, "target": None}
     try:
         if not extension:
@@ -164,6 +181,13 @@ def _examine_vllm(extension: bool) -> dict[str, Any]:
     from ..integrations.vllm import plugin
 
     return plugin.examine()
+
+
+def _examine_host() -> dict[str, Any]:
+    """Whether times measured now would be worth something."""
+    ns = busy.empty_call_ns()
+    busy_now = busy.is_busy(ns)
+    return {"ok": not busy_now, "reason": busy.describe(ns) if busy_now else "", "empty_call_ns": round(ns, 1)}
 
 
 def _examined(check: Callable[[], str]) -> dict[str, Any]:
@@ -271,12 +295,13 @@ def describe(found: dict[str, Any]) -> str:
     lines = ["versions", *(f"  {name:10} {value or 'none'}" for name, value in versions.items())]
     lines += [
         "extension",
-        f"  built with torch {extension['built_with_torch']}: {_verdict(extension, extension['file'])}",
+        f"  built with torch {', '.join(extension['built_with_torch'])}: {_verdict(extension, extension['file'])}",
         f"  ops: {', '.join(extension['ops']) or 'none'}",
         "serving",
         f"  libcuda    {_verdict(found['driver'], 'found')}",
         f"  GPU        {_verdict(found['gpu'], ', '.join(each['name'] for each in found['gpu']['devices']))}",
         f"  bundle     {_verdict(bundle, _words_of_bundle(bundle))}",
+        f"  host       {_verdict(found['host'], _words_of_host(found['host']))}",
         f"  vLLM       {_verdict(found['vllm'], _words_of_vllm(found['vllm']))}",
     ]
     lines += ["building", *(f"  {name:10} {_verdict(each, each['found'])}" for name, each in found["backends"].items())]
@@ -293,6 +318,10 @@ def _why(found: dict[str, Any]) -> str:
 
 def _words_of_bundle(bundle: dict[str, Any]) -> str:
     return f"{bundle['folder']}, {count(bundle['rows'], 'row')} for {bundle['target']}" if bundle["ok"] else ""
+
+
+def _words_of_host(host: dict[str, Any]) -> str:
+    return f"an empty Python call takes {host['empty_call_ns']:.0f} ns"
 
 
 def _words_of_vllm(vllm: dict[str, Any]) -> str:

@@ -44,7 +44,7 @@ words:
   bundle    the folder that serving loads: a manifest and compiled kernels
 
 exit codes: 0 done; 1 an error, in one line on stderr; 2 a wrong command line; 130 interrupted.
-HDISPATCH_TRACEBACK=1 shows where an error came from. HDISPATCH_BUNDLE is the default bundle of doctor and bench.
+HDISPATCH_TRACEBACK=1 shows where an error came from. HDISPATCH_BUNDLE is the default bundle: of load, doctor and bench.
 """
 
 

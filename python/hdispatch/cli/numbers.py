@@ -1,4 +1,4 @@
-"""Numbers on the command line: ASCII digits within bounds. Anything else is a wrong command line, and says what is taken."""
+"""Numbers and lists on the command line: ASCII digits within bounds. Anything else is a wrong command line, and says why."""
 
 from __future__ import annotations
 
@@ -32,3 +32,15 @@ def real(text: str) -> float:
     if not _REAL.fullmatch(text) or not math.isfinite(float(text)):
         raise argparse.ArgumentTypeError(f"{text[:80]!r} is no number; it takes one such as 0.02")
     return float(text)
+
+
+def words(text: str) -> tuple[str, ...]:
+    """`a,b` -> ("a", "b")."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def sizes(text: str) -> tuple[int, ...]:
+    """`1,16` -> (1, 16); each at least 1."""
+    if not (found := tuple(size(word) for word in words(text))):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of sizes; it takes such as 1,16")
+    return found

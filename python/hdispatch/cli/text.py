@@ -6,7 +6,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 BAR_WIDTH = 30
 
@@ -48,24 +49,39 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
+def machine_lines(machine: Mapping[str, Any]) -> list[str]:
+    """The header of a result: the machine, the versions and the revision that it was measured with."""
+    on = f"{machine['gpu']}, driver {machine['driver']}, " if machine["gpu"] else "no GPU, "
+    tools = ("python", "torch", "triton", "helion", "hdispatch")
+    versions = ", ".join(f"{name} {machine[name]}" for name in tools if machine.get(name))
+    head, plus, changes = (machine["revision"] or "unknown").partition("+")
+    return [
+        f"{on}{machine['cpu']}, {machine['cores']} cores",
+        f"{versions}, revision {head[:12]}{plus}{changes}, {machine['date']}",
+    ]
+
+
 def print_json(value: object) -> None:
     """One JSON document on stdout."""
     print(json.dumps(value, indent=1))
 
 
 class Progress:
-    """Progress on stderr: a bar that is redrawn on a terminal, elsewhere a line per quarter."""
+    """Progress on stderr: a bar that is redrawn on a terminal, elsewhere a line per quarter; with the time that remains."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._quarter = 0
         self._drawn = 0.0
         self._start = time.monotonic()
+        self._before: tuple[int, float] | None = None  # steps that took no time here, and when the others began
 
     def __call__(self, done: int, total: int, label: str) -> None:
         """So many of so many steps are done; the last one, or the one under way, is `label`."""
         now = time.monotonic()
-        line = f"{done}/{total} {label}"
+        if self._before is None:  # several at once come from a cache
+            self._before = (done, now) if done > 1 else (0, self._start)
+        line = f"{done}/{total} {label}{self._remaining(done, total, now)}"
         if self._terminal:
             if done < total and now - self._drawn < 0.05:
                 return
@@ -77,6 +93,16 @@ class Progress:
         elif (quarter := 4 * done // max(total, 1)) > self._quarter:
             self._quarter = quarter
             print(f"{line} ({now - self._start:.0f} s)", file=sys.stderr, flush=True)
+
+    def _remaining(self, done: int, total: int, now: float) -> str:
+        """What the steps that are left take if they take as long as those before: ", about 40 s left"."""
+        before, began = self._before or (0, self._start)
+        if done <= before or done >= total:
+            return ""
+        seconds = (now - began) / (done - before) * (total - done)
+        if seconds < 2:
+            return ""
+        return f", about {seconds:.0f} s left" if seconds < 120 else f", about {seconds / 60:.0f} min left"
 
     def finish(self) -> None:
         """Take the bar away."""

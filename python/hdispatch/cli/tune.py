@@ -18,7 +18,8 @@ from .text import Progress, count, duration, print_json, size, split, table
 
 if TYPE_CHECKING:
     from ..tune.candidates import Dropped
-    from ..tune.collect import CandidateReport, Scope
+    from ..tune.collect import CandidateReport
+    from ..tune.points import Scope
     from ..tune.select import OpReport
 
 DESCRIPTION = """\
@@ -173,7 +174,7 @@ def run_candidates(arguments: argparse.Namespace) -> int:
 
 def _scope(arguments: argparse.Namespace) -> Scope:
     with build_wing():
-        from ..tune.collect import Scope
+        from ..tune.points import Scope
 
     variants, edges = split(arguments.variants), split(arguments.buckets)
     shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
@@ -282,28 +283,20 @@ def run_measure(arguments: argparse.Namespace) -> int:
 def run_select(arguments: argparse.Namespace) -> int:
     """Select, write, print the report."""
     with build_wing():
-        from ..compile import build_unit, op_package
+        from ..compile import op_package
         from ..tune import select, timings
     from ..bench import plot
 
     if arguments.plot:
         plot.require()
-    packages, out, chosen = op_package.find(None), arguments.out, split(arguments.ops)
+    packages, chosen = op_package.find(None), split(arguments.ops)
     if unknown := next((op for op in chosen or () if op not in packages), None):
         raise HdispatchError(f"--ops: no op {unknown!r}; there are {sorted(packages)}")
-    specs = {name: build_unit.load_spec(package) for name, package in packages.items()}
-    refused = select.refusal(specs, lambda op: op_package.backends_of(packages[op]))
+    refused = select.refusal(packages)
     lines = timings.read_all(arguments.timings, lambda line: refused(line) if chosen is None or line["op"] in chosen else None)
     if chosen is not None:
         lines = [line for line in lines if line["op"] in chosen]
-    reports = select.select(
-        lines,
-        specs,
-        lambda op: out / op if out else op_package.config_folder(packages[op]),
-        backends_of=lambda op: op_package.backends_of(packages[op]),
-        limit=arguments.regret,
-        write=not arguments.dry_run,
-    )
+    reports = select.select(lines, packages, arguments.out, limit=arguments.regret, write=not arguments.dry_run)
     if arguments.plot:
         draw_curves(reports, arguments.regret, arguments.plot)
     if arguments.json:

@@ -12,12 +12,14 @@ from typing import Any
 from ..errors import BuildError
 from ..manifest import artifacts_of
 from ..opspec import OpSpec
-from . import configs, op_package, pool, store
-from .build_unit import Built, BuiltEntry, Unit, load_spec
+from . import configs, op_package, store
+from .build_unit import Built, BuiltEntry, Unit
 from .default_configs import first_candidates
 from .freeze import Entry, freeze
 from .measurements import Measurements
+from .op_package import OpPackage
 from .out import check_out
+from .pool import Pool, checked_jobs
 from .target import GpuTarget, resolve
 from .versions import missing, tool_versions
 
@@ -90,8 +92,7 @@ def build(
     """
     start = time.monotonic()
     gpu = resolve(target)
-    if jobs is not None and jobs < 1:
-        raise BuildError(f"jobs is {jobs}; it takes at least 1 worker process")
+    count = checked_jobs(jobs)
     check_out(out)
     report = BuildReport(out, gpu)
     where = store.Store(cache if cache is not None else store.default_root())
@@ -99,12 +100,14 @@ def build(
     if ops is None:
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
+    names = {package.package: name for name, package in packages.items()}
     units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
-    without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(unit)}
+    without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
     units = [unit for unit in units if unit.backend != configs.NO_ROW]
-    specs = {name: load_spec(package) for name, package in packages.items()}
-    entries = _measured(_entries(units, gpu, where, jobs, report, progress), packages, specs, gpu)
-    frozen = freeze(specs, entries, gpu, where, out, partial=chosen.partial, without=without)
+    built = _built(units, gpu, where, count, report, progress)
+    entries = [entry for unit, tools, each in built for entry in _entries_of(names[unit.package], unit, each, tools)]
+    specs = {name: package.spec for name, package in packages.items()}
+    frozen = freeze(specs, _with_times(entries, packages, gpu), gpu, where, out, partial=chosen.partial, without=without)
     report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
     report.rows = len(frozen.manifest["rows"])
     report.records = len(frozen.manifest["records"])
@@ -119,11 +122,11 @@ def buildable_ops() -> list[str]:
     return sorted(_buildable(op_package.find(None), []))
 
 
-def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+def _buildable(packages: Mapping[str, OpPackage], notes: list[str]) -> dict[str, OpPackage]:
     """Those with a kernel of a backend that is installed; the others are noted."""
     found = {}
     for name, package in packages.items():
-        absent = [missing(backend) for backend in op_package.backends_of(package)]
+        absent = [missing(backend) for backend in package.backends]
         if all(absent):
             notes.append(f"{name} is left out: {absent[0]} is not installed")
         else:
@@ -131,11 +134,10 @@ def _buildable(packages: Mapping[str, str], notes: list[str]) -> dict[str, str]:
     return found
 
 
-def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
-    spec = load_spec(package)
-    where = op_package.config_folder(package)
-    backends = op_package.backends_of(package)
-    file, note = configs.find(spec, target, where) or first_candidates(spec, package, backends[0], target, where)
+def _units(package: OpPackage, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
+    """What is compiled for an op: a unit per variant, config and sizes that are compiled in, with the rows it serves."""
+    spec, backends = package.spec, package.backends
+    file, note = configs.find(spec, target, package.configs) or first_candidates(package, target)
     if note:
         notes.append(note)
     file.require_backends(backends)
@@ -152,7 +154,7 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
         for bucket in buckets:
             entry = file.pick(spec, shape, spec.ladders.edges(bucket))
             backend = entry.backend or backends[0]
-            generic = () if backend == configs.NO_ROW else op_package.generic_sizes(package, backend)
+            generic = () if backend == configs.NO_ROW else package.generic[backend]
             known = {symbol: size for symbol, size in shape.items() if symbol not in generic}
             key = store.canonical([backend, known, entry.config])
             picked[key] = backend, known, entry.config
@@ -166,15 +168,15 @@ def _units(package: str, target: GpuTarget, chosen: Selection, notes: list[str])
             taken.update(own)
             if own:
                 served = tuple(sorted({bucket for _, bucket in own}))
-                units.append(Unit(package, backend, variant, known, config, served, own))
+                units.append(Unit(package.package, backend, variant, known, config, served, own))
     return units
 
 
-def _keys(unit: Unit) -> Iterator[tuple[str, str, int, int, int]]:
+def _keys(op: str, unit: Unit) -> Iterator[tuple[str, str, int, int, int]]:
     """The keys of the rows of a unit, as `freeze` names them: op, variant, K, N, bucket."""
     for shape, bucket in unit.rows:
         sizes = dict(shape)
-        yield load_spec(unit.package).name, unit.variant, sizes.get("K", 0), sizes.get("N", 0), bucket
+        yield op, unit.variant, sizes.get("K", 0), sizes.get("N", 0), bucket
 
 
 def _available(file: configs.ConfigFile, spec: OpSpec, backends: Sequence[str], notes: list[str]) -> configs.ConfigFile:
@@ -187,15 +189,15 @@ def _available(file: configs.ConfigFile, spec: OpSpec, backends: Sequence[str], 
     return found
 
 
-def _entries(
+def _built(
     units: Sequence[Unit],
     target: GpuTarget,
     where: store.Store,
-    jobs: int | None,
+    jobs: int,
     report: BuildReport,
     progress: Callable[[int, int, str], None] | None,
-) -> list[Entry]:
-    """The records of all units: those in the cache, then those built by the workers."""
+) -> list[tuple[Unit, dict[str, str], Built]]:
+    """Every record with its unit and tools: those in the cache, then those that the workers build."""
     tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
     sources = op_package.sources({unit.package for unit in units})
     keys = [record_key(unit, sources[unit.package], target, tools[unit.backend]) for unit in units]
@@ -208,33 +210,30 @@ def _entries(
     if progress and done:
         progress(done, len(units), "from the cache")
     missing = [index for index in range(len(units)) if index not in results]
-    work = [(units[index], tools[units[index].backend]) for index in missing]
-    for position, built in pool.run(work, target, where.root, jobs or pool.available_cpus()) if work else ():
-        index = missing[position]
-        results[index] = built
-        where.put("record", keys[index], {"built": built})
-        done += 1
-        if progress:
-            progress(done, len(units), units[index].label)
-    entries = []
-    for index, unit in enumerate(units):
-        for one in results[index]:
-            report.record_seconds.append((unit.label, one["seconds"]))
-            entries += _entry(unit, one, tools[unit.backend])
-    return entries
+    with Pool(target, where.root) as workers:
+
+        def make(position: int) -> list[Built]:
+            unit = units[missing[position]]
+            return workers.build(unit, tools[unit.backend])
+
+        for position, built in workers.map(make, len(missing), jobs):
+            index = missing[position]
+            results[index] = built
+            where.put("record", keys[index], {"built": built})
+            done += 1
+            if progress:
+                progress(done, len(units), units[index].label)
+    records = [(unit, tools[unit.backend], one) for index, unit in enumerate(units) for one in results[index]]
+    report.record_seconds = [(unit.label, one["seconds"]) for unit, _, one in records]
+    return records
 
 
-def _measured(
-    entries: Sequence[Entry], packages: Mapping[str, str], specs: Mapping[str, OpSpec], target: GpuTarget
-) -> list[Entry]:
-    """The entries with what was measured on this very kind of GPU."""
-    found = {
-        name: Measurements(specs[name], op_package.config_folder(package) / target.config_file)
-        for name, package in packages.items()
-    }
+def _with_times(entries: Sequence[Entry], packages: Mapping[str, OpPackage], target: GpuTarget) -> list[Entry]:
+    """The entries with the times that tuning measured on this kind of GPU."""
+    found = {name: Measurements(package.spec, package.configs / target.config_file) for name, package in packages.items()}
 
     def with_times(entry: Entry) -> Entry:
-        measurements, ladders = found[entry.op], specs[entry.op].ladders
+        measurements, ladders = found[entry.op], packages[entry.op].spec.ladders
         edges = {bucket: ladders.edges(bucket) for bucket in entry.buckets}
         times = {bucket: measurements.of(entry.variant, entry.shape, edges[bucket], entry.record) for bucket in entry.buckets}
         return replace(entry, tuned={bucket: tuned for bucket, tuned in times.items() if tuned is not None})
@@ -242,7 +241,7 @@ def _measured(
     return [with_times(entry) for entry in entries]
 
 
-def _entry(unit: Unit, built: Built, tools: dict[str, str]) -> list[Entry]:
+def _entries_of(op: str, unit: Unit, built: Built, tools: dict[str, str]) -> list[Entry]:
     """One for each shape whose rows the record serves."""
     served: dict[tuple[tuple[str, int], ...], list[int]] = {}
     for shape, bucket in unit.rows:
@@ -250,7 +249,7 @@ def _entry(unit: Unit, built: Built, tools: dict[str, str]) -> list[Entry]:
             served.setdefault(shape, []).append(bucket)
     return [
         Entry(
-            op=load_spec(unit.package).name,
+            op=op,
             variant=unit.variant,
             shape=dict(shape),
             buckets=tuple(buckets),

@@ -3,32 +3,23 @@
 A kernel's module may have `candidates(sizes, variant)`, a hand-written list. A Helion kernel also has a config space of its
 own, made of fragments: its default, the seeds that its compiler proposes, and the neighbours of both along the fragments.
 
-Speaks JSON like worker.py: a line with `Setup`, then a request per line, each answered by `{"configs": [...]}`, a list of
-configs or null for each point of the request, or by `{"error": message}`. Null: the list does not know such sizes.
+A worker process (worker.py) answers: for each point of a question a list of configs, or null where the list does not know
+such sizes.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import BuildError
 from . import pool
-from . import target as targets
 from .build_unit import HINT, load_spec
 from .target import GpuTarget
-from .worker import Setup
-
-_COMMAND = (sys.executable, "-P", "-c", "from hdispatch.compile.candidate_lists import main; main()")
 
 #: What is moved along Helion's fragments; the others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")
@@ -54,49 +45,26 @@ class Question:
     shapes: list[dict[str, int]]
     radius: int
 
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"the candidates of {self.package.rpartition('.')[2]}, {self.backend}"
+
 
 def ask(questions: Sequence[Question], target: GpuTarget) -> list[list[list[Config] | None]]:
     """For each question, for each of its points: the configs; None where the kernel's list does not know such sizes.
 
     BuildError, naming the kernel, where its list or Helion fails.
     """
-    setup = Setup(target.to_json(), "", [path for path in sys.path if path])
-    lines = setup.to_line() + "".join(json.dumps(asdict(question)) + "\n" for question in questions)
-    with tempfile.TemporaryDirectory(prefix="hdispatch-space-") as scratch:
-        environment = pool.environment(Path(scratch), target)
-        done = subprocess.run(_COMMAND, input=lines, capture_output=True, text=True, env=environment, check=False)
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    found = []
-    for index, question in enumerate(questions):
-        name = f"{question.package.rpartition('.')[2]}, {question.backend}"
-        if index >= len(answers):
-            raise BuildError(f"{name}: the process that lists candidates ended; it said:\n{done.stderr[-4000:]}")
-        if "error" in answers[index]:
-            raise BuildError(f"{name}: its candidates cannot be listed: {answers[index]['error']}")
-        found.append(answers[index]["configs"])
-    return found
+    with pool.Pool(target, Path()) as workers:  # lists keep nothing in the build cache
+        return [workers.ask(question.name, {"question": asdict(question)})["configs"] for question in questions]
 
 
-# ---- in the other process ----
+# ---- in the worker process ----
 
 
-def main() -> None:
-    """Answers questions from standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    setup = Setup(**json.loads(sys.stdin.readline()))
-    sys.path += [path for path in setup.paths if path not in sys.path]
-    targets.install(targets.GpuTarget(**setup.target))
-    for line in sys.stdin:
-        try:
-            answer: dict[str, Any] = {"configs": _answer(Question(**json.loads(line)))}
-        except Exception as error:  # a kernel's list or a DSL may raise anything; the parent process says whose it was
-            answer = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
-
-def _answer(question: Question) -> list[list[Config] | None]:
+def answer(question: Question) -> list[list[Config] | None]:
+    """For each point of a question the configs, or None: what `ask` returns."""
     module = importlib.import_module(f"{question.package}.{question.backend}")
     spaces: dict[str, list[Config]] = {}
     found: list[list[Config] | None] = []
@@ -133,9 +101,9 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     Uses Helion's private `_bind_isolated`, like helion_backend.py, and its autotuner's ConfigGeneration.
     """
     generation = importlib.import_module("helion.autotuner.config_generation")
-    trace = importlib.import_module(f"{__package__}.trace")
+    calls = importlib.import_module(f"{__package__}.call_maker")
     spec = load_spec(question.package)
-    maker = trace.CallMaker(spec, spec.variant(question.variant), shape)
+    maker = calls.CallMaker(spec, spec.variant(question.variant), shape)
     config_spec = module.KERNEL._bind_isolated(maker.symbolic(HINT, floats=False).args).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]

@@ -97,7 +97,7 @@ def freeze(
         "tools": _tools(entries),
         "ops": {name: specs[name].entry() for name in sorted({entry.op for entry in entries})},
         "files": files,
-        "records": [_with_files(record) for record in records.values()],
+        "records": [with_files(record) for record in records.values()],
         "rows": sorted(rows, key=_row_order),
     }
     if LIBRARY in files:
@@ -226,7 +226,9 @@ def _artifact(sha256: str) -> str:
     return f"{ARTIFACTS}/{sha256}.cubin"
 
 
-def _with_files(record: Record) -> Record:
+def with_files(record: Record) -> Record:
+    """A record as a manifest has it: `file` is the name of a file of the bundle, not an artifact's SHA-256."""
+
     def renamed(cubin: Cubin) -> Cubin:
         return {**cubin, "file": _artifact(cubin["file"])}
 

@@ -17,8 +17,9 @@ import torch
 from helion._compiler import compile_environment  # type: ignore[import-untyped]
 
 from ..errors import BuildError
+from .call_maker import ROW_PADDING, CallMaker
 from .expr import turns
-from .trace import ROW_PADDING, CallMaker, HostSide
+from .trace import HostSide
 
 
 def _say_aligned() -> None:

@@ -6,10 +6,12 @@ import ast
 import hashlib
 import importlib.util
 import pkgutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import BuildError
+from ..opspec import OpSpec
 from . import configs
 from .build_unit import load_spec
 from .imports import Closure, ImportGraph
@@ -26,18 +28,49 @@ def available_ops() -> list[str]:
     return sorted(name for name in names if any((folder / name / "spec.py").is_file() for folder in folders))
 
 
-def find(ops: Sequence[str] | None, extra: Sequence[str] = ()) -> dict[str, str]:
-    """Op name -> dotted package, in a fixed order. None: all ops; extra: packages outside of hdispatch. BuildError."""
+@dataclass(frozen=True, eq=False)
+class OpPackage:
+    """The folder of an op, as builds and tuning see it; two are equal if they are the same one.
+
+    package    its dotted name, by which worker processes import it
+    backends   those that the op has kernels for, its default first
+    generic    by backend, the sizes that are not compiled into its kernels
+    configs    the folder of its config files
+    """
+
+    name: str
+    package: str
+    spec: OpSpec
+    folder: Path
+    backends: tuple[str, ...]
+    generic: Mapping[str, frozenset[str]]
+    configs: Path
+
+
+def find(ops: Sequence[str] | None, extra: Sequence[str] = ()) -> dict[str, OpPackage]:
+    """Ops by name, in a fixed order. None: all of hdispatch and extra; extra: dotted packages outside of hdispatch.
+
+    BuildError for an unknown name, for no name at all, and for a package that does not hold the op of its name.
+    """
     known = {name: f"{KERNELS}.{name}" for name in available_ops()} | {load_spec(package).name: package for package in extra}
     names = sorted(known) if ops is None else list(dict.fromkeys(ops))
     if unknown := [name for name in names if name not in known]:
         raise BuildError(f"no op {unknown[0]!r}; there are {sorted(known)}")
     if not names:
         raise BuildError("no ops to build")
-    for name in names:
-        if (found := load_spec(known[name]).name) != name:
-            raise BuildError(f"{known[name]}.spec declares the op {found!r}; its package is named {name!r}")
-    return {name: known[name] for name in names}
+    return {name: read(name, known[name]) for name in names}
+
+
+def read(name: str, package: str) -> OpPackage:
+    """The op of a dotted package. BuildError if that is of another name, or has no kernel."""
+    spec, folder = load_spec(package), folder_of(package)
+    if spec.name != name:
+        raise BuildError(f"{package}.spec declares the op {spec.name!r}; its package is named {name!r}")
+    backends = tuple(backend for backend in PACKAGES if (folder / f"{backend}.py").is_file())
+    if not backends:
+        raise BuildError(f"{package}: {folder} has none of {[f'{backend}.py' for backend in PACKAGES]}")
+    generic = {backend: _generic_sizes(folder / f"{backend}.py") for backend in backends}
+    return OpPackage(name, package, spec, folder, backends, generic, config_folder(package))
 
 
 def folder_of(package: str) -> Path:
@@ -49,15 +82,6 @@ def folder_of(package: str) -> Path:
     return Path(locations[0])
 
 
-def backends_of(package: str) -> list[str]:
-    """The backends that an op has kernels for, its default first. BuildError if there is none."""
-    folder = folder_of(package)
-    backends = [name for name in PACKAGES if (folder / f"{name}.py").is_file()]
-    if not backends:
-        raise BuildError(f"{package}: {folder} has none of {[f'{name}.py' for name in PACKAGES]}")
-    return backends
-
-
 def config_folder(package: str) -> Path:
     """Where an op's config files are."""
     if package.startswith(f"{KERNELS}."):
@@ -65,9 +89,9 @@ def config_folder(package: str) -> Path:
     return folder_of(package) / "configs"
 
 
-def generic_sizes(package: str, backend: str) -> frozenset[str]:
+def _generic_sizes(module: Path) -> frozenset[str]:
     """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
-    for node in ast.parse((folder_of(package) / f"{backend}.py").read_text()).body:
+    for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
             return frozenset(ast.literal_eval(node.value))
     return frozenset()

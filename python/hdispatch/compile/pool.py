@@ -1,19 +1,20 @@
-"""Worker processes: started, fed with units, and gone when the build is."""
+"""Worker processes that compile, for a build, for tuning and for the kernels' lists: started as they are needed, then gone."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import queue
-import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, TypeVar, cast
 
+from ..child import Child, WorkerGone, WorkerLate
 from ..errors import BuildError
 from .build_unit import Built, Unit
 from .target import GpuTarget
@@ -37,60 +38,23 @@ _FOREIGN = (
 #: -P keeps the current folder off the module path: one with a helion.py in it would shadow Helion.
 _COMMAND = (sys.executable, "-P", "-c", "from hdispatch.compile.worker import main; main()")
 
+Result = TypeVar("Result")
+
+
+class WorkerLost(BuildError):
+    """A worker process is gone: killed for its memory, for taking too long, or with the whole run."""
+
 
 def available_cpus() -> int:
     """CPUs that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def run(
-    units: Sequence[tuple[Unit, Mapping[str, str]]], target: GpuTarget, store: Path, jobs: int
-) -> Iterator[tuple[int, list[Built]]]:
-    """Builds units, each with its tools' versions, in `jobs` processes; yields their indices and records as they finish.
-
-    BuildError with the unit's name for the first one that fails; the processes are gone when the iteration ends.
-    """
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for index in range(len(units)):
-        waiting.put(index)
-    finished: queue.SimpleQueue[tuple[int, list[Built]] | BaseException] = queue.SimpleQueue()
-    with tempfile.TemporaryDirectory(prefix="hdispatch-build-") as scratch:
-        setup = Setup(target.to_json(), str(store), [path for path in sys.path if path])
-        workers = [_Worker(setup, environment(Path(scratch), target)) for _ in range(min(jobs, len(units)))]
-        threads = [threading.Thread(target=_serve, args=(worker, units, waiting, finished)) for worker in workers]
-        try:
-            for thread in threads:
-                thread.start()
-            for _ in units:
-                result = finished.get()
-                if isinstance(result, BaseException):
-                    raise result
-                yield result
-        finally:
-            for worker in workers:
-                worker.kill()
-            for thread in threads:
-                thread.join()
-            for worker in workers:
-                worker.close()
-
-
-def _serve(
-    worker: _Worker,
-    units: Sequence[tuple[Unit, Mapping[str, str]]],
-    waiting: queue.SimpleQueue[int],
-    finished: queue.SimpleQueue[tuple[int, list[Built]] | BaseException],
-) -> None:
-    while True:
-        try:
-            index = waiting.get_nowait()
-        except queue.Empty:
-            return
-        try:
-            finished.put((index, worker.build(*units[index])))
-        except BaseException as error:
-            finished.put(error)
-            return
+def checked_jobs(jobs: int | None) -> int:
+    """How many worker processes: one per CPU for None. BuildError for less than one."""
+    if jobs is not None and jobs < 1:
+        raise BuildError(f"jobs is {jobs}; it takes at least 1 worker process")
+    return jobs or available_cpus()
 
 
 def environment(scratch: Path, target: GpuTarget) -> dict[str, str]:
@@ -110,61 +74,85 @@ def environment(scratch: Path, target: GpuTarget) -> dict[str, str]:
     }
 
 
-class _Worker:
-    """One worker process and its pipes."""
+class Pool:
+    """Worker processes for one target and build cache, used in a `with` block: at its end every process is gone.
 
-    def __init__(self, setup: Setup, environment: Mapping[str, str]) -> None:
-        self.log = tempfile.TemporaryFile()  # noqa: SIM115
-        self.process = subprocess.Popen(
-            _COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=dict(environment)
-        )
-        self.setup = setup.to_line()
+    Any thread may ask; each request has a process to itself. A process that ends or takes too long is replaced.
+    """
 
-    def build(self, unit: Unit, tools: Mapping[str, str]) -> list[Built]:
-        """The records of a unit. BuildError if it has none, or if the process dies."""
-        line = self.setup + json.dumps({"unit": unit.to_json(), "tools": dict(tools)}) + "\n"
-        self.setup = ""
-        answer = self._ask(line)
-        if answer is None:
-            raise BuildError(
-                f"{unit.label}: the worker process ended with status {self.process.wait()}; it said:\n{self._said()}"
-            )
-        reply: dict[str, Any] = json.loads(answer)
-        if "error" in reply:
-            error = BuildError(f"{unit.label}: {reply['error']}")
-            if reply["detail"]:
-                error.add_note(reply["detail"])
-            raise error
-        built: list[Built] = reply["built"]
-        return built
+    def __init__(self, target: GpuTarget, store: Path) -> None:
+        self._setup = Setup(target.to_json(), str(store), [path for path in sys.path if path])
+        self._scratch = tempfile.TemporaryDirectory(prefix="hdispatch-build-", ignore_cleanup_errors=True)
+        self._target = target
+        self._idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
+        self._all: list[Child] = []
+        self._lock = threading.Lock()
+        self._ended = False
 
-    def _ask(self, line: str) -> str | None:
-        """The answer to a line; None if the process is gone."""
+    def __enter__(self) -> Pool:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End every process and remove what they cached for themselves."""
+        self.kill()
+        for worker in self._all:
+            worker.close()
+        self._scratch.cleanup()
+
+    def build(self, unit: Unit, tools: Mapping[str, str], seconds: float | None = None) -> list[Built]:
+        """The records of a unit. BuildError if it has none; WorkerLost if its process ended or took more than `seconds`."""
+        answer = self.ask(unit.label, {"unit": unit.to_json(), "tools": dict(tools)}, seconds)
+        return cast("list[Built]", answer["built"])
+
+    def ask(self, what: str, request: Mapping[str, Any], seconds: float | None = None) -> dict[str, Any]:
+        """The answer to a request of worker.py. BuildError, which begins with `what`, as `build` raises it."""
+        worker = self._take(what)
         try:
-            _pipe(self.process.stdin).write(line)
-            _pipe(self.process.stdin).flush()
-        except BrokenPipeError:
-            return None
-        return _pipe(self.process.stdout).readline() or None
+            worker.send(request)
+            answer = worker.receive(seconds)
+        except (WorkerGone, WorkerLate) as error:
+            worker.kill()
+            raise WorkerLost(f"{what}: {error}") from error
+        self._idle.put(worker)
+        if "error" in answer:
+            refused = BuildError(f"{what}: {answer['error']}")
+            if answer["detail"]:
+                refused.add_note(answer["detail"])
+            raise refused
+        return answer
 
-    def _said(self) -> str:
-        self.log.seek(0)
-        return self.log.read().decode(errors="replace")[-4000:]
+    def _take(self, what: str) -> Child:
+        with self._lock:
+            if self._ended:
+                raise WorkerLost(f"{what}: the run was broken off")
+            with contextlib.suppress(queue.Empty):
+                return self._idle.get_nowait()
+            worker = Child(_COMMAND, environment(Path(self._scratch.name), self._target))
+            self._all.append(worker)
+        with contextlib.suppress(WorkerGone):  # ended at once: whoever asks it is told
+            worker.send(asdict(self._setup))
+        return worker
 
     def kill(self) -> None:
-        """Ends the process; a unit that it works on is lost."""
-        self.process.kill()
-        self.process.wait()
+        """End every process: what they work on is lost, and no other begins."""
+        with self._lock:
+            self._ended = True
+            for worker in self._all:
+                worker.kill()
 
-    def close(self) -> None:
-        """Closes the pipes of a process that is gone, once no thread uses them."""
-        with contextlib.suppress(BrokenPipeError):  # what was not sent has no receiver
-            _pipe(self.process.stdin).close()
-        _pipe(self.process.stdout).close()
-        self.log.close()
+    def map(self, function: Callable[[int], Result], count: int, jobs: int) -> Iterator[tuple[int, Result]]:
+        """`function` of 0 … count - 1 in `jobs` threads, which may ask this pool: index and result as they finish.
 
-
-def _pipe(pipe: IO[str] | None) -> IO[str]:
-    if pipe is None:
-        raise BuildError("the worker process was started without a pipe")
-    return pipe
+        Raises the first error. At its end, whole or early, the pool's processes are gone: they end with the thread that
+        started them (see `child.begin`).
+        """
+        threads = ThreadPoolExecutor(max(1, min(jobs, count)))
+        try:
+            futures = {threads.submit(function, index): index for index in range(count)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
+            self.kill()
+            threads.shutdown(wait=True)

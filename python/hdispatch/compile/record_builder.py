@@ -22,24 +22,12 @@ from ..manifest import M_CLASSES, Cubin, CubinRecord, Expr, Guard, MClass, Param
 from ..opspec import OpSpec
 from . import triton_backend
 from .build_unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, load_spec, serves, serves_second
+from .call_maker import FLOAT_HINT, ROW_PADDING, CallMaker
 from .expr import OPERATORS, evaluate, guards_of, postfix, render, turns
+from .host_launch import ALIGNMENT, Descriptor, Flag, Launch, Number, Pointer, Real
 from .store import Store
 from .target import GpuTarget
-from .trace import (
-    ALIGNMENT,
-    FLOAT_HINT,
-    ROW_PADDING,
-    CallMaker,
-    Descriptor,
-    Flag,
-    HostSide,
-    Launch,
-    Number,
-    Pointer,
-    Real,
-    Trace,
-    trace,
-)
+from .trace import HostSide, Trace, trace
 from .triton_backend import Code, MapCode
 
 INT32_MAX = 2**31 - 1

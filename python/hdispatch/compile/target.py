@@ -7,7 +7,6 @@ that a worker generates and compiles for any target on any machine, and the same
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import re
 import types
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from .. import _C
 from ..errors import BuildError
 from ..manifest import Target
 
@@ -136,15 +136,14 @@ def install(target: GpuTarget) -> None:
 
 
 def _guard_library() -> Path:
-    package = importlib.util.find_spec("hdispatch")
-    folders = list(package.submodule_search_locations or ()) if package else []
-    for folder in folders:
-        if (library := Path(folder) / GUARD_LIBRARY).is_file():
-            return library
-    raise BuildError(
-        f"{GUARD_LIBRARY} is in none of {folders}; torch {torch.__version__} has no CUDA, so building needs it: "
-        "reinstall hdispatch (`pip install --no-build-isolation .`)"
-    )
+    assert _C.__file__ is not None
+    library = Path(_C.__file__).with_name(GUARD_LIBRARY)  # each torch has its own
+    if not library.is_file():
+        raise BuildError(
+            f"there is no {library}; torch {torch.__version__} has no CUDA, so building needs it: "
+            "reinstall hdispatch (`pip install --no-build-isolation .`)"
+        )
+    return library
 
 
 def _properties(target: GpuTarget) -> types.SimpleNamespace:

@@ -29,10 +29,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[impo
 from ..errors import BuildError
 from ..manifest import TENSOR_MAP_TYPES, MClass
 from .build_unit import early_reads
+from .call_maker import CallMaker
 from .expr import divisor
+from .host_launch import ALIGNMENT, Constant, Descriptor, Flag, HostArg, Launch, Number, Pointer, Real
 from .store import Store, digest
 from .target import GpuTarget
-from .trace import ALIGNMENT, CallMaker, Constant, Descriptor, Flag, HostArg, HostSide, Launch, Number, Pointer, Real, Trace
+from .trace import HostSide, Trace
 
 Kind = Literal["ptr", "i1", "i8", "i16", "i32", "i64", "f32", "f64", "tensor_map"]
 

@@ -1,21 +1,24 @@
 """The process that generates and compiles: it believes that the target GPU is present, and so is used for nothing else.
 
-Speaks JSON, one object per line: first what `Setup` holds, then one unit per line, each answered by `{"built": [...]}` or
-`{"error": message, "detail": traceback}`. Answers go to the standard output that the process was started with; whatever
-the DSLs print goes to standard error.
+Speaks JSON, one object per line (see `hdispatch.child`): first what `Setup` holds, then requests, each answered by one object.
+
+    {"unit": …, "tools": …}   a `Unit` to build   -> {"built": [...]}
+    {"question": …}           a `Question`        -> {"configs": [...]}
+
+`{"error": message, "detail": traceback}` says that it could not; `detail` is empty where the message says it all.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import child
 from ..errors import BuildError
 from . import target as targets
 from .build_unit import Unit
@@ -24,38 +27,34 @@ from .store import Store
 
 @dataclass(frozen=True)
 class Setup:
-    """What every unit of one build shares. `paths` are looked in for modules last."""
+    """What every request of one process shares: the target, the build cache's folder, and further folders of modules."""
 
     target: dict[str, Any]
     store: str
     paths: list[str]
 
-    def to_line(self) -> str:
-        """As the worker's first line."""
-        return json.dumps(asdict(self)) + "\n"
-
 
 def main() -> None:
-    """Serves units from standard input until it ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
+    """Answer requests from standard input until it ends."""
+    answers = child.begin()
     setup = Setup(**json.loads(sys.stdin.readline()))
     sys.path += [path for path in setup.paths if path not in sys.path]
     target = targets.GpuTarget(**setup.target)
     targets.install(target)
     store = Store(Path(setup.store))
     for line in sys.stdin:
-        answers.write(json.dumps(_answer(json.loads(line), target, store)) + "\n")
-        answers.flush()
+        child.answer(answers, _answer(json.loads(line), target, store))
 
 
 def _answer(request: dict[str, Any], target: targets.GpuTarget, store: Store) -> dict[str, Any]:
     try:
         # Triton and Helion ask for the device when they are imported: not before `install`.
+        if "question" in request:
+            lists = importlib.import_module(f"{__package__}.candidate_lists")
+            return {"configs": lists.answer(lists.Question(**request["question"]))}
         builder = importlib.import_module(f"{__package__}.record_builder")
-        built = builder.build_records(Unit.from_json(request["unit"]), target, request["tools"], store)
+        return {"built": builder.build_records(Unit.from_json(request["unit"]), target, request["tools"], store)}
     except BuildError as error:
         return {"error": str(error), "detail": ""}
-    except Exception as error:  # a DSL may raise anything; the parent process says which unit it was
+    except Exception as error:  # a DSL may raise anything; the parent process says which request it was
         return {"error": f"{type(error).__name__}: {error}", "detail": traceback.format_exc()}
-    return {"built": built}

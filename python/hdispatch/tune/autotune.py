@@ -19,12 +19,11 @@ from typing import Any
 import torch
 
 from ..compile import configs, op_package
-from ..compile.build_unit import load_spec
 from ..compile.store import write_atomic
 from ..compile.target import present
 from ..errors import BuildError
 from ..opspec import OpSpec
-from .collect import Point, Scope, points_of, sizes_of
+from .points import Point, Scope, points_of, sizes_of
 
 #: What a launch record can hold: descriptors made on the device need scratch memory.
 OVERRIDES = {"indexing": "pointer"}
@@ -49,7 +48,7 @@ def autotune(
     """
     start = time.monotonic()
     gpu = present()
-    packages = {name: package for name, package in op_package.find(ops, extra).items() if _has_helion(package)}
+    packages = {name: package for name, package in op_package.find(ops, extra).items() if "helion" in package.backends}
     if not packages:
         raise BuildError("none of the ops has a Helion kernel")
     points = [point for package in packages.values() for point in points_of(package, scope)]
@@ -57,7 +56,7 @@ def autotune(
     for done, point in enumerate(points):
         if seconds is not None and time.monotonic() - start >= seconds:
             break
-        spec, sizes = load_spec(point.package), sizes_of(point)
+        spec, sizes = point.op.spec, sizes_of(point)
         path = out / spec.name / gpu.config_file
         given = {**dict(point.row), **spec.ladders.edges(point.bucket)}
         key = {named: given[symbol] for named, symbol in spec.config_key.items() if symbol in given}
@@ -76,14 +75,10 @@ def autotune(
     return failed
 
 
-def _has_helion(package: str) -> bool:
-    return (op_package.folder_of(package) / "helion.py").is_file()
-
-
 def _best(point: Point, spec: OpSpec, sizes: dict[str, int], effort: str) -> dict[str, Any]:
     """The config that Helion's search finds for a point."""
     helion = importlib.import_module("helion")
-    kernel = importlib.import_module(f"{point.package}.helion").KERNEL
+    kernel = importlib.import_module(f"{point.op.package}.helion").KERNEL
     settings = copy.copy(kernel.settings)
     settings.autotune_effort = effort
     settings.autotune_config_overrides = OVERRIDES

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from ..errors import BundleError
-from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, ladders_of, read_files
+from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, Record, artifacts_of, ladders_of, read_files
 from ..typed_json import Mismatch, check, parse
+from .timings import CellKey, ConfigKey, canonical
 
 CANDIDATES_VERSION = 1
 
@@ -101,3 +102,21 @@ def _check_cells(path: Path, manifest: Manifest, candidates: Candidates) -> None
             raise BundleError(f"{path}: cell {index} is of {name}, which the manifest does not have")
         if not cell["records"] or any(not 0 <= record < records for record in cell["records"]):
             raise BundleError(f"{path}: cell {index} names records {cell['records']} of {records}")
+
+
+def cell_key_of(cell: Cell) -> CellKey:
+    """The key of a cell's timings."""
+    return CellKey(cell["op"], cell["variant"], cell["K"], cell["N"], cell["bucket"])
+
+
+def config_key_of(record: Record) -> ConfigKey:
+    """The key of a record's config."""
+    return ConfigKey(record["backend"], canonical(record["config"]))
+
+
+def code_of(manifest: Manifest, record: Record) -> list[str]:
+    """What tells a record's code from another's: the SHA-256 of its artifacts, or the name of its host function."""
+    if record["launcher"] == "tvm_ffi":
+        return [record["function"]]  # the library changes with every other candidate; the name holds the hash of this one
+    files = manifest["files"]
+    return sorted(files[name]["sha256"] for name in artifacts_of(record))

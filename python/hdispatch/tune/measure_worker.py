@@ -17,7 +17,8 @@ from .. import child
 from ..errors import HdispatchError
 from ..manifest import Manifest
 from .candidates import read_candidates
-from .measure import Bench, Device, open_device
+from .cell_bench import Bench
+from .device import Device, open_device
 from .measure_process import Setup
 
 

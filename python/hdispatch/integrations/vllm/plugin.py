@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 from typing import Any
 
 import torch
 
+from ... import embedded
 from ...errors import HdispatchError
 from . import settings
 from .override import Override, override_vllm_ops
@@ -25,11 +27,11 @@ def register() -> None:
     """Serve vLLM with hdispatch if HDISPATCH is 1; otherwise do nothing. vLLM calls this in every process, maybe twice.
 
     Overrides the `_C` ops that the launch table can serve, for every model, and registers classes of our own for the models
-    whose decoder layers we run whole (`models.ARCHITECTURES`), and our model runner for all (`runner.Runner`). The bundle of
-    HDISPATCH_BUNDLE is loaded later, when the model is made: only then has a worker chosen its device.
+    whose decoder layers we run whole (`models.ARCHITECTURES`), and our model runner for all (`runner.Runner`). The bundle,
+    HDISPATCH_BUNDLE's or the package's own, is loaded later, when the model is made: only then has a worker chosen its device.
 
-    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION, HDISPATCH_REPLAY or HDISPATCH_RUNNER, or where
-    HDISPATCH_BUNDLE names no folder.
+    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION, HDISPATCH_REPLAY, HDISPATCH_RUNNER or
+    HDISPATCH_METRICS_PORT, or where HDISPATCH_BUNDLE names nothing, or is not set and the package has no bundle.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -37,10 +39,11 @@ def register() -> None:
     if reason:
         settings.logger.warning("hdispatch: off: %s", reason)
         return
-    settings.bundle_folder()
+    embedded.check_any()
     settings.attention()
     settings.replay()
     settings.runner()
+    settings.metrics_port()
     from . import models, runner
 
     models.register()
@@ -54,9 +57,32 @@ def _on_parameter(module: torch.nn.Module, name: str, parameter: torch.nn.Parame
     if not _DONE and parameter is not None and parameter.is_cuda:
         settings.load_bundle(parameter.device)
         _DONE.append(True)
+        serve_metrics(torch.cuda.current_device() if parameter.device.index is None else parameter.device.index)
 
 
 _DONE: list[bool] = []
+
+
+def serve_metrics(device: int) -> None:
+    """Add `hdispatch.metrics` to this process's default registry, and serve it where HDISPATCH_METRICS_PORT says so.
+
+    vLLM's /metrics shows the registry of its API server's process. Calls are made and counted in its workers, which are other
+    processes, unless the engine runs inside (VLLM_ENABLE_V1_MULTIPROCESSING=0). So a worker has a port of its own: that of the
+    variable for cuda:0, the next one for cuda:1, …
+    """
+    port = settings.metrics_port()
+    if importlib.util.find_spec("prometheus_client") is None:
+        if port:
+            settings.logger.warning("hdispatch: no metrics: pip install 'hdispatch[metrics]' for %s", settings.METRICS_PORT)
+        return
+    from ... import metrics
+
+    metrics.register()
+    if port:
+        import prometheus_client
+
+        prometheus_client.start_http_server(port + device)
+        settings.logger.info("hdispatch: metrics of cuda:%d on port %d", device, port + device)
 
 
 def _unfit() -> str:
@@ -105,8 +131,9 @@ def _switched_off() -> str:
         return f"{ALLOWED} is {allowed!r}, which leaves {NAME} out"
     if not settings.is_on():
         return f"{settings.SWITCH} is not 1: the plug-in does nothing"
-    settings.bundle_folder()
+    embedded.check_any()
     settings.attention()
     settings.replay()
     settings.runner()
+    settings.metrics_port()
     return ""

@@ -1,11 +1,10 @@
-"""What a person sets in the environment: HDISPATCH switches the plug-in on; HDISPATCH_BUNDLE, _ATTENTION, _REPLAY, _RUNNER."""
+"""What a person sets in the environment: HDISPATCH, the switch; HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _METRICS_PORT."""
 
 from __future__ import annotations
 
 import logging
 import os
 import threading
-from pathlib import Path
 
 import torch
 
@@ -13,10 +12,10 @@ from ... import runtime
 from ...errors import HdispatchError
 
 SWITCH = "HDISPATCH"
-BUNDLE = "HDISPATCH_BUNDLE"
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
 RUNNER = "HDISPATCH_RUNNER"
+METRICS_PORT = "HDISPATCH_METRICS_PORT"
 #: What HDISPATCH_ATTENTION takes -> what decode steps take then.
 ATTENTIONS = {
     "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
@@ -64,20 +63,16 @@ def _flag(name: str, yes: str, no: str) -> bool:
     return asked == "1"
 
 
-def bundle_folder() -> Path:
-    """The folder that HDISPATCH_BUNDLE names. `HdispatchError` if it names none."""
-    folder = os.environ.get(BUNDLE, "")
-    if not folder:
-        raise HdispatchError(
-            f"{SWITCH}=1 needs {BUNDLE}, the folder of a bundle; make one with `hdispatch build --target native --out DIR`"
-        )
-    if not Path(folder).is_dir():
-        raise HdispatchError(f"{BUNDLE} is {folder!r}, which is no folder; make one with `hdispatch build --out {folder}`")
-    return Path(folder)
+def metrics_port() -> int:
+    """HDISPATCH_METRICS_PORT, where the worker of cuda:0 serves its metrics; 0 for none. `HdispatchError` for another value."""
+    asked = os.environ.get(METRICS_PORT, "") or "0"
+    if not (asked.isascii() and asked.isdecimal() and int(asked) < 65536):
+        raise HdispatchError(f"{METRICS_PORT} is {asked!r}; it takes a port, 1 to 65535, or 0 (serve no metrics)")
+    return int(asked)
 
 
 def load_bundle(device: torch.device) -> None:
-    """Load the bundle of HDISPATCH_BUNDLE for a CUDA device, unless one serves it already. Nothing for another device.
+    """Load the default bundle (`hdispatch.load`) for a CUDA device, unless one serves it already. Nothing for another device.
 
     Call it when the process has chosen its device, as tensor parallel workers do after plug-ins are registered. Raises what
     `hdispatch.load` raises.
@@ -88,5 +83,5 @@ def load_bundle(device: torch.device) -> None:
     with _LOADING:
         if any(bundle.device == index for bundle in runtime.loaded()):
             return
-        bundle = runtime.load(bundle_folder(), device=index)
+        bundle = runtime.load(device=index)
     logger.info("hdispatch: %d rows of %s serve cuda:%d", bundle.rows, bundle.folder, index)

@@ -1,0 +1,1 @@
+"""`hdispatch bench ops`: GPU time per op over the models' shapes, beside torch.compile, vLLM's kernels, CUTLASS and cuBLAS."""

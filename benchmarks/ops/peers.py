@@ -1,0 +1,113 @@
+"""Who takes part in the op benchmark: hdispatch, torch.compile, vLLM's torch.ops._C (CUTLASS in it) and CuteDSL, cuBLAS."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hdispatch import ops
+from hdispatch.errors import HdispatchError
+from hdispatch.opspec import OpSpec, TensorArg
+from torch import Tensor
+
+Call = Callable[..., object]
+#: Makes the call of an op from the op's own arguments: what to call, and the arguments it takes.
+Bound = tuple[Call, tuple[Any, ...]]
+
+OURS = "hdispatch"
+OURS_TORCH = "torch.ops.hdispatch"
+VLLM = "torch.ops._C"
+COMPILE = "torch.compile"
+#: cuBLAS.
+TORCH_MM = "torch.mm"
+#: vLLM's two functions in CuteDSL: see `vllm_ll`.
+LL_BF16, SKINNY = "vLLM ll_bf16_gemm", "vLLM skinny_gemm"
+#: All that hdispatch is compared with, in the order of the report.
+PEERS = (COMPILE, VLLM, TORCH_MM, LL_BF16, SKINNY)
+
+#: vLLM's name of an op where it is another.
+VLLM_NAMES = {
+    "scaled_mm": "cutlass_scaled_mm",
+    "scaled_mm_blockwise": "cutlass_scaled_mm",
+    "ll_gemm_fp8": "cutlass_scaled_mm",
+}
+
+
+def load_vllm_ops(library: Path) -> None:
+    """Load vLLM's compiled ops; HdispatchError if torch cannot."""
+    try:
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        raise HdispatchError(f"--vllm-ops {library}: {str(error).splitlines()[0]}") from error
+
+
+def vllm_op(op: str) -> Any:
+    """vLLM's counterpart of an op, or None where the loaded library has none."""
+    return getattr(torch.ops._C, VLLM_NAMES.get(op, op), None)
+
+
+def bind_vllm(op: str, arguments: Sequence[Any]) -> Bound | None:
+    """vLLM's call with our arguments: in order, less what only we take, None for what only it takes."""
+    packet = vllm_op(op)
+    if packet is None:
+        return None
+    count = len(packet.default._schema.arguments)
+    given = _by_columns(*arguments) if op == "ll_gemm_fp8" else arguments
+    return packet, tuple([*given, *[None] * count][:count])
+
+
+def _by_columns(out: Tensor, x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor) -> list[Tensor]:
+    """As CUTLASS takes them: the weights [K, N] by columns, the scales a column and a row."""
+    return [out, x, w.t(), x_scale.reshape(-1, 1), w_scale.reshape(1, -1)]
+
+
+def bind_torch_mm(op: str, arguments: Sequence[Any]) -> Bound | None:
+    """`torch.mm(x, w.t(), out=out)`; its matrices are bfloat16, so it is the peer of one op."""
+    if op != "ll_gemm_bf16":
+        return None
+    out, x, w = arguments
+    wider = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
+    return functools.partial(torch.mm, out=out, **wider), (x, w.t())
+
+
+def bind_ours(op: str, arguments: Sequence[Any]) -> Bound:
+    """`hdispatch.ops.<op>`."""
+    return ops.get(op), tuple(arguments)
+
+
+def bind_ours_torch(op: str, arguments: Sequence[Any]) -> Bound:
+    """`torch.ops.hdispatch.<op>`."""
+    return getattr(torch.ops.hdispatch, op), tuple(arguments)
+
+
+#: Arguments that vLLM lays out by columns: the scales of a block-wise GEMM.
+BY_COLUMNS = {("scaled_mm_blockwise", "a_scales"), ("scaled_mm_blockwise", "b_scales")}
+
+
+def arrange(spec: OpSpec, arguments: Sequence[Any]) -> list[Any]:
+    """The arguments in the layouts and ranks that vLLM's forward uses."""
+    return [_arranged(spec, arg, value) for arg, value in zip(spec.args, arguments, strict=True)]
+
+
+def _arranged(spec: OpSpec, arg: object, value: Any) -> Any:
+    if not isinstance(arg, TensorArg) or not isinstance(value, Tensor):
+        return value
+    if (spec.name, arg.name) in BY_COLUMNS and arg.layout in ("columns", "any"):
+        return torch.empty_strided(value.shape, (1, value.shape[0]), dtype=value.dtype, device=value.device).copy_(value)
+    if arg.pad and value.dim() == 3 and value.shape[1] == 1:  # a row is [K] there
+        return value.squeeze(1)
+    return value
+
+
+def copied(arguments: Sequence[Any]) -> list[Any]:
+    """The same arguments in other memory, strides kept."""
+    return [_copy(value) if isinstance(value, Tensor) else value for value in arguments]
+
+
+def _copy(value: Tensor) -> Tensor:
+    if 0 in value.stride():  # elements that share memory
+        return value.clone()
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device).copy_(value)

@@ -1,0 +1,60 @@
+"""Where configs are measured: the points of an op, each a variant, sizes and a bucket of M."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..compile.op_package import OpPackage
+from ..opspec import OpSpec
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which candidates are collected.
+
+    variants          of an op; its typical one if None: a config is chosen for all variants alike
+    shapes, buckets   of an op; all if None
+    more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
+    radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion
+    spread            the options of a bucket are tried in so many buckets to either side
+    """
+
+    variants: Callable[[OpSpec], Iterable[str]] | None = None
+    shapes: Callable[[OpSpec], Iterable[dict[str, int]]] | None = None
+    buckets: Callable[[OpSpec], Iterable[int]] | None = None
+    more: tuple[Path, ...] = ()
+    radius: int = 1
+    spread: int = 1
+
+
+@dataclass(frozen=True)
+class Point:
+    """What options are for: the rows of a shape, in a bucket. `row` has their sizes; one that it leaves out is open."""
+
+    op: OpPackage
+    variant: str
+    row: tuple[tuple[str, int], ...]
+    bucket: int
+
+
+def points_of(package: OpPackage, scope: Scope, *, measured: bool = True) -> list[Point]:
+    """The points of an op that are measured; or those that are not, because others have the same sizes and more."""
+    spec = package.spec
+    variants = list(scope.variants(spec)) if scope.variants else [spec.typical_variant().name]
+    rows = list(scope.shapes(spec)) if scope.shapes else list(spec.shapes)
+    rows = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
+    buckets = list(scope.buckets(spec)) if scope.buckets else list(range(spec.ladders.count))
+    return [Point(package, variant, _items(row), bucket) for variant in variants for row in rows for bucket in buckets]
+
+
+def sizes_of(point: Point) -> dict[str, int]:
+    """All sizes to measure a point at, the buckets' edges included: open ones as the spec says."""
+    spec = point.op.spec
+    hinted = {symbol: spec.measured.get(symbol, spec.hint(symbol)) for symbol in spec.symbols() if symbol != "M"}
+    return {**hinted, **dict(point.row), **spec.ladders.edges(point.bucket)}
+
+
+def _items(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(sizes.items()))

@@ -1,0 +1,170 @@
+"""The tables of figures in README.md and docs/, made from benchmarks/results.
+
+    python scripts/figures.py            print every table
+    python scripts/figures.py --write    put each between its markers, `<!-- figures: NAME -->` and `<!-- /figures -->`
+
+tests/cpu/test_readme.py compares what stands between the markers with what is printed here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+MARKED = re.compile(r"<!-- figures: ([\w-]+) -->\n(.*?)<!-- /figures -->", re.DOTALL)
+
+#: Path of `bench dispatch` -> what a table calls it.
+PATHS = {
+    "cuLaunchKernelEx": "`cuLaunchKernelEx`, C loop (**floor**)",
+    "cuLaunchKernelEx-pdl": "`cuLaunchKernelEx` with the PDL attribute, C loop",
+    "hdispatch.ops": "**`hdispatch.ops`**",
+    "torch.ops.hdispatch": "**`torch.ops.hdispatch`**",
+    "torch.ops.hdispatch.default": "`torch.ops.hdispatch.….default` (torch's argument parser)",
+    "hdispatch.ops-nopdl": "`hdispatch.ops`, loaded with `pdl=False`",
+    "torch.ops._C": "vLLM's CUDA op, `torch.ops._C`",
+    "triton": "a Triton JIT kernel with five pointers",
+    "helion": "the same Helion kernel, called directly",
+    "helion-torch-op": "… behind a torch op with a key function, as in vLLM",
+    "cuda-graph": "replay of a CUDA graph of one launch",
+    "null-driver": "`hdispatch.ops`, null driver: everything but the driver call",
+}
+SIX = ("cuLaunchKernelEx", "hdispatch.ops", "torch.ops.hdispatch", "torch.ops._C", "triton", "cuda-graph")
+#: File, mode in it -> what a table calls it; None: another machine follows.
+SERVED = (
+    ("token-8b-replays", "graph", "vLLM, full CUDA graphs of decode steps, nothing compiled"),
+    ("token-8b-replays", "ours", "**these layers, `--enforce-eager`**"),
+    ("token-8b-sequence", "graph", "*another machine:* vLLM, the same graphs"),
+    ("token-8b-sequence", "compiled", "vLLM's default, compiled"),
+    ("token-8b-sequence", "ours", "**these layers, every kernel launched** (`HDISPATCH_REPLAY=0`)"),
+    ("token-8b-sequence", "ours+graph", "**these layers under vLLM's graphs**"),
+)
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n".replace("|  |", "| |") for line in lines)
+
+
+def microseconds(ns: float) -> str:
+    """Three or four digits: 0.146, 2.76, 28.3, 459."""
+    value = ns / 1000
+    digits = 3 if value < 1 else 2 if value < 10 else 1 if value < 50 else 0
+    return f"{value:.{digits}f} µs"
+
+
+def calls(folder: str, paths: tuple[str, ...]) -> str:
+    """Host time of one call through some paths."""
+    result: dict[str, Any] = json.loads((RESULTS / folder / "dispatch.json").read_text())
+    cells = {(row["path"], row["m"]): row for row in result["rows"]}
+    rows = []
+    for path in paths:
+        kinds = [cells.get((path, m)) for m in ("fixed", "cycling", "unseen")]
+        times = [microseconds(cell["median_ns"]) if cell else "" for cell in kinds]
+        ratio = cells[path, "fixed"]["floor_ratio"]
+        rows.append([PATHS[path], *times, f"{ratio:.2f}" if ratio else ""])
+    return markdown(["path", "M fixed", "M cycling over 2, 3, 7, 16", "M never seen before", "× floor (fixed)"], rows)
+
+
+def serve() -> str:
+    """ms per decode step of the whole engine."""
+    rows, batches = [], ("1", "8", "32", "128")
+    for file, mode, name in SERVED:
+        result = json.loads((RESULTS / "2026-11-26-h100-serve" / f"{file}.json").read_text())
+        mark = "**" if name.startswith("**") else ""
+        rows.append([name, *(f"{mark}{result['modes'][mode]['batches'][batch]:.2f}{mark}" for batch in batches)])
+    return markdown(["ms per decode step, batch", *batches], rows)
+
+
+def section(file: Path, title: str) -> Iterator[list[str]]:
+    """The lines of a printed table after its header, cut into cells at two spaces or more."""
+    lines = file.read_text().split(f"{title}", 1)[1].splitlines()
+    for line in lines[2:]:
+        if not line.strip():
+            return
+        yield re.split(r"\s{2,}", line.strip())
+
+
+def kernels() -> str:
+    """GPU time of kernels against peers, share of the roof, and calls from Python."""
+    file = RESULTS / "2026-11-21-h200-ops" / "ops.txt"
+    against: dict[str, dict[str, list[str]]] = {}
+    for op, peer, *cells in section(file, "speedups by op, warm buffers"):
+        against.setdefault(op, {})["torch.compile" if peer == "torch.compile" else "vLLM"] = cells
+    roofs = {(cells[0], cells[1]): cells for cells in section(file, "hdispatch, rotated buffers") if cells[2] == "8192"}
+    eager: dict[str, list[float]] = {}
+    for op, _shape, ours, torch_op, *vllm in section(file, "called from Python, M = 16, 8B"):
+        if vllm:
+            eager.setdefault(op, []).append(float(vllm[0]) / max(float(ours), float(torch_op)))
+    rows = []
+    for op, peers in against.items():
+        if op.startswith("ll_gemm"):
+            continue
+        compiled, vllm = peers.get("torch.compile"), peers.get("vLLM")
+        roof = roofs.get((op, "matrix")) or roofs.get((op, "memory"))
+        rows.append(
+            [
+                f"`{op}`",
+                compiled[1].removesuffix(" ×") if compiled else "–",
+                vllm[1].removesuffix(" ×") if vllm else "–",
+                f"{vllm[4].removesuffix(' ×')} ({vllm[5]})" if vllm else "–",
+                f"{roof[3].replace(' … ', '–').replace(' %', '', 1)} of {roof[1]}" if roof else "–",
+                f"{math.prod(eager[op]) ** (1 / len(eager[op])):.2f}" if op in eager and vllm else "–",
+            ]
+        )
+    worst = "worst cell against vLLM's"
+    return markdown(["op", "× torch.compile", "× vLLM's kernel", worst, "share of the roof, M = 8192", "eager, × vLLM's"], rows)
+
+
+def tuning() -> str:
+    """What was tuned, and what is lost by keeping few configs."""
+    header = ["op", "candidates", "best somewhere", "kept (≤ 2 % regret)", "mean regret", "worst", "compiling", "GPU"]
+    rows = []
+    for op, *cells in section(RESULTS / "2026-11-21-h200-tune" / "select.txt", "in graphs, 336 cells in 42.5 s."):
+        del cells[3]  # entries of the config file
+        if op == "op":
+            continue
+        if op == "all":
+            rows.append(["**all**", *cells[:3], "", *cells[3:]])
+        else:
+            rows.append([f"`{op}`", *cells])
+    return markdown(header, rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "calls": lambda: calls("2026-11-26-h100", SIX),
+    "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
+    "calls-h200": lambda: calls("2026-11-21-h200-2", tuple(PATHS)),
+    "serve": serve,
+    "kernels": kernels,
+    "tuning": tuning,
+}
+
+
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def main() -> None:
+    """Print, or write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
+    if not parser.parse_args().write:
+        for name, table in TABLES.items():
+            print(f"{name}\n\n{table()}")
+        return
+    for file in documents():
+        text = file.read_text()
+        file.write_text(MARKED.sub(lambda found: f"<!-- figures: {found[1]} -->\n{TABLES[found[1]]()}<!-- /figures -->", text))
+
+
+if __name__ == "__main__":
+    main()
