@@ -296,7 +296,7 @@ def host(peers: Peers, pool: torch.Tensor, rounds: int) -> dict[str, float]:
             calls[VLLM_HALF] = case.vllm_half(0, peers, metadata)
     if peers.unified:
         calls[TRITON] = case.unified(0, peers.unified)
-    op, args, batch = hdispatch.ops.get("attention_half"), case.half_args(0), 100
+    op, args, batch = hdispatch.registry.get("attention_half"), case.half_args(0), 100
     taken: dict[str, list[float]] = {name: [] for name in (*calls, "floor")}
     for _ in range(rounds):
         for name, call in calls.items():

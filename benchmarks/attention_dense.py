@@ -168,7 +168,7 @@ def leave_losses(file: Path, measured: list[list[dict[str, Any]]]) -> None:
     """Rewrites a config file of attention_dense, as the module's text says."""
     from hdispatch.compile import configs
 
-    spec = hdispatch.ops.spec("attention_dense")
+    spec = hdispatch.registry.spec("attention_dense")
     read = configs.read(file, spec)
     ratios: dict[tuple[int, int], list[float]] = defaultdict(list)
     for rows in measured:

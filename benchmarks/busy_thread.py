@@ -61,7 +61,7 @@ def single_calls(call: Callable[[], object]) -> list[int]:
 
 def paths(vllm_ops: Path | None) -> dict[str, Callable[[], object]]:
     """Every path, by name."""
-    spec = hdispatch.ops.spec(OP)
+    spec = hdispatch.registry.spec(OP)
     variant = spec.variant("bfloat16+residual")
     args = spec.sample(variant, {"M": 16, "K": 4096}, torch.device("cuda"), torch.Generator("cuda").manual_seed(0))
     ours, packet = getattr(hdispatch.ops, OP), getattr(torch.ops.hdispatch, OP)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import first_line
 from hdispatch.opspec import OpSpec, TensorArg
 
@@ -59,7 +59,7 @@ def functional(spec: OpSpec) -> Function:
 def compile_op(op: str) -> Function:
     """The op's function under torch.compile; the first call compiles it, for the shapes of that call."""
     torch._dynamo.reset()  # it finds compiled functions by code object, and all of these have the same
-    return compile_function(functional(ops.spec(op)))
+    return compile_function(functional(registry.spec(op)))
 
 
 def compile_function(function: Function) -> Function:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import HdispatchError, first_line
 from hdispatch.testing.device_timer import Replay, interleave, rotation_count
 from hdispatch.testing.host_timer import summarize
@@ -57,7 +57,7 @@ Binder = Callable[[str, Sequence[Any]], peers.Bound | None]
 
 def make_arguments(cell: Cell, device: torch.device, seed: int = 0) -> list[Any]:
     """Random arguments of a cell, laid out as vLLM has them."""
-    spec = ops.spec(cell["op"])
+    spec = registry.spec(cell["op"])
     generator = torch.Generator(device).manual_seed(seed)
     sampled = spec.sample(spec.variant(cell["variant"]), sizes_of(cell), device, generator)
     return peers.arrange(spec, sampled)
@@ -68,7 +68,7 @@ def measure(cell: Cell, binders: Mapping[str, Binder], device: torch.device, rou
     result = Measured()
     replays: dict[str, Replay] = {}
     arguments = make_arguments(cell, device)
-    moved, flops = call_bytes(ops.spec(cell["op"]), arguments, cell["m"]), call_flops(cell)
+    moved, flops = call_bytes(registry.spec(cell["op"]), arguments, cell["m"]), call_flops(cell)
     sets = [arguments]
     if cell["mode"] == "rotated":
         sets += [peers.copied(arguments) for _ in range(rotation_count(moved) - 1)]

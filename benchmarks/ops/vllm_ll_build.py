@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import BuildError, HdispatchError
 
 from .grid import op_shapes
@@ -90,7 +90,7 @@ def sources(vllm: Path) -> Path:
 
 def sizes() -> list[_Size]:
     """The op's shapes, the Ms of its ladder, the types of its output."""
-    spec = ops.spec(OP)
+    spec = registry.spec(OP)
     shapes = op_shapes(spec, spec.typical_variant())
     types_of_out = dict.fromkeys(variant.dtypes["out"] for variant in spec.served_variants())
     return [_Size(dtype, m, shape.k, shape.n) for dtype in types_of_out for shape in shapes for m in spec.ladder]

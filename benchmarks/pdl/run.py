@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
 
 import torch
-from hdispatch import ops, runtime
+from hdispatch import registry, runtime
 from hdispatch.bench import machine
 from hdispatch.bench.paths import Unavailable
 from hdispatch.errors import HdispatchError, first_line
@@ -212,8 +212,8 @@ def served_by(chain: Chain, bundle: runtime.Bundle) -> list[Served]:
     found: list[Served] = []
     for step in chain.steps:
         k, n = step.sizes.get("K", 0), step.sizes.get("N", 0)
-        variants = [variant.name for variant in ops.spec(step.op).variants()]
-        index = ops.get(step.op).pick(chain.m, k, n, variants.index(step.variant))
+        variants = [variant.name for variant in registry.spec(step.op).variants()]
+        index = registry.get(step.op).pick(chain.m, k, n, variants.index(step.variant))
         where = f"{step.op}, {step.variant}, K={k}, N={n}, M={chain.m}"
         if index is None:
             raise Unavailable(f"the bundle has no row of {where}")

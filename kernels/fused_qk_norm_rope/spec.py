@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.indices import check_indices
 from ..lib.reference_fp8 import random_rows
@@ -117,4 +117,5 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
     served=served,
+    vllm=VllmOp(NAME),
 )

@@ -111,7 +111,7 @@ def launch_tiles(
     a_tiles = TensorDescriptor(a, [m, k], [a.stride(0), 1], [rows, block_k])
     b_tiles = TensorDescriptor(b, [n, k], [b.stride(1), 1], [config["block_n"], block_k])
     tiles = ((m + block_m - 1) // block_m) * ((n + columns - 1) // columns)
-    grid, options = (min(tiles, config["programs"]),), _tile(config)
+    grid, options = (torch.sym_min(tiles, config["programs"]),), _tile(config)
     # The TMA kernel prefetches weights, by their addresses.
     weights, row = ((), ()) if is_pair else ((b,), (b.stride(1),))
     launcher(kernel, grid, out_tiles, a_tiles, b_tiles, *weights, *others, m, n, k, *row, *strides, **options, **constants)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
 from ..lib.reference_norm import random_weight, twice_rounded
@@ -75,4 +75,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
+    vllm=VllmOp(NAME),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, FloatArg, Form, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8, absmax, random_rows, upper_bound
 from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
@@ -104,4 +104,5 @@ SPEC = OpSpec(
     served=served,
     # The least of the shapes: a config for rows of that size takes no longer ones.
     hints={"K": 2048},
+    vllm=VllmOp(NAME, (Form("scale", "columns", flag="is_scale_transposed"),)),
 )

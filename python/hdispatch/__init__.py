@@ -12,7 +12,7 @@ from . import extension as _extension
 if _problem := _extension.problem():
     _extension.refuse(_problem)
 
-from . import ops
+from . import ops, registry
 from .errors import (
     ArgumentError,
     BuildError,
@@ -56,6 +56,7 @@ __all__ = [
     "read_bundle",
     "register",
     "registered",
+    "registry",
     "select_attention",
     "set_strict",
     "stats",

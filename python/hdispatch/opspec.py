@@ -176,6 +176,30 @@ class Fallback:
     beyond_ladder: bool = False
 
 
+@dataclass(frozen=True)
+class Form:
+    """Where vLLM's kernel presumes how a matrix lies in memory, and ours reads its strides.
+
+    "rows": contiguous. "columns": columns contiguous, with any distance between them; "packed": with none. "either": as the
+    strides say. With `flag`, the name of a flag: `form` where it is set, rows where it is not. Other calls are misses.
+    """
+
+    arg: str
+    form: Literal["rows", "columns", "packed", "either"]
+    flag: str | None = None
+
+
+@dataclass(frozen=True)
+class VllmOp:
+    """An op of vLLM's, `torch.ops._C.<op>`, whose calls an op serves: the same arguments in the same order.
+
+    The last argument may be in one of the two only. Several ops may serve one: the first, by name, that takes a call.
+    """
+
+    op: str
+    forms: tuple[Form, ...] = ()
+
+
 Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
 
 #: A value that is compiled in.
@@ -243,6 +267,7 @@ class OpSpec:
                                 have: where sums cancel, a row's scale says what rounding may lose.
     hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
     measured                    sizes to measure candidates at of symbols that rows leave open; `hints` for the others.
+    vllm                        the op of vLLM's that `override_vllm_ops` lets it serve; see `VllmOp`.
     workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
     fallback                    what serves calls that no row does; `reference` if None. See `Fallback`.
     """
@@ -263,6 +288,7 @@ class OpSpec:
     fallback: Fallback | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
     workspace: WorkspaceArg | None = None
+    vllm: VllmOp | None = None
 
     def __post_init__(self) -> None:
         """Refuse a declaration that cannot be dispatched."""

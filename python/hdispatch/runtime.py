@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, embedded, functions, host, ops
+from . import _C, embedded, functions, host, registry
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -345,12 +345,12 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     where = folder / MANIFEST_NAME
     found: dict[str, _C.Op] = {}
     for name, entry in manifest["ops"].items():
-        if name not in ops.names():
+        if name not in registry.names():
             raise BundleError(
-                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
+                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(registry.names()))}"
             )
-        ops.spec(name).check_same(entry, where, "rebuild")
-        found[name] = ops.get(name)
+        registry.spec(name).check_same(entry, where, "rebuild")
+        found[name] = registry.get(name)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}
     try:
@@ -383,10 +383,10 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
     name the op of the step, and a fallback is a call whose steps were made one by one. `reset` starts again from zero after
     reading.
     """
-    found = {name: _C.stats(ops.get(name)) for name in ops.names()} | _C.sequence_stats()
+    found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats()
     if reset:
-        for name in ops.names():
-            _C.reset_stats(ops.get(name))
+        for name in registry.names():
+            _C.reset_stats(registry.get(name))
         _C.reset_sequence_stats()
     return found
 

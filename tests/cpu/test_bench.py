@@ -154,7 +154,7 @@ def test_arguments_have_the_sizes_of_m():
 
 @pytest.mark.parametrize("op", available_ops())
 def test_arguments_of_every_op_are_taken(op):
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     variant = spec.variant(dispatch.choose_variant(spec))
     sizes = {"K": 128, "N": 32} if "head_dim" in spec.config_key else {"K": 512, "N": 256}
     made = Workload(spec, variant, sizes, 16, torch.device("cpu"), 64)
@@ -170,7 +170,7 @@ def test_arguments_of_every_op_are_taken(op):
 
 
 def test_shapes_that_a_row_leaves_open_are_as_the_op_hints():
-    spec = hdispatch.ops.spec("rms_norm")
+    spec = hdispatch.registry.spec("rms_norm")
     assert dispatch.choose_shape(spec, None, [{"K": 128}]) == {"K": 128, "N": spec.hint("N")}
     assert dispatch.choose_shape(spec, None, [{}]) == {"K": spec.hint("K"), "N": spec.hint("N")}
     assert dispatch.choose_shape(toy.SPEC, None) == {"K": 64}

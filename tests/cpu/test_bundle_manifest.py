@@ -145,11 +145,11 @@ def test_manifests_that_are_refused(good, tmp_path, case):
 
 
 def test_a_record_of_two_ops(good, tmp_path):
-    if "toy_twin" not in hdispatch.ops.names():
-        hdispatch.ops.define(dataclasses.replace(toy.SPEC, name="toy_twin"))
+    if "toy_twin" not in hdispatch.registry.names():
+        hdispatch.registry.define(dataclasses.replace(toy.SPEC, name="toy_twin"))
 
     def share(manifest: dict[str, Any]) -> None:
-        manifest["ops"]["toy_twin"] = {**manifest["ops"]["toy"], "schema": hdispatch.ops.spec("toy_twin").schema()}
+        manifest["ops"]["toy_twin"] = {**manifest["ops"]["toy"], "schema": hdispatch.registry.spec("toy_twin").schema()}
         manifest["rows"].append({**manifest["rows"][0], "op": "toy_twin"})
 
     toy.write(tmp_path / "bad", changed(share))

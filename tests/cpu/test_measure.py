@@ -218,7 +218,7 @@ def test_what_no_l2_keeps_is_not_timed_warm(bundle, tmp_path, monkeypatch, limit
 
 
 def test_weights_have_the_same_size_for_every_m():
-    spec = hdispatch.ops.spec("ll_gemm_fp8")
+    spec = hdispatch.registry.spec("ll_gemm_fp8")
     names = [arg.name for arg in spec.args]
     assert cell_arguments.weights(spec, names) == ["w", "w_scale"]
 

@@ -99,7 +99,7 @@ def one_at_a_time(chain, arena, start):
     chain.restart(start)
     for number, step in enumerate(chain.steps):
         inputs, expected = copy(step.arguments), copy(step.arguments)
-        hdispatch.ops.spec(step.op).reference(*expected)
+        hdispatch.registry.spec(step.op).reference(*expected)
         torch.cuda.synchronize()
         step.call()()
         torch.cuda.synchronize()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import ops, runtime
+from .. import ops, registry, runtime
 from ..errors import HdispatchError, first_line
 from ..manifest import read_bundle
 from ..opspec import OpSpec
@@ -140,7 +140,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
 
 
 def _setup(options: Options) -> Setup:
-    spec = ops.spec(options.op)
+    spec = registry.spec(options.op)
     if options.rounds < 1 or options.calls < 1:
         raise HdispatchError(f"rounds is {options.rounds} and calls {options.calls}; each is at least 1")
     rows = [row for row in read_bundle(options.bundle)[0]["rows"] if row["op"] == spec.name] if options.bundle else []

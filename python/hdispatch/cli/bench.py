@@ -178,10 +178,10 @@ def _check(arguments: argparse.Namespace) -> None:
 
 def _build_small(options: Any, folder: Path) -> Any:
     """Options with a bundle of the one variant and shape that is measured, or with the reason why there is none."""
-    from .. import ops
+    from .. import registry
     from ..bench import dispatch
 
-    spec = ops.spec(options.op)
+    spec = registry.spec(options.op)
     shape = dispatch.choose_shape(spec, options.hidden)
     variant = spec.variant(options.variant or dispatch.choose_variant(spec)).name
     target = "h200" if options.device == "cpu" else default_target()

@@ -125,9 +125,9 @@ def _examine_extension(problem: str) -> dict[str, Any]:
     }
     if problem:
         return found
-    from .. import _C, ops
+    from .. import _C, registry
 
-    return found | {"file": _C.__file__, "ops": sorted(ops.names())}
+    return found | {"file": _C.__file__, "ops": sorted(registry.names())}
 
 
 def _examine_driver(extension: bool) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import torch
 
-from .. import ops
+from .. import registry
 from ..errors import BundleError
 from ..manifest import artifacts_of, class_of, ladders_of
 from ..runtime import strict
@@ -129,7 +129,7 @@ class Bench:
                 raise BundleError(f"record {index} has no code for M = {cell['M']}; make the candidates again")
             record = {**record, "cubins": {only: record["cubins"][only]}}
         return OneRow(
-            op=ops.get(cell["op"]),
+            op=registry.get(cell["op"]),
             ladders=ladders_of(manifest["ops"][cell["op"]]),
             variant=cell["variant"],
             k=cell["K"],

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import _C, ops
+from .. import _C, registry
 from ..errors import HdispatchError
 from ..manifest import MANIFEST_NAME
 from . import timings
@@ -217,7 +217,7 @@ def _identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
 def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
     """Refuse a bundle whose ops are not the installed ones."""
     for name, entry in bundle["manifest"]["ops"].items():
-        ops.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
+        registry.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
 
 
 def _current_device() -> int:
