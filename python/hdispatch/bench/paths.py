@@ -14,9 +14,9 @@ import torch
 
 from .. import _C, functions, runtime
 from ..errors import HdispatchError, first_line
-from ..ops import get as get_op
-from ..ops import spec as spec_of
 from ..opspec import TensorArg, Variant
+from ..registry import get as get_op
+from ..registry import spec as spec_of
 from ..testing.host_timer import WARM_CALLS, Batch, call_batch
 from .workload import CYCLE, M_KINDS, Arguments, MakeBatch, MKind, Workload, unseen_pool
 
