@@ -34,7 +34,7 @@ SUMS = ("rms_norm", "fused_add_rms_norm", "fused_qk_norm_rope", "rms_norm_dynami
 ROWS, ELEMENTS = 2048, 2**25
 #: For the sizes that a row leaves open.
 OPEN = {"K": 3072, "N": 1024}
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclasses.dataclass

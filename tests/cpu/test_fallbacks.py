@@ -115,6 +115,8 @@ def test_rows_without_elements(door, name, empty):
         pytest.skip(f"no {empty}")
     if "head_dim" in {*spec.config_key, *spec.typical_variant().static} and name != "fused_qk_norm_rope":
         pytest.skip("what it takes has heads in dimensions of any size")
+    if name in ("argmax", "decode_inputs"):
+        pytest.skip("what it makes is chosen from N, which is at least 1")
     args = spec.sample(spec.typical_variant(), sizes_of(name, 4), torch.device("cpu"), torch.Generator())
     sizes = {**sizes_of(name, 4), empty: 0}
     for i, arg in enumerate(spec.args):

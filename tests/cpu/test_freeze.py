@@ -328,7 +328,7 @@ def write_op(folder: Path, kernel: str) -> str:
         ("raise ValueError('no luck')", "ValueError: no luck"),
         (
             "import os, sys; print('last words', file=sys.stderr, flush=True); os.abort()",
-            "ended with status -6; it said:\n.*last words",
+            "ended with status -6; it said:\\s.*last words",
         ),
     ],
 )

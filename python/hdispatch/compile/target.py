@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,7 +17,6 @@ from typing import Any
 
 import torch
 
-from .. import _C
 from ..errors import BuildError
 from ..manifest import Target
 
@@ -136,8 +136,10 @@ def install(target: GpuTarget) -> None:
 
 
 def _guard_library() -> Path:
-    assert _C.__file__ is not None
-    library = Path(_C.__file__).with_name(GUARD_LIBRARY)  # each torch has its own
+    # By name: it is compiled, and its import would make all of hdispatch a part of what records depend on.
+    door = sys.modules["hdispatch._C"].__file__
+    assert door is not None
+    library = Path(door).with_name(GUARD_LIBRARY)  # each torch has its own
     if not library.is_file():
         raise BuildError(
             f"there is no {library}; torch {torch.__version__} has no CUDA, so building needs it: "
