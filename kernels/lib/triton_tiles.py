@@ -50,11 +50,13 @@ def start_stream(
     With SPLIT > 1 a tile takes BLOCK_N / SPLIT weights and cuts K into SPLIT pieces, which are stacked: as rows of the
     weights and as columns of a. Blocks off the diagonal mix two pieces and are dropped. So more programs share the stream.
 
-    Returns the tile's row and column, the K of a piece, and of each row of weights where its K begins and its address.
+    Returns the tile's row and column, the K of a piece, the numbers below BLOCK_K, and of each row of weights where its K
+    begins and its address.
     """
     ROWS: tl.constexpr = BLOCK_N // SPLIT
     tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, ROWS), GROUP)
     piece = tl.cdiv(K, SPLIT * BLOCK_K) * BLOCK_K
+    k = tl.arange(0, BLOCK_K)
     row = tl.arange(0, BLOCK_N)
     row_k = row // ROWS * piece
     weights = b + tl.minimum(tile_n * ROWS + row % ROWS, N - 1).to(tl.int64) * stride_b + row_k
@@ -65,7 +67,7 @@ def start_stream(
         tl.extra.cuda.gdc_wait()
         # Dependents wait for all of this kernel anyway; started now, they can fetch weights of their own.
         tl.extra.cuda.gdc_launch_dependents()
-    return tile_m, tile_n, piece, row_k, weights
+    return tile_m, tile_n, piece, k, row_k, weights
 
 
 @triton.jit

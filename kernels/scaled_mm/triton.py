@@ -74,11 +74,10 @@ def stream_kernel(
     See `start_stream` for SPLIT.
     """
     ROWS: tl.constexpr = BLOCK_N // SPLIT
-    tile_m, tile_n, piece, row_k, weights = tiles.start_stream(
+    tile_m, tile_n, piece, k, row_k, weights = tiles.start_stream(
         b, M, N, K, stride_b, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, GROUP, PREFETCH, PDL
     )
     column_m, column_k, tokens = tiles.stacked_rows(a, tile_m, piece, stride_a, BLOCK_M, SPLIT)
-    k = tl.arange(0, BLOCK_K)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     a_scale = tl.load(a_scales + m.to(tl.int64) * stride_as, mask=m < M, other=0.0)
     n = tile_n * ROWS + tl.arange(0, ROWS)

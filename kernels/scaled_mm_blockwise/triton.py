@@ -82,11 +82,10 @@ def stream_kernel(
     """out.T = weights @ a.T, as in `scaled_mm`. BLOCK_N / SPLIT divides 128: the weights of a tile share their scales."""
     GROUP_SIZE: tl.constexpr = 128
     ROWS: tl.constexpr = BLOCK_N // SPLIT
-    tile_m, tile_n, piece, row_k, weights = tiles.start_stream(
+    tile_m, tile_n, piece, k, row_k, weights = tiles.start_stream(
         b, M, N, K, stride_b, BLOCK_M, BLOCK_N, GROUP_SIZE, SPLIT, GROUP, PREFETCH, PDL
     )
     column_m, column_k, tokens = tiles.stacked_rows(a, tile_m, piece, stride_a, BLOCK_M, SPLIT)
-    k = tl.arange(0, GROUP_SIZE)
     # Off the diagonal nothing is right anyway: a column's own piece of K says which scale of the weights it takes.
     first = column_k // GROUP_SIZE
     a_scale = a_scales + column_m.to(tl.int64) * stride_am + first.to(tl.int64) * stride_ak
