@@ -56,13 +56,15 @@ def pip(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments], check=True)
 
 
-def build(torches: list[Path], out: Path) -> Path:
-    """The wheel for those torches."""
+def build(torches: list[Path], out: Path, bundle: Path | None) -> Path:
+    """The wheel for those torches, with a bundle if there is one."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = {
             "cmake.define.HDISPATCH_TORCH": ";".join(map(str, torches)),
             "build-dir": str(ROOT / "build" / "wheels" / "{wheel_tag}"),
         }
+        if bundle:
+            settings["cmake.define.HDISPATCH_EMBED_BUNDLE"] = str(bundle.resolve())
         options = [f"--config-settings={name}={value}" for name, value in settings.items()]
         pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", *options, "--wheel-dir", scratch, str(ROOT))
         made = next(Path(scratch).glob("hdispatch-*.whl"))
@@ -80,9 +82,10 @@ def main() -> None:
     parser.add_argument("--torch", nargs="+", required=True, help="versions, wheels or folders of torch, one per minor version")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the wheel goes (default: dist)")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "torch", help="where headers and libraries are kept")
+    parser.add_argument("--bundle", type=Path, help="archive of a bundle to embed, as `hdispatch build --archive` writes it")
     options = parser.parse_args()
     torches = [torch_folder(wanted, options.cache) for wanted in options.torch]
-    print(build(torches, options.out))
+    print(build(torches, options.out, options.bundle))
 
 
 if __name__ == "__main__":

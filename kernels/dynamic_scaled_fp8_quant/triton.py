@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
@@ -59,7 +60,7 @@ def launch(result, input, scale, *, config, _launcher):
     if m * (k - 8) > LIMIT:
         raise ValueError(f"dynamic_scaled_fp8_quant: input has {m * k} elements; the kernel is for up to {LIMIT}")
     tiles = ((m + config["rows"] - 1) // config["rows"]) * ((k + config["block"] - 1) // config["block"])
-    grid, tile = (min(config["programs"], tiles),), {"ROWS": config["rows"], "BLOCK": config["block"]}
+    grid, tile = (torch.sym_min(tiles, config["programs"]),), {"ROWS": config["rows"], "BLOCK": config["block"]}
     _launcher(dynamic_scaled_fp8_quant, grid, result, input, scale, m, k, input.stride(0), **tile, **launch_options(config))
 
 

@@ -6,6 +6,7 @@ import io
 import lzma
 import os
 import tarfile
+import tempfile
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
@@ -30,27 +31,30 @@ def check_file(file: Path) -> None:
         raise HdispatchError(f"cannot write {file}: {file.parent} is not a folder")
 
 
-def pack(folder: Path, file: Path) -> None:
+def pack(folder: Path, file: Path, top: str = "") -> None:
     """Write a bundle's folder to an archive, the manifest first. `HdispatchError` if the file cannot be written.
 
-    The bytes depend on the names and contents alone, so equal bundles make equal archives.
+    The bytes depend on the names and contents alone, so equal bundles make equal archives. Another process may write the same
+    file: it is then the one's or the other's.
+
+    top  folder of the archive that holds all of it; "": none
     """
     names = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), str(path)))
     raw = io.BytesIO()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for path in names:
             content = path.read_bytes()
-            member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            member = tarfile.TarInfo(PurePosixPath(top, path.relative_to(folder)).as_posix())
             member.size, member.mode = len(content), 0o644
             archive.addfile(member, io.BytesIO(content))
-    scratch = file.with_name(f".{file.name}.new")
+    packed = lzma.compress(raw.getvalue())
     try:
-        scratch.write_bytes(lzma.compress(raw.getvalue()))
-        scratch.replace(file)
+        with tempfile.TemporaryDirectory(prefix=f".{file.name}.", dir=file.parent) as scratch:
+            made = Path(scratch, file.name)
+            made.write_bytes(packed)
+            made.replace(file)
     except OSError as error:
         raise HdispatchError(f"cannot write {file}: {error.strerror}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 class Archive:

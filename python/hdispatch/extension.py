@@ -74,8 +74,8 @@ def refuse(why: str) -> NoReturn:
     """ImportError with the problem. Where the command line is what imports hdispatch, it says so in its own words and ends."""
     if not _is_command():
         raise ImportError(why)
-    # By name: what a record depends on is found by import statements, and the command line is no part of it.
-    doctor = importlib.import_module(".cli.doctor", __package__)
+    from .cli import doctor
+
     sys.exit(doctor.run_without_extension(sys.argv[1:], why))
 
 

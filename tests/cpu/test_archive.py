@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import lzma
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,3 +150,26 @@ def test_where_it_cannot_be_written(folder: Path, tmp_path: Path) -> None:
         archive.check_file(tmp_path / "none" / "bundle.tar.xz")
     with pytest.raises(hdispatch.HdispatchError, match="cannot write"):
         archive.pack(folder, tmp_path / "none" / "bundle.tar.xz")
+
+
+def test_two_processes_write_the_same_file(tmp_path: Path, folder: Path) -> None:
+    """It is whole whenever somebody looks, and nothing is left beside it."""
+    file = tmp_path / "out" / "bundle.tar.xz"
+    file.parent.mkdir()
+    faults: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            for _ in range(10):
+                archive.pack(folder, file)
+                archive.Archive(file).read("manifest.json")
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert list(file.parent.iterdir()) == [file]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from hdispatch.cli.main import main
 from hdispatch.manifest import LIBRARY, FfiArg
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 from hdispatch.testing import null
+
+pytestmark = pytest.mark.usefixtures("nothing_serves")  # other tests' rows
 
 NAME = "ffi_scale"
 
@@ -84,22 +85,6 @@ NAMES = ("count_calls", "scale", "transposed", "returns_an_object")
 def module() -> Any:
     cpp = pytest.importorskip("tvm_ffi.cpp", reason="needs apache-tvm-ffi: pip install 'hdispatch[ffi]'")
     return cpp.load_inline("hdispatch_test_functions", cpp_sources=SOURCE, functions=list(NAMES))
-
-
-@pytest.fixture(autouse=True)
-def nothing_serves() -> Iterator[None]:
-    """Other tests' rows are none of ours."""
-
-    def clear() -> None:
-        for each in hdispatch.registered():
-            each.unregister()
-        for bundle in hdispatch.loaded():
-            bundle.unload()
-        hdispatch.stats(reset=True)
-
-    clear()
-    yield
-    clear()
 
 
 def register(function: object, key: Key | None = None, **options: Any) -> hdispatch.Registration:

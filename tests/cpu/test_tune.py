@@ -67,11 +67,12 @@ PROGRAM = """
 import sys
 sys.path.append(FOLDER)
 from pathlib import Path
+from hdispatch import archive
 from hdispatch.tune import collect, points
 here = Path(FOLDER)
 report = collect.collect(["tuned_op"], "h200", here / OUT, cache=here / "cache", extra=["tuned_op"], jobs=1,
                          scope=points.Scope(more=(here / "more",)))
-collect.archive(here / OUT, here / (OUT + ".tar.xz"))
+archive.pack(here / OUT, here / (OUT + ".tar.xz"), top=OUT)
 op = report.ops["tuned_op"]
 print(op.options, op.units, op.from_cache, op.records, op.cells, op.pairs, op.same_code, len(op.dropped))
 """
@@ -189,7 +190,8 @@ def test_helions_own_space_and_the_command_line(tmp_path, capsys):
         (["--ops", "silu_and_mul", "--buckets", "3"], "'3' is no upper edge of silu_and_mul"),
         (["--ops", "silu_and_mul", "--shapes", "N=7"], "--shapes has none of silu_and_mul"),
         (["--configs", "/nowhere"], "--configs /nowhere is not a folder"),
-        (["--archive", "/nowhere/x"], "cannot write /nowhere/x"),
+        (["--archive", "/nowhere/x.tar.xz"], "cannot write /nowhere/x.tar.xz"),
+        (["--archive", "/nowhere/x"], "/nowhere/x does not end in .tar.xz"),
         (["--jobs", "0", "--ops", "silu_and_mul"], "jobs is 0"),
     ],
 )

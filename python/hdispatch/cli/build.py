@@ -182,7 +182,7 @@ def to_json(report: BuildReport) -> dict[str, Any]:
 
 
 def describe(report: BuildReport) -> str:
-    """The report in words."""
+    """The report as text."""
     made = f"{count(report.records, 'record')} ({report.cache_hits} from the cache), {count(report.cubins, 'cubin')}"
     lines = [
         f"{report.out}: {count(report.rows, 'row')} for {report.target.name} ({report.target.arch})",

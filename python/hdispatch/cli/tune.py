@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import archive
 from ..errors import HdispatchError
 from ..opspec import OpSpec
 from . import numbers
@@ -27,7 +28,7 @@ Choose the configs of ops in three steps, of which only the second needs the GPU
 
   hdispatch tune candidates --out cand --archive cand.tar.xz    what to measure, compiled; on any machine
   hdispatch tune measure cand --out timings.jsonl               every candidate at every size, on the GPU; can be resumed
-  hdispatch tune select timings.jsonl                           the fewest configs that are nearly the best -> configs/
+  hdispatch tune select timings.jsonl                           few configs that are nearly the best -> configs/
 
 and a further source of candidates, for whoever has the GPU hours:
 
@@ -51,8 +52,8 @@ timeout and left out from then on, and a new process goes on with the others.
 """
 
 SELECT = """\
-Choose, from timings, the smallest set of configs per op that stays within the allowed regret (how much slower than the best
-measured config) at every size and bucket, and write configs/<op>/<gpu>.json in vLLM's format, with the times and versions
+Choose, from timings, few configs per op that stay within the allowed regret (how much slower than the best measured config) at
+every size and bucket, and write configs/<op>/<gpu>.json in vLLM's format, with the times and versions
 beside it in <gpu>.tuned.json. Entries for sizes without timings are kept.
 """
 
@@ -148,11 +149,11 @@ def _add_helion(parser: argparse.ArgumentParser) -> None:
 def run_candidates(arguments: argparse.Namespace) -> int:
     """Collect, compile, print the report."""
     with build_wing():
-        from ..tune.collect import archive, collect
+        from ..tune.collect import collect
     if missing := next((folder for folder in arguments.configs if not folder.is_dir()), None):
         raise HdispatchError(f"--configs {missing} is not a folder")
-    if arguments.archive and not arguments.archive.resolve().parent.is_dir():
-        raise HdispatchError(f"cannot write {arguments.archive}: {arguments.archive.parent} is not a folder")
+    if arguments.archive:
+        archive.check_file(arguments.archive)
     with timed_progress() as progress:
         report = collect(
             split(arguments.ops),
@@ -164,7 +165,7 @@ def run_candidates(arguments: argparse.Namespace) -> int:
             progress=progress,
         )
     if arguments.archive:
-        archive(arguments.out, arguments.archive)
+        archive.pack(arguments.out, arguments.archive, top=arguments.out.resolve().name)
     if arguments.json:
         print_json(_candidates_json(report))
     else:
@@ -216,8 +217,8 @@ def _chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
     return choose
 
 
-def describe_candidates(report: CandidateReport, archive: Path | None) -> str:
-    """The report in words."""
+def describe_candidates(report: CandidateReport, packed: Path | None) -> str:
+    """The report as text."""
     lines = [
         [op, *map(str, (o.options, o.units, len(o.dropped), o.from_cache, o.records, o.cells, o.pairs)), f"{o.seconds:.0f} s"]
         for op, o in report.ops.items()
@@ -229,9 +230,9 @@ def describe_candidates(report: CandidateReport, archive: Path | None) -> str:
         parts.append("\n".join(["dropped", *(f"  {_words_of_dropped(each)}" for each in dropped)]))
     if report.notes:
         parts.append("\n".join(report.notes))
-    packed = f", {archive}: {size(archive.stat().st_size)}" if archive else ""
+    beside = f", {packed}: {size(packed.stat().st_size)}" if packed else ""
     parts.append(
-        f"{report.out}: {size(report.bytes)} for {report.target.name}{packed}, {duration(report.seconds * 1e9)}\n"
+        f"{report.out}: {size(report.bytes)} for {report.target.name}{beside}, {duration(report.seconds * 1e9)}\n"
         f"next, on the GPU: hdispatch tune measure {report.out} --out timings.jsonl"
     )
     return "\n\n".join(parts)
@@ -307,7 +308,7 @@ def run_select(arguments: argparse.Namespace) -> int:
 
 
 def describe_selection(reports: Sequence[OpReport], dry_run: bool) -> str:
-    """The report in words."""
+    """The report as text."""
     lines = [
         [
             r.op,

@@ -1,4 +1,4 @@
-"""What is to be built: units of work, and the buckets and classes of M that they serve."""
+"""Units of work of a build, and the buckets and classes of M that they serve."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OPEN_BUCKET_M = 2**15
 
 @dataclass(frozen=True)
 class Unit:
-    """What records are built from: one config for some buckets of a variant and shape. Plain data.
+    """The source of records: one config for some buckets of a variant and shape. Plain data.
 
     package   dotted name of the package with the op's spec.py and `<backend>.py`
     shape     the sizes that are compiled in
@@ -67,13 +67,13 @@ class Built(TypedDict):
 
 
 class BuiltEntry(TypedDict):
-    """What the build cache keeps of a unit: all of its records."""
+    """The build cache's entry for a unit: all of its records."""
 
     built: list[Built]
 
 
 class RefusedEntry(TypedDict):
-    """What the build cache keeps of a unit that cannot be built: why not."""
+    """The build cache's entry for a unit that cannot be built: the reason."""
 
     problem: str
 
@@ -88,7 +88,7 @@ def load_spec(package: str) -> OpSpec:
 
 
 def early_reads(module: ModuleType, spec: OpSpec, variant: Variant) -> tuple[str, ...]:
-    """What of a kernel module's EARLY_READS the variant has: tensors that its code may read before it waits."""
+    """The tensors of a kernel module's EARLY_READS that the variant has: its code may read them before it waits."""
     given = getattr(module, "EARLY_READS", ())
     tensors = [arg.name for arg in spec.tensors()]
     if not isinstance(given, tuple) or set(given) - set(tensors):
@@ -99,7 +99,7 @@ def early_reads(module: ModuleType, spec: OpSpec, variant: Variant) -> tuple[str
 
 
 def serves(m_min: int, m_max: int, ladders: Ladders, bucket: int, closed: bool = False) -> bool:
-    """Whether m_min..m_max holds every M of a bucket; of the open one, for its Ms up to OPEN_BUCKET_M and past its edge.
+    """Whether m_min..m_max holds every M of a bucket. The open bucket counts up to OPEN_BUCKET_M, and past its edge.
 
     `closed`: the last bucket is not open, it ends at its edge.
     """
@@ -110,7 +110,7 @@ def serves(m_min: int, m_max: int, ladders: Ladders, bucket: int, closed: bool =
 
 
 def serves_second(low: int, high: int, ladders: Ladders, bucket: int) -> bool:
-    """The same of the values of the second ladder's integer; of an op that has one."""
+    """Whether low..high holds every value of the second ladder's integer in a bucket, likewise."""
     first, last = ladders.second_bounds(bucket)
     return low <= first and high >= (last or max(OPEN_BUCKET_M, ladders.second[-1] + 1))
 

@@ -29,7 +29,7 @@ Row = tuple[tuple[tuple[str, int], ...], int]
 
 @dataclass
 class BuildReport:
-    """What a build did.
+    """The result of a build.
 
     rows, records, cubins   of the bundle; cubins counts files
     bytes                   of the bundle, all files
@@ -118,12 +118,12 @@ def build(
 
 
 def buildable_ops() -> list[str]:
-    """Those of `available_ops` that have a kernel of a backend that is installed."""
+    """The ops of `available_ops` that have a kernel of an installed backend."""
     return sorted(_buildable(op_package.find(None), []))
 
 
 def _buildable(packages: Mapping[str, OpPackage], notes: list[str]) -> dict[str, OpPackage]:
-    """Those with a kernel of a backend that is installed; the others are noted."""
+    """The ops with a kernel of an installed backend; the others are noted."""
     found = {}
     for name, package in packages.items():
         absent = [missing(backend) for backend in package.backends]
@@ -135,7 +135,7 @@ def _buildable(packages: Mapping[str, OpPackage], notes: list[str]) -> dict[str,
 
 
 def _units(package: OpPackage, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
-    """What is compiled for an op: a unit per variant, config and sizes that are compiled in, with the rows it serves."""
+    """The units of an op: one per variant, config and sizes that are compiled in, with the rows it serves."""
     spec, backends = package.spec, package.backends
     file, note = configs.find(spec, target, package.configs) or first_candidates(package, target)
     if note:

@@ -47,7 +47,7 @@ class Ignored:
     """Stands for a flag that every variant accepts: a host function that looks at it would depend on the call."""
 
     def __bool__(self) -> bool:
-        """Refuses."""
+        """Raise."""
         raise BuildError("the host function looks at a flag without values; list them in the op's spec: BoolArg(name)")
 
 
@@ -57,7 +57,7 @@ class CallMaker:
 
     Free are M, the sizes that `shape` leaves out, `*` dimensions, free strides, run-time integers and floats. A free
     integer is a leaf of the record's expressions and has the leaf's name: "M", "K", "x.size(0)", "x.stride(0)", "heads".
-    The integer with a ladder is thought of as `second`; None: its first edge.
+    `second` is the example value of the integer with a ladder; None: its first edge.
     """
 
     spec: OpSpec
@@ -66,9 +66,9 @@ class CallMaker:
     second: int | None = None
 
     def symbolic(self, hint: int, *, floats: bool = True) -> Call:
-        """A call with all that is free symbolic, floats if asked for; M is thought of as `hint` (at least 2).
+        """A call whose free sizes are symbolic (floats too, if `floats`).
 
-        A hint of 1 would merge M with every size that is 1.
+        `hint` is the example M, at least 2: a hint of 1 would merge M with every size that is 1.
         """
         env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
         call = Call(self._host_names(), (), FakeTensorMode(shape_env=env), env)
@@ -158,12 +158,12 @@ class CallMaker:
         return max(math.prod(self._known_dims(arg, whole)) for arg in self.present())
 
     def dims(self) -> set[int]:
-        """Every size that is known, and the ones thought of."""
+        """Every size that is known, and the example sizes."""
         whole = {**self._sizes(None), "M": 1}
         return {size for arg in self.present() for size in self._known_dims(arg, whole)}
 
     def other_sizes(self) -> list[dict[str, int]]:
-        """More values of the generic sizes, to hold a record against."""
+        """More values of the generic sizes, at which a record is checked."""
         if not self.generic():
             return []
         return [dict(zip(self.generic(), values, strict=False)) for values in _OTHER_SIZES]
@@ -198,7 +198,7 @@ class CallMaker:
         return _SAMPLES[key][1]
 
     def _multiple(self, name: str) -> int:
-        """What a leaf may be taken to be a multiple of; a guard tests it where it matters."""
+        """The number that a leaf is assumed to be a multiple of; a guard tests it where it matters."""
         if name in SYMBOLS:
             return 1 if name == "M" else ALIGNMENT
         argument, _, field_name = name.partition(".stride(")
@@ -217,7 +217,7 @@ class CallMaker:
         return tuple(arg.name for arg in self.spec.args)
 
     def _host_names(self) -> tuple[str, ...]:
-        """What a host function takes: the op's arguments and its workspace."""
+        """The parameters of a host function: the op's arguments and its workspace."""
         workspace = self.spec.workspace
         return self._names() if workspace is None else (*self._names(), workspace.name)
 
@@ -263,7 +263,7 @@ class CallMaker:
 #: Sample calls by spec, variant and sizes, which the records of all its configs share. The spec is there to keep its id.
 _SAMPLES: dict[tuple[int, str, tuple[tuple[str, int], ...]], tuple[OpSpec, dict[str, Any]]] = {}
 
-#: Values of the generic sizes, K first, at which a record is held against the host function besides the hints.
+#: Values of the generic sizes, K first, at which a record is checked against the host function besides the hints.
 _OTHER_SIZES = ((2048, 4096), (5120, 1024), (12288, 25600), (1024, 2048))
 
 

@@ -28,7 +28,7 @@ from ..typed_json import Mismatch, parse
 from .target import GpuTarget
 from .versions import PACKAGES
 
-#: A GPU without a file of its own takes this one's, and the build says so.
+#: A GPU without a config file takes this one, and the build says so.
 FALLBACK = "nvidia_h200.json"
 
 #: The backend of entries whose buckets get no row.
@@ -136,7 +136,7 @@ class ConfigFile:
 
 
 def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEntry]:
-    """Those for the smallest value of at least an edge, or else for the largest; one without the name is for every value."""
+    """The entries for the smallest value of at least an edge, else for the largest; one without the name serves every value."""
     found = sorted(entries, key=lambda entry: entry.sizes.get(name, 0))
     best = next((entry for entry in found if entry.sizes.get(name, edge) >= edge), found[-1])
     return [entry for entry in found if entry.sizes.get(name) == best.sizes.get(name)]
@@ -216,7 +216,7 @@ def _meant(key: Any) -> dict[str, Any]:
 
 
 def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str, int]]:
-    """What a key says of the sizes, by symbol, and of arguments that are compiled in."""
+    """The sizes that a key names, by symbol, and the arguments that are compiled in."""
     expected = sorted(spec.config_key)
     if not isinstance(key, (dict, str)):
         raise BuildError(f"{place} has the key {key!r:.80}; it takes an object with {expected}, or {{}} for the default")

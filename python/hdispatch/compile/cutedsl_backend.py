@@ -41,13 +41,13 @@ _OPTIONS = "--enable-tvm-ffi"
 
 
 class ObjectEntry(TypedDict):
-    """What the build cache keeps of an object file: the SHA-256 of its bytes."""
+    """The build cache's entry for an object file: the SHA-256 of its bytes."""
 
     sha256: str
 
 
 class Program(Protocol):
-    """What `program` of a kernel's module returns.
+    """The result of a kernel module's `program`.
 
     host          a `cute.jit` function of the arguments, in their order
     arguments     by name: fake tensors for the op's tensors, the Int32 "pdl", the fake stream "stream"
@@ -66,7 +66,7 @@ class Program(Protocol):
 
 
 def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store: Store) -> list[Built]:
-    """The unit's record, as `record.build_records` returns it; its object file is in the store.
+    """The unit's record, as `record_builder.build_records` returns it; its object file is in the store.
 
     BuildError for a config that does not serve all of the unit's buckets, or that the target cannot run.
     """
@@ -166,7 +166,7 @@ def _argument(spec: OpSpec, program: Program, name: str) -> FfiArg:
 
 
 def _guards(spec: OpSpec, unit: Unit, program: Program) -> list[Guard]:
-    """What the host function would refuse, and what the code assumes without asking."""
+    """Facts without which the host function would refuse a call, and those that the code assumes without asking."""
     generic = [symbol for symbol in spec.symbols() if symbol != "M" and symbol not in unit.shape]
     exprs: list[Expr] = [[symbol, 1, ">="] for symbol in generic]
     for leaf, multiple in program.multiples.items():

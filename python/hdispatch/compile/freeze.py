@@ -56,7 +56,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What was written. `sha256` is the manifest's; `bytes` counts every file of the bundle."""
+    """The bundle that was written. `sha256` is the manifest's; `bytes` counts every file of the bundle."""
 
     manifest: Manifest
     sha256: str

@@ -18,7 +18,7 @@ _INSTALLED = {"site-packages", "dist-packages"}
 
 @dataclass(frozen=True)
 class Closure:
-    """What modules run: name -> source file, and the installed distributions that they take, each as `name==version`."""
+    """Modules that run: name -> source file, and the installed distributions that they take, each as `name==version`."""
 
     files: dict[str, Path]
     distributions: frozenset[str]
@@ -92,7 +92,7 @@ class ImportGraph:
         return top in own or (top not in sys.stdlib_module_names and not self._distributions(top))
 
     def _distributions(self, top: str) -> frozenset[str]:
-        """Those that have a top-level module; none for one that is not installed as such."""
+        """The distributions that have a top-level module; none if it is not installed as one."""
         found = self._find(top)
         where = [*map(Path, found.folders), *([found.source] if found.source else [])] if found else []
         if not any(_INSTALLED & set(path.parts) for path in where):

@@ -1,4 +1,4 @@
-"""What tuning measured for a bundle's configs, from the file that `tune select` writes beside the configs.
+"""The times that tuning measured for a bundle's configs, from the file that `tune select` writes beside the configs.
 
 Rows carry it, and `inspect` shows by how much their kernel won against those of other backends.
 """
@@ -21,7 +21,7 @@ def companion(path: Path) -> Path:
 
 
 class _Time(TypedDict):
-    """What was measured for an entry of the config file, as far as rows carry it."""
+    """The measurement of an entry of the config file, as far as rows carry it."""
 
     key: dict[str, int]
     backend: str
@@ -38,7 +38,7 @@ class _Companion(TypedDict):
 
 
 class Measurements:
-    """Those of one config file; none where it has not been tuned."""
+    """The measurements of one config file; none where it has not been tuned."""
 
     def __init__(self, spec: OpSpec, path: Path) -> None:
         """BuildError if there is a file and it cannot be read."""
@@ -60,7 +60,7 @@ class Measurements:
             ) from error
 
     def of(self, variant: str, shape: Mapping[str, int], edges: Mapping[str, int], record: Record) -> Tuned | None:
-        """What was measured for a row's record at its bucket's upper edges; None if this variant or config was not."""
+        """The times of a row's record at its bucket's upper edges; None if this variant or config was not measured."""
         sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | dict(edges)
         time = self.times.get(tuple(sorted(sizes.items())))
         if time is None or variant not in self.variants:

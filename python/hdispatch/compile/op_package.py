@@ -98,8 +98,9 @@ def _generic_sizes(module: Path) -> frozenset[str]:
 
 
 def sources(packages: Iterable[str], *, build_wing: bool = True) -> dict[str, dict[str, str]]:
-    """Of each package: hashes of all that decides its records, by module: what its modules run, wherever that is, and the
-    build wing with what that runs; and the versions of the distributions that they take. Read from the files as they are now.
+    """For each package, the hash of every module that decides its records, and the versions of the distributions it uses.
+
+    The modules are the package's own, the build wing's, and all that these import. Files are read as they are now.
     """
     graph, hashes = ImportGraph(), _Hashes()
     wing = [f"{__package__}.{path.stem}" for path in sorted(Path(__file__).parent.glob("*.py"))] if build_wing else []

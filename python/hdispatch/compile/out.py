@@ -115,7 +115,7 @@ def _scratch(out: Path, place: Path, *, make_parents: bool = False) -> Iterator[
 
 
 def _check_replaceable(out: Path, place: Path) -> bool:
-    """Whether there is a bundle to replace. BuildError for anything else than that, an empty folder or nothing."""
+    """Whether there is a bundle to replace. BuildError unless there is one, or an empty folder, or nothing."""
     while True:
         before = _identity(place)
         try:
@@ -192,7 +192,7 @@ def _json(text: bytes) -> dict[str, Any]:
 
 
 def _others(place: Path, listed: set[str]) -> Iterator[str]:
-    """What is in a folder besides the listed files and the folders that they are in."""
+    """The contents of a folder besides the listed files and their folders."""
     folders = {ARTIFACTS, *(str(parent) for name in listed for parent in Path(name).parents)}
     # Links to folders are not entered. What cannot be listed is not known to be ours.
     for path in (Path(root, name) for root, inner, files in os.walk(place, onerror=_raise) for name in (*inner, *files)):

@@ -130,7 +130,7 @@ class Pool:
                 return self._idle.get_nowait()
             worker = Child(_COMMAND, environment(Path(self._scratch.name), self._target))
             self._all.append(worker)
-        with contextlib.suppress(WorkerGone):  # ended at once: whoever asks it is told
+        with contextlib.suppress(WorkerGone):  # it ended at once: the request that follows says so
             worker.send(asdict(self._setup))
         return worker
 

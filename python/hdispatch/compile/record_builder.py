@@ -36,7 +36,7 @@ MAX_GRID = (INT32_MAX, 65535, 65535)
 #: By the width of a kernel's offsets; with 64 bits, what torch can address in bytes.
 MAX_ELEMENTS = {32: INT32_MAX, 64: 2**59}
 
-#: Where a record is held against a concrete run, besides where the code might turn: around the classes' borders.
+#: Ms at which a record is checked by a concrete run, besides those where the code might turn: around the classes' borders.
 _CHECKED_MS = (1, 2, 3, 15, 16, 17, 48, 127, 1000, 4096, 8192)
 _CHECKED_PADDINGS = (0, 3 * ALIGNMENT, 4096)
 
@@ -69,14 +69,14 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
 
 
 class _Hint(NamedTuple):
-    """What code is generated for: an M and, of an op with a second ladder, a value of its integer."""
+    """Example sizes that code is generated for: an M and, for an op with a second ladder, a value of its integer."""
 
     m: int
     second: int | None = None
 
 
 def _hints(spec: OpSpec, buckets: Sequence[int]) -> list[_Hint]:
-    """What to generate code for until every bucket is served: a common M, then one within each bucket."""
+    """Hints to try until every bucket is served: a common M, then one within each bucket."""
     own = [_hint_in(spec, bucket) for bucket in buckets]
     if all(hint.m == 1 for hint in own):
         return own
@@ -156,7 +156,7 @@ class Candidate:
 
     @cached_property
     def second_interval(self) -> tuple[int, int]:
-        """The same of the integer that has a ladder, for M = hint; everything for an op without one."""
+        """First and last value of the integer that has a ladder, for M = hint; all values for an op without one."""
         arg = self.maker.spec.second
         if arg is None or self.second is None:
             return 1, INT32_MAX
@@ -183,7 +183,10 @@ class Candidate:
         return serves_second(*self.second_interval, ladders, bucket) and self.corner_objection(bucket) is None
 
     def corner_objection(self, bucket: int) -> str | None:
-        """What is wrong where both ladders' values are at a bucket's ends: the intervals are those of one at a time."""
+        """Why the code is not valid where M and the second integer are both at a bucket's ends; None if it is.
+
+        The intervals vary one of them at a time.
+        """
         ladders = self.maker.spec.ladders
         low, high = self.interval
         ends = ladders.bounds(bucket)
@@ -215,7 +218,7 @@ class Candidate:
         if not other and not self.side.agrees(m, row_padding, values):
             return f"{self.unit.backend} would generate other code for M = {m} and rows padded by {row_padding} elements"
         for guard in self.assumptions:
-            # Views assume M != 1 idly; at 1 the run below decides.
+            # torch adds an M != 1 guard for views that does not matter; the concrete run below checks M = 1.
             if not evaluate(guard, sizes) and (m > 1 or _leaves(guard) != {"M"}):
                 return f"the host function assumes {render(guard)}"
         expected = self.trace.launch.at({symbol: sizes[leaf] for symbol, leaf in self.trace.leaves.items()})
@@ -224,7 +227,7 @@ class Candidate:
 
     @cached_property
     def assumptions(self) -> list[Expr]:
-        """What the host function's branches assumed about M and the row strides. BuildError if about a float."""
+        """Facts about M and the row strides that the host function's branches assumed. BuildError for one about a float."""
         for guard in self.trace.guards:
             if unknown := [str(symbol) for symbol in guard.free_symbols if symbol not in self.trace.leaves]:
                 raise BuildError(
@@ -322,7 +325,7 @@ def _border(inside: int, outside: int, objection: Callable[[int], str | None]) -
 
 
 def _difference(expected: Launch, actual: Launch) -> str | None:
-    """How two launches with everything known differ, in words."""
+    """How two launches with everything known differ; None if they do not."""
     if expected.grid != actual.grid:
         return f"the grid is {actual.grid}, the trace says {expected.grid}"
     if expected.kernel is not actual.kernel or expected.options != actual.options:
@@ -338,7 +341,7 @@ def _described(launch: Launch) -> str:
 
 
 def _misfit(actual: Launch, symbolic: Launch) -> str | None:
-    """What of a launch with everything known does not fit a record's types: 32 bits for what varies, the GPU's grid limits."""
+    """Why a launch does not fit a record: 32 bits for a number that varies, the GPU's grid limits. None if it does."""
     for axis, (size, limit) in enumerate(zip(actual.grid, MAX_GRID, strict=True)):
         if not isinstance(size, int) or not 1 <= size <= limit:
             return f"grid dimension {axis} is {size}, a GPU takes 1 to {limit}"

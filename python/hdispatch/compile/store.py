@@ -1,7 +1,7 @@
 """The build cache: results by the hash of what went into them, artifacts by the hash of their bytes.
 
 Every file is written beside its place, synced and renamed into it, so a reader sees all of it or nothing, and any number
-of processes may build the same thing at once: whoever comes last puts down the same bytes. Every file is checked when it
+of processes may build the same thing at once: the last one writes the same bytes. Every file is checked when it
 is read: its checksum, that it is the entry of the name that it has, and its type. A damaged, copied or older one counts as
 missing, so that it is built and written again, and is listed in `damaged`.
 """
@@ -140,7 +140,7 @@ class Store:
 
 
 def _value(data: bytes, kind: str, key: str, declared: Any) -> object:
-    """What an entry's file holds. ValueError or Mismatch if it is not the entry of that kind and key, whole."""
+    """The value in an entry's file. ValueError or Mismatch if it is not the entry of that kind and key, whole."""
     checksum, _, body = data.partition(b"\n")
     if checksum != digest(body).encode():
         raise ValueError("the checksum does not fit")

@@ -48,7 +48,7 @@ class GpuTarget:
 
     @property
     def arch(self) -> str:
-        """What Triton compiles for: architecture-specific (`a`) from Hopper on, so the code runs on no other."""
+        """The architecture that Triton compiles for: specific (`a`) from Hopper on, so the code runs on no other."""
         return f"sm_{self.capability}" + ("a" if self.major >= 9 else "")
 
     @property

@@ -1,8 +1,8 @@
-"""What a host function does on a call: its one kernel launch, with grid and arguments as expressions in the call's sizes.
+"""Runs a host function on a call and returns its one kernel launch: grid and arguments as expressions in the call's sizes.
 
 A host function is Python that a DSL generated or a person wrote: it takes the op's arguments and `_launcher`, and calls
 `_launcher(kernel, grid, *args, **options)` once. Here it runs on fake tensors, symbolically to read off the record, or
-with a concrete M to hold the record against.
+with a concrete M to check the record.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def trace(host: Callable[..., object], call: Call) -> Trace:
 
 
 def _guarded_multiples(guards: Sequence[sympy.Basic]) -> dict[sympy.Symbol, int]:
-    """What the host function made sure of by a branch: `if x.stride(0) % 16: raise …`."""
+    """The multiples that the host function checks by a branch: `if x.stride(0) % 16: raise …`."""
     found: dict[sympy.Symbol, int] = {}
     for guard in guards:
         if not isinstance(guard, sympy.Equality) or guard.args[1] != 0 or len(guard.args[0].args) != 2:
@@ -189,7 +189,7 @@ def _expression(value: torch.SymInt | torch.SymBool) -> Value:
 
 
 def _descriptor_problem(shape: Sequence[Value], strides: Sequence[Value], block: Sequence[object]) -> str | None:
-    """What no TMA descriptor can be; what depends on the call, the launcher tests."""
+    """Why these cannot be a TMA descriptor, whatever the call; None if they may. The launcher tests what a call decides."""
     if not len(shape) == len(strides) == len(block) or not 1 <= len(shape) <= 5:
         return f"of {len(shape)} sizes, {len(strides)} strides and {len(block)} block sizes; it takes 1 to 5, as many of each"
     if not all(isinstance(size, int) for size in block):
@@ -265,7 +265,7 @@ class TensorDescriptor:
     def from_tensor(
         tensor: torch.Tensor, block_shape: Sequence[Any], padding: str = "zero", round_f32_to_tf32: bool = False
     ) -> TensorDescriptor:
-        """Of a whole tensor."""
+        """A descriptor of a whole tensor."""
         return TensorDescriptor(tensor, tensor.shape, tensor.stride(), block_shape, padding, round_f32_to_tf32)
 
 

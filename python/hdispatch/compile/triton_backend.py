@@ -72,7 +72,7 @@ _PLAIN, _MULTIPLE = 7, 16
 
 
 class MapCode(TypedDict):
-    """What the code wants to be in a TMA descriptor: element type, box in elements (outermost first), swizzle in bytes."""
+    """The fields of a TMA descriptor that the code decides: element type, box (outermost first), swizzle in bytes."""
 
     type: str
     box: list[int]
@@ -99,7 +99,7 @@ class Code(TypedDict):
 
 @dataclass(frozen=True)
 class Sample:
-    """What Triton is told about one argument: a value of the same kind that has the same proved properties."""
+    """A stand-in for one argument, for Triton: a value of the same kind that has the same proved properties."""
 
     arg: HostArg
     one: bool = False
@@ -122,7 +122,7 @@ class Sample:
         return arg.value
 
     def key(self) -> list[object]:
-        """What of this sample the code depends on, as plain data."""
+        """The part of this sample that the code depends on, as plain data."""
         if isinstance(self.arg, Descriptor):
             return [repr(self.arg.dtype), len(self.arg.shape), list(self.arg.block_shape), self.arg.tf32]
         value = self.value()
@@ -140,7 +140,7 @@ class _SampleTensor(MockTensor):  # type: ignore[misc]
 
 
 def samples(trace: Trace, m_class: MClass) -> dict[str, Sample]:
-    """What holds for each argument of the launch for all Ms of a class, row strides being as `trace.multiples` says."""
+    """A sample of each argument that is right for all Ms of a class, with row strides as `trace.multiples` says."""
     m = {symbol: ALIGNMENT if m_class == "mult16" else 1 for symbol, leaf in trace.leaves.items() if leaf == "M"}
     launch = trace.launch.at(dict.fromkeys(m, 1)) if m_class == "one" else trace.launch
 
@@ -275,7 +275,7 @@ def _kinds(name: str, source: Any, wanted: Mapping[str, Sample]) -> dict[str, Ki
 
 
 def _maps(name: str, metadata: Any, wanted: Mapping[str, Sample]) -> dict[str, MapCode]:
-    """What Triton chose for each descriptor, in their order."""
+    """Triton's choices for each descriptor, in their order."""
     descriptors = {param: sample.arg for param, sample in wanted.items() if isinstance(sample.arg, Descriptor)}
     found = getattr(metadata, "tensordesc_meta", None) or []
     if len(found) != len(descriptors):

@@ -27,7 +27,7 @@ from .store import Store
 
 @dataclass(frozen=True)
 class Setup:
-    """What every request of one process shares: the target, the build cache's folder, and further folders of modules."""
+    """Shared by every request of one process: the target, the build cache's folder, and further folders of modules."""
 
     target: dict[str, Any]
     store: str

@@ -3,7 +3,7 @@
 Its winners are written to `<out>/<op>/nvidia_<gpu>.json` in vLLM's format, one by one, so that a run can be broken off and
 resumed; `hdispatch tune candidates --configs <out>` then measures them beside all others.
 
-Imports helion late: only whoever asks for this has it and a GPU.
+Imports helion late: it needs a GPU.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def autotune(
     effort    Helion's: "quick" or "full"
     seconds   after which no further point is begun
 
-    Returns what failed, in words. BuildError without a GPU, or if none of the ops has a Helion kernel.
+    Returns a line of text per failure. BuildError without a GPU, or if none of the ops has a Helion kernel.
     """
     start = time.monotonic()
     gpu = present()

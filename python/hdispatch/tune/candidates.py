@@ -1,4 +1,4 @@
-"""What a candidate bundle holds beside its manifest: which records compete for which rows.
+"""candidates.json of a candidate bundle: which records compete for which rows.
 
 A candidate bundle is a bundle, so its records, artifacts and checksums are read and verified as usual; its rows are the
 first candidate of each cell. `candidates.json` adds the others. It names the manifest's SHA-256: the two belong together.
@@ -19,7 +19,7 @@ CANDIDATES_VERSION = 1
 
 
 class Cell(TypedDict):
-    """What one config is chosen for: an op's variant at sizes and a bucket. Records compete for it, by their index.
+    """The unit that a config is chosen for: an op's variant at sizes and a bucket. Records compete for it, by their index.
 
     K, N   the sizes that are measured; 0 for one that the op has not
     M      the upper edge of the bucket: where it is measured
@@ -37,7 +37,7 @@ class Cell(TypedDict):
 
 
 class Origin(TypedDict):
-    """Of one record: the sizes that are not compiled in, and the seconds that generating and compiling it took."""
+    """The origin of a record: the sizes that are not compiled in, and the seconds that generating and compiling it took."""
 
     generic: list[str]
     seconds: float
@@ -115,7 +115,7 @@ def config_key_of(record: Record) -> ConfigKey:
 
 
 def code_of(manifest: Manifest, record: Record) -> list[str]:
-    """What tells a record's code from another's: the SHA-256 of its artifacts, or the name of its host function."""
+    """Identifies a record's code: the SHA-256 of its artifacts, or the name of its host function."""
     if record["launcher"] == "tvm_ffi":
         return [record["function"]]  # the library changes with every other candidate; the name holds the hash of this one
     files = manifest["files"]

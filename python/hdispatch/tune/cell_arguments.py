@@ -1,4 +1,4 @@
-"""What the candidates of one cell are called with: arguments to check them by, and copies to rotate through."""
+"""The arguments that the candidates of a cell are called with: one set to check them by, and copies to rotate through."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKED_ELEMENTS = 2**26
 
 
 class CellArguments:
-    """Of one cell; made from the seed, so that every candidate is called with the same."""
+    """The arguments of one cell; made from the seed, so that every candidate gets the same values."""
 
     def __init__(self, cell: Cell, device: Device, seed: int) -> None:
         self.op = registry.get(cell["op"])
@@ -83,7 +83,7 @@ def copied(arguments: Sequence[Any]) -> list[Any]:
 
 
 def _equal(spec: OpSpec, got: Sequence[Any], right: Sequence[Any]) -> bool:
-    """Whether everything that the op writes has the same bits: what one candidate got right need not be compared again."""
+    """Whether all outputs have the same bits: equal ones need no second comparison with the reference."""
     written = [
         (a, b) for arg, a, b in zip(spec.args, got, right, strict=True) if getattr(arg, "mutated", False) and a is not None
     ]

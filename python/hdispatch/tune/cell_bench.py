@@ -50,7 +50,7 @@ How = Literal["graph", "stream", "warm"]
 
 @dataclass
 class Outcome:
-    """What came of one candidate of a cell."""
+    """The result of one candidate of a cell."""
 
     status: Status = "ok"
     why: str = ""

@@ -8,7 +8,6 @@ options of many points are compiled once for all of them; what cannot be compile
 from __future__ import annotations
 
 import json
-import tarfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,7 +31,7 @@ from .timings import ConfigKey
 
 @dataclass
 class OpCandidates:
-    """What an op brought.
+    """The counts of an op.
 
     options, units   distinct configs; what was to be compiled: an option once for all points that share its code
     from_cache       units that were compiled before
@@ -54,7 +53,7 @@ class OpCandidates:
 
 @dataclass
 class CandidateReport:
-    """What was made, by op; `bytes` of the bundle, `seconds` that making it took."""
+    """The result of `collect`, by op; `bytes` of the bundle, `seconds` that making it took."""
 
     out: Path
     target: GpuTarget
@@ -95,12 +94,6 @@ def collect(
     return report
 
 
-def archive(folder: Path, file: Path) -> None:
-    """Packs a bundle into a .tar.xz that holds one folder of the bundle's name."""
-    with tarfile.open(file, "w:xz") as packed:
-        packed.add(folder.resolve(), arcname=folder.name)  # a link is followed, as for writing
-
-
 # ---- the bundle ----
 
 
@@ -114,7 +107,7 @@ class _Competitor:
 
 
 class _Bundle:
-    """What was compiled, by point."""
+    """The compiled candidates, by point, and the bundle of them."""
 
     def __init__(self, found: PointConfigs, made: Mapping[UnitKey, Made]) -> None:
         self.found = found
@@ -146,7 +139,7 @@ class _Bundle:
         return self.found.opens.get((package, option), frozenset())
 
     def report(self, package: OpPackage, into: OpCandidates) -> None:
-        """What an op brought. BuildError if nothing of it compiles."""
+        """Fill in the counts of an op. BuildError if none of its candidates compiles."""
         mine = {key: made for key, made in self.made.items() if key[0] is package}
         cells = [each for point, each in self.by_point.items() if point.op is package and each]
         into.options = len({key[2] for key in mine})
@@ -233,7 +226,7 @@ class _Bundle:
 
 
 def _code(record: Record, m_class: MClass) -> bytes:
-    """What is launched for a class of M, whatever config it came from."""
+    """Identifies the launch for a class of M, whatever config it came from."""
     if record["launcher"] == "tvm_ffi":
         return store.canonical({name: value for name, value in record.items() if name not in ("config", "m_min", "m_max")})
     launched: dict[str, Any] = {

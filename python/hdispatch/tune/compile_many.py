@@ -19,7 +19,7 @@ COMPILE_SECONDS = 600.0
 
 @dataclass
 class Made:
-    """What came of a unit: its records as `record_builder` gives them, or the problem; whether the cache had it."""
+    """The result of a unit: its records as `record_builder` gives them, or the problem; whether the cache had it."""
 
     built: list[Built] = field(default_factory=list)
     problem: str = ""
@@ -35,7 +35,7 @@ def compile_many(
     jobs: int | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Made]:
-    """What came of each unit. The store gives the results of earlier runs, failures included, and keeps the new ones.
+    """The result of each unit. The store gives the results of earlier runs, failures included, and keeps the new ones.
 
     own   of each unit the buckets that it is meant for; one that cannot serve all of its buckets is made for those alone
 

@@ -26,7 +26,7 @@ Serve = Callable[[], None]
 
 
 class Timeable(Timed, Protocol):
-    """What `device_timer.Replay` is."""
+    """A `device_timer.Replay` or `Queued`, or a stand-in."""
 
     def close(self) -> None:
         """Free it."""
@@ -83,7 +83,7 @@ class Device:
         return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), serve)
 
     def describe(self) -> str:
-        """What results are filed under."""
+        """The GPU's name, which goes into every timing."""
         return torch.cuda.get_device_name(self.torch_device)
 
 

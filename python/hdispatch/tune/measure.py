@@ -28,7 +28,7 @@ from .timings import BROKE, CellKey, ConfigKey, Timing
 
 @dataclass(frozen=True)
 class Options:
-    """What of a bundle is measured, and how long. None: all of it.
+    """The part of a bundle to measure, and for how long. None: all of it.
 
     ops      names of ops
     limit    cells
@@ -55,7 +55,7 @@ class Options:
 
 @dataclass
 class Report:
-    """What a run did: cells done now, cells done before, cells left; seconds; the candidates that gave no time, in words."""
+    """The result of a run: cells done now, done before and left; seconds; a line of text per candidate without a time."""
 
     measured: int = 0
     before: int = 0
@@ -98,7 +98,7 @@ def measure(
 
 
 class _Measurer(Protocol):
-    """What measures a cell at a time."""
+    """Measures one cell at a time."""
 
     gpu: str
 
@@ -200,7 +200,7 @@ class _Run:
         return cell["op"], config_key_of(record), tuple(code_of(self.bundle["manifest"], record))
 
     def _complete(self, cell: Cell) -> bool:
-        """Whether every candidate of a cell has a line, made with the code that it has now, or was the end of a process."""
+        """Whether every candidate of a cell has a line for its present code, or has broken a process."""
         return all(self._has(cell, index) for index in set(cell["records"]) - self._broken(cell))
 
     def _has(self, cell: Cell, index: int) -> bool:
@@ -210,7 +210,7 @@ class _Run:
 
 
 def _identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
-    """What a candidate is the same by, wherever it competes: its op, its config and its code."""
+    """Identifies a candidate wherever it competes: its op, config and code."""
     return timing["op"], timings.config_key(timing), tuple(timing["artifacts"])
 
 

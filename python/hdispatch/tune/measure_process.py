@@ -24,7 +24,7 @@ START_SECONDS, CELL_SECONDS = 600.0, 600.0
 
 @dataclass(frozen=True)
 class Setup:
-    """What the process is told once: the bundle, the CUDA device's index, the seed, and what goes into every line."""
+    """Told to the process once: the bundle, the CUDA device's index, the seed, and what goes into every line."""
 
     bundle: str
     device: int

@@ -29,7 +29,7 @@ class PointConfigs:
         self.scope = scope
         #: The backends that are tuned, by op.
         self.backends = {package: backends_of(package) for package in packages}
-        #: Files and entries that are left out, in words.
+        #: A line of text for each file and entry that is left out.
         self.notes: list[str] = []
         self.files = {package: config_files(package, scope, target, self.notes) for package in self.backends}
         #: What is measured; and the rows that are not, because others have the same sizes and more.
@@ -47,12 +47,12 @@ class PointConfigs:
                 self.own_buckets.setdefault(self.unit_key(point, option), set()).add(point.bucket)
 
     def unit_key(self, point: Point, option: ConfigKey) -> UnitKey:
-        """Of an option at a point."""
+        """The key of the unit that compiles an option at a point."""
         generic = point.op.generic[option.backend]
         return point.op, point.variant, option, tuple(item for item in point.row if item[0] not in generic)
 
     def units(self) -> dict[UnitKey, Unit]:
-        """What is to be compiled."""
+        """The units to compile."""
         rows: dict[UnitKey, list[tuple[tuple[tuple[str, int], ...], int]]] = {}
         for point, options in [*self.by_point.items(), *self.by_open_point.items()]:
             for option in options:
@@ -97,7 +97,7 @@ class PointConfigs:
         return own
 
     def _ask(self, target: GpuTarget) -> dict[tuple[Point, str], list[ConfigKey] | None]:
-        """What the kernels' lists and Helion say; None where a list wants a size that is open."""
+        """The configs of the kernels' lists and of Helion; None where a list needs a size that is open."""
         every = [*self.points, *self.open_points]
         groups: dict[tuple[OpPackage, str, str], list[Point]] = {}
         for point in every:
@@ -134,7 +134,7 @@ class PointConfigs:
                 self.opens[key] = self.opens.get(key, frozenset()) | sizes
 
     def _from_files(self, point: Point) -> list[ConfigKey]:
-        """What the config files have for a point: for one that is not measured, what was meant for open sizes."""
+        """The config files' entries for a point; for a point that is not measured, those meant for open sizes."""
         spec, backends = point.op.spec, self.backends[point.op]
         first = point.op.backends[0]
         variant, edges = spec.variant(point.variant), spec.ladders.edges(point.bucket)

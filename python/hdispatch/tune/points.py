@@ -31,7 +31,7 @@ class Scope:
 
 @dataclass(frozen=True)
 class Point:
-    """What options are for: the rows of a shape, in a bucket. `row` has their sizes; one that it leaves out is open."""
+    """The rows of a shape in a bucket, for which configs compete. `row` has their sizes; one that it leaves out is open."""
 
     op: OpPackage
     variant: str

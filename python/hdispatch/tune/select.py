@@ -26,7 +26,7 @@ from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
 
 @dataclass
 class OpReport:
-    """What was selected for an op.
+    """The selection for an op.
 
     candidates     configs that were measured; of them `wrong` gave wrong results somewhere and are out
     before         configs if each slot had its best one; kept: configs that were chosen
@@ -90,7 +90,7 @@ def select(
 
 
 def refusal(packages: Mapping[str, OpPackage]) -> Refusal:
-    """What timings say that these ops have not, a variant, backend, bucket or size: for `timings.read`, which names lines."""
+    """Refuses a line of an op, variant, backend, bucket or size that there is not: for `timings.read`, which names lines."""
     variants = functools.cache(lambda op: [variant.name for variant in packages[op].spec.variants()])
 
     def refused(timing: Timing) -> str | None:
@@ -192,7 +192,7 @@ def _stand_ins(
 
 
 def _compile_seconds(timings: Sequence[Timing]) -> float:
-    """Of each code once."""
+    """Seconds of compiling, each code counted once."""
     return sum({tuple(timing["artifacts"]): timing["compile_seconds"] for timing in timings}.values())
 
 
@@ -216,7 +216,7 @@ def _entries(spec: OpSpec, choices: Mapping[Slot, ConfigKey], default_backend: s
 
 
 def _serves_too(spec: OpSpec, following: Slot, slot: Slot) -> bool:
-    """Whether what a file has for the next bucket serves this one: of two ladders an M has entries of its own."""
+    """Whether a file's entry for the next bucket serves this one too. With two ladders each M has its own entries."""
     if following[0] != slot[0]:
         return False
     return spec.second is None or spec.ladders.split(following[1])[0] == spec.ladders.split(slot[1])[0]
@@ -236,7 +236,7 @@ def _companion(
     report: OpReport,
     limit: float,
 ) -> dict[str, Any]:
-    """What measured the configs, and what it found: times in µs per launch, `backends` being the best of each."""
+    """Where the configs were measured, and their times in µs per launch, `backends` being the best of each."""
     versions = {json.dumps(timing["versions"], sort_keys=True) for timing in timings}
     names = {symbol: name for name, symbol in spec.config_key.items()}
     return {

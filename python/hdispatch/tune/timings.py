@@ -23,7 +23,7 @@ Status = Literal["ok", "wrong", "refused", "fatal", "timeout"]
 BROKE: tuple[Status, ...] = ("fatal", "timeout")
 
 
-#: Of which numbers of a line not to take what.
+#: Numbers of a line that must be above 0, and those that must not be below.
 POSITIVE = ("us", "q1", "q3", "stream_us", "warm_us", "M", "second")
 NOT_NEGATIVE = ("K", "N", "bucket", "rounds", "compile_seconds", "device_seconds")
 
@@ -123,7 +123,7 @@ def _last_byte(file: Any) -> bytes:
     return cast(bytes, file.read(1))
 
 
-#: What is wrong with a line, in words, beyond what no line may be; None if nothing is.
+#: Why a line is refused, beyond `fault`; None if it is not.
 Refusal = Callable[["Timing"], str | None]
 
 
@@ -166,7 +166,7 @@ def _parse(place: str, line: bytes, refusal: Refusal) -> Timing | None:
 
 
 def fault(timing: Timing) -> str | None:
-    """What no line may say, of whatever op; None if it says nothing of the kind."""
+    """Why no op can have such a line; None if one can."""
     numbers = cast("dict[str, Any]", timing)
     for name in POSITIVE:
         if name in numbers and not 0 < numbers[name] < math.inf:

@@ -23,7 +23,6 @@ from vllm.v1.worker.gpu.sample import sampler, states
 from ... import ops
 from . import settings, support
 from .attention import Kind
-from .compiling import compile_side_by_side
 from .decode_batch import DecodeBatch, DecodeBuffers
 from .sampling import GreedySampler
 
@@ -32,13 +31,7 @@ ORIGINAL: Any = model_runner.GPUModelRunner
 #: What ours stands in for, whole or for some steps, or builds on as it is.
 REPLACED = (
     *(ORIGINAL.prepare_inputs, ORIGINAL.prepare_attn, ORIGINAL.sample, ORIGINAL.postprocess_sampled, ORIGINAL.sample_tokens),
-    *(
-        ORIGINAL.add_requests,
-        ORIGINAL.gather_batch_req_state,
-        ORIGINAL._dummy_sampler_run,
-        input_batch.InputBatch,
-        block_table.BlockTables,
-    ),
+    *(ORIGINAL.add_requests, ORIGINAL.gather_batch_req_state, input_batch.InputBatch, block_table.BlockTables),
     *(input_batch._prepare_pos_seq_lens_kernel, input_batch._combine_sampled_and_draft_tokens_kernel),
     *(input_batch._get_num_sampled_and_rejected_kernel, input_batch._post_update_kernel, input_batch.post_update),
     *(block_table._gather_block_tables_kernel, block_table._compute_slot_mappings_kernel),
@@ -46,7 +39,7 @@ REPLACED = (
     *(attn_utils.build_attn_metadata, flash_attn.FlashAttentionMetadata, flash_attn.FlashAttentionMetadataBuilder.build),
 )
 #: sha256 of their sources in vLLM 0.33.0.
-FINGERPRINT = "76b159fdf896744050e29f86856d9ec2274616977bd9ebdc35462e81ac15bef9"
+FINGERPRINT = "503e8627325515461c995a2d8af03ddb27418c6f7e9b01749b402b4205161d50"
 
 
 def fingerprint() -> str:
@@ -102,15 +95,6 @@ class Runner(ORIGINAL):
         super().load_model(*given, **named)
         if type(self.sampler) is sampler.Sampler and self.speculative_config is None:
             self.sampler = GreedySampler.of(self.sampler)
-
-    @torch.inference_mode()
-    def _dummy_sampler_run(self, hidden_states: torch.Tensor) -> None:
-        """vLLM's own, which compiles a dozen Triton kernels where their cache is cold: first all of them at once."""
-        run = super()._dummy_sampler_run
-        # With logits for logprobs it takes them at what a kernel has sampled.
-        if self.device.type == "cuda" and not self.sampler.logprobs_mode.endswith("_logits"):
-            compile_side_by_side(lambda: run(hidden_states), type(input_batch._post_update_kernel), self.device)
-        run(hidden_states)
 
     # ---- the start of a step ----
 
