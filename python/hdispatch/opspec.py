@@ -258,7 +258,7 @@ class OpSpec:
         return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
 
     def workspace_bytes(self, variant: Variant) -> int:
-        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError for what is no size."""
+        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError for a value that is no size."""
         if self.workspace is None:
             return 0
         size = self.workspace.bytes
@@ -292,7 +292,7 @@ class OpSpec:
         return entry
 
     def difference(self, entry: OpEntry) -> str | None:
-        """How an op in a manifest is another than this one, in words; None if it is not. The edges of ladders may differ."""
+        """How an op in a manifest differs from this one; None if it does not. The edges of ladders may differ."""
         mine = self.entry(list(entry["variants"]))
         for name in ("schema", "variants", "workspace"):
             if entry.get(name) != mine.get(name):

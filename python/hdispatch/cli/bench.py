@@ -204,7 +204,7 @@ def _build_small(options: Any, folder: Path) -> Any:
 
 
 def describe(result: Any) -> str:
-    """Machine, rows, targets and what was skipped, in words."""
+    """Machine, rows, targets and skipped paths as text."""
     parts = [
         describe_machine(result["machine"]),
         describe_rows(result["rows"], result["machine"]["op"]),

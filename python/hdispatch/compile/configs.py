@@ -145,7 +145,7 @@ def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEnt
 def read(path: Path, spec: OpSpec) -> ConfigFile:
     """Reads and checks a file of one of vLLM's formats or ours.
 
-    BuildError, naming the file and the entry, for one that holds anything else: a key that the op has not, a field, backend
+    BuildError, naming the file and the entry, for one that holds anything else: a key that the op does not have, a field, backend
     or size that there is not, a name or key twice, what is no number, deep nesting.
     """
     try:
