@@ -108,7 +108,7 @@ REFUSED = {
     "N of an op without N": (param_set(4, kind="i32", value=["N"]), r'expression names "N", which toy does not have: toy\('),
     "N of an op without N in a guard": (
         record_set(guards=[{"expr": ["N", 16, "%", 0, "=="], "text": "N % 16 == 0"}]),
-        'expression names "N", which toy has not',
+        'expression names "N", which toy does not have',
     ),
     "row of N of an op without N": (add_row(N=8), r"row of K = 1024, N = 8; toy has no N: toy\("),
     "a guard of a million tokens": (
