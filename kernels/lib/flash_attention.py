@@ -91,8 +91,9 @@ def attention(
         window, k_row, v_row, D, BLOCK_N, STAGES, True, CAUSAL, LIMITS,
     )  # fmt: skip
 
+    y = weighted(acc, total)
     to = out + sequence.to(tl.int64) * out_sequence + head * out_head + (first_q + query) * out_row
-    tl.store(to[:, None] + d[None, :], weighted(acc, total).to(out.dtype.element_ty), live[:, None])
+    tl.store(to[:, None] + d[None, :], y.to(out.dtype.element_ty), live[:, None])
 
 
 @triton.jit
