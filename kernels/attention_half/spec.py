@@ -9,7 +9,18 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
 from ..lib.indices import check_indices
-from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, check_slots, random_lengths, random_paged, softmax_scale, write
+from ..lib.paged_kv import (
+    LENGTHS,
+    Rule,
+    attend,
+    check_blocks,
+    check_slots,
+    eight_kv_heads,
+    random_lengths,
+    random_paged,
+    softmax_scale,
+    write,
+)
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
 from ..lib.rope import SAMPLE_POSITIONS, random_cache, rotated
@@ -162,7 +173,7 @@ SPEC = OpSpec(
     config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     hints={"N": 560},  # a multiple of every group
-    measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
+    measured=eight_kv_heads,
     workspace=WorkspaceArg("workspace", BYTES),
     own_scales=True,
     served=served,

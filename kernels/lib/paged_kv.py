@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from hdispatch.errors import ArgumentError
+from hdispatch.opspec import Variant
 
 from .indices import check_indices
 
@@ -126,6 +127,11 @@ def _attend(
         weights = torch.where(seen.any(-1, keepdim=True), scores, 0.0).softmax(-1)
     weights = torch.where(seen, weights, 0.0)
     return torch.einsum("rqhgn,rhnd->rqhgd", weights, v).flatten(2, 3)
+
+
+def eight_kv_heads(variant: Variant) -> dict[str, int]:
+    """Sizes at which configs are measured: 8 kv heads, as most models have. How many blocks a call has decides its splits."""
+    return {"N": 8 * int(variant.static["group"])}
 
 
 def write(kv_cache: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
 
-from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, random_lengths, random_paged, softmax_scale
+from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, eight_kv_heads, random_lengths, random_paged, softmax_scale
 from ..lib.reference_fp8 import FP8
 from ..lib.workspace import BYTES
 
@@ -107,7 +107,7 @@ def served(variant: Variant) -> bool:
         return False
     if dtypes["kv_cache"] == FP8:
         return group == 4 and queries == 1
-    return dtypes["kv_cache"] == dtypes["q"] and group in {1: (2, 4, 8), 4: (4, 8)}.get(queries, ())
+    return dtypes["kv_cache"] == dtypes["q"] and group in {1: (2, 4, 8), 4: (2, 4, 8)}.get(queries, ())
 
 
 SPEC = OpSpec(
@@ -134,7 +134,7 @@ SPEC = OpSpec(
     config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
     hints={"N": 560},  # a multiple of every group
-    measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
+    measured=eight_kv_heads,
     workspace=WorkspaceArg("workspace", BYTES),
     own_scales=True,
     served=served,
