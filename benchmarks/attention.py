@@ -381,6 +381,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--vllm", default="", help="folders with vllm and what it imports, with colons")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--queries", type=int, nargs="+", default=QUERIES, choices=QUERIES, help="of each request")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no cell after that")
     given = parser.parse_args()
@@ -393,7 +394,7 @@ def main() -> int:
     pool = torch.empty(MOST, dtype=torch.bfloat16, device="cuda").normal_()
     cells = [
         Cell(heads, kv_heads, batch, context, queries)
-        for queries in QUERIES for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
+        for queries in given.queries for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
     ]  # fmt: skip
     print(
         f"{torch.cuda.get_device_name()}, us per call, K and V from memory; ratios: best peer / hdispatch, vLLM's half / ours"
