@@ -39,7 +39,7 @@ OURS = "hdispatch"
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 #: How much slower than torch a bucket may be and keep its row.
 LOSS = 1.02
-#: What an output may differ by from float32's.
+#: Largest difference of an output from the float32 reference.
 TOLERANCE = 1e-2
 Call = Callable[[], object]
 
@@ -168,7 +168,7 @@ def leave_losses(file: Path, measured: list[list[dict[str, Any]]]) -> None:
     """Rewrites a config file of attention_dense, as the module's text says."""
     from hdispatch.compile import configs
 
-    spec = hdispatch.ops.spec("attention_dense")
+    spec = hdispatch.registry.spec("attention_dense")
     read = configs.read(file, spec)
     ratios: dict[tuple[int, int], list[float]] = defaultdict(list)
     for rows in measured:

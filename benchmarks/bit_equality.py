@@ -169,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             continue
         with hdispatch.strict():
             ours, theirs = getattr(hdispatch.ops, op), their_op(op)
-            found = of_op(hdispatch.ops.spec(op), options.elements, ours, theirs, torch.device("cuda"))
+            found = of_op(hdispatch.registry.spec(op), options.elements, ours, theirs, torch.device("cuda"))
         rows += found
         print(*summary(op, found), sep="\n", flush=True)
     if options.json:

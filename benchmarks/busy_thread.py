@@ -1,4 +1,4 @@
-"""What a launch takes while another Python thread is busy: every door of hdispatch beside torch.add, in one run.
+"""Host time of a launch while another Python thread is busy: every door of hdispatch beside torch.add, in one run.
 
 A launch gives the GIL away, so that a full launch queue stops nobody, and asks for it again. Prints for each path the
 median and quartiles of single calls, alone and beside a thread that computes without a pause, and their ratio; the
@@ -61,7 +61,7 @@ def single_calls(call: Callable[[], object]) -> list[int]:
 
 def paths(vllm_ops: Path | None) -> dict[str, Callable[[], object]]:
     """Every path, by name."""
-    spec = hdispatch.ops.spec(OP)
+    spec = hdispatch.registry.spec(OP)
     variant = spec.variant("bfloat16+residual")
     args = spec.sample(variant, {"M": 16, "K": 4096}, torch.device("cuda"), torch.Generator("cuda").manual_seed(0))
     ours, packet = getattr(hdispatch.ops, OP), getattr(torch.ops.hdispatch, OP)

@@ -93,7 +93,7 @@ def measured(fused: layers.FusedLayers, m: int, device: torch.device) -> dict[st
     with hdispatch.strict():
         step()
     after = hdispatch.stats()
-    launches = sum(after[op]["hits"] - before[op]["hits"] for op in hdispatch.ops.names())
+    launches = sum(after[op]["hits"] - before[op]["hits"] for op in hdispatch.registry.names())
     x = torch.zeros(m, SHAPE.hidden, device=device, dtype=HALF)
     floor = (hdispatch.ops.fused_add_rms_norm, (x, x.clone(), fused.weights.final_norm, 1e-6))
 

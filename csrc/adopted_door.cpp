@@ -11,7 +11,6 @@
 #include "adopted_host.h"
 #include "adopted_kernel.h"
 #include "adopted_patch.h"
-#include "op_call.h"
 
 namespace py = pybind11;
 

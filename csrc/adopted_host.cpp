@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <mutex>
 
-#include "op_call.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;

@@ -11,7 +11,7 @@
 
 #include "adopted_host.h"
 #include "adopted_kernel.h"
-#include "op_call.h"
+#include "python_errors.h"
 
 namespace py = pybind11;
 

@@ -35,7 +35,7 @@ from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, StrArg, TensorAr
 from hdispatch.testing.numeric import MismatchError, compare_outputs
 
 Args = list[Any]
-#: What a door may raise for a wrong call, besides what torch's parser says of a wrong type.
+#: Errors that a door may raise for a wrong call, besides those of torch's parser for a wrong type.
 REFUSED = hdispatch.ArgumentError
 GUARD = 64  # bytes before and after a tensor
 DOORS: dict[str, Callable[[str], Callable[..., None]]] = {
@@ -83,7 +83,7 @@ class Case:
         self.random = random.Random(seed)
         self.device = device
         self.generator = torch.Generator(device).manual_seed(self.random.getrandbits(31))
-        self.spec: OpSpec = hdispatch.ops.spec(self.random.choice(names))
+        self.spec: OpSpec = hdispatch.registry.spec(self.random.choice(names))
         # Of the other variants of an op that writes strings' formats most are refused: a format is of a dtype.
         formats = any(isinstance(arg, StrArg) for arg in self.spec.args)
         self.variant: Variant = self.random.choice(self.spec.served_variants() if formats else self.spec.variants())
@@ -366,7 +366,7 @@ def run_door(case: Case, door: str, seed: int) -> tuple[str, Args]:
     before = {i: bits(args[i]) for i in elsewhere if args[i].untyped_storage().size()}
     kept = [buffer.clone() for buffer in memory]
     ambient = AMBIENT[case.ambient]() if case.ambient else contextlib.nullcontext()
-    op = hdispatch.ops.get(case.spec.name)
+    op = hdispatch.registry.get(case.spec.name)
     _C.reset_stats(op)
     raised: Exception | None = None
     try:
@@ -405,7 +405,7 @@ def is_written(case: Case, outcome: str) -> bool:
 
 
 def judge(case: Case, raised: Exception | None, counts: dict[str, Any]) -> str:
-    """What became of a call; FailureError if that is not what was to be expected of it, or if it was not counted once."""
+    """The outcome of a call. FailureError if it is not the expected one, or if the call was not counted once."""
     calls, reasons = (counts["hits"], counts["empty"], counts["fallbacks"]), list(Counter(counts["misses"]).elements())
     if raised is None:
         if sum(calls) != 1 or len(reasons) != calls[2]:
@@ -499,7 +499,7 @@ def write_null_bundle(folder: Path, names: list[str]) -> Path:
         "rows": [],
     }
     for name in names:
-        spec = hdispatch.ops.spec(name)
+        spec = hdispatch.registry.spec(name)
         variants, ladders = [v.name for v in spec.served_variants()], spec.ladders
         manifest["ops"][name] = spec.entry(variants)
         pointers = [{"kind": "ptr", "arg": arg.name, "align": 16} for arg in spec.tensors() if not arg.optional]
@@ -534,7 +534,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Exit status 1 after a failure. Twenty failures end the run."""
     given = parse(argv)
-    names = given.ops.split(",") if given.ops else sorted(hdispatch.ops.names())
+    names = given.ops.split(",") if given.ops else sorted(hdispatch.registry.names())
     device = torch.device("cuda" if given.bundle else "cpu")
     torch.set_num_threads(1)  # of tensors this small
     with tempfile.TemporaryDirectory() as folder:

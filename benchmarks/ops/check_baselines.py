@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.cli import numbers
 from hdispatch.cli.text import table
 from hdispatch.errors import HdispatchError
@@ -42,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     timings: list[Timing] = []
     failures: list[Failure] = []
     device, order = require_gpu(), random.Random(0)
-    specs = [ops.spec(op) for op in given.ops or functions if op in OPS]
+    specs = [registry.spec(op) for op in given.ops or functions if op in OPS]
     for cell in cells(specs, given.ms, ("warm",), model_names(given.models), ("default",)):
         op = cell["op"]
-        compiled = compile_op(op), compile_function(ops.spec(op).reference), compile_function(functions[op])
+        compiled = compile_op(op), compile_function(registry.spec(op).reference), compile_function(functions[op])
         found = measure(cell, dict(zip(PATHS, map(binder, compiled), strict=True)), device, 11, order)
         timings += found.timings
         failures += found.failures

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import first_line
 from hdispatch.opspec import OpSpec, TensorArg
 
@@ -59,7 +59,7 @@ def functional(spec: OpSpec) -> Function:
 def compile_op(op: str) -> Function:
     """The op's function under torch.compile; the first call compiles it, for the shapes of that call."""
     torch._dynamo.reset()  # it finds compiled functions by code object, and all of these have the same
-    return compile_function(functional(ops.spec(op)))
+    return compile_function(functional(registry.spec(op)))
 
 
 def compile_function(function: Function) -> Function:
@@ -84,7 +84,7 @@ def binder(function: Function) -> Binder:
 
 @dataclass
 class Compiled:
-    """What came of compiling: the cells that are done, seconds of each, and reasons of those that failed."""
+    """Result of compiling: the finished cells with the seconds of each, the failed ones with their reasons."""
 
     cells: list[Cell] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -124,7 +124,7 @@ def compile_cells(
 ) -> Compiled:
     """Compile cells in `processes` processes until `deadline` of time.monotonic; `tick` is called after each.
 
-    lock          a file; whoever holds it measures: compilers choose kernels by what they measure
+    lock          a file; a process measures only while it holds it, because compilers choose kernels by measuring
     compile_cell  what a process does with a cell, and its seconds; a function of a module
     """
     done: dict[int, float] = {}

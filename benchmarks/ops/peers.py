@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
 from torch import Tensor
@@ -75,7 +75,7 @@ def bind_torch_mm(op: str, arguments: Sequence[Any]) -> Bound | None:
 
 def bind_ours(op: str, arguments: Sequence[Any]) -> Bound:
     """`hdispatch.ops.<op>`."""
-    return ops.get(op), tuple(arguments)
+    return registry.get(op), tuple(arguments)
 
 
 def bind_ours_torch(op: str, arguments: Sequence[Any]) -> Bound:

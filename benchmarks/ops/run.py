@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hdispatch import ops, runtime
+from hdispatch import registry, runtime
 from hdispatch.bench import machine
 from hdispatch.errors import HdispatchError, first_line
 from hdispatch.opspec import OpSpec
@@ -37,7 +37,7 @@ ROUNDS = 11
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """Choice of what a run measures.
 
     vllm_ops         vLLM's library behind torch.ops._C
     vllm_ll          vLLM's low-latency GEMMs, as `vllm_ll_build` makes them
@@ -159,7 +159,7 @@ def chosen_specs(names: Sequence[str] | None, served: Sequence[str]) -> list[OpS
     for name in names or ():
         if name not in served:
             raise HdispatchError(f"op {name!r} is not in the bundle; it has {', '.join(sorted(served))}")
-    return [ops.spec(name) for name in sorted(names or served, key=report_order)]
+    return [registry.spec(name) for name in sorted(names or served, key=report_order)]
 
 
 def _header(current: _Run, bundle: runtime.Bundle) -> dict[str, Any]:

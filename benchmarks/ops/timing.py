@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import HdispatchError, first_line
 from hdispatch.testing.device_timer import Replay, interleave, rotation_count
 from hdispatch.testing.host_timer import summarize
@@ -18,7 +18,7 @@ from hdispatch.testing.host_timer import summarize
 from . import peers
 from .grid import Cell, call_bytes, call_flops, sizes_of
 
-#: What one replay of a graph should take, in µs, and how many launches it has at most.
+#: Intended time of one replay of a graph in µs, and its largest number of launches.
 REPLAY_US = 600.0
 MOST_LAUNCHES = 256
 #: For guessing the time of a launch before it is measured: bytes and operations per µs, and the least a launch takes.
@@ -45,7 +45,7 @@ class Failure(Cell):
 
 @dataclass
 class Measured:
-    """What a cell gave."""
+    """Timings of a cell."""
 
     timings: list[Timing] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
@@ -57,7 +57,7 @@ Binder = Callable[[str, Sequence[Any]], peers.Bound | None]
 
 def make_arguments(cell: Cell, device: torch.device, seed: int = 0) -> list[Any]:
     """Random arguments of a cell, laid out as vLLM has them."""
-    spec = ops.spec(cell["op"])
+    spec = registry.spec(cell["op"])
     generator = torch.Generator(device).manual_seed(seed)
     sampled = spec.sample(spec.variant(cell["variant"]), sizes_of(cell), device, generator)
     return peers.arrange(spec, sampled)
@@ -68,7 +68,7 @@ def measure(cell: Cell, binders: Mapping[str, Binder], device: torch.device, rou
     result = Measured()
     replays: dict[str, Replay] = {}
     arguments = make_arguments(cell, device)
-    moved, flops = call_bytes(ops.spec(cell["op"]), arguments, cell["m"]), call_flops(cell)
+    moved, flops = call_bytes(registry.spec(cell["op"]), arguments, cell["m"]), call_flops(cell)
     sets = [arguments]
     if cell["mode"] == "rotated":
         sets += [peers.copied(arguments) for _ in range(rotation_count(moved) - 1)]

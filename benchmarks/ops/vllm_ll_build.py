@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import registry
 from hdispatch.errors import BuildError, HdispatchError
 
 from .grid import op_shapes
@@ -35,7 +35,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class _Size:
-    """What one function is compiled for."""
+    """The dtype and sizes that one function is compiled for."""
 
     out: torch.dtype
     m: int
@@ -90,7 +90,7 @@ def sources(vllm: Path) -> Path:
 
 def sizes() -> list[_Size]:
     """The op's shapes, the Ms of its ladder, the types of its output."""
-    spec = ops.spec(OP)
+    spec = registry.spec(OP)
     shapes = op_shapes(spec, spec.typical_variant())
     types_of_out = dict.fromkeys(variant.dtypes["out"] for variant in spec.served_variants())
     return [_Size(dtype, m, shape.k, shape.n) for dtype in types_of_out for shape in shapes for m in spec.ladder]
@@ -100,7 +100,7 @@ def sizes() -> list[_Size]:
 
 
 def _compile(ll_bf16: Any, skinny: Any, size: _Size) -> Iterator[tuple[str, Any]]:
-    """What vLLM's functions would compile and call: the form, and the compiled function."""
+    """The form that vLLM's functions would choose for these sizes, and its compiled function."""
     gemm = ll_bf16.ll_bf16_gemm_c1_pdl_kernel if size.m == 1 else ll_bf16.ll_bf16_gemm_kernel
     key = gemm.dispatch(M=size.m, K=size.k, N=size.n, output_dtype=size.out)
     gemm.compile(key)

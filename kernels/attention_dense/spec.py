@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, Fallback, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import Fallback, IntArg, OpSpec, TensorArg, Variant
 
-from ..lib.sdpa import LENGTHS, LONGEST, Rule, attend, check_heads, checked_rule, sample_heads, sample_rule, serve, served
+from ..lib import sdpa
 
 NAME = "attention_dense"
 
@@ -41,30 +41,30 @@ def reference(
 
     Scores, softmax and sums are float32. A query that sees no key gives zeros.
     """
-    out.copy_(attend(q, k, v, _checked(out, q, k, v, scale, softcap, window, causal, limits)))
+    out.copy_(sdpa.attend(q, k, v, _checked(out, q, k, v, scale, softcap, window, causal, limits)))
 
 
 def fallback(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, _max_seqlen_q: int, *rule: Any) -> None:
     """The op by torch's scaled_dot_product_attention."""
-    out.copy_(serve(q, k, v, _checked(out, q, k, v, *rule)))
+    out.copy_(sdpa.serve(q, k, v, _checked(out, q, k, v, *rule)))
 
 
-def _checked(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rule: Any) -> Rule:
+def _checked(out: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rule: Any) -> sdpa.Rule:
     """ArgumentError for what the declaration cannot say."""
-    check_heads(NAME, q, k, v)
+    sdpa.check_heads(NAME, q, k, v)
     if out.shape != q.shape:
         raise ArgumentError(f"{NAME}: out is {list(out.shape)}; expected q's shape, {list(q.shape)}")
-    return checked_rule(NAME, *rule)
+    return sdpa.checked_rule(NAME, *rule)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments, as many keys as queries; `OpSpec` says the rest."""
-    m, longest = sizes["M"], sizes.get("max_seqlen_q", LONGEST)
+    m, longest = sizes["M"], sizes.get("max_seqlen_q", sdpa.LONGEST)
     q, k, v = (
         torch.randn(m, heads, longest, sizes["K"], generator=generator, device=generator.device).to(device, variant.dtypes["q"])
-        for heads in sample_heads(sizes["N"])
+        for heads in sdpa.sample_heads(sizes["N"])
     )
-    return [torch.full_like(q, float("nan")), q, k, v, longest, *sample_rule(variant, sizes["K"], longest)]
+    return [torch.full_like(q, float("nan")), q, k, v, longest, *sdpa.sample_rule(variant, sizes["K"], longest)]
 
 
 SPEC = OpSpec(
@@ -74,21 +74,13 @@ SPEC = OpSpec(
         TensorArg("q", ("M", "N", "*", "K"), (torch.bfloat16, torch.float16), layout="any", multiple=16),
         TensorArg("k", ("M", "*", "*", "K"), "q", layout="any", multiple=16),
         TensorArg("v", ("M", "*", "*", "K"), "q", layout="any", multiple=16),
-        IntArg("max_seqlen_q", minimum=1, ladder=LENGTHS),
-        FloatArg("scale", minimum=0.0),
-        FloatArg("softcap", minimum=0.0),
-        IntArg("window", minimum=0),
-        BoolArg("causal"),
-        BoolArg("limits"),
+        IntArg("max_seqlen_q", minimum=1, ladder=sdpa.LENGTHS),
+        *sdpa.RULE_ARGS,
     ),
     reference=reference,
     fallback=Fallback(fallback),
     sample=sample,
-    shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_sequences": "M", "max_seqlen_q": "max_seqlen_q"},
     ladder=(4,),  # the number of sequences picks no config
-    hints={"N": 32},
-    own_scales=True,
-    served=served,
-    typical="bfloat16+causal",
+    **sdpa.DENSE,
 )

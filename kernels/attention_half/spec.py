@@ -6,14 +6,24 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
 
 from ..lib.indices import check_indices
-from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, check_slots, random_lengths, random_paged, softmax_scale, write
+from ..lib.paged_kv import (
+    DECODE,
+    LENGTHS,
+    Rule,
+    attend,
+    check_blocks,
+    check_slots,
+    random_lengths,
+    random_paged,
+    softmax_scale,
+    write,
+)
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
-from ..lib.rope import SAMPLE_POSITIONS, random_cache, rotated
-from ..lib.workspace import BYTES
+from ..lib.rope import SAMPLE_POSITIONS, check_rotary, random_cache, rotated
 
 NAME = "attention_half"
 
@@ -94,10 +104,7 @@ def _check(
         raise ArgumentError(f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {heads} + 2 * {kv_heads} heads of {dim}")
     if kv_cache.size(1) != kv_heads or kv_heads * (heads // max(kv_heads, 1)) != heads:
         raise ArgumentError(f"{NAME}: kv_cache has {kv_cache.size(1)} heads; expected {heads} query heads / group")
-    if cos_sin_cache.size(1) > dim or cos_sin_cache.size(1) % 2:
-        raise ArgumentError(
-            f"{NAME}: cos_sin_cache rotates {cos_sin_cache.size(1)} elements; expected an even number, at most {dim}"
-        )
+    check_rotary(NAME, cos_sin_cache, dim)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -158,13 +165,7 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=({"K": 128}, {"K": 64}),
-    config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
-    ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    hints={"N": 560},  # a multiple of every group
-    measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
-    workspace=WorkspaceArg("workspace", BYTES),
-    own_scales=True,
+    **DECODE,
     served=served,
     typical="bfloat16-bfloat16+q_weight+k_weight+group=4",
 )

@@ -6,20 +6,9 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, Fallback, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import Fallback, IntArg, OpSpec, TensorArg, Variant
 
-from ..lib.sdpa import (
-    LENGTHS,
-    LONGEST,
-    Packed,
-    Rule,
-    by_padding,
-    check_heads,
-    checked_rule,
-    sample_heads,
-    sample_rule,
-    served,
-)
+from ..lib import sdpa
 
 NAME = "attention_varlen"
 
@@ -58,41 +47,41 @@ def reference(
 
     Scores, softmax and sums are float32. A query that sees no key gives zeros.
     """
-    packed = Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=True)
+    packed = sdpa.Packed(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    sdpa.by_padding(out, packed, _checked(packed, scale, softcap, window, causal, limits), exact=True)
 
 
 def fallback(out: torch.Tensor, *arguments: Any) -> None:
     """The op by torch's scaled_dot_product_attention, of padded sequences: lengths need not come to the host."""
-    packed = Packed(*arguments[:7])
-    by_padding(out, packed, _checked(packed, *arguments[7:]), exact=False)
+    packed = sdpa.Packed(*arguments[:7])
+    sdpa.by_padding(out, packed, _checked(packed, *arguments[7:]), exact=False)
 
 
-def _checked(packed: Packed, *rule: Any) -> Rule:
+def _checked(packed: sdpa.Packed, *rule: Any) -> sdpa.Rule:
     """ArgumentError for what the declaration cannot say."""
-    check_heads(NAME, *packed[:3])
+    sdpa.check_heads(NAME, *packed[:3])
     starts_q, starts_k = packed.cu_seqlens_q, packed.cu_seqlens_k
     if starts_q.size(0) != starts_k.size(0) or not starts_q.size(0):
         raise ArgumentError(
             f"{NAME}: cu_seqlens_q has {starts_q.size(0)} numbers and cu_seqlens_k {starts_k.size(0)}; expected as many, "
             "one more than sequences"
         )
-    return checked_rule(NAME, *rule)
+    return sdpa.checked_rule(NAME, *rule)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments: the first sequence has the longest length, if there are as many tokens, the last ones are empty."""
     m, dim = sizes["M"], sizes["K"]
-    longest = min(sizes.get("max_seqlen_q", LONGEST), max(1, m))
+    longest = min(sizes.get("max_seqlen_q", sdpa.LONGEST), max(1, m))
     cuts = list(range(longest, m, max(1, longest - 1)))
     starts = torch.tensor([0, *(cuts if m > longest else []), m, m], dtype=torch.int32).to(device)
     q, k, v = (
         torch.randn(m, heads, dim, generator=generator, device=generator.device).to(device=device, dtype=variant.dtypes["q"])
-        for heads in sample_heads(sizes["N"])
+        for heads in sdpa.sample_heads(sizes["N"])
     )
     longest = max(longest, sizes.get("max_seqlen_q", 1))
     lengths = (starts, starts.clone(), longest, longest)
-    return [torch.full_like(q, float("nan")), q, k, v, *lengths, *sample_rule(variant, dim, longest)]
+    return [torch.full_like(q, float("nan")), q, k, v, *lengths, *sdpa.sample_rule(variant, dim, longest)]
 
 
 SPEC = OpSpec(
@@ -104,22 +93,14 @@ SPEC = OpSpec(
         TensorArg("v", ("*", "*", "K"), "q", layout="any", multiple=16),
         TensorArg("cu_seqlens_q", ("*",), (torch.int32,)),
         TensorArg("cu_seqlens_k", ("*",), (torch.int32,)),
-        IntArg("max_seqlen_q", minimum=1, ladder=LENGTHS),
+        IntArg("max_seqlen_q", minimum=1, ladder=sdpa.LENGTHS),
         IntArg("max_seqlen_k", minimum=1),
-        FloatArg("scale", minimum=0.0),
-        FloatArg("softcap", minimum=0.0),
-        IntArg("window", minimum=0),
-        BoolArg("causal"),
-        BoolArg("limits"),
+        *sdpa.RULE_ARGS,
     ),
     reference=reference,
     fallback=Fallback(fallback),
     sample=sample,
-    shapes=({"K": 128}, {"K": 64}, {"K": 256}),
     config_key={"head_dim": "K", "num_tokens": "M", "max_seqlen_q": "max_seqlen_q"},
     ladder=(16384,),  # the number of tokens picks no config
-    hints={"N": 32},
-    own_scales=True,
-    served=served,
-    typical="bfloat16+causal",
+    **sdpa.DENSE,
 )

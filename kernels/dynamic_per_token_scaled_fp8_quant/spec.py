@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
 
@@ -49,4 +49,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
+    vllm=VllmOp(NAME),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, to_fp8
 
@@ -52,4 +52,5 @@ SPEC = OpSpec(
     # Larger tensors have no kernel: see triton.py.
     ladder=(1, 2, 4, 8, 16, 32, 64),
     hints={"K": 16},
+    vllm=VllmOp(NAME),
 )

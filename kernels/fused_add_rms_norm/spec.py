@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
@@ -49,4 +49,5 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     typical="bfloat16+weight",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
+    vllm=VllmOp(NAME),
 )

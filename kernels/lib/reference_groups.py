@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .reference_fp8 import FP8, FP8_MAX, MIN_SCALE, to_fp8
+from .reference_fp8 import FP8, FP8_MAX, MIN_SCALE, absmax, to_fp8
 
 #: What vLLM bounds a scale by before it rounds it up to a power of two.
 LEAST_ROUNDED = 1e-10
@@ -53,6 +53,17 @@ def clamp_low_first(x: torch.Tensor, low: float, high: float) -> torch.Tensor:
 def store_groups(groups: torch.Tensor, result: torch.Tensor) -> None:
     """Write to_fp8(groups), float32 [rows, groups of a row, group_size], to result [rows, columns]."""
     result.copy_(to_fp8(groups).flatten(1)[:, : result.shape[1]])
+
+
+def scaled_groups(x: torch.Tensor, group_size: int, eps: float, fp8_max: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The groups of x [rows, columns] in float32, and max(max |group|, eps) / fp8_max of each."""
+    groups = split_groups(x.float(), group_size)
+    return groups, absmax_scale(absmax(groups).clamp(min=eps), fp8_max)
+
+
+def store_clamped(groups: torch.Tensor, scale: torch.Tensor, low: float, high: float, result: torch.Tensor) -> None:
+    """Write clamp(groups * (1 / scale), low, high) in fp8 to result [rows, columns]; NaN becomes low."""
+    store_groups(clamp_low_first(times_inverse(groups, scale), low, high), result)
 
 
 def poisoned_outputs(rows: int, columns: int, group_size: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -7,11 +7,11 @@ Nothing here waits for the GPU.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import Variant
+from hdispatch.opspec import BoolArg, FloatArg, IntArg, Variant
 from torch.nn.functional import scaled_dot_product_attention
 
 #: Scores, or elements of padded sequences, that are held at once.
@@ -20,6 +20,14 @@ HELD = 2**27
 LENGTHS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
 #: Queries of a sample call, unless it is asked for, and query heads per kv head.
 LONGEST, GROUP = 100, 4
+#: The ops' last arguments: see `Rule`. `limits`: whether softcap and window count.
+RULE_ARGS = (
+    FloatArg("scale", minimum=0.0),
+    FloatArg("softcap", minimum=0.0),
+    IntArg("window", minimum=0),
+    BoolArg("causal"),
+    BoolArg("limits"),
+)
 
 
 class Rule(NamedTuple):
@@ -64,6 +72,16 @@ def sample_rule(variant: Variant, dim: int, longest: int) -> tuple[float, float,
 def served(variant: Variant) -> bool:
     """What models have: a softcap and windows with causal, in bfloat16."""
     return not variant.static["limits"] or (bool(variant.static["causal"]) and variant.dtypes["q"] == torch.bfloat16)
+
+
+#: What the declarations of the dense ops say alike, beside RULE_ARGS.
+DENSE: dict[str, Any] = {
+    "shapes": ({"K": 128}, {"K": 64}, {"K": 256}),
+    "hints": {"N": 32},
+    "own_scales": True,
+    "served": served,
+    "typical": "bfloat16+causal",
+}
 
 
 class Lengths(NamedTuple):

@@ -58,6 +58,22 @@ def pair(block_m: int, block_n: int, num_stages: int, programs: int = 132, group
     return {**tile, "programs": programs, "prefetch": 0, "num_warps": 4, "num_stages": num_stages}
 
 
+# fmt: off
+#: By the M that they are for. With more rows of a the plain cores, not the memory, set the pace: `stream` is faster.
+DOTS = {
+    1: (
+        dot(1, 8, 2048), dot(1, 4, 2048), dot(1, 2, 2048), dot(1, 2, 4096), dot(1, 4, 4096), dot(1, 4, 4096, num_warps=8),
+        dot(1, 8, 1024, num_warps=2), dot(1, 8, 2048, registers=64), dot(1, 8, 4096, registers=128),
+        dot(1, 4, 2048, registers=56), dot(1, 4, 2048, num_warps=2),
+    ),
+    2: (
+        dot(2, 8, 2048), dot(2, 4, 2048), dot(2, 2, 2048), dot(2, 8, 1024, num_warps=2), dot(2, 4, 1024, num_warps=2),
+        dot(2, 4, 2048, registers=64),
+    ),
+}
+# fmt: on
+
+
 class Call(NamedTuple):
     """The matrices of a call, their scales, and a bias, as the kernels take them: the op's tensors in order."""
 

@@ -13,13 +13,16 @@ import triton.language as tl
 from .triton_fp8 import APPROXIMATE
 
 
-@triton.jit
-def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+def find_tile(index, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of the tile of that index: GROUP rows of tiles are walked column by column, so that L2 holds them."""
     first = index // (GROUP * tiles_n) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
     within = index % (GROUP * tiles_n)
     return first + within % rows, within // rows
+
+
+#: For Triton's kernels; Gluon's, which call none of Triton's functions, have theirs in gluon_pair.py.
+tile_at = triton.jit(find_tile)
 
 
 @triton.jit
@@ -41,6 +44,66 @@ def prefetch(rows, left, BYTES: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
+def start_stream(
+    b, M, N, K, stride_b, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    GROUP: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Finds a program's tile, asks for its first weights, and waits for the kernel before this one.
+
+    With SPLIT > 1 a tile takes BLOCK_N / SPLIT weights and cuts K into SPLIT pieces, which are stacked: as rows of the
+    weights and as columns of a. Blocks off the diagonal mix two pieces and are dropped. So more programs share the stream.
+
+    Returns the tile's row and column, the K of a piece, the numbers below BLOCK_K, and of each row of weights where its K
+    begins and its address.
+    """
+    ROWS: tl.constexpr = BLOCK_N // SPLIT
+    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, ROWS), GROUP)
+    piece = tl.cdiv(K, SPLIT * BLOCK_K) * BLOCK_K
+    k = tl.arange(0, BLOCK_K)
+    row = tl.arange(0, BLOCK_N)
+    row_k = row // ROWS * piece
+    weights = b + tl.minimum(tile_n * ROWS + row % ROWS, N - 1).to(tl.int64) * stride_b + row_k
+    if PREFETCH > 0:
+        # With PDL the kernel before this one may still run; but what is asked for here is not read before the wait.
+        prefetch(weights, tl.minimum(piece, K - row_k), PREFETCH, BLOCK_N)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        # Dependents wait for all of this kernel anyway; started now, they can fetch weights of their own.
+        tl.extra.cuda.gdc_launch_dependents()
+    return tile_m, tile_n, piece, k, row_k, weights
+
+
+@triton.jit
+def stacked_rows(a, tile_m, piece, stride_a, BLOCK_M: tl.constexpr, SPLIT: tl.constexpr):
+    """Of each column of a tile of `start_stream`: its row of a, where its K begins, and its address."""
+    column = tl.arange(0, SPLIT * BLOCK_M)
+    column_k = column // BLOCK_M * piece
+    column_m = tile_m * BLOCK_M + column % BLOCK_M
+    return column_m, column_k, a + column_m.to(tl.int64) * stride_a + column_k
+
+
+@triton.jit
+def start_tiles(
+    weights, M, N, K, stride_b, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """Asks for the weights of a program's first tile [BLOCK_M, COLUMNS], and waits for the kernel before this one.
+
+    Returns how many tiles there are in a column and in a row.
+    """
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, COLUMNS)
+    if PREFETCH > 0:
+        _, start = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP)
+        rows = tl.minimum(start * COLUMNS + tl.arange(0, COLUMNS), N - 1).to(tl.int64)
+        prefetch(weights + rows * stride_b, tl.zeros((COLUMNS,), tl.int32) + K, PREFETCH, COLUMNS)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    return tiles_m, tiles_n
+
+
+@triton.jit
 def add_splits(acc, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The sum of the SPLIT blocks [ROWS, COLUMNS] on the diagonal of `acc` [SPLIT * ROWS, SPLIT * COLUMNS]."""
     if SPLIT == 1:
@@ -49,6 +112,13 @@ def add_splits(acc, SPLIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constex
     split = tl.arange(0, SPLIT)
     diagonal = (split[:, None] == split[None, :])[:, None, :, None]
     return tl.sum(tl.sum(tl.where(diagonal, blocks, 0.0), axis=2), axis=0)
+
+
+@triton.jit
+def store_transposed(out, n, m, result, N, M, stride_out):
+    """Stores result [rows n of the weights, rows m of a], transposed, in out [M, N]."""
+    target = out + m.to(tl.int64)[None, :] * stride_out + n[:, None]
+    tl.store(target, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
 
 
 @triton.constexpr_function
@@ -124,6 +194,19 @@ def dot_vectors(weights, tokens, COUNT: tl.constexpr):
             products += w[2] * operands[4 * i + 3] + w[3] * operands[4 * i + 4]
             sums += (tl.sum(products.reshape(weights.shape[0], VECTORS, 4), axis=2),)
     return sums
+
+
+@triton.jit
+def start_dot(b, n, N, K, stride_b, WORDS: tl.constexpr):
+    """Loads the first WORDS int32s of the weights n; K is a multiple of 16, so that a thread's four are all there or none is.
+
+    Returns the numbers of the int32s, how many a row has, their addresses, and what is loaded. Four fp8 numbers are an int32.
+    """
+    words = tl.multiple_of(K // 4, 4)
+    word = tl.arange(0, WORDS)
+    rows = b + tl.minimum(n, N - 1).to(tl.int64) * stride_b
+    weights = rows[:, None].to(tl.pointer_type(tl.int32)) + word[None, :]
+    return word, words, weights, tl.load(weights, mask=word[None, :] < words, other=0)
 
 
 @triton.jit

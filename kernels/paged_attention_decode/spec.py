@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, WorkspaceArg
+from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
 
-from ..lib.paged_kv import LENGTHS, Rule, attend, check_blocks, random_lengths, random_paged, softmax_scale
+from ..lib.paged_kv import DECODE, LENGTHS, Rule, attend, check_blocks, random_lengths, random_paged, softmax_scale
 from ..lib.reference_fp8 import FP8
-from ..lib.workspace import BYTES
 
 NAME = "paged_attention_decode"
 
@@ -107,7 +106,7 @@ def served(variant: Variant) -> bool:
         return False
     if dtypes["kv_cache"] == FP8:
         return group == 4 and queries == 1
-    return dtypes["kv_cache"] == dtypes["q"] and group in {1: (2, 4, 8), 4: (4, 8)}.get(queries, ())
+    return dtypes["kv_cache"] == dtypes["q"] and group in {1: (2, 4, 8), 4: (2, 4, 8)}.get(queries, ())
 
 
 SPEC = OpSpec(
@@ -130,13 +129,7 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=({"K": 128}, {"K": 64}),
-    config_key={"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
-    ladder=(1, 2, 4, 8, 16, 32, 64, 128, 256),
-    hints={"N": 560},  # a multiple of every group
-    measured={"N": 32},  # an 8B model's: how many blocks a call has decides its splits
-    workspace=WorkspaceArg("workspace", BYTES),
-    own_scales=True,
+    **DECODE,
     served=served,
     typical="bfloat16-bfloat16+group=4+max_queries=1",
 )

@@ -5,18 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, FloatArg, Form, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
-from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows
-from ..lib.reference_groups import (
-    absmax_scale,
-    clamp_low_first,
-    poisoned_outputs,
-    power_of_two,
-    split_groups,
-    store_groups,
-    times_inverse,
-)
+from ..lib.reference_fp8 import FP8, FP8_MAX, random_rows
+from ..lib.reference_groups import poisoned_outputs, power_of_two, scaled_groups, store_clamped
 
 NAME = "per_token_group_fp8_quant"
 
@@ -48,12 +40,11 @@ def reference(
     it: NaN does not count in max |group|, and its code is fp8_min (0xfe of -448). An infinity makes the scale of its group
     infinite: its own code is fp8_min too, whatever its sign, and those of finite numbers are zeros of their signs.
     """
-    groups = split_groups(input.float(), group_size)
-    scale = absmax_scale(absmax(groups).clamp(min=eps), fp8_max)
+    groups, scale = scaled_groups(input, group_size, eps, fp8_max)
     if scale_ue8m0:
         scale = power_of_two(scale)
     output_s.copy_(scale)
-    store_groups(clamp_low_first(times_inverse(groups, scale), fp8_min, fp8_max), output_q)
+    store_clamped(groups, scale, fp8_min, fp8_max, output_q)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
@@ -82,4 +73,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
+    vllm=VllmOp(NAME, (Form("output_s", "either"),)),
 )

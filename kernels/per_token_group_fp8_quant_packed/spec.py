@@ -6,18 +6,10 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
-from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows
-from ..lib.reference_groups import (
-    absmax_scale,
-    clamp_low_first,
-    poisoned_outputs,
-    power_of_two,
-    split_groups,
-    store_groups,
-    times_inverse,
-)
+from ..lib.reference_fp8 import FP8, FP8_MAX, random_rows
+from ..lib.reference_groups import poisoned_outputs, power_of_two, scaled_groups, store_clamped
 
 NAME = "per_token_group_fp8_quant_packed"
 
@@ -52,13 +44,13 @@ def reference(
     """
     if group_size != GROUP:
         raise ArgumentError(f"{NAME}: group_size is {group_size}; expected {GROUP}")
-    groups = split_groups(input.float(), group_size)
-    scale = power_of_two(absmax_scale(absmax(groups).clamp(min=eps), fp8_max))
+    groups, scale = scaled_groups(input, group_size, eps, fp8_max)
+    scale = power_of_two(scale)
     exponents = (scale.view(torch.int32) >> 23).to(torch.uint8)
     padded = torch.nn.functional.pad(exponents, (0, -exponents.shape[1] % 4))
     output_s_packed.copy_(padded.contiguous().view(torch.int32) if padded.size(1) else padded)
     padding(output_s_packed).zero_()
-    store_groups(clamp_low_first(times_inverse(groups, scale), fp8_min, fp8_max), output_q)
+    store_clamped(groups, scale, fp8_min, fp8_max, output_q)
 
 
 def padding(packed: torch.Tensor) -> torch.Tensor:
@@ -95,4 +87,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
+    vllm=VllmOp(NAME),
 )

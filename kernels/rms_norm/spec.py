@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
@@ -51,4 +51,5 @@ SPEC = OpSpec(
     typical="bfloat16+weight",
     # K is below every block, so that configs for few columns can be traced too.
     hints={"K": 48, "N": 8},
+    vllm=VllmOp(NAME),
 )

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.indices import check_indices
 from ..lib.reference_fp8 import random_rows
@@ -105,4 +105,5 @@ SPEC = OpSpec(
     served=served,
     typical="bfloat16-bfloat16+key+head_size=128+is_neox",
     hints={"N": 1024},
+    vllm=VllmOp(NAME),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8
 from ..lib.reference_gemm import SHAPES, random_fp8, random_scales
@@ -68,4 +68,5 @@ SPEC = OpSpec(
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     accumulation=ACCUMULATION,
+    vllm=VllmOp("cutlass_scaled_mm"),
 )

@@ -12,8 +12,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import triton_gemm as gemm
-from ..lib.triton_gemm import dot
-from ..lib.triton_tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
+from ..lib import triton_tiles as tiles
 from .pair import pair_kernel
 
 #: One record serves all K and N that are multiples of 16.
@@ -36,13 +35,8 @@ def dot_kernel(
         # Dependents start when the last program of this kernel has. They too ask for weights, then wait for this one's end.
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Four fp8 numbers are an int32. K is a multiple of 16, so that a thread's four of them are all there or none is.
     WORDS: tl.constexpr = BLOCK_K // 4
-    words = tl.multiple_of(K // 4, 4)
-    word = tl.arange(0, WORDS)
-    rows = b + tl.minimum(n, N - 1).to(tl.int64) * stride_b
-    weights = rows[:, None].to(tl.pointer_type(tl.int32)) + word[None, :]
-    w = tl.load(weights, mask=word[None, :] < words, other=0)
+    word, words, weights, w = tiles.start_dot(b, n, N, K, stride_b, WORDS)
     b_scale = tl.load(b_scales + n * stride_bs, mask=n < N, other=0.0)
     if bias is not None:
         shift = tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
@@ -50,24 +44,23 @@ def dot_kernel(
         tl.extra.cuda.gdc_wait()
 
     first = tl.program_id(1) * BLOCK_M
-    x = load_tokens(a, first, M, stride_a, word, words, BLOCK_M)
+    x = tiles.load_tokens(a, first, M, stride_a, word, words, BLOCK_M)
     m = first + tl.arange(0, BLOCK_M)
     a_scale = tl.load(a_scales + m.to(tl.int64) * stride_as, mask=m < M, other=0.0)
     accs = (tl.zeros((BLOCK_N, BLOCK_K // 16), tl.float32),) * BLOCK_M
     for at in range(WORDS, words + WORDS, WORDS):
-        found = dot_vectors(w, x, BLOCK_M)
+        found = tiles.dot_vectors(w, x, BLOCK_M)
         sums = ()
         for i in tl.static_range(BLOCK_M):
             sums += (accs[i] + found[i],)
         accs = sums
         w = tl.load(weights + at, mask=(at + word)[None, :] < words, other=0)
-        x = load_tokens(a, first, M, stride_a, at + word, words, BLOCK_M)
+        x = tiles.load_tokens(a, first, M, stride_a, at + word, words, BLOCK_M)
 
-    result = a_scale[None, :] * (b_scale[:, None] * tl.sum(stack(accs, BLOCK_M), axis=1))
+    result = a_scale[None, :] * (b_scale[:, None] * tl.sum(tiles.stack(accs, BLOCK_M), axis=1))
     if bias is not None:
         result += shift[:, None]
-    target = out + m.to(tl.int64)[None, :] * stride_out + n[:, None]
-    tl.store(target, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    tiles.store_transposed(out, n, m, result, N, M, stride_out)
 
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
@@ -78,29 +71,13 @@ def stream_kernel(
 ):  # fmt: skip
     """out.T = weights @ a.T: the weights are the 64-row side of the tensor core, the rows of a the side that may be narrow.
 
-    With SPLIT > 1 a tile takes BLOCK_N / SPLIT weights and cuts K into SPLIT pieces, which are stacked: as rows of the
-    weights and as columns of a. Blocks off the diagonal mix two pieces and are dropped. So more programs share the stream.
+    See `start_stream` for SPLIT.
     """
     ROWS: tl.constexpr = BLOCK_N // SPLIT
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, ROWS), GROUP)
-    piece = tl.cdiv(K, SPLIT * BLOCK_K) * BLOCK_K
-    k = tl.arange(0, BLOCK_K)
-
-    row = tl.arange(0, BLOCK_N)
-    row_k = row // ROWS * piece
-    weights = b + tl.minimum(tile_n * ROWS + row % ROWS, N - 1).to(tl.int64) * stride_b + row_k
-    if PREFETCH > 0:
-        # With PDL the kernel before this one may still run; but what is asked for here is not read before the wait.
-        prefetch(weights, tl.minimum(piece, K - row_k), PREFETCH, BLOCK_N)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        # Dependents wait for all of this kernel anyway; started now, they can fetch weights of their own.
-        tl.extra.cuda.gdc_launch_dependents()
-
-    column = tl.arange(0, SPLIT * BLOCK_M)
-    column_k = column // BLOCK_M * piece
-    column_m = tile_m * BLOCK_M + column % BLOCK_M
-    tokens = a + column_m.to(tl.int64) * stride_a + column_k
+    tile_m, tile_n, piece, k, row_k, weights = tiles.start_stream(
+        b, M, N, K, stride_b, BLOCK_M, BLOCK_N, BLOCK_K, SPLIT, GROUP, PREFETCH, PDL
+    )
+    column_m, column_k, tokens = tiles.stacked_rows(a, tile_m, piece, stride_a, BLOCK_M, SPLIT)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     a_scale = tl.load(a_scales + m.to(tl.int64) * stride_as, mask=m < M, other=0.0)
     n = tile_n * ROWS + tl.arange(0, ROWS)
@@ -114,13 +91,12 @@ def stream_kernel(
         valid = (column_m < M)[:, None] & ((column_k + at)[:, None] + k[None, :] < K)
         x = tl.load(tokens[:, None] + (at + k)[None, :], mask=valid, other=0.0)
         acc = tl.dot(w, x.T, acc)
-    acc = add_splits(acc, SPLIT, ROWS, BLOCK_M)
+    acc = tiles.add_splits(acc, SPLIT, ROWS, BLOCK_M)
 
     result = a_scale[None, :] * (b_scale[:, None] * acc)
     if bias is not None:
         result += shift[:, None]
-    target = out + m.to(tl.int64)[None, :] * stride_out + n[:, None]
-    tl.store(target, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    tiles.store_transposed(out, n, m, result, N, M, stride_out)
 
 
 @triton.jit(do_not_specialize=["M", "stride_as", "stride_bs"])
@@ -136,18 +112,10 @@ def tma_kernel(
     A program takes every num_programs-th tile. The loops are fused: the next tile's loads run under this one's stores.
     out leaves in PARTS pieces of BLOCK_N / PARTS columns, each through the same shared memory.
     """
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    if PREFETCH > 0:
-        _, first = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP)
-        rows = tl.minimum(first * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
-        prefetch(weights + rows * stride_b, tl.zeros((BLOCK_N,), tl.int32) + K, PREFETCH, BLOCK_N)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    tiles_m, tiles_n = tiles.start_tiles(weights, M, N, K, stride_b, BLOCK_M, BLOCK_N, GROUP, PREFETCH, PDL)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tiles.tile_at(index, tiles_m, tiles_n, GROUP)
         # The last tile ends with M, if M has one: rows that are not there take the copy engine longer.
         first_row = tl.minimum(tile_m * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -197,135 +165,61 @@ def pair(block_m: int, block_n: int, num_stages: int, **others: int) -> dict[str
     return gemm.pair(block_m, block_n, num_stages, block_k=128, **others)
 
 
+# fmt: off
 #: Up to 64 rows: TMA tiles of 64 rows, all but the tile's weights being read as zeros or from L2.
 _THIN_TMA = (
-    tma(64, 32, 128, 8, programs=264, prefetch=1024),
-    tma(64, 32, 256, 6, prefetch=1024),
-    tma(64, 64, 128, 6, programs=264, prefetch=1024),
-    tma(64, 128, 128, 4, parts=2, programs=264, prefetch=1024),
+    tma(64, 32, 128, 8, programs=264, prefetch=1024), tma(64, 32, 256, 6, prefetch=1024),
+    tma(64, 64, 128, 6, programs=264, prefetch=1024), tma(64, 128, 128, 4, parts=2, programs=264, prefetch=1024),
 )
-
-#: By the M that they are for. With more rows of a the plain cores, not the memory, set the pace: `stream` is faster.
-_DOTS = {
-    1: (
-        dot(1, 8, 2048),
-        dot(1, 4, 2048),
-        dot(1, 2, 2048),
-        dot(1, 2, 4096),
-        dot(1, 4, 4096),
-        dot(1, 4, 4096, num_warps=8),
-        dot(1, 8, 1024, num_warps=2),
-        dot(1, 8, 2048, registers=64),
-        dot(1, 8, 4096, registers=128),
-        dot(1, 4, 2048, registers=56),
-        dot(1, 4, 2048, num_warps=2),
-    ),
-    2: (
-        dot(2, 8, 2048),
-        dot(2, 4, 2048),
-        dot(2, 2, 2048),
-        dot(2, 8, 1024, num_warps=2),
-        dot(2, 4, 1024, num_warps=2),
-        dot(2, 4, 2048, registers=64),
-    ),
-}
 
 #: By the largest M that they are for. Tiles of fewer than 64 weights are multiplied as float16, which is exact, and fill the
 #: GPU where N is small. Weights per tile (block_n / split) from 16 to 128; up to 16384 columns split them finely.
 _STREAMS = {
     8: (
-        stream(8, 64, 256, 4, split=2),
-        stream(8, 64, 256, 4, split=2, prefetch=4096),
-        stream(8, 64, 256, 4, split=2, prefetch=0),
-        stream(8, 64, 512, 4, split=2),
-        stream(8, 64, 128, 8, split=2),
-        stream(8, 64, 256, 4, split=4),
-        stream(8, 64, 256, 3, split=2),
-        stream(8, 64, 512, 3, split=4),
-        stream(8, 128, 256, 3, split=2),
-        stream(8, 128, 128, 6, split=2),
-        stream(16, 64, 256, 4),
-        stream(16, 64, 512, 4),
-        stream(16, 128, 128, 6),
-        stream(8, 32, 256, 6),
-        stream(8, 32, 512, 4),
-        stream(8, 32, 1024, 3, num_warps=8),
+        stream(8, 64, 256, 4, split=2), stream(8, 64, 256, 4, split=2, prefetch=4096),
+        stream(8, 64, 256, 4, split=2, prefetch=0), stream(8, 64, 512, 4, split=2), stream(8, 64, 128, 8, split=2),
+        stream(8, 64, 256, 4, split=4), stream(8, 64, 256, 3, split=2), stream(8, 64, 512, 3, split=4),
+        stream(8, 128, 256, 3, split=2), stream(8, 128, 128, 6, split=2), stream(16, 64, 256, 4), stream(16, 64, 512, 4),
+        stream(16, 128, 128, 6), stream(8, 32, 256, 6), stream(8, 32, 512, 4), stream(8, 32, 1024, 3, num_warps=8),
         stream(8, 16, 512, 4),
     ),
     16: (
-        stream(16, 64, 256, 4),
-        stream(16, 64, 256, 4, prefetch=4096),
-        stream(16, 64, 512, 4),
-        stream(16, 64, 256, 3, split=2),
-        stream(16, 64, 256, 3, split=2, prefetch=4096),
-        stream(16, 64, 128, 4, split=4),
-        stream(16, 64, 256, 3, split=4),
-        stream(16, 128, 128, 5, split=2),
-        stream(16, 128, 128, 6),
-        stream(16, 32, 256, 6),
-        stream(16, 32, 512, 4),
-        stream(16, 32, 512, 3, prefetch=4096),
-        stream(16, 32, 1024, 3, num_warps=8),
-        stream(16, 16, 512, 4),
-        stream(16, 16, 1024, 3),
+        stream(16, 64, 256, 4), stream(16, 64, 256, 4, prefetch=4096), stream(16, 64, 512, 4),
+        stream(16, 64, 256, 3, split=2), stream(16, 64, 256, 3, split=2, prefetch=4096), stream(16, 64, 128, 4, split=4),
+        stream(16, 64, 256, 3, split=4), stream(16, 128, 128, 5, split=2), stream(16, 128, 128, 6), stream(16, 32, 256, 6),
+        stream(16, 32, 512, 4), stream(16, 32, 512, 3, prefetch=4096), stream(16, 32, 1024, 3, num_warps=8),
+        stream(16, 16, 512, 4), stream(16, 16, 1024, 3),
     ),
     32: (
-        stream(32, 64, 256, 4),
-        stream(32, 64, 256, 4, prefetch=4096),
-        stream(32, 64, 128, 8),
-        stream(32, 64, 256, 3, split=2),
-        stream(32, 64, 128, 4, split=4),
-        stream(32, 128, 128, 5),
-        stream(32, 128, 128, 4, split=2),
-        stream(32, 32, 256, 5),
-        stream(32, 32, 512, 3),
-        stream(32, 16, 512, 3),
+        stream(32, 64, 256, 4), stream(32, 64, 256, 4, prefetch=4096), stream(32, 64, 128, 8),
+        stream(32, 64, 256, 3, split=2), stream(32, 64, 128, 4, split=4), stream(32, 128, 128, 5),
+        stream(32, 128, 128, 4, split=2), stream(32, 32, 256, 5), stream(32, 32, 512, 3), stream(32, 16, 512, 3),
     ),
     64: (
-        stream(64, 64, 128, 6),
-        stream(64, 64, 128, 6, prefetch=4096),
-        stream(64, 64, 256, 3),
-        stream(64, 64, 128, 4, split=2),
-        stream(64, 128, 128, 4),
-        stream(64, 128, 128, 4, num_warps=8),
-        stream(64, 32, 256, 4),
-        stream(64, 32, 256, 4, num_warps=8),
-        stream(32, 32, 512, 3),
-        stream(32, 64, 256, 4),
+        stream(64, 64, 128, 6), stream(64, 64, 128, 6, prefetch=4096), stream(64, 64, 256, 3),
+        stream(64, 64, 128, 4, split=2), stream(64, 128, 128, 4), stream(64, 128, 128, 4, num_warps=8),
+        stream(64, 32, 256, 4), stream(64, 32, 256, 4, num_warps=8), stream(32, 32, 512, 3), stream(32, 64, 256, 4),
     ),
     128: (
-        stream(128, 64, 128, 4),
-        stream(128, 128, 128, 3, num_warps=8),
+        stream(128, 64, 128, 4), stream(128, 128, 128, 3, num_warps=8),
     ),
 }
 
 _MIDDLE = (
-    pair(128, 128, 6),
-    pair(256, 64, 5),
-    pair(128, 64, 8),
-    pair(256, 128, 4),
-    tma(64, 128, 128, 4, parts=2, programs=264, prefetch=1024),
-    tma(64, 64, 128, 6, programs=264, prefetch=1024),
-    tma(128, 64, 128, 4, programs=264, parts=2, prefetch=1024),
-    tma(128, 128, 128, 3, parts=2, programs=264),
-    tma(128, 128, 128, 5, num_warps=8, prefetch=1024),
-    tma(256, 64, 128, 4, num_warps=8, prefetch=1024),
+    pair(128, 128, 6), pair(256, 64, 5), pair(128, 64, 8), pair(256, 128, 4),
+    tma(64, 128, 128, 4, parts=2, programs=264, prefetch=1024), tma(64, 64, 128, 6, programs=264, prefetch=1024),
+    tma(128, 64, 128, 4, programs=264, parts=2, prefetch=1024), tma(128, 128, 128, 3, parts=2, programs=264),
+    tma(128, 128, 128, 5, num_warps=8, prefetch=1024), tma(256, 64, 128, 4, num_warps=8, prefetch=1024),
 )
 
 _LARGE = (
-    pair(256, 128, 4),
-    pair(256, 128, 4, group=4),
-    pair(256, 128, 4, group=16),
-    pair(128, 256, 3),
-    pair(128, 256, 3, group=16),
-    pair(128, 256, 3, group=32),
-    pair(128, 128, 6),
-    tma(128, 128, 128, 3, parts=2, programs=264),
-    tma(128, 256, 128, 4, parts=2, num_warps=8),
-    tma(128, 256, 128, 4, parts=2, group=16, num_warps=8),
-    tma(256, 128, 128, 4, parts=2, num_warps=8),
+    pair(256, 128, 4), pair(256, 128, 4, group=4), pair(256, 128, 4, group=16), pair(128, 256, 3),
+    pair(128, 256, 3, group=16), pair(128, 256, 3, group=32), pair(128, 128, 6),
+    tma(128, 128, 128, 3, parts=2, programs=264), tma(128, 256, 128, 4, parts=2, num_warps=8),
+    tma(128, 256, 128, 4, parts=2, group=16, num_warps=8), tma(256, 128, 128, 4, parts=2, num_warps=8),
     tma(256, 128, 128, 4, parts=2, group=4, num_warps=8),
 )
+# fmt: on
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
@@ -339,5 +233,5 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     # Tiles of 16 weights are too many of a large N, those of 128 too few of a small one.
     rows = (32, 128) if n > 16384 else (16, 64) if n <= 6144 else (16, 128)
     found = [c for c in streams if rows[0] <= c["block_n"] // c["split"] <= rows[1]]
-    found += _DOTS.get(m, ())
+    found += gemm.DOTS.get(m, ())
     return found + [c for c in _THIN_TMA if rows[0] <= c["block_n"] <= rows[1]]

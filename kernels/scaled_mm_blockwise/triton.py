@@ -12,8 +12,8 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import triton_gemm as gemm
-from ..lib.triton_gemm import dot, pair, stream
-from ..lib.triton_tiles import add_splits, dot_vectors, load_tokens, prefetch, stack, tile_at
+from ..lib import triton_tiles as tiles
+from ..lib.triton_gemm import pair, stream
 from .pair import pair_kernel
 
 #: One record serves all K and N that are multiples of 16.
@@ -42,21 +42,16 @@ def dot_kernel(
         # Dependents start when the last program of this kernel has. They too ask for weights, then wait for this one's end.
         tl.extra.cuda.gdc_launch_dependents()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Four fp8 numbers are an int32. K is a multiple of 16, so that a thread's four of them are all there or none is.
-    WORDS: tl.constexpr = BLOCK_K // 4
     VECTORS: tl.constexpr = BLOCK_K // 16
-    words = tl.multiple_of(K // 4, 4)
-    word = tl.arange(0, WORDS)
-    rows = b + tl.minimum(n, N - 1).to(tl.int64) * stride_b
-    weights = rows[:, None].to(tl.pointer_type(tl.int32)) + word[None, :]
-    w = tl.load(weights, mask=word[None, :] < words, other=0)
+    WORDS: tl.constexpr = BLOCK_K // 4
+    word, words, weights, w = tiles.start_dot(b, n, N, K, stride_b, WORDS)
     b_scales += (tl.program_id(0) * BLOCK_N // 128).to(tl.int64) * stride_bn
     b_scale = load_scales(b_scales, 0, stride_bk, VECTORS, words)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     first = tl.program_id(1) * BLOCK_M
-    x = load_tokens(a, first, M, stride_a, word, words, BLOCK_M)
+    x = tiles.load_tokens(a, first, M, stride_a, word, words, BLOCK_M)
     accs = (tl.zeros((BLOCK_N, VECTORS), tl.float32),) * BLOCK_M
     for at in range(0, words, WORDS):
         scales = ()
@@ -64,7 +59,7 @@ def dot_kernel(
             row = a_scales + (first + i).to(tl.int64) * stride_am
             end = tl.where(first + i < M, words, 0)
             scales += (load_scales(row, at, stride_ak, VECTORS, end),)
-        found = dot_vectors(w, x, BLOCK_M)
+        found = tiles.dot_vectors(w, x, BLOCK_M)
         sums = ()
         for i in tl.static_range(BLOCK_M):
             sums += (accs[i] + found[i] * (scales[i] * b_scale)[None, :],)
@@ -72,12 +67,10 @@ def dot_kernel(
         later = at + WORDS
         w = tl.load(weights + later, mask=(later + word)[None, :] < words, other=0)
         b_scale = load_scales(b_scales, later, stride_bk, VECTORS, words)
-        x = load_tokens(a, first, M, stride_a, later + word, words, BLOCK_M)
+        x = tiles.load_tokens(a, first, M, stride_a, later + word, words, BLOCK_M)
 
     m = first + tl.arange(0, BLOCK_M)
-    target = out + m.to(tl.int64)[None, :] * stride_out + n[:, None]
-    result = tl.sum(stack(accs, BLOCK_M), axis=1)
-    tl.store(target, result.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    tiles.store_transposed(out, n, m, tl.sum(tiles.stack(accs, BLOCK_M), axis=1), N, M, stride_out)
 
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
@@ -89,25 +82,10 @@ def stream_kernel(
     """out.T = weights @ a.T, as in `scaled_mm`. BLOCK_N / SPLIT divides 128: the weights of a tile share their scales."""
     GROUP_SIZE: tl.constexpr = 128
     ROWS: tl.constexpr = BLOCK_N // SPLIT
-    tile_m, tile_n = tile_at(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, ROWS), GROUP)
-    piece = tl.cdiv(K, SPLIT * GROUP_SIZE) * GROUP_SIZE
-    k = tl.arange(0, GROUP_SIZE)
-
-    row = tl.arange(0, BLOCK_N)
-    row_k = row // ROWS * piece
-    weights = b + tl.minimum(tile_n * ROWS + row % ROWS, N - 1).to(tl.int64) * stride_b + row_k
-    if PREFETCH > 0:
-        # With PDL the kernel before this one may still run; but what is asked for here is not read before the wait.
-        prefetch(weights, tl.minimum(piece, K - row_k), PREFETCH, BLOCK_N)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        # Dependents wait for all of this kernel anyway; started now, they can fetch weights of their own.
-        tl.extra.cuda.gdc_launch_dependents()
-
-    column = tl.arange(0, SPLIT * BLOCK_M)
-    column_k = column // BLOCK_M * piece
-    column_m = tile_m * BLOCK_M + column % BLOCK_M
-    tokens = a + column_m.to(tl.int64) * stride_a + column_k
+    tile_m, tile_n, piece, k, row_k, weights = tiles.start_stream(
+        b, M, N, K, stride_b, BLOCK_M, BLOCK_N, GROUP_SIZE, SPLIT, GROUP, PREFETCH, PDL
+    )
+    column_m, column_k, tokens = tiles.stacked_rows(a, tile_m, piece, stride_a, BLOCK_M, SPLIT)
     # Off the diagonal nothing is right anyway: a column's own piece of K says which scale of the weights it takes.
     first = column_k // GROUP_SIZE
     a_scale = a_scales + column_m.to(tl.int64) * stride_am + first.to(tl.int64) * stride_ak
@@ -124,12 +102,11 @@ def stream_kernel(
         scale = tl.load(a_scale + block * stride_ak.to(tl.int64), mask=valid, other=0.0)
         scale *= tl.load(b_scale + block * stride_bk.to(tl.int64), mask=valid, other=0.0)
         acc += tl.dot(w, x.T) * scale[None, :]
-    acc = add_splits(acc, SPLIT, ROWS, BLOCK_M)
+    acc = tiles.add_splits(acc, SPLIT, ROWS, BLOCK_M)
 
     n = tile_n * ROWS + tl.arange(0, ROWS)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    target = out + m.to(tl.int64)[None, :] * stride_out + n[:, None]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < N)[:, None])
+    tiles.store_transposed(out, n, m, acc, N, M, stride_out)
 
 
 @triton.jit(do_not_specialize=["M", "stride_am", "stride_ak", "stride_bk", "stride_bn"])
@@ -147,17 +124,9 @@ def tma_kernel(
     """
     GROUP_SIZE: tl.constexpr = 128
     COLUMNS: tl.constexpr = SLICES * BLOCK_N
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, COLUMNS)
-    if PREFETCH > 0:
-        _, start = tile_at(tl.program_id(0), tiles_m, tiles_n, GROUP)
-        rows = tl.minimum(start * COLUMNS + tl.arange(0, COLUMNS), N - 1).to(tl.int64)
-        prefetch(weights + rows * stride_b, tl.zeros((COLUMNS,), tl.int32) + K, PREFETCH, COLUMNS)
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    tiles_m, tiles_n = tiles.start_tiles(weights, M, N, K, stride_b, BLOCK_M, COLUMNS, GROUP, PREFETCH, PDL)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
-        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP)
+        tile_m, tile_n = tiles.tile_at(index, tiles_m, tiles_n, GROUP)
         # The last tile ends with M, if M has one: rows that are not there take the copy engine longer.
         first_row = tl.minimum(tile_m * BLOCK_M, tl.maximum(M - BLOCK_M, 0))
         m = first_row + tl.arange(0, BLOCK_M)
@@ -205,112 +174,53 @@ def tma(block_m: int, block_n: int, num_stages: int, slices: int = 1, **others: 
     return gemm.tma(block_m, block_n, num_stages, slices=slices, **others)
 
 
+# fmt: off
 _THIN_TMA = (
-    tma(64, 32, 8, programs=264, prefetch=1024),
-    tma(64, 64, 6, programs=264, prefetch=1024),
-    tma(64, 64, 3, slices=2, programs=264, prefetch=1024),
-    tma(64, 128, 3, programs=264, prefetch=1024),
+    tma(64, 32, 8, programs=264, prefetch=1024), tma(64, 64, 6, programs=264, prefetch=1024),
+    tma(64, 64, 3, slices=2, programs=264, prefetch=1024), tma(64, 128, 3, programs=264, prefetch=1024),
 )
 
-#: By the M that they are for. With more rows of a the plain cores, not the memory, set the pace: `stream` is faster.
-_DOTS = {
-    1: (
-        dot(1, 8, 2048),
-        dot(1, 4, 2048),
-        dot(1, 2, 2048),
-        dot(1, 2, 4096),
-        dot(1, 4, 4096),
-        dot(1, 4, 4096, num_warps=8),
-        dot(1, 8, 1024, num_warps=2),
-        dot(1, 8, 4096, registers=128),
-        dot(1, 4, 2048, registers=56),
-        dot(1, 4, 2048, num_warps=2),
-    ),
-    2: (
-        dot(2, 8, 2048),
-        dot(2, 4, 2048),
-        dot(2, 2, 2048),
-        dot(2, 8, 1024, num_warps=2),
-        dot(2, 4, 1024, num_warps=2),
-    ),
-}
+#: Those of scaled_mm, but for the ones of 64 registers a thread.
+_DOTS = {m: [config for config in found if config.get("registers") != 64] for m, found in gemm.DOTS.items()}
 
 #: By the largest M that they are for. Weights per tile (block_n / split) from 16 to 128.
 _STREAMS = {
     8: (
-        stream(8, 64, 8, split=2),
-        stream(8, 64, 8, split=2, prefetch=4096),
-        stream(8, 64, 8, split=2, prefetch=0),
-        stream(8, 64, 6, split=4),
-        stream(8, 64, 6, split=2),
-        stream(8, 128, 6, split=2),
-        stream(8, 128, 5, split=4),
-        stream(16, 64, 8),
-        stream(16, 64, 8, prefetch=4096),
-        stream(16, 128, 6),
-        stream(8, 32, 8),
-        stream(8, 32, 12),
+        stream(8, 64, 8, split=2), stream(8, 64, 8, split=2, prefetch=4096), stream(8, 64, 8, split=2, prefetch=0),
+        stream(8, 64, 6, split=4), stream(8, 64, 6, split=2), stream(8, 128, 6, split=2), stream(8, 128, 5, split=4),
+        stream(16, 64, 8), stream(16, 64, 8, prefetch=4096), stream(16, 128, 6), stream(8, 32, 8), stream(8, 32, 12),
         stream(8, 16, 12),
     ),
     16: (
-        stream(16, 64, 8),
-        stream(16, 64, 8, prefetch=4096),
-        stream(16, 64, 6, split=2),
-        stream(16, 64, 6, split=2, prefetch=4096),
-        stream(16, 64, 6, split=4),
-        stream(16, 128, 5, split=2),
-        stream(16, 128, 6),
-        stream(16, 32, 8),
-        stream(16, 32, 12),
-        stream(16, 16, 12),
+        stream(16, 64, 8), stream(16, 64, 8, prefetch=4096), stream(16, 64, 6, split=2),
+        stream(16, 64, 6, split=2, prefetch=4096), stream(16, 64, 6, split=4), stream(16, 128, 5, split=2),
+        stream(16, 128, 6), stream(16, 32, 8), stream(16, 32, 12), stream(16, 16, 12),
     ),
     32: (
-        stream(32, 64, 6),
-        stream(32, 64, 6, prefetch=4096),
-        stream(32, 64, 6, split=2),
-        stream(32, 64, 4, split=4),
-        stream(32, 128, 5),
-        stream(32, 128, 4, split=2),
-        stream(32, 32, 8),
+        stream(32, 64, 6), stream(32, 64, 6, prefetch=4096), stream(32, 64, 6, split=2), stream(32, 64, 4, split=4),
+        stream(32, 128, 5), stream(32, 128, 4, split=2), stream(32, 32, 8),
     ),
     64: (
-        stream(64, 64, 6),
-        stream(64, 64, 6, prefetch=4096),
-        stream(64, 64, 4, split=2),
-        stream(64, 128, 4, num_warps=8),
+        stream(64, 64, 6), stream(64, 64, 6, prefetch=4096), stream(64, 64, 4, split=2), stream(64, 128, 4, num_warps=8),
     ),
     128: (
-        stream(128, 64, 4, num_warps=8),
-        stream(128, 128, 4, num_warps=8),
+        stream(128, 64, 4, num_warps=8), stream(128, 128, 4, num_warps=8),
     ),
 }
 
 _MIDDLE = (
-    pair(128, 128, 6),
-    pair(256, 64, 5),
-    pair(128, 64, 8),
-    pair(256, 128, 4),
-    pair(128, 256, 4),
-    tma(64, 128, 3, programs=264, prefetch=1024),
-    tma(64, 64, 3, slices=2, programs=264, prefetch=1024),
-    tma(64, 64, 6, programs=264, prefetch=1024),
-    tma(128, 64, 3, programs=264, prefetch=1024),
+    pair(128, 128, 6), pair(256, 64, 5), pair(128, 64, 8), pair(256, 128, 4), pair(128, 256, 4),
+    tma(64, 128, 3, programs=264, prefetch=1024), tma(64, 64, 3, slices=2, programs=264, prefetch=1024),
+    tma(64, 64, 6, programs=264, prefetch=1024), tma(128, 64, 3, programs=264, prefetch=1024),
     tma(128, 128, 4, num_warps=8, prefetch=1024),
 )
 
 _LARGE = (
-    pair(256, 128, 4),
-    pair(256, 128, 4, group=4),
-    pair(256, 128, 4, group=16),
-    pair(128, 256, 4),
-    pair(128, 256, 4, group=16),
-    pair(128, 256, 4, group=32),
-    pair(256, 128, 3),
-    pair(128, 256, 3, group=16),
-    pair(128, 128, 6),
-    tma(128, 128, 5, num_warps=8),
-    tma(64, 128, 3, programs=264),
+    pair(256, 128, 4), pair(256, 128, 4, group=4), pair(256, 128, 4, group=16), pair(128, 256, 4),
+    pair(128, 256, 4, group=16), pair(128, 256, 4, group=32), pair(256, 128, 3), pair(128, 256, 3, group=16),
+    pair(128, 128, 6), tma(128, 128, 5, num_warps=8), tma(64, 128, 3, programs=264),
 )
+# fmt: on
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import random_rows
 
@@ -45,4 +45,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
     config_key={"intermediate_size": "N", "num_tokens": "M"},
+    vllm=VllmOp(NAME),
 )

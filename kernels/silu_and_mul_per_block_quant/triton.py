@@ -12,8 +12,8 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import triton_groups as lib
-from ..lib.triton_fp8 import clamp_rows, silu, widened
-from ..lib.triton_groups import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
+from ..lib.triton_fp8 import MIN_SCALE, absmax_scale, clamp_rows, silu, widened
+from ..lib.triton_groups import divide_groups, power_of_two, row_of, store_codes, store_scales
 
 GENERIC = ("N",)
 
@@ -42,7 +42,7 @@ def silu_and_mul_per_block_quant(
     scale = absmax_scale(tl.max(tl.abs(x), 1), 448.0, 1.0 / 448.0)
     if scale_ub is not None:
         scale = tl.minimum(scale, bound)  # the bound of a scale that is NaN, which a group of NaNs has
-    scale = tl.maximum(scale, 1.0 / (448.0 * 512.0))
+    scale = tl.maximum(scale, MIN_SCALE)
     if UE8M0:
         scale = power_of_two(scale)
     if scale_ub is not None:
@@ -62,15 +62,5 @@ def launch(out, input, scales, group_size, scale_ub, _is_scale_transposed, scale
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring for some sizes; the first is a safe default."""
-    tiles = (
-        (2048, 4, 16),
-        (256, 1, 8),
-        (512, 2, 8),
-        (1024, 4, 8),
-        (1024, 2, 16),
-        (2048, 8, 8),
-        (4096, 8, 16),
-        (4096, 4, 16),
-        (4096, 8, 8),
-    )
+    tiles = [tile for tile in lib.TILES if tile not in ((2048, 4, 8), (8192, 8, 16))]
     return lib.tile_configs(tiles, sizes, sizes.get("N", 6144))

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant
+from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8, FP8_MAX, random_rows, to_fp8
 
@@ -74,4 +74,5 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
     config_key={"hidden_size": "K", "num_tokens": "M"},
+    vllm=VllmOp(NAME),
 )

@@ -12,7 +12,7 @@ from . import extension as _extension
 if _problem := _extension.problem():
     _extension.refuse(_problem)
 
-from . import ops
+from . import ops, registry
 from .adopted import adopt, adopting, unadopt
 from .errors import (
     ArgumentError,
@@ -59,6 +59,7 @@ __all__ = [
     "read_bundle",
     "register",
     "registered",
+    "registry",
     "select_attention",
     "set_strict",
     "stats",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from . import _C, ops
+from . import _C, registry
 from .errors import HdispatchError
 from .ladders import Ladders
 from .manifest import FfiArg, Guard, check_views
@@ -57,7 +57,7 @@ def make(
 ) -> Function:
     """A function with its record; arguments as those of `hdispatch.register`."""
     name = op if isinstance(op, str) else op.name
-    spec = ops.spec(name)
+    spec = registry.spec(name)
     if key.variant not in spec.variant_arguments():
         raise HdispatchError(f"{name} has no variant {key.variant!r}; it has {', '.join(spec.variant_arguments())}")
     if key.M is not None and key.M < 1:
@@ -135,9 +135,9 @@ def add_all(builder: _C.TableBuilder, functions: Sequence[Function], ladders: di
     rows: dict[tuple[str, str, int, int, int], int] = {}
     ladders = dict(ladders)
     for each in functions:
-        op = ops.get(each.op)
+        op = registry.get(each.op)
         if each.op not in ladders:
-            ladders[each.op] = ops.spec(each.op).ladders
+            ladders[each.op] = registry.spec(each.op).ladders
             builder.set_ladder(op, ladders[each.op].m, ladders[each.op].second)
         served = ladders[each.op]
         index = builder.add_function(op, each.record, each.handle)
@@ -148,4 +148,4 @@ def add_all(builder: _C.TableBuilder, functions: Sequence[Function], ladders: di
             buckets &= set(served.of_second(each.key.second))
         rows |= {(each.op, each.key.variant, each.key.K, each.key.N, bucket): index for bucket in buckets}
     for (name, variant, k, n, bucket), index in rows.items():
-        builder.add_row(ops.get(name), variant, k, n, bucket, index)
+        builder.add_row(registry.get(name), variant, k, n, bucket, index)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, adopted, embedded, functions, host, ops
+from . import _C, adopted, embedded, functions, host, registry
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -77,7 +77,7 @@ class _Update:
 
 
 class _Serving:
-    """What each device (index, or -1 for the null driver) is served from, and its table kept in step.
+    """The bundles and functions that serve each device (index, or -1 for the null driver), and the table made of them.
 
     One thread at a time changes it; calls take no lock. The collector may run a finalizer that changes it in the middle of a
     change of the same thread: then the outer change goes on until every table is what it should be.
@@ -97,7 +97,7 @@ class _Serving:
         return list(self._bundles.values())
 
     def registrations(self) -> list[Registration]:
-        """What is registered, by device, then in order."""
+        """The registrations, by device, then in order."""
         return [each for device in sorted(self._registered) for each in tuple(self._registered[device])]
 
     def set_bundle(self, device: int, bundle: Bundle | None) -> None:
@@ -244,8 +244,8 @@ def register(
     function  a `tvm_ffi.Function`, as `tvm_ffi.load_module` and `tvm_ffi.cpp.load_inline` give, or what wraps one, as
               CuteDSL's compiled functions. It is called as it is, without Python, and kept for ever. It launches on the
               stream that it is given, and writes the op's mutated arguments.
-    args      what it is called with (`manifest.FfiArg`); default the op's arguments in order, tensors as DLTensor views
-              (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not; then the op's workspace
+    args      its arguments (`manifest.FfiArg`); by default the op's in order, tensors as DLTensor views (a C++ function takes
+              `tvm::ffi::TensorView`), None for those that the variant does not have; then the op's workspace
     guards    facts (`manifest.Guard`) without which the call goes to the fallback, counted. The function's own checks raise
               instead, and take microseconds to: what a call may have goes here or into `align` of its argument
     stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument" (or as `args`
@@ -272,7 +272,7 @@ def register(
 
 
 def registered() -> list[Registration]:
-    """What is registered now, by device, then in order."""
+    """The current registrations, by device, then in order."""
     return _SERVING.registrations()
 
 
@@ -345,12 +345,12 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     where = folder / MANIFEST_NAME
     found: dict[str, _C.Op] = {}
     for name, entry in manifest["ops"].items():
-        if name not in ops.names():
+        if name not in registry.names():
             raise BundleError(
-                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(ops.names()))}"
+                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(registry.names()))}"
             )
-        ops.spec(name).check_same(entry, where, "rebuild")
-        found[name] = ops.get(name)
+        registry.spec(name).check_same(entry, where, "rebuild")
+        found[name] = registry.get(name)
     # A record belongs to the op of its rows; one that no row uses is left out.
     owners = {row["record"]: row["op"] for row in manifest["rows"]}
     try:
@@ -376,7 +376,7 @@ def loaded() -> list[Bundle]:
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
-    """What each op has done: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
+    """Counts of each op: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses
@@ -384,10 +384,10 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
     "adopted module.name": hits are launches from C++, empty those of an empty grid, and a fallback is a call that Triton made.
     `reset` starts again from zero after reading.
     """
-    found = {name: _C.stats(ops.get(name)) for name in ops.names()} | _C.sequence_stats() | _adopted_stats()
+    found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats() | _adopted_stats()
     if reset:
-        for name in ops.names():
-            _C.reset_stats(ops.get(name))
+        for name in registry.names():
+            _C.reset_stats(registry.get(name))
         _C.reset_sequence_stats()
         _C.reset_adopted_stats()
     return found

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import ops
+from . import registry
 from .errors import ArgumentError
 from .opspec import dtype_name
 from .runtime import loaded
 
-#: What serves where no row does.
+#: The backend for calls that no row serves.
 FALLBACK = "scaled_dot_product_attention"
 #: GPUs before this compute capability have no asynchronous copies, which the kernels are made of.
 OLDEST = (8, 0)
@@ -77,7 +77,7 @@ def attention(
 
 
 class AttentionChoice(NamedTuple):
-    """What serves a call of `attention`.
+    """The choice that serves a call of `attention`.
 
     kernel   the backend of the row's kernel, "triton"; or "scaled_dot_product_attention", the fallback
     config   the config of the row's kernel; {} of the fallback
@@ -110,7 +110,7 @@ def select_attention(
 
     Looks the row up as a call does; its guards (alignment, strides) are tested by calls: `explain` says how one fares.
     """
-    op = ops.get("attention_varlen" if packed else "attention_dense")
+    op = registry.get("attention_varlen" if packed else "attention_dense")
     if capability is not None and tuple(capability) < OLDEST:
         return _fallback(f"compute capability {_dotted(capability)}; the kernels take {_dotted(OLDEST)} and newer")
     bundle = next((each for each in loaded() if op.name in each.manifest["ops"]), None)
@@ -122,7 +122,7 @@ def select_attention(
     if built < OLDEST:
         return _fallback(f"the bundle is for compute capability {_dotted(built)}; the kernels take {_dotted(OLDEST)}")
     wanted = {"q": dtype_name(dtype), "causal": int(causal), "limits": int(limits)}
-    variants = list(ops.spec(op.name).variant_arguments().items())
+    variants = list(registry.spec(op.name).variant_arguments().items())
     index = next((i for i, (_, has) in enumerate(variants) if has.items() >= wanted.items()), None)
     if index is None:
         return _fallback(f"{op.name} has no variant of {wanted}")

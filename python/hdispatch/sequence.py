@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _C, ops
+from . import _C, registry
 from .errors import ArgumentError, HdispatchError
 from .opspec import BoolArg, IntArg, OpSpec, TensorArg, dtype_name, parse_dim
 
@@ -134,7 +134,7 @@ class Sequence:
     """
 
     def __init__(self, name: str, *, max_rows: int = MAX_ROWS, arena: Arena | None = None) -> None:
-        if not name or name in ops.names():
+        if not name or name in registry.names():
             raise ArgumentError(f"a sequence is named {name!r}; it takes a name that no op has")
         self.name, self.max_rows = name, max_rows
         self.arena = Arena() if arena is None else arena
@@ -189,14 +189,14 @@ class Sequence:
     def add(self, op: _C.Op, *args: Any, by_rows: bool | None = None, **kwargs: Any) -> None:
         """A call of one of our ops with slots, temporaries and constants, positional or by name.
 
-        Tensors among `args` are constants: their memory is bound now, and kept. Whoever replaces a tensor's memory makes a new
-        sequence.
+        Tensors among `args` are constants: their memory is bound now, and kept. A caller that replaces a tensor's memory makes
+        a new sequence.
 
         by_rows  whether each row of what it writes depends on that row alone of what it reads, besides constants; then many
                  rows may run in chunks. None: true where every tensor has M rows, as the op's M, or is a constant. Say False
                  for an op whose rows look at one another.
         """
-        spec = ops.spec(op.name)
+        spec = registry.spec(op.name)
         where = self._where(op.name)
         given = _bind(where, [(arg.name, *_default(arg)) for arg in spec.args], args, kwargs)
         made = []

@@ -26,7 +26,7 @@ def test_coarse_first_spans_the_range_however_short_it_is_cut():
 
 
 def test_shapes_of_the_models():
-    spec = hdispatch.ops.spec(QUANT)
+    spec = hdispatch.registry.spec(QUANT)
     shapes = grid.op_shapes(spec, spec.variant("bfloat16"))
     assert [(s.model, s.label, s.k, s.n) for s in shapes] == [
         ("Qwen3-1.7B", "hidden", 2048, 0),
@@ -40,7 +40,7 @@ def test_shapes_of_the_models():
 
 @pytest.mark.parametrize("op", [op for op in MEASURED if op not in grid.LOW_LATENCY])
 def test_every_model_has_shapes_of_every_op(op):
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     shapes = grid.op_shapes(spec, spec.typical_variant())
     assert {shape.model for shape in shapes} == {model.name for model in MODELS}
 
@@ -74,9 +74,9 @@ def test_where_every_shape_is_generic_the_models_sizes_are_measured():
 
 
 def test_typical_variant_is_what_vllm_calls():
-    assert hdispatch.ops.spec("rms_norm_dynamic_per_token_quant").typical_variant().name == "bfloat16"
+    assert hdispatch.registry.spec("rms_norm_dynamic_per_token_quant").typical_variant().name == "bfloat16"
     for op in MEASURED:
-        variant = hdispatch.ops.spec(op).typical_variant()
+        variant = hdispatch.registry.spec(op).typical_variant()
         assert "residual" not in variant.dtypes or op == "fused_add_rms_norm"
         assert "scale_ub" not in variant.dtypes
         assert torch.float16 not in variant.dtypes.values()
@@ -84,18 +84,18 @@ def test_typical_variant_is_what_vllm_calls():
         assert variant.static.get("is_neox", True) is True
         assert not variant.static.get("scale_ue8m0", False)
     if "rotary_embedding" in MEASURED:
-        assert "key" in hdispatch.ops.spec("rotary_embedding").typical_variant().dtypes
+        assert "key" in hdispatch.registry.spec("rotary_embedding").typical_variant().dtypes
 
 
 def test_variants_by_name():
-    spec = hdispatch.ops.spec("rms_norm_dynamic_per_token_quant")
+    spec = hdispatch.registry.spec("rms_norm_dynamic_per_token_quant")
     names = [v.name for v in grid.chosen_variants(spec, ["default", "bfloat16+residual", "int4"])]
     assert names == ["bfloat16", "bfloat16+residual"]
     assert [v.name for v in grid.chosen_variants(spec, ["int4"])] == ["bfloat16"]
 
 
 def test_cells_are_the_whole_grid():
-    specs = [hdispatch.ops.spec(QUANT)]
+    specs = [hdispatch.registry.spec(QUANT)]
     found = grid.cells(specs, (1, 16, 8192), ("warm", "rotated"), ["Qwen3-8B"], ["default"])
     assert len(found) == 3 * 2 * 2
     assert {(each["m"], each["mode"], each["label"]) for each in found} >= {
@@ -118,7 +118,7 @@ def test_model_names():
 
 
 def moved(op: str, m: int = 5) -> int:
-    return grid.call_bytes(hdispatch.ops.spec(op), arguments_of(op), m)
+    return grid.call_bytes(hdispatch.registry.spec(op), arguments_of(op), m)
 
 
 def test_bytes_are_those_of_every_tensor_once():
@@ -128,7 +128,7 @@ def test_bytes_are_those_of_every_tensor_once():
 
 
 def test_a_residual_is_read_and_written():
-    spec = hdispatch.ops.spec("rms_norm_dynamic_per_token_quant")
+    spec = hdispatch.registry.spec("rms_norm_dynamic_per_token_quant")
     arguments = spec.sample(spec.variant("bfloat16+residual"), SMALL, torch.device("cpu"), torch.Generator())
     assert grid.call_bytes(spec, arguments, 5) == moved("rms_norm_dynamic_per_token_quant") + 5 * 1024 * 2 * 2
 
@@ -140,9 +140,8 @@ def test_what_is_changed_in_place_is_read_and_written():
 
 @pytest.mark.skipif("fused_qk_norm_rope" not in MEASURED, reason="no such op yet")
 def test_rope_moves_the_heads_of_q_and_k_and_gathers_rows():
-    named = dict(
-        zip((a.name for a in hdispatch.ops.spec("fused_qk_norm_rope").args), arguments_of("fused_qk_norm_rope"), strict=True)
-    )
+    spec = hdispatch.registry.spec("fused_qk_norm_rope")
+    named = dict(zip((arg.name for arg in spec.args), arguments_of("fused_qk_norm_rope"), strict=True))
     heads = named["num_heads_q"] + named["num_heads_k"]
     assert named["num_heads_v"] > 0
     small = named["q_weight"].nbytes + named["k_weight"].nbytes + named["position_ids"].nbytes

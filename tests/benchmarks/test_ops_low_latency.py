@@ -24,12 +24,12 @@ MODELS = grid.model_names(None)
 
 
 def test_cells_are_the_routers_and_one_models_projections():
-    spec = hdispatch.ops.spec(BF16)
+    spec = hdispatch.registry.spec(BF16)
     found = grid.cells([spec], grid.MS, ("warm",), MODELS, ["default"])
     assert {(each["K"], each["N"]) for each in found} == {(7168, 256), (4096, 128), (2048, 64), (5120, 160)}
     assert {each["model"] for each in found} == {"other"}
     assert {each["label"] for each in found} >= {"K=7168, N=256"}
-    found = grid.cells([hdispatch.ops.spec(FP8)], (1,), ("warm",), MODELS, ["default"])
+    found = grid.cells([hdispatch.registry.spec(FP8)], (1,), ("warm",), MODELS, ["default"])
     labels = {each["label"]: (each["model"], each["K"], each["N"]) for each in found}
     assert labels == {
         "qkv": ("Qwen3-8B", 4096, 6144),
@@ -41,7 +41,7 @@ def test_cells_are_the_routers_and_one_models_projections():
 
 @pytest.mark.parametrize("op", grid.LOW_LATENCY)
 def test_only_few_tokens_are_measured(op):
-    specs = [hdispatch.ops.spec(op)]
+    specs = [hdispatch.registry.spec(op)]
     for found in (
         grid.cells(specs, grid.MS, ("warm",), MODELS, ["default"]),
         grid.roof_cells(specs, grid.MS, MODELS, ["default"]),
@@ -51,7 +51,7 @@ def test_only_few_tokens_are_measured(op):
 
 
 def test_weights_that_no_server_finds_in_l2_are_rotated_at_every_m():
-    found = grid.roof_cells([hdispatch.ops.spec(FP8)], grid.MS, MODELS, ["default"])
+    found = grid.roof_cells([hdispatch.registry.spec(FP8)], grid.MS, MODELS, ["default"])
     assert {each["m"] for each in found} == {1, 2, 4, 8, 16, 32}
     assert {each["mode"] for each in found} == {"rotated"}
     assert len(found) == 6 * 4
@@ -62,8 +62,8 @@ def test_models_may_be_none_of_them():
 
 
 def test_bytes_are_the_weights_and_little_else():
-    assert grid.call_bytes(hdispatch.ops.spec(FP8), sample(FP8), 3) == 32 * 64 + 3 * 64 + 3 * 32 * 2 + (3 + 32) * 4
-    assert grid.call_bytes(hdispatch.ops.spec(BF16), sample(BF16), 3) == 2 * (32 * 64 + 3 * 64 + 3 * 32)
+    assert grid.call_bytes(hdispatch.registry.spec(FP8), sample(FP8), 3) == 32 * 64 + 3 * 64 + 3 * 32 * 2 + (3 + 32) * 4
+    assert grid.call_bytes(hdispatch.registry.spec(BF16), sample(BF16), 3) == 2 * (32 * 64 + 3 * 64 + 3 * 32)
 
 
 # ---- peers ----
@@ -86,7 +86,7 @@ def test_cutlass_is_given_columns_and_scales_that_broadcast(monkeypatch, m: int)
     assert (a_scales.shape, b_scales.shape, bias) == ((m, 1), (1, 32), None)
     assert a_scales.is_contiguous()
     assert b_scales.is_contiguous()
-    hdispatch.ops.spec(FP8).reference(*arguments)
+    hdispatch.registry.spec(FP8).reference(*arguments)
     torch.testing.assert_close(((a.float() @ b.float()) * a_scales * b_scales).to(out.dtype), out, rtol=2e-2, atol=0)
 
 
@@ -101,7 +101,7 @@ def test_torch_mm_writes_what_the_op_writes():
     call, given = peers.bind_torch_mm(BF16, arguments)
     call(*given)
     want = torch.empty_like(arguments[0])
-    hdispatch.ops.spec(BF16).reference(want, *arguments[1:])
+    hdispatch.registry.spec(BF16).reference(want, *arguments[1:])
     torch.testing.assert_close(arguments[0], want, rtol=1e-2, atol=1e-2)
     assert given[1].data_ptr() == arguments[2].data_ptr(), "a view: nothing is copied"
     wide = sample(BF16, variant="float32")

@@ -42,7 +42,7 @@ COMPILED = [op for op in MEASURED if op in compiled.OPS]
 
 
 def sampled(op: str, variant=None) -> list:
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     sizes = SMALL | ({"N": 2, "K": 256} if op == "rms_norm" else {})
     return spec.sample(variant or spec.typical_variant(), sizes, CPU, torch.Generator().manual_seed(2))
 
@@ -53,7 +53,7 @@ def bits(value: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("op", COMPILED)
 def test_functions_return_what_the_reference_writes_and_write_nothing(op):
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     for variant in spec.served_variants():
         arguments = sampled(op, variant)
         before, written = peers.copied(arguments), peers.copied(arguments)
@@ -74,7 +74,7 @@ def test_functions_are_one_graph(op):
     """On meta tensors: of what is on the CPU the references check the indices, which no GPU waits for."""
     arguments = [value.to("meta") if isinstance(value, torch.Tensor) else value for value in sampled(op)]
     torch._dynamo.reset()
-    function = compiled.functional(hdispatch.ops.spec(op))
+    function = compiled.functional(hdispatch.registry.spec(op))
     torch.compile(function, backend="eager", fullgraph=True, dynamic=False)(*arguments)
 
 
@@ -264,7 +264,7 @@ def test_measurements_of_compilers_take_turns(tmp_path):
 
 
 def test_a_cell_is_timed_with_what_was_compiled(replayed):
-    function = compiled.functional(hdispatch.ops.spec(QUANT))
+    function = compiled.functional(hdispatch.registry.spec(QUANT))
     measured = ops_timing.measure(cell(), {peers.COMPILE: compiled.binder(function)}, CPU, 1, random.Random(0))
     assert [each["path"] for each in measured.timings] == [peers.COMPILE]
 

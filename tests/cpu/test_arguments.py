@@ -45,7 +45,7 @@ WIDE = OpSpec(
 )
 assert len(WIDE.args) == 24
 LATE, EPS, COUNT, GROUP, FLAG, MODE, CACHE, GATE = range(16, 24)
-OP = hdispatch.ops.define(WIDE) if WIDE.name not in hdispatch.ops.names() else hdispatch.ops.get(WIDE.name)
+OP = hdispatch.registry.define(WIDE) if WIDE.name not in hdispatch.registry.names() else hdispatch.registry.get(WIDE.name)
 DOORS: dict[str, Callable[..., None]] = {
     "ops": OP,
     "torch": torch.ops.hdispatch.wide_op,
@@ -224,7 +224,7 @@ def test_override(door):
 def test_a_registered_function_gets_the_string():
     tvm_ffi = pytest.importorskip("tvm_ffi")
     told: list[Any] = []
-    variant = hdispatch.ops.spec("wide_op").variants()[0]
+    variant = hdispatch.registry.spec("wide_op").variants()[0]
     registration = hdispatch.register(
         OP, Key(variant.name, 32), tvm_ffi.convert(lambda *args: told.append(args)), driver="null", stream="none"
     )
@@ -279,7 +279,7 @@ def test_32_tensors_that_are_written():
     args = tuple(TensorArg(f"t{i}", ("M", "K"), (torch.float32, torch.bfloat16), mutated=True) for i in range(1))
     args += tuple(TensorArg(f"t{i}", ("M", "K"), "t0", mutated=True) for i in range(1, 32))
     spec = dataclasses.replace(WIDE, name="widest_op", args=args)
-    op = hdispatch.ops.define(spec) if spec.name not in hdispatch.ops.names() else hdispatch.ops.get(spec.name)
+    op = hdispatch.registry.define(spec) if spec.name not in hdispatch.registry.names() else hdispatch.registry.get(spec.name)
     tensors = [torch.zeros(2, 32, dtype=torch.bfloat16) for _ in args]
     code = {"file": "none", "num_warps": 1, "shared_bytes": 0, "cluster": [1, 1, 1], "cooperative": False, "pdl": True}
     params = [{"kind": "ptr", "arg": arg.name} for arg in args]

@@ -162,11 +162,11 @@ def test_a_workspace_holds_the_splits_of_every_block() -> None:
         assert cells(rows) * rows <= ROWS
     assert BYTES == 4 * ROWS * (2 + LARGEST_HEAD)
     for op in ("attention_half", "paged_attention_decode"):
-        assert max(shape["K"] for shape in hdispatch.ops.spec(op).shapes) <= LARGEST_HEAD
+        assert max(shape["K"] for shape in hdispatch.registry.spec(op).shapes) <= LARGEST_HEAD
 
 
 def sample(op: str, m: int = 3, k: int = 64, n: int = 8, variant: str | None = None) -> dict:
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     chosen = spec.typical_variant() if variant is None else spec.variant(variant)
     values = spec.sample(chosen, {"M": m, "K": k, "N": n}, CPU, generator())
     return dict(zip((arg.name for arg in spec.args), values, strict=True))

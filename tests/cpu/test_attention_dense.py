@@ -122,7 +122,7 @@ def test_packed_sequences_are_dense_ones(monkeypatch: pytest.MonkeyPatch, fallba
     k[14:] = v[14:] = q[9:] = float("nan")
     starts = [torch.tensor([0, *each]).cumsum(0).int() for each in (queries, keys)]
     out = torch.full_like(q, 7.0)
-    spec, asked = hdispatch.ops.spec("attention_varlen"), RULES[rule]
+    spec, asked = hdispatch.registry.spec("attention_varlen"), RULES[rule]
     call = spec.fallback_function if fallback else spec.reference
     assert call is not None
     call(out, q, k, v, *starts, 5, 7, asked.scale, asked.softcap, asked.window, asked.causal, True)
@@ -318,7 +318,7 @@ def test_buckets_that_a_config_file_leaves_to_the_fallback(monkeypatch: pytest.M
     ]
     (tmp_path / "nvidia_h200.json").write_text(json.dumps(entries))
     monkeypatch.setattr("hdispatch.compile.op_package.config_folder", lambda _: tmp_path)
-    spec = hdispatch.ops.spec("attention_dense")
+    spec = hdispatch.registry.spec("attention_dense")
     typical = spec.typical_variant()
     monkeypatch.setattr("hdispatch.opspec.OpSpec.served_variants", lambda _: [typical])
     report = build(["attention_dense"], "h100", tmp_path / "bundle")

@@ -180,7 +180,7 @@ def test_a_fallback_that_raises(kind):
         raise kind("from the fallback")
 
     name = f"toy_{kind.__name__}"
-    hdispatch.ops.define(dataclasses.replace(toy.SPEC, name=name, reference=reference))
+    hdispatch.registry.define(dataclasses.replace(toy.SPEC, name=name, reference=reference))
     packet = getattr(torch.ops.hdispatch, name)
     for each in (getattr(hdispatch.ops, name), packet, packet.default):
         with pytest.raises(kind):

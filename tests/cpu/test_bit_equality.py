@@ -33,7 +33,7 @@ def test_every_op_runs(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> 
     for op in buildable_ops():
         if op in program.GEMMS:
             continue
-        spec = hdispatch.ops.spec(op)
+        spec = hdispatch.registry.spec(op)
         names = {arg.name for arg in spec.args if getattr(arg, "mutated", False)}
         seen = set()
         for variant, sizes in program.cases(spec):
@@ -69,7 +69,7 @@ def test_counts(program: ModuleType) -> None:
 
 def test_a_wrong_op_is_seen_and_its_worst_case_named(program: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(program, "ROWS", 2)
-    spec = hdispatch.ops.spec("rms_norm")
+    spec = hdispatch.registry.spec("rms_norm")
 
     def wrong(result: torch.Tensor, *args: Any) -> None:
         spec.reference(result, *args)

@@ -105,10 +105,10 @@ REFUSED = {
         cubin_set(shared_bytes=232449),
         "toy_kernel of kernel toy_kernel takes 232449 bytes of shared memory; a block of h200 has at most 232448",
     ),
-    "N of an op without N": (param_set(4, kind="i32", value=["N"]), r'expression names "N", which toy has not: toy\('),
+    "N of an op without N": (param_set(4, kind="i32", value=["N"]), r'expression names "N", which toy does not have: toy\('),
     "N of an op without N in a guard": (
         record_set(guards=[{"expr": ["N", 16, "%", 0, "=="], "text": "N % 16 == 0"}]),
-        'expression names "N", which toy has not',
+        'expression names "N", which toy does not have',
     ),
     "row of N of an op without N": (add_row(N=8), r"row of K = 1024, N = 8; toy has no N: toy\("),
     "a guard of a million tokens": (
@@ -145,11 +145,11 @@ def test_manifests_that_are_refused(good, tmp_path, case):
 
 
 def test_a_record_of_two_ops(good, tmp_path):
-    if "toy_twin" not in hdispatch.ops.names():
-        hdispatch.ops.define(dataclasses.replace(toy.SPEC, name="toy_twin"))
+    if "toy_twin" not in hdispatch.registry.names():
+        hdispatch.registry.define(dataclasses.replace(toy.SPEC, name="toy_twin"))
 
     def share(manifest: dict[str, Any]) -> None:
-        manifest["ops"]["toy_twin"] = {**manifest["ops"]["toy"], "schema": hdispatch.ops.spec("toy_twin").schema()}
+        manifest["ops"]["toy_twin"] = {**manifest["ops"]["toy"], "schema": hdispatch.registry.spec("toy_twin").schema()}
         manifest["rows"].append({**manifest["rows"][0], "op": "toy_twin"})
 
     toy.write(tmp_path / "bad", changed(share))

@@ -26,7 +26,7 @@ OP = "rms_norm_dynamic_per_token_quant"
 def share(bundle: Path) -> dict[str, int]:
     """What the tuned configs make of one op, shape and variant: a row per bucket, and a record per config at least."""
     manifest, _ = read_bundle(bundle)
-    spec = hdispatch.ops.spec(OP)
+    spec = hdispatch.registry.spec(OP)
     file = configs.read(configs.installed(OP) / "nvidia_h200.json", spec)
     picked = [file.pick(spec, {"K": 2048}, {"M": edge}) for edge in spec.ladder]
     assert len(manifest["records"]) >= len({store.digest([entry.backend, entry.config]) for entry in picked})
@@ -431,7 +431,7 @@ def test_inspect_what_was_built(built, capsys):
 def test_doctor_on_what_was_built(built, capsys):
     assert main(["doctor", str(built[0]), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["bundle"]
-    assert (found["rows"], found["target"]) == (len(hdispatch.ops.spec(OP).ladder), "h200")
+    assert (found["rows"], found["target"]) == (len(hdispatch.registry.spec(OP).ladder), "h200")
 
 
 def test_bench_on_what_was_built(built, capsys, tmp_path):

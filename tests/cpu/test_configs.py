@@ -207,7 +207,7 @@ HELION = {"block_sizes": [1], "num_warps": 4, "num_stages": 1, "indexing": ["poi
 )
 @pytest.mark.parametrize("older", [False, True])
 def test_vllms_keys(tmp_path, op, key, sizes, arguments, older):
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     text = "_".join(f"{name}_{size}" for name, size in key.items())
     default = {"default": HELION} if older else [{"key": {}, "config": HELION}]
     content = {**default, text: HELION} if isinstance(default, dict) else [*default, {"key": key, "config": HELION}]
@@ -230,13 +230,13 @@ def test_vllms_keys(tmp_path, op, key, sizes, arguments, older):
 )
 def test_keys_that_mean_nothing_here(tmp_path, op, key):
     with pytest.raises(BuildError, match=r"h200\.json: entry 0 has "):
-        configs.read(write(tmp_path, [{"key": key, "config": HELION}]), hdispatch.ops.spec(op))
+        configs.read(write(tmp_path, [{"key": key, "config": HELION}]), hdispatch.registry.spec(op))
 
 
 def test_equal_rows_of_other_heads_are_no_repetition(tmp_path):
     keys = [{"q_heads": q, "kv_heads": kv, "num_tokens": 4} for q, kv in ((16, 8), (24, 4), (16, 8))]
     content = [{"key": key, "config": {**HELION, "num_warps": 2**at}} for at, key in enumerate(keys)]
-    spec = hdispatch.ops.spec("fused_qk_norm_rope")
+    spec = hdispatch.registry.spec("fused_qk_norm_rope")
     file = configs.read(write(tmp_path, content[:2]), spec)
     assert file.pick(spec, {"K": 4096}, {"M": 4}).config["num_warps"] == 1
     with pytest.raises(BuildError, match="entry 2 repeats the key of entry 0"):
@@ -294,7 +294,7 @@ def test_vllms_own_files_load():
     paths = [path for op in op_package.available_ops() for path in sorted((folder / op).glob("*.json"))]
     assert len(paths) >= 12
     for path in paths:
-        spec = hdispatch.ops.spec(path.parent.name)
+        spec = hdispatch.registry.spec(path.parent.name)
         raw = json.loads(path.read_text())
         file = configs.read(path, spec)
         assert len(file.entries) == len(raw)

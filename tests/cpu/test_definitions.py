@@ -16,20 +16,23 @@ pytestmark = pytest.mark.usefixtures("bundle")
 
 
 def test_definitions_that_are_refused():
-    define = hdispatch.ops.define
+    define = hdispatch.registry.define
     with pytest.raises(hdispatch.HdispatchError, match="op 'toy' is defined already"):
         define(toy.SPEC)
-    for name in ("names", "spec", "define", "torch"):
-        with pytest.raises(hdispatch.HdispatchError, match=f"would hide hdispatch.ops.{name}"):
-            define(dataclasses.replace(toy.SPEC, name=name))
     for name in ("", "a-b", "1a", "class", "a.b", "_private", "a b"):
         with pytest.raises(hdispatch.HdispatchError, match="is not a name that Python and torch's schemas take"):
             dataclasses.replace(toy.SPEC, name=name)
     with pytest.raises(hdispatch.HdispatchError, match="no op 'nobody'; there are"):
-        hdispatch.ops.spec("nobody")
+        hdispatch.registry.spec("nobody")
     with pytest.raises(AttributeError, match="hdispatch has no op 'nobody'; it has"):
         hdispatch.ops.nobody  # noqa: B018
-    assert "toy" in hdispatch.ops.names()
+    assert "toy" in hdispatch.registry.names()
+
+
+def test_ops_holds_ops_and_nothing_else():
+    public = {name: value for name, value in vars(hdispatch.ops).items() if not name.startswith("_")}
+    assert all(isinstance(value, _C.Op) for value in public.values())
+    assert set(public) == set(hdispatch.registry.names())
 
 
 def test_python_and_the_core_agree_on_buckets():
@@ -48,4 +51,4 @@ def test_copies_of_an_op_are_the_op():
     assert copy.deepcopy(hdispatch.ops.toy) is hdispatch.ops.toy
     assert pickle.loads(pickle.dumps(hdispatch.ops.toy)) is hdispatch.ops.toy
     with pytest.raises(hdispatch.HdispatchError, match="no op 'nothing'"):
-        hdispatch.ops.get("nothing")
+        hdispatch.registry.get("nothing")

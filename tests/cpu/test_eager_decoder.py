@@ -48,10 +48,10 @@ def test_cached_steps_give_the_tokens_of_whole_prompts(example: ModuleType) -> N
 def test_its_ops_are_launched_by_one_call_a_step(example: ModuleType) -> None:
     """Rows that do nothing, for the ops that the example calls: one hit of the sequence is all of its launches."""
     variants = {"rms_norm": "bfloat16", "fused_add_rms_norm": "bfloat16", "silu_and_mul": "bfloat16"}
-    variants["rotary_embedding"] = hdispatch.ops.spec("rotary_embedding").typical or ""
+    variants["rotary_embedding"] = hdispatch.registry.spec("rotary_embedding").typical or ""
     made = []
     for op, prefix in variants.items():
-        names = [name for name in hdispatch.ops.spec(op).variant_arguments() if name.startswith(prefix)]
+        names = [name for name in hdispatch.registry.spec(op).variant_arguments() if name.startswith(prefix)]
         for name in names:
             made.append(hdispatch.register(op, Key(name), _Nothing(), args=[], stream="none", driver="null"))
     hdispatch.stats(reset=True)

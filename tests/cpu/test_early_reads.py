@@ -154,7 +154,7 @@ def test_the_products_name_their_weights(tmp_path):
     """And a call with weights that another op of ours has just quantized is launched without the attribute."""
     build(["scaled_mm"], "h200", tmp_path / "bundle", select=of_one_row({"K": 4096, "N": 4096}))
     manifest, _ = read_bundle(tmp_path / "bundle")
-    absent = hdispatch.ops.spec("scaled_mm").typical_variant().none
+    absent = hdispatch.registry.spec("scaled_mm").typical_variant().none
     assert [r["early"] for r in manifest["records"]] == [[n for n in ("b", "b_scales", "bias") if n not in absent]]
 
 

@@ -10,7 +10,9 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import TensorArg
 
-REAL = [n for n in hdispatch.ops.names() if hdispatch.ops.spec(n).reference.__module__.startswith("hdispatch.kernels")]
+REAL = [
+    n for n in hdispatch.registry.names() if hdispatch.registry.spec(n).reference.__module__.startswith("hdispatch.kernels")
+]
 DOORS = {
     "hdispatch.ops": lambda name: getattr(hdispatch.ops, name),
     "torch.ops": lambda name: getattr(torch.ops.hdispatch, name),
@@ -52,19 +54,19 @@ STATES = {
 
 
 def arguments(name: str, sizes: dict[str, int], variant: str | None = None) -> list:
-    spec = hdispatch.ops.spec(name)
+    spec = hdispatch.registry.spec(name)
     chosen = spec.typical_variant() if variant is None else spec.variant(variant)
     return spec.sample(chosen, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
 
 
 def sizes_of(name: str, m: int) -> dict[str, int]:
     """Sizes that every op takes: K is a head's elements and N a number of heads for some, and a row's length for the others."""
-    heads = "head_dim" in hdispatch.ops.spec(name).config_key
+    heads = "head_dim" in hdispatch.registry.spec(name).config_key
     return {"M": m, "K": 128, "N": 32} if heads else {"M": m, "K": 1024, "N": 1024}
 
 
 def outputs(name: str, args: list) -> list[torch.Tensor]:
-    pairs = zip(hdispatch.ops.spec(name).args, args, strict=True)
+    pairs = zip(hdispatch.registry.spec(name).args, args, strict=True)
     found = [a for arg, a in pairs if isinstance(arg, TensorArg) and arg.mutated and a is not None]
     return [a.contiguous().flatten().view(torch.uint8) for a in found]
 
@@ -78,10 +80,10 @@ def same(name: str, got: list, want: list) -> bool:
 def test_the_callers_state_changes_nothing(door, name, state):
     sizes = sizes_of(name, 5)
     wanted, args = arguments(name, sizes), arguments(name, sizes)
-    hdispatch.ops.spec(name).reference(*wanted)
+    hdispatch.registry.spec(name).reference(*wanted)
     with STATES[state]():
         door(name)(*args)
-    if hdispatch.ops.spec(name).fallback is None:
+    if hdispatch.registry.spec(name).fallback is None:
         assert same(name, args, wanted)
     else:
         torch.testing.assert_close(args[0].float(), wanted[0].float(), rtol=2**-7, atol=1e-2)
@@ -94,9 +96,9 @@ def test_inference_tensors_outside_inference_mode(door, name):
     with torch.inference_mode():
         args = arguments(name, sizes)
     wanted = arguments(name, sizes)
-    hdispatch.ops.spec(name).fallback is None and hdispatch.ops.spec(name).reference(*wanted)
+    hdispatch.registry.spec(name).fallback is None and hdispatch.registry.spec(name).reference(*wanted)
     door(name)(*args)
-    assert hdispatch.ops.spec(name).fallback is not None or same(name, args, wanted)
+    assert hdispatch.registry.spec(name).fallback is not None or same(name, args, wanted)
 
 
 def test_versions_are_bumped(door):
@@ -109,7 +111,7 @@ def test_versions_are_bumped(door):
 @pytest.mark.parametrize("empty", ["K", "N"])
 @pytest.mark.parametrize("name", REAL)
 def test_rows_without_elements(door, name, empty):
-    spec = hdispatch.ops.spec(name)
+    spec = hdispatch.registry.spec(name)
     if empty not in spec.symbols():
         pytest.skip(f"no {empty}")
     if "head_dim" in {*spec.config_key, *spec.typical_variant().static} and name != "fused_qk_norm_rope":
@@ -192,7 +194,7 @@ def test_another_shape_of_a_residual(door):
     """What the door takes as [M, K] the fallback takes."""
     x, residual, weight = torch.randn(9, 64).bfloat16(), torch.randn(9, 64).bfloat16(), torch.ones(64).bfloat16()
     wanted = x.clone(), residual.clone()
-    hdispatch.ops.spec("fused_add_rms_norm").reference(*wanted, weight, 1e-6)
+    hdispatch.registry.spec("fused_add_rms_norm").reference(*wanted, weight, 1e-6)
     for shape in ((9, 64), (1, 9, 64), (9, 64, 1), (9, 1, 64), (3, 3, 64)):
         got = x.clone(), residual.clone().view(shape)
         door("fused_add_rms_norm")(*got, weight, 1e-6)
@@ -203,9 +205,9 @@ def test_rows_of_another_rank_are_one_thing(door):
     """[M, 1, K] is [M, K] for every argument that the declaration pads or merges, whichever has which."""
     x, weight = torch.randn(6, 64).bfloat16(), torch.randn(64).bfloat16()
     wanted = torch.empty_like(x)
-    hdispatch.ops.spec("rms_norm").reference(wanted, x, weight, 1e-6)
+    hdispatch.registry.spec("rms_norm").reference(wanted, x, weight, 1e-6)
     for given, written in (((6, 1, 64), (6, 64)), ((6, 64), (6, 1, 64)), ((2, 3, 1, 64), (6, 64)), ((6, 64), (2, 3, 1, 64))):
-        for call in (door("rms_norm"), hdispatch.ops.spec("rms_norm").reference):
+        for call in (door("rms_norm"), hdispatch.registry.spec("rms_norm").reference):
             out = torch.full(written, float("nan"), dtype=x.dtype)
             call(out, x.view(given), weight, 1e-6)
             assert torch.equal(out.view(6, 64), wanted)

@@ -50,7 +50,7 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     ladder=(1, 4, 16),
 )
-OP = hdispatch.ops.define(SPEC) if NAME not in hdispatch.ops.names() else hdispatch.ops.get(NAME)
+OP = hdispatch.registry.define(SPEC) if NAME not in hdispatch.registry.names() else hdispatch.registry.get(NAME)
 PLAIN, GATED = (variant.name for variant in sorted(SPEC.variants(), key=lambda v: not v.none))
 
 SOURCE = r"""

@@ -114,7 +114,7 @@ def test_stats():
     hdispatch.ops.toy(*toy.arguments(0))
     hdispatch.ops.toy(*toy.arguments(4, 513))
     every = hdispatch.stats(reset=True)
-    assert set(every) >= set(hdispatch.ops.names())  # and sequences of other tests
+    assert set(every) >= set(hdispatch.registry.names())  # and sequences of other tests
     assert every["toy"] == {"hits": 1, "empty": 1, "fallbacks": 1, "misses": {"no row": 1}}
     assert counts() == counted()
 

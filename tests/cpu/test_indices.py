@@ -13,7 +13,7 @@ PAGED = ("attention_half", "paged_attention_decode")
 
 
 def arguments(name: str) -> tuple[hdispatch.OpSpec, dict[str, Any]]:
-    spec = hdispatch.ops.spec(name)
+    spec = hdispatch.registry.spec(name)
     variant = next(v for v in spec.served_variants() if v.name == spec.typical or not spec.typical)
     sizes = {"M": 5} | dict.fromkeys(set(spec.symbols()) - {"M"}, 128)
     if "group" in variant.static:
@@ -27,7 +27,7 @@ def arguments(name: str) -> tuple[hdispatch.OpSpec, dict[str, Any]]:
 def is_refused(name: str, given: dict[str, Any], message: str) -> None:
     before = {key: value.clone() for key, value in given.items() if isinstance(value, torch.Tensor)}
     with pytest.raises(ArgumentError, match=message):
-        hdispatch.ops.get(name)(*given.values())
+        hdispatch.registry.get(name)(*given.values())
     for key, value in before.items():
         assert torch.equal(value.nan_to_num(7.0), given[key].nan_to_num(7.0)), key
 
@@ -91,7 +91,7 @@ def test_caches_of_nothing(name, dimension):
         given["slot_mapping"].fill_(-1)
     is_refused(name, given, f"{name}: (block_table has .*less than 0|kv_cache has blocks of no token)")
     given["seq_lens"].fill_(0)
-    hdispatch.ops.get(name)(*given.values())
+    hdispatch.registry.get(name)(*given.values())
     assert not given["out"].isnan().any()
 
 
@@ -99,5 +99,5 @@ def test_caches_of_nothing(name, dimension):
 def test_entries_behind_a_request_are_not_read(name):
     _, given = arguments(name)
     given["block_table"][1, 1:] = 10**6  # its length is 1
-    hdispatch.ops.get(name)(*given.values())
+    hdispatch.registry.get(name)(*given.values())
     assert not given["out"].isnan().any()

@@ -26,7 +26,7 @@ from hdispatch.tune.candidates import read_candidates
 from two_ladders.spec import LADDER, LENGTHS, SPEC
 
 NAME = SPEC.name
-OP = hdispatch.ops.define(SPEC) if NAME not in hdispatch.ops.names() else hdispatch.ops.get(NAME)
+OP = hdispatch.registry.define(SPEC) if NAME not in hdispatch.registry.names() else hdispatch.registry.get(NAME)
 BUCKETS = len(LADDER) * len(LENGTHS)
 #: Every edge of a ladder and what is around it, and far beyond.
 MS = sorted({m for edge in LADDER for m in (edge - 1, edge, edge + 1)} - {0} | {1000})
@@ -140,7 +140,7 @@ def test_64_by_64_buckets():
         ladder=ladder,
         args=(*SPEC.args[:3], dataclasses.replace(SPEC.args[3], ladder=ladder), SPEC.args[4]),
     )
-    op = hdispatch.ops.define(spec) if spec.name not in hdispatch.ops.names() else hdispatch.ops.get(spec.name)
+    op = hdispatch.registry.define(spec) if spec.name not in hdispatch.registry.names() else hdispatch.registry.get(spec.name)
     builder = _C.TableBuilder(-1, 0, False)
     builder.set_ladder(op, ladder, ladder)
     record = {"kernel": "k", "function": "k", "m_min": 1, "m_max": 99, "second_min": 1, "second_max": 99, "guards": []}

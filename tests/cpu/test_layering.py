@@ -331,9 +331,14 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
-#: The doors, what they ask profilers, and what those of sequences and adopted kernels are made of.
-ADOPTED = ("adopted_key", "adopted_state", "adopted_table", "adopted_kernel", "adopted_host", "adopted_patch", "adopted_door")
-DOORS = ("op_call", "override", "profiler", "sequence_call", "sequence_reader", "arena", "host_program", *ADOPTED)
+#: What adopted kernels are made of.
+ADOPTED = tuple(f"adopted_{part}" for part in ("key", "state", "table", "kernel", "learn", "host", "patch", "door"))
+#: The doors, what they share, and what those of sequences and adopted kernels are made of.
+DOORS = (
+    *("op_call", "torch_op", "override", "op_arguments", "python_errors", "profiler"),
+    *("sequence_call", "sequence_reader", "arena"),
+    *("host_program", *ADOPTED),
+)
 
 
 def test_the_core_knows_no_door():

@@ -70,7 +70,7 @@ def test_calls(scrape, bundle):
 
 
 def test_every_op_is_there(scrape, bundle):
-    assert {dict(labels)["op"] for labels in scrape("hdispatch_hits_total")} >= set(hdispatch.ops.names())
+    assert {dict(labels)["op"] for labels in scrape("hdispatch_hits_total")} >= set(hdispatch.registry.names())
 
 
 def test_bundles(scrape, bundle):

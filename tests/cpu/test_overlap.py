@@ -79,7 +79,7 @@ def test_in_place(door):
     """rms_norm says that its result may be its input; as the same view only."""
     x, weight = torch.randn(4, 64).bfloat16(), torch.randn(64).bfloat16()
     wanted = torch.empty_like(x)
-    hdispatch.ops.spec("rms_norm").reference(wanted, x, weight, 1e-6)
+    hdispatch.registry.spec("rms_norm").reference(wanted, x, weight, 1e-6)
     wide = torch.cat((x, x))
     with pytest.raises(hdispatch.ArgumentError, match="result is written and shares memory with input"):
         door("rms_norm")(wide[1:5], wide[:4], weight, 1e-6)
@@ -144,10 +144,10 @@ def test_an_output_without_rows_under_the_override():
     assert counts("dynamic_scaled_fp8_quant") == {"hits": 0, "empty": 2, "fallbacks": 0, "misses": {}}
 
 
-@pytest.mark.parametrize("name", hdispatch.ops.names())
+@pytest.mark.parametrize("name", hdispatch.registry.names())
 def test_every_op_without_rows(door, name):
     """An op that has an output without rows writes it; no other op needs to be told."""
-    spec = hdispatch.ops.spec(name)
+    spec = hdispatch.registry.spec(name)
     if not spec.reference.__module__.startswith("hdispatch.kernels"):
         pytest.skip("an op of the tests")
     sizes = {"M": 0, "K": 128, "N": 32} if "head_dim" in spec.config_key else dict.fromkeys(spec.symbols(), 1024) | {"M": 0}

@@ -14,7 +14,9 @@ from standin import SCHEMAS, Library, counts
 
 pytestmark = pytest.mark.usefixtures("bundle")
 
-REAL = [n for n in hdispatch.ops.names() if hdispatch.ops.spec(n).reference.__module__.startswith("hdispatch.kernels")]
+REAL = [
+    n for n in hdispatch.registry.names() if hdispatch.registry.spec(n).reference.__module__.startswith("hdispatch.kernels")
+]
 FP8 = torch.float8_e4m3fn
 
 
@@ -83,7 +85,7 @@ def test_rotary_embedding(call, library, shapes, is_neox, use_key):
     assert null.launches()[0]["grid"][0] == positions.numel()
     assert served(library, "rotary_embedding")
     # What is served is what the reference makes of it: row by row, head by head.
-    spec, flat = hdispatch.ops.spec("rotary_embedding"), query.clone().view(positions.numel(), -1)
+    spec, flat = hdispatch.registry.spec("rotary_embedding"), query.clone().view(positions.numel(), -1)
     spec.reference(positions.flatten(), flat, None, 64, cache, is_neox)
     spec.reference(positions, query, key, 64, cache, is_neox)
     assert torch.equal(query.view(flat.shape), flat)

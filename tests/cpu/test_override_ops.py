@@ -155,7 +155,7 @@ def test_every_op_of_vllm_fits(standin):
 def test_every_op_of_vllm_gets_its_own_arguments_back(standin, name, bundle):
     """Nothing of these is loaded: all calls miss, through both doors, and reach vLLM's kernel."""
     for route in vllm.ROUTES[name]:
-        spec = hdispatch.ops.spec(route.op)
+        spec = hdispatch.registry.spec(route.op)
         variant = next(v for v in spec.variants() if all(value is not True for value in v.static.values()))
         sizes = {"M": 4, "K": 1024, "N": 1024}
         args = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))

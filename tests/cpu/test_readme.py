@@ -69,7 +69,7 @@ def package(tmp_path_factory):
     sys.path.insert(0, str(root))
     from scale_rows.spec import SPEC
 
-    hdispatch.ops.define(SPEC)
+    hdispatch.registry.define(SPEC)
     yield "scale_rows"
     sys.path.remove(str(root))
 
@@ -84,7 +84,7 @@ def test_it_builds_and_is_dispatched(package, tmp_path):
     report = build([package], "h200", tmp_path / "bundle", extra=[package], jobs=1)
     assert any("using the first of the kernel's candidates" in note for note in report.notes)
     loaded = hdispatch.load(tmp_path / "bundle", driver="null")
-    spec = hdispatch.ops.spec(package)
+    spec = hdispatch.registry.spec(package)
     for k in (4096, 1008):
         for variant in spec.served_variants():
             arguments = spec.sample(variant, {"M": 3, "K": k}, torch.device("cpu"), torch.Generator().manual_seed(0))
@@ -172,16 +172,16 @@ def test_code_blocks_are_python_that_names_what_there_is(file):
         for name, attribute in re.findall(r"\bhdispatch\.(\w+)(?:\.(\w+))?", code):
             if name == "opspec":
                 continue
-            assert hasattr(hdispatch, name) or name in hdispatch.ops.names(), name
+            assert hasattr(hdispatch, name) or name in hdispatch.registry.names(), name
             if name == "ops":
-                assert attribute in hdispatch.ops.names(), attribute
+                assert attribute in hdispatch.registry.names(), attribute
 
 
 def test_every_python_name_in_the_text_is_there():
     text = "\n".join(file.read_text() for file in DOCUMENTS)
     names = set(re.findall(r"\bhdispatch\.(\w+)\(", text)) | set(re.findall(r"`hdispatch\.([A-Z]\w+)`", text))
     assert {"load", "stats", "explain", "strict", "register", "Sequence"} <= names
-    assert {name for name in names if not hasattr(hdispatch, name)} <= set(hdispatch.ops.names())
+    assert {name for name in names if not hasattr(hdispatch, name)} <= set(hdispatch.registry.names())
 
 
 def test_every_op_is_in_the_list_of_ops():

@@ -41,8 +41,8 @@ MS = (1, 2, 3, 15, 16, 17, 64, 127, 1000, 8192)
 OPEN = {"K": 768, "N": 256}
 FORMATS = {"i1": (1, True), "i8": (1, True), "i16": (2, True), "i32": (4, True), "i64": (8, True)}
 
-if EXAMPLE.name not in hdispatch.ops.names():
-    hdispatch.ops.define(EXAMPLE)
+if EXAMPLE.name not in hdispatch.registry.names():
+    hdispatch.registry.define(EXAMPLE)
 
 
 def row_padding(m: int) -> int:
@@ -69,7 +69,7 @@ class Case:
     @property
     def spec(self) -> OpSpec:
         """The op's declaration."""
-        return hdispatch.ops.spec(self.op)
+        return hdispatch.registry.spec(self.op)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -186,7 +186,7 @@ def test_every_row_is_covered(cases, bundle):
     rows: dict[int, set[tuple]] = defaultdict(set)
     ms: dict[int, set[int]] = defaultdict(set)
     for row in manifest["rows"]:
-        ladders = hdispatch.ops.spec(row["op"]).ladders
+        ladders = hdispatch.registry.spec(row["op"]).ladders
         served = [m for m in MS if row["bucket"] in ladders.of_m(bucket_index(ladders.m, m))]
         if served:
             rows[row["record"]].add((row["op"], row["variant"], row["K"], row["N"]))

@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 def sampled(op: str, m: int) -> list[Any]:
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     return spec.sample(spec.variants()[0], {"M": m, "N": 70, "K": 50}, CPU, torch.Generator().manual_seed(m))
 
 
@@ -36,13 +36,13 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.parametrize("op", ["decode_inputs", "decode_update", "argmax"])
 def test_no_rows_are_nothing(op: str) -> None:
     given = sampled(op, 0)
-    hdispatch.ops.get(op)(*given)
+    hdispatch.registry.get(op)(*given)
 
 
 def refused(op: str, given: list[Any], message: str) -> None:
     before = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
     with pytest.raises(ArgumentError, match=message):
-        hdispatch.ops.get(op)(*given)
+        hdispatch.registry.get(op)(*given)
     for each, known in zip(given, before, strict=True):
         if isinstance(each, torch.Tensor):
             assert torch.equal(each, known)

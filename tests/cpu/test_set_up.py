@@ -29,13 +29,13 @@ def test_the_demo_builds_nine_ops_in_sizes_and_variants_of_theirs() -> None:
     demo = script("demo")
     assert len(demo.OPS) == 9
     for name, shapes in demo.OPS.items():
-        spec = hdispatch.ops.spec(name)
+        spec = hdispatch.registry.spec(name)
         assert [shape for shape in shapes if shape not in spec.shapes] == []
         chosen = demo.variants(spec)
         assert chosen
         assert all(variant.startswith("bfloat16") for variant in chosen)
         assert set(chosen) <= {variant.name for variant in spec.served_variants()}
-    assert demo.variants(hdispatch.ops.spec("rms_norm_dynamic_per_token_quant")) == ["bfloat16", "bfloat16+residual"]
+    assert demo.variants(hdispatch.registry.spec("rms_norm_dynamic_per_token_quant")) == ["bfloat16", "bfloat16+residual"]
 
 
 def test_set_up_says_what_a_slow_step_is_doing(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:

@@ -26,8 +26,8 @@ PAGE = 2**20  # tensor_maps.PAGE, which only the worker can import
 COPY = {"K": 192, "N": 200}
 
 for module in (tma_copy.spec, tma_matmul.spec):
-    if module.SPEC.name not in hdispatch.ops.names():
-        hdispatch.ops.define(module.SPEC)
+    if module.SPEC.name not in hdispatch.registry.names():
+        hdispatch.registry.define(module.SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_what_tma_cannot_read_runs_the_reference(loaded, op, args, reason):
     for tensor in given[1:]:
         tensor.fill_(1)
     wanted = [torch.empty_like(given[0]), *given[1:]]
-    hdispatch.ops.spec(op).reference(*wanted)
+    hdispatch.registry.spec(op).reference(*wanted)
     getattr(hdispatch.ops, op)(*given)
     assert torch.equal(given[0], wanted[0])
     counted = hdispatch.stats()[op]

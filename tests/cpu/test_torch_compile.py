@@ -64,8 +64,8 @@ def test_signature():
 
 
 def test_signatures_of_all_ops():
-    for name in hdispatch.ops.names():
-        spec, parameters = hdispatch.ops.spec(name), inspect.signature(hdispatch.ops.get(name)).parameters
+    for name in hdispatch.registry.names():
+        spec, parameters = hdispatch.registry.spec(name), inspect.signature(hdispatch.registry.get(name)).parameters
         assert list(parameters) == [arg.name for arg in spec.args]
 
 

@@ -163,7 +163,7 @@ def test_fake_tensors(door):
 def test_opcheck():
     # The checks compute with what is written, which torch cannot do in fp8: the same op with a float32 result.
     result = dataclasses.replace(toy.SPEC.args[RESULT], dtypes=(torch.float32,))
-    hdispatch.ops.define(dataclasses.replace(toy.SPEC, name="toy_float", args=(result, *toy.SPEC.args[1:])))
+    hdispatch.registry.define(dataclasses.replace(toy.SPEC, name="toy_float", args=(result, *toy.SPEC.args[1:])))
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     for variant, m, k in (("bfloat16", 4, 64), (FULL, 16, 512), ("float16", 4, 64), ("bfloat16", 0, 64)):
         args = toy.arguments(m, k, variant)

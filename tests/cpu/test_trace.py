@@ -35,6 +35,12 @@ def test_a_launch_is_expressions_in_the_calls_sizes(worker):
     }
 
 
+def test_helpers_from_beside_the_op_stay_symbolic(worker):
+    assert worker.call("host_functions:launched", "helped")["grid"] == [["M", 132, "min", 3, "max"], [1], [1]]
+    assert worker.call("host_functions:decided", "helped") == []
+    assert worker.call("host_functions:decided", "helped_descriptor") == []
+
+
 def test_a_known_call_has_a_known_launch(worker):
     assert worker.call("host_functions:concrete", "good", 1000, 48) == {
         "grid": [132, 2, 1],

@@ -163,7 +163,7 @@ def test_helions_autotuner_writes_as_it_goes(tmp_path, monkeypatch):
     op = "silu_and_mul_dynamic_per_token_quant"
     failed = autotune.autotune([op], tmp_path, scope=scope)
     assert failed == [f"{op} {{'intermediate_size': 6144, 'num_tokens': 2}}: ValueError: no luck"]
-    file = configs.read(tmp_path / op / "nvidia_h200.json", hdispatch.ops.spec(op))
+    file = configs.read(tmp_path / op / "nvidia_h200.json", hdispatch.registry.spec(op))
     assert [(entry.sizes["M"], entry.config["block_sizes"]) for entry in file.entries] == [(1, [1]), (4, [4])]
     autotune.autotune([op], tmp_path, scope=scope, seconds=1000)
     assert autotuned == [1, 2, 4, 2]

@@ -84,7 +84,7 @@ sys.path[:0] = {[str(tmp_path), *(path for path in sys.path if path.endswith("si
 import torch, hdispatch
 assert hdispatch.__file__.startswith({str(tmp_path)!r}), hdispatch.__file__
 name = "dynamic_per_token_scaled_fp8_quant"
-spec = hdispatch.ops.spec(name)
+spec = hdispatch.registry.spec(name)
 args = spec.sample(spec.variants()[0], {{"M": 4, "K": 2048}}, torch.device("cpu"), torch.Generator().manual_seed(0))
 getattr(torch.ops.hdispatch, name)(*args)
 assert hdispatch.stats()[name]["fallbacks"] == 1

@@ -25,7 +25,7 @@ from hdispatch.testing import null
 from toy import write_text
 
 NAME = SPEC.name
-OP = hdispatch.ops.define(SPEC) if NAME not in hdispatch.ops.names() else hdispatch.ops.get(NAME)
+OP = hdispatch.registry.define(SPEC) if NAME not in hdispatch.registry.names() else hdispatch.registry.get(NAME)
 PLAIN, DOUBLED = 2**16 + 64 * 4 * 4 + 1024, 2**16 + 64 * 4 * 4
 SUPPORT = Path(__file__).parents[1] / "support"
 
@@ -87,7 +87,7 @@ def test_refused_names(workspace, words):
 def test_refused_sizes(size):
     spec = dataclasses.replace(SPEC, name="odd_rows", workspace=WorkspaceArg("memory", lambda _: size))
     with pytest.raises(HdispatchError, match=r"odd_rows: memory of any is .* bytes; it takes 0 or more"):
-        hdispatch.ops.define(spec)
+        hdispatch.registry.define(spec)
 
 
 # ---- launches ----

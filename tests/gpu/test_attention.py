@@ -47,7 +47,7 @@ def half_args(
     lengths: list[int], heads: int, kv_heads: int, dim: int = DIM, norm: bool = True, dtype=torch.bfloat16
 ) -> list[Any]:
     """Arguments of attention_half."""
-    spec, random, device = hdispatch.ops.spec("attention_half"), generator(len(lengths)), torch.device("cuda")
+    spec, random, device = hdispatch.registry.spec("attention_half"), generator(len(lengths)), torch.device("cuda")
     made = paged(torch.tensor(lengths), kv_heads, dim, dtype)
     qkv = torch.randn(len(lengths), (heads + 2 * kv_heads) * dim, generator=random, device=device).to(dtype)
     weights = [torch.rand(dim, generator=random, device=device).to(dtype) + 0.5 if norm else None for _ in "qk"]
@@ -139,7 +139,7 @@ def test_half_against_float32(heads: tuple[int, int], batch: int, context: int, 
     args = half_args([context] * batch, *heads, norm=norm)
     want = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
     want[7] = args[7].transpose(1, 2).clone().transpose(1, 2)
-    hdispatch.ops.spec("attention_half").reference(*want)
+    hdispatch.registry.spec("attention_half").reference(*want)
     for _ in range(2):
         args[0].fill_(float("nan"))
         hdispatch.ops.attention_half(*args)
@@ -166,7 +166,7 @@ def test_the_cache_gets_what_fused_qk_norm_rope_makes(dim: int, rotary: float) -
 def test_fused_cache_equals_its_two_launches(tokens: int, norm: bool) -> None:
     """fused_qk_norm_rope_cache equals fused_qk_norm_rope, then reshape_and_cache_flash, to the bit."""
     heads, kv_heads, random = 32, 8, generator(tokens)
-    spec = hdispatch.ops.spec("fused_qk_norm_rope_cache")
+    spec = hdispatch.registry.spec("fused_qk_norm_rope_cache")
     variant = spec.variant(f"bfloat16-bfloat16{'+q_weight+k_weight' if norm else ''}+head_dim=128+is_neox")
     args = spec.sample(variant, {"M": tokens, "K": (heads + 2 * kv_heads) * DIM}, torch.device("cuda"), random)
     qkv, (q_weight, k_weight, turns, _, positions, slots, cache) = args[0].clone(), args[5:]
@@ -247,7 +247,7 @@ def test_two_streams_at_once() -> None:
     "op", ["attention_half", "paged_attention_decode", "reshape_and_cache_flash", "fused_qk_norm_rope_cache"]
 )
 def test_neither_kernel_nor_fallback_waits_for_the_gpu(op: str) -> None:
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     sizes = {"M": 5, "K": 48 * 128 if op.startswith("fused") else 128, "N": 32}
     args = spec.sample(spec.typical_variant(), sizes, torch.device("cuda"), generator(1))
     getattr(hdispatch.ops, op)(*args)

@@ -61,7 +61,7 @@ def test_more_tokens_run_the_fallback(bundle, op):
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 336, 3936), (1, 16, 16), (2, 336, 3936), (33, 80, 1040)])
 def test_the_fallback_of_ll_gemm_fp8_takes_what_the_schema_takes(m, n, k, change):
     """cuBLAS refuses strides and addresses that the op takes: of a single row a stride means nothing, to cuBLAS it does."""
-    spec = hdispatch.ops.spec("ll_gemm_fp8")
+    spec = hdispatch.registry.spec("ll_gemm_fp8")
     args = make("ll_gemm_fp8", spec.typical_variant().name, {"K": k, "N": n}, m)
 
     def moved(tensor, elements=4):

@@ -55,7 +55,7 @@ import sys
 sys.path.insert(0, {folder!r})
 import hdispatch
 from spins.spec import SPEC
-hdispatch.ops.define(SPEC)
+hdispatch.registry.define(SPEC)
 from hdispatch.tune.measure_worker import main
 main()
 """
@@ -78,8 +78,8 @@ def make(folder: Path, target: str) -> Path:
 def test_a_kernel_that_never_ends_costs_its_process_and_nothing_else(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     bundle, out = make(tmp_path, "native"), tmp_path / "t.jsonl"
-    if "spins" not in hdispatch.ops.names():
-        hdispatch.ops.define(sys.modules["spins.spec"].SPEC)
+    if "spins" not in hdispatch.registry.names():
+        hdispatch.registry.define(sys.modules["spins.spec"].SPEC)
     monkeypatch.setattr(measure_process, "COMMAND", (sys.executable, "-P", "-c", WORKER.format(folder=str(tmp_path))))
     start = time.monotonic()
     report = measure.measure(bundle, out, measure.Options(timeout=TIMEOUT))

@@ -21,7 +21,8 @@ import hdispatch
 import pytest
 import torch
 from hdispatch.manifest import MANIFEST_NAME
-from hdispatch.testing.pdl_chains import CHAINS, make_chain
+
+from benchmarks.pdl.chains import CHAINS, make_chain
 
 from .test_load import rewrite
 from .test_ops import check, copy, make, run_and_check
@@ -99,7 +100,7 @@ def one_at_a_time(chain, arena, start):
     chain.restart(start)
     for number, step in enumerate(chain.steps):
         inputs, expected = copy(step.arguments), copy(step.arguments)
-        hdispatch.ops.spec(step.op).reference(*expected)
+        hdispatch.registry.spec(step.op).reference(*expected)
         torch.cuda.synchronize()
         step.call()()
         torch.cuda.synchronize()

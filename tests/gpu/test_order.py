@@ -37,7 +37,7 @@ def test_two_streams(bundle, op):
     saved = [copy(a) for a in args]
     expected = [copy(a) for a in args]
     for e in expected:
-        hdispatch.ops.spec(op).reference(*e)
+        hdispatch.registry.spec(op).reference(*e)
     torch.cuda.synchronize()
     with hdispatch.strict():
         for _ in range(20):
@@ -99,7 +99,7 @@ def test_first_call_of_a_thread_needs_no_torch_call(bundle):
     op = OPS[0]
     args = make(op, 16)
     expected = copy(args)
-    hdispatch.ops.spec(op).reference(*expected)
+    hdispatch.registry.spec(op).reference(*expected)
     torch.cuda.synchronize()
     failures = []
 
@@ -129,7 +129,7 @@ def test_pdl_between_foreign_kernels(bundle, op, m):
     sources = [make(op, m, seed=s) for s in range(count)]
     expected = [copy(source) for source in sources]
     for e in expected:
-        hdispatch.ops.spec(op).reference(*e)
+        hdispatch.registry.spec(op).reference(*e)
     kept = [{i: torch.empty_like(args[i]) for i in written(op) if args[i] is not None} for _ in range(count)]
     call = getattr(hdispatch.ops, op)
     with hdispatch.strict():
@@ -229,7 +229,7 @@ def test_several_devices(bundle_dir):
                     for device in range(2):
                         args = [a.to(f"cuda:{device}") if isinstance(a, torch.Tensor) else a for a in make(op, 16)]
                         expected = copy(args)
-                        hdispatch.ops.spec(op).reference(*expected)
+                        hdispatch.registry.spec(op).reference(*expected)
                         getattr(hdispatch.ops, op)(*args)
                         torch.cuda.synchronize(device)
                         compare(op, args, expected, f"current {current}, tensors on {device}")

@@ -15,8 +15,8 @@ PACKAGES = ("tma_copy", "tma_matmul")
 MS = (1, 2, 15, 16, 31, 32, 33, 127, 1000, 4096)
 
 for module in (tma_copy.spec, tma_matmul.spec):
-    if module.SPEC.name not in hdispatch.ops.names():
-        hdispatch.ops.define(module.SPEC)
+    if module.SPEC.name not in hdispatch.registry.names():
+        hdispatch.registry.define(module.SPEC)
 
 
 @pytest.fixture(scope="module")

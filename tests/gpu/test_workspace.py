@@ -18,8 +18,8 @@ PACKAGES = ("counting_rows", "two_ladders")
 COUNTING, LADDERS = counting_rows.spec.SPEC, two_ladders.spec.SPEC
 
 for module in (counting_rows.spec, two_ladders.spec):
-    if module.SPEC.name not in hdispatch.ops.names():
-        hdispatch.ops.define(module.SPEC)
+    if module.SPEC.name not in hdispatch.registry.names():
+        hdispatch.registry.define(module.SPEC)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from hdispatch.compile.record_builder import Candidate
 from hdispatch.compile.store import Store
 from hdispatch.compile.trace import trace
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg
+from helped.op.triton import on_descriptor, on_few
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 SPEC = OpSpec(
@@ -174,6 +175,8 @@ HOSTS: dict[str, Callable[..., None]] = {
     "half": makers()(lambda r, i, e: 0.5),
     "tall": makers()(lambda r, i, e: 1, lambda r, i, e: (1, r.shape[0])),
     "none": makers()(lambda r, i, e: None),
+    "helped": on_few(copy),
+    "helped_descriptor": on_descriptor(copy),
 }
 
 
@@ -233,6 +236,11 @@ def launched(name: str) -> dict[str, Any]:
         "args": {key: plain(arg) for key, arg in found.launch.args.items()},
         "options": found.launch.options,
     }
+
+
+def decided(name: str) -> list[str]:
+    """What a host function found out about the sizes of a call, which is then assumed of all calls."""
+    return [str(guard) for guard in trace(HOSTS[name], maker().symbolic(64)).guards]
 
 
 def concrete(name: str, m: int, row_padding: int) -> dict[str, Any]:

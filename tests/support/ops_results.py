@@ -11,18 +11,18 @@ from benchmarks.ops.grid import Cell
 QUANT = "dynamic_per_token_scaled_fp8_quant"
 SMALL = {"M": 5, "K": 1024, "N": 512}
 #: The ops that are measured, of those that are installed.
-MEASURED = [op for op in grid.SIZES if op in hdispatch.ops.names()]
+MEASURED = [op for op in grid.SIZES if op in hdispatch.registry.names()]
 
 
 def arguments_of(op: str, sizes: dict[str, int] = SMALL) -> list:
     """An op's arguments, on the CPU, as vLLM has them."""
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     arguments = spec.sample(spec.typical_variant(), sizes, torch.device("cpu"), torch.Generator().manual_seed(1))
     return peers.arrange(spec, arguments)
 
 
 def cell(op: str = QUANT, m: int = 16, label: str = "hidden", model: str = "Qwen3-8B", mode: str = "warm", **sizes) -> Cell:
-    variant = hdispatch.ops.spec(op).typical_variant().name if op in hdispatch.ops.names() else "bfloat16"
+    variant = hdispatch.registry.spec(op).typical_variant().name if op in hdispatch.registry.names() else "bfloat16"
     return {"op": op, "variant": variant, "model": model, "label": label, "K": 64, "N": 0, "m": m, "mode": mode, **sizes}
 
 
@@ -78,6 +78,6 @@ def whole_result() -> dict:
 
 def sample_few(op: str, m: int = 3, k: int = 64, n: int = 32, variant: str = "") -> list[torch.Tensor]:
     """Arguments of a GEMM of a few tokens, on the CPU."""
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     chosen = spec.variant(variant) if variant else spec.typical_variant()
     return spec.sample(chosen, {"M": m, "K": k, "N": n}, torch.device("cpu"), torch.Generator().manual_seed(1))

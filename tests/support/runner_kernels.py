@@ -32,7 +32,7 @@ def launcher(kernel: Any, grid: tuple[int, ...], *values: Any, **options: Any) -
 
 def run(op: str, config: dict[str, Any], given: list[Any], workspace: torch.Tensor) -> None:
     """The kernel twice, where it writes only; the second call has what the first left in the workspace."""
-    spec = hdispatch.ops.spec(op)
+    spec = hdispatch.registry.spec(op)
     module = importlib.import_module(f"hdispatch.kernels.{op}.triton")
     expected = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
     spec.reference(*expected)
@@ -68,7 +68,7 @@ def main() -> None:
     workspace[WORKSPACE_COUNTERS:] = 0x77
     cases: list[tuple[str, str, dict[str, Any], list[Any]]] = []
     for op, configs in CONFIGS.items():
-        spec = hdispatch.ops.spec(op)
+        spec = hdispatch.registry.spec(op)
         for config in configs:
             for variant in spec.variants():
                 for m in (1, 2, 5, 33):

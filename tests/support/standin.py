@@ -98,8 +98,8 @@ SPECS = [
     ),
 ]
 for _spec in SPECS:
-    if _spec.name not in hdispatch.ops.names():
-        hdispatch.ops.define(_spec)
+    if _spec.name not in hdispatch.registry.names():
+        hdispatch.registry.define(_spec)
 
 
 def write_bundle(folder: Path) -> Path:

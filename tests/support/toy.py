@@ -52,7 +52,7 @@ SPEC = OpSpec(
     config_key={"hidden_size": "K", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16),
 )
-OP = hdispatch.ops.define(SPEC) if "toy" not in hdispatch.ops.names() else hdispatch.ops.toy
+OP = hdispatch.registry.define(SPEC) if "toy" not in hdispatch.registry.names() else hdispatch.ops.toy
 
 
 def arguments(m: int = 4, k: int = 64, variant: str = "bfloat16", seed: int = 0) -> list[Any]:

@@ -7,7 +7,7 @@ import types
 from typing import Any
 
 import torch
-from hdispatch import ops
+from hdispatch import ops, registry
 
 LIBRARIES = (
     "vllm._C_stable_libtorch",
@@ -59,7 +59,7 @@ def _define_c() -> None:
     for name in SAME:
         schema = str(getattr(torch.ops.hdispatch, name).default._schema).split(f"hdispatch::{name}", 1)[1]
         library.define(name + schema.replace(", bool scale_ue8m0=False", ""))
-        library.impl(name, _caller(ops.get(name)), "CPU")
+        library.impl(name, _caller(registry.get(name)), "CPU")
     library.define("cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()")
     library.impl("cutlass_scaled_mm", scaled_mm, "CPU")
     for name in ("scaled_mm_supports_fp8", "scaled_mm_supports_block_fp8", "group_gemm_supported"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import builtins
 import inspect
 import math
+import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -217,18 +218,36 @@ class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
 @contextmanager
 def _host_globals(host: Callable[..., object]) -> Iterator[None]:
     """While the host function runs, `min` and `max` stay symbolic, and TMA descriptors keep what they are made of."""
-
-    scope = _function(host).__globals__
-    swapped: dict[str, object] = {"min": _symbolic(builtins.min, torch.sym_min), "max": _symbolic(builtins.max, torch.sym_max)}
-    swapped |= {name: TensorDescriptor for name, value in scope.items() if getattr(value, "__name__", "") == "TensorDescriptor"}
-    saved = {name: scope[name] for name in swapped if name in scope}
-    scope.update(swapped)
+    symbolic = {"min": _symbolic(builtins.min, torch.sym_min), "max": _symbolic(builtins.max, torch.sym_max)}
+    saved: list[tuple[dict[str, Any], dict[str, object], set[str]]] = []
+    for scope in _scopes(_function(host).__globals__):
+        descriptors = [name for name, value in scope.items() if getattr(value, "__name__", "") == "TensorDescriptor"]
+        swapped: dict[str, object] = {**symbolic, **dict.fromkeys(descriptors, TensorDescriptor)}
+        saved.append((scope, {name: scope[name] for name in swapped if name in scope}, set(swapped)))
+        scope.update(swapped)
     try:
         yield
     finally:
-        for name in swapped:
-            del scope[name]
-        scope.update(saved)
+        for scope, former, names in saved:
+            for name in names:
+                del scope[name]
+            scope.update(former)
+
+
+def _scopes(own: dict[str, Any]) -> list[dict[str, Any]]:
+    """The globals of a host function's module, and of those modules that it takes from beside its package: `..lib`, say."""
+    parts = str(own.get("__name__", "")).split(".")
+    beside = ".".join(parts[:-2]) + "."
+    found, todo = {id(own): own}, [own] if len(parts) > 2 else []
+    while todo:
+        for value in list(todo.pop().values()):
+            module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+            if isinstance(module, str) and module.startswith(beside) and module in sys.modules:
+                scope = vars(sys.modules[module])
+                if id(scope) not in found:
+                    found[id(scope)] = scope
+                    todo.append(scope)
+    return list(found.values())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import _C, ops
+from .. import _C, registry
 from ..ladders import bucket_bounds
 from ..opspec import OpSpec, TensorArg
 from ..testing.device_timer import rotation_count
@@ -23,9 +23,9 @@ class CellArguments:
     """The arguments of one cell; made from the seed, so that every candidate gets the same values."""
 
     def __init__(self, cell: Cell, device: Device, seed: int) -> None:
-        self.op = ops.get(cell["op"])
+        self.op = registry.get(cell["op"])
         self.device = device
-        spec = self.spec = ops.spec(cell["op"])
+        spec = self.spec = registry.spec(cell["op"])
         self.variant = spec.variant(cell["variant"])
         every = {"K": cell["K"], "N": cell["N"]}
         sizes = {symbol: every[symbol] for symbol in spec.symbols() if symbol != "M"}

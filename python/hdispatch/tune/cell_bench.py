@@ -18,7 +18,7 @@ from typing import Any, Literal, NotRequired, TypedDict, get_args
 
 import torch
 
-from .. import ops
+from .. import registry
 from ..errors import BundleError
 from ..manifest import artifacts_of, class_of, ladders_of
 from ..runtime import strict
@@ -34,7 +34,7 @@ ROUNDS = 9
 EARLY_STOP = {2: 1.25, 4: 1.12}
 #: Candidates further behind than this, by a first estimate, are not timed in a graph at all.
 HOPELESS = 3.0
-#: What one replay takes, in µs, and the fewest and most launches in it.
+#: Intended time of one replay in µs, and its smallest and largest number of launches.
 REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
 #: An estimate of no more µs may be the host's: the launch takes less.
 HOST_US = 8.0
@@ -129,7 +129,7 @@ class Bench:
                 raise BundleError(f"record {index} has no code for M = {cell['M']}; make the candidates again")
             record = {**record, "cubins": {only: record["cubins"][only]}}
         return OneRow(
-            op=ops.get(cell["op"]),
+            op=registry.get(cell["op"]),
             ladders=ladders_of(manifest["ops"][cell["op"]]),
             variant=cell["variant"],
             k=cell["K"],

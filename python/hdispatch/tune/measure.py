@@ -1,4 +1,4 @@
-"""Measuring the candidates of a bundle, cell by cell, into a file of timings that a later run goes on with.
+"""Measuring the candidates of a bundle, cell by cell, into a file of timings that a later run resumes.
 
 `measure` does so in a separate process (measure_process.py): one that a candidate breaks or never leaves is replaced.
 """
@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .. import _C, ops
+from .. import _C, registry
 from ..errors import HdispatchError
 from ..manifest import MANIFEST_NAME
 from . import timings
@@ -123,7 +123,7 @@ class _Here:
         """Every line, or that of the candidate that broke the context."""
         if self._culprit:
             raise HdispatchError(
-                f"a candidate broke the GPU context: {self._culprit}. It is noted; run again to go on without it"
+                f"a candidate broke the GPU context: {self._culprit}. It is noted; run again to continue without it"
             )
         found = self._bench.measure(self._cells[cell], set(skip), self._seed)
         self._culprit = next((_failure(timing) for timing in found if timing["status"] in BROKE), "")
@@ -217,7 +217,7 @@ def _identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
 def _check_ops(folder: Path, bundle: CandidateBundle) -> None:
     """Refuse a bundle whose ops are not the installed ones."""
     for name, entry in bundle["manifest"]["ops"].items():
-        ops.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
+        registry.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
 
 
 def _current_device() -> int:

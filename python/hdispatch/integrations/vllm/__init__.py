@@ -3,6 +3,7 @@
 vLLM itself is imported by `plugin.register` and what it brings in, never by this module.
 """
 
-from .override import ROUTES, Form, Override, Route, override_vllm_ops
+from ...opspec import Form
+from .override import ROUTES, Override, Route, override_vllm_ops
 
 __all__ = ["ROUTES", "Form", "Override", "Route", "override_vllm_ops"]

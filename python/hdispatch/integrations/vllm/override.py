@@ -16,21 +16,9 @@ from typing import Any, Literal
 
 import torch
 
-from ... import _C, ops
+from ... import _C, registry
 from ...errors import HdispatchError
-
-
-@dataclass(frozen=True)
-class Form:
-    """Where vLLM's kernel presumes how a matrix lies in memory, and ours reads its strides.
-
-    "rows": contiguous. "columns": columns contiguous, with any distance between them; "packed": with none. "either": as the
-    strides say. With `flag`, the name of a flag: `form` where it is set, rows where it is not. Other calls are misses.
-    """
-
-    arg: str
-    form: Literal["rows", "columns", "packed", "either"]
-    flag: str | None = None
+from ...opspec import Form
 
 
 @dataclass(frozen=True)
@@ -41,42 +29,16 @@ class Route:
     forms: tuple[Form, ...] = ()
 
 
-#: vLLM's op -> our ops, the first of which that takes the arguments serves a call.
-ROUTES: dict[str, tuple[Route, ...]] = {
-    **{
-        name: (Route(name),)
-        for name in (
-            "static_scaled_fp8_quant",
-            "dynamic_scaled_fp8_quant",
-            "dynamic_per_token_scaled_fp8_quant",
-            "rms_norm_dynamic_per_token_quant",
-            "per_token_group_fp8_quant_packed",
-            "fused_qk_norm_rope",
-            "rms_norm",
-            "fused_add_rms_norm",
-            "silu_and_mul",
-            "rotary_embedding",
-        )
-    },
-    "per_token_group_fp8_quant": (Route("per_token_group_fp8_quant", (Form("output_s", "either"),)),),
-    "rms_norm_per_block_quant": (Route("rms_norm_per_block_quant", (Form("scale", "columns", flag="is_scale_transposed"),)),),
-    "silu_and_mul_per_block_quant": (
-        Route("silu_and_mul_per_block_quant", (Form("scales", "packed", flag="is_scale_transposed"),)),
-    ),
-    "cutlass_scaled_mm": (
-        Route("scaled_mm"),
-        Route(
-            "scaled_mm_blockwise",
-            (
-                Form("out", "rows"),
-                Form("a", "rows"),
-                Form("b", "packed"),
-                Form("a_scales", "packed"),
-                Form("b_scales", "packed"),
-            ),
-        ),
-    ),
-}
+def _routes() -> dict[str, tuple[Route, ...]]:
+    found: dict[str, tuple[Route, ...]] = {}
+    for name in sorted(registry.names()):
+        if (served := registry.spec(name).vllm) is not None:
+            found[served.op] = (*found.get(served.op, ()), Route(name, served.forms))
+    return found
+
+
+#: vLLM's op -> our ops that say so in their declarations, by name; the first one that takes the arguments serves a call.
+ROUTES = _routes()
 
 
 def override_vllm_ops(only: Iterable[str] | None = None) -> Override:
@@ -224,7 +186,7 @@ def _make_kernel(key: tuple[str, str, str], packet: Any, routes: Sequence[Route]
     return _C.override_op(
         "::".join(key[:2]),
         key[2] == "CUDA",
-        [(ops.get(route.op), [(form.arg, form.form, form.flag) for form in route.forms]) for route in routes],
+        [(registry.get(route.op), [(form.arg, form.form, form.flag) for form in route.forms]) for route in routes],
         len(arguments),
         sum(not argument.has_default_value() for argument in arguments),
     )

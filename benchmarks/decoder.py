@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from .. import ops
-from ..sequence import Sequence, SequenceTensor
+from hdispatch import registry
+from hdispatch.sequence import Sequence, SequenceTensor
 
 FP8 = torch.float8_e4m3fn
 EPSILON = 1e-6
@@ -128,7 +127,7 @@ class Layers:
             values[buffer] = s.temp(("M", width), dtype)
         values["q"] = values["qkv"].columns(0, self.shape.heads * self.shape.head_size)
         for op, arguments in self.all_steps():
-            s.add(ops.get(op), *(values[each] if isinstance(each, str) else each for each in arguments))
+            s.add(registry.get(op), *(values[each] if isinstance(each, str) else each for each in arguments))
         return s.freeze()
 
     def single(self, residual: torch.Tensor, positions: torch.Tensor) -> list[tuple[Callable[..., Any], tuple[Any, ...]]]:
@@ -139,7 +138,7 @@ class Layers:
             values[buffer] = torch.full((m, width), float("nan"), device=self.device).to(dtype)
         values["q"] = values["qkv"][:, : self.shape.heads * self.shape.head_size]
         return [
-            (ops.get(op), tuple(values[each] if isinstance(each, str) else each for each in arguments))
+            (registry.get(op), tuple(values[each] if isinstance(each, str) else each for each in arguments))
             for op, arguments in self.all_steps()
         ]
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hdispatch import registry
+from hdispatch.opspec import TensorArg
 from torch import Tensor
-
-from .. import ops
-from ..opspec import TensorArg
 
 #: Columns of the rows that go through a chain, and of what its products narrow them to.
 HIDDEN, NARROW, WIDER = 4096, 128, 256
@@ -37,12 +36,12 @@ class Step:
 
     def written(self) -> list[Tensor]:
         """The tensors that it writes."""
-        pairs = zip(ops.spec(self.op).args, self.arguments, strict=True)
+        pairs = zip(registry.spec(self.op).args, self.arguments, strict=True)
         return [given for arg, given in pairs if isinstance(arg, TensorArg) and arg.mutated and given is not None]
 
     def call(self) -> Callable[[], object]:
         """The call through `hdispatch.ops`."""
-        return functools.partial(ops.get(self.op), *self.arguments)
+        return functools.partial(registry.get(self.op), *self.arguments)
 
 
 @dataclass(frozen=True)
