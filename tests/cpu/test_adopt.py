@@ -218,13 +218,13 @@ def test_what_is_no_kernel_is_refused(given):
 
 
 def test_a_kernel_that_nobody_holds_is_freed(add):
-    gone = weakref.ref(fresh(kernels.add))
+
     kernel = fresh(kernels.add)
     gone = weakref.ref(kernel)
     hdispatch.adopt(kernel, driver="null")
     for _ in range(2):
         kernel[lambda meta: (meta["n"],)](*ADD, BLOCK=256)
-    jit._triton_jit_function_registry.clear()
+    getattr(jit, "_triton_jit_function_registry", {}).clear()  # Triton 3.6 has none
     del kernel
     gc.collect()
     assert gone() is None

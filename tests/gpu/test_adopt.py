@@ -50,14 +50,14 @@ def test_random_calls_are_right():
     """Alignment, strides, sizes around 1 and multiples of 16, dtypes, None, scalars: against torch, outputs poisoned."""
     rng = random.Random(0)
     kernel = fresh(axpy)
-    memory = {dtype: torch.randn(1 << 15, device="cuda").to(dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)}
-    for turn in range(4000):
+    memory = {dtype: torch.randn(1 << 15, device="cuda").to(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    for turn in range(6000):
         dtype = rng.choice(list(memory))
         n = rng.choice((1, 2, 15, 16, 17, 31, 32, 33, 1000, 1024))
-        sx, sy = rng.choice((1, 1, 2, 3, 16)), rng.choice((1, 2))
-        x, y = (memory[dtype][rng.choice((0, 0, 1, 8)) :][::step][:n] for step in (sx, sy))
+        sx, sy = rng.choice((1, 2, 3)), 1
+        x, y = (memory[dtype][start:][::step][:n] for start, step in ((rng.choice((0, 0, 1, 8)), sx), (rng.choice((0, 8)), sy)))
         y = rng.choice((y, None))
-        alpha, flip = rng.choice((0.5, 1.0, 2, -3.25)), rng.random() < 0.5
+        alpha, flip = rng.choice((0.5, 1.0, -3.25, 1e-3)), rng.random() < 0.5
         out = torch.full((n + 16,), float("nan"), device="cuda", dtype=dtype)[rng.choice((0, 1)) :][:n]
         kernel[lambda meta, n=n: (triton.cdiv(n, meta["BLOCK"]),)](x, y, out, n, sx, sy, alpha, FLIP=flip, BLOCK=64)
         wanted = x.float() if y is None else x.float() * alpha + y.float()
@@ -65,7 +65,7 @@ def test_random_calls_are_right():
         torch.testing.assert_close(
             out.float(), wanted.to(dtype).float(), rtol=1e-2, atol=1e-2, msg=lambda m, t=turn: f"{t}: {m}"
         )
-    assert counts(kernel)["hits"] > 2000
+    assert counts(kernel)["hits"] > 5000
 
 
 def test_launches_go_to_the_current_stream():
@@ -159,6 +159,7 @@ def test_a_tensor_of_the_cpu_is_refused_as_triton_does():
 
 def test_clusters_shared_memory_and_pdl_are_as_triton_launches_them():
     for options in ({"num_ctas": 2}, {"launch_pdl": True}, {"num_warps": 8}, {"launch_cooperative_grid": True}):
+        hdispatch.stats(reset=True)
         add = fresh(kernels.add)
         x, out = torch.ones(1024, device="cuda"), torch.zeros(1024, device="cuda")
         for _ in range(3):

@@ -212,6 +212,8 @@ class _Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _exact(bound: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     """The record for calls of this very shape."""
+    if getattr(bound.env, "runtime_input_specializations", None):
+        raise _Refused("it is chosen by what its tensors hold or how large their storage is")
     outputs = _Outputs()
     with _recording(bound._run) as launch, outputs:
         result = bound._run(*args)
