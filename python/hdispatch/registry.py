@@ -1,7 +1,8 @@
 """Which ops there are: `define` makes one of its declaration, `names`, `get` and `spec` find them.
 
 Every package `hdispatch.kernels.<op>` with a `spec` is defined at import. An op is then an attribute of `hdispatch.ops`, and in
-torch's dispatcher `torch.ops.hdispatch.<op>`.
+torch's dispatcher `torch.ops.hdispatch.<op>`. Ops of installed distributions (`kernel_packages.GROUP`) are defined when a name
+is looked for that is none of these, here, in `hdispatch.ops` or by `hdispatch.load`; others by `define_package`.
 """
 
 from __future__ import annotations
@@ -11,16 +12,23 @@ import importlib
 import importlib.util
 import inspect
 import pkgutil
+import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import _C, ops
+from . import _C, kernel_packages, ops
 from .errors import HdispatchError
 from .opspec import Arg, BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg, dtype_name, parse_dim
 
 _SPECS: dict[str, OpSpec] = {}
 _OPS: dict[str, _C.Op] = {}
+#: Names of the ops of packages outside of hdispatch, by package.
+_DEFINED: dict[str, str] = {}
+#: Held while such packages are looked for; and whether those that are installed have been.
+_LOOKING = threading.RLock()
+_looked = False
 
 
 def define(spec: OpSpec) -> _C.Op:
@@ -59,9 +67,43 @@ def _shorten(op: _C.Op) -> None:
     setattr(torch.ops.hdispatch, op.name, fast)
 
 
+def define_package(where: str | Path) -> list[str]:
+    """Define the ops of a folder or a dotted package outside of hdispatch; those that it defined before stay as they are.
+
+    Returns their names. `HdispatchError` if there is none, or one has the name of another op.
+    """
+    with _LOOKING:
+        return [_define_from(package) for package in kernel_packages.op_packages(where)]
+
+
+def _define_from(package: str) -> str:
+    if package not in _DEFINED:
+        found = getattr(importlib.import_module(f"{package}.spec"), "SPEC", None)
+        if not isinstance(found, OpSpec):
+            raise HdispatchError(f"{package}.spec has no OpSpec named SPEC")
+        if _SPECS.get(found.name) is not found:  # by hand
+            define(found)
+        _DEFINED[package] = found.name
+    return _DEFINED[package]
+
+
+def is_defined(name: str) -> bool:
+    """Whether there is an op of that name; if it is not defined yet, whether an installed distribution has it: then it is now."""
+    global _looked
+    if name not in _OPS and not name.startswith("_") and not _looked:
+        with _LOOKING:
+            for package in kernel_packages.installed():
+                _define_from(package)
+            _looked = True
+    return name in _OPS
+
+
+ops._look_for = is_defined
+
+
 def get(name: str) -> _C.Op:
     """The op of that name. Ops are pickled and copied by name: there is one of each in a process."""
-    if name not in _OPS:
+    if not is_defined(name):
         raise HdispatchError(f"no op {name!r}; there are {', '.join(sorted(_OPS))}")
     return _OPS[name]
 
@@ -76,7 +118,7 @@ def names() -> list[str]:
 
 def spec(name: str) -> OpSpec:
     """The declaration of an op."""
-    if name not in _SPECS:
+    if not is_defined(name):
         raise HdispatchError(f"no op {name!r}; there are {', '.join(sorted(_SPECS))}")
     return _SPECS[name]
 

@@ -345,9 +345,10 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     where = folder / MANIFEST_NAME
     found: dict[str, _C.Op] = {}
     for name, entry in manifest["ops"].items():
-        if name not in registry.names():
+        if not registry.is_defined(name):
             raise BundleError(
-                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(registry.names()))}"
+                f"{where}: holds op {name!r}, which is not defined here: install the package that it was built from, or call "
+                f"hdispatch.registry.define_package(FOLDER_OR_PACKAGE) first; there are {', '.join(sorted(registry.names()))}"
             )
         registry.spec(name).check_same(entry, where, "rebuild")
         found[name] = registry.get(name)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .. import archive
 from ..errors import HdispatchError
 from ..opspec import SYMBOLS, OpSpec
-from . import numbers
+from . import kernels, numbers
 from .text import Progress, count, print_json, size, split
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ of the bundle's manifest, which `hdispatch.load(DIR, sha256=…)` takes.
 
   hdispatch build --out bundle                                        all ops, for the GPU here, else for an H200
   hdispatch build --ops rms_norm_dynamic_per_token_quant --target h100 --out b
+  hdispatch build --kernels my_kernels --out b                        ops outside of hdispatch: a folder, or a package
   hdispatch build --shapes K=4096,N=12288 --variants bfloat16 --out b part of the shapes and variants
 """
 
@@ -46,7 +47,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--archive", metavar="FILE.tar.xz", type=Path, help="write it as one file too, which loads as the folder does"
     )
-    parser.add_argument("--ops", metavar="A,B", help="ops to build (default: all)")
+    parser.add_argument("--ops", metavar="A,B", help="ops to build (default: all; with --kernels those of it)")
+    kernels.add_argument(parser)
     parser.add_argument(
         "--target",
         metavar="GPU",
@@ -83,12 +85,13 @@ def run(arguments: argparse.Namespace) -> int:
     progress = Progress()
     try:
         report = build(
-            split(arguments.ops),
+            kernels.chosen_ops(arguments),
             default_target() if arguments.target == "auto" else arguments.target,
             arguments.out,
             jobs=arguments.jobs,
             cache=arguments.cache,
             select=select,
+            extra=kernels.given(arguments),
             progress=progress,
         )
     finally:

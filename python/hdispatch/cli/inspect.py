@@ -9,6 +9,7 @@ from typing import Any
 
 from ..errors import BundleError, HdispatchError
 from ..manifest import (
+    MANIFEST_NAME,
     Cubin,
     CubinRecord,
     Expr,
@@ -22,11 +23,13 @@ from ..manifest import (
     ladders_of,
     read_files,
 )
+from . import kernels
 from .numbers import whole
 from .text import count, print_json, size, table
 
 DESCRIPTION = """\
-Verify a bundle (every checksum) and print its rows. Needs no GPU and loads nothing.
+Verify a bundle (every checksum) and print its rows. Needs no GPU and loads nothing. With --kernels the ops of these packages
+must be declared as the bundle has them.
 
   hdispatch inspect bundle                          totals and every row
   hdispatch inspect bundle --op rms_norm_dynamic_per_token_quant
@@ -51,6 +54,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", type=Path, help="folder of the bundle")
     parser.add_argument("--op", metavar="NAME", help="only rows of this op")
+    kernels.add_argument(parser)
     parser.add_argument("--row", metavar="N", type=whole, help="one row, by its number, with its whole record")
     parser.add_argument(
         "--sha256", metavar="DIGEST", help="the digest that the manifest must have; any other bundle is refused"
@@ -62,6 +66,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print rows, or one row."""
     manifest, sha256, *_ = read_files(arguments.bundle, sha256=arguments.sha256)
+    _check_declared(manifest, arguments)
     if arguments.op is not None and arguments.op not in manifest["ops"]:
         raise HdispatchError(f"{arguments.bundle} has no op {arguments.op!r}; it has {', '.join(sorted(manifest['ops']))}")
     if arguments.row is not None:
@@ -72,6 +77,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(describe(arguments.bundle, sha256, manifest, numbers))
     return 0
+
+
+def _check_declared(manifest: Manifest, arguments: argparse.Namespace) -> None:
+    """`BundleError` where an op of --kernels is another in the bundle."""
+    from .. import registry
+
+    for name in kernels.define(arguments):
+        if name in manifest["ops"]:
+            registry.spec(name).check_same(manifest["ops"][name], arguments.bundle / MANIFEST_NAME, "rebuild")
 
 
 def _run_row(manifest: Manifest, arguments: argparse.Namespace) -> int:

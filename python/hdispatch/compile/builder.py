@@ -84,9 +84,9 @@ def build(
     target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
     jobs      worker processes, one per CPU if None
     cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
-    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and, once tuned,
-              configs/<gpu>.json
-    progress  called with records done, records in all and the name of the last one
+    extra     folders and dotted packages outside of hdispatch: ops, each with spec.py, helion.py or triton.py, and, once
+              tuned, configs/<gpu>.json; or packages of ops. Those of installed distributions are known without
+    progress  called with units done, units in all and the name of the last one, or what runs
 
     BuildError, and no bundle, if anything cannot be built.
     """
@@ -101,10 +101,12 @@ def build(
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
     names = {package.package: name for name, package in packages.items()}
-    units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
-    without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
-    units = [unit for unit in units if unit.backend != configs.NO_ROW]
-    built = _built(units, gpu, where, count, report, progress)
+    with Pool(gpu, where.root) as workers:
+        files = {name: _config_file(package, gpu, workers, report.notes, progress) for name, package in packages.items()}
+        units = [unit for name, package in packages.items() for unit in _units(package, files[name], chosen, report.notes)]
+        without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
+        units = [unit for unit in units if unit.backend != configs.NO_ROW]
+        built = _built(units, gpu, where, workers, count, report, progress)
     entries = [entry for unit, tools, each in built for entry in _entries_of(names[unit.package], unit, each, tools)]
     specs = {name: package.spec for name, package in packages.items()}
     frozen = freeze(specs, _with_times(entries, packages, gpu), gpu, where, out, partial=chosen.partial, without=without)
@@ -134,12 +136,28 @@ def _buildable(packages: Mapping[str, OpPackage], notes: list[str]) -> dict[str,
     return found
 
 
-def _units(package: OpPackage, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
-    """The units of an op: one per variant, config and sizes that are compiled in, with the rows it serves."""
-    spec, backends = package.spec, package.backends
-    file, note = configs.find(spec, target, package.configs) or first_candidates(package, target)
+def _config_file(
+    package: OpPackage,
+    target: GpuTarget,
+    workers: Pool,
+    notes: list[str],
+    progress: Callable[[int, int, str], None] | None,
+) -> configs.ConfigFile:
+    """The op's config file, or one of its kernel's first candidates; a note if it is not the target's own."""
+    found = configs.find(package.spec, target, package.configs)
+    if found is None:
+        if progress:
+            progress(0, 1, f"{package.name} has no configs: asking its {package.backends[0]} kernel for candidates")
+        found = first_candidates(package, target, workers)
+    file, note = found
     if note:
         notes.append(note)
+    return file
+
+
+def _units(package: OpPackage, file: configs.ConfigFile, chosen: Selection, notes: list[str]) -> list[Unit]:
+    """The units of an op: one per variant, config and sizes that are compiled in, with the rows it serves."""
+    spec, backends = package.spec, package.backends
     file.require_backends(backends)
     file = _available(file, spec, backends, notes)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
@@ -193,6 +211,7 @@ def _built(
     units: Sequence[Unit],
     target: GpuTarget,
     where: store.Store,
+    workers: Pool,
     jobs: int,
     report: BuildReport,
     progress: Callable[[int, int, str], None] | None,
@@ -210,19 +229,21 @@ def _built(
     if progress and done:
         progress(done, len(units), "from the cache")
     missing = [index for index in range(len(units)) if index not in results]
-    with Pool(target, where.root) as workers:
+    processes = min(jobs, len(missing))
+    if progress and missing:
+        progress(done, len(units), f"compiling in {processes} process{'es' if processes > 1 else ''}: {units[missing[0]].label}")
 
-        def make(position: int) -> list[Built]:
-            unit = units[missing[position]]
-            return workers.build(unit, tools[unit.backend])
+    def make(position: int) -> list[Built]:
+        unit = units[missing[position]]
+        return workers.build(unit, tools[unit.backend])
 
-        for position, built in workers.map(make, len(missing), jobs):
-            index = missing[position]
-            results[index] = built
-            where.put("record", keys[index], {"built": built})
-            done += 1
-            if progress:
-                progress(done, len(units), units[index].label)
+    for position, built in workers.map(make, len(missing), jobs):
+        index = missing[position]
+        results[index] = built
+        where.put("record", keys[index], {"built": built})
+        done += 1
+        if progress:
+            progress(done, len(units), units[index].label)
     records = [(unit, tools[unit.backend], one) for index, unit in enumerate(units) for one in results[index]]
     report.record_seconds = [(unit.label, one["seconds"]) for unit, _, one in records]
     return records

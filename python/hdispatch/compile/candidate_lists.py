@@ -13,13 +13,11 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from . import pool
 from .build_unit import HINT, load_spec
-from .target import GpuTarget
 
 #: What is moved along Helion's fragments; the others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")
@@ -51,13 +49,12 @@ class Question:
         return f"the candidates of {self.package.rpartition('.')[2]}, {self.backend}"
 
 
-def ask(questions: Sequence[Question], target: GpuTarget) -> list[list[list[Config] | None]]:
+def ask(questions: Sequence[Question], workers: pool.Pool) -> list[list[list[Config] | None]]:
     """For each question, for each of its points: the configs; None where the kernel's list does not know such sizes.
 
     BuildError, naming the kernel, where its list or Helion fails.
     """
-    with pool.Pool(target, Path()) as workers:  # lists keep nothing in the build cache
-        return [workers.ask(question.name, {"question": asdict(question)})["configs"] for question in questions]
+    return [workers.ask(question.name, {"question": asdict(question)})["configs"] for question in questions]
 
 
 # ---- in the worker process ----
