@@ -88,7 +88,7 @@ def _define_from(package: str) -> str:
 
 
 def is_defined(name: str) -> bool:
-    """Whether there is an op of that name; if it is not defined yet, whether an installed distribution has it: then it is now."""
+    """Whether there is an op of that name. Where it is not defined, what installed distributions name is."""
     global _looked
     if name not in _OPS and not name.startswith("_") and not _looked:
         with _LOOKING:
@@ -98,7 +98,7 @@ def is_defined(name: str) -> bool:
     return name in _OPS
 
 
-ops._look_for = is_defined
+setattr(ops, "_look_for", is_defined)  # noqa: B010  (a function there is none to mypy)
 
 
 def get(name: str) -> _C.Op:

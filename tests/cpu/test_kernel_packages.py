@@ -143,8 +143,9 @@ def test_a_distribution_whose_ops_are_not_there_is_named_when_an_op_is_looked_fo
     site = install(tmp_path, "broken", "broken_kernels.nowhere")
     used = run(["-c", "import hdispatch\nhdispatch.ops.rms_norm\nprint('as before')\nhdispatch.ops.broken_double"], site)
     assert used.stdout == "as before\n"
-    assert "broken-kernels names 'broken_kernels.nowhere' in the entry points 'hdispatch.kernels' (mine)" in used.stderr.replace(
-        "broken_kernels names", "broken-kernels names"
+    assert (
+        "broken-kernels names 'broken_kernels.nowhere' in the entry points 'hdispatch.kernels' (mine)"
+        in used.stderr.replace("broken_kernels names", "broken-kernels names")
     )
     assert "repair or uninstall it" in used.stderr
 
@@ -225,13 +226,13 @@ def test_what_is_no_package_of_ops_is_refused(where, words):
 def test_a_folder_whose_name_is_taken_or_none_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", [*sys.path])
     write_op(tmp_path / "a" / "email", "email_double", 2, "lib")
-    with pytest.raises(HdispatchError, match="email is another package here, .*rename the folder"):
+    with pytest.raises(HdispatchError, match=r"email is another package here, .*rename the folder"):
         kernel_packages.op_packages(tmp_path / "a")
     write_op(tmp_path / "b" / "my-op", "my_op", 2, "lib")
     with pytest.raises(HdispatchError, match="'my-op' is no name of a package"):
         kernel_packages.op_packages(tmp_path / "b")
     (tmp_path / "c").mkdir()
-    with pytest.raises(HdispatchError, match="has no spec.py"):
+    with pytest.raises(HdispatchError, match=r"has no spec\.py"):
         kernel_packages.op_packages(tmp_path / "c")
 
 

@@ -31,6 +31,7 @@ of the bundle's manifest, which `hdispatch.load(DIR, sha256=…)` takes.
   hdispatch build --out bundle                                        all ops, for the GPU here, else for an H200
   hdispatch build --ops rms_norm_dynamic_per_token_quant --target h100 --out b
   hdispatch build --kernels my_kernels --out b                        ops outside of hdispatch: a folder, or a package
+  hdispatch build --record kernels.jsonl --target h100 --out b        the Triton kernels that `hdispatch record` saw
   hdispatch build --shapes K=4096,N=12288 --variants bfloat16 --out b part of the shapes and variants
 """
 
@@ -64,6 +65,14 @@ def add_parser(commands: Any) -> None:
         metavar="K=4096,…",
         help="only these sizes, each for the ops that have it (K=…:N=… for both; any: rows of every size; default: all)",
     )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="the Triton kernels of a recording (hdispatch record), and no ops but those of --ops; may be given again",
+    )
     parser.add_argument("--variants", metavar="V,W", help="only these variants, e.g. bfloat16,bfloat16+residual (default: all)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=run)
@@ -82,16 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
     select = Selection(
         shapes=_choose_shapes(shapes) if shapes else None, variants=_choose_variants(variants) if variants else None
     )
+    ops = kernels.chosen_ops(arguments)
     progress = Progress()
     try:
         report = build(
-            kernels.chosen_ops(arguments),
+            [] if arguments.record and ops is None else ops,
             default_target() if arguments.target == "auto" else arguments.target,
             arguments.out,
             jobs=arguments.jobs,
             cache=arguments.cache,
             select=select,
             extra=kernels.given(arguments),
+            record=arguments.record,
             progress=progress,
         )
     finally:
@@ -174,6 +185,7 @@ def to_json(report: BuildReport) -> dict[str, Any]:
         "rows": report.rows,
         "records": report.records,
         "cubins": report.cubins,
+        "recorded": report.recorded,
         "bytes": report.bytes,
         "sha256": report.sha256,
         "seconds": round(report.seconds, 3),
@@ -187,8 +199,9 @@ def to_json(report: BuildReport) -> dict[str, Any]:
 def describe(report: BuildReport) -> str:
     """The report as text."""
     made = f"{count(report.records, 'record')} ({report.cache_hits} from the cache), {count(report.cubins, 'cubin')}"
+    recorded = f", {count(report.recorded, 'recorded kernel')}" if report.recorded else ""
     lines = [
-        f"{report.out}: {count(report.rows, 'row')} for {report.target.name} ({report.target.arch})",
+        f"{report.out}: {count(report.rows, 'row')}{recorded} for {report.target.name} ({report.target.arch})",
         f"  {made}, {size(report.bytes)}",
         f"  {report.seconds:.1f} s, {report.seconds / max(report.rows, 1):.3f} s per row",
         f"  sha256 {report.sha256}",

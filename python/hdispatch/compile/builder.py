@@ -20,6 +20,7 @@ from .measurements import Measurements
 from .op_package import OpPackage
 from .out import check_out
 from .pool import Pool, checked_jobs
+from .recorded_kernels import RecordedKernels, build_recorded
 from .target import GpuTarget, resolve
 from .versions import missing, tool_versions
 
@@ -32,6 +33,7 @@ class BuildReport:
     """The result of a build.
 
     rows, records, cubins   of the bundle; cubins counts files
+    recorded                specializations of recorded Triton kernels in it
     bytes                   of the bundle, all files
     sha256                  of its manifest: what `load(DIR, sha256=…)` takes
     seconds                 that this build took
@@ -45,6 +47,7 @@ class BuildReport:
     rows: int = 0
     records: int = 0
     cubins: int = 0
+    recorded: int = 0
     bytes: int = 0
     sha256: str = ""
     seconds: float = 0.0
@@ -76,16 +79,18 @@ def build(
     cache: Path | None = None,
     select: Selection | None = None,
     extra: Sequence[str] = (),
+    record: Sequence[Path] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BuildReport:
     """Builds the bundle `out` of ops for a GPU.
 
-    ops       names, or None for all ops that have a kernel of a backend that is installed
+    ops       names, or None for all ops that have a kernel of a backend that is installed; with recordings none are needed
     target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
     jobs      worker processes, one per CPU if None
     cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
     extra     folders and dotted packages outside of hdispatch: ops, each with spec.py, helion.py or triton.py, and, once
               tuned, configs/<gpu>.json; or packages of ops. Those of installed distributions are known without
+    record    recordings (recording.py), whose Triton kernels go into the bundle too; what cannot be built is in the notes
     progress  called with units done, units in all and the name of the last one, or what runs
 
     BuildError, and no bundle, if anything cannot be built.
@@ -96,7 +101,7 @@ def build(
     check_out(out)
     report = BuildReport(out, gpu)
     where = store.Store(cache if cache is not None else store.default_root())
-    packages = op_package.find(ops, extra)
+    packages = {} if record and ops is not None and not ops else op_package.find(ops, extra)
     if ops is None:
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
@@ -106,10 +111,26 @@ def build(
         units = [unit for name, package in packages.items() for unit in _units(package, files[name], chosen, report.notes)]
         without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
         units = [unit for unit in units if unit.backend != configs.NO_ROW]
-        built = _built(units, gpu, where, workers, count, report, progress)
+        built = _built(units, gpu, where, workers, count, report, progress) if units else []
+        recorded = RecordedKernels()
+    if record:
+        with Pool(gpu, where.root) as workers:
+            recorded = build_recorded(record, gpu, where, workers, count, progress)
     entries = [entry for unit, tools, each in built for entry in _entries_of(names[unit.package], unit, each, tools)]
     specs = {name: package.spec for name, package in packages.items()}
-    frozen = freeze(specs, _with_times(entries, packages, gpu), gpu, where, out, partial=chosen.partial, without=without)
+    frozen = freeze(
+        specs,
+        _with_times(entries, packages, gpu),
+        gpu,
+        where,
+        out,
+        partial=chosen.partial,
+        without=without,
+        recorded=recorded.entries,
+        recorded_tools=recorded.tools,
+    )
+    report.notes += recorded.notes()
+    report.recorded, report.cache_hits = len(recorded.entries), report.cache_hits + recorded.cached
     report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
     report.rows = len(frozen.manifest["rows"])
     report.records = len(frozen.manifest["records"])
@@ -231,7 +252,9 @@ def _built(
     missing = [index for index in range(len(units)) if index not in results]
     processes = min(jobs, len(missing))
     if progress and missing:
-        progress(done, len(units), f"compiling in {processes} process{'es' if processes > 1 else ''}: {units[missing[0]].label}")
+        progress(
+            done, len(units), f"compiling in {processes} process{'es' if processes > 1 else ''}: {units[missing[0]].label}"
+        )
 
     def make(position: int) -> list[Built]:
         unit = units[missing[position]]
