@@ -223,7 +223,7 @@ class Case:
 
 
 def paths(case: Case, peers: Peers) -> dict[str, Callable[[int], Call]]:
-    """What is timed of a cell: a call for each layer, by name."""
+    """The paths of a cell that are timed, by name: one call for each layer."""
     found: dict[str, Callable[[int], Call]] = {OURS: case.ours}
     metadata = case.metadata(peers.fa3) if peers.fa3 else None
     if metadata is not None:
@@ -325,7 +325,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]], host_us: dict[str, float]) -> list[dict[str, Any]]:
-    """What is asked for, what was measured, and whether that is met; None where no peer was there."""
+    """Each target, the measured value, and whether it is met; None without a peer to compare with."""
     absent, rows = [row for row in rows if "no_row" in row], [row for row in rows if "no_row" not in row]
     ratios = [row["ratio"] for row in rows if row["ratio"]]
     short = [r["ratio"] for r in rows if r["ratio"] and r["cell"]["batch"] <= 8 and r["cell"]["context"] <= 1024]

@@ -6,8 +6,10 @@
 
 #include "bench.h"
 #include "from_python.h"
+#include "op_arguments.h"
 #include "op_call.h"
 #include "override.h"
+#include "python_errors.h"
 #include "sequence_call.h"
 #include "tensor_view.h"
 
@@ -304,7 +306,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "key_hash",
       [](uint16_t op, uint16_t variant, uint32_t k, uint32_t n, uint16_t bucket) {
-        return hash(make_key(op, variant, k, n, bucket, kDeviceClass));
+        return hash(make_key(op, variant, k, n, bucket));
       },
       py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"));
   m.def(

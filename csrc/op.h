@@ -159,6 +159,16 @@ class Op {
   /// By what index and name records take the workspace, as a tensor; -1 for an op without one.
   int workspace() const noexcept { return workspace_.empty() ? -1 : static_cast<int>(args_.size()); }
   const std::string& workspace_name() const noexcept { return workspace_; }
+  /// Makes memory the call's workspace, for an op that has one: a 1-D tensor of bytes; absent if there are none.
+  void set_workspace(Call& call, DeviceSlot slot, uintptr_t address, uint64_t bytes) const noexcept {
+    TensorView& view = call.tensors[args_.size()];
+    view.data = view.storage = address;
+    view.sizes[0] = static_cast<int64_t>(bytes);
+    view.strides[0] = 1;
+    view.slot = slot;
+    view.rank = 1;
+    view.dtype = bytes ? DType::kUInt8 : DType::kNone;
+  }
   /// The name of what a record takes: an argument, or the workspace.
   const std::string& tensor_name(uint32_t index) const noexcept {
     return index < args_.size() ? args_[index].name : workspace_;

@@ -78,7 +78,7 @@ class _Update:
 
 
 class _Serving:
-    """What each device (index, or -1 for the null driver) is served from, and its table kept in step.
+    """The bundles and functions that serve each device (index, or -1 for the null driver), and the table made of them.
 
     One thread at a time changes it; calls take no lock. The collector may run a finalizer that changes it in the middle of a
     change of the same thread: then the outer change goes on until every table is what it should be.
@@ -98,7 +98,7 @@ class _Serving:
         return list(self._bundles.values())
 
     def registrations(self) -> list[Registration]:
-        """What is registered, by device, then in order."""
+        """The registrations, by device, then in order."""
         return [each for device in sorted(self._registered) for each in tuple(self._registered[device])]
 
     def set_bundle(self, device: int, bundle: Bundle | None) -> None:
@@ -275,7 +275,7 @@ def register(
 
 
 def registered() -> list[Registration]:
-    """What is registered now, by device, then in order."""
+    """The current registrations, by device, then in order."""
     return _SERVING.registrations()
 
 
@@ -384,7 +384,7 @@ def loaded() -> list[Bundle]:
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
-    """What each op has done: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
+    """Counts of each op: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses

@@ -331,8 +331,11 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
-#: The doors, what they ask profilers, and what the one of sequences is made of.
-DOORS = ("op_call", "override", "profiler", "sequence_call", "sequence_reader", "arena")
+#: The doors, what they share, and what the one of sequences is made of.
+DOORS = (
+    *("op_call", "torch_op", "override", "op_arguments", "python_errors", "profiler"),
+    *("sequence_call", "sequence_reader", "arena"),
+)
 
 
 def test_the_core_knows_no_door():

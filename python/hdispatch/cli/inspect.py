@@ -115,7 +115,7 @@ def to_json(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
-    """What the table shows of a row."""
+    """A row's cells in the table."""
     row = manifest["rows"][number]
     record = manifest["records"][row["record"]]
     ladders = ladders_of(manifest["ops"][row["op"]])

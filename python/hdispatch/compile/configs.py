@@ -34,11 +34,11 @@ FALLBACK = "nvidia_h200.json"
 #: The backend of entries whose buckets get no row.
 NO_ROW = "fallback"
 
-#: What a key may say a size is: what a row's key holds.
+#: Sizes that a key may have: those that a row's key can hold.
 LARGEST_SIZE = 2**32 - 1
 #: `hidden_size_4096_num_tokens_16`, a part at a time.
 _PART = re.compile(r"([A-Za-z][A-Za-z_]*?)_(-?[0-9]+)(?:_|$)")
-#: What every config of Helion's has, and none of other backends.
+#: Options that every config of Helion has, and none of another backend.
 _HELION = "block_sizes"
 
 
