@@ -114,6 +114,10 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
   for (const auto& dtype : get<std::vector<std::string>>(given, "dtypes")) arg.dtypes.push_back(to_dtype(dtype));
   arg.is_mutated = get<bool>(given, "mutated");
   arg.is_optional = get<bool>(given, "optional");
+  arg.is_returned = get<bool>(given, "returned");
+  arg.is_zeroed = get<bool>(given, "zeroed");
+  if (const auto other = get<std::string>(given, "dtype_of"); !other.empty())
+    arg.dtype_of = static_cast<int>(std::find(names.begin(), names.end(), other) - names.begin());
   arg.layout = to_layout(get<std::string>(given, "layout"));
   arg.is_flat = get<bool>(given, "flat");
   arg.is_broadcast = get<bool>(given, "broadcast");

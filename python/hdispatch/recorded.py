@@ -8,12 +8,14 @@ have compiles as before, and is counted; in strict mode it raises `MissError`, w
 
 from __future__ import annotations
 
+import importlib
 import json
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,13 @@ class RecordedKernel:
 
     def compiled(self, source: Any) -> Any:
         """Triton's `CompiledKernel` of it. `source` is what Triton would compile, its `ASTSource`."""
-        from triton.compiler import CompiledKernel  # type: ignore[import-untyped]
-
         name = self.metadata["name"][:150]
         with tempfile.TemporaryDirectory(prefix="hdispatch-recorded-") as folder:
             files = {f"{name}.json": self.entry["metadata"].encode(), f"{name}.cubin": self.cubin}
             for file, content in files.items():
                 Path(folder, file).write_bytes(content)
-            kernel = CompiledKernel(source, {file: str(Path(folder, file)) for file in files}, self.metadata["hash"])
+            paths = {file: str(Path(folder, file)) for file in files}
+            kernel = importlib.import_module("triton.compiler").CompiledKernel(source, paths, self.metadata["hash"])
         kernel.metadata_group = {}
         return kernel
 
@@ -74,10 +75,10 @@ def table_of(where: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> 
 
 def _check_triton(where: Path, manifest: Manifest) -> None:
     try:
-        import triton  # type: ignore[import-untyped]
-    except ImportError as error:
+        here = version("triton")
+    except PackageNotFoundError as error:
         raise BundleError(f"{where / MANIFEST_NAME}: holds recorded Triton kernels, and triton is not installed") from error
-    built, here = manifest["tools"].get("triton"), triton.__version__
+    built = manifest["tools"].get("triton")
     if built != here:
         raise BundleError(
             f"{where / MANIFEST_NAME}: its recorded kernels are triton {built}'s; triton {here} is installed, which has other "
@@ -115,8 +116,7 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
 
 def _install() -> None:
     """Put this before Triton's compiler, once."""
-    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
-
+    JITFunction = importlib.import_module("triton.runtime.jit").JITFunction
     plain = JITFunction._do_compile
     if getattr(plain, "is_recorded", False):
         return
@@ -146,8 +146,7 @@ def _install() -> None:
 
 def _is_overridden() -> bool:
     """Whether the user asks Triton for other code than it would make: then it is Triton's to make."""
-    from triton import knobs
-
+    knobs = importlib.import_module("triton.knobs")
     return bool(
         knobs.compilation.override or knobs.compilation.always_compile or knobs.compilation.dump_ir or knobs.runtime.interpret
     )

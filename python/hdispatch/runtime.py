@@ -399,12 +399,25 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
     return found
 
 
-def explain(op: _C.Op | _C.Sequence, *args: object) -> str:
+def explain(op: _C.Op | _C.FunctionalOp | _C.Sequence, *args: object) -> str:
     """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
 
     Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does.
     """
+    if isinstance(op, _C.FunctionalOp):
+        return _C.explain(op.out, *args, *_results(op, args))
     return _C.explain(op, *args)
+
+
+def _results(op: _C.FunctionalOp, args: Sequence[object]) -> list[torch.Tensor]:
+    """Tensors as the op returns them for these arguments; nothing if they are given."""
+    spec = registry.spec(op.name)
+    if len(args) == len(spec.args):
+        return []
+    meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+    found = getattr(torch.ops.hdispatch, op.name).default(*meta)
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    return [torch.empty_like(each, device=device) for each in (found if isinstance(found, tuple) else (found,))]
 
 
 class _Block:

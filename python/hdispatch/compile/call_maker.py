@@ -35,6 +35,8 @@ class Call:
     leaves: dict[sympy.Symbol, str] = field(default_factory=dict)
     multiples: dict[sympy.Symbol, int] = field(default_factory=dict)
     floats: dict[sympy.Symbol, str] = field(default_factory=dict)
+    #: what the host function is to allocate and return: the op's arguments, and tensors as they have to be
+    outputs: tuple[tuple[TensorArg, torch.Tensor], ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensor arguments that are present."""
@@ -57,13 +59,15 @@ class CallMaker:
 
     Free are M, the sizes that `shape` leaves out, `*` dimensions, free strides, run-time integers and floats. A free
     integer is a leaf of the record's expressions and has the leaf's name: "M", "K", "x.size(0)", "x.stride(0)", "heads".
-    `second` is the example value of the integer with a ladder; None: its first edge.
+    `second` is the example value of the integer with a ladder; None: its first edge. `allocates`: the host function makes what
+    the op returns itself, so that calls have it in `outputs` and not among the arguments.
     """
 
     spec: OpSpec
     variant: Variant
     shape: Mapping[str, int]
     second: int | None = None
+    allocates: bool = False
 
     def symbolic(self, hint: int, *, floats: bool = True) -> Call:
         """A call whose free sizes are symbolic (floats too, if `floats`).
@@ -94,13 +98,15 @@ class CallMaker:
             return env.create_symfloatnode(symbol, hint=FLOAT_HINT, source=source)
 
         call.args = self._args(call.mode, leaf, real)
+        call.outputs = self._outputs(call.mode, leaf)
         return call
 
     def concrete(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> Call:
         """A call with everything known, as `leaf_values` says."""
         mode = FakeTensorMode()
         values = self.leaf_values(m, row_padding, sizes)
-        return Call(self._host_names(), self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT), mode)
+        args = self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT)
+        return Call(self._host_names(), args, mode, outputs=self._outputs(mode, values.__getitem__))
 
     def leaf_values(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
         """A value for every leaf: M = m; sizes that are generic as given, or as the spec hints; others as in a sample call.
@@ -219,7 +225,18 @@ class CallMaker:
     def _host_names(self) -> tuple[str, ...]:
         """The parameters of a host function: the op's arguments and its workspace."""
         workspace = self.spec.workspace
-        return self._names() if workspace is None else (*self._names(), workspace.name)
+        names = tuple(arg.name for arg in self._given())
+        return names if workspace is None else (*names, workspace.name)
+
+    def _given(self) -> tuple[Arg, ...]:
+        """The op's arguments that the host function takes."""
+        args = self.spec.args
+        return args[: len(args) - len(self.spec.returned)] if self.allocates else args
+
+    def _outputs(self, mode: FakeTensorMode, leaf: Callable[[str], Any]) -> tuple[tuple[TensorArg, torch.Tensor], ...]:
+        if not self.allocates:
+            return ()
+        return tuple((arg, self._tensor(mode, arg, leaf)) for arg in self.spec.returned)
 
     def _workspace(self, mode: FakeTensorMode) -> tuple[torch.Tensor | None, ...]:
         if self.spec.workspace is None:
@@ -240,7 +257,7 @@ class CallMaker:
                 return self.variant.static[arg.name]
             return leaf(arg.name) if isinstance(arg, IntArg) else Ignored()
 
-        return (*(value(arg) for arg in self.spec.args), *self._workspace(mode))
+        return (*(value(arg) for arg in self._given()), *self._workspace(mode))
 
     def _tensor(self, mode: FakeTensorMode, arg: TensorArg, leaf: Callable[[str], Any]) -> torch.Tensor:
         whole = {

@@ -100,7 +100,8 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     generation = importlib.import_module("helion.autotuner.config_generation")
     calls = importlib.import_module(f"{__package__}.call_maker")
     spec = load_spec(question.package)
-    maker = calls.CallMaker(spec, spec.variant(question.variant), shape)
+    backend = importlib.import_module(f"{__package__}.helion_backend")
+    maker = calls.CallMaker(spec, spec.variant(question.variant), shape, allocates=backend.allocates(module, spec))
     config_spec = module.KERNEL._bind_isolated(maker.symbolic(HINT, floats=False).args).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]

@@ -17,6 +17,8 @@ import torch
 from helion._compiler import compile_environment  # type: ignore[import-untyped]
 
 from ..errors import BuildError
+from ..opspec import OpSpec
+from . import build_unit
 from .call_maker import ROW_PADDING, CallMaker
 from .expr import turns
 from .trace import HostSide
@@ -37,9 +39,15 @@ def _say_aligned() -> None:
 _say_aligned()
 
 
+def allocates(module: ModuleType, spec: OpSpec) -> bool:
+    """Whether the module's kernel allocates what the op returns."""
+    kernel = getattr(module, "KERNEL", None)
+    return isinstance(kernel, helion.Kernel) and build_unit.allocates(kernel.fn, spec)
+
+
 def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, hint: int) -> HostSide:
-    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them, and then
-    its workspace.
+    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them unless
+    it returns them, and then its workspace.
 
     `check(*args)` of the same arguments, if the module has it, raises ValueError for calls that the kernel does not take: what
     it asks for becomes guards of the record.
