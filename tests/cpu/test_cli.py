@@ -455,7 +455,8 @@ def test_bench_builds_a_bundle_if_none_is_given(monkeypatch, capsys, toy_bundle)
     """The build itself is tested above: here it only copies."""
     asked = {}
 
-    def fake(ops, target, out, *, select, progress):
+    def fake(ops, target, out, *, select, extra, progress):
+        assert extra == []
         asked.update(ops=ops, target=target, shapes=select.shapes(None), variants=select.variants(None))
         progress(1, 1, "one")
         toy.write(out)
