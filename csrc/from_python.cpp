@@ -44,11 +44,11 @@ DType to_dtype(const std::string& name) {
 }
 // ---- ops ----
 
-bool names_size(std::string_view word) { return word == "M" || word == "K" || word == "N"; }
+bool names_size(std::string_view word) { return symbol_named(word) >= 0; }
 
 uint8_t to_symbol(const std::string& symbol) {
-  HD_CHECK_BUNDLE(names_size(symbol), "dimension symbol \"", symbol, "\" is not M, K or N");
-  return static_cast<uint8_t>(symbol == "M" ? kM : symbol == "K" ? kK : kN);
+  HD_CHECK_BUNDLE(names_size(symbol), "dimension symbol \"", symbol, "\" is not M, K, N, A or B");
+  return static_cast<uint8_t>(symbol_named(symbol));
 }
 
 /// (factor, symbol or None or "*", divisor: a number or an argument's name), as `opspec.parse_dim` gives it.

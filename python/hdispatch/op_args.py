@@ -14,8 +14,12 @@ import torch
 
 from .errors import HdispatchError
 
+#: Sizes that are in a row's key: M in buckets, K and N exactly, or any.
+KEY_SYMBOLS = ("M", "K", "N")
+#: Sizes that only a call knows: no row has them in its key, and no kernel has them compiled in.
+CALL_SYMBOLS = ("A", "B")
 #: Symbols that `TensorArg.dims` may use, in the order of the C++ `Symbol` enumeration.
-SYMBOLS = ("M", "K", "N")
+SYMBOLS = (*KEY_SYMBOLS, *CALL_SYMBOLS)
 
 Layout = Literal["contiguous", "rows", "columns", "any"]
 

@@ -6,7 +6,8 @@ that the build wing compiles, the inputs of tests, benchmarks and tuning. Adding
 
 Sizes. `TensorArg.dims` gives one entry per dimension:
 
-    4, "M", "2*N"          the size is exactly that; symbols are `M` (the dynamic one, bucketed), `K` and `N`
+    4, "M", "2*N"          the size is exactly that; symbols are `M` (the dynamic one, bucketed), `K` and `N`, and, for ops with
+                           more sizes, `A` and `B`, which any call may have: no row is for some of them alone
     "K/128", "K/group"     K divided by a number, or by the static integer argument of that name, rounded up
     "*"                    any size
 
@@ -34,6 +35,8 @@ from .errors import BundleError, HdispatchError
 from .ladders import Ladders
 from .manifest import OpEntry
 from .op_args import (
+    CALL_SYMBOLS,
+    KEY_SYMBOLS,
     MAX_ARGS,
     SYMBOLS,
     Arg,
@@ -54,7 +57,9 @@ from .op_args import (
 )
 
 __all__ = [
+    "CALL_SYMBOLS",
     "HINTS",
+    "KEY_SYMBOLS",
     "SYMBOLS",
     "WORKSPACE_COUNTERS",
     "Arg",
@@ -77,7 +82,7 @@ __all__ = [
 ]
 
 #: Example sizes used to trace a symbol whose value is not compiled in: distinct, and multiples of all that kernels divide by.
-HINTS = {"K": 4096, "N": 6144}
+HINTS = {"K": 4096, "N": 6144, "A": 7, "B": 11}
 
 #: The first bytes of every workspace are counters.
 WORKSPACE_COUNTERS = 2**16
@@ -248,7 +253,7 @@ class OpSpec:
         found = [arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None]
         if len(found) > 1:
             raise HdispatchError(f"{self.name}: {found[0].name} and {found[1].name} have ladders; one integer may")
-        unknown = set(self.config_key.values()) - {*SYMBOLS, *(arg.name for arg in found)}
+        unknown = set(self.config_key.values()) - {*KEY_SYMBOLS, *(arg.name for arg in found)}
         if unknown:
             raise HdispatchError(f"{self.name}: config_key names {sorted(unknown)}, no size and no argument with a ladder")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import archive
 from ..errors import HdispatchError
-from ..opspec import SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from . import kernels, numbers
 from .text import Progress, count, print_json, size, split
 
@@ -141,7 +141,7 @@ def parse_shapes(text: str) -> list[dict[str, int]]:
         shape: dict[str, int] = {}
         for part in item.split(":") if item != ANY else ():
             symbol, _, number = part.partition("=")
-            if symbol not in SYMBOLS[1:] or symbol in shape:
+            if symbol not in KEY_SYMBOLS[1:] or symbol in shape:
                 raise HdispatchError(f"--shapes: {item!r} is no shape; it takes K=4096, N=12288, K=4096:N=6144 or {ANY}")
             try:
                 shape[symbol] = numbers.size(number)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from ..errors import BuildError
-from ..opspec import SYMBOLS, Arg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg, Variant
+from ..opspec import CALL_SYMBOLS, SYMBOLS, Arg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg, Variant
 from .host_launch import ALIGNMENT
 
 #: A row stride is its width plus this many elements, where nothing else is asked for: then it is like no size.
@@ -172,7 +172,7 @@ class CallMaker:
         """More values of the generic sizes, at which a record is checked."""
         if not self.generic():
             return []
-        return [dict(zip(self.generic(), values, strict=False)) for values in _OTHER_SIZES]
+        return [{symbol: sizes[SYMBOLS.index(symbol) - 1] for symbol in self.generic()} for sizes in _OTHER_SIZES]
 
     def _has(self, symbol: str) -> bool:
         binder = self.spec.binder(symbol)
@@ -206,7 +206,7 @@ class CallMaker:
     def _multiple(self, name: str) -> int:
         """The number that a leaf is assumed to be a multiple of; a guard tests it where it matters."""
         if name in SYMBOLS:
-            return 1 if name == "M" else ALIGNMENT
+            return ALIGNMENT if name in ("K", "N") else 1
         argument, _, field_name = name.partition(".stride(")
         arg = next((arg for arg in self.present() if arg.name == argument), None)
         if arg is not None and field_name and arg.layout == "any":
@@ -214,7 +214,7 @@ class CallMaker:
         if arg is None or not field_name or arg.layout not in ("rows", "columns"):
             return 1
         # Rows that are contiguous must not fail the guard. Generic sizes are taken to be multiples.
-        whole = {**dict.fromkeys(("K", "N"), ALIGNMENT), **self.shape, "M": 1}
+        whole = {**dict.fromkeys(("K", "N"), ALIGNMENT), **dict.fromkeys(CALL_SYMBOLS, 1), **self.shape, "M": 1}
         dims = [abs(size) for size in self.spec.tensor_sizes(arg, whole, self.variant.static)]
         width = dims[0] if arg.layout == "columns" else math.prod(dims[1:])
         return ALIGNMENT if width % ALIGNMENT == 0 else 1
@@ -280,8 +280,8 @@ class CallMaker:
 #: Sample calls by spec, variant and sizes, which the records of all its configs share. The spec is there to keep its id.
 _SAMPLES: dict[tuple[int, str, tuple[tuple[str, int], ...]], tuple[OpSpec, dict[str, Any]]] = {}
 
-#: Values of the generic sizes, K first, at which a record is checked against the host function besides the hints.
-_OTHER_SIZES = ((2048, 4096), (5120, 1024), (12288, 25600), (1024, 2048))
+#: Values of the generic sizes, K, N, A and B, at which a record is checked against the host function besides the hints.
+_OTHER_SIZES = ((2048, 4096, 1, 16), (5120, 1024, 2, 1), (12288, 25600, 13, 5), (1024, 2048, 16, 3))
 
 
 def _free_strides(arg: TensorArg, dims: Sequence[int], row_padding: int) -> dict[int, int]:

@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from ..errors import BuildError
 from ..manifest import Record, Tuned
-from ..opspec import SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from ..typed_json import Mismatch, check, parse
 
 
@@ -42,7 +42,7 @@ class Measurements:
 
     def __init__(self, spec: OpSpec, path: Path) -> None:
         """BuildError if there is a file and it cannot be read."""
-        self.named = set(spec.config_key.values()) & set(SYMBOLS) - {"M"}
+        self.named = set(spec.config_key.values()) & set(KEY_SYMBOLS) - {"M"}
         self.variants: frozenset[str] = frozenset()
         self.times: dict[tuple[tuple[str, int], ...], _Time] = {}
         if not (file := companion(path)).is_file():

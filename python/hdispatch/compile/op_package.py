@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .. import kernel_packages
 from ..errors import BuildError
-from ..opspec import OpSpec
+from ..opspec import CALL_SYMBOLS, OpSpec
 from . import configs
 from .build_unit import load_spec
 from .imports import Closure, ImportGraph
@@ -103,8 +103,8 @@ def _generic_sizes(module: Path) -> frozenset[str]:
     """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
     for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
-            return frozenset(ast.literal_eval(node.value))
-    return frozenset()
+            return frozenset(ast.literal_eval(node.value)) | frozenset(CALL_SYMBOLS)
+    return frozenset(CALL_SYMBOLS)
 
 
 def sources(packages: Iterable[str], *, build_wing: bool = True) -> dict[str, dict[str, str]]:

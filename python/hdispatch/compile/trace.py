@@ -188,7 +188,8 @@ class _Recorder:
         own = [param.name for param in kernel.params]
         bound = inspect.signature(kernel.fn).bind(*args, **{name: kwargs.pop(name) for name in own if name in kwargs})
         bound.apply_defaults()
-        described = {name: self.describe(name, bound.arguments[name]) for name in own}
+        fixed = {param.name for param in kernel.params if getattr(param, "is_constexpr", False)}
+        described = {name: self.describe(name, bound.arguments[name], name in fixed) for name in own}
         self.launches.append(Launch(kernel, self.grid(grid), described, kwargs))
 
     def grid(self, grid: Any) -> tuple[Value, Value, Value]:
@@ -202,7 +203,9 @@ class _Recorder:
         x, y, z = [size.value for size in sizes if isinstance(size, Number)] + [1] * (3 - len(sizes))
         return x, y, z
 
-    def describe(self, name: str, value: object) -> HostArg:
+    def describe(self, name: str, value: object, is_constexpr: bool = False) -> HostArg:
+        if is_constexpr and isinstance(value, (tuple, list)) and _is_plain(value):
+            return Constant(_tupled(value))
         if isinstance(value, torch.Tensor):
             return self.pointer(name, value)
         if isinstance(value, bool):
@@ -220,7 +223,10 @@ class _Recorder:
         if type(value).__name__ == "TensorDescriptor":
             return self.descriptor(name, value)
         if isinstance(value, (tuple, list, dict)):
-            raise BuildError(f"launch argument {name} is a {type(value).__name__}; pass its elements one by one")
+            raise BuildError(
+                f"launch argument {name} is a {type(value).__name__}; pass its elements one by one, or, if they are constants, "
+                "as a tl.constexpr"
+            )
         return Constant(value)
 
     def pointer(self, name: str, tensor: torch.Tensor) -> Pointer:
@@ -255,6 +261,18 @@ class _Recorder:
                 f"launch argument {name} is computed on the host, {value}; pass the argument itself and compute in the kernel"
             )
         return Real(self.call.floats[expression], FLOAT_HINT)
+
+
+def _tupled(value: object) -> object:
+    """Triton takes tuples."""
+    return tuple(_tupled(each) for each in value) if isinstance(value, (tuple, list)) else value
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a list of such is a constant."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(each) for each in value)
+    return value is None or type(value) in (bool, int, float, str) or hasattr(value, "cache_key")
 
 
 def _expression(value: torch.SymInt | torch.SymBool) -> Value:

@@ -129,8 +129,16 @@ class Sample:
         if isinstance(self.arg, Descriptor):
             return [repr(self.arg.dtype), len(self.arg.shape), list(self.arg.block_shape), self.arg.tf32]
         value = self.value()
-        shown = repr(value.dtype) if isinstance(value, _SampleTensor) else f"{type(value).__name__} {value!r}"
+        shown = repr(value.dtype) if isinstance(value, _SampleTensor) else f"{type(value).__name__} {_shown(value)}"
         return [shown, self.one, self.multiple]
+
+
+def _shown(value: object) -> str:
+    """A value in a key: a Triton function by Triton's hash of it and of what it uses, since two may have one name."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    found: str | None = getattr(value, "cache_key", None)
+    return repr(value) if found is None else found
 
 
 class _SampleTensor(MockTensor):  # type: ignore[misc]

@@ -15,7 +15,7 @@ from ..compile.pool import Pool
 from ..compile.target import GpuTarget
 from ..compile.versions import OPTIONAL, missing
 from ..errors import BuildError
-from ..opspec import OpSpec
+from ..opspec import CALL_SYMBOLS, OpSpec
 from .points import Point, Scope, points_of, sizes_of
 from .timings import ConfigKey, canonical
 
@@ -126,7 +126,7 @@ class PointConfigs:
         )
 
     def _open_sizes(self, point: Point) -> frozenset[str]:
-        return frozenset(point.op.spec.symbols()) - {"M", *(symbol for symbol, _ in point.row)}
+        return frozenset(point.op.spec.symbols()) - {"M", *CALL_SYMBOLS, *(symbol for symbol, _ in point.row)}
 
     def _offer(self, point: Point, backend: str, options: Iterable[ConfigKey]) -> None:
         """Notes that options are meant for every value of the sizes that a point leaves open."""

@@ -18,7 +18,7 @@ from ..compile.store import write_atomic
 from ..compile.target import short_name
 from ..compile.versions import OPTIONAL
 from ..errors import BuildError
-from ..opspec import SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured
 from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
@@ -137,7 +137,7 @@ def _select_op(
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
     for backend in OPTIONAL:
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
-    shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key[k] in SYMBOLS[1:]} for e in entries]
+    shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key[k] in KEY_SYMBOLS[1:]} for e in entries]
     present = configs.read(path, spec).entries if path.exists() else ()
     others = [entry.raw for entry in present if entry.shape not in shapes]  # the default is the row for any size
     if others:
