@@ -22,7 +22,7 @@ struct OpRows {
   uint32_t mask_count = 0;  ///< 1 for an op whose rows are all exact
   /// For the key's second word, K and N: the most exact first. A row with K = 0 serves every K.
   std::array<uint64_t, 4> masks{};
-  Ladder ladder;  ///< of M; size 0 for ops that the bundle has not
+  Ladder ladder;  ///< of M; size 0 for ops that the bundle does not have
   Ladder second;  ///< of the integer argument that has one
 
   static_assert(Ladder::kMaxBuckets * Ladder::kMaxBuckets <= 0x10000, "a key has 16 bits for the bucket");

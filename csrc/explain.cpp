@@ -1,6 +1,6 @@
-// explain.cpp -- calls in words: why one was not launched, and each step of one.
+// explain.cpp -- text about calls: why one was not launched, and each step of one.
 //
-// Off the hot path. op_faults.cpp has the words for a call that breaks a rule, this file those for any other.
+// Off the hot path. op_faults.cpp has the messages for a call that breaks a rule, this file those for any other.
 #include <algorithm>
 #include <set>
 #include <tuple>

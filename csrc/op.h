@@ -2,7 +2,7 @@
 //
 // Built from the Python declaration (opspec.py) when the op is defined, then frozen; any thread may read it. `bind` is
 // the hot path: it checks a whole call and computes M, K, N and the variant without building a message. When it returns
-// false, `complain` walks the same rules in words and throws.
+// false, `complain` walks the same rules again, builds the message and throws.
 #pragma once
 
 #include <array>
@@ -145,7 +145,7 @@ class Op {
   [[noreturn]] void complain(const Call& call) const;
   /// The same without values, to count by: "scale: dtype".
   std::string reason(const Call& call) const;
-  /// The values that no variant has, in words.
+  /// Names the values that no variant has.
   std::string unserved(const Call& call) const;
   /// The first argument whose value no variant has.
   const std::string& unserved_argument(const Call& call) const;

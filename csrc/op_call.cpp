@@ -108,7 +108,7 @@ HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
       requires_grad(op, op.args()[i]);
 }
 
-/// What is not plain is torch's to handle; what is no tensor at all does not get that far.
+/// Hands a call to torch's op, which handles every tensor that is not plain. Refuses arguments that are no tensors.
 HD_COLD PyObject* call_torch(const OpObject* self, PyObject* const* args) {
   const Op& op = *self->op;
   for (size_t i = 0; i < op.args().size(); ++i)

@@ -1,4 +1,4 @@
-// op_faults.cpp -- what is wrong with a call, in words for its caller and as a reason to count by.
+// op_faults.cpp -- the fault of a call, as a message for its caller and as a reason to count by.
 //
 // Off the hot path: `bind` has refused the call already. The first fault in the order of the arguments is reported, so
 // that one mistake always has one message, however many rules it breaks.

@@ -97,7 +97,7 @@ class Runtime {
   static std::string describe(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
   /// Throws the error of a launch that was tried and failed (`is_failure`); on the thread that launched.
   [[noreturn]] static void raise_failure(const Op& op, const Call& call, const Dispatch& found);
-  /// Every step of one call in words, without launching.
+  /// Describes every step of one call, without launching it.
   std::string explain(const Op& op, Call& call) const;
 
   /// The table that serves a device, for as long as a `TableReader` that was made before.

@@ -157,7 +157,7 @@ class SequencePlan {
   std::vector<const Op*> empty_;  ///< of steps without rows
 };
 
-/// A call of a sequence in words, one line a step; launches nothing.
+/// Describes a call of a sequence, one line a step; launches nothing.
 std::string explain(const Sequence& sequence, const SequenceInputs& inputs);
 
 }  // namespace hdispatch

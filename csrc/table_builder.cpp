@@ -40,7 +40,7 @@ void check_reads(const Op& op, const Variant& variant, const Launcher& launcher,
       return;
     }
     HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].is_tensor(), "row ", row, ": ", kernel, " reads tensor ",
-                    arg, ", which ", op.name(), " has not");
+                    arg, ", which ", op.name(), " does not have");
     HD_CHECK_BUNDLE(variant.signature.get(arg), "row ", row, ": ", kernel, " reads ", op.args()[arg].name,
                     ", which is None in variant ", variant.name);
   };
@@ -55,10 +55,10 @@ void check_reads(const Op& op, const Variant& variant, const Launcher& launcher,
   }
   for (const uint32_t arg : reads.integers)
     HD_CHECK_BUNDLE(arg < op.args().size() && !op.args()[arg].is_tensor() && op.args()[arg].kind != ArgKind::kFloat,
-                    "row ", row, ": ", kernel, " reads integer ", arg, ", which ", op.name(), " has not");
+                    "row ", row, ": ", kernel, " reads integer ", arg, ", which ", op.name(), " does not have");
   for (const uint32_t arg : reads.floats)
     HD_CHECK_BUNDLE(arg < op.args().size() && op.args()[arg].kind == ArgKind::kFloat, "row ", row, ": ", kernel,
-                    " reads float ", arg, ", which ", op.name(), " has not");
+                    " reads float ", arg, ", which ", op.name(), " does not have");
 }
 
 }  // namespace

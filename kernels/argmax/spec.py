@@ -28,8 +28,8 @@ def reference(out: torch.Tensor, logits: torch.Tensor) -> None:
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
     """Random arguments."""
-    logits = torch.randn(sizes["M"], sizes["N"], generator=generator).to(variant.dtypes["logits"])
-    return [torch.full((sizes["M"],), -7, device=device), logits.to(device)]
+    logits = torch.randn(sizes["M"], sizes["N"], device=device, generator=generator).to(variant.dtypes["logits"])
+    return [torch.full((sizes["M"],), -7, device=device), logits]
 
 
 SPEC = OpSpec(

@@ -23,7 +23,7 @@ from ..lib.paged_kv import (
 )
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
-from ..lib.rope import SAMPLE_POSITIONS, random_cache, rotated
+from ..lib.rope import SAMPLE_POSITIONS, check_rotary, random_cache, rotated
 
 NAME = "attention_half"
 
@@ -104,10 +104,7 @@ def _check(
         raise ArgumentError(f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {heads} + 2 * {kv_heads} heads of {dim}")
     if kv_cache.size(1) != kv_heads or kv_heads * (heads // max(kv_heads, 1)) != heads:
         raise ArgumentError(f"{NAME}: kv_cache has {kv_cache.size(1)} heads; expected {heads} query heads / group")
-    if cos_sin_cache.size(1) > dim or cos_sin_cache.size(1) % 2:
-        raise ArgumentError(
-            f"{NAME}: cos_sin_cache rotates {cos_sin_cache.size(1)} elements; expected an even number, at most {dim}"
-        )
+    check_rotary(NAME, cos_sin_cache, dim)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:

@@ -10,7 +10,9 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import attention as lib
-from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
+from ..lib.attention import blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
+from ..lib.triton_rope import check_rotary
+from ..lib.triton_softmax import INTERPRETED, LOG2E
 
 GENERIC = ("N",)
 # All but qkv, which the kernel before this one writes: no kernel of a step writes the others, and of its launches only this one
@@ -58,22 +60,22 @@ def turned(x, y, x_weight, y_weight, first, cos, sin, eps, D: tl.constexpr, NORM
 @triton.jit
 def attention_half(
     out, qkv, q_weight, k_weight, cos_sin_cache, positions, slot_mapping, kv_cache, block_table, seq_lens, workspace,
-    max_seq_len, scale, eps, chunk, page, inverse, eighths, out_row, qkv_row, table_row, block_stride, head_stride,
+    max_seq_len, scale, eps, chunk, page, inverse, sixteenths, out_row, qkv_row, table_row, block_stride, head_stride,
     slot_stride,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
     AT_ONCE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, kv heads, requests). The cache's tokens are split; the new one belongs to the last split that is used.
 
-    Of ROWS rows the first G are query heads, and the next one is k, which costs nothing there. eighths is half of the rotary
-    dimension / 8: so its rows are seen to be aligned. EARLY: all but qkv is read, and the first tile is brought to L2, before
+    Of ROWS rows the first G are query heads, and the next one is k, which costs nothing there. sixteenths: of the rotary
+    dimension, so that its rows are seen to be aligned. EARLY: all but qkv is read, and the first tile is brought to L2, before
     the wait.
     """
     split = tl.program_id(0)
     head = tl.program_id(1)
     request = tl.program_id(2)
     heads = tl.num_programs(1)
-    half = eighths * 8
+    half = sixteenths * 8
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
     old = tl.load(seq_lens + request) - 1
@@ -151,19 +153,18 @@ def launch(
 ):  # fmt: skip
     """A block per split, kv head and request; see lib.split_chunk for config["chunk"]."""
     requests, heads, dim = out.shape
-    kv_heads, page, rotary = kv_cache.size(1), kv_cache.size(2), cos_sin_cache.size(1)
+    kv_heads, page = kv_cache.size(1), kv_cache.size(2)
     lib.check_cache("attention_half", kv_cache, heads, group, max_seq_len)
     if qkv.size(1) != (heads + 2 * kv_heads) * dim:
         raise ValueError(f"attention_half: rows of {qkv.size(1)} elements are not {heads} + 2 * {kv_heads} heads of {dim}")
     if qkv.stride(0) % 16 != 0:
         raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
-    if rotary % 16 != 0 or rotary > dim:
-        raise ValueError(f"attention_half: {rotary} of {dim} elements rotated; the kernel takes multiples of 16")
+    sixteenths = check_rotary("attention_half", cos_sin_cache, dim)
     chunk = lib.split_chunk(config["chunk"], group)
     grid = (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, chunk), kv_heads, requests)
     constants = (q_weight, k_weight, cos_sin_cache, positions, slot_mapping)
     tensors = (out, qkv, *constants, kv_cache, block_table, seq_lens, workspace.view(torch.float32))
-    sizes = (chunk, page, lib.page_inverse(page), rotary // 16)
+    sizes = (chunk, page, lib.page_inverse(page), sixteenths)
     strides = (out.stride(0), qkv.stride(0), *lib.cache_strides(kv_cache, block_table))
     tile = {"G": group, "D": dim, "ROWS": 16 if group < 16 else 32, "NORM": q_weight is not None}
     options = lib.options(config, group, dim) | {"EARLY": config.get("early", True)}

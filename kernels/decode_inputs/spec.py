@@ -62,14 +62,14 @@ def sample(_variant: Variant, sizes: dict[str, int], device: torch.device, gener
     """Random arguments: some requests more than the step has."""
     m, n = sizes["M"], sizes["N"]
     requests = m + 3
-    order = torch.randperm(requests, generator=generator)[:m]
-    blocks = torch.randperm(requests * n, generator=generator).to(torch.int32).view(requests, n)
-    computed = torch.randint(n * PAGE, (requests,), generator=generator, dtype=torch.int32)
-    last = torch.randint(150_000, (requests,), generator=generator)
+    order = torch.randperm(requests, device=device, generator=generator)[:m]
+    blocks = torch.randperm(requests * n, device=device, generator=generator).to(torch.int32).view(requests, n)
+    computed = torch.randint(n * PAGE, (requests,), device=device, generator=generator, dtype=torch.int32)
+    last = torch.randint(150_000, (requests,), device=device, generator=generator)
     dtypes = torch.int32, torch.int64, torch.int32, torch.uint8, torch.int64
-    written = [torch.full((m,), 99, dtype=dtype) for dtype in dtypes]
-    written.append(torch.full((m, n), -7, dtype=torch.int32))
-    return [*(each.to(device) for each in (*written, order, computed, last, blocks)), PAGE]
+    written = [torch.full((m,), 99, dtype=dtype, device=device) for dtype in dtypes]
+    written.append(torch.full((m, n), -7, dtype=torch.int32, device=device))
+    return [*written, order, computed, last, blocks, PAGE]
 
 
 SPEC = OpSpec(

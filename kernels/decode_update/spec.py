@@ -52,12 +52,13 @@ def sample(_variant: Variant, sizes: dict[str, int], device: torch.device, gener
     """Random arguments: some requests more than the step has."""
     m, n, k = sizes["M"], sizes["N"], sizes["K"]
     requests = m + 3
-    order = torch.randperm(requests, generator=generator)[:m]
-    computed = torch.randint(n, (requests,), generator=generator, dtype=torch.int32)
-    counts = torch.randint(5, (requests, k), generator=generator, dtype=torch.int32)
-    last, ids = torch.full((requests,), -7), torch.full((requests, n), -7, dtype=torch.int32)
-    sampled = torch.randint(k, (m, 1), generator=generator)
-    return [each.to(device) for each in (computed, last, computed.clone(), ids, counts, order, sampled)]
+    order = torch.randperm(requests, device=device, generator=generator)[:m]
+    computed = torch.randint(n, (requests,), device=device, generator=generator, dtype=torch.int32)
+    counts = torch.randint(5, (requests, k), device=device, generator=generator, dtype=torch.int32)
+    last = torch.full((requests,), -7, device=device)
+    ids = torch.full((requests, n), -7, dtype=torch.int32, device=device)
+    sampled = torch.randint(k, (m, 1), device=device, generator=generator)
+    return [computed, last, computed.clone(), ids, counts, order, sampled]
 
 
 SPEC = OpSpec(

@@ -10,7 +10,7 @@ import torch
 from hdispatch.opspec import Variant
 
 from ..lib import helion_rows
-from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
+from ..lib.helion_fp8 import number_in, quantize_rows, release_dependents, scale_rows, widened
 
 
 # 64-bit offsets: Helion's own check against 2**31 counts elements and does not see a row stride; here they cost 3 registers.
@@ -26,17 +26,11 @@ def dynamic_per_token_scaled_fp8_quant(
     hl.pdl_wait()
     for rows in hl.tile(m):
         x = widened(input[rows, :])
-        if scale_ub is not None:
-            bound = hl.load(scale_ub, [0])
+        bound = number_in(scale_ub)
         release_dependents()
-        absmax = torch.amax(magnitude(x), dim=-1)
-        if scale_ub is not None:
-            absmax = bounded(absmax, bound)
-        s = row_scale(absmax)
+        s = scale_rows(x, bound)
         scale[rows, 0] = s
-        if scale_ub is not None:
-            x = clamp_rows(x, s)
-        result[rows, :] = divide_rows(x, s).to(result.dtype)
+        result[rows, :] = quantize_rows(x, s, bound).to(result.dtype)
 
 
 KERNEL = dynamic_per_token_scaled_fp8_quant

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_rows import load_weights, looped, normed, options, own_rows, programs, store_rest, warps_for, whole
+from ..lib import triton_rows as lib
 
 GENERIC = ("K",)
 EARLY_READS = ("weight",)
@@ -20,14 +20,12 @@ def fused_add_rms_norm(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """LOOP: k may exceed BLOCK; then the rest of the residual is read again after the sum of squares is known."""
-    row = own_rows(ROWS)
+    row = lib.own_rows(ROWS)
     x_row = input + row[:, None] * row_stride
     r_row = residual + row[:, None] * residual_stride
-    columns = tl.arange(0, BLOCK)[None, :]
-    inside = (row < m)[:, None]
-    first = inside & (columns < k)
+    columns, inside, first = lib.first_block(row, m, k, BLOCK)
     # A constant, so it need not wait.
-    w = load_weights(weight, 0, columns, first, ROWS)
+    w = lib.load_weights(weight, 0, columns, first, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_row + columns, mask=first, other=0.0).to(tl.float32)
@@ -46,24 +44,26 @@ def fused_add_rms_norm(
             squares += more * more
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    y = normed(x, rstd, w)
+    rstd = lib.inverse_rms(squares, k, epsilon)
+    y = lib.normed(x, rstd, w)
     tl.store(x_row + columns, y.to(input.dtype.element_ty), mask=first)
     if LOOP:
         # The residual that is read here was written above, perhaps by another thread.
         tl.debug_barrier()
-        store_rest(r_row, x_row, weight, rstd, k, columns, inside, ROWS, BLOCK)
+        lib.store_rest(r_row, x_row, weight, rstd, k, columns, inside, ROWS, BLOCK)
 
 
 def launch(input, residual, weight, epsilon, *, config, _launcher):
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
     strides = (input.stride(0), residual.stride(0))
-    _launcher(fused_add_rms_norm, programs(m, config), input, residual, weight, epsilon, m, k, *strides, **options(config, k))
+    _launcher(
+        fused_add_rms_norm, lib.programs(m, config), input, residual, weight, epsilon, m, k, *strides, **lib.options(config, k)
+    )
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring. `sizes` without K: for every K."""
     if "K" not in sizes:
-        return looped((4096, 8), (8192, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4))
-    return whole(sizes["K"], warps_for(sizes["K"], (1, 2) if sizes["M"] >= 256 else (1,)))
+        return lib.looped((4096, 8), (8192, 8), (4096, 4), (8192, 16), (2048, 4), (1024, 4))
+    return lib.whole(sizes["K"], lib.warps_for(sizes["K"], (1, 2) if sizes["M"] >= 256 else (1,)))

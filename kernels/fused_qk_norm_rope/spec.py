@@ -11,7 +11,7 @@ from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Varia
 from ..lib.indices import check_indices
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
-from ..lib.rope import MODELS, foreign_key, random_cache, random_positions, rotated, split_heads
+from ..lib.rope import MODELS, check_rotary, foreign_key, random_cache, random_positions, rotated, split_heads
 
 NAME = "fused_qk_norm_rope"
 
@@ -64,10 +64,7 @@ def _check(
         raise ArgumentError(f"{NAME}: qkv has rows of {qkv.size(1)} elements; expected {counts} heads of {head_dim}")
     if any(weight.size(0) != head_dim for weight in weights):
         raise ArgumentError(f"{NAME}: weights have {[weight.size(0) for weight in weights]} elements; expected {head_dim}")
-    if cache.size(1) > head_dim or cache.size(1) % 2:
-        raise ArgumentError(
-            f"{NAME}: cos_sin_cache rotates {cache.size(1)} elements; expected an even number, at most head_dim, {head_dim}"
-        )
+    check_rotary(NAME, cache, head_dim)
 
 
 def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:

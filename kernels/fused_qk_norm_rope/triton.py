@@ -19,11 +19,7 @@ def fused_qk_norm_rope(
 ):  # fmt: skip
     """Normalizes and rotates HEADS heads of TOKENS tokens; the tiles of k follow those of q, and none has heads of both."""
     half = sixteenths * 8
-    token, number = lib.rows_of_tile(TOKENS, HEADS)
-    tile = tl.program_id(1)
-    of_q = tile < q_tiles
-    head = tl.where(of_q, tile, tile - q_tiles) * HEADS + number
-    inside = ((token < tokens) & (head < tl.where(of_q, q_heads, k_heads)))[:, None]
+    of_q, token, head, inside = lib.heads_of_tile(tokens, q_tiles, q_heads, k_heads, TOKENS, HEADS)
     at = qkv + (token.to(tl.int64) * row + (head + tl.where(of_q, 0, q_heads)) * D)[:, None]
     pair = tl.arange(0, D // 2)[None, :]
     column = tl.arange(0, D)[None, :]

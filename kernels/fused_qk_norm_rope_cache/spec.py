@@ -12,7 +12,7 @@ from ..lib.indices import check_indices
 from ..lib.paged_kv import check_slots, random_slots, write
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
-from ..lib.rope import foreign_key, random_cache, random_positions, rotated, split_heads
+from ..lib.rope import check_rotary, foreign_key, random_cache, random_positions, rotated, split_heads
 
 NAME = "fused_qk_norm_rope_cache"
 
@@ -82,10 +82,7 @@ def _check(
         )
     if any(weight is not None and weight.size(0) != head_dim for weight in weights):
         raise ArgumentError(f"{NAME}: weights are {[w.shape for w in weights if w is not None]}; expected {head_dim} elements")
-    if cos_sin_cache.size(1) > head_dim or cos_sin_cache.size(1) % 2:
-        raise ArgumentError(
-            f"{NAME}: cos_sin_cache rotates {cos_sin_cache.size(1)} elements; expected an even number, at most {head_dim}"
-        )
+    check_rotary(NAME, cos_sin_cache, head_dim)
     if kv_cache.size(1) != k_heads or kv_cache.size(3) != 2 * head_dim:
         raise ArgumentError(f"{NAME}: kv_cache is {list(kv_cache.shape)}; expected [blocks, {k_heads}, page, {2 * head_dim}]")
 

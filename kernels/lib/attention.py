@@ -10,7 +10,6 @@ takes. The last split of the grid takes all that is left: a request longer than 
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
@@ -19,16 +18,13 @@ import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
 from .triton_launch import launch_options
+from .triton_softmax import INTERPRETED, capped, weighted
 from .workspace import ROWS, cells
-
-#: Triton's interpreter multiplies bfloat16 as integers, and knows no PTX.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 #: A chunk that no request is longer than: no splits.
 WHOLE = 2**20
 # In elements of float32.
 _COUNTERS, _ROWS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(ROWS)
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def splits_of(tokens: Any, pairs: Any, rows: int, chunk: int) -> Any:
@@ -164,8 +160,7 @@ def tokens_of_split(
         v = tl.load(cache + D + place[:, None] + d[None, :], inside[:, None], other=0.0)
         s = tl.dot(x, tl.trans(k.to(x.dtype))) * scale_log2
         if SOFTCAP and softcap_log2 > 0:
-            # softcap * tanh(s / softcap), all of it times log2(e)
-            s = softcap_log2 * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / softcap_log2)) + 1.0))
+            s = capped(s, softcap_log2)
         seen = inside[None, :]
         if CAUSAL:
             seen = seen & (token[None, :] < limit[:, None])
@@ -181,12 +176,6 @@ def tokens_of_split(
         acc = tl.dot(p.to(x.dtype), v.to(x.dtype), acc * alpha[:, None])
         m = top
     return m, total, acc
-
-
-@triton.jit
-def weighted(acc, total):
-    """acc / total by rows; 0 of a row that saw no token."""
-    return tl.where(total == 0.0, 0.0, 1.0 / total)[:, None] * acc
 
 
 @triton.jit

@@ -7,7 +7,6 @@ goes through the keys that its rows see; those that all of them see need no mask
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +16,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .triton_launch import launch_options
+from .triton_softmax import INTERPRETED, LOG2E, capped, weighted
 
-#: Triton's interpreter multiplies bfloat16 as integers, and knows no PTX.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-
-LOG2E = tl.constexpr(1.4426950408889634)
 #: Sequences, and kv heads, that a grid takes.
 LARGEST_GRID = 65535
 
@@ -95,7 +91,7 @@ def attention(
         window, k_row, v_row, D, BLOCK_N, STAGES, True, CAUSAL, LIMITS,
     )  # fmt: skip
 
-    y = tl.where(total == 0.0, 0.0, 1.0 / total)[:, None] * acc
+    y = weighted(acc, total)
     to = out + sequence.to(tl.int64) * out_sequence + head * out_head + (first_q + query) * out_row
     tl.store(to[:, None] + d[None, :], y.to(out.dtype.element_ty), live[:, None])
 
@@ -122,9 +118,7 @@ def some_keys(
         if LIMITS:
             s *= scale_log2
             if softcap > 0:
-                # softcap * tanh(s / softcap), all of it times log2(e)
-                cap = softcap * LOG2E
-                s = cap * (1.0 - 2.0 / (tl.exp2(s * (2.8853900817779268 / cap)) + 1.0))
+                s = capped(s, softcap * LOG2E)
         if MASK:
             seen = inside[None, :]
             if CAUSAL:

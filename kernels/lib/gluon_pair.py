@@ -10,14 +10,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .triton_tiles import find_tile
 
-@gluon.jit
-def tile_of(index, tiles_m, tiles_n, GROUP: gl.constexpr):
-    """`tile_at` for Gluon, which calls none of Triton's functions."""
-    first = index // (GROUP * tiles_n) * GROUP
-    rows = gl.minimum(tiles_m - first, GROUP)
-    within = index % (GROUP * tiles_n)
-    return first + within % rows, within // rows
+tile_of = gluon.jit(find_tile)
 
 
 @gluon.jit
@@ -72,15 +67,21 @@ def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M: gl.constex
 
 
 @gluon.jit
-def make_barriers(STAGES: gl.constexpr):
-    """One barrier per stage that says that it is loaded, one that says that both groups are done with it."""
+def allocate(out, a, b, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+    """Shared memory: the stages of a and of b, a group's part of out for each group, and the stages' barriers.
+
+    One barrier per stage says that it is loaded, one that both groups are done with it.
+    """
+    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES * (BLOCK_M // 64), 64, BLOCK_K], a.layout)
+    b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK_K], b.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, out.block_shape[1]], out.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
-    return ready, free
+    return a_tiles, b_tiles, out_tiles, ready, free
 
 
 @gluon.jit

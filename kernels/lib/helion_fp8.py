@@ -98,6 +98,11 @@ def divide_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return at_most_448(torch.addcmul(quotient, torch.addcmul(x * -1.0, quotient, divisor), negative))
 
 
+def number_in(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """The first number in a tensor, or None of None: Helion joins no such two branches of a kernel itself."""
+    return None if tensor is None else hl.load(tensor, [0])
+
+
 def clamp_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """x with |x| at most 448 * scale of its row: clamping before the division keeps the quotient from overflowing.
 
@@ -107,3 +112,14 @@ def clamp_rows(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     limit = (448.0 * scale).unsqueeze(-1)
     x = torch.where(x > limit, limit, x)
     return torch.where(x < -limit, -limit, x)
+
+
+def scale_rows(x: torch.Tensor, bound: torch.Tensor | None) -> torch.Tensor:
+    """The scale of each row of x, float32, whose magnitudes count up to `bound`, unless that is None."""
+    absmax = torch.amax(magnitude(x), dim=-1)
+    return row_scale(absmax if bound is None else bounded(absmax, bound))
+
+
+def quantize_rows(x: torch.Tensor, scale: torch.Tensor, bound: torch.Tensor | None) -> torch.Tensor:
+    """x / scale of each row, float32, for the scales of `scale_rows`."""
+    return divide_rows(x if bound is None else clamp_rows(x, scale), scale)

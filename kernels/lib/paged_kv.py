@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import WorkspaceArg
+from hdispatch.opspec import Variant, WorkspaceArg
 
 from .indices import check_indices
 from .workspace import BYTES
@@ -25,18 +25,6 @@ LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 SAMPLED, SAMPLED_ON_GPU = 2**22, 2**30
 #: Different random numbers in them; an odd number, so that no two tokens are alike.
 DRAWN = 2**20 - 3
-
-
-#: What the declarations of decode attention say alike.
-DECODE: dict[str, Any] = {
-    "shapes": ({"K": 128}, {"K": 64}),
-    "config_key": {"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
-    "ladder": (1, 2, 4, 8, 16, 32, 64, 128, 256),
-    "hints": {"N": 560},  # a multiple of every group
-    "measured": {"N": 32},  # an 8B model's: how many blocks a call has decides its splits
-    "workspace": WorkspaceArg("workspace", BYTES),
-    "own_scales": True,
-}
 
 
 class Rule(NamedTuple):
@@ -140,6 +128,23 @@ def _attend(
         weights = torch.where(seen.any(-1, keepdim=True), scores, 0.0).softmax(-1)
     weights = torch.where(seen, weights, 0.0)
     return torch.einsum("rqhgn,rhnd->rqhgd", weights, v).flatten(2, 3)
+
+
+def eight_kv_heads(variant: Variant) -> dict[str, int]:
+    """Sizes at which configs are measured: 8 kv heads, as most models have. How many blocks a call has decides its splits."""
+    return {"N": 8 * int(variant.static["group"])}
+
+
+#: What the declarations of decode attention say alike.
+DECODE: dict[str, Any] = {
+    "shapes": ({"K": 128}, {"K": 64}),
+    "config_key": {"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
+    "ladder": (1, 2, 4, 8, 16, 32, 64, 128, 256),
+    "hints": {"N": 560},  # a multiple of every group
+    "measured": eight_kv_heads,
+    "workspace": WorkspaceArg("workspace", BYTES),
+    "own_scales": True,
+}
 
 
 def write(kv_cache: torch.Tensor, slots: torch.Tensor, kv: torch.Tensor) -> None:

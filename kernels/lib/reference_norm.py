@@ -20,3 +20,8 @@ def twice_rounded(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torc
 def random_weight(columns: int, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
     """Weights [columns] around 1."""
     return (1 + 0.2 * torch.randn(columns, generator=generator, device=generator.device)).to(device=device, dtype=dtype)
+
+
+def summed(x: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    """x, plus residual if there is one, in float32."""
+    return x.float() if residual is None else x.float() + residual.float()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from hdispatch.errors import ArgumentError
 
 #: Positions in the caches of sample calls.
 SAMPLE_POSITIONS = 4096
@@ -18,6 +19,15 @@ def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool
     a, b = x.chunk(2, dim=-1) if is_neox else (x[..., ::2], x[..., 1::2])
     turned = a * cos - b * sin, b * cos + a * sin
     return torch.cat(turned, dim=-1) if is_neox else torch.stack(turned, dim=-1).flatten(-2)
+
+
+def check_rotary(op: str, cos_sin_cache: torch.Tensor, head_dim: int) -> None:
+    """ArgumentError for a cache of an odd number of elements, or of more than a head has."""
+    rotary = cos_sin_cache.size(1)
+    if rotary > head_dim or rotary % 2:
+        raise ArgumentError(
+            f"{op}: cos_sin_cache rotates {rotary} elements; expected an even number, at most head_dim, {head_dim}"
+        )
 
 
 def random_cache(

@@ -21,6 +21,9 @@ from .ptx import SIGMOID, SILU, WIDEN
 #: Triton's interpreter, which runs kernels as plain Python on the CPU, knows no PTX.
 APPROXIMATE = tl.constexpr(os.environ.get("TRITON_INTERPRET") != "1")
 
+#: The least scale of a row or group, where none is given.
+MIN_SCALE = tl.constexpr(1.0 / (448.0 * 512.0))
+
 #: See ptx.py.
 PTX_SIGMOID = tl.constexpr(SIGMOID)
 PTX_SILU = tl.constexpr(SILU)
@@ -38,13 +41,18 @@ def widened(x):
 
 
 @triton.jit
+def absmax_scale(absmax, fp8_max, inverse):
+    """absmax / fp8_max, rounded as IEEE's division, also of infinities; inverse is the reciprocal of fp8_max."""
+    near = absmax * inverse
+    exact = tl.fma(tl.fma(near, -fp8_max, absmax), inverse, near)
+    # Of infinity the remainder is NaN.
+    return tl.where(absmax == float("inf"), absmax, exact)
+
+
+@triton.jit
 def row_scale(absmax):
     """The scale of each row, float32 as `absmax`: max(absmax / 448, 1 / (448 * 512)); the least one where absmax is NaN."""
-    inverse: tl.constexpr = 1.0 / 448.0
-    near = absmax * inverse
-    exact = tl.fma(tl.fma(near, -448.0, absmax), inverse, near)
-    # Of infinity the remainder is NaN.
-    return tl.maximum(tl.where(absmax == float("inf"), absmax, exact), 1.0 / (448.0 * 512.0))
+    return tl.maximum(absmax_scale(absmax, 448.0, 1.0 / 448.0), MIN_SCALE)
 
 
 @triton.jit

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .triton_fp8 import reciprocal
+from .triton_fp8 import absmax_scale, reciprocal
 from .triton_launch import launch_options
 
 #: Tiles of (elements, warps, vector) that suit rows of any length; the first is a safe default.
@@ -44,11 +44,13 @@ def power_of_two(scale):
 
 
 @triton.jit
-def absmax_scale(absmax, fp8_max, inverse):
-    """absmax / fp8_max, rounded as IEEE's division, also of infinities; inverse is the reciprocal of fp8_max."""
-    near = absmax * inverse
-    exact = tl.fma(tl.fma(near, -fp8_max, absmax), inverse, near)
-    return tl.where(absmax == float("inf"), absmax, exact)
+def eps_scale(x, eps, fp8_max, inverse, POWERS_OF_TWO: tl.constexpr):
+    """max(max |group|, eps) / fp8_max of each group of a tile x, or the least power of two above; inverse: 1 / fp8_max."""
+    scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)
+    if POWERS_OF_TWO:
+        # What vLLM bounds a scale by before it rounds it up.
+        scale = power_of_two(tl.maximum(scale, 1e-10))
+    return scale
 
 
 @triton.jit
@@ -83,9 +85,10 @@ def divide_groups(x, scale, POWERS_OF_TWO: tl.constexpr):
 
 
 @triton.jit
-def clamp_codes(quotient, fp8_min, fp8_max):
-    """min(max(quotient, fp8_min), fp8_max), and so fp8_min for NaN; for quotients within a rounding of ±fp8_max."""
-    quotient = tl.maximum(quotient, fp8_min)
+def clamped_codes(x, scale, fp8_min, fp8_max, POWERS_OF_TWO: tl.constexpr):
+    """min(max(x * (1 / scale), fp8_min), fp8_max), and so fp8_min for NaN, for |x / scale| of at most fp8_max."""
+    # A product, not a division, as in vLLM: it is rounded twice.
+    quotient = tl.maximum(x * inverse_scale(scale, POWERS_OF_TWO)[:, None], fp8_min)
     # The conversion to fp8 clamps at 448 by itself.
     if fp8_max != 448.0:
         quotient = tl.minimum(quotient, fp8_max)

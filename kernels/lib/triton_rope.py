@@ -24,6 +24,19 @@ def rows_of_tile(TOKENS: tl.constexpr, HEADS: tl.constexpr):
 
 
 @triton.jit
+def heads_of_tile(tokens, first_tiles, first_heads, second_heads, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """Of a program whose tiles of the first tensor's heads come before the second's: whether it has the first's, and of each
+    row its token, its head, and whether there is such a one, [rows, 1].
+    """
+    token, number = rows_of_tile(TOKENS, HEADS)
+    tile = tl.program_id(1)
+    of_first = tile < first_tiles
+    head = tl.where(of_first, tile, tile - first_tiles) * HEADS + number
+    inside = ((token < tokens) & (head < tl.where(of_first, first_heads, second_heads)))[:, None]
+    return of_first, token, head, inside
+
+
+@triton.jit
 def halves(pair, half, D: tl.constexpr):
     """Where the two elements of each `pair`, 0 to D / 2, are in a head, and whether it is rotated, [1, D / 2]; NEOX.
 

@@ -27,6 +27,25 @@ def own_rows(ROWS: tl.constexpr):
 
 
 @triton.jit
+def first_block(row, m, n, BLOCK: tl.constexpr):
+    """The first columns [1, BLOCK]; which rows are below m, [rows, 1], and which of their elements are below n too."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (row < m)[:, None]
+    return columns, inside, inside & (columns < n)
+
+
+@triton.jit
+def store_scales(scale, row, m, largest, bound):
+    """Stores the scale of each row, of its greatest magnitudes, at most `bound` unless that is None; returns the scales."""
+    absmax = tl.max(largest, axis=1)
+    if bound is not None:
+        absmax = bounded(absmax, bound)
+    s = row_scale(absmax)
+    tl.store(scale + row, s, mask=row < m)
+    return s
+
+
+@triton.jit
 def store_codes(target, x, scale, scale_ub, mask):
     """Stores x / scale of each row in fp8. scale_ub, if it is given, may have lowered the scale: then x is clamped first."""
     if scale_ub is not None:
@@ -47,9 +66,7 @@ def quantize_rows(
     row = own_rows(ROWS)
     source = input + row[:, None] * row_stride
     target = result + row[:, None] * n
-    columns = tl.arange(0, BLOCK)[None, :]
-    inside = (row < m)[:, None]
-    first = inside & (columns < n)
+    columns, inside, first = first_block(row, m, n, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = load(source, 0, columns, n, first)
@@ -58,15 +75,10 @@ def quantize_rows(
         for start in range(BLOCK, n, BLOCK):
             more = load(source, start, columns, n, inside & (start + columns < n))
             largest = tl.maximum(largest, tl.abs(more))
-    if scale_ub is not None:
-        bound = tl.load(scale_ub)
+    bound = tl.load(scale_ub) if scale_ub is not None else None
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    absmax = tl.max(largest, axis=1)
-    if scale_ub is not None:
-        absmax = bounded(absmax, bound)
-    s = row_scale(absmax)
-    tl.store(scale + row, s, mask=row < m)
+    s = store_scales(scale, row, m, largest, bound)
     store_codes(target + columns, x, s, scale_ub, first)
     if LOOP:
         for start in range(BLOCK, n, BLOCK):
@@ -80,6 +92,12 @@ def load_weights(weight, start, columns, mask, ROWS: tl.constexpr):
     """Weights at `start + columns` as a matrix of ROWS rows, which gets the input's layout in registers; None of None."""
     place = weight + start + columns + tl.zeros([ROWS, 1], tl.int32) if weight is not None else None
     return tl.load(place, mask=mask, other=0.0) if weight is not None else None
+
+
+@triton.jit
+def inverse_rms(squares, n, epsilon):
+    """1 / sqrt(mean + epsilon) of each row of n elements, from squares that add up to the row's: [rows, 1]."""
+    return tl.rsqrt(tl.sum(squares, axis=1) / n + epsilon)[:, None]
 
 
 @triton.jit

@@ -13,13 +13,16 @@ import triton.language as tl
 from .triton_fp8 import APPROXIMATE
 
 
-@triton.jit
-def tile_at(index, tiles_m, tiles_n, GROUP: tl.constexpr):
+def find_tile(index, tiles_m, tiles_n, GROUP: tl.constexpr):
     """Row and column of the tile of that index: GROUP rows of tiles are walked column by column, so that L2 holds them."""
     first = index // (GROUP * tiles_n) * GROUP
     rows = tl.minimum(tiles_m - first, GROUP)
     within = index % (GROUP * tiles_n)
     return first + within % rows, within // rows
+
+
+#: For Triton's kernels; Gluon's, which call none of Triton's functions, have theirs in gluon_pair.py.
+tile_at = triton.jit(find_tile)
 
 
 @triton.jit

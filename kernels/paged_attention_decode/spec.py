@@ -106,7 +106,7 @@ def served(variant: Variant) -> bool:
         return False
     if dtypes["kv_cache"] == FP8:
         return group == 4 and queries == 1
-    return dtypes["kv_cache"] == dtypes["q"] and group in {1: (2, 4, 8), 4: (4, 8)}.get(queries, ())
+    return dtypes["kv_cache"] == dtypes["q"] and group in {1: (2, 4, 8), 4: (2, 4, 8)}.get(queries, ())
 
 
 SPEC = OpSpec(

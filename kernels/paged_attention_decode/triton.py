@@ -10,7 +10,8 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import attention as lib
-from ..lib.attention import INTERPRETED, LOG2E, blocks_of, finish, split_tokens, tokens_of_split
+from ..lib.attention import blocks_of, finish, split_tokens, tokens_of_split
+from ..lib.triton_softmax import INTERPRETED, LOG2E
 
 GENERIC = ("N",)
 # What no kernel of a step writes.

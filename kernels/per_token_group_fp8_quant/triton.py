@@ -10,7 +10,7 @@ from hdispatch.opspec import Variant
 
 from ..lib import triton_groups as lib
 from ..lib.triton_fp8 import reciprocal, widened
-from ..lib.triton_groups import absmax_scale, clamp_codes, inverse_scale, power_of_two, store_codes, store_scales
+from ..lib.triton_groups import clamped_codes, eps_scale, store_codes, store_scales
 
 GENERIC = ("K",)
 
@@ -30,11 +30,8 @@ def per_token_group_fp8_quant(
     x = widened(tl.load(input + offset, inside, other=0.0))
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)
-    if UE8M0:
-        scale = power_of_two(tl.maximum(scale, 1e-10))
-    # A product, not a division, as in vLLM: it is rounded twice.
-    quotient = clamp_codes(x * inverse_scale(scale, UE8M0)[:, None], fp8_min, fp8_max)
+    scale = eps_scale(x, eps, fp8_max, inverse, UE8M0)
+    quotient = clamped_codes(x, scale, fp8_min, fp8_max, UE8M0)
     store_codes(output_q, offset, quotient, inside, VECTOR)
     # Last: the scales change hands between threads, which waits for all of them.
     store_scales(output_s, scale, group, groups, groups_of_row, row_stride, group_stride)

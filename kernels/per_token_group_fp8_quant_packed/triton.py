@@ -15,14 +15,7 @@ from hdispatch.opspec import Variant
 
 from ..lib import triton_groups as lib
 from ..lib.triton_fp8 import reciprocal
-from ..lib.triton_groups import (
-    absmax_scale,
-    clamp_codes,
-    inverse_scale,
-    power_of_two,
-    row_of,
-    store_codes,
-)
+from ..lib.triton_groups import clamped_codes, eps_scale, row_of, store_codes
 
 GENERIC = ("K",)
 
@@ -48,9 +41,8 @@ def per_token_group_fp8_quant_packed(
     x = tl.load(input + offset, inside, other=0.0).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    scale = absmax_scale(tl.maximum(tl.max(tl.abs(x), 1), eps), fp8_max, inverse)
-    scale = power_of_two(tl.maximum(scale, 1e-10))
-    quotient = clamp_codes(x * inverse_scale(scale, True)[:, None], fp8_min, fp8_max)
+    scale = eps_scale(x, eps, fp8_max, inverse, True)
+    quotient = clamped_codes(x, scale, fp8_min, fp8_max, True)
     store_codes(output_q, offset, quotient, inside, VECTOR)
     exponent = tl.where(here, scale.to(tl.int32, bitcast=True) >> 23, 0).to(tl.uint8)
     byte = output_s_packed.to(tl.pointer_type(tl.uint8), bitcast=True) + place * 4 + group_in_row % 4

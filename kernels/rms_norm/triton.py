@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_rows import load_weights, looped, normed, options, programs, store_rest, warps_for, whole
+from ..lib import triton_rows as lib
 
 GENERIC = ("K", "N")
 EARLY_READS = ("weight",)
@@ -31,7 +31,7 @@ def rms_norm(
     inside = (token < tl.cast(m, tl.uint32))[:, None]
     first = inside & (columns < k)
     # A constant, so it need not wait.
-    w = load_weights(weight, 0, columns, first, ROWS)
+    w = lib.load_weights(weight, 0, columns, first, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)
@@ -42,11 +42,11 @@ def rms_norm(
             squares += more * more
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
-    y = normed(x, rstd, w)
+    rstd = lib.inverse_rms(squares, k, epsilon)
+    y = lib.normed(x, rstd, w)
     tl.store(target + columns, y.to(result.dtype.element_ty), mask=first)
     if LOOP:
-        store_rest(source, target, weight, rstd, k, columns, inside, ROWS, BLOCK)
+        lib.store_rest(source, target, weight, rstd, k, columns, inside, ROWS, BLOCK)
 
 
 def launch(result, input, weight, epsilon, *, config, _launcher):
@@ -56,17 +56,17 @@ def launch(result, input, weight, epsilon, *, config, _launcher):
         raise ValueError(f"rms_norm: strides {input.stride()} of input; the kernel takes rows that are 16-byte aligned")
     # n - 1, because n itself would be taken for a multiple of 16.
     sizes = (m, n - 1, k, input.stride(0) // 8, input.stride(1) // 8)
-    _launcher(rms_norm, programs(m * n, config), result, input, weight, epsilon, *sizes, **options(config, k))
+    _launcher(rms_norm, lib.programs(m * n, config), result, input, weight, epsilon, *sizes, **lib.options(config, k))
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring. `sizes` without K: for every K."""
     k, many = sizes.get("K"), sizes["M"] >= 256
     if k is None:
-        return looped((4096, 8), (8192, 8), (4096, 4), (2048, 4), (8192, 16), (1024, 4)) + looped((2048, 8), rows=2)
+        return lib.looped((4096, 8), (8192, 8), (4096, 4), (2048, 4), (8192, 16), (1024, 4)) + lib.looped((2048, 8), rows=2)
     block = triton.next_power_of_2(k)
     if block > 512:
-        return whole(k, warps_for(k, (1, 2) if many else (1,)))
+        return lib.whole(k, lib.warps_for(k, (1, 2) if many else (1,)))
     # Vectors of 8 elements per thread and warps.
     vectors = [(1, 4), (1, 2), (1, 1), (1, 8), (2, 4), (2, 2), (4, 4), (4, 2), (4, 8)]
-    return whole(k, [(v * 256 * w // block, w) for v, w in vectors if (v == 1 or many) and v * 256 * w >= block])
+    return lib.whole(k, [(v * 256 * w // block, w) for v, w in vectors if (v == 1 or many) and v * 256 * w >= block])

@@ -10,7 +10,7 @@ import torch
 from hdispatch.opspec import Variant
 
 from ..lib import helion_rows
-from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, widened
+from ..lib.helion_fp8 import number_in, quantize_rows, release_dependents, scale_rows, widened
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -29,19 +29,13 @@ def rms_norm_dynamic_per_token_quant(
         if residual is not None:
             x = x + widened(residual[rows, :])
         w = weights[rows, :]
-        if scale_ub is not None:
-            bound = hl.load(scale_ub, [0])
+        bound = number_in(scale_ub)
         release_dependents()
         rstd = torch.rsqrt(torch.sum(x * x, dim=-1) * (1.0 / k) + epsilon)
         y = ((x * rstd[:, None]).to(input.dtype) * w).to(torch.float32)
-        absmax = torch.amax(magnitude(y), dim=-1)
-        if scale_ub is not None:
-            absmax = bounded(absmax, bound)
-        s = row_scale(absmax)
+        s = scale_rows(y, bound)
         scale[rows, 0] = s
-        if scale_ub is not None:
-            y = clamp_rows(y, s)
-        result[rows, :] = divide_rows(y, s).to(result.dtype)
+        result[rows, :] = quantize_rows(y, s, bound).to(result.dtype)
         # Last, because a config with reduction_loops reads residual again in each of its passes.
         if residual is not None:
             residual[rows, :] = x.to(residual.dtype)

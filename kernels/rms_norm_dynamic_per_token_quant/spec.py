@@ -8,7 +8,7 @@ import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
-from ..lib.reference_norm import random_weight, twice_rounded
+from ..lib.reference_norm import random_weight, summed, twice_rounded
 
 NAME = "rms_norm_dynamic_per_token_quant"
 
@@ -40,9 +40,8 @@ def reference(
     infinite y, of a finite x, makes the scale infinite; its own code is then 448, whatever its sign, and those of finite y
     are zeros of their signs. Where scale_ub keeps the scale finite, the code of an infinite y is 448 or -448.
     """
-    x = input.float()
+    x = summed(input, residual)
     if residual is not None:
-        x = x + residual.float()
         residual.copy_(x)
     quantize_rows(twice_rounded(x, weight, epsilon), result, scale, scale_ub)
 
@@ -53,8 +52,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     x = random_rows(m, k, dtype, device, generator)
     weight = random_weight(k, dtype, device, generator)
     residual = None if "residual" in variant.none else random_rows(m, k, dtype, device, generator)
-    total = x.float() if residual is None else x.float() + residual.float()
-    scale_ub = None if "scale_ub" in variant.none else upper_bound(twice_rounded(total, weight, epsilon))
+    scale_ub = None if "scale_ub" in variant.none else upper_bound(twice_rounded(summed(x, residual), weight, epsilon))
     result, scale = poisoned_outputs(m, k, device)
     return [result, x, weight, scale, epsilon, scale_ub, residual]
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_fp8 import bounded, row_scale, widened
-from ..lib.triton_rows import looped, options, own_rows, programs, store_codes, warps_for, whole
+from ..lib import triton_rows as lib
+from ..lib.triton_fp8 import widened
 
 GENERIC = ("K",)
 EARLY_READS = ("weight",)
@@ -36,18 +36,15 @@ def rms_norm_dynamic_per_token_quant(
     ROWS: tl.constexpr, BLOCK: tl.constexpr, LOOP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """LOOP: k may exceed BLOCK; then the rest of a row is read three times, and the residual written in the last."""
-    row = own_rows(ROWS)
+    row = lib.own_rows(ROWS)
     source = input + row[:, None] * row_stride
     target = result + row[:, None] * k
     old = None
     if residual is not None:
         old = residual + row[:, None] * k
-    # As a matrix the weights get the input's layout in registers.
-    weights = weight + tl.zeros([ROWS, 1], tl.int32)
-    columns = tl.arange(0, BLOCK)[None, :]
-    inside = (row < m)[:, None]
-    first = inside & (columns < k)
-    w = tl.load(weights + columns, mask=first, other=0.0)
+    columns, inside, first = lib.first_block(row, m, k, BLOCK)
+    # A constant, so it need not wait.
+    w = lib.load_weights(weight, 0, columns, first, ROWS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = _sum(source, old, columns, first)
@@ -56,33 +53,28 @@ def rms_norm_dynamic_per_token_quant(
         for start in range(BLOCK, k, BLOCK):
             more = _sum(source, old, start + columns, inside & (start + columns < k))
             squares += more * more
-    if scale_ub is not None:
-        bound = tl.load(scale_ub)
+    bound = tl.load(scale_ub) if scale_ub is not None else None
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    rstd = tl.rsqrt(tl.sum(squares, axis=1) / k + epsilon)[:, None]
+    rstd = lib.inverse_rms(squares, k, epsilon)
     y = _weighted(x, rstd, w)
     largest = tl.abs(y)
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
             more = _sum(source, old, start + columns, rest)
-            more = _weighted(more, rstd, tl.load(weights + start + columns, mask=rest, other=0.0))
+            more = _weighted(more, rstd, lib.load_weights(weight, start, columns, rest, ROWS))
             largest = tl.maximum(largest, tl.abs(more))
-    absmax = tl.max(largest, axis=1)
-    if scale_ub is not None:
-        absmax = bounded(absmax, bound)
-    s = row_scale(absmax)
-    tl.store(scale + row, s, mask=row < m)
-    store_codes(target + columns, y, s, scale_ub, first)
+    s = lib.store_scales(scale, row, m, largest, bound)
+    lib.store_codes(target + columns, y, s, scale_ub, first)
     if residual is not None:
         tl.store(old + columns, x.to(residual.dtype.element_ty), mask=first)
     if LOOP:
         for start in range(BLOCK, k, BLOCK):
             rest = inside & (start + columns < k)
             x = _sum(source, old, start + columns, rest)
-            y = _weighted(x, rstd, tl.load(weights + start + columns, mask=rest, other=0.0))
-            store_codes(target + start + columns, y, s, scale_ub, rest)
+            y = _weighted(x, rstd, lib.load_weights(weight, start, columns, rest, ROWS))
+            lib.store_codes(target + start + columns, y, s, scale_ub, rest)
             if residual is not None:
                 tl.store(old + start + columns, x.to(residual.dtype.element_ty), mask=rest)
 
@@ -91,11 +83,13 @@ def launch(result, input, weight, scale, epsilon, scale_ub, residual, *, config,
     """One program per `rows` rows. Of K at most `block` unless the config has `loop`."""
     m, k = input.size(0), input.size(1)
     tensors = (result, input, weight, scale, epsilon, scale_ub, residual)
-    _launcher(rms_norm_dynamic_per_token_quant, programs(m, config), *tensors, m, k, input.stride(0), **options(config, k))
+    _launcher(
+        rms_norm_dynamic_per_token_quant, lib.programs(m, config), *tensors, m, k, input.stride(0), **lib.options(config, k)
+    )
 
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring. `sizes` without K: for every K."""
     if "K" not in sizes:
-        return looped((4096, 8), (8192, 16), (4096, 4), (2048, 4), (8192, 8))
-    return whole(sizes["K"], warps_for(sizes["K"]))
+        return lib.looped((4096, 8), (8192, 16), (4096, 4), (2048, 4), (8192, 8))
+    return lib.whole(sizes["K"], lib.warps_for(sizes["K"]))

@@ -9,7 +9,7 @@ from hdispatch.opspec import BoolArg, FloatArg, Form, IntArg, OpSpec, TensorArg,
 
 from ..lib.reference_fp8 import FP8, absmax, random_rows, upper_bound
 from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
-from ..lib.reference_norm import random_weight, twice_rounded
+from ..lib.reference_norm import random_weight, summed, twice_rounded
 
 NAME = "rms_norm_per_block_quant"
 
@@ -50,9 +50,8 @@ def reference(
     infinite y, of a finite x, makes the scale of its group infinite; its own code is then 448, whatever its sign, and those
     of finite y are zeros of their signs. Where scale_ub keeps the scale finite, the code of an infinite y is 448 or -448.
     """
-    x = input.float()
+    x = summed(input, residual)
     if residual is not None:
-        x = x + residual.float()
         residual.copy_(x)
     groups = split_groups(twice_rounded(x, weight, epsilon), group_size)
     largest = absmax(groups)
@@ -71,8 +70,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     residual = None if "residual" in variant.none else random_rows(m, k, dtype, device, generator)
     scale_ub = None
     if "scale_ub" not in variant.none:
-        total = x.float() if residual is None else x.float() + residual.float()
-        scale_ub = upper_bound(split_groups(twice_rounded(total, weight, epsilon), size).flatten(0, 1))
+        y = twice_rounded(summed(x, residual), weight, epsilon)
+        scale_ub = upper_bound(split_groups(y, size).flatten(0, 1))
     result, scale = poisoned_outputs(m, k, size, device)
     ue8m0 = bool(variant.static["scale_ue8m0"])
     return [result, x, weight, scale, epsilon, scale_ub, residual, size, False, ue8m0]

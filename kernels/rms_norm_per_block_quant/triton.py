@@ -14,14 +14,8 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import Variant
 
-from ..lib.triton_fp8 import bounded
-from ..lib.triton_groups import (
-    absmax_scale,
-    inverse_scale,
-    power_of_two,
-    store_codes,
-    whole_groups,
-)
+from ..lib.triton_fp8 import bounded, row_scale
+from ..lib.triton_groups import inverse_scale, power_of_two, store_codes, whole_groups
 from ..lib.triton_launch import launch_options
 
 GENERIC = ("K",)
@@ -79,7 +73,7 @@ def rms_norm_per_block_quant(
         absmax = tl.max(tl.abs(y), 1)
         if scale_ub is not None:
             absmax = bounded(absmax, bound)
-        s = tl.maximum(absmax_scale(absmax, 448.0, 1.0 / 448.0), 1.0 / (448.0 * 512.0))
+        s = row_scale(absmax)
         if UE8M0:
             s = power_of_two(s)
         offset = start + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]

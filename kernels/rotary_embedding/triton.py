@@ -20,11 +20,7 @@ def rotary_embedding(
 ):  # fmt: skip
     """Rotates HEADS heads of TOKENS tokens; the tiles of the key follow those of the query."""
     half = sixteenths * 8
-    token, number = lib.rows_of_tile(TOKENS, HEADS)
-    tile = tl.program_id(1)
-    of_query = tile < query_tiles
-    head = tl.where(of_query, tile, tile - query_tiles) * HEADS + number
-    inside = ((token < tokens) & (head < tl.where(of_query, query_heads, key_heads)))[:, None]
+    of_query, token, head, inside = lib.heads_of_tile(tokens, query_tiles, query_heads, key_heads, TOKENS, HEADS)
     stride = tl.where(of_query, query_stride, key_stride)
     at = tl.where(of_query, query, key) + (token.to(tl.int64) * stride + head * D)[:, None]
     pair = tl.arange(0, D // 2)[None, :]

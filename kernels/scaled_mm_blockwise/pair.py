@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from ..lib.gluon_pair import load_tiles, make_barriers, row_of, store_tile, tile_of
+from ..lib.gluon_pair import allocate, load_tiles, row_of, store_tile, tile_of
 
 
 @gluon.jit
@@ -117,10 +117,7 @@ def pair_kernel(
     A program takes every num_programs-th tile; BLOCK_M is 128 or 256. What lies beyond M, N and K is read as 0 and not
     written. Some of the last 64 rows may be made, and written, several times, with the same result.
     """
-    a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES * (BLOCK_M // 64), 64, 128], a.layout)
-    b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, 128], b.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, out.block_shape[1]], out.layout)
-    ready, free = make_barriers(STAGES)
+    a_tiles, b_tiles, out_tiles, ready, free = allocate(out, a, b, BLOCK_M, BLOCK_N, 128, STAGES)
     UPPER: gl.constexpr = 0
     LOWER: gl.constexpr = 1
     tensors = (out, a_scales, b_scales, a_tiles, b_tiles, ready, free)

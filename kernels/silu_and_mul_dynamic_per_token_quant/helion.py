@@ -10,7 +10,7 @@ import torch
 from hdispatch.opspec import Variant
 
 from ..lib import helion_rows
-from ..lib.helion_fp8 import bounded, clamp_rows, divide_rows, magnitude, release_dependents, row_scale, silu
+from ..lib.helion_fp8 import number_in, quantize_rows, release_dependents, scale_rows, silu
 
 
 # 64-bit offsets: see dynamic_per_token_scaled_fp8_quant.
@@ -25,18 +25,12 @@ def silu_and_mul_dynamic_per_token_quant(
         # Not widened(): ptxas then widens all of a long row first, in 128 registers instead of 64.
         gate = input[rows, 0:n].to(torch.float32)
         up = input[rows, n : 2 * n].to(torch.float32)
-        if scale_ub is not None:
-            bound = hl.load(scale_ub, [0])
+        bound = number_in(scale_ub)
         release_dependents()
         x = silu(gate) * up
-        absmax = torch.amax(magnitude(x), dim=-1)
-        if scale_ub is not None:
-            absmax = bounded(absmax, bound)
-        s = row_scale(absmax)
+        s = scale_rows(x, bound)
         scale[rows, 0] = s
-        if scale_ub is not None:
-            x = clamp_rows(x, s)
-        result[rows, :] = divide_rows(x, s).to(result.dtype)
+        result[rows, :] = quantize_rows(x, s, bound).to(result.dtype)
 
 
 KERNEL = silu_and_mul_dynamic_per_token_quant

@@ -12,8 +12,8 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import triton_groups as lib
-from ..lib.triton_fp8 import clamp_rows, silu, widened
-from ..lib.triton_groups import absmax_scale, divide_groups, power_of_two, row_of, store_codes, store_scales
+from ..lib.triton_fp8 import MIN_SCALE, absmax_scale, clamp_rows, silu, widened
+from ..lib.triton_groups import divide_groups, power_of_two, row_of, store_codes, store_scales
 
 GENERIC = ("N",)
 
@@ -42,7 +42,7 @@ def silu_and_mul_per_block_quant(
     scale = absmax_scale(tl.max(tl.abs(x), 1), 448.0, 1.0 / 448.0)
     if scale_ub is not None:
         scale = tl.minimum(scale, bound)  # the bound of a scale that is NaN, which a group of NaNs has
-    scale = tl.maximum(scale, 1.0 / (448.0 * 512.0))
+    scale = tl.maximum(scale, MIN_SCALE)
     if UE8M0:
         scale = power_of_two(scale)
     if scale_ub is not None:

@@ -142,7 +142,7 @@ class Param(TypedDict):
 
 
 class Guard(TypedDict):
-    """A fact that the record assumes: `expr` is not 0. `text` says it in words of the call: `input.stride(0) % 16 == 0`."""
+    """A fact that the record assumes: `expr` is not 0. `text` says it in terms of the call: `input.stride(0) % 16 == 0`."""
 
     expr: Expr
     text: str

@@ -180,7 +180,8 @@ class OpSpec:
     own_scales                  whether the rows of the outputs have scales of their own, as averages over many or few tokens
                                 have: where sums cancel, a row's scale says what rounding may lose.
     hints                       example sizes used to trace generic symbols; `HINTS` for the others.
-    measured                    sizes to measure candidates at of symbols that rows leave open; `hints` for the others.
+    measured                    variant -> sizes to measure its candidates at, of symbols that rows leave open; `hints` for the
+                                others.
     vllm                        the op of vLLM's that `override_vllm_ops` lets it serve; see `VllmOp`.
     workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
     fallback                    what serves calls that no row does; `reference` if None. See `Fallback`.
@@ -198,7 +199,7 @@ class OpSpec:
     accumulation: float = 0.0
     own_scales: bool = False
     hints: Mapping[str, int] = field(default_factory=dict)
-    measured: Mapping[str, int] = field(default_factory=dict)
+    measured: Callable[[Variant], Mapping[str, int]] | None = None
     fallback: Fallback | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
     workspace: WorkspaceArg | None = None
@@ -281,7 +282,7 @@ class OpSpec:
         return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
 
     def workspace_bytes(self, variant: Variant) -> int:
-        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError for what is no size."""
+        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError unless it is a size."""
         if self.workspace is None:
             return 0
         size = self.workspace.bytes
@@ -315,7 +316,7 @@ class OpSpec:
         return entry
 
     def difference(self, entry: OpEntry) -> str | None:
-        """How an op in a manifest is another than this one, in words; None if it is not. The edges of ladders may differ."""
+        """How an op in a manifest differs from this one; None if it does not. The edges of ladders may differ."""
         mine = self.entry(list(entry["variants"]))
         for name in ("schema", "variants", "workspace"):
             if entry.get(name) != mine.get(name):

@@ -247,8 +247,8 @@ def register(
     function  a `tvm_ffi.Function`, as `tvm_ffi.load_module` and `tvm_ffi.cpp.load_inline` give, or what wraps one, as
               CuteDSL's compiled functions. It is called as it is, without Python, and kept for ever. It launches on the
               stream that it is given, and writes the op's mutated arguments.
-    args      what it is called with (`manifest.FfiArg`); default the op's arguments in order, tensors as DLTensor views
-              (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not; then the op's workspace
+    args      its arguments (`manifest.FfiArg`); by default the op's in order, tensors as DLTensor views (a C++ function takes
+              `tvm::ffi::TensorView`), None for those that the variant does not have; then the op's workspace
     guards    facts (`manifest.Guard`) without which the call goes to the fallback, counted. The function's own checks raise
               instead, and take microseconds to: what a call may have goes here or into `align` of its argument
     stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument" (or as `args`

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hdispatch.cli.main import main
 from hdispatch.compile import configs, measurements
 from hdispatch.compile.op_package import OpPackage
 from hdispatch.errors import BuildError, HdispatchError
-from hdispatch.opspec import OpSpec, TensorArg
+from hdispatch.opspec import IntArg, OpSpec, TensorArg
 from hdispatch.tune import cover, measured, select, timings
 
 SPEC = OpSpec(
@@ -227,6 +228,30 @@ def test_entries_of_other_sizes_stay(tmp_path):
     run(opened(table(64, a=[1] * 4), "a"), tmp_path)
     names = [entry["config"]["name"] for entry in json.loads(path.read_text())]
     assert names == ["a", "a", "kept"]
+
+
+def test_timings_of_other_compiled_in_integers_make_entries_of_their_own(tmp_path):
+    """Entries and times for them stand beside those of the typical variant, and serve their variants alone."""
+    args = (*SPEC.args, IntArg("group", values=(4, 8, 2), minimum=1))
+    spec = replace(SPEC, args=args, shapes=({"K": 64},), typical="float32+group=4")
+    package = toy_package(tmp_path, spec)
+
+    def of(group: int, name: str, times: list[float]) -> list[timings.Timing]:
+        return [line(64, at, name, us, variant=f"float32+group={group}") for at, us in enumerate(times)]
+
+    path = tmp_path / "toy_select" / "nvidia_h200.json"
+    usual, wide = of(4, "a", [1, 2, 3, 4]), [*of(8, "b", [5, 6, 7, 8]), *of(8, "a", [9, 9, 9, 9])]
+    for lines in (usual, wide, usual, [*wide, *usual]):
+        select.select(lines, {"toy_select": package})
+        file, times = configs.read(path, spec), measurements.Measurements(spec, path)
+        for group, name, us in ((4, "a", 2), (2, "a", None), (8, "b", 6)):
+            if name == "b" and len(file.entries) == 1:
+                continue  # not yet
+            variant = spec.variant(f"float32+group={group}")
+            assert [file.pick(spec, {"K": 64}, {"M": edge}, variant).config["name"] for edge in spec.ladder] == [name] * 4
+            found = times.of(variant.name, {"K": 64}, {"M": 2}, {"backend": "triton", "config": {"name": name}})
+            assert (found and found["us"]) == us
+    assert [entry.arguments for entry in file.entries] == [{"group": 8}, {}]
 
 
 def test_the_backend_is_named_where_it_is_not_the_first(tmp_path):

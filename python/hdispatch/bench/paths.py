@@ -29,7 +29,7 @@ PICK_HIDDEN = tuple(1024 * i for i in range(1, 21))
 PICK_EDGES = tuple(2**i for i in range(15))
 PICK_SHAPES = ((1, 1024), (3, 4096), (16, 4096), (100, 5120), (500, 2048), (1000, 8192), (4096, 12288), (8000, 20480))
 PROBE_ROWS, PROBES = 10_000, 500_000
-#: An op with three tensors, and sizes that the table of picks has not.
+#: An op with three tensors, and sizes that are not in the table of picks.
 FUNCTION_OP = "dynamic_per_token_scaled_fp8_quant"
 FUNCTION_SIZES = {"M": 16, "K": 512}
 FUNCTION_CALLS = 100_000

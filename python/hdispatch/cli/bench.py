@@ -206,7 +206,7 @@ def _build_small(options: Any, extra: list[str], folder: Path) -> Any:
 
 
 def describe(result: Any) -> str:
-    """Machine, rows, targets and what was skipped, in words."""
+    """Machine, rows, targets and skipped paths as text."""
     parts = [
         describe_machine(result["machine"]),
         describe_rows(result["rows"], result["machine"]["op"]),

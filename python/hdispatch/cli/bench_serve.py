@@ -46,7 +46,7 @@ is above 1.02 times eager's over all steps or at any one. Ratios have their nois
 
 #: At most this times the error of vLLM's own layers, over all steps and at each.
 ACCURATE = 1.02
-#: Errors of logits, as `serve_accuracy.Errors` names them -> in words.
+#: Errors of logits: name in `serve_accuracy.Errors` -> text.
 ERRORS = {"relative": "relative error", "kl": "KL divergence"}
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import BuildError
 from ..manifest import artifacts_of
@@ -187,28 +186,31 @@ def _units(package: OpPackage, file: configs.ConfigFile, chosen: Selection, note
         if wrong := {symbol: value for symbol, value in shape.items() if not 1 <= value < 2**32}:
             raise BuildError(f"{spec.name}: the shape {shape} has {wrong}; sizes are 1 to {2**32 - 1}")
     buckets = list(chosen.buckets(spec)) if chosen.buckets else list(range(spec.ladders.count))
-    rows: dict[bytes, list[tuple[dict[str, int], int]]] = {}
-    picked: dict[bytes, tuple[str, dict[str, int], dict[str, Any]]] = {}
+    return [unit for variant in variants for unit in _units_of(package, file, variant, shapes, buckets)]
+
+
+def _units_of(
+    package: OpPackage, file: configs.ConfigFile, variant: str, shapes: Sequence[dict[str, int]], buckets: Sequence[int]
+) -> Iterator[Unit]:
+    """The units of a variant. Of rows with the same sizes, as of shapes that differ in an open one, the first counts."""
+    spec = package.spec
+    fitting = file.for_variant(spec.variant(variant)).without_arguments()
+    units: dict[bytes, Unit] = {}
+    taken: set[Row] = set()
     for shape in shapes:
         for bucket in buckets:
-            entry = file.pick(spec, shape, spec.ladders.edges(bucket))
-            backend = entry.backend or backends[0]
+            entry = fitting.pick(spec, shape, spec.ladders.edges(bucket))
+            backend = entry.backend or package.backends[0]
             generic = () if backend == configs.NO_ROW else package.generic[backend]
             known = {symbol: size for symbol, size in shape.items() if symbol not in generic}
+            row = tuple(sorted(spec.row_shape(variant, shape).items())), bucket
+            if row in taken:
+                continue
+            taken.add(row)
             key = store.canonical([backend, known, entry.config])
-            picked[key] = backend, known, entry.config
-            rows.setdefault(key, []).append((shape, bucket))
-    units: list[Unit] = []
-    for variant in variants:
-        taken: set[Row] = set()
-        for key, (backend, known, config) in picked.items():
-            plain = [(tuple(sorted(spec.row_shape(variant, shape).items())), bucket) for shape, bucket in rows[key]]
-            own = tuple(row for row in dict.fromkeys(plain) if row not in taken)
-            taken.update(own)
-            if own:
-                served = tuple(sorted({bucket for _, bucket in own}))
-                units.append(Unit(package.package, backend, variant, known, config, served, own))
-    return units
+            unit = units.get(key) or Unit(package.package, backend, variant, known, entry.config, (), ())
+            units[key] = replace(unit, buckets=tuple(sorted({*unit.buckets, bucket})), rows=(*unit.rows, row))
+    yield from units.values()
 
 
 def _keys(op: str, unit: Unit) -> Iterator[tuple[str, str, int, int, int]]:

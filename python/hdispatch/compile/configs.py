@@ -7,9 +7,12 @@ the op's kernels the config is for, if not the first. `"without": "cutedsl"` mar
 others where that backend is not installed. `"backend": "fallback"`, with the config {}, says that no row serves those buckets:
 their calls run the op's fallback, which is faster there.
 
-vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves, what the op's `foreign_key`
-knows, and integer arguments that are compiled in (`group_size`): such an entry is for the variants with that value. Before
-0.33 a file was an object of configs by keys in one string, `hidden_size_4096_num_tokens_16`. Their configs are Helion's.
+A key may also name integer arguments that are compiled in (`group_size`): such an entry is for the variants with that value,
+and before others for the same sizes.
+
+vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves and what the op's `foreign_key`
+knows. Before 0.33 a file was an object of configs by keys in one string, `hidden_size_4096_num_tokens_16`. Their configs are
+Helion's.
 """
 
 from __future__ import annotations
@@ -88,9 +91,17 @@ class ConfigFile:
         return ConfigFile(self.path, tuple(stand_ins + kept) or tuple(usual))
 
     def for_variant(self, variant: Variant) -> ConfigFile:
-        """The file without the entries that are for other values of compiled-in arguments; if that leaves none, with them."""
+        """The file without the entries that are for other values of compiled-in arguments; if that leaves none, with them.
+
+        Those for this variant's values come first, so that of entries for the same sizes one of them is picked.
+        """
         kept = [e for e in self.entries if all(variant.static.get(name) == value for name, value in e.arguments.items())]
+        kept.sort(key=lambda entry: -len(entry.arguments))
         return ConfigFile(self.path, tuple(kept) or self.entries)
+
+    def without_arguments(self) -> ConfigFile:
+        """The file with entries that serve every variant: of one that `for_variant` gave."""
+        return ConfigFile(self.path, tuple(replace(entry, arguments={}) for entry in self.entries))
 
     def require_backends(self, backends: Collection[str]) -> None:
         """BuildError, naming the entry, if one is for a backend that is not among the op's, or stands in for such a one."""
@@ -113,8 +124,7 @@ class ConfigFile:
         if not self.entries:
             raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
         if any(entry.arguments for entry in self.entries):
-            fitting = self.for_variant(variant or spec.typical_variant())
-            return ConfigFile(self.path, tuple(replace(e, arguments={}) for e in fitting.entries)).pick(spec, shape, edges)
+            return self.for_variant(variant or spec.typical_variant()).without_arguments().pick(spec, shape, edges)
         symbols = [symbol for symbol in spec.config_key.values() if symbol in KEY_SYMBOLS[1:]]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
@@ -145,8 +155,8 @@ def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEnt
 def read(path: Path, spec: OpSpec) -> ConfigFile:
     """Reads and checks a file of one of vLLM's formats or ours.
 
-    BuildError, naming the file and the entry, for one that holds anything else: a key that the op has not, a field, backend
-    or size that there is not, a name or key twice, what is no number, deep nesting.
+    Raises BuildError, naming the file and the entry, for one that holds anything else: a key, field, backend or size that does
+    not exist, a name or key twice, a value that is no number, deep nesting.
     """
     try:
         data = parse(path.read_bytes())

@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from ..errors import BuildError
 from ..manifest import Record, Tuned
-from ..opspec import KEY_SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
 from ..typed_json import Mismatch, check, parse
 
 
@@ -42,9 +42,11 @@ class Measurements:
 
     def __init__(self, spec: OpSpec, path: Path) -> None:
         """BuildError if there is a file and it cannot be read."""
+        self.spec = spec
         self.named = set(spec.config_key.values()) & set(KEY_SYMBOLS) - {"M"}
         self.variants: frozenset[str] = frozenset()
-        self.times: dict[tuple[tuple[str, int], ...], _Time] = {}
+        #: By sizes; each with the values of compiled-in arguments that it is for.
+        self.times: dict[tuple[tuple[str, int], ...], list[tuple[dict[str, int], _Time]]] = {}
         if not (file := companion(path)).is_file():
             return
         try:
@@ -52,8 +54,9 @@ class Measurements:
             check(data, _Companion)
             self.variants = frozenset(data["variants"])
             for time in data["times"]:
-                sizes = {spec.config_key.get(name, name): size for name, size in time["key"].items()}
-                self.times[tuple(sorted(sizes.items()))] = time
+                known = {spec.config_key.get(name, name): size for name, size in time["key"].items()}
+                static = {arg.name: known.pop(arg.name) for arg in spec.args if _is_compiled_in(arg) and arg.name in known}
+                self.times.setdefault(tuple(sorted(known.items())), []).append((static, time))
         except (OSError, ValueError, Mismatch) as error:
             raise BuildError(
                 f"cannot read the measurements in {file}: {str(error).lstrip('.')}; select once more, or remove it"
@@ -62,10 +65,18 @@ class Measurements:
     def of(self, variant: str, shape: Mapping[str, int], edges: Mapping[str, int], record: Record) -> Tuned | None:
         """The times of a row's record at its bucket's upper edges; None if this variant or config was not measured."""
         sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | dict(edges)
-        time = self.times.get(tuple(sorted(sizes.items())))
-        if time is None or variant not in self.variants:
+        if variant not in self.variants:
             return None
+        values = self.spec.variant(variant).static.items()
+        fitting = [found for found in self.times.get(tuple(sorted(sizes.items())), ()) if found[0].items() <= values]
+        if not fitting:
+            return None
+        _, time = max(fitting, key=lambda found: len(found[0]))
         if (time["backend"], time["config"]) != (record["backend"], record["config"]):
             return None
         others = {name: us for name, us in time.get("backends", {}).items() if name != record["backend"]}
         return {"us": time["us"], "others": others}
+
+
+def _is_compiled_in(arg: object) -> bool:
+    return isinstance(arg, IntArg) and arg.values is not None

@@ -52,8 +52,9 @@ def points_of(package: OpPackage, scope: Scope, *, measured: bool = True) -> lis
 def sizes_of(point: Point) -> dict[str, int]:
     """All sizes to measure a point at, the buckets' edges included: open ones as the spec says."""
     spec = point.op.spec
-    hinted = {symbol: spec.measured.get(symbol, spec.hint(symbol)) for symbol in spec.symbols() if symbol != "M"}
-    return {**hinted, **dict(point.row), **spec.ladders.edges(point.bucket)}
+    hinted = {symbol: spec.hint(symbol) for symbol in spec.symbols() if symbol != "M"}
+    measured = spec.measured(spec.variant(point.variant)) if spec.measured else {}
+    return {**hinted, **measured, **dict(point.row), **spec.ladders.edges(point.bucket)}
 
 
 def _items(sizes: Mapping[str, int]) -> tuple[tuple[str, int], ...]:

@@ -18,7 +18,7 @@ from ..compile.store import write_atomic
 from ..compile.target import short_name
 from ..compile.versions import OPTIONAL
 from ..errors import BuildError
-from ..opspec import KEY_SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured
 from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
@@ -65,7 +65,8 @@ def select(
     out        the folder is `<out>/<op>`; None: the op's own folder of configs
     limit      the regret that is allowed, 0.02 being 2 %
 
-    Entries of a file for sizes that the timings do not have are kept. Where configs of an optional backend were chosen, the
+    Entries of a file for sizes that the timings do not have are kept. Timings of variants whose compiled-in integers are not
+    the typical variant's make entries for those alone, beside the others. Where configs of an optional backend were chosen, the
     best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend, bucket or size that
     there is not, for an op without one right candidate, or a limit that is negative.
     """
@@ -85,8 +86,17 @@ def select(
         own = [timing for timing in timings if timing["op"] == op]
         package = packages[op]
         path = (out / op if out else package.configs) / f"nvidia_{short_name(gpus[0])}.json"
-        reports.append(_select_op(package.spec, own, path, package.backends[0], limit, write))
+        for arguments in sorted({_arguments(package.spec, timing["variant"]) for timing in own}):
+            group = [timing for timing in own if _arguments(package.spec, timing["variant"]) == arguments]
+            reports.append(_select_op(package.spec, group, path, package.backends[0], limit, write, dict(arguments)))
     return reports
+
+
+def _arguments(spec: OpSpec, variant: str) -> tuple[tuple[str, int], ...]:
+    """The integers of a variant that are compiled in and not those of the typical one."""
+    static, usual = spec.variant(variant).static, spec.typical_variant().static
+    names = [arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None]
+    return tuple((name, int(static[name])) for name in names if name in static and static[name] != usual.get(name))
 
 
 def refusal(packages: Mapping[str, OpPackage]) -> Refusal:
@@ -127,7 +137,13 @@ def _refused_sizes(spec: OpSpec, timing: Timing) -> str | None:
 
 
 def _select_op(
-    spec: OpSpec, timings: Sequence[Timing], path: Path, default_backend: str, limit: float, write: bool
+    spec: OpSpec,
+    timings: Sequence[Timing],
+    path: Path,
+    default_backend: str,
+    limit: float,
+    write: bool,
+    arguments: dict[str, int],
 ) -> OpReport:
     measured = Measured(spec, timings)
     if not measured.regrets:
@@ -137,9 +153,14 @@ def _select_op(
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
     for backend in OPTIONAL:
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
-    shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key[k] in KEY_SYMBOLS[1:]} for e in entries]
+    for entry in entries:
+        entry["key"] |= arguments
+    shapes = [
+        {spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in KEY_SYMBOLS[1:]} for e in entries
+    ]
     present = configs.read(path, spec).entries if path.exists() else ()
-    others = [entry.raw for entry in present if entry.shape not in shapes]  # the default is the row for any size
+    # The default is the row for any size.
+    others = [entry.raw for entry in present if entry.shape not in shapes or entry.arguments != arguments]
     if others:
         notes.append(f"{len(others)} entries for sizes without timings are kept as they were")
     regrets = [choice.regret for choice in chosen.values()]
@@ -162,8 +183,8 @@ def _select_op(
     )
     if write:
         write_atomic(path, _text([*entries, *others]).encode())
-        tuned = json.dumps(_companion(spec, timings, measured, chosen, report, limit), indent=1, ensure_ascii=False) + "\n"
-        write_atomic(companion(path), tuned.encode())
+        found = _beside(spec, _companion(spec, timings, measured, chosen, report, limit), companion(path), arguments)
+        write_atomic(companion(path), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return report
 
 
@@ -226,6 +247,23 @@ def _text(entries: Sequence[Mapping[str, Any]]) -> str:
     """One entry per line."""
     lines = [json.dumps(entry, ensure_ascii=False) for entry in entries]
     return "[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n"
+
+
+def _beside(spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[str, int]) -> dict[str, Any]:
+    """A new companion with the times for other values of compiled-in arguments that the present one has.
+
+    What else it says is of the typical variant's timings, where there are some.
+    """
+    times = [{**time, "key": time["key"] | arguments} for time in found["times"]]
+    if not path.is_file():
+        return {**found, "times": times}
+    present: dict[str, Any] = json.loads(path.read_bytes())
+    names = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
+    kept = [time for time in present["times"] if {n: v for n, v in time["key"].items() if n in names} != arguments]
+    if not kept:
+        return {**found, "times": times}
+    variants = sorted({*present["variants"], *found["variants"]})
+    return {**(present if arguments else found), "variants": variants, "times": [*kept, *times]}
 
 
 def _companion(
