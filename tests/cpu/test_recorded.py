@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -360,13 +361,13 @@ def test_lookup_is_by_kernel_source_key_and_device():
             """Stands for a kernel."""
 
     name = f"{Kernel.fn.__module__}.{Kernel.fn.__qualname__}"
-    made: Any = object()
-    recorded.serve(5, {(name, "hash", "key"): made})
+    made: Any = types.SimpleNamespace(prepared=None)
+    recorded.serve(-5, {(name, "hash", "key"): made})
     try:
-        assert recorded.lookup(Kernel, "key", 5) is made
-        assert recorded.lookup(Kernel, "other", 5) is None
-        assert recorded.lookup(Kernel, "key", 4) is None
+        assert recorded.lookup(Kernel, "key", -5) is made
+        assert recorded.lookup(Kernel, "other", -5) is None
+        assert recorded.lookup(Kernel, "key", -4) is None
         Kernel.cache_key = "edited"
-        assert recorded.lookup(Kernel, "key", 5) is None
+        assert recorded.lookup(Kernel, "key", -5) is None
     finally:
-        recorded.serve(5, {})
+        recorded.serve(-5, {})

@@ -203,7 +203,7 @@ def describe(report: BuildReport) -> str:
     lines = [
         f"{report.out}: {count(report.rows, 'row')}{recorded} for {report.target.name} ({report.target.arch})",
         f"  {made}, {size(report.bytes)}",
-        f"  {report.seconds:.1f} s, {report.seconds / max(report.rows, 1):.3f} s per row",
+        f"  {report.seconds:.1f} s" + (f", {report.seconds / report.rows:.3f} s per row" if report.rows else ""),
         f"  sha256 {report.sha256}",
         *(f"  note: {note}" for note in report.notes),
         f"next: hdispatch inspect {report.out}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,7 @@ def to_json(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
         "target": manifest["target"],
         "tools": {"hdispatch": manifest["hdispatch"], **manifest["tools"]},
         "ops": manifest["ops"],
+        "recorded": dict(_recorded(manifest)),
         "rows": [_row_facts(manifest, number) for number in numbers],
         "totals": totals(manifest, numbers),
     }
@@ -174,12 +176,18 @@ def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[in
         f"target  {target['name']}: {target['arch']}, {target['sm_count']} SMs, {shared} shared memory per block",
         f"tools   hdispatch {manifest['hdispatch']}, {tools}",
         *(f"op      {manifest['ops'][op]['schema']}: {count(rows, 'row')}" for op, rows in counts.items() if rows),
+        *(f"triton  {kernel}: {count(each, 'recorded specialization')}" for kernel, each in _recorded(manifest).items()),
         "",
         table(HEADER, [_cells(_row_facts(manifest, number)) for number in numbers], left=4),
         "",
         describe_totals(totals(manifest, numbers)),
     ]
     return "\n".join(lines)
+
+
+def _recorded(manifest: Manifest) -> Counter[str]:
+    """How many specializations of each recorded kernel there are."""
+    return Counter(entry["kernel"] for entry in manifest.get("recorded", []))
 
 
 HEADER = (

@@ -68,7 +68,8 @@ def build_recorded(
     found.cached = len(made)
     chunks = _chunks(lines, [index for index in range(len(lines)) if index not in made])
     if progress and chunks:
-        progress(len(made), len(lines), f"compiling recorded kernels of {len({line['module'] for line in lines})} modules")
+        modules = len({line["module"] for line in lines})
+        progress(len(made), len(lines), f"compiling recorded kernels of {modules} module{'s' if modules > 1 else ''}")
 
     def ask(position: int) -> list[Made]:
         chunk = [lines[index] for index in chunks[position]]

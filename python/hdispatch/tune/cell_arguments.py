@@ -27,7 +27,8 @@ class CellArguments:
         self.device = device
         spec = self.spec = registry.spec(cell["op"])
         self.variant = spec.variant(cell["variant"])
-        every = {symbol: spec.measured.get(symbol, spec.hint(symbol)) for symbol in CALL_SYMBOLS}
+        measured = spec.measured(self.variant) if spec.measured else {}
+        every = {symbol: measured.get(symbol, spec.hint(symbol)) for symbol in CALL_SYMBOLS}
         every |= {"K": cell["K"], "N": cell["N"]}
         sizes = {symbol: every[symbol] for symbol in spec.symbols() if symbol != "M"}
         if spec.second is not None:
