@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import types
@@ -287,6 +288,35 @@ def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd,
     assert manifest["target"]["arch"] == "sm_80"
 
 
+HELION = """
+import hdispatch, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import MockTensor
+with hdispatch.record({file!r}):
+    from returned_square.helion import KERNEL
+    with FakeTensorMode():
+        x = torch.empty(64, 256, dtype=torch.float16, device="cuda")
+    bound = KERNEL._bind_isolated((x,))
+    host = bound.compile_config(bound.config_spec.default_config())
+    made = host.__globals__.values()
+    kernel = next(value for value in made if hasattr(value, "cache_key") and hasattr(value, "params"))
+    p = MockTensor(torch.float16)
+    given = [1 if each.is_constexpr else p if each.name in ("x", "out") else 64 for each in kernel.params]
+    kernel.warmup(*given, grid=(1,), num_warps=4)
+"""
+
+
+def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, tmp_path):
+    support = str(Path(__file__).parents[1] / "support")
+    text = DESCRIBED.format(gpu="h200") + HELION.format(file=str(tmp_path / "r.jsonl"))
+    generated = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "HELION_CACHE_DIR": str(tmp_path / "helion")}
+    done = python(project, text, PYTHONPATH=support, **generated)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "inductor")
+    report = build([], "h100", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"], jobs=1)
+    assert (report.recorded, report.notes) == (1, [])
+
+
 # ---- files ----
 
 
@@ -321,8 +351,6 @@ def test_an_empty_recording_and_one_that_cannot_be_written(tmp_path):
 
 def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
     """A copy with another manifest, whose checksum fits."""
-    import shutil
-
     from hdispatch.manifest import CHECKSUM_NAME, checksum_line
 
     shutil.copytree(bundle, out)
