@@ -13,6 +13,7 @@ if _problem := _extension.problem():
     _extension.refuse(_problem)
 
 from . import ops, registry
+from .adopted import adopt, adopting, unadopt
 from .errors import (
     ArgumentError,
     BuildError,
@@ -48,6 +49,8 @@ __all__ = [
     "Registration",
     "Replays",
     "Sequence",
+    "adopt",
+    "adopting",
     "attention",
     "explain",
     "load",
@@ -63,4 +66,5 @@ __all__ = [
     "set_strict",
     "stats",
     "strict",
+    "unadopt",
 ]
