@@ -18,7 +18,7 @@ from ..compile.store import write_atomic
 from ..compile.target import short_name
 from ..compile.versions import OPTIONAL
 from ..errors import BuildError
-from ..opspec import SYMBOLS, IntArg, OpSpec
+from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured
 from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
@@ -155,7 +155,9 @@ def _select_op(
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
     for entry in entries:
         entry["key"] |= arguments
-    shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in SYMBOLS[1:]} for e in entries]
+    shapes = [
+        {spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in KEY_SYMBOLS[1:]} for e in entries
+    ]
     present = configs.read(path, spec).entries if path.exists() else ()
     # The default is the row for any size.
     replaced = [e for e in present if e.shape in shapes and e.arguments == arguments and not _is_unmeasured(spec, choices, e)]
