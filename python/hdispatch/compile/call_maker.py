@@ -96,6 +96,11 @@ class CallMaker:
         call.args = self._args(call.mode, leaf, real)
         return call
 
+    def helion_args(self, hint: int) -> tuple[object, ...]:
+        """The arguments of a symbolic call as Helion takes them: it makes symbols of integers and floats itself."""
+        args = self.symbolic(hint, floats=False).args
+        return tuple(arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in args)
+
     def concrete(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> Call:
         """A call with everything known, as `leaf_values` says."""
         mode = FakeTensorMode()

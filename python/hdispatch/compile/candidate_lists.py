@@ -104,7 +104,7 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     calls = importlib.import_module(f"{__package__}.call_maker")
     spec = load_spec(question.package)
     maker = calls.CallMaker(spec, spec.variant(question.variant), shape)
-    config_spec = module.KERNEL._bind_isolated(maker.symbolic(HINT, floats=False).args).config_spec
+    config_spec = module.KERNEL._bind_isolated(maker.helion_args(HINT)).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]
     found = [dict(seed) for seed in seeds]

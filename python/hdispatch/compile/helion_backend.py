@@ -45,9 +45,7 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
     it asks for becomes guards of the record.
     """
     kernel = _configured(module, config)
-    # Helion makes symbols of integers itself, and takes no others.
-    args = [arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in maker.symbolic(hint, floats=False).args]
-    bound = kernel._bind_isolated(tuple(args))
+    bound = kernel._bind_isolated(maker.helion_args(hint))
     compiled = bound.compile_config(kernel.configs[0])
     check = getattr(module, "check", None)
 
