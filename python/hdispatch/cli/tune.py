@@ -20,6 +20,7 @@ from .text import Progress, count, duration, print_json, size, split, table
 if TYPE_CHECKING:
     from ..tune.candidates import Dropped
     from ..tune.collect import CandidateReport
+    from ..tune.farm import Farm
     from ..tune.points import Scope
     from ..tune.select import OpReport
 
@@ -121,7 +122,24 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="seconds after which a candidate's step, its check and capture or one of its times, counts as hung (default: 60)",
     )
+    _add_farm(parser)
     parser.set_defaults(run=run_measure)
+
+
+def _add_farm(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gpus",
+        metavar="N",
+        type=numbers.whole,
+        help="GPUs to measure on at once (default: one; with --ray all of the cluster)",
+    )
+    parser.add_argument(
+        "--ray",
+        metavar="ADDRESS",
+        nargs="?",
+        const="",
+        help="measure on the GPUs of a Ray cluster: at ADDRESS, else $RAY_ADDRESS, else one that runs here, else a new one",
+    )
 
 
 def _add_select(parser: argparse.ArgumentParser) -> None:
@@ -259,14 +277,22 @@ def _candidates_json(report: CandidateReport) -> dict[str, Any]:
 
 def run_measure(arguments: argparse.Namespace) -> int:
     """Measure and say what was wrong."""
-    from ..bench.machine import describe
+    from ..bench.machine import measured_with
     from ..tune import measure
 
-    machine = describe()
-    versions = {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
     options = measure.Options(split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
     with timed_progress() as progress:
-        report = measure.measure(arguments.bundle, arguments.out, options, versions=versions, progress=progress)
+        report = measure.measure(
+            arguments.bundle,
+            arguments.out,
+            options,
+            farm=_farm(arguments),
+            versions=measured_with,
+            progress=progress,
+            say=lambda line: print(line, file=sys.stderr),
+        )
+    for note in report.notes:
+        print(note)
     for failure in report.failures:
         print(f"not timed: {failure}")
     print(
@@ -276,6 +302,26 @@ def run_measure(arguments: argparse.Namespace) -> int:
     if report.left:
         print("the same command again goes on")
     return 0
+
+
+def _farm(arguments: argparse.Namespace) -> Farm:
+    """The GPUs that --ray and --gpus ask for."""
+    if arguments.ray is None:
+        from ..tune.farm import LocalFarm
+
+        return LocalFarm(arguments.gpus)
+    with ray_wing():
+        from ..tune.farm_ray import RayFarm
+    return RayFarm(arguments.ray or None, arguments.gpus)
+
+
+@contextmanager
+def ray_wing() -> Iterator[None]:
+    """For imports that need ray: an `ImportError` inside says how to install it."""
+    try:
+        yield
+    except ImportError as error:
+        raise HdispatchError(f"--ray needs ray: {error}; install it: pip install 'hdispatch[ray]'") from error
 
 
 # ---- select ----

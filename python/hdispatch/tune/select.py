@@ -21,7 +21,7 @@ from ..errors import BuildError
 from ..opspec import SYMBOLS, IntArg, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured
-from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
+from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault, unlike_cards
 
 
 @dataclass
@@ -77,6 +77,8 @@ def select(
     gpus = sorted({timing["gpu"] for timing in timings})
     if len(gpus) > 1:
         raise BuildError(f"the timings are of {gpus}; select for one GPU at a time")
+    if cards := unlike_cards(timings):
+        raise BuildError(f"the timings are of unlike cards, {' and '.join(cards)}; select for one at a time")
     refused = refusal(packages)
     for timing in timings:
         if (why := fault(timing) or refused(timing)) is not None:
