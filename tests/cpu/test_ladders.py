@@ -14,7 +14,7 @@ import pytest
 import torch
 from hdispatch import _C, BundleError, HdispatchError, Key
 from hdispatch.cli.main import main
-from hdispatch.cli.tune import _chosen_buckets
+from hdispatch.cli.tune_options import chosen_buckets
 from hdispatch.compile import build, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
@@ -23,6 +23,7 @@ from hdispatch.opspec import IntArg
 from hdispatch.testing import null
 from hdispatch.tune import collect, device, measure, select, timings
 from hdispatch.tune.candidates import read_candidates
+from hdispatch.tune.card import Card
 from two_ladders.spec import LADDER, LENGTHS, SPEC
 
 NAME = SPEC.name
@@ -418,9 +419,9 @@ class FakeDevice(device.Device):
         """As told."""
         return Timer(self.us)
 
-    def describe(self) -> str:
+    def card(self) -> Card:
         """A GPU that has a config file."""
-        return "NVIDIA H200"
+        return {"name": "NVIDIA H200"}
 
 
 def wanted_chunk(edges: dict[str, int]) -> int:
@@ -472,4 +473,4 @@ def test_timings_that_are_refused(change, words):
 
 
 def test_only_some_buckets_of_m():
-    assert list(_chosen_buckets(["16", "4"])(SPEC)) == [6, 7, 8, 3, 4, 5]
+    assert list(chosen_buckets(["16", "4"])(SPEC)) == [6, 7, 8, 3, 4, 5]
