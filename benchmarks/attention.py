@@ -224,7 +224,7 @@ class Case:
 
 
 def paths(case: Case, peers: Peers) -> dict[str, Callable[[int], Call]]:
-    """What is timed of a cell: a call for each layer, by name."""
+    """The paths of a cell that are timed, by name: one call for each layer."""
     found: dict[str, Callable[[int], Call]] = {OURS: case.ours}
     metadata = case.metadata(peers.fa3) if peers.fa3 else None
     if metadata is not None:
@@ -352,7 +352,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def verdicts(rows: list[dict[str, Any]], host_us: dict[str, float]) -> list[dict[str, Any]]:
-    """What is asked for, what was measured, and whether that is met; None where no peer was there."""
+    """Each target, the measured value, and whether it is met; None without a peer to compare with."""
     absent, rows = [row for row in rows if "no_row" in row], [row for row in rows if "no_row" not in row]
     ratios = [row["ratio"] for row in rows if row["ratio"]]
     short = [r["ratio"] for r in rows if r["ratio"] and r["cell"]["batch"] <= 8 and r["cell"]["context"] <= 1024]
@@ -381,6 +381,7 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--vllm", default="", help="folders with vllm and what it imports, with colons")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--queries", type=int, nargs="+", default=QUERIES, choices=QUERIES, help="of each request")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no cell after that")
     given = parser.parse_args()
@@ -393,7 +394,7 @@ def main() -> int:
     pool = torch.empty(MOST, dtype=torch.bfloat16, device="cuda").normal_()
     cells = [
         Cell(heads, kv_heads, batch, context, queries)
-        for queries in QUERIES for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
+        for queries in given.queries for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
     ]  # fmt: skip
     print(
         f"{torch.cuda.get_device_name()}, us per call, K and V from memory; ratios: best peer / hdispatch, vLLM's half / ours"

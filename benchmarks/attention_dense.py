@@ -39,7 +39,7 @@ OURS = "hdispatch"
 PEERS = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
 #: How much slower than torch a bucket may be and keep its row.
 LOSS = 1.02
-#: What an output may differ by from float32's.
+#: Largest difference of an output from the float32 reference.
 TOLERANCE = 1e-2
 Call = Callable[[], object]
 

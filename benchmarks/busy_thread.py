@@ -1,4 +1,4 @@
-"""What a launch takes while another Python thread is busy: every door of hdispatch beside torch.add, in one run.
+"""Host time of a launch while another Python thread is busy: every door of hdispatch beside torch.add, in one run.
 
 A launch gives the GIL away, so that a full launch queue stops nobody, and asks for it again. Prints for each path the
 median and quartiles of single calls, alone and beside a thread that computes without a pause, and their ratio; the

@@ -22,7 +22,7 @@ from hdispatch.bench.machine import describe, package_version
 from hdispatch.compile import BuildReport, build
 from hdispatch.manifest import LIBRARY, read_bundle
 
-#: What the figures are about.
+#: The ops that are built.
 LEAST_ROWS = 50
 
 

@@ -1,4 +1,4 @@
-"""What a launch costs in a sequence: all layers of a decoder as one call, against the same ops called from Python.
+"""Host time of a launch in a sequence: all layers of a decoder as one call, against the same ops called from Python.
 
 Host time per launch, enqueue only, in ns: median and quartiles over rounds in random order. With --driver null (the default
 where there is no GPU) everything but the driver call; with cuda also a C loop of bare launches, the floor.
@@ -12,6 +12,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,9 @@ import hdispatch
 import torch
 from hdispatch import _C
 from hdispatch.bench import machine
-from hdispatch.bench.decoder import Layers, Shape
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.decoder import Layers, Shape
 
 ROUNDS, CALLS = 30, 4
 FLOOR_OP = "rms_norm_dynamic_per_token_quant"

@@ -29,10 +29,10 @@ import torch
 from hdispatch.bench import serve_model
 from hdispatch.bench.machine import describe
 from hdispatch.bench.serve import MODES
-from hdispatch.bench.serve_worker import CAPTURE_SIZES, Setup, environment
+from hdispatch.bench.serve_worker import CAPTURE_SIZES, EngineOptions, environment
 
 INPUT, OUTPUT = 512, 600
-#: What the server and its benchmark import beside vLLM's engine.
+#: Modules that the server and its benchmark import besides vLLM's engine.
 MODULES = (
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.launchers.api_server.entry",
@@ -45,7 +45,7 @@ VLLM = (sys.executable, "-m", "vllm.entrypoints.cli.main")
 
 
 def missing_packages() -> list[str]:
-    """What of MODULES cannot be imported, and why: each in a process of its own, as the server would be."""
+    """The MODULES that cannot be imported, and why. Each is tried in its own process, as the server would import it."""
     found = []
     for name in MODULES:
         done = subprocess.run([sys.executable, "-c", f"import {name}"], capture_output=True, text=True, check=False)
@@ -96,7 +96,7 @@ def server(mode: str, model: Path, options: argparse.Namespace, log: Path) -> It
         port = free.getsockname()[1]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches, log.open("wb") as output:
         served = MODES[mode.removesuffix("+ngram")][1]
-        setup = Setup(mode, "", served, "", "", str(options.bundle.resolve()), options.ranks, 0, None, 0)
+        setup = EngineOptions(mode, "", served, "", "", str(options.bundle.resolve()), options.ranks, 0, None, 0)
         variables = environment(setup, Path(caches)) | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
         began = time.monotonic()
         process = subprocess.Popen(

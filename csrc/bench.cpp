@@ -4,6 +4,7 @@
 #include <chrono>
 #include <random>
 
+#include "cubin_launcher.h"
 #include "tensor_view.h"
 
 namespace hdispatch {
@@ -90,7 +91,7 @@ double bench_probe_ns(uint32_t rows, uint32_t count) {
   std::vector<Row> made(rows);
   for (uint32_t i = 0; i < rows; ++i)
     made[i] = {make_key(static_cast<uint16_t>(i % 16), static_cast<uint16_t>(i / 16 % 8), i / 128 * 128 + 2048, 0,
-                        static_cast<uint16_t>(i % 14), kDeviceClass),
+                        static_cast<uint16_t>(i % 14)),
                nullptr, i};
   // i % 16, i / 16 % 8 and i / 128 tell all rows apart.
   const LaunchTable table(made);

@@ -8,7 +8,7 @@
 namespace hdispatch {
 
 /// ns per call of a C loop of `count` bare driver calls with the function, grid and parameters of `call`, on torch's
-/// current stream: the floor that every other path is held against. `pdl` = false leaves the launch attributes out.
+/// current stream: the floor that every other path is compared with. `pdl` = false leaves the launch attributes out.
 /// Throws kMiss if no row serves the call.
 double bench_launch_ns(const Op& op, Call& call, uint32_t count, bool pdl);
 

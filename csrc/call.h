@@ -45,12 +45,17 @@ struct Call {
   /// By argument index; entries of scalars are not set. After the arguments the op's workspace, once a row has it.
   TensorView tensors[kMaxArgs + 1];
   double scalars[kMaxArgs];  ///< by argument index; floats
-  /// By argument index; integers, flags; 1 for what is given and served as None only; a string's position among its
+  /// By argument index; integers, flags; for a kNone argument 1 if a value was passed; a string's position among its
   /// argument's values, or -1.
   int64_t integers[kMaxArgs];
   Text texts[kMaxArgs];  ///< by argument index; strings, for messages
   /// M, K, N; 1 for sizes that are literal; then the op's quotients. Set by Op::bind.
   int64_t sizes[kSymbols + 1 + kMaxDerived];
 };
+
+/// Wraps: only the sizes of a tensor without elements have a product beyond int64.
+inline int64_t times(int64_t a, int64_t b) noexcept {
+  return static_cast<int64_t>(static_cast<uint64_t>(a) * static_cast<uint64_t>(b));
+}
 
 }  // namespace hdispatch

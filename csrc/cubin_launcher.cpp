@@ -152,7 +152,7 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
   check_params(driver, code, cubin, param_bytes);
 }
 
-/// Holds the sizes that the loaded code declares against the record: the last defence against ABI drift.
+/// Compares the sizes that the loaded code declares with the record's: the last defence against ABI drift.
 void CubinLauncher::check_params(const Driver& driver, const Code& code, const Cubin& cubin,
                                  const std::vector<uint32_t>& param_bytes) {
   if (!driver.function_param_info) return;
@@ -250,19 +250,7 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
 }
 
 LaunchResult CubinLauncher::launch(const Call& call, CUstream stream) const noexcept {
-  Block block;  // deliberately not initialised: `fill` writes what is read
-  const LaunchResult result = fill(call, stream, block);
-  if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
-  PendingWrites* pending = this->pending(stream);
-  bool is_early = pending && !record_.early.empty() && has_pdl(block.config);
-  if (is_early && HD_UNLIKELY(!may_begin_early(call, *pending))) {
-    leave_out_pdl(block.config);
-    is_early = false;
-  }
-  const CUresult answer = launch_(&block.config, block.function, block.params, nullptr);
-  if (HD_UNLIKELY(answer != kCudaSuccess)) return {LaunchStatus::kDriver, answer};
-  if (pending) note_writes(call, *pending, is_early);
-  return result;
+  return launch_once(*this, call, stream);
 }
 
 std::string CubinLauncher::reason(const LaunchResult& result) const {

@@ -1,8 +1,8 @@
 // cubin_launcher.h -- a record and a call -> argument block on the stack -> cuLaunchKernelEx.
 //
 // Generic and data-driven: one launcher serves every op and every DSL that yields a cubin. Built at load (`prepare`
-// looks the functions up, opts into large shared memory and holds the driver's own parameter sizes against the
-// record), then frozen: `launch` is const, allocates nothing, and may run on any number of threads.
+// looks the functions up, opts into large shared memory and compares the driver's own parameter sizes with the
+// record's), then frozen: `launch` is const, allocates nothing, and may run on any number of threads.
 #pragma once
 
 #include <array>
@@ -18,11 +18,7 @@
 
 namespace hdispatch {
 
-/// Whether a launch has the PDL attribute, which is the first one then.
-inline bool has_pdl(const LaunchConfig& config) noexcept {
-  return config.attribute_count && config.attributes->id == kAttributeProgrammaticStreamSerialization;
-}
-
+/// Takes the PDL attribute from a launch that has it: `prepare` puts it first.
 inline void leave_out_pdl(LaunchConfig& config) noexcept {
   ++config.attributes;
   --config.attribute_count;
@@ -59,6 +55,19 @@ class CubinLauncher final : public Launcher {
     TensorMap maps[kMaxTensorMaps];
   };
   LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
+  /// Hands a filled block to the driver; `fill` has put the stream into it.
+  LaunchResult fire(Block& block, CUstream) const noexcept {
+    const CUresult answer = launch_(&block.config, block.function, block.params, nullptr);
+    if (HD_UNLIKELY(answer != kCudaSuccess)) return {LaunchStatus::kDriver, answer};
+    return {LaunchStatus::kLaunched, 0};
+  }
+  /// Whether the kernel may begin before what precedes it has completed, and reads early.
+  bool begins_early(const LaunchConfig& config) const noexcept {
+    return !record_.early.empty() && config.attribute_count &&
+           config.attributes->id == kAttributeProgrammaticStreamSerialization;
+  }
+  bool begins_early(const Block& block) const noexcept { return begins_early(block.config); }
+  static void leave_out_pdl(Block& block) noexcept { hdispatch::leave_out_pdl(block.config); }
 
   /// Of a block that `fill` made for M: the number of its values.
   size_t count_values(int64_t m) const noexcept { return codes_[static_cast<size_t>(class_of(m))].start.size(); }

@@ -1,7 +1,7 @@
 // driver.h -- the CUDA driver's entry points, resolved once with dlopen, and the null driver that stands in for them.
 //
 // The only file that knows libcuda. Building needs no CUDA toolkit: the few types of the driver's ABI are declared here
-// and held against cuda.h, where there is one, in tests/core/test_driver_abi.cpp.
+// and compared with cuda.h, where there is one, in tests/core/test_driver_abi.cpp.
 //
 // A `Driver` is a table of functions with the driver's own signatures. The null driver accepts everything, launches
 // nothing and, on request, records the launches: everything but the GPU's work runs on a machine without one.

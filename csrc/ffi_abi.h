@@ -1,7 +1,7 @@
 // ffi_abi.h -- TVM FFI's C ABI, as much of it as a caller needs: values, tensors, functions, errors.
 //
 // As of tvm/ffi/c_api.h 0.1.16 and dlpack.h 1.3. TVM FFI promises this ABI for every 0.1.x ("0.X.Y, X = C ABI break");
-// tests/core/test_ffi_abi.cpp holds it against the real headers, where they are installed. Nothing of TVM FFI is
+// tests/core/test_ffi_abi.cpp compares it with the real headers, where they are installed. Nothing of TVM FFI is
 // linked.
 #pragma once
 

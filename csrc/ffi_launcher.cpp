@@ -181,19 +181,7 @@ int FfiLauncher::invoke(const Block& block, CUstream stream) const noexcept {
 }
 
 LaunchResult FfiLauncher::launch(const Call& call, CUstream stream) const noexcept {
-  Block block;  // what is read is written by `fill`
-  const LaunchResult result = fill(call, stream, block);
-  if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) return result;
-  PendingWrites* pending = this->pending(stream);
-  bool is_early = pending && begins_early(block);
-  if (is_early && HD_UNLIKELY(!may_begin_early(call, *pending))) {
-    leave_out_pdl(block);
-    is_early = false;
-  }
-  const int answer = invoke(block, stream);
-  if (HD_UNLIKELY(answer)) return {LaunchStatus::kRaised, answer};
-  if (pending) note_writes(call, *pending, is_early);
-  return result;
+  return launch_once(*this, call, stream);
 }
 
 std::string FfiLauncher::reason(const LaunchResult& result) const {

@@ -43,6 +43,11 @@ class FfiLauncher final : public Launcher {
   LaunchResult fill(const Call& call, CUstream stream, Block& block) const noexcept;
   /// Calls the function with a filled block, with the stream in its environment where the record says so.
   int invoke(const Block& block, CUstream stream) const noexcept;
+  LaunchResult fire(const Block& block, CUstream stream) const noexcept {
+    const int answer = invoke(block, stream);
+    if (HD_UNLIKELY(answer)) return {LaunchStatus::kRaised, answer};
+    return {LaunchStatus::kLaunched, 0};
+  }
 
   /// Whether the function's kernels may begin before what precedes them has completed, and read early.
   bool begins_early(const Block& block) const noexcept {

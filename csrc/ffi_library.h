@@ -10,7 +10,7 @@
 //   const char* hdispatch_ffi_error(const char** kind)   the thread's last error; valid until its next one
 //   int hdispatch_ffi_set_stream(int32_t device_type, int32_t device, void* stream, void** before)
 //
-// A live function comes from whoever has libtvm_ffi loaded, and errors are taken from there.
+// A live function comes from the module that has libtvm_ffi loaded, and errors are taken from there.
 #pragma once
 
 #include <cstdint>

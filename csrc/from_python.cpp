@@ -152,7 +152,7 @@ Expr to_expr(const py::handle& given, const Op& op) {
     }
     auto word = token.cast<std::string>();
     HD_CHECK_BUNDLE(!names_size(word) || op.has(static_cast<Symbol>(to_symbol(word))), "expression names \"", word,
-                    "\", which ", op.name(), " has not: ", op.schema());
+                    "\", which ", op.name(), " does not have: ", op.schema());
     tokens.emplace_back(std::move(word));
   }
   return Expr(

@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "runtime.h"
+#include "table_builder.h"
 
 namespace hdispatch {
 

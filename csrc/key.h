@@ -1,6 +1,6 @@
-// key.h -- the key of the launch table: (op, variant, K, N, M bucket, device class) in two machine words.
+// key.h -- the key of the launch table: (op, variant, K, N, M bucket) in two machine words.
 //
-//   word 0   op:16 | variant:16 | bucket:16 | device class:16
+//   word 0   op:16 | variant:16 | bucket:16 | device class:16   the last is 0: one table serves one device
 //   word 1   K:32 | N:32
 //
 // Nothing is rounded or dropped: K = 513 and K = 512 differ. Only M is bucketed, and an integer argument with a ladder
@@ -24,9 +24,14 @@ constexpr bool fits(int64_t k, int64_t n) noexcept {
 }
 
 constexpr Key make_key(uint16_t op, uint16_t variant, uint32_t k, uint32_t n, uint16_t bucket,
-                       uint16_t device_class) noexcept {
+                       uint16_t device_class = 0) noexcept {
   return {uint64_t{op} | uint64_t{variant} << 16 | uint64_t{bucket} << 32 | uint64_t{device_class} << 48,
           uint64_t{k} | uint64_t{n} << 32};
+}
+
+/// The key with its bucket, for one that was made with bucket 0: a call's bucket is known last, when the table is.
+constexpr Key with_bucket(const Key& key, uint32_t bucket) noexcept {
+  return {key.word0 | uint64_t{bucket} << 32, key.word1};
 }
 
 constexpr uint16_t key_op(const Key& key) noexcept { return static_cast<uint16_t>(key.word0); }

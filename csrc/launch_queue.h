@@ -6,8 +6,8 @@
 // where the launch is known not to block:
 //
 //   - A stream whose work has all been done (cuStreamQuery) had an empty queue at that moment.
-//   - Whoever launches, on whatever thread, takes the driver 5,000 cycles for each launch, and never below kCycles /
-//     kEntries = 1,000. So for kCycles after that moment the queue holds at most kEntries, of some thousand.
+//   - A launch, by any thread, takes the driver 5,000 cycles, and never fewer than kCycles / kEntries = 1,000. So for
+//     kCycles after that moment the queue holds at most kEntries, of some thousand.
 //
 // The stream is asked once in kCycles (some 60 launches, 0.5 us). Where it is not done, the GPU is behind, host time is
 // not what counts, and the caller lets go of its lock for the next launches.

@@ -37,7 +37,7 @@ struct LaunchResult {
 /// The launch was tried and failed: an error to raise, not a reason to fall back.
 constexpr bool is_failure(LaunchStatus status) noexcept { return status >= LaunchStatus::kDriver; }
 
-/// What of a call a record reads, by argument index: whoever adds a row checks that its calls have it.
+/// The arguments that a record reads, by index. `TableBuilder::add_row` checks that every call of the variant has them.
 struct Reads {
   std::vector<uint32_t> tensors;
   std::vector<std::pair<uint32_t, uint32_t>> dimensions;  ///< tensor, dimension
@@ -56,13 +56,12 @@ class Launcher {
   Launcher(const Launcher&) = delete;
   Launcher& operator=(const Launcher&) = delete;
 
-  /// From now on launches keep the set of what is still being written (pending_writes.h), shared by those of one
-  /// device. Before the first launch.
+  /// Makes launches keep the set of pending writes (pending_writes.h) of the device. Before the first launch.
   void track(DeviceSlot slot) noexcept { tracked_ = static_cast<int>(slot); }
   bool is_tracked() const noexcept { return tracked_ >= 0; }
 
-  /// Tests the guards, evaluates what the record says, launches. The context of `stream` is current. Without PDL where
-  /// the code would read early what may still be written.
+  /// Tests the guards, evaluates the record's expressions, launches. The context of `stream` is current. The launch
+  /// goes without PDL if the code would read early what may still be written.
   virtual LaunchResult launch(const Call& call, CUstream stream) const noexcept = 0;
 
   /// Why `launch` refused, without values: what `stats` counts by.
@@ -71,10 +70,10 @@ class Launcher {
   virtual std::string describe(const LaunchResult& result, const Call& call) const = 0;
   /// What would be launched, in lines; `result` is what `launch` would refuse. Launches nothing.
   virtual std::string explain(const Call& call, LaunchResult& result) const = 0;
-  /// Throws what a failure has left to say, for `what`; on the thread that launched.
+  /// Throws the error of a failed launch; `what` names the call. On the thread that launched, which keeps the error.
   [[noreturn]] virtual void raise(const LaunchResult& result, const std::string& what) const = 0;
   virtual Reads reads() const = 0;
-  /// Whether a launch waits for nothing but room in the stream's queue: false for a function that may do anything.
+  /// Whether a launch waits for nothing but room in the stream's queue. False for a function that may do anything.
   virtual bool only_launches() const noexcept = 0;
 
   const RecordHead& head() const noexcept { return *head_; }
@@ -89,6 +88,32 @@ class Launcher {
   /// What the derived class's record begins with; throws kBundle if it is valid for no M.
   void set_head(const RecordHead& head);
 
+  /// `launch` of every kind of launcher: fill a block, give up PDL where it would be a race, fire, note what is
+  /// written. `Kind` has Block, fill, begins_early, leave_out_pdl and fire. A template and not virtual steps: the block
+  /// is on this stack frame, and the steps are inlined into the one virtual call of a launch.
+  template <typename Kind>
+  static LaunchResult launch_once(const Kind& launcher, const Call& call, CUstream stream) noexcept {
+    typename Kind::Block block;  // not initialised: `fill` writes what is read
+    const LaunchResult filled = launcher.fill(call, stream, block);
+    if (HD_UNLIKELY(filled.status != LaunchStatus::kLaunched)) return filled;
+    PendingWrites* const pending = launcher.pending(stream);
+    bool is_early = pending && launcher.begins_early(block);
+    if (is_early && HD_UNLIKELY(!launcher.may_begin_early(call, *pending))) {
+      launcher.leave_out_pdl(block);
+      is_early = false;
+    }
+    const LaunchResult fired = launcher.fire(block, stream);
+    if (HD_UNLIKELY(fired.status != LaunchStatus::kLaunched)) return fired;
+    if (pending) launcher.note_writes(call, *pending, is_early);
+    return fired;
+  }
+
+  /// The reasons that both kinds of launcher have; empty for any other.
+  std::string common_reason(const LaunchResult& result) const;
+  /// `reason(result)`, where it does not hold.
+  std::string place(const LaunchResult& result, const Call& call) const;
+
+ private:
   /// The set for a launch on `stream`; null if none is kept.
   PendingWrites* pending(CUstream stream) const noexcept {
     return tracked_ < 0 ? nullptr : &PendingWrites::of(tracked_, stream);
@@ -110,12 +135,6 @@ class Launcher {
     }
   }
 
-  /// The reasons that both kinds of launcher have; empty for any other.
-  std::string common_reason(const LaunchResult& result) const;
-  /// `reason(result)`, where it does not hold.
-  std::string place(const LaunchResult& result, const Call& call) const;
-
- private:
   const RecordHead* head_ = nullptr;
   int tracked_ = -1;  ///< device slot; -1: no set is kept
 };

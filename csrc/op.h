@@ -2,7 +2,7 @@
 //
 // Built from the Python declaration (opspec.py) when the op is defined, then frozen; any thread may read it. `bind` is
 // the hot path: it checks a whole call and computes M, K, N and the variant without building a message. When it returns
-// false, `complain` walks the same rules in words and throws.
+// false, `complain` walks the same rules again, builds the message and throws.
 #pragma once
 
 #include <array>
@@ -142,7 +142,7 @@ class Op {
   [[noreturn]] void complain(const Call& call) const;
   /// The same without values, to count by: "scale: dtype".
   std::string reason(const Call& call) const;
-  /// The values that no variant has, in words.
+  /// Names the values that no variant has.
   std::string unserved(const Call& call) const;
   /// The first argument whose value no variant has.
   const std::string& unserved_argument(const Call& call) const;
@@ -159,6 +159,16 @@ class Op {
   /// By what index and name records take the workspace, as a tensor; -1 for an op without one.
   int workspace() const noexcept { return workspace_.empty() ? -1 : static_cast<int>(args_.size()); }
   const std::string& workspace_name() const noexcept { return workspace_; }
+  /// Makes memory the call's workspace, for an op that has one: a 1-D tensor of bytes; absent if there are none.
+  void set_workspace(Call& call, DeviceSlot slot, uintptr_t address, uint64_t bytes) const noexcept {
+    TensorView& view = call.tensors[args_.size()];
+    view.data = view.storage = address;
+    view.sizes[0] = static_cast<int64_t>(bytes);
+    view.strides[0] = 1;
+    view.slot = slot;
+    view.rank = 1;
+    view.dtype = bytes ? DType::kUInt8 : DType::kNone;
+  }
   /// The name of what a record takes: an argument, or the workspace.
   const std::string& tensor_name(uint32_t index) const noexcept {
     return index < args_.size() ? args_[index].name : workspace_;

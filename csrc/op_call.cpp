@@ -1,20 +1,21 @@
-// op_call.cpp -- the hot door: a vectorcall object per op; the boxed torch-dispatcher door; misses.
+// op_call.cpp -- the hot door of an op: its Python object's vectorcall; what both doors do about a miss.
 #include "op_call.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/python/pybind_utils.h>
-#include <torch/library.h>
 
 #include <cxxabi.h>
 #include <structmember.h>
 
 #include <cstddef>
 
+#include "op_arguments.h"
 #include "profiler.h"
+#include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_op.h"
 
 namespace hdispatch {
 
@@ -27,33 +28,6 @@ bool StrictMode::holds() const {
 }
 
 namespace {
-
-// ---- errors ----
-
-PyObject* error_classes[6];  // by Fault; owned
-
-[[noreturn]] HD_COLD void requires_grad(const Op& op, const ArgSpec& arg) {
-  fail(Fault::kCaller, op.name(), ": ", arg.name,
-       " requires grad and grad mode is on; the op has no backward: call it under torch.no_grad() or pass ", arg.name,
-       ".detach()");
-}
-
-// ---- serving ----
-
-/// The miss: counts it and throws in strict mode. Returns if the fallback is to run; a call without rows is none, and
-/// `fell_back` counts it.
-HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
-  if (outcome == Outcome::kEmptyOutput) return;
-  if (outcome == Outcome::kBadCall) op.complain(call);
-  if (outcome == Outcome::kRefused && is_failure(found.result.status))
-    Runtime::describe(op, call, outcome, found);  // throws
-  count_miss(op, reason_of(op, call, outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
-}
-
-/// After a fallback that refused nothing.
-void fell_back(const Op& op, Outcome outcome) {
-  if (outcome == Outcome::kEmptyOutput) op.counters().empty.fetch_add(1, std::memory_order_relaxed);
-}
 
 // ---- the vectorcall door ----
 
@@ -134,18 +108,7 @@ HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
       requires_grad(op, op.args()[i]);
 }
 
-/// The fallback, whose answer does not depend on what the caller has switched on: autocast would change its arithmetic;
-/// outside inference mode it could not write to an inference tensor, which a kernel can.
-HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  const c10::InferenceMode inference;
-  PyObject* result = PyObject_Vectorcall(self->fallback, args, self->op->args().size(), nullptr);
-  if (!result) return nullptr;
-  Py_DECREF(result);
-  Py_RETURN_NONE;
-}
-
-/// What is not plain is torch's to handle; what is no tensor at all does not get that far.
+/// Hands a call to torch's op, which handles every tensor that is not plain. Refuses arguments that are no tensors.
 HD_COLD PyObject* call_torch(const OpObject* self, PyObject* const* args) {
   const Op& op = *self->op;
   for (size_t i = 0; i < op.args().size(); ++i)
@@ -244,7 +207,7 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
     uint32_t bucket = rows->ladder.bucket(given[0]);
     if (rows->second_arg >= 0) bucket = rows->with_second(bucket, given[4]);
     const Key key = make_key(op.id(), static_cast<uint16_t>(given[3]), static_cast<uint32_t>(given[1]),
-                             static_cast<uint32_t>(given[2]), static_cast<uint16_t>(bucket), kDeviceClass);
+                             static_cast<uint32_t>(given[2]), static_cast<uint16_t>(bucket));
     const Row* row = table->find(*rows, key);
     if (!row) Py_RETURN_NONE;
     return PyLong_FromUnsignedLong(row->index);
@@ -266,236 +229,7 @@ PyObject* repr(PyObject* self) {
 PyObject* get_signature(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<OpObject*>(self)->signature); }
 PyObject* get_doc(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<OpObject*>(self)->doc); }
 
-// ---- the torch door ----
-
-/// A scalar as torch's dispatcher has it.
-inline void take_value(const ArgSpec& arg, const c10::IValue& value, Call& call, size_t i) {
-  if (arg.kind == ArgKind::kFloat)
-    call.scalars[i] = value.toDouble();
-  else if (arg.kind == ArgKind::kNone)
-    call.integers[i] = !value.isNone();
-  else if (HD_UNLIKELY(arg.kind == ArgKind::kString))
-    call.integers[i] = arg.position(call.texts[i] = {value.toStringRef().data(), value.toStringRef().size()});
-  else
-    call.integers[i] = value.isBool() ? value.toBool() : value.toInt();
-}
-
-/// One op in torch's dispatcher, for one dispatch key. torch owns it.
-class BoxedOp : public c10::OperatorKernel {
- public:
-  explicit BoxedOp(const OpObject* self) : self_(self) {}
-
- protected:
-  const Op& op() const { return *self_->op; }
-
-  /// Serves the arguments on top of the stack, without popping them.
-  void serve(const torch::jit::Stack& stack) const {
-    const size_t count = op().args().size();
-    const c10::IValue* values = stack.data() + (stack.size() - count);
-    Call call;
-    fill_call(op(), values, count, call);
-    const TableReader reader;
-    Dispatch found;
-    const Outcome outcome = Runtime::get().dispatch(op(), call, current_stream, found);
-    if (HD_UNLIKELY(!is_done(outcome))) {
-      miss(op(), call, outcome, found);
-      fall_back(values);
-      fell_back(op(), outcome);
-      return;
-    }
-    bump_versions(op(), values);
-  }
-
-  const OpObject* self_;
-
- private:
-  HD_COLD void fall_back(const c10::IValue* values) const {
-    const pybind11::gil_scoped_acquire gil;
-    std::vector<pybind11::object> args;
-    std::vector<PyObject*> pointers;
-    for (size_t i = 0; i < op().args().size(); ++i) {
-      args.push_back(pybind11::reinterpret_steal<pybind11::object>(torch::jit::toPyObject(values[i]).release()));
-      pointers.push_back(args.back().ptr());
-    }
-    PyObject* result = call_fallback(self_, pointers.data());
-    if (!result) throw python_error();
-    Py_DECREF(result);
-  }
-};
-
-class BackendKernel final : public BoxedOp {
- public:
-  using BoxedOp::BoxedOp;
-  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    serve(*stack);
-    torch::jit::drop(*stack, op().args().size());
-  }
-};
-
-/// Refuses tensors that require grad; otherwise torch goes on below autograd.
-class AutogradKernel final : public BoxedOp {
- public:
-  using BoxedOp::BoxedOp;
-  void operator()(const c10::OperatorHandle& handle, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-    const size_t count = op().args().size();
-    if (c10::GradMode::is_enabled()) {
-      for (size_t i = 0; i < count; ++i) {
-        const c10::IValue& value = (*stack)[stack->size() - count + i];
-        if (value.isTensor() && value.toTensor().defined() && value.toTensor().requires_grad())
-          requires_grad(op(), op().args()[i]);
-      }
-    }
-    const c10::DispatchKeySet below = keys & c10::after_autograd_keyset;
-    const c10::DispatchKey next = below.highestPriorityTypeId();
-    if (HD_LIKELY(next == c10::DispatchKey::CUDA || next == c10::DispatchKey::CPU)) {
-      serve(*stack);  // one trip through the dispatcher less
-      torch::jit::drop(*stack, count);
-    } else {
-      handle.redispatchBoxed(below, stack);
-    }
-  }
-};
-
-/// Shapes of the results are the caller's, so there is nothing to infer; but a wrong call is refused while it is
-/// traced.
-class MetaKernel final : public BoxedOp {
- public:
-  using BoxedOp::BoxedOp;
-  void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    const size_t count = op().args().size();
-    check(stack->data() + (stack->size() - count));
-    torch::jit::drop(*stack, count);
-  }
-
- private:
-  void check(const c10::IValue* values) const {
-    Call call;
-    bool is_known = true;  // symbolic sizes are not
-    for (size_t i = 0; i < op().args().size(); ++i) {
-      const ArgSpec& arg = op().args()[i];
-      TensorView& view = call.tensors[i];
-      if (!arg.is_tensor()) {
-        is_known = is_known && !values[i].isSymInt() && !values[i].isSymFloat() && !values[i].isSymBool();
-        if (is_known) take_value(arg, values[i], call, i);
-      } else if (!values[i].isTensor() || !values[i].toTensor().defined()) {
-        view.dtype = DType::kNone;
-      } else {
-        const at::Tensor& tensor = values[i].toTensor();
-        if (!tensor.device().is_meta())  // fake tensors say that they are, here
-          fail(Fault::kCaller, op().name(), ": ", arg.name, " is on ", tensor.device().str(),
-               "; another argument is a meta tensor; all tensors are on one device");
-        is_known = is_known && !tensor.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-        if (is_known) view_shape(tensor, view);
-        view.slot = kCpuSlot;
-        view.storage = i + 1;  // it has none, so it shares none
-      }
-    }
-    uint16_t variant = 0;
-    DeviceSlot slot = kNoSlot;
-    if (is_known && op().bind(call, variant, slot) == Bound::kWrong) op().complain(call);
-  }
-};
-
-template <typename Kernel>
-torch::CppFunction boxed(const OpObject* self) {
-  return torch::CppFunction::makeFromBoxedFunctor(std::make_unique<Kernel>(self));
-}
-
-void register_in_torch(const OpObject* self) {
-  // Never destroyed: the ops live as long as the process.
-  static auto* library = new torch::Library(torch::Library::FRAGMENT, "hdispatch", std::nullopt, __FILE__, __LINE__);
-  const char* name = self->op->name().c_str();
-  library->def(self->op->schema().c_str(), {at::Tag::pt2_compliant_tag});
-  library->impl(name, torch::dispatch(c10::DispatchKey::CUDA, boxed<BackendKernel>(self)));
-  library->impl(name, torch::dispatch(c10::DispatchKey::CPU, boxed<BackendKernel>(self)));
-  library->impl(name, torch::dispatch(c10::DispatchKey::Meta, boxed<MetaKernel>(self)));
-  library->impl(name, torch::dispatch(c10::DispatchKey::Autograd, boxed<AutogradKernel>(self)));
-}
-
 }  // namespace
-
-void load_error_classes() {
-  const auto errors = pybind11::module_::import("hdispatch.errors");
-  const char* names[] = {"ArgumentError", "BundleError", "MissError", "DriverError", "FunctionError", "HdispatchError"};
-  for (size_t i = 0; i < std::size(names); ++i)
-    error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
-}
-
-/// What the loader or a function of somebody else says may be no UTF-8.
-static void set_error(PyObject* kind, std::string_view text) noexcept {
-  PyObject* words = PyUnicode_DecodeUTF8(text.data(), static_cast<Py_ssize_t>(text.size()), "replace");
-  if (words) PyErr_SetObject(kind, words);
-  Py_XDECREF(words);
-}
-
-void set_python_error() noexcept {
-  try {
-    throw;
-  } catch (const Error& error) {
-    set_error(error_classes[static_cast<size_t>(error.fault())], error.what());
-  } catch (python_error& error) {
-    error.restore();
-  } catch (pybind11::error_already_set& error) {
-    error.restore();
-  } catch (const c10::Error& error) {
-    set_error(PyExc_RuntimeError, error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    set_error(error_classes[static_cast<size_t>(Fault::kInternal)], error.what());
-  }
-}
-
-namespace {
-/// A Python int that is never freed, for defaults: the arguments of a call are borrowed.
-PyObject* small_int(int64_t value) {
-  static auto* made = new std::map<int64_t, PyObject*>;
-  PyObject*& object = (*made)[value];
-  if (!object) object = PyLong_FromLongLong(value);
-  if (!object) throw python_error();
-  return object;
-}
-
-/// The same for a string.
-PyObject* lasting_text(const std::string& value) {
-  static auto* made = new std::map<std::string, PyObject*>;
-  PyObject*& object = (*made)[value];
-  if (!object) object = PyUnicode_FromStringAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
-  if (!object) throw python_error();
-  return object;
-}
-}  // namespace
-
-PyObject* default_argument(const ArgSpec& arg) {
-  if (arg.kind == ArgKind::kNone || (arg.is_tensor() && arg.is_optional)) return Py_None;
-  if (!arg.has_default) return nullptr;
-  if (arg.kind == ArgKind::kBool) return arg.default_value ? Py_True : Py_False;
-  if (arg.kind == ArgKind::kString) return lasting_text(arg.texts[static_cast<size_t>(arg.default_value)]);
-  return small_int(arg.default_value);
-}
-
-std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional,
-                                        PyObject* keyword_names) {
-  const std::vector<ArgSpec>& specs = op.args();
-  if (positional > specs.size())
-    fail(Fault::kCaller, op.name(), ": got ", positional, " positional arguments; it takes ", specs.size(), ": ",
-         op.schema());
-  std::vector<PyObject*> all(specs.size(), nullptr);
-  std::copy(args, args + positional, all.begin());
-  const Py_ssize_t keywords = keyword_names ? PyTuple_GET_SIZE(keyword_names) : 0;
-  for (Py_ssize_t k = 0; k < keywords; ++k) {
-    const char* keyword = PyUnicode_AsUTF8(PyTuple_GET_ITEM(keyword_names, k));
-    size_t i = 0;
-    while (keyword && i < specs.size() && specs[i].name != keyword) ++i;
-    if (!keyword || i == specs.size())
-      fail(Fault::kCaller, op.name(), ": has no argument \"", keyword ? keyword : "?", "\": ", op.schema());
-    if (all[i]) fail(Fault::kCaller, op.name(), ": argument \"", keyword, "\" is given twice");
-    all[i] = args[positional + static_cast<size_t>(k)];
-  }
-  for (size_t i = 0; i < specs.size(); ++i) {
-    if (!all[i]) all[i] = default_argument(specs[i]);
-    if (!all[i]) fail(Fault::kCaller, op.name(), ": argument \"", specs[i].name, "\" is missing: ", op.schema());
-  }
-  return all;
-}
 
 bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad) {
   const std::vector<ArgSpec>& specs = op.args();
@@ -509,9 +243,7 @@ bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad)
         take_text(op, arg, object, call, i);
       else
         call.integers[i] = take_integer(op, arg, object);
-    } else if (HD_LIKELY(PyFloat_CheckExact(object))) {
-      call.scalars[i] = PyFloat_AS_DOUBLE(object);
-    } else if (PyFloat_Check(object)) {
+    } else if (HD_LIKELY(PyFloat_Check(object))) {
       call.scalars[i] = PyFloat_AS_DOUBLE(object);
     } else {
       call.scalars[i] = take_number(op, arg, object);
@@ -527,30 +259,30 @@ bool fill_call(const Op& op, PyObject* const* args, Call& call) {
   return true;
 }
 
-void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call) {
-  const std::vector<ArgSpec>& specs = op.args();
-  for (size_t i = 0; i < specs.size(); ++i) {
-    const ArgSpec& arg = specs[i];
-    if (HD_UNLIKELY(i >= given)) {  // absent
-      call.integers[i] = arg.default_value;
-      call.tensors[i].dtype = DType::kNone;
-      if (arg.kind == ArgKind::kString) {
-        const std::string& text = arg.texts[static_cast<size_t>(arg.default_value)];
-        call.texts[i] = {text.data(), text.size()};
-      }
-    } else if (!arg.is_tensor()) {
-      take_value(arg, values[i], call, i);
-    } else if (values[i].isNone() || !values[i].toTensor().defined()) {
-      call.tensors[i].dtype = DType::kNone;
-    } else {
-      view_of(values[i].toTensor(), arg.is_mutated, call.tensors[i]);
-    }
-  }
+HD_COLD void requires_grad(const Op& op, const ArgSpec& arg) {
+  fail(Fault::kCaller, op.name(), ": ", arg.name,
+       " requires grad and grad mode is on; the op has no backward: call it under torch.no_grad() or pass ", arg.name,
+       ".detach()");
 }
 
-void bump_versions(const Op& op, const c10::IValue* values) {
-  for (const uint8_t i : op.mutated())
-    if (values[i].isTensor() && values[i].toTensor().defined()) bump_version(values[i].toTensor());
+HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  if (outcome == Outcome::kEmptyOutput) return;
+  if (outcome == Outcome::kBadCall) op.complain(call);
+  if (outcome == Outcome::kRefused && is_failure(found.result.status)) Runtime::raise_failure(op, call, found);
+  count_miss(op, reason_of(op, call, outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
+}
+
+void fell_back(const Op& op, Outcome outcome) {
+  if (outcome == Outcome::kEmptyOutput) op.counters().empty.fetch_add(1, std::memory_order_relaxed);
+}
+
+HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
+  const c10::InferenceMode inference;
+  PyObject* result = PyObject_Vectorcall(self->fallback, args, self->op->args().size(), nullptr);
+  if (!result) return nullptr;
+  Py_DECREF(result);
+  Py_RETURN_NONE;
 }
 
 std::string reason_of(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {

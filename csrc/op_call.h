@@ -2,7 +2,8 @@
 //
 //   hdispatch.ops.<op>          OpObject. Exact torch.Tensor or Parameter, no modes, no subclass: the fast path.
 //                               Anything else goes to the torch door.
-//   torch.ops.hdispatch.<op>    one generic boxed kernel for every op, on CPU, CUDA, Meta and Autograd keys.
+//   torch.ops.hdispatch.<op>    one generic boxed kernel for every op, on CPU, CUDA, Meta and Autograd keys:
+//   torch_op.h.
 //
 // Both fill a `Call` and end in `serve`: Runtime::dispatch and, on a miss, the op's fallback or, in strict mode, an
 // error.
@@ -16,10 +17,6 @@
 #include <vector>
 
 #include "runtime.h"
-
-namespace c10 {
-struct IValue;
-}
 
 namespace hdispatch {
 
@@ -60,33 +57,30 @@ OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* do
 /// C; a call never looks it up, so that calls stay as fast as they are.
 void set_traced_call(PyObject* type, PyObject* function);
 
-/// Sets the Python error for an exception in flight; call in a catch block.
-void set_python_error() noexcept;
-/// Looks the exception classes of hdispatch.errors up; once, at import.
-void load_error_classes();
-
-/// All arguments of a call, positional, absent optional ones as None; borrowed references. Throws kCaller.
-std::vector<PyObject*> gather_arguments(const Op& op, PyObject* const* args, size_t positional,
-                                        PyObject* keyword_names);
-
-/// What an argument is where it is left out, borrowed; null if it must be given.
-PyObject* default_argument(const ArgSpec& arg);
-
 /// Fills a Call from all arguments, as Python gives them; false if one of them needs the torch door. Throws kCaller for
 /// a wrong type. `grad` becomes true if a tensor requires grad.
 bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad);
 /// The same; throws kCaller for a tensor that requires grad while grad mode is on.
 bool fill_call(const Op& op, PyObject* const* args, Call& call);
-/// The same from the first `given` arguments, as torch's dispatcher has them; the others have defaults.
-void fill_call(const Op& op, const c10::IValue* values, size_t given, Call& call);
-
-/// Writes that autograd cannot see still bump the version counters, as torch's own in-place ops do.
-void bump_versions(const Op& op, const c10::IValue* values);
 
 inline bool is_done(Outcome outcome) noexcept { return outcome == Outcome::kLaunched || outcome == Outcome::kEmpty; }
 
 /// What a miss is counted by.
 std::string reason_of(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
+
+/// The miss: counts it and throws in strict mode, and for a wrong call or a failed launch in any. Returns if the
+/// fallback is to run. A call without rows is no miss: `fell_back` counts it.
+HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found);
+/// After a fallback that raised nothing.
+void fell_back(const Op& op, Outcome outcome);
+
+/// Runs the op's fallback; null with a Python error set if it raises. Its answer does not depend on what the caller has
+/// switched on: autocast would change its arithmetic, and outside inference mode it could not write to an inference
+/// tensor, which a kernel can.
+HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args);
+
+/// Throws for an argument that requires grad while grad mode is on.
+[[noreturn]] HD_COLD void requires_grad(const Op& op, const ArgSpec& arg);
 
 /// Counts a miss. In strict mode throws kMiss with `describe()`; else the fallback is to run.
 void count_miss(const Op& op, const std::string& reason, const std::function<std::string()>& describe);

@@ -14,7 +14,9 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "op_arguments.h"
 #include "profiler.h"
+#include "python_errors.h"
 #include "tensor_view.h"
 
 namespace hdispatch {
@@ -64,7 +66,7 @@ namespace {
 /// A launch that was tried and failed is final: its error is raised, and nothing else may serve the call.
 void raise_failure(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
   if (HD_UNLIKELY(outcome == Outcome::kRefused && is_failure(found.result.status)))
-    Runtime::describe(op, call, outcome, found);  // throws
+    Runtime::raise_failure(op, call, found);
 }
 
 }  // namespace

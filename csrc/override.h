@@ -2,7 +2,7 @@
 //
 // An `Override` puts one boxed kernel over the kernel that an op of another library has in torch's dispatcher for one
 // device. A call that the table serves is launched; every other one, wrong ones included, runs that former kernel, and
-// is counted. So whoever calls the op is served: eager code, compiled code, C++. Calls from Python spend more time in
+// is counted. So every caller of the op is served: eager code, compiled code, C++. Calls from Python spend more time in
 // torch's argument parser than here, so there is also a door that tries the table first and hands the rest to torch.
 //
 // torch reads its table of kernels without a lock, so a kernel that is taken away or put there while another thread
@@ -15,7 +15,7 @@
 #include <string>
 #include <vector>
 
-#include "op_call.h"
+#include "torch_op.h"
 
 namespace hdispatch {
 

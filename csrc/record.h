@@ -46,7 +46,7 @@ struct Param {
 
 struct Guard {
   Expr expr;
-  std::string text;  ///< the fact in words, e.g. "input.stride(0) % 16 == 0"
+  std::string text;  ///< the fact as text, e.g. "input.stride(0) % 16 == 0"
 };
 
 /// The classes of M for which Triton compiles different code.

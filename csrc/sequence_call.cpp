@@ -19,6 +19,7 @@
 
 #include "overlap.h"
 #include "profiler.h"
+#include "python_errors.h"
 #include "sequence_plan.h"
 #include "sequence_reader.h"
 #include "tensor_view.h"

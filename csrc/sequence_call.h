@@ -27,7 +27,7 @@ PyObject* make_sequence(PyObject* type, const std::string& name, const pybind11:
                         const pybind11::list& temps, const pybind11::list& steps, int64_t max_rows,
                         std::shared_ptr<Arena> arena, const OpObject& (*as_op)(const pybind11::handle&));
 
-/// A call in words, one line a step, without launching it.
+/// Describes a call, one line a step, without launching it.
 std::string explain_sequence(PyObject* sequence, const pybind11::args& args);
 
 /// name -> counters of all sequences that were made; sequences of one name share them.

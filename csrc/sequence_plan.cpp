@@ -136,14 +136,19 @@ bool SequencePlan::resolve_run(uint32_t index, const SequenceInputs& inputs, Mis
     keep_values(launch, *code, call, block);
   }
   add_ranges(launch, call);
-  launch.may_be_early =
-      launcher.is_tracked() && !launcher.head().early.empty() &&
-      (code ? has_pdl(launch.config) : static_cast<const FfiLauncher&>(launcher).begins_early(launch.kept->function));
+  launch.may_be_early = may_be_early(launch);
   launches_.push_back(launch);
   const auto same = [&step](const auto& each) { return each.first == step.op; };
   const auto found = std::find_if(hits_.begin(), hits_.end(), same);
   found == hits_.end() ? hits_.emplace_back(step.op, 1) : * found = {step.op, found->second + 1};
   return true;
+}
+
+bool SequencePlan::may_be_early(const Launch& launch) noexcept {
+  if (!launch.launcher->is_tracked()) return false;
+  if (launch.kind == Kind::kCubin)
+    return static_cast<const CubinLauncher&>(*launch.launcher).begins_early(launch.config);
+  return static_cast<const FfiLauncher&>(*launch.launcher).begins_early(launch.kept->function);
 }
 
 /// Fills what is launched from the call that is kept.
@@ -315,10 +320,7 @@ bool SequencePlan::resolve_again(Launch& launch, const SequenceInputs& inputs, M
     return false;
   if (!fill_kept(launch, launcher, miss)) return false;
   if (launch.early + launch.outputs) set_ranges(launch, kept.call);
-  launch.may_be_early =
-      launcher.is_tracked() && !head.early.empty() &&
-      (launch.kind == Kind::kCubin ? has_pdl(launch.config)
-                                   : static_cast<const FfiLauncher&>(launcher).begins_early(kept.function));
+  launch.may_be_early = may_be_early(launch);
   return true;
 }
 

@@ -15,6 +15,7 @@
 #include <memory>
 #include <vector>
 
+#include "cubin_launcher.h"
 #include "runtime.h"
 #include "sequence.h"
 
@@ -80,7 +81,7 @@ class SequencePlan {
       CubinLauncher::Block cubin;
       FfiLauncher::Block function;
     };
-    Kept() {}  // whoever fills it writes what is read
+    Kept() {}  // not initialised: `fill_kept` writes what is read
   };
   struct Launch {
     LaunchConfig config;  ///< kCubin
@@ -95,7 +96,7 @@ class SequencePlan {
     uint32_t outputs;  ///< how many after those are written
     Kind kind;
     bool is_stale;      ///< to be resolved again
-    bool may_be_early;  ///< it has the PDL attribute and reads early
+    bool may_be_early;  ///< the function of that name's answer
     bool is_noted;      ///< the next launch asks for what this one writes, or is not ours
   };
   struct AddressPatch {  ///< values_[value] = address + offset
@@ -119,6 +120,8 @@ class SequencePlan {
   void begin(const SequenceInputs& inputs, CUstream stream);
   bool resolve_run(uint32_t run, const SequenceInputs& inputs, Miss& miss);
   bool look_up(const SequenceRun& run, const SequenceInputs& inputs, Call& call, Miss& miss) const;
+  /// Whether a filled launch may begin before what precedes it has completed, and reads early.
+  static bool may_be_early(const Launch& launch) noexcept;
   bool fill_kept(Launch& launch, const Launcher& launcher, Miss& miss);
   void keep_values(Launch& launch, const CubinLauncher& launcher, const Call& call, const CubinLauncher::Block& block);
   void add_ranges(Launch& launch, const Call& call);
@@ -154,7 +157,7 @@ class SequencePlan {
   std::vector<const Op*> empty_;  ///< of steps without rows
 };
 
-/// A call of a sequence in words, one line a step; launches nothing.
+/// Describes a call of a sequence, one line a step; launches nothing.
 std::string explain(const Sequence& sequence, const SequenceInputs& inputs);
 
 }  // namespace hdispatch

@@ -97,7 +97,7 @@ def code_of_functions(library: bytes) -> dict[str, str]:
 
 
 def artifact(record: Record, code: Mapping[str, str]) -> dict[str, Any]:
-    """What of a record says which machine code runs, and how it is launched."""
+    """The fields of a record that say which machine code runs, and how it is launched."""
     if record["launcher"] == "tvm_ffi":
         shown: dict[str, Any] = {"code": code[record["function"]], "args": record["args"], "pdl": record["pdl"]}
     else:

@@ -1,4 +1,4 @@
-"""What `make demo` shows: nine ops of one model are compiled, loaded, and one of them is timed through every path.
+"""`make demo`: nine ops of one model are compiled, loaded, and one of them is timed through every path.
 
     python scripts/demo.py [BUNDLE]
 

@@ -124,7 +124,7 @@ def kernels() -> str:
 
 
 def tuning() -> str:
-    """What was tuned, and what is lost by keeping few configs."""
+    """The tuned rows, and the loss from keeping few configs."""
     header = ["op", "candidates", "best somewhere", "kept (≤ 2 % regret)", "mean regret", "worst", "compiling", "GPU"]
     rows = []
     for op, *cells in section(RESULTS / "2026-11-21-h200-tune" / "select.txt", "in graphs, 336 cells in 42.5 s."):

@@ -35,7 +35,7 @@ from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, StrArg, TensorAr
 from hdispatch.testing.numeric import MismatchError, compare_outputs
 
 Args = list[Any]
-#: What a door may raise for a wrong call, besides what torch's parser says of a wrong type.
+#: Errors that a door may raise for a wrong call, besides those of torch's parser for a wrong type.
 REFUSED = hdispatch.ArgumentError
 GUARD = 64  # bytes before and after a tensor
 DOORS: dict[str, Callable[[str], Callable[..., None]]] = {
@@ -405,7 +405,7 @@ def is_written(case: Case, outcome: str) -> bool:
 
 
 def judge(case: Case, raised: Exception | None, counts: dict[str, Any]) -> str:
-    """What became of a call; FailureError if that is not what was to be expected of it, or if it was not counted once."""
+    """The outcome of a call. FailureError if it is not the expected one, or if the call was not counted once."""
     calls, reasons = (counts["hits"], counts["empty"], counts["fallbacks"]), list(Counter(counts["misses"]).elements())
     if raised is None:
         if sum(calls) != 1 or len(reasons) != calls[2]:

@@ -70,7 +70,7 @@ vllm_kernel_tests() {
   return $bad
 }
 
-# Measures every candidates*.tar.xz; timings of a tune that was cut short are gone on with.
+# Measures every candidates*.tar.xz. Resumes interrupted timings.
 tune() {
   local archive name
   for archive in "$carry"/candidates*.tar.xz; do

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, artifacts_of, read_bundle
-from hdispatch.testing.pdl_chains import CHAINS, make_chain
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.pdl.chains import CHAINS, make_chain
 
 
 def main(bundle: str, out: str) -> None:

@@ -43,7 +43,7 @@ FILES = {
     "quantization/test_per_token_group_quant.py": "not int8",
     "test_fused_quant_activation.py": "",
 }
-#: What those files import from vLLM's tests, and themselves.
+#: Modules that those files import from vLLM's tests, and the files themselves.
 PACKED = [
     *("__init__.py", "ir/ir_test_utils.py", "kernels/__init__.py", "kernels/allclose_default.py"),
     *("kernels/quant_utils.py", "kernels/utils.py"),
@@ -72,7 +72,7 @@ def pack(sdist: Path, archive: Path) -> None:
 
 @dataclass
 class Run:
-    """What became of the tests of one file. `ended` says how pytest did, `stopped`: by the time limit; `log` is its output."""
+    """Results of the tests of one file. `ended` says how pytest did, `stopped`: by the time limit; `log` is its output."""
 
     outcomes: dict[str, str] = field(default_factory=dict)
     messages: dict[str, str] = field(default_factory=dict)
@@ -202,7 +202,7 @@ def print_failures(pairs: dict[str, tuple[Run, Run]]) -> None:
 
 
 def print_gaps(incomplete: dict[str, str], pairs: dict[str, tuple[Run, Run]]) -> None:
-    """What the comparison lacks, and the end of pytest's output where it did not run to its end."""
+    """Gaps of the comparison, and the end of pytest's output where it did not finish."""
     for name, why in incomplete.items():
         print(f"\nINCOMPLETE: {name}: {why}")
         for run in pairs[name]:

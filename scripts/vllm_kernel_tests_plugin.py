@@ -26,7 +26,7 @@ MUCH = 2 << 30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What `vllm_kernel_tests.py` passes."""
+    """The options that `vllm_kernel_tests.py` passes."""
     group = parser.getgroup("hdispatch")
     group.addoption("--bundle", type=Path, help="serve vLLM's ops from this bundle; without it vLLM's own kernels run")
     group.addoption("--records", type=Path, required=True, help="file that gets one line of JSON a test")

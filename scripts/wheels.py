@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-#: What of torch's wheel the doors are compiled and linked with.
+#: Files of torch's wheel that the doors are compiled and linked with.
 LIBRARIES = tuple(f"torch/lib/lib{name}.so" for name in ("c10", "torch_cpu", "torch_python"))
 #: Libraries of torch are found by name at import, since torch is imported first; they are never copied into the wheel.
 FOREIGN = ("libc10.so", "libtorch_cpu.so", "libtorch_python.so")

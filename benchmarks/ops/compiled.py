@@ -84,7 +84,7 @@ def binder(function: Function) -> Binder:
 
 @dataclass
 class Compiled:
-    """What came of compiling: the cells that are done, seconds of each, and reasons of those that failed."""
+    """Result of compiling: the finished cells with the seconds of each, the failed ones with their reasons."""
 
     cells: list[Cell] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
@@ -124,7 +124,7 @@ def compile_cells(
 ) -> Compiled:
     """Compile cells in `processes` processes until `deadline` of time.monotonic; `tick` is called after each.
 
-    lock          a file; whoever holds it measures: compilers choose kernels by what they measure
+    lock          a file; a process measures only while it holds it, because compilers choose kernels by measuring
     compile_cell  what a process does with a cell, and its seconds; a function of a module
     """
     done: dict[int, float] = {}

@@ -138,7 +138,7 @@ FAILURES_SHOWN = 30
 
 
 def describe_rest(result: Result) -> str:
-    """What was left out, and what failed."""
+    """The paths that were left out, and those that failed."""
     lines = [f"{what}: {reason}" for what, reason in result["skipped"].items()]
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for each in result["failures"]:

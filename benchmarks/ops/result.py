@@ -101,7 +101,7 @@ def geomean(values: Sequence[float]) -> float:
 
 
 def point(cell: Cell) -> tuple[object, ...]:
-    """What tells a cell from others."""
+    """The key of a cell."""
     return tuple(cell[name] for name in Cell.__annotations__)  # type: ignore[literal-required]
 
 

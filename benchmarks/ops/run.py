@@ -37,7 +37,7 @@ ROUNDS = 11
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """Choice of what a run measures.
 
     vllm_ops         vLLM's library behind torch.ops._C
     vllm_ll          vLLM's low-latency GEMMs, as `vllm_ll_build` makes them

@@ -18,7 +18,7 @@ from hdispatch.testing.host_timer import summarize
 from . import peers
 from .grid import Cell, call_bytes, call_flops, sizes_of
 
-#: What one replay of a graph should take, in µs, and how many launches it has at most.
+#: Intended time of one replay of a graph in µs, and its largest number of launches.
 REPLAY_US = 600.0
 MOST_LAUNCHES = 256
 #: For guessing the time of a launch before it is measured: bytes and operations per µs, and the least a launch takes.
@@ -45,7 +45,7 @@ class Failure(Cell):
 
 @dataclass
 class Measured:
-    """What a cell gave."""
+    """Timings of a cell."""
 
     timings: list[Timing] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)

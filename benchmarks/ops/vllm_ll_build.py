@@ -35,7 +35,7 @@ Progress = Callable[[int, int, str], None]
 
 @dataclass(frozen=True)
 class _Size:
-    """What one function is compiled for."""
+    """The dtype and sizes that one function is compiled for."""
 
     out: torch.dtype
     m: int
@@ -100,7 +100,7 @@ def sizes() -> list[_Size]:
 
 
 def _compile(ll_bf16: Any, skinny: Any, size: _Size) -> Iterator[tuple[str, Any]]:
-    """What vLLM's functions would compile and call: the form, and the compiled function."""
+    """The form that vLLM's functions would choose for these sizes, and its compiled function."""
     gemm = ll_bf16.ll_bf16_gemm_c1_pdl_kernel if size.m == 1 else ll_bf16.ll_bf16_gemm_kernel
     key = gemm.dispatch(M=size.m, K=size.k, N=size.n, output_dtype=size.out)
     gemm.compile(key)

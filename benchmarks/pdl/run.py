@@ -1,4 +1,4 @@
-"""What programmatic dependent launch gains: GPU time of chains of dependent small kernels, with it and without.
+"""Gain of programmatic dependent launch: GPU time of chains of dependent small kernels, with it and without.
 
 The bundle is loaded twice, with PDL and with pdl=False. Every chain is timed through both tables in every round, all chains
 and both ways in random order; that both compute the same bits is checked before.
@@ -19,9 +19,9 @@ from hdispatch.bench.paths import Unavailable
 from hdispatch.errors import HdispatchError, first_line
 from hdispatch.testing.device_timer import Replay, elapsed_us
 from hdispatch.testing.host_timer import Batch, interleave, quiet, summarize
-from hdispatch.testing.pdl_chains import CHAINS, Chain, make_chain
 
 from ..verdict import TARGETS, Verdict
+from .chains import CHAINS, Chain, make_chain
 
 #: Called with steps done, steps in all, and what is being done.
 Progress = Callable[[int, int, str], None]
@@ -51,7 +51,7 @@ class Timing(TypedDict):
 
 
 class Served(TypedDict):
-    """What serves a call of a chain."""
+    """The row that serves a call of a chain."""
 
     op: str
     K: int
@@ -71,7 +71,7 @@ class Result(TypedDict):
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure: chains of CHAINS by name, each for each M."""
+    """Choice of what a run measures: chains of CHAINS by name, each for each M."""
 
     bundle: Path
     chains: tuple[str, ...] = tuple(CHAINS)
@@ -208,7 +208,7 @@ def _prepare(current: _Run, name: str, m: int) -> None:
 
 
 def served_by(chain: Chain, bundle: runtime.Bundle) -> list[Served]:
-    """What the bundle, which serves calls now, has for each step; Unavailable if it is not what the chain is about."""
+    """The row of the loaded bundle for each step. Raises Unavailable if a row is not of the kind that the chain measures."""
     found: list[Served] = []
     for step in chain.steps:
         k, n = step.sizes.get("K", 0), step.sizes.get("N", 0)

@@ -9,8 +9,8 @@ from pathlib import Path
 from .errors import BundleError
 from .manifest import Host
 
-#: The levels of x86-64 (v2, v3, v4), by their names in /proc/cpuinfo. What is beyond them is arithmetic on vectors, which a
-#: function that checks arguments and fills structures has not: a bundle must not be refused for what its code does not use.
+#: The levels of x86-64 (v2, v3, v4), by their names in /proc/cpuinfo. Newer extensions only add vector arithmetic, which
+#: functions that check arguments and fill structures do not use: a bundle is not refused for lack of them.
 _FEATURES = {
     *("pni", "ssse3", "sse4_1", "sse4_2", "popcnt"),
     *("abm", "avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "movbe"),

@@ -13,7 +13,7 @@ Every file is listed in the manifest with size and SHA-256; a file that is not l
 it before anything is loaded.
 
 A bundle is code. `functions.so` is opened and called in the process that loads it, cubins run on its GPU: load bundles only
-from whom you would take a Python package. The checksums in it tell damage, not who built it: whoever changes a bundle can
+from whom you would take a Python package. The checksums in it tell damage, not who built it: anybody who changes a bundle can
 write fitting ones. `load(DIR, sha256=…)` takes one manifest alone, and by that all of its files: note its digest, which
 `hdispatch build` and `hdispatch inspect` print, where you trust it.
 
@@ -142,7 +142,7 @@ class Param(TypedDict):
 
 
 class Guard(TypedDict):
-    """A fact that the record assumes: `expr` is not 0. `text` says it in words of the call: `input.stride(0) % 16 == 0`."""
+    """A fact that the record assumes: `expr` is not 0. `text` says it in terms of the call: `input.stride(0) % 16 == 0`."""
 
     expr: Expr
     text: str
@@ -167,7 +167,7 @@ class Cubin(TypedDict):
 
 
 class RecordHead(TypedDict):
-    """What every record has. It is valid for m_min <= M <= m_max and where all guards hold; rows share records.
+    """Fields of every record. It is valid for m_min <= M <= m_max and where all guards hold; rows share records.
 
     second_min and second_max are given for an op with a second ladder, and bound the value of its integer likewise.
 
@@ -258,8 +258,8 @@ def artifacts_of(record: Record) -> list[str]:
 
 
 class Tuned(TypedDict):
-    """What tuning measured: µs of a launch of the row's kernel at its bucket's upper edge, the mean of one in a CUDA graph and
-    one in a stream; and of the best kernel of each other backend that took part.
+    """Measurements of tuning: µs of a launch of the row's kernel at its bucket's upper edge, the mean of one in a CUDA graph
+    and one in a stream; and of the best kernel of each other backend that took part.
     """
 
     us: float
@@ -336,7 +336,7 @@ class Target(TypedDict):
 
 
 class Host(TypedDict):
-    """What the host functions of a shared library were compiled for: the CPU of the machine that built it.
+    """Target of the host functions of a shared library: the CPU of the machine that built it.
 
     machine   platform.machine(): "x86_64"
     features  instruction sets that the code may use, by their names in /proc/cpuinfo: "avx2", "avx512f", …
@@ -369,7 +369,7 @@ class Manifest(TypedDict):
 
 
 class BundleFiles(NamedTuple):
-    """What was read of a bundle: `sha256` is the manifest's, `contents` every listed file, `beside` what else was asked for."""
+    """A bundle as it was read: `sha256` is the manifest's, `contents` every listed file, `beside` what else was asked for."""
 
     manifest: Manifest
     sha256: str
@@ -404,7 +404,7 @@ def read_files(folder: str | os.PathLike[str], *, sha256: str | None = None, bes
 
 
 def checksum_line(manifest: bytes) -> bytes:
-    """What manifest.sha256 holds for a manifest."""
+    """The content of manifest.sha256 for a manifest."""
     return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST_NAME}\n".encode()
 
 

@@ -1,4 +1,4 @@
-"""What calls and bundles have done, for Prometheus: `hdispatch.metrics.register()` adds it to the registry that is served.
+"""Counts of calls and facts about bundles for Prometheus: `hdispatch.metrics.register()` adds them to its registry.
 
 Whatever exposes that registry serves it: `prometheus_client.start_http_server`, a web framework's /metrics. Reading takes
 the counters that `hdispatch.stats` reads, so a call costs nothing. They are this process's: register where bundles are

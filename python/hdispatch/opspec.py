@@ -1,4 +1,4 @@
-"""What an op is: its arguments, sizes, variants, torch reference and sample inputs.
+"""Declaration of an op: its arguments, sizes, variants, torch reference and sample inputs.
 
 An op is declared once, in `kernels/<op>/spec.py`, as an `OpSpec` named `SPEC`. Everything else is derived from it: the
 argument checks and the key of the C++ doors, the torch schema and the fake implementation, the fallback, the variants
@@ -26,122 +26,58 @@ import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
 from .errors import BundleError, HdispatchError
 from .ladders import Ladders
 from .manifest import OpEntry
+from .op_args import (
+    MAX_ARGS,
+    SYMBOLS,
+    Arg,
+    BoolArg,
+    Dim,
+    FloatArg,
+    IntArg,
+    Layout,
+    NoneArg,
+    Static,
+    StrArg,
+    TensorArg,
+    declare,
+    dtype_name,
+    has_default,
+    is_ladder,
+    parse_dim,
+)
 
-#: Symbols that `TensorArg.dims` may use, in the order of the C++ `Symbol` enumeration.
-SYMBOLS = ("M", "K", "N")
+__all__ = [
+    "HINTS",
+    "SYMBOLS",
+    "WORKSPACE_COUNTERS",
+    "Arg",
+    "BoolArg",
+    "Fallback",
+    "FloatArg",
+    "Form",
+    "IntArg",
+    "Layout",
+    "NoneArg",
+    "OpSpec",
+    "Static",
+    "StrArg",
+    "TensorArg",
+    "Variant",
+    "VllmOp",
+    "WorkspaceArg",
+    "dtype_name",
+    "parse_dim",
+]
 
-#: Sizes to think of where a symbol is traced without a value; distinct, and multiples of all that kernels divide by.
+#: Example sizes used to trace a symbol whose value is not compiled in: distinct, and multiples of all that kernels divide by.
 HINTS = {"K": 4096, "N": 6144}
-
-Layout = Literal["contiguous", "rows", "columns", "any"]
-
-
-@dataclass(frozen=True)
-class TensorArg:
-    """A tensor argument. `dims` and `dtypes` as in the module's text; `mutated` means that the op writes it.
-
-    layout     "contiguous"
-               "rows"      the stride of the first dimension is free, at least a row's width if the op writes it
-               "columns"   rank 2, the first dimension contiguous and the second one's stride free likewise
-               "any"       every stride is free
-    flat       one entry in dims; a contiguous tensor of any rank with that many elements is taken as 1-D
-    broadcast  with flat: a tensor with one element serves too, as one of stride 0
-    pad        a tensor of lower rank gets dimensions of size 1 after its first one: [M, K] for ("M", "N", "K")
-    merge      of a tensor of higher rank the leading dimensions become one, where their strides allow it: [1, M, K] for
-               ("M", "K"). Of rank 2, and with M known from another argument, those of M elements, and the others become
-               one too: [M, heads, head_size] for ("M", "K")
-    multiple   with layout "any", 16: the strides of all dimensions but the last are taken to be multiples of 16 elements
-               where that makes better code (whole vectors in Triton), and a guard tests it there; else 1
-    in_place   name of the argument that it may be, as the same view; the kernels read all of a row before they write it.
-               Otherwise what is written shares no memory with any other argument.
-    """
-
-    name: str
-    dims: tuple[str | int, ...]
-    dtypes: tuple[torch.dtype, ...] | str
-    mutated: bool = False
-    optional: bool = False
-    layout: Layout = "contiguous"
-    flat: bool = False
-    broadcast: bool = False
-    pad: bool = False
-    merge: bool = False
-    in_place: str | None = None
-    multiple: int = 1
-
-    def free_strides(self) -> tuple[int, ...]:
-        """The dimensions whose stride differs from call to call."""
-        if self.broadcast:
-            return (0,)
-        return {"contiguous": (), "rows": (0,), "columns": (1,), "any": tuple(range(len(self.dims)))}[self.layout]
-
-    def symbols(self) -> set[str]:
-        """The symbols that its dimensions come from: {"M", "K"} for ("M", "K/128")."""
-        return {symbol for dim in self.dims if (symbol := parse_dim(dim).symbol) in SYMBOLS and symbol is not None}
-
-
-@dataclass(frozen=True)
-class FloatArg:
-    """A Python float, finite and at least `minimum`; it reaches the kernel as float32 and is not compiled in."""
-
-    name: str
-    minimum: float = float("-inf")
-
-
-@dataclass(frozen=True)
-class IntArg:
-    """An integer. With `values` it is compiled in, part of the variant; without, any of at least `minimum` at run time.
-
-    ladder   of one run-time integer of an op, with a minimum of at least 1: the upper edges of buckets of its value, ascending;
-             the last has no upper end. A config is then chosen for each bucket of M and of it. The kernel still gets the value
-    """
-
-    name: str
-    values: tuple[int, ...] | None = None
-    default: int | None = None
-    minimum: int = -(2**31)
-    ladder: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True)
-class StrArg:
-    """A string that is one of `values`, compiled in as an integer's are; any other is a miss. Any Unicode, NUL and "" too.
-
-    default   one of the values, of printable ASCII without quotes and backslashes: torch's schemas hold no other
-    """
-
-    name: str
-    values: tuple[str, ...]
-    default: str | None = None
-
-
-@dataclass(frozen=True)
-class BoolArg:
-    """A flag. With `values` it is compiled in; without (`values=None`) it is accepted and no variant depends on it."""
-
-    name: str
-    values: tuple[bool, ...] | None = (False, True)
-    default: bool | None = None
-
-
-@dataclass(frozen=True)
-class NoneArg:
-    """An argument of a torch `type` (such as "int[]?") of which only None is served; anything else is a miss.
-
-    ignored   anything is served: no kernel depends on it in calls that its guards let through
-    """
-
-    name: str
-    type: str = "int[]?"
-    ignored: bool = False
-
 
 #: The first bytes of every workspace are counters.
 WORKSPACE_COUNTERS = 2**16
@@ -166,7 +102,7 @@ class WorkspaceArg:
 
 @dataclass(frozen=True)
 class Fallback:
-    """What serves calls that no row does, instead of the reference.
+    """The function for calls that no row serves, instead of the reference.
 
     function       takes the op's arguments, all that the schema does
     beyond_ladder  whether all Ms past the ladder's last edge are its: the last bucket then ends at its edge
@@ -198,33 +134,6 @@ class VllmOp:
 
     op: str
     forms: tuple[Form, ...] = ()
-
-
-Arg = TensorArg | FloatArg | IntArg | StrArg | BoolArg | NoneArg
-
-#: A value that is compiled in.
-Static = int | bool | str
-
-#: Arguments of an op, and values that one of them lists: csrc/op.h has four bits for each.
-MAX_ARGS, MAX_VALUES = 32, 13
-#: Edges of a ladder, as csrc/ladder.h.
-MAX_EDGES = 64
-
-
-class Dim(NamedTuple):
-    """A dimension: `factor * symbol / divisor` rounded up; `symbol` None: exactly `factor`; "*": any size.
-
-    divisor is a number or the name of a static integer argument.
-    """
-
-    factor: int
-    symbol: str | None
-    divisor: int | str = 1
-
-    @property
-    def plain(self) -> bool:
-        """Whether it can give its symbol a value."""
-        return self.symbol in SYMBOLS and self.divisor == 1
 
 
 @dataclass(frozen=True)
@@ -265,7 +174,7 @@ class OpSpec:
                                 square root of K and relative to the output's own; 0 where they add in float32.
     own_scales                  whether the rows of the outputs have scales of their own, as averages over many or few tokens
                                 have: where sums cancel, a row's scale says what rounding may lose.
-    hints                       sizes to think of where a generic symbol is traced; `HINTS` for the others.
+    hints                       example sizes used to trace generic symbols; `HINTS` for the others.
     measured                    variant -> sizes to measure its candidates at, of symbols that rows leave open; `hints` for the
                                 others.
     vllm                        the op of vLLM's that `override_vllm_ops` lets it serve; see `VllmOp`.
@@ -300,17 +209,16 @@ class OpSpec:
                 raise HdispatchError(f"{self.name}: {name!r} is not a name that Python and torch's schemas take")
         if len(set(names)) != len(names):
             raise HdispatchError(f"{self.name}: argument names repeat: {names}")
-        if list(self.ladder) != sorted(set(self.ladder)) or not self.ladder or self.ladder[0] < 1:
+        if not is_ladder(self.ladder):
             raise HdispatchError(f"{self.name}: ladder {self.ladder} is not a list of ascending edges of at least 1")
         if len(self.args) > MAX_ARGS:
             raise HdispatchError(f"{self.name}: {len(self.args)} arguments; an op takes at most {MAX_ARGS}")
+        for arg in self.args:
+            for fault in arg.faults():
+                raise HdispatchError(f"{self.name}: {fault}")
         self._check_second_ladder()
-        for arg in self.tensors():
-            self._check_tensor(arg)
-        for static in self.static_args():
-            self._check_values(static)
-        if any(isinstance(arg, NoneArg) and arg.ignored and arg.type != "int[]?" for arg in self.args):
-            raise HdispatchError(f"{self.name}: only arguments of type int[]? can be ignored")
+        for tensor in self.tensors():
+            self._check_names(tensor)
         unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
         unbound -= {s for s in SYMBOLS if self.binder(s) is not None}
         if unbound:
@@ -323,40 +231,15 @@ class OpSpec:
         found = [arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None]
         if len(found) > 1:
             raise HdispatchError(f"{self.name}: {found[0].name} and {found[1].name} have ladders; one integer may")
-        for arg in found:
-            edges = arg.ladder or ()
-            if arg.values is not None or arg.minimum < 1:
-                raise HdispatchError(f"{self.name}: {arg.name} has a ladder; it takes a minimum of at least 1 and no values")
-            if list(edges) != sorted(set(edges)) or not edges or edges[0] < arg.minimum or len(edges) > MAX_EDGES:
-                raise HdispatchError(
-                    f"{self.name}: the ladder {edges} of {arg.name} is not a list of 1 to {MAX_EDGES} ascending edges of at "
-                    f"least {arg.minimum}"
-                )
         unknown = set(self.config_key.values()) - {*SYMBOLS, *(arg.name for arg in found)}
         if unknown:
             raise HdispatchError(f"{self.name}: config_key names {sorted(unknown)}, no size and no argument with a ladder")
 
-    def _check_values(self, arg: IntArg | BoolArg | StrArg) -> None:
-        values = tuple(arg.values or ())
-        if not 1 <= len(values) <= MAX_VALUES or len(set(values)) != len(values):
-            raise HdispatchError(f"{self.name}: {arg.name} lists {values}; it takes 1 to {MAX_VALUES} different values")
-        if not isinstance(arg, StrArg):
-            return
-        for value in values:
-            if not isinstance(value, str) or not _is_utf8(value):
-                raise HdispatchError(f"{self.name}: {arg.name} lists {value!r}; it takes strings that UTF-8 has")
-        if arg.default is not None and arg.default not in values:
-            raise HdispatchError(f"{self.name}: the default of {arg.name} is {arg.default!r}, none of its values {values}")
-        if arg.default is not None and not re.fullmatch(r"""[ !#-&(-\[\]-~]*""", arg.default):
-            raise HdispatchError(
-                f"{self.name}: the default of {arg.name} is {arg.default!r}; torch's schemas take printable ASCII without "
-                "quotes and backslashes there"
-            )
-
-    def _check_tensor(self, arg: TensorArg) -> None:
+    def _check_names(self, arg: TensorArg) -> None:
+        """The arguments that a tensor's declaration names."""
         sources = {other.name for other in self.tensors() if not isinstance(other.dtypes, str)}
         if isinstance(arg.dtypes, str) and arg.dtypes not in sources:
-            raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor with dtypes of its own")
+            raise HdispatchError(f"{self.name}: {arg.name} has the dtype of {arg.dtypes!r}, no tensor that lists dtypes")
         static = {other.name for other in self.static_args() if not isinstance(other, StrArg)}
         for dim in arg.dims:
             divisor = parse_dim(dim).divisor
@@ -364,18 +247,8 @@ class OpSpec:
                 raise HdispatchError(
                     f"{self.name}: {arg.name} has the dimension {dim!r}, but {divisor!r} is no integer argument with values"
                 )
-        if (arg.flat and len(arg.dims) != 1) or (arg.broadcast and not arg.flat):
-            raise HdispatchError(f"{self.name}: {arg.name}: flat takes one dimension, and broadcast takes flat")
-        if arg.merge and (arg.flat or len(arg.dims) < 2):
-            raise HdispatchError(f"{self.name}: {arg.name}: merge takes two dimensions or more, and not flat")
         if arg.in_place is not None and not (arg.mutated and arg.in_place in {other.name for other in self.tensors()}):
             raise HdispatchError(f"{self.name}: {arg.name}: in_place takes the name of a tensor, and that it is written")
-        if arg.multiple not in ((1, 16) if arg.layout == "any" else (1,)):
-            raise HdispatchError(
-                f"{self.name}: {arg.name} has multiple {arg.multiple}; it takes 1, with the layout 'any' 16 too"
-            )
-        if arg.layout == "columns" and len(arg.dims) != 2:
-            raise HdispatchError(f"{self.name}: {arg.name} has {len(arg.dims)} dimensions; the layout 'columns' takes 2")
 
     def tensors(self) -> Iterator[TensorArg]:
         """The tensor arguments in order."""
@@ -386,7 +259,7 @@ class OpSpec:
         return [arg for arg in self.args if isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.values is not None]
 
     def workspace_bytes(self, variant: Variant) -> int:
-        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError for what is no size."""
+        """Bytes of the workspace of a variant's kernels, counters included; 0: none. HdispatchError unless it is a size."""
         if self.workspace is None:
             return 0
         size = self.workspace.bytes
@@ -398,7 +271,7 @@ class OpSpec:
         return WORKSPACE_COUNTERS + found
 
     def make_workspace(self, variant: Variant, device: torch.device) -> list[torch.Tensor | None]:
-        """What a host function takes after the op's arguments, for who calls it without the runtime; [] for most ops."""
+        """The arguments that a host function takes after the op's, for a call without the runtime; [] for most ops."""
         if self.workspace is None:
             return []
         size = self.workspace_bytes(variant)
@@ -420,7 +293,7 @@ class OpSpec:
         return entry
 
     def difference(self, entry: OpEntry) -> str | None:
-        """How an op in a manifest is another than this one, in words; None if it is not. The edges of ladders may differ."""
+        """How an op in a manifest differs from this one; None if it does not. The edges of ladders may differ."""
         mine = self.entry(list(entry["variants"]))
         for name in ("schema", "variants", "workspace"):
             if entry.get(name) != mine.get(name):
@@ -440,7 +313,7 @@ class OpSpec:
 
     @property
     def fallback_function(self) -> Callable[..., None]:
-        """What serves calls that no row does."""
+        """The function for calls that no row serves."""
         return self.reference if self.fallback is None else self.fallback.function
 
     @property
@@ -480,7 +353,7 @@ class OpSpec:
         parts: list[str] = []
         aliases = itertools.chain("abcdefghijklmnopqrstuvwxyz", (f"a{number}" for number in itertools.count()))
         for index, arg in enumerate(self.args):
-            parts.append(_declare(arg, aliases, all(_has_default(rest) for rest in self.args[index:])))
+            parts.append(declare(arg, aliases, all(has_default(rest) for rest in self.args[index:])))
         return f"{self.name}({', '.join(parts)}) -> ()"
 
     def variants(self) -> list[Variant]:
@@ -574,61 +447,11 @@ class OpSpec:
         return [size(parse_dim(dim)) for dim in arg.dims]
 
     def hint(self, symbol: str) -> int:
-        """The size to think of where a symbol is traced without a value."""
+        """The example size used to trace a symbol whose value is not compiled in."""
         return self.hints.get(symbol, HINTS[symbol])
-
-
-def _declare(arg: Arg, aliases: Iterator[str], trailing: bool) -> str:
-    """An argument in a torch schema; `trailing`: it and all after it may have defaults."""
-    if isinstance(arg, TensorArg):
-        mark = "Tensor" + (f"({next(aliases)}!)" if arg.mutated else "") + ("?" if arg.optional else "")
-        return f"{mark} {arg.name}" + ("=None" if trailing else "")
-    if isinstance(arg, FloatArg):
-        return f"float {arg.name}"
-    if isinstance(arg, NoneArg):
-        return f"{arg.type} {arg.name}" + ("=None" if trailing else "")
-    if isinstance(arg, StrArg):
-        return f"str {arg.name}" + (f'="{arg.default}"' if arg.default is not None and trailing else "")
-    kind = "bool" if isinstance(arg, BoolArg) else "int"
-    return f"{kind} {arg.name}" + (f"={arg.default}" if arg.default is not None and trailing else "")
-
-
-def _has_default(arg: Arg) -> bool:
-    if isinstance(arg, TensorArg):
-        return arg.optional
-    return isinstance(arg, NoneArg) or (isinstance(arg, (IntArg, BoolArg, StrArg)) and arg.default is not None)
-
-
-def _is_utf8(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a character
-        return False
-    return True
 
 
 def _shown(value: Static) -> str:
     """A value in a variant's name."""
     plain = not isinstance(value, str) or re.fullmatch(r"[A-Za-z0-9_.\-]+", value)
     return str(value) if plain else ascii(value)
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """`torch.bfloat16` -> "bfloat16"."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_dim(dim: str | int) -> Dim:
-    """4 -> (4, None); "M" -> (1, "M"); "2*N" -> (2, "N"); "K/128" -> (1, "K", 128); "*" -> any size."""
-    if isinstance(dim, int):
-        return Dim(dim, None)
-    if dim == "*":
-        return Dim(1, "*")
-    whole, slash, by = dim.partition("/")
-    factor, _, symbol = whole.rpartition("*")
-    good = symbol in SYMBOLS and not (factor and not (factor.isdigit() and int(factor) > 0))
-    if not good or (slash and not (by.isidentifier() or (by.isdigit() and int(by) > 0))):
-        raise HdispatchError(
-            f"dimension {dim!r} is not SYMBOL, FACTOR*SYMBOL, either of them /DIVISOR, or *, with SYMBOL one of {SYMBOLS}"
-        )
-    return Dim(int(factor or 1), symbol, (int(by) if by.isdigit() else by) if slash else 1)

@@ -107,7 +107,7 @@ def _signature(spec: OpSpec) -> inspect.Signature:
 
 
 def _call_traced(op: _C.Op, *args: Any, **by_name: Any) -> None:
-    """What torch.compile sees of a call: it traces this in the C++ door's place, down to the op in torch's dispatcher."""
+    """Stands in for a call under torch.compile, which cannot trace the C++ door: it calls the op in torch's dispatcher."""
     getattr(torch.ops.hdispatch, op.name)(*args, **by_name)
 
 

@@ -148,7 +148,7 @@ def _is_watched() -> bool:
 
 
 def _identity(slot: Any) -> Hashable:
-    """What a graph has of a slot's value, and by what the sequence would refuse it: the call that was captured was not."""
+    """The facts about a slot's value that a graph depends on, and those for which the sequence would refuse a value."""
     if isinstance(slot, torch.Tensor):
         is_differentiated = slot.requires_grad and torch.is_grad_enabled()
         return slot.data_ptr(), slot.shape, slot.stride(), slot.dtype, type(slot), is_differentiated, slot.is_neg()

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, embedded, functions, host, registry
+from . import _C, adopted, embedded, functions, host, registry
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -77,7 +77,7 @@ class _Update:
 
 
 class _Serving:
-    """What each device (index, or -1 for the null driver) is served from, and its table kept in step.
+    """The bundles and functions that serve each device (index, or -1 for the null driver), and the table made of them.
 
     One thread at a time changes it; calls take no lock. The collector may run a finalizer that changes it in the middle of a
     change of the same thread: then the outer change goes on until every table is what it should be.
@@ -97,7 +97,7 @@ class _Serving:
         return list(self._bundles.values())
 
     def registrations(self) -> list[Registration]:
-        """What is registered, by device, then in order."""
+        """The registrations, by device, then in order."""
         return [each for device in sorted(self._registered) for each in tuple(self._registered[device])]
 
     def set_bundle(self, device: int, bundle: Bundle | None) -> None:
@@ -244,8 +244,8 @@ def register(
     function  a `tvm_ffi.Function`, as `tvm_ffi.load_module` and `tvm_ffi.cpp.load_inline` give, or what wraps one, as
               CuteDSL's compiled functions. It is called as it is, without Python, and kept for ever. It launches on the
               stream that it is given, and writes the op's mutated arguments.
-    args      what it is called with (`manifest.FfiArg`); default the op's arguments in order, tensors as DLTensor views
-              (a C++ function takes `tvm::ffi::TensorView`), None for those that the variant has not; then the op's workspace
+    args      its arguments (`manifest.FfiArg`); by default the op's in order, tensors as DLTensor views (a C++ function takes
+              `tvm::ffi::TensorView`), None for those that the variant does not have; then the op's workspace
     guards    facts (`manifest.Guard`) without which the call goes to the fallback, counted. The function's own checks raise
               instead, and take microseconds to: what a call may have goes here or into `align` of its argument
     stream    how it gets the stream: from TVM FFI's "environment" (TVMFFIEnvGetStream), as its last "argument" (or as `args`
@@ -272,7 +272,7 @@ def register(
 
 
 def registered() -> list[Registration]:
-    """What is registered now, by device, then in order."""
+    """The current registrations, by device, then in order."""
     return _SERVING.registrations()
 
 
@@ -376,26 +376,43 @@ def loaded() -> list[Bundle]:
 
 
 def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
-    """What each op has done: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
+    """Counts of each op: {op: {"hits": n, "empty": n, "fallbacks": n, "misses": {reason: n}}}.
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses
-    name the op of the step, and a fallback is a call whose steps were made one by one. `reset` starts again from zero after
-    reading.
+    name the op of the step, and a fallback is a call whose steps were made one by one. Then adopted kernels, as
+    "adopted module.name": hits are launches from C++, empty those of an empty grid, and a fallback is a call that Triton made.
+    `reset` starts again from zero after reading.
     """
-    found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats()
+    found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats() | _adopted_stats()
     if reset:
         for name in registry.names():
             _C.reset_stats(registry.get(name))
         _C.reset_sequence_stats()
+        _C.reset_adopted_stats()
     return found
 
 
-def explain(op: _C.Op | _C.Sequence, *args: object) -> str:
+def _adopted_stats() -> dict[str, dict[str, Any]]:
+    """Kernels of one name, as Helion makes one for each config, are counted together."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, each in _C.adopted_stats():
+        total = found.setdefault(f"adopted {name}", {"hits": 0, "empty": 0, "fallbacks": 0, "misses": {}})
+        for key in ("hits", "empty", "fallbacks"):
+            total[key] += each[key]
+        for reason, count in each["misses"].items():
+            total["misses"][reason] = total["misses"].get(reason, 0) + count
+    return found
+
+
+def explain(op: Any, *args: object) -> str:
     """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
 
-    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does.
+    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does. Of an adopted kernel, alone: a
+    line for each key that has come, and why the ones that are not served are not.
     """
+    if not isinstance(op, (_C.Op, _C.Sequence)) and (learnt := adopted.explain(op)) is not None:
+        return learnt
     return _C.explain(op, *args)
 
 

@@ -12,7 +12,7 @@ from .errors import ArgumentError
 from .opspec import dtype_name
 from .runtime import loaded
 
-#: What serves where no row does.
+#: The backend for calls that no row serves.
 FALLBACK = "scaled_dot_product_attention"
 #: GPUs before this compute capability have no asynchronous copies, which the kernels are made of.
 OLDEST = (8, 0)
@@ -77,7 +77,7 @@ def attention(
 
 
 class AttentionChoice(NamedTuple):
-    """What serves a call of `attention`.
+    """The choice that serves a call of `attention`.
 
     kernel   the backend of the row's kernel, "triton"; or "scaled_dot_product_attention", the fallback
     config   the config of the row's kernel; {} of the fallback

@@ -189,8 +189,8 @@ class Sequence:
     def add(self, op: _C.Op, *args: Any, by_rows: bool | None = None, **kwargs: Any) -> None:
         """A call of one of our ops with slots, temporaries and constants, positional or by name.
 
-        Tensors among `args` are constants: their memory is bound now, and kept. Whoever replaces a tensor's memory makes a new
-        sequence.
+        Tensors among `args` are constants: their memory is bound now, and kept. A caller that replaces a tensor's memory makes
+        a new sequence.
 
         by_rows  whether each row of what it writes depends on that row alone of what it reads, besides constants; then many
                  rows may run in chunks. None: true where every tensor has M rows, as the op's M, or is a constant. Say False

@@ -16,9 +16,9 @@ from hdispatch.errors import HdispatchError
 from hdispatch.manifest import LIBRARY
 from hdispatch.testing import device_timer, null
 from hdispatch.testing.numeric import poison
-from hdispatch.testing.pdl_chains import CHAINS, Chain, make_chain
 
 from benchmarks.pdl import run as pdl
+from benchmarks.pdl.chains import CHAINS, Chain, make_chain
 from benchmarks.pdl.command import describe
 from benchmarks.verdict import TARGETS
 

@@ -7,7 +7,7 @@
 #include <iterator>
 
 #include "calls.h"
-#include "runtime.h"
+#include "table_builder.h"
 #include "testing.h"
 
 namespace hdispatch {
@@ -406,7 +406,7 @@ TEST(explanations_and_errors_in_words) {
   const Outcome outcome = dispatch(op, call, found);
   CHECK(outcome == Outcome::kRefused);
   CHECK_FAULT(kFunction, op.name() + "(bfloat16, M=0, K=0, N=0), row 0, small: the function small_f returned -1",
-              (call.sizes[kM] = call.sizes[kK] = call.sizes[kN] = 0, Runtime::describe(op, call, outcome, found)));
+              (call.sizes[kM] = call.sizes[kK] = call.sizes[kN] = 0, Runtime::raise_failure(op, call, found)));
   CHECK_EQ(op.counters().hits.load(), 0u);
   seen.answer = 0;
 }

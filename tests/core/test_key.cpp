@@ -42,6 +42,14 @@ TEST(packing_and_hash_are_the_golden_ones) {
   }
 }
 
+TEST(a_bucket_that_comes_last_makes_the_same_key) {
+  for (const Golden& g : kGolden) {
+    const Key key = with_bucket(make_key(g.op, g.variant, g.k, g.n, 0, g.device_class), g.bucket);
+    CHECK_EQ(key.word0, g.word0);
+    CHECK_EQ(key.word1, g.word1);
+  }
+}
+
 TEST(k_513_is_not_k_512) {
   const Key wrong = make_key(0, 0, 512, 0, 3, 0);
   const Key right = make_key(0, 0, 513, 0, 3, 0);

@@ -5,6 +5,7 @@
 #include <thread>
 
 #include "calls.h"
+#include "cubin_launcher.h"
 #include "runtime.h"
 #include "testing.h"
 
@@ -149,7 +150,7 @@ TEST(a_call_lets_go_of_the_lock_where_its_launch_may_block) {
   for (Cubin& cubin : record.cubins) cubin.file = cubin.function = "kernel", cubin.num_warps = 1;
   table->launchers.push_back(std::make_unique<CubinLauncher>(
       record, launching, [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
-  table->table = LaunchTable({{make_key(op.id(), 0, 64, 0, 0, kDeviceClass), table->launchers[0].get(), 0}});
+  table->table = LaunchTable({{make_key(op.id(), 0, 64, 0, 0), table->launchers[0].get(), 0}});
   runtime.publish(std::move(table));
   const auto call = [&](const CallerLock* lock) {
     Call toy = toy_call(4, 64, false, DType::kBFloat16, 1);

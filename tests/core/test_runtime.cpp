@@ -6,6 +6,7 @@
 #include <thread>
 
 #include "calls.h"
+#include "table_builder.h"
 #include "testing.h"
 
 namespace hdispatch {
@@ -445,7 +446,7 @@ void publish_device(const Op& op, DeviceSlot slot, bool only_device, int64_t tag
       tagged(tag), driver, [](const Cubin&, const std::vector<uint32_t>&) { return CUfunction{}; }));
   std::vector<Row> rows;
   for (uint16_t bucket = 0; bucket < kEdges.size(); ++bucket)
-    rows.push_back({make_key(op.id(), 0, 64, 0, bucket, kDeviceClass), table->launchers[0].get(), bucket});
+    rows.push_back({make_key(op.id(), 0, 64, 0, bucket), table->launchers[0].get(), bucket});
   table->table = LaunchTable(rows);
   runtime().publish(std::move(table));
 }
@@ -528,10 +529,12 @@ TEST(a_failed_launch_says_all) {
   const Op& op = new_op();
   publish_device(op, 1, true, 7);
   launch_answer = 719;
-  CHECK(dispatch(op, call_on(1)).outcome == Outcome::kRefused);
+  Call call = call_on(1);
+  Dispatch found;
+  CHECK(runtime().dispatch(op, call, no_stream, found) == Outcome::kRefused);
   CHECK_FAULT(kDriver,
               op.name() + "(bfloat16, M=4, K=64, N=0), row 2, kernel7: cuLaunchKernelEx failed with 719 (null driver)",
-              described(op, call_on(1)));
+              Runtime::raise_failure(op, call, found));
   launch_answer = kCudaSuccess;
   CHECK_EQ(op.counters().hits.load(), 0u);
   runtime().withdraw(1);

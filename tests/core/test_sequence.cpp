@@ -7,6 +7,7 @@
 
 #include "calls.h"
 #include "sequence_plan.h"
+#include "table_builder.h"
 #include "testing.h"
 
 namespace hdispatch {

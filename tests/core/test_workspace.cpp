@@ -7,7 +7,7 @@
 #include <thread>
 #include <vector>
 
-#include "runtime.h"
+#include "table_builder.h"
 
 #include "calls.h"
 #include "testing.h"

@@ -351,21 +351,36 @@ def test_a_slowed_path_loses(toy_bundle, monkeypatch):
 # ---- targets ----
 
 
-def row(path: str, median: float, m: str = "fixed", ratio: float | None = None) -> results.Row:
+def row(path: str, median: float, m: str = "fixed", ratio: float | None = None) -> results.PathTime:
     return {"path": path, "op": "x", "m": m, "median_ns": median, "q1_ns": median, "q3_ns": median, "floor_ratio": ratio}
 
 
 @pytest.mark.parametrize(
     ("target", "rows", "measured", "verdict"),
     [
-        (results.Target("t", ("a", "fixed"), 150), [row("a", 150)], 150, "pass"),
-        (results.Target("t", ("a", "fixed"), 150), [row("a", 151)], 151, "miss"),
-        (results.Target("t", ("a", "fixed"), 150), [row("a", 1, "unseen")], None, "not run"),
-        (results.Target("t", ("a", "fixed"), 1.0, floor=True), [row("a", 9, ratio=0.94)], 0.94, "pass"),
-        (results.Target("t", ("a", "fixed"), 1.0, floor=True), [row("a", 9)], None, "not run"),
-        (results.Target("t", ("a", "fixed"), 6, over=("b", "fixed"), at_least=True), [row("a", 50), row("b", 10)], 5, "miss"),
-        (results.Target("t", ("a", "fixed"), 6, over=("b", "fixed"), at_least=True), [row("a", 70), row("b", 10)], 7, "pass"),
-        (results.Target("t", ("a", "unseen"), 1.1, over=("a", "fixed")), [row("a", 12, "unseen"), row("a", 10)], 1.2, "miss"),
+        (results.Criterion("t", ("a", "fixed"), 150), [row("a", 150)], 150, "pass"),
+        (results.Criterion("t", ("a", "fixed"), 150), [row("a", 151)], 151, "miss"),
+        (results.Criterion("t", ("a", "fixed"), 150), [row("a", 1, "unseen")], None, "not run"),
+        (results.Criterion("t", ("a", "fixed"), 1.0, floor=True), [row("a", 9, ratio=0.94)], 0.94, "pass"),
+        (results.Criterion("t", ("a", "fixed"), 1.0, floor=True), [row("a", 9)], None, "not run"),
+        (
+            results.Criterion("t", ("a", "fixed"), 6, over=("b", "fixed"), at_least=True),
+            [row("a", 50), row("b", 10)],
+            5,
+            "miss",
+        ),
+        (
+            results.Criterion("t", ("a", "fixed"), 6, over=("b", "fixed"), at_least=True),
+            [row("a", 70), row("b", 10)],
+            7,
+            "pass",
+        ),
+        (
+            results.Criterion("t", ("a", "unseen"), 1.1, over=("a", "fixed")),
+            [row("a", 12, "unseen"), row("a", 10)],
+            1.2,
+            "miss",
+        ),
     ],
 )
 def test_judge(target, rows, measured, verdict):
@@ -415,7 +430,7 @@ def test_driver_version_from_either_kernel_module(monkeypatch):
 
 
 def test_a_miss_on_a_busy_machine_says_so():
-    late = [results.Row(path="null-driver", op="", m="fixed", median_ns=260, q1_ns=250, q3_ns=270, floor_ratio=None)]
+    late = [results.PathTime(path="null-driver", op="", m="fixed", median_ns=260, q1_ns=250, q3_ns=270, floor_ratio=None)]
     said = bench.describe_targets(late, busy.USUAL_NS * 1.5)
     assert "miss (busy machine)" in said
     assert said.splitlines()[-1].startswith(

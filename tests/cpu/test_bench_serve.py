@@ -10,7 +10,7 @@ import torch
 from hdispatch import HdispatchError
 from hdispatch.bench import serve, serve_accuracy, serve_plot
 from hdispatch.bench.serve_accuracy import compare, compare_steps
-from hdispatch.bench.serve_worker import Setup, environment
+from hdispatch.bench.serve_worker import EngineOptions, environment
 from hdispatch.cli import bench_serve
 
 #: A process that answers as serve_worker does; FAULT says what goes wrong, and at which request.
@@ -176,7 +176,7 @@ def test_what_decode_steps_of_a_mode_take(monkeypatch, tmp_path):
 
     def variables(mode):
         graphs, served = serve.MODES[mode]
-        setup = Setup(mode, graphs, served, "tiny-qwen3", "token", str(tmp_path), 1, 1.0, None, 0)
+        setup = EngineOptions(mode, graphs, served, "tiny-qwen3", "token", str(tmp_path), 1, 1.0, None, 0)
         found = environment(setup, tmp_path)
         return found["HDISPATCH"], found["HDISPATCH_ATTENTION"], found.get("HDISPATCH_REPLAY"), found.get("HDISPATCH_RUNNER")
 

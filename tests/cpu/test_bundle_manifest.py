@@ -105,10 +105,10 @@ REFUSED = {
         cubin_set(shared_bytes=232449),
         "toy_kernel of kernel toy_kernel takes 232449 bytes of shared memory; a block of h200 has at most 232448",
     ),
-    "N of an op without N": (param_set(4, kind="i32", value=["N"]), r'expression names "N", which toy has not: toy\('),
+    "N of an op without N": (param_set(4, kind="i32", value=["N"]), r'expression names "N", which toy does not have: toy\('),
     "N of an op without N in a guard": (
         record_set(guards=[{"expr": ["N", 16, "%", 0, "=="], "text": "N % 16 == 0"}]),
-        'expression names "N", which toy has not',
+        'expression names "N", which toy does not have',
     ),
     "row of N of an op without N": (add_row(N=8), r"row of K = 1024, N = 8; toy has no N: toy\("),
     "a guard of a million tokens": (

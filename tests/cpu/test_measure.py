@@ -294,7 +294,7 @@ def test_what_is_not_launched_is_refused(tmp_path):
 
 def test_a_broken_context_ends_the_run_and_the_next_goes_on_without_the_culprit(bundle, tmp_path):
     out = tmp_path / "t.jsonl"
-    with pytest.raises(HdispatchError, match=r'"near".* is fatal: illegal memory access.* run again to go on without it'):
+    with pytest.raises(HdispatchError, match=r'"near".* is fatal: illegal memory access.* run again to continue without it'):
         measure.measure(bundle, out, device=FakeDevice({"near": "fatal"}))
     assert [each["status"] for each in timings.read(out)] == ["fatal"]
     device = FakeDevice()

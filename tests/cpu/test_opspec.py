@@ -77,8 +77,8 @@ def test_buckets():
     ("args", "words"),
     [
         ((X, X), "argument names repeat"),
-        ((X, TensorArg("y", ("M",), "z")), "y has the dtype of 'z', no tensor with dtypes of its own"),
-        ((X, TensorArg("y", ("M",), "y")), "y has the dtype of 'y', no tensor with dtypes of its own"),
+        ((X, TensorArg("y", ("M",), "z")), "y has the dtype of 'z', no tensor that lists dtypes"),
+        ((X, TensorArg("y", ("M",), "y")), "y has the dtype of 'y', no tensor that lists dtypes"),
         ((X, FloatArg("e"), TensorArg("y", ("M",), "e")), "y has the dtype of 'e', no tensor"),
         ((X, TensorArg("y", ("L",), "x")), "dimension 'L'"),
         ((X, TensorArg("y", ("N/2",), "x")), r"no tensor carries the sizes \['N'\] plainly"),

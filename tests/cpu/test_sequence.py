@@ -9,7 +9,6 @@ import pytest
 import torch
 import toy
 from hdispatch import ArgumentError, Key, Sequence
-from hdispatch.bench.decoder import Layers, Shape
 from hdispatch.manifest import FfiArg
 from hdispatch.testing import null
 from sequence_op import (
@@ -28,6 +27,8 @@ from sequence_op import (
     reference,
     stats,
 )
+
+from benchmarks.decoder import Layers, Shape
 
 pytestmark = pytest.mark.usefixtures("nothing_serves")
 

@@ -21,7 +21,8 @@ import hdispatch
 import pytest
 import torch
 from hdispatch.manifest import MANIFEST_NAME
-from hdispatch.testing.pdl_chains import CHAINS, make_chain
+
+from benchmarks.pdl.chains import CHAINS, make_chain
 
 from .test_load import rewrite
 from .test_ops import check, copy, make, run_and_check

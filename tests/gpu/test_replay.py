@@ -7,7 +7,8 @@ from pathlib import Path
 import hdispatch
 import pytest
 import torch
-from hdispatch.bench.decoder import Layers, Shape
+
+from benchmarks.decoder import Layers, Shape
 
 pytestmark = pytest.mark.usefixtures("bundle")
 

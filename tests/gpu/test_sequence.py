@@ -9,7 +9,8 @@ import hdispatch
 import pytest
 import torch
 from hdispatch import ops
-from hdispatch.bench.decoder import Layers, Shape
+
+from benchmarks.decoder import Layers, Shape
 
 pytestmark = pytest.mark.usefixtures("bundle")
 LAYERS = 3

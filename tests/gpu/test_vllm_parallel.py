@@ -5,13 +5,16 @@ Needs vLLM 0.33 with its libraries and two GPUs that reach each other. Qwen3-1.7
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -63,13 +66,25 @@ def generate(bundle_dir, tmp_path_factory):
             "VLLM_ALLREDUCE_USE_FLASHINFER": "0",
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         }
-        command = [sys.executable, str(SCRIPT), str(folder), json.dumps(parameters)]
-        done = subprocess.run(command, env=environment | variables, capture_output=True, text=True, timeout=300, check=False)
-        answers = [line for line in done.stdout.splitlines() if line.startswith("ANSWER ")]
-        assert answers, done.stdout[-3000:] + done.stderr[-6000:]
+        said = told(command=[sys.executable, str(SCRIPT), str(folder), json.dumps(parameters)], env=environment | variables)
+        answers = [line for line in said.splitlines() if line.startswith("ANSWER ")]
+        assert answers, said[-9000:]
         return json.loads(answers[0].removeprefix("ANSWER "))
 
     return run
+
+
+def told(command, env):
+    """What a process and its children said until it ended. A pipe would stay open: the engine's process outlives it."""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        try:
+            process.wait(timeout=300)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        log.seek(0)
+        return log.read()
 
 
 def gaps(found, expected):

@@ -29,7 +29,7 @@ def is_busy(ns: float) -> bool:
 
 
 def describe(ns: float) -> str:
-    """What a person should know of a busy machine."""
+    """Warning for a busy machine."""
     return (
         f"this machine is busy or slow: an empty Python call takes {ns:.0f} ns, usually at most {USUAL_NS:.0f}; "
         "host times measured now are too long by about as much"

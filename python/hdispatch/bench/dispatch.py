@@ -21,8 +21,8 @@ from ..manifest import read_bundle
 from ..opspec import OpSpec
 from ..testing.host_timer import interleave, quiet, summarize
 from . import busy, machine, paths
-from .paths import Case, Maker, Setup, Unavailable
-from .results import Result, Row
+from .paths import Case, Maker, Subject, Unavailable
+from .results import PathTime, Result
 from .workload import LARGEST_M, Workload
 
 #: Called with steps done, steps in all, and what is being done.
@@ -65,7 +65,7 @@ ORDER = (*SHIPPED, "hdispatch.ops-nopdl", *TABLE, *LOADS)
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure. `bundle` is None where there is none, for the reason `no_bundle`.
+    """Choice of what a run measures. `bundle` is None if there is none; `no_bundle` says why.
 
     hidden   K (or N) of the calls; None for 4096, or else the first shape of the bundle or the op
     variant  None for bfloat16 with a residual, or else the first variant of the bundle or the op
@@ -91,12 +91,12 @@ class Options:
 class _Run:
     """A run under way."""
 
-    setup: Setup
+    subject: Subject
     progress: Progress
     steps: int
     done: int = 0
     core: int | None = None
-    rows: list[Row] = field(default_factory=list)
+    rows: list[PathTime] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     failed: dict[tuple[str, str], str] = field(default_factory=dict)
 
@@ -114,23 +114,29 @@ class _Run:
 
 def run(options: Options, progress: Progress = lambda _done, _steps, _label: None) -> Result:
     """Measure. Bundles that the process has loaded for the device and for the null driver are replaced, then unloaded."""
-    setup = _setup(options)
-    phases = (TABLE, SHIPPED, WITHOUT_PDL) if setup.gpu else (TABLE, SHIPPED)
-    current = _Run(setup, progress, sum(len(makers) + options.rounds for makers in phases))
+    subject = _subject(options)
+    phases = (TABLE, SHIPPED, WITHOUT_PDL) if subject.gpu else (TABLE, SHIPPED)
+    current = _Run(subject, progress, sum(len(makers) + options.rounds for makers in phases))
     facts: dict[str, Any] = {}
     empty_call = busy.empty_call_ns()
     try:
         with runtime.strict():
-            paths.publish_pick_table(setup)
+            paths.publish_pick_table(subject)
             _phase(current, "table", TABLE)
             facts = _load_all(current, options)
             _phase(current, "calls", SHIPPED)
             _phase_without_pdl(current, options)
     finally:
-        _unload(setup)
-    header = machine.describe(setup.gpu.device if setup.gpu else None)
+        _unload(subject)
+    header = machine.describe(subject.gpu.device if subject.gpu else None)
     header |= {"pinned_to_core": current.core, "seed": options.seed, "rounds": options.rounds, "calls": options.calls}
-    header |= {"op": options.op, "variant": setup.cpu.variant.name, **setup.cpu.shape, "m": options.m, "bundle": facts or None}
+    header |= {
+        "op": options.op,
+        "variant": subject.cpu.variant.name,
+        **subject.cpu.shape,
+        "m": options.m,
+        "bundle": facts or None,
+    }
     header["empty_call_ns"] = round(max(empty_call, busy.empty_call_ns()), 1)
     current.finish()
     return {"machine": header, "rows": current.rows, "skipped": current.skipped}
@@ -139,7 +145,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
 # ---- setting up ----
 
 
-def _setup(options: Options) -> Setup:
+def _subject(options: Options) -> Subject:
     spec = registry.spec(options.op)
     if options.rounds < 1 or options.calls < 1:
         raise HdispatchError(f"rounds is {options.rounds} and calls {options.calls}; each is at least 1")
@@ -152,7 +158,7 @@ def _setup(options: Options) -> Setup:
     def workload(where: torch.device) -> Workload:
         return Workload(spec, variant, shape, options.m, where, options.largest)
 
-    setup = Setup(
+    subject = Subject(
         op=getattr(ops, options.op),
         cpu=workload(torch.device("cpu")),
         gpu=workload(device) if device else None,
@@ -163,8 +169,8 @@ def _setup(options: Options) -> Setup:
         vllm_ops=options.vllm_ops,
     )
     if options.bundle is None:
-        setup.no_bundle = {"null": options.no_bundle, "cuda": options.no_bundle}
-    return setup
+        subject.no_bundle = {"null": options.no_bundle, "cuda": options.no_bundle}
+    return subject
 
 
 def choose_variant(spec: OpSpec, built: Sequence[str] = ()) -> str:
@@ -216,31 +222,31 @@ def _device(name: str | None) -> tuple[torch.device | None, str]:
 
 def _load_all(current: _Run, options: Options) -> dict[str, Any]:
     """Load the bundle for the null driver and the GPU, timing both; facts of the bundle for the header."""
-    setup = current.setup
-    drivers = {"null": LOADS[0]} | ({"cuda": LOADS[1]} if setup.gpu else {})
+    subject = current.subject
+    drivers = {"null": LOADS[0]} | ({"cuda": LOADS[1]} if subject.gpu else {})
     for driver, path in drivers.items():
         if options.bundle is not None:
             _load(current, options, driver, path)
-        if driver in setup.no_bundle:
-            current.skipped[path] = setup.no_bundle[driver]
-    if setup.gpu is None:
-        current.skipped["load-bundle"] = setup.no_gpu
+        if driver in subject.no_bundle:
+            current.skipped[path] = subject.no_bundle[driver]
+    if subject.gpu is None:
+        current.skipped["load-bundle"] = subject.no_gpu
     if "load-bundle" in current.skipped:
         current.skipped["load-bundle-1000-rows"] = current.skipped["load-bundle"]
-    return _read_row(setup) if "null" not in setup.no_bundle else {}
+    return _read_row(subject) if "null" not in subject.no_bundle else {}
 
 
 def _load(current: _Run, options: Options, driver: str, path: str) -> None:
-    setup, samples = current.setup, []
+    subject, samples = current.subject, []
     assert options.bundle is not None
-    device = setup.gpu.device if setup.gpu and driver == "cuda" else None
+    device = subject.gpu.device if subject.gpu and driver == "cuda" else None
     try:
         for _ in range(options.loads):
             start = time.perf_counter_ns()
             bundle = runtime.load(options.bundle, device=device, driver=driver)
             samples.append(float(time.perf_counter_ns() - start))
     except HdispatchError as error:
-        setup.no_bundle[driver] = str(error)
+        subject.no_bundle[driver] = str(error)
         return
     current.rows.append(_row(Case(path, f"{bundle.rows} rows", "fixed", float), samples, None))
     if driver == "cuda":
@@ -248,20 +254,20 @@ def _load(current: _Run, options: Options, driver: str, path: str) -> None:
         current.rows.append(_row(Case("load-bundle-1000-rows", f"{bundle.rows} rows", "fixed", float), scaled, None))
 
 
-def _read_row(setup: Setup) -> dict[str, Any]:
+def _read_row(subject: Subject) -> dict[str, Any]:
     """Find the row that serves the fixed M: its backend and config are Helion's too."""
     bundle = next(each for each in runtime.loaded() if each.device == -1)
-    variants = [variant.name for variant in setup.cpu.spec.variants()]
-    shape = {"K": 0, "N": 0, **setup.cpu.shape}
-    index = setup.op.pick(setup.cpu.m, shape["K"], shape["N"], variants.index(setup.cpu.variant.name))
+    variants = [variant.name for variant in subject.cpu.spec.variants()]
+    shape = {"K": 0, "N": 0, **subject.cpu.shape}
+    index = subject.op.pick(subject.cpu.m, shape["K"], shape["N"], variants.index(subject.cpu.variant.name))
     manifest = bundle.manifest
     if index is None:
-        sizes = ", ".join(f"{symbol}={size}" for symbol, size in setup.cpu.shape.items())
-        reason = f"the bundle has no row of {setup.op.name} for {setup.cpu.variant.name}, {sizes}, M={setup.cpu.m}"
-        setup.no_bundle = {"null": reason, "cuda": reason} | setup.no_bundle
+        sizes = ", ".join(f"{symbol}={size}" for symbol, size in subject.cpu.shape.items())
+        reason = f"the bundle has no row of {subject.op.name} for {subject.cpu.variant.name}, {sizes}, M={subject.cpu.m}"
+        subject.no_bundle = {"null": reason, "cuda": reason} | subject.no_bundle
     else:
         record = manifest["records"][manifest["rows"][index]["record"]]
-        setup.backend, setup.config = record["backend"], record["config"]
+        subject.backend, subject.config = record["backend"], record["config"]
     return {
         "target": manifest["target"]["name"],
         "rows": bundle.rows,
@@ -270,8 +276,8 @@ def _read_row(setup: Setup) -> dict[str, Any]:
     }
 
 
-def _unload(setup: Setup) -> None:
-    served = {-1} | ({setup.gpu.device.index} if setup.gpu else set())
+def _unload(subject: Subject) -> None:
+    served = {-1} | ({subject.gpu.device.index} if subject.gpu else set())
     for bundle in runtime.loaded():
         if bundle.device in served:
             bundle.unload()
@@ -282,11 +288,11 @@ def _unload(setup: Setup) -> None:
 
 
 def _phase_without_pdl(current: _Run, options: Options) -> None:
-    setup = current.setup
-    if setup.gpu is None or options.bundle is None or "cuda" in setup.no_bundle:
-        current.skipped["hdispatch.ops-nopdl"] = setup.no_gpu or setup.no_bundle["cuda"]
+    subject = current.subject
+    if subject.gpu is None or options.bundle is None or "cuda" in subject.no_bundle:
+        current.skipped["hdispatch.ops-nopdl"] = subject.no_gpu or subject.no_bundle["cuda"]
         return
-    runtime.load(options.bundle, device=setup.gpu.device, pdl=False)
+    runtime.load(options.bundle, device=subject.gpu.device, pdl=False)
     _phase(current, "calls without PDL", WITHOUT_PDL, hidden={FLOOR})
 
 
@@ -296,8 +302,8 @@ def _phase(current: _Run, label: str, makers: dict[str, Maker], hidden: Collecti
     with quiet() as current.core:
         samples, failed = interleave(
             {cell: case.batch for cell, case in cases.items()},
-            current.setup.rounds,
-            current.setup.order,
+            current.subject.rounds,
+            current.subject.order,
             lambda: current.step(label),
         )
     current.failed |= {cell: _reason(error) for cell, error in failed.items()}
@@ -310,7 +316,7 @@ def _prepare(current: _Run, makers: dict[str, Maker]) -> dict[tuple[str, str], C
     for path, maker in makers.items():
         current.step(f"preparing {path}")
         try:
-            made = list(maker(current.setup))
+            made = list(maker(current.subject))
         except Exception as error:  # a peer fails in any way it likes, and the others still run
             current.skipped[path] = _reason(error)
             continue
@@ -328,7 +334,7 @@ def _reason(error: Exception) -> str:
     return str(error) if isinstance(error, Unavailable) else first_line(error)
 
 
-def _row(case: Case, samples: list[float], floor: float | None) -> Row:
+def _row(case: Case, samples: list[float], floor: float | None) -> PathTime:
     stats = summarize(samples)
     return {
         "path": case.path,

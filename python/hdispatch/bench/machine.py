@@ -1,4 +1,4 @@
-"""What a measurement is worth nothing without: the machine, the versions, the revision, the date."""
+"""Environment that is recorded with every result: machine, versions, revision, date."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ PICK_HIDDEN = tuple(1024 * i for i in range(1, 21))
 PICK_EDGES = tuple(2**i for i in range(15))
 PICK_SHAPES = ((1, 1024), (3, 4096), (16, 4096), (100, 5120), (500, 2048), (1000, 8192), (4096, 12288), (8000, 20480))
 PROBE_ROWS, PROBES = 10_000, 500_000
-#: An op with three tensors, and sizes that the table of picks has not.
+#: An op with three tensors, and sizes that are not in the table of picks.
 FUNCTION_OP = "dynamic_per_token_scaled_fp8_quant"
 FUNCTION_SIZES = {"M": 16, "K": 512}
 FUNCTION_CALLS = 100_000
@@ -43,7 +43,7 @@ class Unavailable(HdispatchError):
 
 @dataclass(frozen=True)
 class Case:
-    """A path with M going one way, ready to be timed. `launches`: its time is held against the floor's."""
+    """A path with one pattern of M, ready to be timed. `launches`: its time is compared with the floor's."""
 
     path: str
     op: str
@@ -53,8 +53,8 @@ class Case:
 
 
 @dataclass
-class Setup:
-    """What the paths need. `cpu` and `gpu` hold the same op's arguments.
+class Subject:
+    """The op that all paths call and its arguments: `cpu` and `gpu` hold the same ones.
 
     no_gpu       why `gpu` is None
     no_bundle    by driver, "null" or "cuda": why no bundle is loaded for it
@@ -88,11 +88,11 @@ class Setup:
         return workload
 
 
-Maker = Callable[[Setup], Iterator[Case]]
+Maker = Callable[[Subject], Iterator[Case]]
 
 
 def calling(
-    setup: Setup,
+    subject: Subject,
     path: str,
     workload: Workload,
     call: Callable[..., object],
@@ -110,11 +110,11 @@ def calling(
         call(*select(workload.at(m)))
     warm = [select(workload.at(workload.m))] * WARM_CALLS
     for kind in kinds:
-        calls = SLOW_CALLS if slow and kind == "unseen" else setup.calls
+        calls = SLOW_CALLS if slow and kind == "unseen" else subject.calls
         if kind == "unseen":  # every round, and the rehearsal, needs Ms of its own
-            calls = max(1, min(calls, len(unseen_pool(workload.m, workload.largest)) // (setup.rounds + 1)))
-        make = workload.maker(kind, calls, setup.order)
-        yield Case(path, op or setup.op.name, kind, call_batch(call, _selected(make, select), warm, synchronize), launches)
+            calls = max(1, min(calls, len(unseen_pool(workload.m, workload.largest)) // (subject.rounds + 1)))
+        make = workload.maker(kind, calls, subject.order)
+        yield Case(path, op or subject.op.name, kind, call_batch(call, _selected(make, select), warm, synchronize), launches)
 
 
 def _selected(make: MakeBatch, select: Callable[[Arguments], Arguments]) -> MakeBatch:
@@ -131,121 +131,121 @@ def synchronizer(workload: Workload) -> Callable[[], object]:
 # ---- floors ----
 
 
-def python_call(setup: Setup) -> Iterator[Case]:
+def python_call(subject: Subject) -> Iterator[Case]:
     """An empty Python function with as many parameters as the op."""
-    names = ", ".join(f"a{i}" for i in range(len(setup.cpu.whole)))
-    yield from calling(setup, "python-call", setup.cpu, eval(f"lambda {names}: None"), launches=False)
+    names = ", ".join(f"a{i}" for i in range(len(subject.cpu.whole)))
+    yield from calling(subject, "python-call", subject.cpu, eval(f"lambda {names}: None"), launches=False)
 
 
-def bare_driver(setup: Setup) -> Iterator[Case]:
+def bare_driver(subject: Subject) -> Iterator[Case]:
     """The bare driver call in a C loop, without launch attributes: the floor."""
-    yield _bare(setup, "cuLaunchKernelEx", pdl=False)
+    yield _bare(subject, "cuLaunchKernelEx", pdl=False)
 
 
-def bare_driver_pdl(setup: Setup) -> Iterator[Case]:
+def bare_driver_pdl(subject: Subject) -> Iterator[Case]:
     """The same with the launch attributes of the bundle, PDL among them."""
-    yield _bare(setup, "cuLaunchKernelEx-pdl", pdl=True)
+    yield _bare(subject, "cuLaunchKernelEx-pdl", pdl=True)
 
 
-def _bare(setup: Setup, path: str, *, pdl: bool) -> Case:
-    workload = setup.served("cuda")
+def _bare(subject: Subject, path: str, *, pdl: bool) -> Case:
+    workload = subject.served("cuda")
     synchronize = synchronizer(workload)
     arguments = workload.at(workload.m)
 
     def run() -> float:
-        _C.bench_launch_ns(setup.op, arguments, WARM_CALLS, pdl)
+        _C.bench_launch_ns(subject.op, arguments, WARM_CALLS, pdl)
         synchronize()
-        ns: float = _C.bench_launch_ns(setup.op, arguments, setup.calls, pdl)
+        ns: float = _C.bench_launch_ns(subject.op, arguments, subject.calls, pdl)
         synchronize()
         return ns
 
-    return Case(path, setup.op.name, "fixed", run, launches=True)
+    return Case(path, subject.op.name, "fixed", run, launches=True)
 
 
 # ---- hdispatch ----
 
 
-def null_driver(setup: Setup) -> Iterator[Case]:
+def null_driver(subject: Subject) -> Iterator[Case]:
     """`hdispatch.ops` with everything but the driver call, on CPU tensors."""
-    yield from calling(setup, "null-driver", setup.served("null"), setup.op, launches=False)
+    yield from calling(subject, "null-driver", subject.served("null"), subject.op, launches=False)
 
 
-def host_function(setup: Setup) -> Iterator[Case]:
+def host_function(subject: Subject) -> Iterator[Case]:
     """`hdispatch.ops` of an op whose kernels are launched by a host function (CuteDSL's): ll_gemm_bf16, 1 <= M <= 16."""
-    setup.served("cuda")
+    subject.served("cuda")
     bundle = next(each for each in runtime.loaded() if each.device != -1)
     rows = [row for row in bundle.manifest["rows"] if row["op"] == HOST_OP and row["K"] and row["N"]]
     if not rows:
         raise Unavailable(f"the bundle has no row of {HOST_OP}")
     spec, row = spec_of(HOST_OP), rows[0]
-    shape, m = {"K": row["K"], "N": row["N"]}, min(setup.on_gpu.m, max(CYCLE))
-    workload = Workload(spec, spec.variant(row["variant"]), shape, m, setup.on_gpu.device, spec.ladder[-1])
-    yield from calling(setup, "host-function", workload, get_op(HOST_OP), op=HOST_OP, kinds=("fixed", "cycling"))
+    shape, m = {"K": row["K"], "N": row["N"]}, min(subject.on_gpu.m, max(CYCLE))
+    workload = Workload(spec, spec.variant(row["variant"]), shape, m, subject.on_gpu.device, spec.ladder[-1])
+    yield from calling(subject, "host-function", workload, get_op(HOST_OP), op=HOST_OP, kinds=("fixed", "cycling"))
 
 
-def torch_null_driver(setup: Setup) -> Iterator[Case]:
+def torch_null_driver(subject: Subject) -> Iterator[Case]:
     """The same as `torch.ops.hdispatch.<op>`."""
-    yield from calling(setup, "torch.ops.hdispatch-null", setup.served("null"), _torch_op(setup), launches=False)
+    yield from calling(subject, "torch.ops.hdispatch-null", subject.served("null"), _torch_op(subject), launches=False)
 
 
-def torch_default_null_driver(setup: Setup) -> Iterator[Case]:
+def torch_default_null_driver(subject: Subject) -> Iterator[Case]:
     """The same as `torch.ops.hdispatch.<op>.default`, which parses the arguments against the schema."""
-    call = _torch_op(setup).default
-    yield from calling(setup, "torch.ops.hdispatch.default-null", setup.served("null"), call, launches=False)
+    call = _torch_op(subject).default
+    yield from calling(subject, "torch.ops.hdispatch.default-null", subject.served("null"), call, launches=False)
 
 
-def ops(setup: Setup) -> Iterator[Case]:
+def ops(subject: Subject) -> Iterator[Case]:
     """`hdispatch.ops` as shipped."""
-    yield from calling(setup, "hdispatch.ops", setup.served("cuda"), setup.op)
+    yield from calling(subject, "hdispatch.ops", subject.served("cuda"), subject.op)
 
 
-def ops_without_pdl(setup: Setup) -> Iterator[Case]:
+def ops_without_pdl(subject: Subject) -> Iterator[Case]:
     """`hdispatch.ops` with a bundle loaded with pdl=False."""
-    yield from calling(setup, "hdispatch.ops-nopdl", setup.served("cuda"), setup.op)
+    yield from calling(subject, "hdispatch.ops-nopdl", subject.served("cuda"), subject.op)
 
 
-def torch_ops(setup: Setup) -> Iterator[Case]:
+def torch_ops(subject: Subject) -> Iterator[Case]:
     """`torch.ops.hdispatch.<op>`."""
-    yield from calling(setup, "torch.ops.hdispatch", setup.served("cuda"), _torch_op(setup))
+    yield from calling(subject, "torch.ops.hdispatch", subject.served("cuda"), _torch_op(subject))
 
 
-def torch_default(setup: Setup) -> Iterator[Case]:
+def torch_default(subject: Subject) -> Iterator[Case]:
     """`torch.ops.hdispatch.<op>.default`: through torch's own argument parser and dispatcher."""
-    yield from calling(setup, "torch.ops.hdispatch.default", setup.served("cuda"), _torch_op(setup).default)
+    yield from calling(subject, "torch.ops.hdispatch.default", subject.served("cuda"), _torch_op(subject).default)
 
 
-def _torch_op(setup: Setup) -> Any:
-    return getattr(torch.ops.hdispatch, setup.op.name)
+def _torch_op(subject: Subject) -> Any:
+    return getattr(torch.ops.hdispatch, subject.op.name)
 
 
 # ---- peers ----
 
 
-def triton_jit(setup: Setup) -> Iterator[Case]:
+def triton_jit(subject: Subject) -> Iterator[Case]:
     """A Triton kernel with five pointers, called as Triton users do."""
-    workload = setup.on_gpu
+    workload = subject.on_gpu
     module = _import("triton", f"{__package__}.triton_kernel")
     launch = module.launcher(workload.largest, workload.device)
     position = _m_position(workload)
-    yield from calling(setup, "triton", workload, launch, select=lambda a: (a[position].shape[0],), op="five_pointers")
+    yield from calling(subject, "triton", workload, launch, select=lambda a: (a[position].shape[0],), op="five_pointers")
 
 
-def helion_direct(setup: Setup) -> Iterator[Case]:
+def helion_direct(subject: Subject) -> Iterator[Case]:
     """The Helion kernel and config that the bundle serves, called as Helion users do."""
-    workload = setup.served("cuda")
-    yield from calling(setup, "helion", workload, _helion_kernel(setup, None), slow=True)
+    workload = subject.served("cuda")
+    yield from calling(subject, "helion", workload, _helion_kernel(subject, None), slow=True)
 
 
-def helion_torch_op(setup: Setup) -> Iterator[Case]:
+def helion_torch_op(subject: Subject) -> Iterator[Case]:
     """The same behind a torch op, with a key function that finds the bucket of M: vLLM's integration."""
-    workload = setup.served("cuda")
+    workload = subject.served("cuda")
     spec, position = workload.spec, _m_position(workload)
 
     def key(*args: Any) -> tuple[int, ...]:
         rows, *others = args[position].shape
         return (bisect.bisect_left(spec.ladder, rows), *others)
 
-    kernel = _helion_kernel(setup, key)
+    kernel = _helion_kernel(subject, key)
     library = torch.library.Library("hdispatch_bench", "FRAGMENT")  # type: ignore[no-untyped-call]
     library.define(spec.schema())  # type: ignore[no-untyped-call]
     library.impl(spec.name, kernel, "CUDA")  # type: ignore[no-untyped-call]
@@ -254,7 +254,7 @@ def helion_torch_op(setup: Setup) -> Iterator[Case]:
         for m in {edge, edge - 1} - {0, 1}:
             if m <= workload.largest:
                 call(*workload.at(m))
-    for case in calling(setup, "helion-torch-op", workload, call, slow=True):
+    for case in calling(subject, "helion-torch-op", workload, call, slow=True):
         yield replace(case, batch=_keeping(case.batch, library))
 
 
@@ -263,37 +263,37 @@ def _keeping(batch: Batch, library: object) -> Batch:
     return lambda: (batch(), library)[0]
 
 
-def _helion_kernel(setup: Setup, key: Callable[..., object] | None) -> Callable[..., object]:
-    if setup.backend != "helion":
-        raise Unavailable(f"the row that serves M = {setup.cpu.m} is made by {setup.backend or 'nothing'}, not by Helion")
+def _helion_kernel(subject: Subject, key: Callable[..., object] | None) -> Callable[..., object]:
+    if subject.backend != "helion":
+        raise Unavailable(f"the row that serves M = {subject.cpu.m} is made by {subject.backend or 'nothing'}, not by Helion")
     helion = _import("helion", "helion")
-    module = _import("helion", f"hdispatch.kernels.{setup.op.name}.helion")
+    module = _import("helion", f"hdispatch.kernels.{subject.op.name}.helion")
     kernel: Callable[..., object] = helion.Kernel(
-        module.KERNEL.fn, configs=[helion.Config(**setup.config)], settings=module.KERNEL.settings, key=key
+        module.KERNEL.fn, configs=[helion.Config(**subject.config)], settings=module.KERNEL.settings, key=key
     )
     return kernel
 
 
-def vllm_op(setup: Setup) -> Iterator[Case]:
+def vllm_op(subject: Subject) -> Iterator[Case]:
     """vLLM's own CUDA kernel for the op, which has the same arguments."""
-    workload = setup.on_gpu
-    if setup.vllm_ops is None:
+    workload = subject.on_gpu
+    if subject.vllm_ops is None:
         raise Unavailable("needs vLLM's compiled ops: --vllm-ops PATH/TO/_C….so")
     try:
-        torch.ops.load_library(str(setup.vllm_ops))  # type: ignore[no-untyped-call]
-        call = getattr(torch.ops._C, setup.op.name)
+        torch.ops.load_library(str(subject.vllm_ops))  # type: ignore[no-untyped-call]
+        call = getattr(torch.ops._C, subject.op.name)
     except (OSError, AttributeError) as error:
-        raise Unavailable(f"{setup.vllm_ops}: {first_line(error)}") from error
-    yield from calling(setup, "torch.ops._C", workload, call)
+        raise Unavailable(f"{subject.vllm_ops}: {first_line(error)}") from error
+    yield from calling(subject, "torch.ops._C", workload, call)
 
 
-def cuda_graph(setup: Setup) -> Iterator[Case]:
+def cuda_graph(subject: Subject) -> Iterator[Case]:
     """Replaying a CUDA graph of one launch."""
-    workload = setup.served("cuda")
-    graph = _captured(workload, setup.op, 1)
-    calls: list[Arguments] = [()] * setup.calls
+    workload = subject.served("cuda")
+    graph = _captured(workload, subject.op, 1)
+    calls: list[Arguments] = [()] * subject.calls
     batch = call_batch(graph.replay, lambda: calls, [()] * WARM_CALLS, synchronizer(workload))
-    yield Case("cuda-graph", setup.op.name, "fixed", batch, launches=True)
+    yield Case("cuda-graph", subject.op.name, "fixed", batch, launches=True)
 
 
 def _captured(workload: Workload, call: Callable[..., object], count: int) -> torch.cuda.CUDAGraph:
@@ -310,15 +310,15 @@ def _captured(workload: Workload, call: Callable[..., object], count: int) -> to
 # ---- chains: time on the GPU and the host together ----
 
 
-def chain_ops(setup: Setup) -> Iterator[Case]:
+def chain_ops(subject: Subject) -> Iterator[Case]:
     """A chain of launches through `hdispatch.ops`, from the first to the end of the last."""
-    workload = setup.served("cuda")
-    yield _chain("chain-hdispatch", setup.op.name, workload, _repeated(setup.op, workload.at(workload.m)))
+    workload = subject.served("cuda")
+    yield _chain("chain-hdispatch", subject.op.name, workload, _repeated(subject.op, workload.at(workload.m)))
 
 
-def chain_torch_add(setup: Setup) -> Iterator[Case]:
+def chain_torch_add(subject: Subject) -> Iterator[Case]:
     """The same chain of torch.add."""
-    workload = setup.on_gpu
+    workload = subject.on_gpu
     x, y, out = (torch.zeros(workload.m, 4096, dtype=torch.bfloat16, device=workload.device) for _ in range(3))
 
     def add(x: torch.Tensor, y: torch.Tensor) -> None:
@@ -327,10 +327,10 @@ def chain_torch_add(setup: Setup) -> Iterator[Case]:
     yield _chain("chain-torch.add", "torch.add", workload, _repeated(add, (x, y)))
 
 
-def chain_graph(setup: Setup) -> Iterator[Case]:
+def chain_graph(subject: Subject) -> Iterator[Case]:
     """The chain of `hdispatch.ops` replayed from one CUDA graph."""
-    workload = setup.served("cuda")
-    yield _chain("chain-cuda-graph", setup.op.name, workload, _captured(workload, setup.op, CHAIN).replay)
+    workload = subject.served("cuda")
+    yield _chain("chain-cuda-graph", subject.op.name, workload, _captured(workload, subject.op, CHAIN).replay)
 
 
 def _repeated(call: Callable[..., object], arguments: Arguments) -> Callable[[], None]:
@@ -358,10 +358,10 @@ def _chain(path: str, op: str, workload: Workload, chain: Callable[[], object]) 
 # ---- the table ----
 
 
-def publish_pick_table(setup: Setup) -> None:
+def publish_pick_table(subject: Subject) -> None:
     """Put a table of 300 keys of the op (20 hidden sizes, 15 buckets), and one function, in place of the null driver's."""
     builder = _C.TableBuilder(-1, 0, False)
-    builder.set_ladder(setup.op, list(PICK_EDGES))
+    builder.set_ladder(subject.op, list(PICK_EDGES))
     builder.add_module("none", b"none")
     code = {"file": "none", "function": "none", "params": [], "num_warps": 1, "shared_bytes": 0}
     code |= {"cluster": [1, 1, 1], "cooperative": False, "pdl": False}
@@ -374,11 +374,11 @@ def publish_pick_table(setup: Setup) -> None:
         "params": [],
         "guards": [],
     }
-    record = builder.add_record(setup.op, {**empty, "cubins": {"other": code}})
-    variant = setup.cpu.variant.name
+    record = builder.add_record(subject.op, {**empty, "cubins": {"other": code}})
+    variant = subject.cpu.variant.name
     for k in PICK_HIDDEN:
         for bucket in range(len(PICK_EDGES)):
-            builder.add_row(setup.op, variant, k, 0, bucket, record)
+            builder.add_row(subject.op, variant, k, 0, bucket, record)
     _add_function(builder)
     builder.publish()
 
@@ -410,12 +410,12 @@ def withdraw_pick_table() -> None:
     _C.withdraw(-1)
 
 
-def ffi_function(_setup: Setup) -> Iterator[Case]:
+def ffi_function(_subject: Subject) -> Iterator[Case]:
     """A TVM-FFI function of three tensors that does nothing, by its pointer in a C loop: the floor of a row that calls it."""
     yield from _of_function("tvm-ffi-function", _C.bench_function_ns)
 
 
-def ffi_row(_setup: Setup) -> Iterator[Case]:
+def ffi_row(_subject: Subject) -> Iterator[Case]:
     """The same function as a row of the table, from C: checks, key, probe and arguments, without a door."""
     yield from _of_function("tvm-ffi-row", _C.bench_dispatch_ns)
 
@@ -425,24 +425,24 @@ def _of_function(path: str, measure: Callable[[_C.Op, Arguments, int], float]) -
     yield Case(path, op.name, "fixed", lambda: measure(op, arguments, FUNCTION_CALLS))
 
 
-def ffi_ops(setup: Setup) -> Iterator[Case]:
+def ffi_ops(subject: Subject) -> Iterator[Case]:
     """The same row through `hdispatch.ops`, called from Python."""
     op, arguments = function_call()
-    calls = [arguments] * setup.calls
+    calls = [arguments] * subject.calls
     yield Case("tvm-ffi-ops", op.name, "fixed", call_batch(op, lambda: calls, calls[:1]))
 
 
-def config_pick(setup: Setup) -> Iterator[Case]:
+def config_pick(subject: Subject) -> Iterator[Case]:
     """From sizes to the row's index, called from Python: 80,000 picks of 8 shapes among 300 keys, as in vLLM's PR 40850."""
-    index = [each.name for each in setup.cpu.spec.variants()].index(setup.cpu.variant.name)
+    index = [each.name for each in subject.cpu.spec.variants()].index(subject.cpu.variant.name)
     shapes: list[Arguments] = [(m, k, 0, index) for m, k in PICK_SHAPES]
-    if any(setup.op.pick(*shape) is None for shape in shapes):
+    if any(subject.op.pick(*shape) is None for shape in shapes):
         raise Unavailable("the table of 300 keys is not in place")
     picks = shapes * (PICKS // len(shapes))
-    yield Case("config-pick", setup.op.name, "cycling", call_batch(setup.op.pick, lambda: picks, shapes))
+    yield Case("config-pick", subject.op.name, "cycling", call_batch(subject.op.pick, lambda: picks, shapes))
 
 
-def table_probe(_setup: Setup) -> Iterator[Case]:
+def table_probe(_subject: Subject) -> Iterator[Case]:
     """The probe alone, in C: random hits among 10,000 rows."""
 
     def run() -> float:

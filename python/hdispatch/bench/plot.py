@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
-from .results import Result, Row
+from .results import PathTime, Result
 from .workload import M_KINDS, MKind
 
 COLORS: dict[MKind, str] = {"fixed": "#20639b", "cycling": "#f2a33a", "unseen": "#c0392b"}
@@ -17,7 +17,7 @@ BAR = 0.26
 def draw(result: Result, file: Path) -> None:
     """Write the picture, in the format that the file's suffix says. Loading times are left out: they are no calls."""
     figures = _matplotlib()
-    paths: dict[str, list[Row]] = {}
+    paths: dict[str, list[PathTime]] = {}
     for row in result["rows"]:
         if not row["path"].startswith("load-"):
             paths.setdefault(row["path"], []).append(row)
@@ -48,7 +48,7 @@ def _matplotlib() -> Any:
     return matplotlib.figure
 
 
-def _draw_path(axes: Any, at: int, rows: list[Row]) -> None:
+def _draw_path(axes: Any, at: int, rows: list[PathTime]) -> None:
     rows = sorted(rows, key=lambda row: M_KINDS.index(row["m"]), reverse=True)
     for index, row in enumerate(rows):
         y = at + (index - (len(rows) - 1) / 2) * BAR

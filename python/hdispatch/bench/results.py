@@ -1,4 +1,4 @@
-"""What a run gives: rows, what was skipped and why; and the targets that the rows are held against."""
+"""Result of a run: rows, skipped paths with their reasons, and the targets that rows are compared with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import HdispatchError
 from .workload import MKind
 
 
-class Row(TypedDict):
+class PathTime(TypedDict):
     """One measured path. Times are ns per call, the loop that makes the calls included.
 
     path         what was called
@@ -35,7 +35,7 @@ class Result(TypedDict):
     """A whole run, as `--json` writes it. `skipped` names what could not run, a path or `path (m)`, and why."""
 
     machine: dict[str, Any]
-    rows: list[Row]
+    rows: list[PathTime]
     skipped: dict[str, str]
 
 
@@ -44,7 +44,7 @@ Cell = tuple[str, MKind]
 
 
 @dataclass(frozen=True)
-class Target:
+class Criterion:
     """At most (or at least) `limit`: the median of `cell` in ns, less `minus`'s or over `over`'s; or its floor_ratio."""
 
     text: str
@@ -61,22 +61,24 @@ class Target:
         return self.floor or self.over is not None
 
 
-#: What must hold: CPU targets on a machine like the one in benchmarks/results, the others on an H200.
-TARGETS: tuple[Target, ...] = (
-    Target("hdispatch.ops, null driver", ("null-driver", "fixed"), 150),
-    Target("table probe, 10,000 rows", ("table-probe", "fixed"), 10),
-    Target("config pick, 300 keys", ("config-pick", "cycling"), 150),
-    Target("TVM-FFI row from C - bare call", ("tvm-ffi-row", "fixed"), 120, minus=("tvm-ffi-function", "fixed")),
-    Target("TVM-FFI row, hdispatch.ops - bare call", ("tvm-ffi-ops", "fixed"), 120, minus=("tvm-ffi-function", "fixed")),
-    Target("hdispatch.ops / bare cuLaunchKernelEx", ("hdispatch.ops", "fixed"), 1.00, floor=True),
-    Target("the same without PDL / bare cuLaunchKernelEx", ("hdispatch.ops-nopdl", "fixed"), 1.25, floor=True),
-    Target("torch.ops.hdispatch / bare cuLaunchKernelEx", ("torch.ops.hdispatch", "fixed"), 1.5, floor=True),
-    Target("host function of CuteDSL's / bare cuLaunchKernelEx", ("host-function", "fixed"), 1.1, floor=True),
-    Target("Helion called directly / hdispatch.ops", ("helion", "fixed"), 6, over=("hdispatch.ops", "fixed"), at_least=True),
-    Target("vLLM's torch.ops._C / hdispatch.ops", ("torch.ops._C", "fixed"), 2, over=("hdispatch.ops", "fixed"), at_least=True),
-    Target("hdispatch.ops, unseen M / fixed M", ("hdispatch.ops", "unseen"), 1.1, over=("hdispatch.ops", "fixed")),
-    Target("360 eager launches, per kernel", ("chain-hdispatch", "fixed"), 3000),
-    Target("load, scaled to 1,000 rows", ("load-bundle-1000-rows", "fixed"), 300e6),
+#: Targets: those of the CPU for a machine like the one in benchmarks/results, the others for an H200.
+TARGETS: tuple[Criterion, ...] = (
+    Criterion("hdispatch.ops, null driver", ("null-driver", "fixed"), 150),
+    Criterion("table probe, 10,000 rows", ("table-probe", "fixed"), 10),
+    Criterion("config pick, 300 keys", ("config-pick", "cycling"), 150),
+    Criterion("TVM-FFI row from C - bare call", ("tvm-ffi-row", "fixed"), 120, minus=("tvm-ffi-function", "fixed")),
+    Criterion("TVM-FFI row, hdispatch.ops - bare call", ("tvm-ffi-ops", "fixed"), 120, minus=("tvm-ffi-function", "fixed")),
+    Criterion("hdispatch.ops / bare cuLaunchKernelEx", ("hdispatch.ops", "fixed"), 1.00, floor=True),
+    Criterion("the same without PDL / bare cuLaunchKernelEx", ("hdispatch.ops-nopdl", "fixed"), 1.25, floor=True),
+    Criterion("torch.ops.hdispatch / bare cuLaunchKernelEx", ("torch.ops.hdispatch", "fixed"), 1.5, floor=True),
+    Criterion("host function of CuteDSL's / bare cuLaunchKernelEx", ("host-function", "fixed"), 1.1, floor=True),
+    Criterion("Helion called directly / hdispatch.ops", ("helion", "fixed"), 6, over=("hdispatch.ops", "fixed"), at_least=True),
+    Criterion(
+        "vLLM's torch.ops._C / hdispatch.ops", ("torch.ops._C", "fixed"), 2, over=("hdispatch.ops", "fixed"), at_least=True
+    ),
+    Criterion("hdispatch.ops, unseen M / fixed M", ("hdispatch.ops", "unseen"), 1.1, over=("hdispatch.ops", "fixed")),
+    Criterion("360 eager launches, per kernel", ("chain-hdispatch", "fixed"), 3000),
+    Criterion("load, scaled to 1,000 rows", ("load-bundle-1000-rows", "fixed"), 300e6),
 )
 
 Verdict = Literal["pass", "miss", "not run"]
@@ -86,7 +88,7 @@ Verdict = Literal["pass", "miss", "not run"]
 class Judged:
     """A target with what was measured: ns or a ratio; None if it did not run."""
 
-    target: Target
+    target: Criterion
     measured: float | None
 
     @property
@@ -98,13 +100,13 @@ class Judged:
         return "pass" if met else "miss"
 
 
-def judge(rows: Sequence[Row], targets: Sequence[Target] = TARGETS) -> list[Judged]:
+def judge(rows: Sequence[PathTime], targets: Sequence[Criterion] = TARGETS) -> list[Judged]:
     """Every target beside what the rows say."""
-    cells: dict[Cell, Row] = {(row["path"], row["m"]): row for row in rows}
+    cells: dict[Cell, PathTime] = {(row["path"], row["m"]): row for row in rows}
     return [Judged(target, _measured(target, cells)) for target in targets]
 
 
-def _measured(target: Target, cells: dict[Cell, Row]) -> float | None:
+def _measured(target: Criterion, cells: dict[Cell, PathTime]) -> float | None:
     row = cells.get(target.cell)
     if row is None:
         return None

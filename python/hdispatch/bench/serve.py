@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import IO, Any, TypedDict
 
 from ..errors import HdispatchError
-from .serve_worker import Setup, environment
+from .serve_worker import EngineOptions, environment
 
-#: Mode -> graphs, what hdispatch serves; see `Setup`.
+#: Mode -> graphs, what hdispatch serves; see `EngineOptions`.
 MODES = {
     "eager": ("none", "no"),
     "override": ("none", "override"),
@@ -44,7 +44,7 @@ SAID = 3000
 
 
 class Mode(TypedDict):
-    """What was measured of one mode. Times in ms are medians over rounds; `batches` and `prefills` have strings as keys."""
+    """Measurements of one mode. Times in ms are medians over rounds; `batches` and `prefills` have strings as keys."""
 
     started: dict[str, Any]
     batches: dict[str, float]
@@ -67,7 +67,7 @@ class Result(TypedDict):
 
 @dataclass(frozen=True)
 class Options:
-    """What to measure.
+    """Choice of what a run measures.
 
     together  modes whose engines live at the same time; their memory must fit the GPU
     profiled  batches whose host parts and GPU time are taken
@@ -99,7 +99,7 @@ class Options:
 #: Hears what begins, and the result so far.
 Tick = Callable[[str, "Result"], None]
 
-#: What a process of an engine runs.
+#: Command line of an engine's process.
 COMMAND = (sys.executable, "-m", "hdispatch.bench.serve_worker")
 
 
@@ -141,7 +141,7 @@ def _group(
             graphs, served = MODES[mode]
             bundle = str(options.bundle.resolve())
             sizes = (options.ranks, options.kv_gib, options.layers, options.seed)
-            setup = Setup(mode, graphs, served, options.model, options.scheme, bundle, *sizes)
+            setup = EngineOptions(mode, graphs, served, options.model, options.scheme, bundle, *sizes)
             caches = stack.enter_context(tempfile.TemporaryDirectory(prefix="hdispatch-serve-", ignore_cleanup_errors=True))
             log = None if options.logs is None else options.logs / f"{mode}.log"
             engine = Process(setup, environment(setup, Path(caches)), command, log, options.limit_s)
@@ -235,7 +235,7 @@ class Process:
     """A process of `serve_worker`, asked over pipes."""
 
     def __init__(
-        self, setup: Setup, environment: Mapping[str, str], command: Sequence[str], log: Path | None, limit_s: float
+        self, setup: EngineOptions, environment: Mapping[str, str], command: Sequence[str], log: Path | None, limit_s: float
     ) -> None:
         self._log: IO[bytes] = tempfile.TemporaryFile() if log is None else log.open("w+b")  # noqa: SIM115
         self._limit_s = limit_s

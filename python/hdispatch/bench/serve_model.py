@@ -164,5 +164,5 @@ def _inputs(weight: torch.Tensor | Any) -> int:
 
 
 def _gain(name: str) -> float:
-    """What is added to the residual is smaller than it."""
+    """The branches add less to the residual than it holds."""
     return 0.35 if "o_proj" in name or "down_proj" in name else 1.0

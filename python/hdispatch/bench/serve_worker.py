@@ -1,6 +1,6 @@
 """A process of `bench serve`: vLLM's engine in one mode, on random weights, which answers requests as lines of JSON.
 
-usage: python -m hdispatch.bench.serve_worker     the first line is `Setup`, the others {"do": …}; see `_Engine`
+usage: python -m hdispatch.bench.serve_worker     the first line is `EngineOptions`, the others {"do": …}; see `_Engine`
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ CAPTURE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Setup:
-    """What an engine is made with.
+class EngineOptions:
+    """Options of an engine.
 
     mode    of `serve.MODES`
     graphs  "none", "decode" (vLLM's layers or ours captured whole, nothing compiled) or "compiled" (vLLM's default)
@@ -48,7 +48,7 @@ class Setup:
         return json.dumps(asdict(self)) + "\n"
 
 
-def environment(setup: Setup, caches: Path) -> dict[str, str]:
+def environment(setup: EngineOptions, caches: Path) -> dict[str, str]:
     """That of the process: vLLM in one process, compile caches that are empty, the plug-in on or off."""
     found = dict(os.environ)
     found |= {
@@ -77,7 +77,7 @@ def main() -> None:
     """Serve requests until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else is printed goes to the log
-    setup = Setup(**json.loads(sys.stdin.readline()))
+    setup = EngineOptions(**json.loads(sys.stdin.readline()))
     engine = _answer(answers, lambda: _Engine(setup), None, "")
     for line in sys.stdin:
         _answer(answers, None, engine, line)
@@ -104,7 +104,7 @@ def _answer(answers: Any, make: Callable[[], _Engine] | None, engine: _Engine | 
 class _Engine:
     """vLLM's LLM, and what can be asked of it. Every method that answers a request is named as the request is."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: EngineOptions) -> None:
         began = time.perf_counter()
         import torch
 

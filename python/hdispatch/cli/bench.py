@@ -49,7 +49,7 @@ paths:
   torch.ops.hdispatch    as torch op; .default: through torch's argument parser and dispatcher
   host-function          hdispatch.ops of ll_gemm_bf16, which a host function of CuteDSL's launches
   triton                 a Triton kernel with five pointers
-  helion                 the very Helion kernel and config that the bundle holds, called directly
+  helion                 the Helion kernel and config of the bundle's row, called directly
   helion-torch-op        the same behind a torch op with a key function, as vLLM integrates Helion
   torch.ops._C           vLLM's own kernel of the op (--vllm-ops)
   cuda-graph             replay of a graph of one launch
@@ -204,7 +204,7 @@ def _build_small(options: Any, folder: Path) -> Any:
 
 
 def describe(result: Any) -> str:
-    """Machine, rows, targets and what was skipped, in words."""
+    """Machine, rows, targets and skipped paths as text."""
     parts = [
         describe_machine(result["machine"]),
         describe_rows(result["rows"], result["machine"]["op"]),
@@ -267,7 +267,7 @@ def describe_targets(rows: list[Any], empty_call_ns: float = 0) -> str:
 
 
 def describe_skipped(skipped: dict[str, str]) -> str:
-    """What did not run; paths with the same reason together."""
+    """The paths that did not run, grouped by reason."""
     reasons: dict[str, list[str]] = {}
     for path, reason in skipped.items():
         reasons.setdefault(reason, []).append(path)

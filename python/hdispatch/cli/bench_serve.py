@@ -46,7 +46,7 @@ is above 1.02 times eager's over all steps or at any one. Ratios have their nois
 
 #: At most this times the error of vLLM's own layers, over all steps and at each.
 ACCURATE = 1.02
-#: Errors of logits, as `serve_accuracy.Errors` names them -> in words.
+#: Errors of logits: name in `serve_accuracy.Errors` -> text.
 ERRORS = {"relative": "relative error", "kl": "KL divergence"}
 
 
@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
 
     def tick(label: str, result: Any) -> None:
-        """What begins, on stderr; what is there already, in the file, should the run be cut short."""
+        """Prints each beginning step to stderr, and writes the results so far to the file in case the run is cut short."""
         print(f"{time.monotonic() - began:5.0f} s  {label}", file=sys.stderr, flush=True)
         if arguments.json:
             arguments.json.write_text(json.dumps(result, indent=1))
@@ -227,7 +227,7 @@ def _ms(value: float | None) -> str:
 
 
 def judge(result: Any) -> list[str]:
-    """What is not as it should be: modes that did not run, calls that the table missed, logits that are worse than eager's."""
+    """Faults of a result: modes that did not run, calls that the table missed, logits worse than eager's."""
     found = [f"{mode} did not run" for mode in result["failed"]]
     modes = result["modes"]
     for mode, figures in modes.items():

@@ -217,7 +217,7 @@ def _check_tvm_ffi() -> str:
 
 
 def _check_link() -> str:
-    """What links the host functions of a bundle."""
+    """The linker for a bundle's host functions."""
     from ..compile import ffi_link
 
     archive = ffi_link.runtime_archive()
@@ -290,7 +290,7 @@ BACKENDS: dict[str, Callable[[], str]] = {
 
 
 def describe(found: dict[str, Any]) -> str:
-    """What was found, in words."""
+    """The findings as text."""
     versions, extension, bundle = found["versions"], found["extension"], found["bundle"]
     lines = ["versions", *(f"  {name:10} {value or 'none'}" for name, value in versions.items())]
     lines += [

@@ -101,7 +101,7 @@ def to_json(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def _row_facts(manifest: Manifest, number: int) -> dict[str, Any]:
-    """What the table shows of a row."""
+    """A row's cells in the table."""
     row = manifest["rows"][number]
     record = manifest["records"][row["record"]]
     ladders = ladders_of(manifest["ops"][row["op"]])
@@ -149,7 +149,7 @@ def totals(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
 
 
 def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[int]) -> str:
-    """The bundle and these of its rows in words."""
+    """The bundle and the chosen rows as text."""
     target = manifest["target"]
     tools = ", ".join(f"{name} {version}" for name, version in manifest["tools"].items())
     counts = {op: sum(manifest["rows"][number]["op"] == op for number in numbers) for op in manifest["ops"]}
@@ -217,7 +217,7 @@ def words_of_bucket(facts: dict[str, Any]) -> str:
 
 
 def describe_totals(sums: dict[str, Any]) -> str:
-    """The totals in words."""
+    """The totals as text."""
     names = ("rows", "records", "cubins", "functions") if sums["functions"] else ("rows", "records", "cubins")
     counts = ", ".join(count(sums[name], name[:-1]) for name in names)
     return f"{counts}, {size(sums['bytes'])}, {sums['build_seconds']:.1f} s of generating and compiling"
@@ -227,7 +227,7 @@ def describe_totals(sums: dict[str, Any]) -> str:
 
 
 def describe_row(manifest: Manifest, number: int) -> str:
-    """A row and its whole record in words."""
+    """A row and its whole record as text."""
     row, facts = manifest["rows"][number], _row_facts(manifest, number)
     record = manifest["records"][row["record"]]
     sizes = ", ".join(f"{symbol} = {facts[symbol]}" for symbol in ("K", "N") if facts[symbol]) or "any size"

@@ -96,7 +96,7 @@ class Progress:
             print(f"{line} ({now - self._start:.0f} s)", file=sys.stderr, flush=True)
 
     def _remaining(self, done: int, total: int, now: float) -> str:
-        """What the steps that are left take if they take as long as those before: ", about 40 s left"."""
+        """Time for the remaining steps at the mean time of the finished ones: ", about 40 s left"."""
         before, began = self._before or (0, self._start)
         if done <= before or done >= total:
             return ""

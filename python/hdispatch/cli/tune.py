@@ -31,7 +31,7 @@ or in its three steps, of which only the second needs the GPU:
   hdispatch tune measure cand --out timings.jsonl               every candidate at every size, on the GPU; can be resumed
   hdispatch tune select timings.jsonl                           few configs that are nearly the best -> configs/
 
-and a further source of candidates, for whoever has the GPU hours:
+and another source of candidates, which takes GPU hours:
 
   hdispatch tune helion --out found                             Helion's own autotuner; then candidates --configs found
 """
@@ -49,7 +49,7 @@ against each other, in random order in every round, losers dropped early: in rep
 L2; those not far behind there also launched one by one, and on the same buffers where L2 would still hold them.
 One line of JSON per candidate and size is appended to FILE; a run that was stopped or killed goes on where it was.
 Another process measures: a candidate that breaks it, or takes longer than --timeout for a step, is noted in FILE as fatal or
-timeout and left out from then on, and a new process goes on with the others. With --gpus or --ray several GPUs measure, each
+timeout and left out from then on, and a new process continues with the others. With --gpus or --ray several GPUs measure, each
 cell on one of them; what a lost one was at is measured again, and cards unlike those of FILE, or of most, are left out.
 """
 

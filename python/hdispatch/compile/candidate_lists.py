@@ -21,7 +21,7 @@ from . import pool
 from .build_unit import HINT, load_spec
 from .target import GpuTarget
 
-#: What is moved along Helion's fragments; the others seldom matter and would multiply the candidates.
+#: Options that are varied among Helion's fragments. The others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")
 
 Config = dict[str, Any]

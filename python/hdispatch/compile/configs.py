@@ -37,11 +37,11 @@ FALLBACK = "nvidia_h200.json"
 #: The backend of entries whose buckets get no row.
 NO_ROW = "fallback"
 
-#: What a key may say a size is: what a row's key holds.
+#: Sizes that a key may have: those that a row's key can hold.
 LARGEST_SIZE = 2**32 - 1
 #: `hidden_size_4096_num_tokens_16`, a part at a time.
 _PART = re.compile(r"([A-Za-z][A-Za-z_]*?)_(-?[0-9]+)(?:_|$)")
-#: What every config of Helion's has, and none of other backends.
+#: Options that every config of Helion has, and none of another backend.
 _HELION = "block_sizes"
 
 
@@ -155,8 +155,8 @@ def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEnt
 def read(path: Path, spec: OpSpec) -> ConfigFile:
     """Reads and checks a file of one of vLLM's formats or ours.
 
-    BuildError, naming the file and the entry, for one that holds anything else: a key that the op has not, a field, backend
-    or size that there is not, a name or key twice, what is no number, deep nesting.
+    Raises BuildError, naming the file and the entry, for one that holds anything else: a key, field, backend or size that does
+    not exist, a name or key twice, a value that is no number, deep nesting.
     """
     try:
         data = parse(path.read_bytes())

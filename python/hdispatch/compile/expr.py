@@ -26,7 +26,7 @@ Value: TypeAlias = int | sympy.Basic
 
 Leaves = Mapping[sympy.Symbol, str]
 
-#: What stands between values in a postfix list.
+#: Operators of a postfix list.
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add,
     "-": operator.sub,

@@ -149,7 +149,7 @@ def _guard_library() -> Path:
 
 
 def _properties(target: GpuTarget) -> types.SimpleNamespace:
-    """What `torch.cuda.get_device_properties` returns; clock rates and limits are those of all data-center GPUs since 2020."""
+    """Stands in for `torch.cuda.get_device_properties`; clock rates and limits are those of data-center GPUs since 2020."""
     return types.SimpleNamespace(
         name=target.device_name,
         major=target.major,

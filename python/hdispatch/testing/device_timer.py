@@ -23,7 +23,7 @@ L2_BYTES = 60 * 2**20
 HEAD_START = 150_000
 #: Per launch of `Queued`: 8 µs, which is more than the host takes.
 QUEUED_HEAD_START = 15_000
-#: What `elapsed_us` gives up at: about a second.
+#: Cycles of head start at which `elapsed_us` gives up: about a second.
 LONGEST_HEAD_START = 2**31
 
 

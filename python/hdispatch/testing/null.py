@@ -37,7 +37,7 @@ def launches() -> list[dict[str, Any]]:
 
 
 def ffi_argument(param: bytes) -> Any:
-    """What a host function would have got: None, an int, bool or float; {pointer}, the stream or a string; or a tensor.
+    """An argument of a host function: None, an int, bool or float; {pointer}, the stream or a string; or a tensor.
 
     {address, device: (type, id), dtype: (code, bits, lanes), shape, strides (elements)}, types and codes as DLPack's.
     """

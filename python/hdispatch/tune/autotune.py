@@ -25,7 +25,7 @@ from ..errors import BuildError
 from ..opspec import OpSpec
 from .points import Point, Scope, points_of, sizes_of
 
-#: What a launch record can hold: descriptors made on the device need scratch memory.
+#: Kinds of indexing that a launch record can hold: descriptors made on the device need scratch memory.
 OVERRIDES = {"indexing": "pointer"}
 
 

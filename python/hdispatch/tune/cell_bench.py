@@ -35,7 +35,7 @@ ROUNDS = 9
 EARLY_STOP = {2: 1.25, 4: 1.12}
 #: Candidates further behind than this, by a first estimate, are not timed in a graph at all.
 HOPELESS = 3.0
-#: What one replay takes, in µs, and the fewest and most launches in it.
+#: Intended time of one replay in µs, and its smallest and largest number of launches.
 REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
 #: An estimate of no more µs may be the host's: the launch takes less.
 HOST_US = 8.0

@@ -1,4 +1,4 @@
-"""Measuring the candidates of a bundle, cell by cell, into a file of timings that a later run goes on with.
+"""Measuring the candidates of a bundle, cell by cell, into a file of timings that a later run resumes.
 
 The workers of a farm do so (farm.py), each in a separate process (measure_process.py): one that a candidate breaks or never
 leaves is replaced. A cell is measured whole by one worker, and its lines are written when it is done, so that a worker that
@@ -142,7 +142,7 @@ class _Here:
         """Every line, or that of the candidate that broke the context."""
         if self._culprit:
             raise HdispatchError(
-                f"a candidate broke the GPU context: {self._culprit}. It is noted; run again to go on without it"
+                f"a candidate broke the GPU context: {self._culprit}. It is noted; run again to continue without it"
             )
         found = self._bench.measure(self._bundle["candidates"]["cells"][cell], set(skip), self._seed)
         self._culprit = next((_failure(timing) for timing in found if timing["status"] in BROKE), "")

@@ -1,7 +1,7 @@
 """The process that measures, seen from the one that started it: cells in, timings out; ended when a candidate does not end.
 
 A kernel that never ends cannot be stopped from the process that launched it, and a broken context cannot be mended: both cost
-that process, and the next one goes on with the other candidates. See measure_worker.py for what is said.
+that process, and the next one continues with the other candidates. measure_worker.py has the protocol.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ class PointConfigs:
         #: A line of text for each file and entry that is left out.
         self.notes: list[str] = []
         self.files = {package: config_files(package, scope, target, self.notes) for package in self.backends}
-        #: What is measured; and the rows that are not, because others have the same sizes and more.
+        #: The rows that are measured, and those that are not because others have the same sizes and more.
         self.points = [point for package in self.backends for point in points_of(package, scope)]
         self.open_points = [point for package in self.backends for point in points_of(package, scope, measured=False)]
         #: The sizes that an option is offered for any value of.

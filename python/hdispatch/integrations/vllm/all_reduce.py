@@ -91,7 +91,7 @@ class CustomAllReduce:
     # ---- sums ----
 
     def handle(self) -> int:
-        """What `add`'s handle is in a call: of vLLM's table under a capture of vLLM's, which fills it in; else of our own."""
+        """The handle that `add` takes: from vLLM's table under a capture by vLLM, which fills it in; else from ours."""
         communicator = self._communicator()
         assert communicator is not None
         if torch.cuda.is_current_stream_capturing():

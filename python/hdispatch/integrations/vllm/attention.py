@@ -34,7 +34,7 @@ LENGTH_STEP = 1024
 
 
 class Kind(enum.Enum):
-    """What attends in a step."""
+    """The kind of attention of a step."""
 
     NOTHING = "a step without caches: vLLM's memory profile"
     HALF = "attention_half"
@@ -154,7 +154,7 @@ class Attention:
     # ---- the steps of a sequence ----
 
     def kind(self, metadata: Any) -> Kind:
-        """What serves a step with vLLM's FlashAttentionMetadata, or with None where there are no caches."""
+        """The attention that serves a step with vLLM's FlashAttentionMetadata, or with None where there are no caches."""
         if metadata is None:
             return Kind.NOTHING
         return Kind.HALF if self._is_decode(metadata) else Kind.FLASH
@@ -263,7 +263,7 @@ class Attention:
         return max_seq_len, self._scale, weights.epsilon, self._group, weights.neox
 
     def _rest_of_fwd(self, out: SequenceTensor, slots: dict[str, Any]) -> tuple[Any, ...]:
-        """What follows q, k and v in a call of FlashAttention 3's fwd."""
+        """The arguments after q, k and v in a call of FlashAttention 3's fwd."""
         return (
             *(None, None, None, out, slots["query_start_loc"], None, None, None),
             *(slots["seq_lens"], slots["max_query_len"], slots["max_seq_len"], slots["block_table"]),

@@ -32,7 +32,7 @@ class DecodeBatch(InputBatch):
 
 
 class DecodeBuffers:
-    """What batches of `rows` requests share: parts of the runner's buffers, and numbers that do not change.
+    """State that batches of `rows` requests share: parts of the runner's buffers, and numbers that do not change.
 
     runner  vLLM's GPUModelRunner
     """

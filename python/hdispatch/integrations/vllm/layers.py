@@ -61,8 +61,8 @@ class FusedLayers:
         self.all_reduce = all_reduce
         self._get_context, self._reduce = get_context, reduce
         self._names = [layer.attention.layer_name for layer in weights.layers]
-        #: What a kind of step calls, for few rows or for any: one sequence of all layers ("whole"), or one of each half of a
-        #: layer in turn. They take the slots residual, sum (halves), hidden, those of sums over ranks (whole) and those of
+        #: The sequences that a kind of step calls, for few rows or for any: one of all layers ("whole"), or one of each half of
+        #: a layer in turn. They take the slots residual, sum (halves), hidden, those of sums over ranks (whole) and those of
         #: attention, in which the halves of activations have no part.
         self._steps: dict[tuple[Kind, bool, bool], tuple[Callable[..., None], ...]] = {}
         device = weights.embedding.device

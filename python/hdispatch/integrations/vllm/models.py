@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class FusedForward:
-    """What a model class of vLLM's gets: `forward` runs the fused layers, or, with a reason, vLLM's own path.
+    """Mixin for a model class of vLLM: `forward` runs the fused layers, or, with a reason, vLLM's own path.
 
     Decided on the first step after the weights are loaded, and again when they are loaded anew.
 
@@ -39,7 +39,7 @@ class FusedForward:
     LAYER: ClassVar[type]
     hdispatch_reason: str | None = None
     _layers: FusedLayers | None = None
-    #: What `_identity` said; empty where the layers are refused; None before the first step.
+    #: Result of `_identity`; empty if the layers are refused; None before the first step.
     _bound: tuple[Any, ...] | None = None
     _config: Any = None
     model: Any

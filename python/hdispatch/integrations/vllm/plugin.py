@@ -98,7 +98,7 @@ def _unfit() -> str:
 
 
 def examine() -> dict[str, Any]:
-    """What `register` would do here, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "runner"}.
+    """What `register` would do, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "runner"}.
 
     decode says what attention of decode steps takes: `settings.ATTENTIONS`; runner why vLLM's own model runner stays, if so.
 

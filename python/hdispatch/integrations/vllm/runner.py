@@ -28,7 +28,7 @@ from .sampling import GreedySampler
 
 #: vLLM's own.
 ORIGINAL: Any = model_runner.GPUModelRunner
-#: What ours stands in for, whole or for some steps, or builds on as it is.
+#: Methods that ours replaces, wholly or for some steps, or calls unchanged.
 REPLACED = (
     *(ORIGINAL.prepare_inputs, ORIGINAL.prepare_attn, ORIGINAL.sample, ORIGINAL.postprocess_sampled, ORIGINAL.sample_tokens),
     *(ORIGINAL.add_requests, ORIGINAL.gather_batch_req_state, input_batch.InputBatch, block_table.BlockTables),

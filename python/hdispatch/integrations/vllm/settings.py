@@ -1,4 +1,4 @@
-"""What a person sets in the environment: HDISPATCH, the switch; HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _METRICS_PORT."""
+"""Environment variables of the plug-in: HDISPATCH, the switch; HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _METRICS_PORT."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
 RUNNER = "HDISPATCH_RUNNER"
 METRICS_PORT = "HDISPATCH_METRICS_PORT"
-#: What HDISPATCH_ATTENTION takes -> what decode steps take then.
+#: Value of HDISPATCH_ATTENTION -> attention of decode steps.
 ATTENTIONS = {
     "auto": "attention_half where the bundle has rows, but under the CUDA graphs of long models",
     "half": "attention_half where the bundle has rows",

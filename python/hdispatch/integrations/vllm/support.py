@@ -1,4 +1,4 @@
-"""What of vLLM's configurations the fused layers serve; everything else takes vLLM's own path, with the reason said here."""
+"""Which of vLLM's configurations the fused layers serve, and the reason why any other takes vLLM's own path."""
 
 from __future__ import annotations
 
@@ -105,5 +105,5 @@ def objection(op: _C.Op, *arguments: Any) -> str | None:
     kind, _, reason = last.partition(" ")
     if kind not in ("miss", "fallback"):
         return None
-    # What else there is, and how to leave strict mode, is for whoever made the call.
+    # How to continue, and how to leave strict mode, concerns the caller alone.
     return re.sub(r"; (nearest rows: .*|leave strict mode .*)$", "", reason.strip())

@@ -133,7 +133,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a decoder's layers compute with."""
+    """The tensors and sizes of a decoder's layers."""
 
     shape: Shape
     scheme: Scheme

@@ -8,7 +8,7 @@ import torch
 
 from ...sequence import Arena
 
-#: What an arena may take: less than what vLLM's own activations take for the thousands of rows of a prefill.
+#: Largest arena in bytes: less than what vLLM's own activations take for the thousands of rows of a prefill.
 LIMIT_BYTES = 80 << 20
 #: Rows come in multiples of it: so the bytes of every temporary are multiples of its alignment, in proportion to the rows.
 ROWS = 128

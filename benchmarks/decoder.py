@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-
-from .. import registry
-from ..sequence import Sequence, SequenceTensor
+from hdispatch import registry
+from hdispatch.sequence import Sequence, SequenceTensor
 
 FP8 = torch.float8_e4m3fn
 EPSILON = 1e-6

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from hdispatch import registry
+from hdispatch.opspec import TensorArg
 from torch import Tensor
-
-from .. import registry
-from ..opspec import TensorArg
 
 #: Columns of the rows that go through a chain, and of what its products narrow them to.
 HIDDEN, NARROW, WIDER = 4096, 128, 256
