@@ -7,15 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hdispatch import registry
 from hdispatch.cli.main import main
 from hdispatch.compile import configs, models
 from hdispatch.errors import HdispatchError
 from hdispatch.manifest import read_bundle
-from hdispatch.tune import device as devices
 from hdispatch.tune import measure_process, timings
-from hdispatch.tune.card import Card
 
 #: The part of a config.json that says sizes.
 QWEN3_8B = {
@@ -168,67 +165,13 @@ def test_sizes_without_a_row_are_told():
 # ---- the commands ----
 
 
-class Timer:
-    """Takes the time that it is told."""
-
-    def __init__(self, us: float) -> None:
-        self.us = us
-
-    def time(self, _replays: int = 1) -> float:
-        """As told."""
-        return self.us
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class StandIn(devices.Device):
-    """The null driver, whose launch is the reference; a candidate is as fast as its number of warps says."""
-
-    def __init__(self) -> None:
-        self.index = -1
-        self.torch_device = torch.device("cpu")
-
-    def device_count(self) -> int:
-        """None: the null driver."""
-        return 0
-
-    def publish(self, rows: devices.OneRow) -> devices.Serve:
-        """Remembers how fast the row will be."""
-        self.us = 10.0 + abs(rows.record["config"]["num_warps"] - 4)
-        return super().publish(rows)
-
-    def launch(self, op: Any, arguments: Any) -> None:
-        """The null driver's launch, then the reference."""
-        super().launch(op, arguments)
-        op.fallback(*arguments)
-
-    def synchronize(self) -> None:
-        """There is nothing to wait for."""
-
-    def estimate(self, _calls: Any) -> float:
-        """As told."""
-        return self.us
-
-    def replay(self, _calls: Any, _launches: int) -> Timer:
-        """As told."""
-        return Timer(self.us)
-
-    def queued(self, _serve: Any, _calls: Any) -> Timer:
-        """As told."""
-        return Timer(self.us)
-
-    def card(self) -> Card:
-        """A GPU that has a config file."""
-        return {"name": "NVIDIA H200"}
-
-
 PROCESS = f"""
 import sys
-sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]!r}
-import test_models
+sys.path[:0] = {[str(Path(__file__).parents[1] / "support")]!r}
+import fake_device
 from hdispatch.tune import measure_worker
-measure_worker.main(lambda folder, manifest, index: test_models.StandIn())
+us_of = lambda rows: 10.0 + abs(rows.record["config"]["num_warps"] - 4)
+measure_worker.main(lambda folder, manifest, index: fake_device.FakeDevice(us_of))
 """
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import archive
 from ..errors import HdispatchError
-from . import numbers
+from . import kernels, numbers
 from .build import build_wing
 from .text import print_json, split, timed_progress
 from .tune_options import add_farm, add_models, add_ray, add_scope, farm_of, ops_of, ray_wing, scope_of
@@ -131,6 +131,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="DIR", type=Path, help="candidate bundle")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="file of timings, .jsonl; appended to")
     parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
+    kernels.add_argument(parser)
     parser.add_argument("--limit", metavar="N", type=numbers.whole, help="at most N cells: sizes and buckets")
     parser.add_argument("--seconds", metavar="N", type=numbers.real, help="begin no further cell after N seconds")
     parser.add_argument(
@@ -150,6 +151,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("timings", metavar="FILE", type=Path, nargs="+", help="timings; of two lines the later file's counts")
     parser.add_argument("--ops", metavar="A,B", help="ops (default: those with timings)")
+    kernels.add_argument(parser)
     parser.add_argument("--regret", metavar="X", type=numbers.real, default=0.02, help="allowed regret (default: 0.02, 2 %%)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for <op>/<gpu>.json (default: the ops' own)")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
@@ -205,6 +207,7 @@ def _collect(arguments: argparse.Namespace, out: Path) -> CandidateReport:
             scope=scope_of(arguments),
             jobs=arguments.jobs,
             cache=arguments.cache,
+            extra=kernels.given(arguments),
             compilers=compilers,
             progress=stack.enter_context(timed_progress()),
         )
@@ -235,6 +238,7 @@ def _measured(arguments: argparse.Namespace, bundle: Path, out: Path, options: O
             options,
             farm=farm_of(arguments),
             versions=measured_with,
+            kernels=kernels.given(arguments),
             progress=progress,
             say=lambda line: print(line, file=sys.stderr),
         )
@@ -252,7 +256,7 @@ def run_select(arguments: argparse.Namespace) -> int:
 
     if arguments.plot:
         plot.require()
-    packages, chosen = op_package.find(None), split(arguments.ops)
+    packages, chosen = op_package.find(None, kernels.given(arguments)), split(arguments.ops)
     if unknown := next((op for op in chosen or () if op not in packages), None):
         raise HdispatchError(f"--ops: no op {unknown!r}; there are {sorted(packages)}")
     refused = select.refusal(packages)
@@ -286,12 +290,18 @@ def run_all(arguments: argparse.Namespace) -> int:
     report = _measured(arguments, candidates, out, Options(split(arguments.ops)))
     print(describe_measuring(report, out))
     _say_step(3, "configs are selected")
-    packages = op_package.find(None)
+    packages = op_package.find(None, kernels.given(arguments))
     lines = timings.read(out, select.refusal(packages))
     print(describe_selection(select.select(lines, packages, arguments.out, limit=arguments.regret), dry_run=False))
-    models = f" --models {arguments.models}" if arguments.models else ""
-    print(f"next: hdispatch build{models} --out bundle")
+    same = [f"{name} {value}" for name in ("--models", "--kernels") for value in _given(arguments, name)]
+    print(f"next: {' '.join(['hdispatch build', *same, '--out bundle'])}")
     return 0
+
+
+def _given(arguments: argparse.Namespace, name: str) -> list[str]:
+    """The values of an option, as they were given."""
+    value = getattr(arguments, name.lstrip("-"))
+    return [value] if isinstance(value, str) else list(value or ())
 
 
 def _say_step(number: int, what: str) -> None:
@@ -307,9 +317,10 @@ def run_helion(arguments: argparse.Namespace) -> int:
         from ..tune.autotune import autotune
     with timed_progress() as progress:
         failed = autotune(
-            split(arguments.ops),
+            kernels.chosen_ops(arguments),
             arguments.out,
             scope=scope_of(arguments),
+            extra=kernels.given(arguments),
             effort=arguments.effort,
             seconds=arguments.seconds,
             progress=progress,

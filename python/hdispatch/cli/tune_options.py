@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import HdispatchError
 from ..opspec import OpSpec
-from . import numbers
+from . import kernels, numbers
 from .build import build_wing, parse_shapes
 from .text import split
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 def add_scope(parser: argparse.ArgumentParser) -> None:
     """Declare which ops, variants, sizes and buckets."""
-    parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
+    parser.add_argument("--ops", metavar="A,B", help="ops (default: all; with --kernels those of it)")
+    kernels.add_argument(parser)
     parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the typical one of each op)")
     parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes; every op must have one of them (default: all)")
     parser.add_argument(
@@ -90,10 +91,10 @@ def ops_of(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
     """The ops of --ops, of which --models leaves those that its models call; and a line of text for each call without a row."""
     with build_wing():
         from ..compile import op_package
-    ops, calls = split(arguments.ops), calls_of_models(arguments)
+    ops, calls = kernels.chosen_ops(arguments), calls_of_models(arguments)
     if calls is None:
         return ops, []
-    found = {name: calls(package.spec) for name, package in op_package.find(ops).items()}
+    found = {name: calls(package.spec) for name, package in op_package.find(ops, kernels.given(arguments)).items()}
     if not any(each.rows for each in found.values()):
         raise HdispatchError(f"the models of --models call none of {', '.join(found)}")
     return [name for name, each in found.items() if each.rows], [note for each in found.values() for note in each.notes]

@@ -19,15 +19,17 @@ from .timings import Timing
 
 @dataclass(frozen=True)
 class Task:
-    """Told to every worker: the candidate bundle, the seed of arguments and order, a step's seconds, the versions.
+    """Told to every worker: the candidate bundle, the seed of arguments and order, a step's seconds, versions and kernels.
 
     versions  called where a worker runs; its answer goes into that worker's lines
+    kernels   folders and dotted packages of ops that are not installed
     """
 
     folder: Path
     seed: int
     timeout: float
     versions: Callable[[], dict[str, Any]]
+    kernels: tuple[str, ...] = ()
 
 
 class Worker(Protocol):
@@ -96,7 +98,7 @@ class LocalFarm:
         """A process for each GPU; they start at the same time."""
         versions = task.versions()
         for index in self._indices():
-            setup = Setup(str(task.folder.resolve()), index, task.seed, versions)
+            setup = Setup(str(task.folder.resolve()), index, task.seed, versions, list(task.kernels))
             self._workers.append(MeasureProcess(setup, task.timeout))
         for worker in self._workers:
             worker.ready()

@@ -76,7 +76,7 @@ class Measurer:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(content)
             # Ray shows an actor its own GPU alone.
-            setup = Setup(folder, 0, self._task.seed, self._task.versions())
+            setup = Setup(folder, 0, self._task.seed, self._task.versions(), list(self._task.kernels))
             self._process = MeasureProcess(setup, self._task.timeout, self._command)
             self._process.ready()
         return self._process

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import _C
+from .. import _C, registry
 from ..errors import HdispatchError
 from . import timings
 from .candidates import CandidateBundle, Cell, cell_key_of, check_ops, code_of, config_key_of, read_candidates
@@ -83,6 +83,7 @@ def measure(
     farm: Farm | None = None,
     device: Device | None = None,
     versions: Callable[[], dict[str, Any]] = dict,
+    kernels: Sequence[str] = (),
     progress: Callable[[int, int, str], None] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Report:
@@ -91,6 +92,7 @@ def measure(
     farm      the GPUs to measure on; None: the current CUDA device
     device    to measure on in this very process instead, which a candidate may then take along
     versions  called where a worker runs; goes into every line
+    kernels   folders and dotted packages of ops that are not installed, as `registry.define_package` takes them
     progress  called before each cell with candidates done, candidates in all and the cell's name
     say       called with a line of text about each worker when they have started
 
@@ -102,12 +104,14 @@ def measure(
     """
     chosen = options or Options()
     bundle = read_candidates(folder)
+    for each in kernels:
+        registry.define_package(each)
     check_ops(folder, bundle)
     whole: Farm = farm or LocalFarm()
     if device is not None:
         whole = _Here(bundle, device)
     with contextlib.closing(whole):
-        started = whole.start(Task(folder, chosen.seed, chosen.timeout, versions))
+        started = whole.start(Task(folder, chosen.seed, chosen.timeout, versions, tuple(kernels)))
         known = _read_known(out)
         _keep_alike(started, out, known)
         for worker in started.workers:

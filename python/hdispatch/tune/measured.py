@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..opspec import SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from .cover import Regrets, Shape, Slot, assign
 from .timings import BROKE, ConfigKey, Timing, config_key
 
@@ -67,7 +67,7 @@ class Measured:
         """Whether the sizes that a row leaves open are those that stand for all of them."""
         spec = self.spec
         measured = spec.measured(spec.variant(timing["variant"])) if spec.measured else {}
-        open_sizes = [symbol for symbol in spec.symbols() if symbol != "M" and symbol not in row]
+        open_sizes = [symbol for symbol in KEY_SYMBOLS[1:] if symbol in spec.symbols() and symbol not in row]
         return all(sizes[symbol] == measured.get(symbol, spec.hint(symbol)) for symbol in open_sizes)
 
     def choice(self, slot: Slot, config: ConfigKey) -> Choice:
@@ -160,7 +160,7 @@ def _quartiles(found: Mapping[ConfigKey, Timing]) -> dict[ConfigKey, float]:
 
 def _named(spec: OpSpec) -> list[str]:
     """The sizes besides M that the op's config keys name."""
-    return [symbol for symbol in SYMBOLS[1:] if symbol in spec.config_key.values()]
+    return [symbol for symbol in KEY_SYMBOLS[1:] if symbol in spec.config_key.values()]
 
 
 def _regrets(cells: Iterable[Mapping[ConfigKey, float]]) -> dict[ConfigKey, float]:
