@@ -4,13 +4,15 @@
     python benchmarks/regress.py OLD.json NEW.json [--paths hdispatch] [--percent 5]
 
 A cell is slower if its median exceeds the old one by more than `--percent` and by more than three times the larger of the two
-quartile ranges. Cells that only one file has are counted, not judged. Exit 1 if a cell is slower, 2 if none can be compared.
+quartile ranges. Cells that only one file has are counted, not judged. A file may be a .json.xz. Exit 1 if a cell is slower, 2
+if none can be compared: there is none in common, a file is no result, or the two are of unlike GPUs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import statistics
 import sys
@@ -36,12 +38,25 @@ def refuse(why: str) -> NoReturn:
     sys.exit(2)
 
 
+def load(file: Path) -> Any:
+    """The JSON of a file, or of an xz."""
+    try:
+        data = file.read_bytes()
+        return json.loads(lzma.decompress(data) if file.suffix == ".xz" else data)
+    except (OSError, ValueError, lzma.LZMAError) as error:
+        refuse(f"{file} is no result: {error}")
+
+
+def gpu_of(file: Path) -> str | None:
+    """The GPU that a result is of, if it says."""
+    content = load(file)
+    machine = content.get("machine") if isinstance(content, dict) else None
+    return machine.get("gpu") if isinstance(machine, dict) else None
+
+
 def read(file: Path, paths: list[str]) -> dict[tuple[tuple[str, Any], ...], Time]:
     """The cells of a result; all paths if none is given."""
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        refuse(f"{file} is no result: {error}")
+    content = load(file)
     rows = (content.get("timings") or content.get("rows")) if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         refuse(f'{file} is no result: it has no list of rows, "timings" or "rows"')
@@ -54,6 +69,10 @@ def read(file: Path, paths: list[str]) -> dict[tuple[tuple[str, Any], ...], Time
             continue
         measured = {f"{name}{unit}" for name in MEASURED}
         cell = tuple(sorted((name, value) for name, value in row.items() if name not in measured | set(DERIVED)))
+        if not all(isinstance(row.get(name), (int, float)) and 0 < row[name] < math.inf for name in measured):
+            refuse(f"{file}: a row has no times above 0: {row}")
+        if cell in found:
+            refuse(f"{file}: two rows are of one cell: {row}")
         found[cell] = Time(row[f"median{unit}"], row[f"q3{unit}"] - row[f"q1{unit}"])
     return found
 
@@ -68,6 +87,8 @@ def main() -> int:
     given = parser.parse_args()
     paths = [each for each in given.paths.split(",") if each]
     old, new = read(given.old, paths), read(given.new, paths)
+    if (before := gpu_of(given.old)) != (after := gpu_of(given.new)) and before and after:
+        refuse(f"{given.old} is of {before}, {given.new} of {after}: a difference says nothing of the code")
     both = [cell for cell in old if cell in new]
     if not both:
         print(f"no cell is in both {given.old} ({len(old)} cells) and {given.new} ({len(new)} cells)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import lzma
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,25 @@ def test_nothing_to_compare_is_not_a_pass(tmp_path):
     assert compare(tmp_path, [row(1, 10.0)], [row(2, 10.0)])[0] == 2
 
 
-@pytest.mark.parametrize("content", [None, "{", "[1]", "{}", '{"rows": 3}', '{"rows": [3]}', '{"rows": [{"op": "a"}]}'])
+OK = '{"op": "a", "median_us": 1, "q1_us": 1, "q3_us": 1}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "{",
+        "[1]",
+        "{}",
+        '{"rows": 3}',
+        '{"rows": [3]}',
+        '{"rows": [{"op": "a"}]}',
+        '{"rows": [{"op": "a", "median_us": 1}]}',
+        '{"rows": [{"op": "a", "median_us": NaN, "q1_us": 1, "q3_us": 1}]}',
+        '{"rows": [{"op": "a", "median_us": 0, "q1_us": 0, "q3_us": 0}]}',
+        f'{{"rows": [{OK}, {OK}]}}',
+    ],
+)
 def test_a_file_that_is_no_result_is_named(tmp_path, content):
     file = tmp_path / "odd.json"
     if content is not None:
@@ -69,3 +88,44 @@ def test_what_the_attention_benchmark_writes_can_be_compared(tmp_path):
     slower = [row | {"median_us": 12.0} for row in rows]
     assert compare(tmp_path, rows, rows)[0] == 0
     assert compare(tmp_path, rows, slower)[0] == 1
+
+
+def test_results_of_unlike_gpus_are_not_compared(tmp_path):
+    for name, gpu in (("h100", "NVIDIA H100"), ("h200", "NVIDIA H200")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"gpu": gpu}, "timings": [row(1, 10.0)]}))
+    command = [sys.executable, str(SCRIPT), str(tmp_path / "h100.json"), str(tmp_path / "h200.json")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "is of NVIDIA H100" in done.stderr
+
+
+RESULTS = SCRIPT.with_name("results")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["2026-11-26-h100/ops-after.json.xz", "2026-11-26-h200-attention/attention-untuned.json", "2026-11-26-h100/dispatch.json"],
+)
+def test_every_cell_of_a_real_result_is_judged(tmp_path, name):
+    """`bench ops`, attention.py and `bench dispatch`: as they are, and with its steadiest cell 6 % slower than it was."""
+    data = (RESULTS / name).read_bytes()
+    content = json.loads(lzma.decompress(data) if name.endswith(".xz") else data)
+    rows = content.get("timings") or content["rows"]
+    unit = next(field.removeprefix("median") for field in rows[0] if field.startswith("median"))
+
+    def run(new: Path) -> tuple[int, str]:
+        command = [sys.executable, str(SCRIPT), str(RESULTS / name), str(new)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    code, text = run(RESULTS / name)
+    assert code == 0, text
+    assert f"0 of {len(rows)} cells slower; 0 only in the old file, 0 in the new" in text
+    steady = min(rows, key=lambda each: (each[f"q3{unit}"] - each[f"q1{unit}"]) / each[f"median{unit}"])
+    assert (steady[f"q3{unit}"] - steady[f"q1{unit}"]) < 0.01 * steady[f"median{unit}"]
+    for field in ("median", "q1", "q3"):
+        steady[field + unit] *= 1.06
+    (tmp_path / "new.json").write_text(json.dumps(content))
+    code, text = run(tmp_path / "new.json")
+    assert code == 1, text
+    assert f"1 of {len(rows)} cells slower" in text

@@ -15,7 +15,7 @@ import torch
 from fake_device import FakeDevice
 from hdispatch import _C, BundleError, HdispatchError, Key
 from hdispatch.cli.main import main
-from hdispatch.cli.tune import _chosen_buckets
+from hdispatch.cli.tune_options import chosen_buckets
 from hdispatch.compile import build, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
@@ -420,4 +420,4 @@ def test_timings_that_are_refused(change, words):
 
 
 def test_only_some_buckets_of_m():
-    assert list(_chosen_buckets(["16", "4"])(SPEC)) == [6, 7, 8, 3, 4, 5]
+    assert list(chosen_buckets(["16", "4"])(SPEC)) == [6, 7, 8, 3, 4, 5]

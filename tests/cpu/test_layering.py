@@ -18,7 +18,7 @@ PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
 #: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
-TUNING = ("autotune", "collect", "compile_many", "cover", "measured", "point_configs", "points", "select")
+TUNING = ("autotune", "collect", "compile_many", "compile_ray", "cover", "measured", "point_configs", "points", "select")
 BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", "hdispatch.adopted", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
@@ -173,7 +173,7 @@ def test_measuring_needs_neither_the_build_wing_nor_a_dsl():
     )
     loaded = run(code)["all"]
     assert isinstance(loaded, list)
-    wanted = ("helion", "cutlass", "matplotlib", "rich", "hdispatch.cli", "hdispatch.bench", *BUILD)
+    wanted = ("helion", "cutlass", "matplotlib", "rich", "ray", "hdispatch.cli", "hdispatch.bench", *BUILD)
     assert not [module for module in loaded if within(module, wanted)]
 
 

@@ -22,9 +22,10 @@ import toy
 from hdispatch.cli.main import main
 from hdispatch.errors import BundleError, HdispatchError
 from hdispatch.manifest import CANDIDATES_NAME, MANIFEST_NAME
-from hdispatch.tune import cell_arguments, cell_bench, measure, measure_process, timings
+from hdispatch.tune import cell_arguments, cell_bench, farm, measure, measure_process, timings
 from hdispatch.tune import device as devices
 from hdispatch.tune.candidates import read_candidates
+from hdispatch.tune.card import Card
 
 #: config -> µs
 TIMES = {"fast": 10.0, "near": 10.3, "slow": 11.5, "loser": 20.0, "hopeless": 50.0}
@@ -155,9 +156,9 @@ class FakeDevice(devices.Device):
         self.replays.append(FakeReplay(9.0 if self.current == "near" else TIMES[self.current] + 1.0))
         return self.replays[-1]
 
-    def describe(self) -> str:
+    def card(self) -> Card:
         """A GPU that is not."""
-        return "NVIDIA Toy"
+        return {"name": "NVIDIA Toy", "power_w": 700}
 
 
 @pytest.fixture
@@ -175,7 +176,7 @@ def by_cell(path: Path) -> dict[int, dict[str, timings.Timing]]:
 def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
     device, seen = FakeDevice(), []
     report = measure.measure(
-        bundle, tmp_path / "t.jsonl", device=device, versions={"torch": "x"}, progress=lambda *step: seen.append(step)
+        bundle, tmp_path / "t.jsonl", device=device, versions=lambda: {"torch": "x"}, progress=lambda *step: seen.append(step)
     )
     assert (report.measured, report.before, report.left, report.failures) == (2, 0, 0, [])
     assert device.order == [(name, 4) for name in TIMES] + [(name, 16) for name in TIMES]
@@ -201,6 +202,7 @@ def test_everything_is_checked_and_the_losers_go_early(bundle, tmp_path):
     }
     assert one["versions"] == {"torch": "x", "tools": {"triton": "0"}}
     assert one["artifacts"] == sorted(hashlib.sha256(content).hexdigest() for content in toy.files().values())
+    assert one["card"] == {"name": "NVIDIA Toy", "power_w": 700}
     assert (one["compile_seconds"], one["gpu"], one["M"], one["status"]) == (1.5, "NVIDIA Toy", 16, "ok")
     assert "q1" not in found[4]["hopeless"]
     assert not any(replay.open for replay in device.replays)
@@ -321,13 +323,13 @@ def opened(folder, manifest, index):
     return {device}
 measure_worker.main(opened)
 """
-    return (sys.executable, "-P", "-c", program)
+    return ("-P", "-c", program)
 
 
 @pytest.fixture
 def in_child(monkeypatch) -> Callable[..., None]:
     """Says what candidates do in the process that measures."""
-    monkeypatch.setattr(measure, "_current_device", lambda: 0)
+    monkeypatch.setattr(farm, "current_device", lambda: 0)
 
     def use(broken: dict[str, str] | None = None, device: str | None = None) -> None:
         monkeypatch.setattr(measure_process, "COMMAND", command(device or f"test_measure.FakeDevice({broken or {}!r})"))
@@ -341,9 +343,9 @@ SHORT = measure.Options(timeout=5.0)
 
 def test_another_process_measures_the_same(bundle, tmp_path, in_child):
     in_child()
-    report = measure.measure(bundle, tmp_path / "t.jsonl", versions={"torch": "x"})
+    report = measure.measure(bundle, tmp_path / "t.jsonl", versions=lambda: {"torch": "x"})
     assert (report.measured, report.left, report.failures) == (2, 0, [])
-    measure.measure(bundle, tmp_path / "u.jsonl", device=FakeDevice(), versions={"torch": "x"})
+    measure.measure(bundle, tmp_path / "u.jsonl", device=FakeDevice(), versions=lambda: {"torch": "x"})
 
     def lines(path: Path) -> list[dict[str, Any]]:
         return [{n: v for n, v in line.items() if n not in ("device_seconds", "time")} for line in timings.read(path)]
@@ -429,9 +431,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background
 sys.path[:0] = {IMPORTED!r}
 import test_measure
 from hdispatch.cli.main import main
-from hdispatch.tune import measure_process, measure
+from hdispatch.tune import farm, measure_process
 measure_process.COMMAND = {command("test_measure.FakeDevice({'near': 'hang at 16'})")!r}
-measure._current_device = lambda: 0
+farm.current_device = lambda: 0
 sys.exit(main(["tune", "measure", {str(bundle)!r}, "--out", {str(out)!r}, "--timeout", "1000"]))
 """
     environment = {**os.environ, "PID_FILE": str(pid_file)}
@@ -499,8 +501,8 @@ def test_timings_of_another_gpu_are_refused(bundle, tmp_path):
     out = tmp_path / "t.jsonl"
     measure.measure(bundle, out, device=FakeDevice())
     other = FakeDevice()
-    other.describe = lambda: "NVIDIA Else"  # type: ignore[method-assign]
-    with pytest.raises(HdispatchError, match="holds timings of 'NVIDIA Toy'; this is 'NVIDIA Else'"):
+    other.card = lambda: {"name": "NVIDIA Else"}  # type: ignore[method-assign]
+    with pytest.raises(HdispatchError, match="holds timings of 'NVIDIA Toy, 700 W'; this is 'NVIDIA Else'"):
         measure.measure(bundle, out, device=other)
 
 

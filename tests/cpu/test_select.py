@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from hdispatch.cli import tune
 from hdispatch.cli.main import main
 from hdispatch.compile import configs, measurements
 from hdispatch.compile.op_package import OpPackage
@@ -264,6 +263,51 @@ def test_timings_of_other_compiled_in_integers_make_entries_of_their_own(tmp_pat
     assert [entry.arguments for entry in file.entries] == [{"group": 8}, {}]
 
 
+def noisy(lines: list[timings.Timing], share: float) -> list[timings.Timing]:
+    return [{**each, "q1": each["us"] * (1 - share / 2), "q3": each["us"] * (1 + share / 2)} for each in lines]
+
+
+@pytest.mark.parametrize(
+    ("us", "noise", "kept"), [(100.4, 0.01, True), (101.5, 0.01, False), (100.0, 0.0, True), (100.4, 0.0, False)]
+)
+def test_a_choice_inside_the_noise_keeps_the_previous_config(tmp_path, us, noise, kept):
+    assert run(table(64, old=[100] * 4, new=[110] * 4), tmp_path).kept == 1
+    run(noisy(table(64, old=[us] * 4, new=[100] * 4), noise), tmp_path, limit=0.02)
+    assert picks(tmp_path, {"K": 64}) == ["old" if kept else "new"] * 4
+
+
+def test_reruns_that_differ_by_noise_choose_alike(tmp_path):
+    """However the noise falls; and what is slower than allowed goes, inside the noise or not."""
+    generator = random.Random(3)
+
+    def measured_again() -> list[timings.Timing]:
+        names = "abcdef"
+        columns = {name: [100 * (1 + generator.uniform(0, 0.01)) for _ in SPEC.ladder] for name in names}
+        return noisy(table(64, **columns) + table(512, **columns), 0.012)
+
+    run(measured_again(), tmp_path)
+    first = picks(tmp_path, {"K": 64}) + picks(tmp_path, {"K": 512})
+    for _ in range(20):
+        run(measured_again(), tmp_path)
+        assert picks(tmp_path, {"K": 64}) + picks(tmp_path, {"K": 512}) == first
+    run(noisy(table(64, **{first[0]: [103] * 4, "g": [100] * 4}), 0.1), tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["g"] * 4
+
+
+def test_a_models_sizes_get_entries_of_their_own(tmp_path):
+    """And what rows have, the one for any size among it, stays as it is."""
+    run(opened(table(64, a=[1] * 4) + table(512, a=[1] * 4), "a"), tmp_path)
+    before = json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text())
+    run(table(3072, a=[9] * 4, b=[1, 1, 5, 5]), tmp_path)
+    after = json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text())
+    assert after == [{"key": {"hidden_size": 3072, "num_tokens": 8}, "config": {"name": "b"}}, *before]
+    assert picks(tmp_path, {"K": 3072}) == ["b"] * 4
+    assert picks(tmp_path, {}) == ["a"] * 4
+    hint = SPEC.hint("K")
+    run(opened(table(hint, c=[1] * 4), "c"), tmp_path)
+    assert picks(tmp_path, {}) == ["c"] * 4, "what stands for any size is for the row for any size"
+
+
 def test_the_backend_is_named_where_it_is_not_the_first(tmp_path):
     lines = table(64, a=[1, 1, 2, 2]) + [{**each, "backend": "helion"} for each in table(64, b=[2, 2, 1, 1])]
     run(lines, tmp_path, backends=("helion", "triton"))
@@ -456,12 +500,6 @@ def test_the_command_names_the_line_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     assert main([*command, "--ops", "rms_norm,nonsense"]) == 1
     assert "no op 'nonsense'" in capsys.readouterr().err
-
-
-def test_time_left():
-    assert tune.time_left(10, 0, 5) == ""
-    assert tune.time_left(10, 1, 5) == ", 40 s left"
-    assert tune.time_left(60, 1, 5) == ", 4 min 0 s left"
 
 
 def test_a_time_is_the_mean_of_the_ways(tmp_path):

@@ -18,6 +18,7 @@ from hdispatch.manifest import CANDIDATES_NAME
 from hdispatch.opspec import OpSpec
 from hdispatch.tune import autotune, points
 from hdispatch.tune.candidates import read_candidates
+from hdispatch.tune.point_configs import PointConfigs
 
 KERNEL = """
 import os
@@ -170,6 +171,18 @@ def test_helions_autotuner_writes_as_it_goes(tmp_path, monkeypatch):
     assert autotune.autotune([op], tmp_path, scope=scope, seconds=0) == []
     with pytest.raises(BuildError, match="none of the ops has a Helion kernel"):
         autotune.autotune(["silu_and_mul"], tmp_path, scope=scope)
+
+
+@pytest.mark.slow
+def test_every_op_has_candidates_of_its_typical_variant_from_each_backend():
+    """The smallest bucket's, with Helion's neighbours: a list or a space that cannot be asked for is an error here."""
+    packages = op_package.find(None)
+    found = PointConfigs(packages.values(), points.Scope(buckets=lambda _spec: [0], spread=0), DESCRIBED["h200"])
+    offered = {(p.op.name, option.backend) for p, options in found.by_point.items() for option in options}
+    for package, backends in found.backends.items():
+        assert offered & {(package.name, backend) for backend in backends}, package.name
+        if "helion" in backends:
+            assert (package.name, "helion") in offered
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def test_a_kernel_that_never_ends_costs_its_process_and_nothing_else(tmp_path, m
     bundle, out = make(tmp_path, "native"), tmp_path / "t.jsonl"
     if "spins" not in hdispatch.registry.names():
         hdispatch.registry.define(sys.modules["spins.spec"].SPEC)
-    monkeypatch.setattr(measure_process, "COMMAND", (sys.executable, "-P", "-c", WORKER.format(folder=str(tmp_path))))
+    monkeypatch.setattr(measure_process, "COMMAND", ("-P", "-c", WORKER.format(folder=str(tmp_path))))
     start = time.monotonic()
     report = measure.measure(bundle, out, measure.Options(timeout=TIMEOUT))
     assert time.monotonic() - start < ALL
@@ -112,4 +112,31 @@ def test_a_process_of_its_own_measures_an_installed_op(tmp_path, op):
     lines = timings.read(tmp_path / "t.jsonl")
     assert {line["status"] for line in lines} == {"ok"}
     assert {line["gpu"] for line in lines} == {torch.cuda.get_device_name()}
+    card = lines[0]["card"]
+    assert card["sms"] == torch.cuda.get_device_properties().multi_processor_count
+    assert card["sm_mhz"] > 100
+    assert card["power_w"] > 30
     assert all(0.5 < line["us"] < 1000 for line in lines)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("how", ["here", "ray"])
+def test_all_gpus_measure_at_once(tmp_path, how):
+    """Every cell once, with the same candidates right; no worker left out or lost."""
+    from hdispatch.tune import collect
+    from hdispatch.tune.farm import LocalFarm
+    from hdispatch.tune.points import Scope
+
+    if how == "ray":
+        pytest.importorskip("ray")
+        from hdispatch.tune.farm_ray import RayFarm
+    collect.collect(["rms_norm"], "native", tmp_path / "cand", scope=Scope(radius=-1, spread=0))
+    gpus = torch.cuda.device_count()
+    farm = LocalFarm(gpus) if how == "here" else RayFarm("local", gpus)
+    said: list[str] = []
+    report = measure.measure(tmp_path / "cand", tmp_path / "t.jsonl", farm=farm, say=said.append)
+    assert len(said) == gpus
+    assert (report.left, report.failures, report.notes) == (0, [], [])
+    lines = timings.read(tmp_path / "t.jsonl")
+    assert len((tmp_path / "t.jsonl").read_text().splitlines()) == len(lines)
+    assert {line["status"] for line in lines} == {"ok"}

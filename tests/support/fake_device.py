@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from hdispatch import registry
 from hdispatch.tune import device
+from hdispatch.tune.card import Card
 
 
 class Timer:
@@ -65,6 +66,6 @@ class FakeDevice(device.Device):
         """As told."""
         return Timer(self.us)
 
-    def describe(self) -> str:
+    def card(self) -> Card:
         """A GPU that has a config file."""
-        return "NVIDIA H200"
+        return {"name": "NVIDIA H200"}

@@ -30,6 +30,12 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
     }
 
 
+def measured_with() -> dict[str, Any]:
+    """What goes into every timing of tuning: the driver, the versions, the revision."""
+    machine = describe()
+    return {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
+
+
 def versions() -> dict[str, str | None]:
     """Versions of what takes part; None for what is not installed."""
     return {

@@ -66,6 +66,14 @@ def add_parser(commands: Any) -> None:
         help="only these sizes, each for the ops that have it (K=…:N=… for both; any: rows of every size; default: all)",
     )
     parser.add_argument(
+        "--models",
+        metavar="A,B",
+        help="rows for the sizes that these models call the ops with, too: Qwen3-8B, …, or a config.json, or its folder",
+    )
+    parser.add_argument(
+        "--tensor-parallel", metavar="N", type=numbers.whole, default=1, help="of models: one of N GPUs' part (default: 1)"
+    )
+    parser.add_argument(
         "--record",
         metavar="FILE",
         type=Path,
@@ -86,11 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
         archive.check_file(arguments.archive)
     with build_wing():
         from ..compile import Selection, build
-    shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
+    if arguments.shapes and arguments.models:
+        raise HdispatchError("--shapes and --models both say which sizes get rows; give one of them")
+    choose_shapes = _choose_shapes(parse_shapes(arguments.shapes)) if arguments.shapes else None
+    if arguments.models is not None:
+        choose_shapes = _with_models(split(arguments.models) or [], arguments.tensor_parallel)
     variants = split(arguments.variants)
-    select = Selection(
-        shapes=_choose_shapes(shapes) if shapes else None, variants=_choose_variants(variants) if variants else None
-    )
+    select = Selection(shapes=choose_shapes, variants=_choose_variants(variants) if variants else None)
     ops = kernels.chosen_ops(arguments)
     progress = Progress()
     try:
@@ -162,6 +172,23 @@ def _choose_shapes(shapes: list[dict[str, int]]) -> Callable[[OpSpec], Iterable[
             wanted = [":".join(f"{symbol}=…" for symbol in sorted(each)) or ANY for each in listed]
             raise HdispatchError(f"--shapes has none for {spec.name}, which takes {' or '.join(wanted)}")
         return chosen
+
+    return choose
+
+
+def _with_models(words: list[str], shards: int) -> Callable[[OpSpec], Iterable[dict[str, int]]]:
+    """An op's own shapes, and the sizes that models call it with."""
+    with build_wing():
+        from ..compile import models
+    if not words:
+        raise HdispatchError("--models is empty; it takes Qwen3-8B,…, or a config.json")
+    found = models.find(words, shards)
+
+    def choose(spec: OpSpec) -> list[dict[str, int]]:
+        called = [sizes for _, sizes in models.calls_of(spec, found).rows]
+        # The rows that serve any size come last.
+        own = [shape for shape in spec.shapes if shape]
+        return [*own, *(sizes for sizes in called if sizes and sizes not in own), *(s for s in spec.shapes if not s)]
 
     return choose
 

@@ -6,7 +6,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 BAR_WIDTH = 30
@@ -113,3 +114,32 @@ class Progress:
         """Take the bar away."""
         if self._terminal and self._drawn:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed_progress() -> Iterator[Callable[[int, int, str], None]]:
+    """A progress callback that shows the time left: a bar of rich's on a terminal that has it, else a `Progress`."""
+    try:
+        from rich import progress as rich
+    except ImportError:
+        rich = None  # type: ignore[assignment]
+    if rich is None or not sys.stderr.isatty():
+        plain = Progress()
+        try:
+            yield plain
+        finally:
+            plain.finish()
+        return
+    from rich.console import Console
+
+    columns = (
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TextColumn("left"),
+        rich.TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+    )
+    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)

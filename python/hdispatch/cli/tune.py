@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import archive
 from ..errors import HdispatchError
-from ..opspec import OpSpec
 from . import kernels, numbers
-from .build import build_wing, parse_shapes
-from .text import Progress, count, duration, print_json, size, split, table
+from .build import build_wing
+from .text import print_json, split, timed_progress
+from .tune_options import add_farm, add_models, add_ray, add_scope, farm_of, ops_of, ray_wing, scope_of
+from .tune_reports import candidates_json, describe_candidates, describe_measuring, describe_selection, draw_curves
 
 if TYPE_CHECKING:
-    from ..tune.candidates import Dropped
     from ..tune.collect import CandidateReport
-    from ..tune.points import Scope
-    from ..tune.select import OpReport
+    from ..tune.measure import Options, Report
 
 DESCRIPTION = """\
-Choose the configs of ops in three steps, of which only the second needs the GPU:
+Choose the configs of ops, for a model on the GPUs that are here in one command:
+
+  hdispatch tune all --models Qwen3-8B
+
+or in its three steps, of which only the second needs the GPU:
 
   hdispatch tune candidates --out cand --archive cand.tar.xz    what to measure, compiled; on any machine
   hdispatch tune measure cand --out timings.jsonl               every candidate at every size, on the GPU; can be resumed
@@ -48,13 +49,21 @@ against each other, in random order in every round, losers dropped early: in rep
 L2; those not far behind there also launched one by one, and on the same buffers where L2 would still hold them.
 One line of JSON per candidate and size is appended to FILE; a run that was stopped or killed goes on where it was.
 Another process measures: a candidate that breaks it, or takes longer than --timeout for a step, is noted in FILE as fatal or
-timeout and left out from then on, and a new process continues with the others.
+timeout and left out from then on, and a new process continues with the others. With --gpus or --ray several GPUs measure, each
+cell on one of them; what a lost one was at is measured again, and cards unlike those of FILE, or of most, are left out.
+"""
+
+ALL = """\
+Candidates, measure, select, one after the other: the configs of all ops, or of what the models call, for the GPU that is here
+(or, with --target, those of the farm). The same command again goes on where it was stopped. `hdispatch build --models` then
+makes the bundle.
 """
 
 SELECT = """\
 Choose, from timings, few configs per op that stay within the allowed regret (how much slower than the best measured config) at
 every size and bucket, and write configs/<op>/<gpu>.json in vLLM's format, with the times and versions
-beside it in <gpu>.tuned.json. Entries for sizes without timings are kept.
+beside it in <gpu>.tuned.json. Entries for sizes without timings are kept, and so is a config that is not slower than the
+chosen one by more than the noise of their times: a second run chooses the same.
 """
 
 HELION = """\
@@ -70,29 +79,43 @@ def add_parser(commands: Any) -> None:
         "tune", help="choose configs: candidates, measure, select", description=DESCRIPTION, formatter_class=raw
     )
     steps = parser.add_subparsers(title="steps", metavar="STEP", dest="step", required=True)
+    _add_all(steps.add_parser("all", help="all three, for a model in one command", description=ALL))
     _add_candidates(steps.add_parser("candidates", help="collect and compile configs", description=CANDIDATES))
     _add_measure(steps.add_parser("measure", help="time candidates on the GPU", description=MEASURE))
     _add_select(steps.add_parser("select", help="timings to config files", description=SELECT))
     _add_helion(steps.add_parser("helion", help="Helion's autotuner, a source of candidates", description=HELION))
 
 
-def _add_scope(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ops", metavar="A,B", help="ops (default: all; with --kernels those of it)")
-    kernels.add_argument(parser)
-    parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the typical one of each op)")
-    parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes; every op must have one of them (default: all)")
+def _add_all(parser: argparse.ArgumentParser) -> None:
+    add_scope(parser)
+    add_models(parser)
+    _add_compiling(parser, target="native")
+    add_farm(parser, "compile on the CPUs and measure on the GPUs")
     parser.add_argument(
-        "--buckets",
-        metavar="1,16,…",
-        help="only the buckets of M with these upper edges; every op must have them (default: all)",
+        "--work",
+        metavar="DIR",
+        type=Path,
+        default=Path("hdispatch-tune"),
+        help="folder for candidates and timings (default: hdispatch-tune)",
     )
+    parser.add_argument("--regret", metavar="X", type=numbers.real, default=0.02, help="allowed regret (default: 0.02, 2 %%)")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="folder for <op>/<gpu>.json (default: the ops' own)")
+    parser.set_defaults(run=run_all)
 
 
 def _add_candidates(parser: argparse.ArgumentParser) -> None:
-    _add_scope(parser)
+    add_scope(parser)
+    add_models(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the candidate bundle")
     parser.add_argument("--archive", metavar="FILE", type=Path, help="pack it into a .tar.xz too")
-    parser.add_argument("--target", metavar="GPU", default="h200", help="h100, h200, b200, a100, native (default: h200)")
+    _add_compiling(parser, target="h200")
+    add_ray(parser, "compile on the CPUs")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
+    parser.set_defaults(run=run_candidates)
+
+
+def _add_compiling(parser: argparse.ArgumentParser, target: str) -> None:
+    parser.add_argument("--target", metavar="GPU", default=target, help=f"h100, h200, b200, a100, native (default: {target})")
     parser.add_argument("--configs", metavar="DIR", type=Path, action="append", default=[], help="more: <op>/*.json in DIR")
     parser.add_argument(
         "--radius", metavar="N", type=numbers.whole, default=1, help="steps along Helion's fragments; -1: none of it"
@@ -102,8 +125,6 @@ def _add_candidates(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--jobs", metavar="N", type=numbers.whole, help="worker processes (default: one per CPU)")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="build cache (default: as for build)")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
-    parser.set_defaults(run=run_candidates)
 
 
 def _add_measure(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +144,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="seconds after which a candidate's step, its check and capture or one of its times, counts as hung (default: 60)",
     )
+    add_farm(parser)
     parser.set_defaults(run=run_measure)
 
 
@@ -139,7 +161,7 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_helion(parser: argparse.ArgumentParser) -> None:
-    _add_scope(parser)
+    add_scope(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder for <op>/<gpu>.json")
     parser.add_argument("--effort", choices=("quick", "full"), default="quick", help="of Helion's search (default: quick)")
     parser.add_argument("--seconds", metavar="N", type=numbers.real, help="begin no further point after N seconds")
@@ -151,111 +173,46 @@ def _add_helion(parser: argparse.ArgumentParser) -> None:
 
 def run_candidates(arguments: argparse.Namespace) -> int:
     """Collect, compile, print the report."""
+    if arguments.archive:
+        archive.check_file(arguments.archive)
+    report = _collect(arguments, arguments.out)
+    if arguments.archive:
+        archive.pack(arguments.out, arguments.archive, top=arguments.out.resolve().name)
+    if arguments.json:
+        print_json(candidates_json(report))
+    else:
+        print(describe_candidates(report, arguments.archive))
+        print(f"next, on the GPU: hdispatch tune measure {arguments.out} --out timings.jsonl")
+    return 0
+
+
+def _collect(arguments: argparse.Namespace, out: Path) -> CandidateReport:
     with build_wing():
         from ..tune.collect import collect
     if missing := next((folder for folder in arguments.configs if not folder.is_dir()), None):
         raise HdispatchError(f"--configs {missing} is not a folder")
-    if arguments.archive:
-        archive.check_file(arguments.archive)
-    with timed_progress() as progress:
+    compilers = None
+    if arguments.ray is not None:
+        with ray_wing():
+            from ..tune.compile_ray import RayCompilers
+        compilers = RayCompilers(arguments.ray or None)
+    ops, notes = ops_of(arguments)
+    with contextlib.ExitStack() as stack:
+        if compilers is not None:
+            stack.callback(compilers.close)
         report = collect(
-            kernels.chosen_ops(arguments),
+            ops,
             arguments.target,
-            arguments.out,
-            scope=_scope(arguments),
+            out,
+            scope=scope_of(arguments),
             jobs=arguments.jobs,
             cache=arguments.cache,
             extra=kernels.given(arguments),
-            progress=progress,
+            compilers=compilers,
+            progress=stack.enter_context(timed_progress()),
         )
-    if arguments.archive:
-        archive.pack(arguments.out, arguments.archive, top=arguments.out.resolve().name)
-    if arguments.json:
-        print_json(_candidates_json(report))
-    else:
-        print(describe_candidates(report, arguments.archive))
-    return 0
-
-
-def _scope(arguments: argparse.Namespace) -> Scope:
-    with build_wing():
-        from ..tune.points import Scope
-
-    variants, edges = split(arguments.variants), split(arguments.buckets)
-    shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
-    return Scope(
-        variants=_chosen_variants(variants) if variants else None,
-        shapes=_chosen_shapes(shapes) if shapes else None,
-        buckets=_chosen_buckets(edges) if edges else None,
-        more=tuple(getattr(arguments, "configs", ())),
-        radius=getattr(arguments, "radius", -1),
-        spread=getattr(arguments, "spread", 0),
-    )
-
-
-def _chosen_variants(names: Sequence[str]) -> Callable[[OpSpec], Iterable[str]]:
-    def choose(spec: OpSpec) -> list[str]:
-        has = [variant.name for variant in spec.variants()]
-        return [name for name in names if name in has] or [spec.typical_variant().name]
-
-    return choose
-
-
-def _chosen_shapes(shapes: Sequence[dict[str, int]]) -> Callable[[OpSpec], Iterable[dict[str, int]]]:
-    def choose(spec: OpSpec) -> list[dict[str, int]]:
-        chosen = [shape for shape in shapes if shape in spec.shapes]
-        if not chosen:
-            raise HdispatchError(f"--shapes has none of {spec.name}, which has {list(spec.shapes)}")
-        return chosen
-
-    return choose
-
-
-def _chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
-    def choose(spec: OpSpec) -> list[int]:
-        known = [str(edge) for edge in spec.ladder]
-        if unknown := [edge for edge in edges if edge not in known]:
-            raise HdispatchError(f"--buckets: {unknown[0]!r} is no upper edge of {spec.name}, which has {list(spec.ladder)}")
-        return [bucket for edge in edges for bucket in spec.ladders.of_m(known.index(edge))]
-
-    return choose
-
-
-def describe_candidates(report: CandidateReport, packed: Path | None) -> str:
-    """The report as text."""
-    lines = [
-        [op, *map(str, (o.options, o.units, len(o.dropped), o.from_cache, o.records, o.cells, o.pairs)), f"{o.seconds:.0f} s"]
-        for op, o in report.ops.items()
-    ]
-    header = ("op", "configs", "units", "dropped", "cached", "records", "cells", "to measure", "compiling")
-    parts = [table(header, lines)]
-    dropped = [each for o in report.ops.values() for each in o.dropped]
-    if dropped:
-        parts.append("\n".join(["dropped", *(f"  {_words_of_dropped(each)}" for each in dropped)]))
-    if report.notes:
-        parts.append("\n".join(report.notes))
-    beside = f", {packed}: {size(packed.stat().st_size)}" if packed else ""
-    parts.append(
-        f"{report.out}: {size(report.bytes)} for {report.target.name}{beside}, {duration(report.seconds * 1e9)}\n"
-        f"next, on the GPU: hdispatch tune measure {report.out} --out timings.jsonl"
-    )
-    return "\n\n".join(parts)
-
-
-def _words_of_dropped(dropped: Dropped) -> str:
-    why = dropped["why"].splitlines()[0]
-    return f"{dropped['op']} {dropped['variant']}, {dropped['backend']} {dropped['config']}: {why[:300]}"
-
-
-def _candidates_json(report: CandidateReport) -> dict[str, Any]:
-    return {
-        "out": str(report.out),
-        "target": report.target.name,
-        "bytes": report.bytes,
-        "seconds": round(report.seconds, 3),
-        "ops": {op: {**vars(o), "seconds": round(o.seconds, 3)} for op, o in report.ops.items()},
-        "notes": report.notes,
-    }
+    report.notes += notes
+    return report
 
 
 # ---- measure ----
@@ -263,25 +220,28 @@ def _candidates_json(report: CandidateReport) -> dict[str, Any]:
 
 def run_measure(arguments: argparse.Namespace) -> int:
     """Measure and say what was wrong."""
-    from ..bench.machine import describe
     from ..tune import measure
 
-    machine = describe()
-    versions = {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
     options = measure.Options(split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
-    with timed_progress() as progress:
-        report = measure.measure(
-            arguments.bundle, arguments.out, options, versions=versions, kernels=kernels.given(arguments), progress=progress
-        )
-    for failure in report.failures:
-        print(f"not timed: {failure}")
-    print(
-        f"{arguments.out}: {count(report.measured, 'cell')} measured in {report.seconds:.1f} s, "
-        f"{report.before} were there, {report.left} left"
-    )
-    if report.left:
-        print("the same command again goes on")
+    print(describe_measuring(_measured(arguments, arguments.bundle, arguments.out, options), arguments.out))
     return 0
+
+
+def _measured(arguments: argparse.Namespace, bundle: Path, out: Path, options: Options) -> Report:
+    from ..bench.machine import measured_with
+    from ..tune.measure import measure
+
+    with timed_progress() as progress:
+        return measure(
+            bundle,
+            out,
+            options,
+            farm=farm_of(arguments),
+            versions=measured_with,
+            kernels=kernels.given(arguments),
+            progress=progress,
+            say=lambda line: print(line, file=sys.stderr),
+        )
 
 
 # ---- select ----
@@ -313,59 +273,39 @@ def run_select(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def describe_selection(reports: Sequence[OpReport], dry_run: bool) -> str:
-    """The report as text."""
-    lines = [
-        [
-            r.op,
-            *map(str, (r.candidates, r.before, r.kept, r.entries)),
-            f"{100 * r.mean:.1f} %",
-            f"{100 * r.worst:.1f} %",
-            f"{r.compile_seconds:.0f} s",
-            f"{r.device_seconds:.0f} s",
-        ]
-        for r in reports
-    ]
-    totals = [sum(getattr(r, name) for r in reports) for name in ("candidates", "before", "kept", "entries")]
-    seconds = [sum(getattr(r, name) for r in reports) for name in ("compile_seconds", "device_seconds")]
-    worst = f"{100 * max(r.worst for r in reports):.1f} %"
-    lines.append(["all", *map(str, totals), "", worst, *(f"{each:.0f} s" for each in seconds)])
-    header = ("op", "candidates", "best everywhere", "kept", "entries", "mean regret", "worst", "compiling", "GPU")
-    notes = [f"  {r.op}: {note}" for r in reports for note in r.notes]
-    written = "nothing written" if dry_run else "\n".join(f"wrote {r.path}" for r in reports)
-    return "\n\n".join([table(header, lines), *(["\n".join(["notes", *notes])] if notes else []), written])
+# ---- all ----
 
 
-def draw_curves(reports: Sequence[OpReport], limit: float, file: Path) -> None:
-    """Worst and mean regret over the number of configs, a panel per op."""
-    import matplotlib.figure
+def run_all(arguments: argparse.Namespace) -> int:
+    """The three steps; each tells what it did."""
+    with build_wing():
+        from ..compile import op_package
+        from ..tune import select, timings
+    from ..tune.measure import Options
 
-    columns = min(3, len(reports))
-    rows = -(-len(reports) // columns)
-    figure = matplotlib.figure.Figure(figsize=(4.2 * columns, 2.8 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel, report in zip(panels, reports, strict=False):
-        number, worst, mean = zip(*report.curve, strict=True)
-        panel.plot(number, [100 * each for each in worst], color="#c0392b", marker="o", ms=3, lw=1, label="worst")
-        panel.plot(number, [100 * each for each in mean], color="#20639b", marker="o", ms=3, lw=1, label="mean")
-        panel.axhline(100 * limit, color="#333333", lw=0.8, ls="--")
-        panel.axvline(report.kept, color="#333333", lw=0.8, ls=":")
-        panel.set_yscale("symlog", linthresh=1)
-        panel.set_ylim(0, 100)
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.set_xlim(0.5, len(report.curve) + 0.5)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-        panel.set_title(report.op, fontsize=8, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    for panel in panels[len(reports) :]:
-        panel.set_axis_off()
-    panels[0].legend(frameon=False, fontsize=8)
-    figure.supxlabel("configs (dotted: kept)", fontsize=9)
-    figure.supylabel("regret, % (dashed: allowed)", fontsize=9)
-    try:
-        figure.savefig(file, dpi=150)
-    except (OSError, ValueError) as error:  # ValueError: a suffix that is no picture's
-        raise HdispatchError(f"cannot write {file}: {error}") from error
+    candidates, out = arguments.work / "candidates", arguments.work / "timings.jsonl"
+    _say_step(1, "candidates are collected and compiled")
+    print(describe_candidates(_collect(arguments, candidates), None))
+    _say_step(2, "they are measured")
+    report = _measured(arguments, candidates, out, Options(split(arguments.ops)))
+    print(describe_measuring(report, out))
+    _say_step(3, "configs are selected")
+    packages = op_package.find(None, kernels.given(arguments))
+    lines = timings.read(out, select.refusal(packages))
+    print(describe_selection(select.select(lines, packages, arguments.out, limit=arguments.regret), dry_run=False))
+    same = [f"{name} {value}" for name in ("--models", "--kernels") for value in _given(arguments, name)]
+    print(f"next: {' '.join(['hdispatch build', *same, '--out bundle'])}")
+    return 0
+
+
+def _given(arguments: argparse.Namespace, name: str) -> list[str]:
+    """The values of an option, as they were given."""
+    value = getattr(arguments, name.lstrip("-"))
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+def _say_step(number: int, what: str) -> None:
+    print(f"step {number} of 3: {what}", file=sys.stderr)
 
 
 # ---- helion ----
@@ -379,7 +319,7 @@ def run_helion(arguments: argparse.Namespace) -> int:
         failed = autotune(
             kernels.chosen_ops(arguments),
             arguments.out,
-            scope=_scope(arguments),
+            scope=scope_of(arguments),
             extra=kernels.given(arguments),
             effort=arguments.effort,
             seconds=arguments.seconds,
@@ -389,44 +329,3 @@ def run_helion(arguments: argparse.Namespace) -> int:
         print(f"failed: {failure}")
     print(f"next: hdispatch tune candidates --configs {arguments.out} --out DIR")
     return 0
-
-
-# ---- shared ----
-
-
-@contextmanager
-def timed_progress() -> Iterator[Callable[[int, int, str], None]]:
-    """A progress callback that shows the time left: a bar of rich's on a terminal that has it, else one of ours."""
-    try:
-        from rich import progress as rich
-    except ImportError:
-        rich = None  # type: ignore[assignment]
-    if rich is None or not sys.stderr.isatty():
-        plain = Progress()
-        start = time.monotonic()
-        try:
-            yield lambda done, total, label: plain(done, total, f"{label}{time_left(time.monotonic() - start, done, total)}")
-        finally:
-            plain.finish()
-        return
-    from rich.console import Console
-
-    columns = (
-        rich.BarColumn(),
-        rich.MofNCompleteColumn(),
-        rich.TimeElapsedColumn(),
-        rich.TextColumn("left"),
-        rich.TimeRemainingColumn(),
-        rich.TextColumn("{task.description}"),
-    )
-    with rich.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda done, total, label: bar.update(task, completed=done, total=total, description=label)
-
-
-def time_left(elapsed: float, done: int, total: int) -> str:
-    """`, 2 min 5 s left` at the pace so far; nothing before the first step is done."""
-    if not done:
-        return ""
-    minutes, seconds = divmod(round(elapsed / done * (total - done)), 60)
-    return f", {f'{minutes} min ' if minutes else ''}{seconds} s left"

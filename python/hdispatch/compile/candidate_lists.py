@@ -102,8 +102,7 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     spec = load_spec(question.package)
     backend = importlib.import_module(f"{__package__}.helion_backend")
     maker = calls.CallMaker(spec, spec.variant(question.variant), shape, allocates=backend.allocates(module, spec))
-    call = maker.symbolic(HINT, floats=False)
-    args = (*call.args, *backend.constants(module, module.KERNEL, call.names))
+    args = backend.arguments(module, module.KERNEL, maker, HINT)
     config_spec = module.KERNEL._bind_isolated(args).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]

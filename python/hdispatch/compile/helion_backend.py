@@ -55,10 +55,8 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
     does not take: what it asks for becomes guards of the record.
     """
     kernel = _configured(module, config)
-    # Helion makes symbols of integers itself, and takes no others.
-    args = [arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in maker.symbolic(hint, floats=False).args]
     fixed = constants(module, kernel, maker.symbolic(hint, floats=False).names)
-    bound = kernel._bind_isolated((*args, *fixed))
+    bound = kernel._bind_isolated(arguments(module, kernel, maker, hint))
     compiled = bound.compile_config(kernel.configs[0])
     check = getattr(module, "check", None)
 
@@ -81,6 +79,13 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
         index_bits=64 if bound.env.index_dtype == torch.int64 else 32,
         turns=turns(guard.expr for guard in bound.env.shape_env.guards),
     )
+
+
+def arguments(module: ModuleType, kernel: Any, maker: CallMaker, hint: int) -> tuple[object, ...]:
+    """What a kernel is bound with: a symbolic call, but for integers and floats, of which Helion makes symbols itself."""
+    call = maker.symbolic(hint, floats=False)
+    args = (arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in call.args)
+    return (*args, *constants(module, kernel, call.names))
 
 
 def constants(module: ModuleType, kernel: Any, taken: Sequence[str]) -> tuple[object, ...]:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
+from .. import registry
 from ..errors import BundleError
 from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, Record, artifacts_of, ladders_of, read_files
 from ..typed_json import Mismatch, check, parse
@@ -102,6 +103,12 @@ def _check_cells(path: Path, manifest: Manifest, candidates: Candidates) -> None
             raise BundleError(f"{path}: cell {index} is of {name}, which the manifest does not have")
         if not cell["records"] or any(not 0 <= record < records for record in cell["records"]):
             raise BundleError(f"{path}: cell {index} names records {cell['records']} of {records}")
+
+
+def check_ops(folder: Path, bundle: CandidateBundle) -> None:
+    """Refuse a bundle whose ops are not the installed ones."""
+    for name, entry in bundle["manifest"]["ops"].items():
+        registry.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
 
 
 def cell_key_of(cell: Cell) -> CellKey:

@@ -25,6 +25,7 @@ from ..runtime import strict
 from ..testing.device_timer import interleave
 from ..testing.numeric import MismatchError
 from .candidates import CandidateBundle, Cell, code_of
+from .card import Card
 from .cell_arguments import CellArguments
 from .device import Device, OneRow, Timeable
 from .timings import Status, Timing
@@ -72,6 +73,7 @@ class Bench:
     ) -> None:
         self.bundle = bundle
         self.device = device
+        self.card = device.card()
         self.order = order
         self.versions = versions
         self.announce = announce
@@ -93,8 +95,9 @@ class Bench:
                     break
             self._time(outcomes)
         seconds = (time.monotonic() - start) / max(len(outcomes), 1)
-        gpu = self.device.describe()
-        return [line_of(self.bundle, cell, index, outcome, seconds, gpu, self.versions) for index, outcome in outcomes.items()]
+        return [
+            line_of(self.bundle, cell, index, outcome, seconds, self.card, self.versions) for index, outcome in outcomes.items()
+        ]
 
     def _prepare(self, cell: Cell, index: int, subject: CellArguments, outcome: Outcome, best: float) -> None:
         """Check a candidate; if it is right and not hopelessly behind, capture it."""
@@ -166,7 +169,7 @@ class _Announced:
 
 
 def line_of(
-    bundle: CandidateBundle, cell: Cell, index: int, outcome: Outcome, seconds: float, gpu: str, versions: Mapping[str, Any]
+    bundle: CandidateBundle, cell: Cell, index: int, outcome: Outcome, seconds: float, card: Card, versions: Mapping[str, Any]
 ) -> Timing:
     """The line of a candidate, by its record's index, in a cell."""
     record = bundle["manifest"]["records"][index]
@@ -190,7 +193,8 @@ def line_of(
         "rounds": len(outcome.times.get("graph", ())),
         "compile_seconds": origin["seconds"],
         "device_seconds": round(seconds, 4),
-        "gpu": gpu,
+        "gpu": card["name"],
+        "card": card,
         "versions": {**versions, "tools": bundle["manifest"]["tools"]},
         "time": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }

@@ -23,7 +23,7 @@ from ..errors import BuildError
 from ..manifest import CANDIDATES_NAME, Manifest, MClass, Record, class_of
 from ..opspec import OpSpec
 from .candidates import CANDIDATES_VERSION, Candidates, Cell, Dropped, Origin
-from .compile_many import Made, compile_many
+from .compile_many import Compilers, Made, compile_many
 from .point_configs import PointConfigs, UnitKey, strangers
 from .points import Point, Scope, sizes_of
 from .timings import ConfigKey
@@ -72,9 +72,13 @@ def collect(
     jobs: int | None = None,
     cache: Path | None = None,
     extra: Sequence[str] = (),
+    compilers: Compilers | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> CandidateReport:
-    """Makes the candidate bundle `out`; arguments as those of `build`. BuildError if an op has no candidate that compiles."""
+    """Makes the candidate bundle `out`; arguments as those of `build`, and `compilers` as of `compile_many`.
+
+    BuildError if an op has no candidate that compiles.
+    """
     start = time.monotonic()
     gpu = resolve(target)
     check_out(out)
@@ -85,7 +89,7 @@ def collect(
     found = PointConfigs(packages.values(), scope or Scope(), gpu)
     report.notes = [*strangers(scope or Scope(), op_package.find(None, extra)), *found.notes]
     units = found.units()
-    made = compile_many(list(units.values()), [found.own_buckets[key] for key in units], gpu, where, jobs, progress)
+    made = compile_many(list(units.values()), [found.own_buckets[key] for key in units], gpu, where, jobs, compilers, progress)
     bundle = _Bundle(found, dict(zip(units, made, strict=True)))
     for name, package in packages.items():
         bundle.report(package, report.ops[name])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from ..compile import builder, op_package
 from ..compile.build_unit import Built, RefusedEntry, Unit
@@ -27,21 +28,34 @@ class Made:
     tools: dict[str, str] = field(default_factory=dict)
 
 
+class Compilers(Protocol):
+    """Where units are compiled, if not by processes of this host."""
+
+    def pool(self, target: GpuTarget, store: Store, sources: Mapping[str, Mapping[str, str]]) -> Pool:
+        """What compiles for a target. `sources`: by package, what each node's hdispatch must be made of."""
+
+    def jobs(self) -> int:
+        """How many units at once."""
+
+
 def compile_many(
     units: Sequence[Unit],
     own: Sequence[Collection[int]],
     target: GpuTarget,
     store: Store,
     jobs: int | None = None,
+    compilers: Compilers | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Made]:
     """The result of each unit. The store gives the results of earlier runs, failures included, and keeps the new ones.
 
-    own   of each unit the buckets that it is meant for; one that cannot serve all of its buckets is made for those alone
+    own        of each unit the buckets that it is meant for; one that cannot serve all of its buckets is made for those alone
+    jobs       units at once; one per CPU if None
+    compilers  where they are compiled; by processes of this host if None
 
     BuildError if `jobs` is less than 1.
     """
-    count = checked_jobs(jobs)
+    count = checked_jobs(jobs if compilers is None else jobs or compilers.jobs())
     tools = {backend: tool_versions(backend, target) for backend in {unit.backend for unit in units}}
     sources = op_package.sources({unit.package for unit in units})
 
@@ -75,7 +89,7 @@ def compile_many(
         return part if part.built else whole
 
     made: list[Made] = [Made() for _ in units]
-    with Pool(target, store.root) as workers:
+    with Pool(target, store.root) if compilers is None else compilers.pool(target, store, sources) as workers:
         results = workers.map(lambda index: make_or_part(workers, index), len(units), count)
         for done, (index, result) in enumerate(results, 1):
             made[index] = result

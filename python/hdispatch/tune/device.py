@@ -14,6 +14,7 @@ from ..ladders import Ladders
 from ..manifest import Manifest, Record
 from ..runtime import check_target
 from ..testing.device_timer import Queued, Replay, Timed, timing_event
+from .card import Card, read_card
 
 #: Launches that are made one by one.
 QUEUED_LAUNCHES = 64
@@ -82,9 +83,9 @@ class Device:
         """Launches made one by one, while what `serve` is for is served."""
         return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), serve)
 
-    def describe(self) -> str:
-        """The GPU's name, which goes into every timing."""
-        return torch.cuda.get_device_name(self.torch_device)
+    def card(self) -> Card:
+        """The GPU, as it goes into every timing."""
+        return read_card(self.index)
 
 
 @dataclass(frozen=True)

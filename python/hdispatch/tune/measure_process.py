@@ -6,18 +6,20 @@ that process, and the next one continues with the other candidates. measure_work
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, cast
 
 from ..child import Child, WorkerGone, WorkerLate
 from ..errors import HdispatchError
+from .card import Card, alike, words
 from .timings import Timing
 
-#: -P keeps the current folder off the module path.
-COMMAND = (sys.executable, "-P", "-c", "from hdispatch.tune.measure_worker import main; main()")
+#: What Python is started with. -P keeps the current folder off the module path.
+COMMAND = ("-P", "-c", "from hdispatch.tune.measure_worker import main; main()")
 #: Seconds for importing torch, reading the bundle and opening the GPU; and for a cell's arguments and its reference.
 START_SECONDS, CELL_SECONDS = 600.0, 600.0
 
@@ -43,30 +45,56 @@ class Lost:
     seconds: float
 
 
-class MeasureProcess:
-    """One such process after the other. `timeout`: seconds that a candidate may take for one step."""
+class WorkerLost(HdispatchError):
+    """What measured is gone, and no candidate is to blame: another can measure the cell."""
 
-    def __init__(self, setup: Setup, timeout: float) -> None:
-        """Start the first. `HdispatchError` if it cannot start, with what it said."""
+
+class MeasureProcess:
+    """One such process after the other; `ready` before the first cell. `timeout`: seconds that a candidate's step may take."""
+
+    def __init__(self, setup: Setup, timeout: float, command: Sequence[str] | None = None) -> None:
+        """Start the first. `command`: the arguments of Python, COMMAND if None."""
+        self.name = f"GPU {setup.device}"
+        self.versions = setup.versions
+        self.card: Card | None = None
         self._setup = setup
         self._timeout = timeout
+        self._command = (sys.executable, *(COMMAND if command is None else command))
         self._child: Child | None = None
-        self.gpu = self._start()
+        self._start()
 
-    def _start(self) -> str:
-        self._child = Child(COMMAND)
-        try:
+    def _start(self) -> None:
+        self._child = Child(self._command)
+        with contextlib.suppress(WorkerGone):  # it ended at once: `ready` says so
             self._child.send(asdict(self._setup))
-            return str(_unless_error(self._child.receive(START_SECONDS))["gpu"])
+
+    def ready(self) -> None:
+        """Wait until it can measure, and know its card. `HdispatchError` if it cannot start, with what it said."""
+        try:
+            if self._child is None:
+                raise WorkerLost(f"{self.name}: its process was ended")
+            card = cast(Card, _unless_error(self._child.receive(START_SECONDS))["card"])
         except BaseException:
             self.close()
             raise
+        if self.card is not None and not alike(card, self.card):
+            raise HdispatchError(f"{self.name} has {words(card)}; it had {words(self.card)}: name another file of timings")
+        self.card = card
 
     def measure(self, cell: int, skip: Collection[int]) -> list[Timing] | Lost:
-        """The lines of a cell, by its index, without the records to skip. `HdispatchError` if no candidate is to blame."""
-        if self._child is None:
-            self._start()
-        child = cast(Child, self._child)
+        """The lines of a cell, by its index, without the records to skip; or that of the candidate that was the end of it.
+
+        `WorkerLost` if the process is gone and no candidate is to blame, `HdispatchError` if it says what is wrong.
+        """
+        try:
+            if self._child is None:
+                self._start()
+                self.ready()
+            return self._measure(cast(Child, self._child), cell, skip)
+        except (WorkerGone, WorkerLate) as error:
+            raise WorkerLost(str(error)) from error
+
+    def _measure(self, child: Child, cell: int, skip: Collection[int]) -> list[Timing] | Lost:
         child.send({"cell": cell, "skip": sorted(skip)})
         record: int | None = None
         since = time.monotonic()
@@ -86,9 +114,9 @@ class MeasureProcess:
 
     def close(self) -> None:
         """End the process; the next cell starts another."""
-        if self._child is not None:
-            self._child.close()
-        self._child = None
+        child, self._child = self._child, None
+        if child is not None:
+            child.close()
 
 
 def _unless_error(message: dict[str, Any]) -> dict[str, Any]:

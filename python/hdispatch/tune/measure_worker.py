@@ -1,6 +1,6 @@
 """The process that measures: it opens the GPU and a bundle, and measures cells when told to.
 
-Speaks JSON, an object per line. First what `Setup` holds, answered by `{"gpu": name}`; then `{"cell": index, "skip": records}`,
+Speaks JSON, an object per line. First what `Setup` holds, answered by `{"card": card}`; then `{"cell": index, "skip": […]}`,
 answered by `{"at": record}` before each step of a candidate, so that who waits knows whose it is, and by `{"found": timings}`
 at last. `{"error": text}` ends it. Neither the build wing nor a DSL is imported.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 from .. import child, registry
 from ..errors import HdispatchError
 from ..manifest import Manifest
-from .candidates import read_candidates
+from .candidates import check_ops, read_candidates
 from .cell_bench import Bench
 from .device import Device, open_device
 from .measure_process import Setup
@@ -30,10 +30,11 @@ def main(opened: Callable[[Path, Manifest, int], Device] = open_device) -> None:
         for each in setup.kernels:
             registry.define_package(each)
         bundle = read_candidates(setup.bundle)
+        check_ops(Path(setup.bundle), bundle)
         device = opened(Path(setup.bundle), bundle["manifest"], setup.device)
         order = random.Random(setup.seed)
         bench = Bench(bundle, device, order, setup.versions, lambda record: child.answer(answers, {"at": record}))
-        child.answer(answers, {"gpu": device.describe()})
+        child.answer(answers, {"card": bench.card})
         for line in sys.stdin:
             request = json.loads(line)
             cell = bundle["candidates"]["cells"][request["cell"]]

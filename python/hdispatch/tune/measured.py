@@ -7,7 +7,7 @@ slower it is than the best config measured there (the worst over variants, and o
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,6 +17,10 @@ from .timings import BROKE, ConfigKey, Timing, config_key
 
 #: Further times of a candidate, besides `us`.
 WAYS: tuple[Literal["stream_us", "warm_us"], ...] = ("stream_us", "warm_us")
+
+
+#: The config that a slot was served by until now, None for none.
+Previous = Callable[[Slot], ConfigKey | None]
 
 
 @dataclass(frozen=True)
@@ -43,23 +47,48 @@ class Measured:
                 slot = self._shape(timing), timing["bucket"]
                 cell = timing["variant"], timing["K"], timing["N"]
                 lines.setdefault(slot, {}).setdefault(cell, {})[config_key(timing)] = timing
+        self.quartiles = {slot: {cell: _quartiles(found) for cell, found in cells.items()} for slot, cells in lines.items()}
         self.times = {slot: {cell: _weighed(found) for cell, found in cells.items()} for slot, cells in lines.items()}
         self.regrets: Regrets = {slot: found for slot, cells in self.times.items() if (found := _regrets(cells.values()))}
 
     def _shape(self, timing: Timing) -> Shape:
-        """The sizes that the file's key has: all of them; or, for sizes tried on behalf of an open row, that row's."""
+        """The sizes that the file's key has: all that rows name; or, for sizes tried on behalf of an open row, that row's."""
         sizes = {"K": timing["K"], "N": timing["N"]}
         named = _named(self.spec)
         exact = {symbol: size for symbol, size in sizes.items() if symbol in named}
-        rows = [row for row in self.spec.shapes if all(sizes[symbol] == size for symbol, size in row.items())]
+        rows = [row for row in self.spec.shapes if row.items() <= sizes.items()]
         row = max(rows, key=len, default=sizes)
+        fuller = [other for other in self.spec.shapes if row.items() < other.items()]
+        if fuller and not self._hinted(timing, sizes, row):  # a model's sizes, which no row names
+            row = max(fuller, key=len)
         return tuple(sorted((symbol, size) for symbol, size in exact.items() if symbol in row))
+
+    def _hinted(self, timing: Timing, sizes: Mapping[str, int], row: Mapping[str, int]) -> bool:
+        """Whether the sizes that a row leaves open are those that stand for all of them."""
+        spec = self.spec
+        measured = spec.measured(spec.variant(timing["variant"])) if spec.measured else {}
+        open_sizes = [symbol for symbol in KEY_SYMBOLS[1:] if symbol in spec.symbols() and symbol not in row]
+        return all(sizes[symbol] == measured.get(symbol, spec.hint(symbol)) for symbol in open_sizes)
 
     def choice(self, slot: Slot, config: ConfigKey) -> Choice:
         """A config in a slot, as measured."""
         cells = self.times[slot].values()
         us = max(cell[config] for cell in cells)
         return Choice(config, us, max(min(cell.values()) for cell in cells), self.regrets[slot][config])
+
+    def keep(self, choices: Mapping[Slot, ConfigKey], previous: Previous, limit: float) -> dict[Slot, ConfigKey]:
+        """The choices, and the previous config where it is allowed and slower than the choice by no more than the noise."""
+        return {slot: self._kept(slot, config, previous(slot), limit) for slot, config in choices.items()}
+
+    def _kept(self, slot: Slot, config: ConfigKey, before: ConfigKey | None, limit: float) -> ConfigKey:
+        regrets = self.regrets[slot]
+        if before is None or before not in regrets or regrets[before] > max(limit, regrets[config]):
+            return config
+        return before if regrets[before] - regrets[config] <= self.noise(slot, before, config) else config
+
+    def noise(self, slot: Slot, *configs: ConfigKey) -> float:
+        """The widest range between the quartiles of configs in a slot, over their median."""
+        return max(cell[config] for cell in self.quartiles[slot].values() for config in configs)
 
     def by_backend(self, slot: Slot) -> dict[str, float]:
         """The best µs of each backend in a slot."""
@@ -122,6 +151,11 @@ def _weighed(found: Mapping[ConfigKey, Timing]) -> dict[ConfigKey, float]:
     }
     factor = min(means.values()) / min(in_graph.values()) if means else 1.0
     return {config: means.get(config, us * factor) for config, us in in_graph.items()}
+
+
+def _quartiles(found: Mapping[ConfigKey, Timing]) -> dict[ConfigKey, float]:
+    """Of a cell's candidates the range between the quartiles, over the median; 0 of an estimate."""
+    return {config: (timing.get("q3", 0.0) - timing.get("q1", 0.0)) / timing["us"] for config, timing in found.items()}
 
 
 def _named(spec: OpSpec) -> list[str]:

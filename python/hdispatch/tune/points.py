@@ -16,6 +16,7 @@ class Scope:
 
     variants          of an op; its typical one if None: a config is chosen for all variants alike
     shapes, buckets   of an op; all if None
+    calls             variants with sizes of an op, instead of `variants` and `shapes`; its rows need not name the sizes
     more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
     radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion
     spread            the options of a bucket are tried in so many buckets to either side
@@ -27,6 +28,7 @@ class Scope:
     more: tuple[Path, ...] = ()
     radius: int = 1
     spread: int = 1
+    calls: Callable[[OpSpec], Iterable[tuple[str, dict[str, int]]]] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,22 @@ class Point:
 def points_of(package: OpPackage, scope: Scope, *, measured: bool = True) -> list[Point]:
     """The points of an op that are measured; or those that are not, because others have the same sizes and more."""
     spec = package.spec
+    buckets = list(scope.buckets(spec)) if scope.buckets else list(range(spec.ladders.count))
+    found = []
+    for variant, rows in _rows(spec, scope).items():
+        chosen = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
+        found += [Point(package, variant, _items(row), bucket) for row in chosen for bucket in buckets]
+    return found
+
+
+def _rows(spec: OpSpec, scope: Scope) -> dict[str, list[dict[str, int]]]:
+    """The sizes of rows, by variant."""
+    if scope.calls is not None:
+        calls = list(scope.calls(spec))
+        return {variant: [row for named, row in calls if named == variant] for variant, _ in calls}
     variants = list(scope.variants(spec)) if scope.variants else [spec.typical_variant().name]
     rows = list(scope.shapes(spec)) if scope.shapes else list(spec.shapes)
-    rows = [row for row in rows if any(row.items() < other.items() for other in rows) != measured]
-    buckets = list(scope.buckets(spec)) if scope.buckets else list(range(spec.ladders.count))
-    return [Point(package, variant, _items(row), bucket) for variant in variants for row in rows for bucket in buckets]
+    return dict.fromkeys(variants, rows)
 
 
 def sizes_of(point: Point) -> dict[str, int]:

@@ -20,8 +20,8 @@ from ..compile.versions import OPTIONAL
 from ..errors import BuildError
 from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
 from .cover import Slot, assign, cover, curve
-from .measured import Choice, Measured
-from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
+from .measured import Choice, Measured, Previous
+from .timings import ConfigKey, Refusal, Timing, canonical, cell_key, config_key, fault, unlike_cards
 
 
 @dataclass
@@ -69,6 +69,9 @@ def select(
     integers are not the typical variant's make entries for those alone, beside the others. Where configs of an optional backend
     were chosen, the best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend,
     bucket or size that there is not, for an op without one right candidate, or a limit that is negative.
+
+    A config that the file has for a slot stays where the limit allows it and it is slower than the best choice by no more than
+    the noise, the range between the quartiles of the two: so runs that differ by noise alone choose alike.
     """
     if not 0 <= limit < math.inf:
         raise BuildError(f"the regret is {limit}; it takes 0 or more, 0.02 being 2 %")
@@ -77,6 +80,8 @@ def select(
     gpus = sorted({timing["gpu"] for timing in timings})
     if len(gpus) > 1:
         raise BuildError(f"the timings are of {gpus}; select for one GPU at a time")
+    if cards := unlike_cards(timings):
+        raise BuildError(f"the timings are of unlike cards, {' and '.join(cards)}; select for one at a time")
     refused = refusal(packages)
     for timing in timings:
         if (why := fault(timing) or refused(timing)) is not None:
@@ -148,20 +153,24 @@ def _select_op(
     measured = Measured(spec, timings)
     if not measured.regrets:
         raise BuildError(f"{spec.name}: no candidate gave a right result; see the timings' lines with status wrong or refused")
-    choices, open_choices, notes = _assigned(measured, limit)
+    present = configs.read(path, spec) if path.exists() else configs.ConfigFile(path, ())
+    variant = timings[0]["variant"]
+    choices, open_choices, notes = _assigned(measured, limit, _previous(present, spec, variant, default_backend))
     chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
     entries = _entries(spec, {**choices, **open_choices}, default_backend)
     for backend in OPTIONAL:
-        entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
+        before = _previous(present, spec, variant, default_backend, without=backend)
+        entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit, before)
     for entry in entries:
         entry["key"] |= arguments
     shapes = [
         {spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in KEY_SYMBOLS[1:]} for e in entries
     ]
-    present = configs.read(path, spec).entries if path.exists() else ()
     # The default is the row for any size.
-    replaced = [e for e in present if e.shape in shapes and e.arguments == arguments and not _is_unmeasured(spec, choices, e)]
-    others = [entry.raw for entry in present if entry not in replaced]
+    replaced = [
+        e for e in present.entries if e.shape in shapes and e.arguments == arguments and not _is_unmeasured(spec, choices, e)
+    ]
+    others = [entry.raw for entry in present.entries if entry not in replaced]
     if others:
         notes.append(f"{len(others)} entries for sizes, buckets of M or arguments without timings are kept as they were")
     regrets = [choice.regret for choice in chosen.values()]
@@ -198,10 +207,29 @@ def _is_unmeasured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], entry: confi
     return bool(measured) and entry.sizes.get("M") in set(spec.ladder) - measured
 
 
-def _assigned(measured: Measured, limit: float) -> tuple[dict[Slot, ConfigKey], dict[Slot, ConfigKey], list[str]]:
+def _assigned(
+    measured: Measured, limit: float, previous: Previous
+) -> tuple[dict[Slot, ConfigKey], dict[Slot, ConfigKey], list[str]]:
     """The configs of the slots, those of the rows that leave sizes open, and notes about the latter."""
     kept = cover(measured.regrets, limit)
-    return assign(measured.regrets, kept, limit), *measured.open_rows(kept, limit)
+    chosen = measured.keep(assign(measured.regrets, kept, limit), previous, limit)
+    return chosen, *measured.open_rows(sorted(set(chosen.values())), limit)
+
+
+def _previous(
+    present: configs.ConfigFile, spec: OpSpec, variant: str, default_backend: str, without: str | None = None
+) -> Previous:
+    """What a file serves a slot with; `without`: where that backend is not installed."""
+    backends = {entry.backend or default_backend for entry in present.entries} - {without}
+    file = present.available(backends, default_backend)
+
+    def serves(slot: Slot) -> ConfigKey | None:
+        if not file.entries:
+            return None
+        entry = file.pick(spec, dict(slot[0]), spec.ladders.edges(slot[1]), spec.variant(variant))
+        return ConfigKey(entry.backend or default_backend, canonical(entry.config))
+
+    return serves
 
 
 def _stand_ins(
@@ -211,13 +239,14 @@ def _stand_ins(
     default_backend: str,
     absent: str,
     limit: float,
+    previous: Previous,
 ) -> list[dict[str, Any]]:
     """Entries for the sizes that have configs of a backend, made without it: for where it is not installed."""
     shapes = {slot[0] for slot, config in choices.items() if config.backend == absent}
     measured = Measured(spec, [timing for timing in timings if timing["backend"] != absent])
     if not shapes or not measured.regrets:
         return []
-    others, open_others, _ = _assigned(measured, limit)
+    others, open_others, _ = _assigned(measured, limit, previous)
     found = {slot: config for slot, config in {**others, **open_others}.items() if slot[0] in shapes}
     return [{"key": e.pop("key"), "without": absent, **e} for e in _entries(spec, found, default_backend)]
 

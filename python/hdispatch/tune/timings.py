@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
 from ..errors import HdispatchError
 from ..typed_json import Mismatch, check, parse
+from .card import Card, alike, words
 
 #: ok; a wrong result; not launched (a guard, the driver); took the process's GPU context or the process with it; never ended.
 Status = Literal["ok", "wrong", "refused", "fatal", "timeout"]
@@ -61,6 +62,7 @@ class Timing(TypedDict):
     warm_us         likewise median in a graph on the same buffers, of calls small enough to be found in L2 again
     compile_seconds what generating and compiling the record took, once for all of its cells
     device_seconds  this candidate's share of the time that its cell took on the GPU machine
+    gpu, card       the card's name; the card, which lines of earlier versions have not
     """
 
     op: str
@@ -85,6 +87,7 @@ class Timing(TypedDict):
     compile_seconds: float
     device_seconds: float
     gpu: str
+    card: NotRequired[Card]
     versions: dict[str, Any]
     time: str
 
@@ -102,6 +105,17 @@ def cell_key(timing: Timing) -> CellKey:
 def config_key(timing: Timing) -> ConfigKey:
     """The candidate of a line."""
     return ConfigKey(timing["backend"], canonical(timing["config"]))
+
+
+def card_of(timing: Timing) -> Card:
+    """The card of a line, as far as it says."""
+    return timing["card"] if "card" in timing else {"name": timing["gpu"]}
+
+
+def unlike_cards(timings: Iterable[Timing]) -> list[str]:
+    """The cards of lines that cannot be compared, in words; empty if all can."""
+    cards = {words(card_of(timing)): card_of(timing) for timing in timings}
+    return sorted(cards) if any(not alike(a, b) for a in cards.values() for b in cards.values()) else []
 
 
 def append(path: Path, timings: Sequence[Timing]) -> None:

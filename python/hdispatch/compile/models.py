@@ -1,0 +1,290 @@
+"""Models: their sizes, by name or from a config.json, and the calls of each op that they make.
+
+For tuning and building what one model needs. Of a mixture of experts the attention, the router, the dense layers and the rows
+of an expert count; its grouped products are no op here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import HdispatchError
+from ..opspec import OpSpec, Variant
+
+#: What a config.json is called in a model's folder.
+CONFIG = "config.json"
+
+Sizes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A decoder: sizes in elements, heads of `head_dim`.
+
+    intermediate  of each MLP: dense ones, an expert's, a shared expert's
+    dense         those that are no expert's: their products are plain ones
+    experts       0: none
+    qk_norm       whether the heads of q and k are normalized
+    """
+
+    name: str
+    hidden: int
+    intermediate: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int = 128
+    dense: tuple[int, ...] = ()
+    experts: int = 0
+    qk_norm: bool = True
+
+    @property
+    def q(self) -> int:
+        """Width of the q heads of a token."""
+        return self.heads * self.head_dim
+
+    @property
+    def kv(self) -> int:
+        """Width of the k heads of a token, and of the v heads."""
+        return self.kv_heads * self.head_dim
+
+    def shard(self, count: int) -> Model:
+        """What one of `count` GPUs has of it under tensor parallelism. `HdispatchError` if it cannot be cut so."""
+        cut = {"heads": self.heads, **{f"intermediate size {size}": size for size in self.intermediate}}
+        if wrong := next((name for name, size in cut.items() if count < 1 or size % count), None):
+            raise HdispatchError(f"{self.name}: {cut[wrong]} ({wrong}) cannot be cut into {count}")
+        if self.kv_heads % count and count % self.kv_heads:
+            raise HdispatchError(f"{self.name}: {self.kv_heads} kv heads cannot be cut into, or repeated for, {count}")
+        return replace(
+            self,
+            heads=self.heads // count,
+            kv_heads=max(1, self.kv_heads // count),
+            intermediate=tuple(size // count for size in self.intermediate),
+            dense=tuple(size // count for size in self.dense),
+        )
+
+
+def _dense(name: str, hidden: int, intermediate: int, heads: int, kv_heads: int, **more: Any) -> Model:
+    return Model(name, hidden, (intermediate,), heads, kv_heads, dense=(intermediate,), **more)
+
+
+MODELS = (
+    _dense("Qwen3-0.6B", 1024, 3072, 16, 8),
+    _dense("Qwen3-1.7B", 2048, 6144, 16, 8),
+    _dense("Qwen3-4B", 2560, 9728, 32, 8),
+    _dense("Qwen3-8B", 4096, 12288, 32, 8),
+    _dense("Qwen3-14B", 5120, 17408, 40, 8),
+    _dense("Qwen3-32B", 5120, 25600, 64, 8),
+    Model("Qwen3-30B-A3B", 2048, (768,), 32, 4, experts=128),
+    Model("Qwen3-235B-A22B", 4096, (1536,), 64, 4, experts=128),
+    _dense("Llama-3.2-1B", 2048, 8192, 32, 8, head_dim=64, qk_norm=False),
+    _dense("Llama-3.2-3B", 3072, 8192, 24, 8, qk_norm=False),
+    _dense("Llama-3.1-8B", 4096, 14336, 32, 8, qk_norm=False),
+    _dense("Llama-3.3-70B", 8192, 28672, 64, 8, qk_norm=False),
+    Model("Mixtral-8x7B", 4096, (14336,), 32, 8, experts=8, qk_norm=False),
+)
+#: Model types of config.json that normalize q and k.
+QK_NORM = ("qwen3", "qwen3_moe")
+
+
+# ---- which models ----
+
+
+def find(words: Iterable[str], shards: int = 1) -> list[Model]:
+    """Models by name, as `Qwen3-8B`, by a model's folder, or by its config.json; each as one of `shards` GPUs has it.
+
+    `HdispatchError` for what is none of these, or cannot be cut so.
+    """
+    return [_one(word).shard(shards) for word in words]
+
+
+def _one(word: str) -> Model:
+    by_name = {model.name.lower(): model for model in MODELS}
+    # A name may come with its owner, as on a model hub.
+    if found := by_name.get(word.lower()) or by_name.get(word.rpartition("/")[2].lower()):
+        return found
+    path = Path(word) / CONFIG if Path(word).is_dir() else Path(word)
+    if not path.is_file():
+        names = ", ".join(model.name for model in MODELS)
+        raise HdispatchError(f"{word!r} is no model: it takes a config.json, a folder with one, or one of {names}")
+    return read(path)
+
+
+def read(path: Path) -> Model:
+    """The model of a config.json, as transformers writes them. `HdispatchError` if a size is missing or none."""
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise HdispatchError(f"cannot read the model in {path}: {error}") from error
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):  # of a model that sees, too
+        config = config["text_config"]
+    if not isinstance(config, dict):
+        raise HdispatchError(f"{path} holds a JSON {type(config).__name__}; it takes a model's config, an object")
+    hidden, heads = (_size(path, config, name) for name in ("hidden_size", "num_attention_heads"))
+    experts = _first(path, config, ("num_experts", "num_local_experts", "n_routed_experts"))
+    expert = _first(path, config, ("moe_intermediate_size",)) if experts else 0
+    shared = _first(path, config, ("shared_expert_intermediate_size",)) if experts else 0
+    intermediate = _size(path, config, "intermediate_size") if not experts or not expert or _mixed(config) else 0
+    dense = [intermediate] if intermediate and (not experts or _mixed(config)) else []
+    dense += [shared] if shared else []
+    each = [*dense, expert or intermediate] if experts else dense
+    return Model(
+        name=path.parent.name if path.name == CONFIG and path.parent.name else path.stem,
+        hidden=hidden,
+        intermediate=tuple(dict.fromkeys(each)),
+        heads=heads,
+        kv_heads=_first(path, config, ("num_key_value_heads",)) or heads,
+        head_dim=_first(path, config, ("head_dim",)) or hidden // heads,
+        dense=tuple(dict.fromkeys(dense)),
+        experts=experts,
+        qk_norm=config.get("model_type") in QK_NORM,
+    )
+
+
+def _mixed(config: dict[str, Any]) -> bool:
+    """Whether some layers of a mixture of experts are dense."""
+    return bool(
+        config.get("mlp_only_layers")
+        or config.get("first_k_dense_replace")
+        or config.get("decoder_sparse_step", 1) not in (1, None)
+    )
+
+
+def _first(path: Path, config: dict[str, Any], names: Sequence[str]) -> int:
+    """The first of these sizes that there is, else 0."""
+    return next((_size(path, config, name) for name in names if config.get(name) is not None), 0)
+
+
+def _size(path: Path, config: dict[str, Any], name: str) -> int:
+    size = config.get(name)
+    if type(size) is not int or not 1 <= size < 2**31:
+        raise HdispatchError(f"{path}: {name} is {size!r}; it takes a size of at least 1")
+    return size
+
+
+# ---- what they call ----
+
+
+def _norms(model: Model) -> list[Sizes]:
+    return [{"K": model.hidden, "N": 1}]
+
+
+def _heads_too(model: Model) -> list[Sizes]:
+    return [*_norms(model), *([{"K": model.head_dim}] if model.qk_norm else [])]
+
+
+def _hidden(model: Model) -> list[Sizes]:
+    return [{"K": model.hidden}]
+
+
+def _quantized(model: Model) -> list[Sizes]:
+    return [{"K": size} for size in dict.fromkeys((model.hidden, model.q, *model.intermediate))]
+
+
+def _activated(model: Model) -> list[Sizes]:
+    return [{"N": size} for size in model.intermediate]
+
+
+def _products(model: Model) -> list[Sizes]:
+    hidden = model.hidden
+    found = [{"K": hidden, "N": model.q + 2 * model.kv}, {"K": model.q, "N": hidden}]
+    for size in model.dense:
+        found += [{"K": hidden, "N": 2 * size}, {"K": size, "N": hidden}]
+    return found
+
+
+def _router(model: Model) -> list[Sizes]:
+    return [{"K": model.hidden, "N": model.experts}] if model.experts else []
+
+
+def _normalized_heads(model: Model) -> list[Sizes]:
+    return [{"K": model.q + 2 * model.kv}] if model.qk_norm else []
+
+
+def _rotated(model: Model) -> list[Sizes]:
+    return [{"K": model.q, "N": model.kv}]
+
+
+def _head(model: Model) -> list[Sizes]:
+    return [{"K": model.head_dim}]
+
+
+#: The sizes of an op's calls; of ops that are not here, the rows that serve any size.
+CALLS: dict[str, Callable[[Model], list[Sizes]]] = {
+    "attention_dense": _head,
+    "attention_half": _head,
+    "attention_varlen": _head,
+    "dynamic_per_token_scaled_fp8_quant": _quantized,
+    "dynamic_scaled_fp8_quant": _hidden,
+    "fused_add_rms_norm": _hidden,
+    "fused_qk_norm_rope": _normalized_heads,
+    "ll_gemm_bf16": _router,
+    "ll_gemm_fp8": _products,
+    "paged_attention_decode": _head,
+    "per_token_group_fp8_quant": _quantized,
+    "per_token_group_fp8_quant_packed": _quantized,
+    "reshape_and_cache_flash": _head,
+    "rms_norm": _heads_too,
+    "rms_norm_dynamic_per_token_quant": _hidden,
+    "rms_norm_per_block_quant": _hidden,
+    "rotary_embedding": _rotated,
+    "scaled_mm": _products,
+    "scaled_mm_blockwise": _products,
+    "silu_and_mul": _activated,
+    "silu_and_mul_dynamic_per_token_quant": _activated,
+    "silu_and_mul_per_block_quant": _activated,
+    "static_scaled_fp8_quant": _quantized,
+}
+
+
+@dataclass(frozen=True)
+class Calls:
+    """An op's calls by models, each a variant's name and the sizes of a row; and why some have no row."""
+
+    rows: list[tuple[str, Sizes]]
+    notes: list[str]
+
+
+def calls_of(spec: OpSpec, models: Iterable[Model]) -> Calls:
+    """What the models call an op with: the typical variant with their group, head size and weights, and their sizes.
+
+    An op that none of them calls has no rows; so have sizes and variants that it does not serve, with a note.
+    """
+    rows: list[tuple[str, Sizes]] = []
+    notes = []
+    for model in models:
+        wanted = CALLS[spec.name](model) if spec.name in CALLS else [row for row in spec.shapes if not row]
+        variant = _variant(spec, model)
+        for sizes in wanted:
+            if variant is None:
+                notes.append(f"{spec.name}: left out for {model.name}: no variant has {_integers(spec, model)}")
+            elif not any(row.items() <= sizes.items() for row in spec.shapes):
+                notes.append(f"{spec.name}: left out for {model.name}: it has rows for {list(spec.shapes)}, not for {sizes}")
+            else:
+                rows.append((variant.name, sizes))
+    return Calls([row for at, row in enumerate(rows) if row not in rows[:at]], list(dict.fromkeys(notes)))
+
+
+def _integers(spec: OpSpec, model: Model) -> dict[str, int]:
+    """The compiled-in integers of an op that follow from a model."""
+    known = {"group": model.heads // model.kv_heads, "head_dim": model.head_dim, "head_size": model.head_dim}
+    return {arg.name: known[arg.name] for arg in spec.static_args() if arg.name in known}
+
+
+def _variant(spec: OpSpec, model: Model) -> Variant | None:
+    """The served variant that is the typical one but for what the model says; None if there is none."""
+    usual = spec.typical_variant()
+    static = {**usual.static, **_integers(spec, model)}
+    none = usual.none - {"q_weight", "k_weight"}
+    if not model.qk_norm:
+        none |= {arg.name for arg in spec.tensors() if arg.optional and arg.name in ("q_weight", "k_weight")}
+    return next(
+        (v for v in spec.served_variants() if v.static == static and v.none == none and _dtypes(v) == _dtypes(usual)), None
+    )
+
+
+def _dtypes(variant: Variant) -> dict[str, Any]:
+    return {name: dtype for name, dtype in variant.dtypes.items() if name not in ("q_weight", "k_weight")}

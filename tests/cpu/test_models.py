@@ -1,0 +1,228 @@
+"""Models by name and config.json: what they call the ops with; tuning and building for one in a command each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hdispatch import registry
+from hdispatch.cli.main import main
+from hdispatch.compile import configs, models
+from hdispatch.errors import HdispatchError
+from hdispatch.manifest import read_bundle
+from hdispatch.tune import measure_process, timings
+
+#: The part of a config.json that says sizes.
+QWEN3_8B = {
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+}
+QWEN3_MOE = {
+    **QWEN3_8B,
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "mlp_only_layers": [],
+    "decoder_sparse_step": 1,
+}
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+}
+
+
+def write(folder: Path, config: Any, name: str = "model") -> Path:
+    path = folder / name / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(config))
+    return path
+
+
+@pytest.mark.parametrize(("config", "name"), [(QWEN3_8B, "Qwen3-8B"), (QWEN3_MOE, "Qwen3-30B-A3B"), (MIXTRAL, "Mixtral-8x7B")])
+def test_a_config_says_what_the_name_does(tmp_path, config, name):
+    path = write(tmp_path, config, name)
+    for word in (str(path), str(path.parent), name, name.lower(), f"owner/{name}"):
+        assert models.find([word]) == models.find([name])
+
+
+SMALL = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "model_type": "llama"}
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"),
+    [
+        (SMALL, {"kv_heads": 16, "head_dim": 64, "intermediate": (2048,), "dense": (2048,), "qk_norm": False, "experts": 0}),
+        ({**QWEN3_MOE, "mlp_only_layers": [0]}, {"intermediate": (6144, 768), "dense": (6144,)}),
+        ({**QWEN3_MOE, "shared_expert_intermediate_size": 1024}, {"intermediate": (1024, 768), "dense": (1024,)}),
+        ({"model_type": "vl", "text_config": QWEN3_8B}, {"hidden": 4096, "qk_norm": True}),
+    ],
+    ids=["as many heads of k, a part of the hidden size", "dense layers", "a shared expert", "text_config"],
+)
+def test_what_a_config_leaves_out_and_adds(tmp_path, config, sizes):
+    model = models.read(write(tmp_path, config))
+    assert {name: getattr(model, name) for name in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([1], "holds a JSON list"),
+        ({}, "hidden_size is None; it takes a size of at least 1"),
+        ({**QWEN3_8B, "num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({**QWEN3_8B, "head_dim": "128"}, "head_dim is '128'"),
+        ({**QWEN3_8B, "intermediate_size": 1.5}, "intermediate_size is 1.5"),
+        ({**QWEN3_8B, "hidden_size": True}, "hidden_size is True"),
+    ],
+)
+def test_what_is_no_model_is_named(tmp_path, config, message):
+    path = write(tmp_path, config)
+    with pytest.raises(HdispatchError, match=message) as error:
+        models.find([str(path)])
+    assert str(path) in str(error.value)
+
+
+def test_a_name_that_is_no_model(tmp_path):
+    with pytest.raises(HdispatchError, match=r"'GPT-9' is no model: .* one of Qwen3-0.6B, "):
+        models.find(["GPT-9"])
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(HdispatchError, match="cannot read the model"):
+        models.find([str(tmp_path)])
+
+
+def test_a_part_of_a_model():
+    (model,) = models.find(["Llama-3.3-70B"], shards=4)
+    assert (model.hidden, model.heads, model.kv_heads, model.intermediate) == (8192, 16, 2, (7168,))
+    assert models.find(["Qwen3-30B-A3B"], shards=8)[0].kv_heads == 1
+    for shards, message in ((3, "32 .heads. cannot be cut into 3"), (0, "cannot be cut into 0")):
+        with pytest.raises(HdispatchError, match=message):
+            models.find(["Qwen3-8B"], shards)
+    with pytest.raises(HdispatchError, match=r"100 .intermediate size 100. cannot be cut into 8"):
+        models.Model("x", 2048, (100,), 16, 8).shard(8)
+    with pytest.raises(HdispatchError, match="6 kv heads cannot be cut into, or repeated for, 4"):
+        models.Model("x", 2048, (1024,), 24, 6).shard(4)
+
+
+def rows(op: str, *names: str) -> list[tuple[str, dict[str, int]]]:
+    return models.calls_of(registry.spec(op), models.find(names)).rows
+
+
+def test_what_models_call_ops_with():
+    assert [sizes for _, sizes in rows("scaled_mm", "Qwen3-32B")] == [
+        {"K": 5120, "N": 10240},
+        {"K": 8192, "N": 5120},
+        {"K": 5120, "N": 51200},
+        {"K": 25600, "N": 5120},
+    ]
+    assert rows("silu_and_mul", "Llama-3.1-8B", "Qwen3-30B-A3B") == [("bfloat16", {"N": 14336}), ("bfloat16", {"N": 768})]
+    assert rows("ll_gemm_bf16", "Qwen3-8B") == []
+    assert rows("ll_gemm_bf16", "Qwen3-30B-A3B") == [("bfloat16", {"K": 2048, "N": 128})]
+    assert rows("fused_qk_norm_rope", "Llama-3.1-8B") == []
+    assert rows("attention_half", "Llama-3.1-8B", "Qwen3-32B") == [
+        ("bfloat16-bfloat16+group=4", {"K": 128}),
+        ("bfloat16-bfloat16+q_weight+k_weight+group=8", {"K": 128}),
+    ]
+    assert rows("rotary_embedding", "Llama-3.2-1B") == [("bfloat16-bfloat16+key+head_size=64+is_neox", {"K": 2048, "N": 512})]
+    assert rows("argmax", "Qwen3-8B", "Llama-3.1-8B") == [("bfloat16", {})]
+
+
+def test_every_op_takes_what_every_model_calls_it_with():
+    """No op is called with sizes that it has no place for; what is left out is said."""
+    for name in registry.names():
+        spec = registry.spec(name)
+        calls = models.calls_of(spec, models.MODELS)
+        assert {note.partition(" for ")[2] for note in calls.notes} <= {
+            "Qwen3-235B-A22B: no variant has {'group': 16}",
+            "Llama-3.2-3B: no variant has {'group': 3}",
+            "Qwen3-14B: no variant has {'group': 5}",
+        }
+        for variant, sizes in calls.rows:
+            assert variant in {each.name for each in spec.served_variants()}
+            assert set(sizes) <= set(spec.symbols())
+
+
+def test_sizes_without_a_row_are_told():
+    odd = models.Model("odd", 960, (2560,), 15, 5, head_dim=80)
+    calls = models.calls_of(registry.spec("paged_attention_decode"), [odd])
+    assert calls.rows == []
+    assert calls.notes == ["paged_attention_decode: left out for odd: no variant has {'group': 3}"]
+    calls = models.calls_of(registry.spec("reshape_and_cache_flash"), [odd])
+    assert "it has rows for [{'K': 128}, {'K': 64}], not for {'K': 80}" in calls.notes[0]
+
+
+# ---- the commands ----
+
+
+PROCESS = f"""
+import sys
+sys.path[:0] = {[str(Path(__file__).parents[1] / "support")]!r}
+import fake_device
+from hdispatch.tune import measure_worker
+us_of = lambda rows: 10.0 + abs(rows.record["config"]["num_warps"] - 4)
+measure_worker.main(lambda folder, manifest, index: fake_device.FakeDevice(us_of))
+"""
+
+
+@pytest.mark.slow
+def test_a_model_is_tuned_and_built_in_a_command_each(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(measure_process, "COMMAND", ("-P", "-c", PROCESS))
+    monkeypatch.setattr("hdispatch.tune.farm.current_device", lambda: 0)
+    path = write(tmp_path, {**QWEN3_8B, "hidden_size": 768, "intermediate_size": 1536})
+    command = ["tune", "all", "--ops", "silu_and_mul,ll_gemm_bf16", "--models", str(path), "--target", "h200"]
+    command += ["--buckets", "1,32", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "configs")]
+    command += ["--cache", str(tmp_path / "cache"), "--jobs", "2"]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert [line for line in said.err.splitlines() if line.startswith("step ")] == [
+        "step 1 of 3: candidates are collected and compiled",
+        "step 2 of 3: they are measured",
+        "step 3 of 3: configs are selected",
+    ]
+    assert "2 cells measured" in said.out
+    assert f"next: hdispatch build --models {path} --out bundle" in said.out
+    found = configs.read(tmp_path / "configs" / "silu_and_mul" / "nvidia_h200.json", registry.spec("silu_and_mul"))
+    assert {entry.shape["N"] for entry in found.entries} == {1536}
+    assert {entry.config["num_warps"] for entry in found.entries} == {4}
+    assert not (tmp_path / "configs" / "ll_gemm_bf16").exists(), "no router is called"
+    lines = timings.read(tmp_path / "work" / "timings.jsonl")
+    assert {line["status"] for line in lines} == {"ok"}
+    assert main(command) == 0
+    assert "0 cells measured" in capsys.readouterr().out, "the same command goes on where it was"
+
+    build = ["build", "--ops", "silu_and_mul", "--variants", "bfloat16", "--target", "h200", "--models", str(path)]
+    assert main([*build, "--out", str(tmp_path / "bundle"), "--cache", str(tmp_path / "cache")]) == 0
+    manifest, _ = read_bundle(tmp_path / "bundle")
+    assert {1536, 12288, 0} <= {row["N"] for row in manifest["rows"]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tune", "all", "--models", "GPT-9"], "'GPT-9' is no model"),
+        (["tune", "all", "--models", ""], "--models is empty"),
+        (
+            ["tune", "candidates", "--out", "x", "--models", "Qwen3-8B", "--shapes", "K=4096"],
+            "leave out --shapes and --variants",
+        ),
+        (["tune", "candidates", "--out", "x", "--models", "Qwen3-8B", "--ops", "ll_gemm_bf16"], "call none of ll_gemm_bf16"),
+        (["tune", "all", "--models", "Qwen3-8B", "--tensor-parallel", "3"], "cannot be cut into 3"),
+        (["build", "--out", "x", "--models", "Qwen3-8B", "--shapes", "K=4096"], "give one of them"),
+        (["build", "--out", "x", "--models", ""], "--models is empty"),
+    ],
+)
+def test_bad_requests(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([*arguments, *(["--target", "h200"] if arguments[0] == "tune" else [])]) == 1
+    assert message in capsys.readouterr().err
