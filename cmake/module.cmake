@@ -35,7 +35,7 @@ function(add_door torch_dir)
   message(STATUS "a door for torch ${version} in ${torch_dir}")
 
   pybind11_add_module(${folder} csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/op_arguments.cpp
-    csrc/op_call.cpp csrc/torch_op.cpp csrc/override.cpp csrc/arena.cpp
+    csrc/op_call.cpp csrc/torch_op.cpp csrc/override.cpp csrc/attempt.cpp csrc/arena.cpp
     csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp csrc/from_python.cpp csrc/module.cpp)
   # torch brings a pybind11 of its own, which its headers and libtorch_python take: it stands in front of ours.
   target_include_directories(${folder} SYSTEM BEFORE PRIVATE ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)

@@ -333,7 +333,7 @@ def test_the_core_includes_neither_python_nor_torch():
 
 #: The doors, what they share, and what the one of sequences is made of.
 DOORS = (
-    *("op_call", "torch_op", "override", "op_arguments", "python_errors", "profiler"),
+    *("op_call", "torch_op", "override", "attempt", "op_arguments", "python_errors", "profiler"),
     *("sequence_call", "sequence_reader", "arena"),
 )
 
