@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 
 SGLANG = "sglang==0.5.23"
-#: Sources of its kernels and its diffusion models are left out, and binaries.
-SKIP = re.compile(r"\.so$|^sglang/(multimodal_gen|kernels/jit/(csrc|include))/|\.json$")
+#: Its diffusion models are left out, and binaries, and configs of its kernels.
+SKIP = re.compile(r"\.(so|json)$|^sglang/multimodal_gen/")
 #: Without what they need. All else that its modules import at the top is simulated: tests/sglang/simulation.py.
 PACKAGES = ["dill", "msgspec", "orjson", "pybase64"]
 

@@ -101,11 +101,13 @@ def chosen() -> list[Function]:
 
 def objection(function: Function) -> str:
     """Why a function of SGLang's cannot be served: it is not there, or has other parameters; empty if it can. Imports it."""
+    holder, _, name = function.target.rpartition(".")
     try:
-        theirs = pkgutil.resolve_name(function.target)
+        parameters = _parameters(getattr(pkgutil.resolve_name(holder), name))[int(function.is_method) :]
     except (ImportError, AttributeError) as error:
         return f"it cannot be imported: {error}"
-    parameters = _parameters(theirs)[int(function.is_method) :]
+    except (TypeError, ValueError) as error:
+        return f"its parameters are not known: {error}"
     expected = _parameters(function.call)
     if parameters == expected:
         return ""
