@@ -220,7 +220,7 @@ def test_no_module_imports_the_package_itself():
 
 
 def test_imports_are_at_the_top():
-    # Lazy ones are for what must not be loaded before it is needed: the build wing, the DSLs, vLLM and SGLang by their plug-ins.
+    # Lazy ones are for what must not be loaded before it is needed: the build wing, the DSLs, vLLM and SGLang by the plug-ins.
     lazy = (*LAZY, PLUGIN, SGLANG_PLUGIN)
     assert tuple(str(each) for each in IMPORTS if each.local and not within(each.source, lazy)) == HANDS_OVER
 

@@ -11,7 +11,8 @@ import torch
 from hdispatch.integrations.sglang import FUNCTIONS, plugin
 from hdispatch.testing.numeric import assert_close_by_dtype, compare_fp8, compare_scale
 
-missing = [name for name in ("sglang", "sgl_kernel") if importlib.util.find_spec(name) is None]
+#: A folder on the path, such as tests/, has one of that name, which is no package and has no origin.
+missing = [n for n in ("sglang", "sgl_kernel") if getattr(importlib.util.find_spec(n), "origin", None) is None]
 pytestmark = pytest.mark.skipif(bool(missing), reason=f"{' and '.join(missing)} cannot be imported")
 
 FP8 = torch.float8_e4m3fn
