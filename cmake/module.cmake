@@ -36,7 +36,9 @@ function(add_door torch_dir)
 
   pybind11_add_module(${folder} csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/op_arguments.cpp
     csrc/op_call.cpp csrc/torch_op.cpp csrc/override.cpp csrc/attempt.cpp csrc/arena.cpp
-    csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp csrc/from_python.cpp csrc/module.cpp)
+    csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp csrc/from_python.cpp csrc/adopted_key.cpp
+    csrc/adopted_state.cpp csrc/adopted_table.cpp csrc/host_program.cpp csrc/adopted_learn.cpp csrc/adopted_kernel.cpp
+    csrc/adopted_host.cpp csrc/adopted_patch.cpp csrc/adopted_door.cpp csrc/module.cpp)
   # torch brings a pybind11 of its own, which its headers and libtorch_python take: it stands in front of ours.
   target_include_directories(${folder} SYSTEM BEFORE PRIVATE ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
   target_compile_options(${folder} PRIVATE ${HDISPATCH_ALIGN} -Wall -Wextra -Wno-missing-field-initializers)

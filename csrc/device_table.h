@@ -10,6 +10,7 @@
 
 #include "ffi_launcher.h"
 #include "ladder.h"
+#include "launch_place.h"
 #include "launch_table.h"
 #include "op.h"
 
@@ -33,12 +34,8 @@ struct OpRows {
   }
 };
 
-struct DeviceTable {
-  const Driver* driver = nullptr;
+struct DeviceTable : LaunchPlace {
   uint64_t generation = 0;  ///< of no other table, also of none before; not 0
-  DeviceSlot slot = kNoSlot;
-  CUcontext context = nullptr;
-  bool only_device = true;  ///< the process sees one GPU, so a thread's context cannot be another device's
   std::vector<OpRows> ops;  ///< by op id
   LaunchTable table;
   std::vector<std::unique_ptr<Launcher>> launchers;

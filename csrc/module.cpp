@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "adopted_door.h"
 #include "attempt.h"
 #include "bench.h"
 #include "from_python.h"
@@ -157,6 +158,7 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("name"), py::arg("slots"), py::arg("temps"), py::arg("steps"), py::arg("max_rows"), py::arg("arena"));
 
+  define_adopted(m);
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
         py::arg("fallback"), py::arg("doc"), py::arg("signature"), py::arg("workspace") = "",
         py::arg("workspace_bytes") = std::vector<uint64_t>{});
@@ -248,6 +250,17 @@ PYBIND11_MODULE(_C, m) {
     py::dict out;
     for (const auto& [name, counters] : sequence_counters()) out[py::str(name)] = stats_of(*counters);
     return out;
+  });
+  m.def("adopted_stats", [] {
+    py::list out;  // names may be there twice
+    for (const py::object& each : adopted_objects()) {
+      const auto [name, counters] = adopted_counters(each);
+      out.append(py::make_tuple(*name, stats_of(*counters)));
+    }
+    return out;
+  });
+  m.def("reset_adopted_stats", [] {
+    for (const py::object& each : adopted_objects()) reset_stats(*adopted_counters(each).second);
   });
   m.def("reset_sequence_stats", [] {
     for (const auto& [name, counters] : sequence_counters()) reset_stats(*counters);

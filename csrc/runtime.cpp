@@ -12,25 +12,6 @@
 namespace hdispatch {
 namespace {
 
-/// The context that this thread is known to have made current; see `enter`.
-__attribute__((tls_model("initial-exec"))) thread_local CUcontext thread_context = nullptr;
-
-/// Makes the table's context current where it is not. With one GPU a thread needs this once; with several, torch may
-/// have switched devices since the last call, so the driver is asked every time. True: pop it after the launch.
-HD_COLD bool enter(const DeviceTable& table) noexcept {
-  CUcontext current = nullptr;
-  table.driver->context_get(&current);
-  if (current == table.context) {
-    thread_context = current;
-    return false;
-  }
-  if (!current && table.only_device) {
-    if (table.driver->context_set(table.context) == kCudaSuccess) thread_context = table.context;
-    return false;
-  }
-  return table.driver->context_push(table.context) == kCudaSuccess;
-}
-
 /// Launches again what failed, if another context than the table's is current: somebody changed it since this thread's
 /// last launch, and the driver refuses a function of one context in another (CUDA_ERROR_INVALID_HANDLE).
 HD_COLD LaunchResult launch_in_context(const DeviceTable& table, const Launcher& launcher, const Call& call,
@@ -38,7 +19,7 @@ HD_COLD LaunchResult launch_in_context(const DeviceTable& table, const Launcher&
   CUcontext current = nullptr;
   table.driver->context_get(&current);
   if (current == table.context || table.driver->context_push(table.context) != kCudaSuccess) return failed;
-  thread_context = nullptr;  // the next launch asks which one is current
+  forget_context();
   const LaunchResult result = launcher.launch(call, stream);
   table.driver->context_pop(&current);
   return result;
@@ -127,7 +108,7 @@ Outcome Runtime::dispatch(const Op& op, Call& call, StreamFn stream_of, Dispatch
   }
   const DeviceTable& table = *found.table;
   // A thread_local is compared with the table's context, so that the driver is not asked on every launch.
-  const bool pop = HD_UNLIKELY(thread_context != table.context || !table.only_device) && enter(table);
+  const bool pop = HD_UNLIKELY(needs_entering(table)) && enter(table);
   const CUstream stream = stream_of(table.slot);
   if (HD_UNLIKELY(op.workspace() >= 0)) give_workspace(op, call, found, stream, lock, pop);
   const Launcher& launcher = *found.row->launcher;

@@ -13,6 +13,7 @@ if _problem := _extension.problem():
     _extension.refuse(_problem)
 
 from . import ops, registry
+from .adopted import adopt, adopting, unadopt
 from .errors import (
     ArgumentError,
     BuildError,
@@ -47,6 +48,8 @@ __all__ = [
     "Registration",
     "Replays",
     "Sequence",
+    "adopt",
+    "adopting",
     "attention",
     "explain",
     "load",
@@ -61,4 +64,5 @@ __all__ = [
     "set_strict",
     "stats",
     "strict",
+    "unadopt",
 ]

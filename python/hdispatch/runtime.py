@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from . import _C, embedded, functions, host, registry
+from . import _C, adopted, embedded, functions, host, registry
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
@@ -380,22 +380,39 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses
-    name the op of the step, and a fallback is a call whose steps were made one by one. `reset` starts again from zero after
-    reading.
+    name the op of the step, and a fallback is a call whose steps were made one by one. Then adopted kernels, as
+    "adopted module.name": hits are launches from C++, empty those of an empty grid, and a fallback is a call that Triton made.
+    `reset` starts again from zero after reading.
     """
-    found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats()
+    found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats() | _adopted_stats()
     if reset:
         for name in registry.names():
             _C.reset_stats(registry.get(name))
         _C.reset_sequence_stats()
+        _C.reset_adopted_stats()
     return found
 
 
-def explain(op: _C.Op | _C.Sequence, *args: object) -> str:
+def _adopted_stats() -> dict[str, dict[str, Any]]:
+    """Kernels of one name, as Helion makes one for each config, are counted together."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, each in _C.adopted_stats():
+        total = found.setdefault(f"adopted {name}", {"hits": 0, "empty": 0, "fallbacks": 0, "misses": {}})
+        for key in ("hits", "empty", "fallbacks"):
+            total[key] += each[key]
+        for reason, count in each["misses"].items():
+            total["misses"][reason] = total["misses"].get(reason, 0) + count
+    return found
+
+
+def explain(op: Any, *args: object) -> str:
     """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
 
-    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does.
+    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does. Of an adopted kernel, alone: a
+    line for each key that has come, and why the ones that are not served are not.
     """
+    if not isinstance(op, (_C.Op, _C.Sequence)) and (learnt := adopted.explain(op)) is not None:
+        return learnt
     return _C.explain(op, *args)
 
 

@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 #: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
 TUNING = ("autotune", "collect", "compile_many", "cover", "measured", "point_configs", "points", "select")
 BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
-LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", *BUILD)
+LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", "hdispatch.adopted", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
 SGLANG_PLUGIN = "hdispatch.integrations.sglang.plugin"
@@ -338,10 +338,13 @@ def test_the_core_includes_neither_python_nor_torch():
             assert not re.match(foreign, include), f"{name} includes {include}"
 
 
-#: The doors, what they share, and what the one of sequences is made of.
+#: What adopted kernels are made of.
+ADOPTED = tuple(f"adopted_{part}" for part in ("key", "state", "table", "kernel", "learn", "host", "patch", "door"))
+#: The doors, what they share, and what those of sequences and adopted kernels are made of.
 DOORS = (
     *("op_call", "torch_op", "override", "attempt", "op_arguments", "python_errors", "profiler"),
     *("sequence_call", "sequence_reader", "arena"),
+    *("host_program", *ADOPTED),
 )
 
 

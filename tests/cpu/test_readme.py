@@ -203,7 +203,7 @@ def test_concepts_before_a_first_op():
     assert len(table.strip().splitlines()) - 1 == 12
 
 
-@pytest.mark.parametrize("name", ["serve_op", "drop_in", "register_function"])
+@pytest.mark.parametrize("name", ["serve_op", "drop_in", "register_function", "adopt"])
 def test_an_example_is_short_and_runs(name, examples_bundle):
     file = ROOT / "examples" / f"{name}.py"
     assert len(file.read_text().splitlines()) <= 40
@@ -214,6 +214,7 @@ def test_an_example_is_short_and_runs(name, examples_bundle):
         "serve_op": "{'hits': 3, 'empty': 0, 'fallbacks': 0, 'misses': {}}\n",
         "drop_in": "{'hits': 1, 'empty': 0, 'fallbacks': 0, 'misses': {}}\nvLLM's own kernel\n",
         "register_function": "[1.0] 1\n",
+        "adopt": "scale is adopted; calling it needs a GPU\n",
     }
     assert done.stdout.endswith(said[name])
 

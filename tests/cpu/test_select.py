@@ -223,11 +223,21 @@ def test_entries_of_other_sizes_stay(tmp_path):
     report = run(table(64, a=[1] * 4), tmp_path)
     assert json.loads(path.read_text())[1:] == old[1:]
     assert report.entries == 3
-    assert any("2 entries for sizes without timings are kept" in note for note in report.notes)
+    assert any("2 entries for sizes, buckets of M or arguments without timings are kept" in note for note in report.notes)
     assert any("no measured config is generic in ['K']" in note for note in report.notes)
     run(opened(table(64, a=[1] * 4), "a"), tmp_path)
     names = [entry["config"]["name"] for entry in json.loads(path.read_text())]
     assert names == ["a", "a", "kept"]
+
+
+def test_entries_of_other_edges_of_m_stay(tmp_path):
+    run(table(64, a=[1, 1, 9, 9], b=[9, 9, 1, 1]), tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["a", "a", "b", "b"]
+    run([line(64, 3, "c", 1.0)], tmp_path)
+    # b was written for M = 8, whose timings are new; M = 4 has no entry of its own, and takes the next one's.
+    assert picks(tmp_path, {"K": 64}) == ["a", "a", "c", "c"]
+    run([line(64, 0, "d", 1.0)], tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["d", "a", "c", "c"]
 
 
 def test_timings_of_other_compiled_in_integers_make_entries_of_their_own(tmp_path):

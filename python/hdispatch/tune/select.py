@@ -65,10 +65,10 @@ def select(
     out        the folder is `<out>/<op>`; None: the op's own folder of configs
     limit      the regret that is allowed, 0.02 being 2 %
 
-    Entries of a file for sizes that the timings do not have are kept. Timings of variants whose compiled-in integers are not
-    the typical variant's make entries for those alone, beside the others. Where configs of an optional backend were chosen, the
-    best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend, bucket or size that
-    there is not, for an op without one right candidate, or a limit that is negative.
+    Entries of a file for sizes, or for edges of M, that the timings do not have are kept. Timings of variants whose compiled-in
+    integers are not the typical variant's make entries for those alone, beside the others. Where configs of an optional backend
+    were chosen, the best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend,
+    bucket or size that there is not, for an op without one right candidate, or a limit that is negative.
     """
     if not 0 <= limit < math.inf:
         raise BuildError(f"the regret is {limit}; it takes 0 or more, 0.02 being 2 %")
@@ -158,9 +158,10 @@ def _select_op(
     shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in SYMBOLS[1:]} for e in entries]
     present = configs.read(path, spec).entries if path.exists() else ()
     # The default is the row for any size.
-    others = [entry.raw for entry in present if entry.shape not in shapes or entry.arguments != arguments]
+    replaced = [e for e in present if e.shape in shapes and e.arguments == arguments and not _is_unmeasured(spec, choices, e)]
+    others = [entry.raw for entry in present if entry not in replaced]
     if others:
-        notes.append(f"{len(others)} entries for sizes without timings are kept as they were")
+        notes.append(f"{len(others)} entries for sizes, buckets of M or arguments without timings are kept as they were")
     regrets = [choice.regret for choice in chosen.values()]
     used = {*choices.values(), *open_choices.values()}
     report = OpReport(
@@ -184,6 +185,13 @@ def _select_op(
         found = _beside(spec, _companion(spec, timings, measured, chosen, report, limit), companion(path), arguments)
         write_atomic(companion(path), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return report
+
+
+def _is_unmeasured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], entry: configs.ConfigEntry) -> bool:
+    """Whether an entry is for an edge of M of whose shape no bucket was measured."""
+    shape = tuple(sorted(entry.shape.items()))
+    measured = {spec.ladders.edges(bucket)["M"] for found, bucket in choices if found == shape}
+    return bool(measured) and entry.sizes.get("M") in set(spec.ladder) - measured
 
 
 def _assigned(measured: Measured, limit: float) -> tuple[dict[Slot, ConfigKey], dict[Slot, ConfigKey], list[str]]:

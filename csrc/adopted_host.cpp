@@ -1,0 +1,336 @@
+// adopted_host.cpp -- reading host records, and serving calls with them.
+#include "adopted_host.h"
+
+#include <ATen/ATen.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Dtype.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <algorithm>
+#include <mutex>
+
+#include "tensor_view.h"
+
+namespace py = pybind11;
+
+namespace hdispatch {
+
+PyObject* host_kernel_type;
+
+namespace {
+
+constexpr size_t kMaxRecords = 1 << 14;  ///< of one kernel: then it is Helion's
+
+std::vector<HostSteps> read_steps(const py::handle& listed) {
+  std::vector<HostSteps> out;
+  for (const auto& each : listed.cast<py::list>()) out.emplace_back(each.ptr());
+  return out;
+}
+
+int8_t scalar_type_of(const py::handle& dtype) {
+  if (dtype.is_none()) return 0;
+  HD_CHECK(THPDtype_Check(dtype.ptr()), "a dtype is none of torch's");
+  return static_cast<int8_t>(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
+}
+
+bool compute_all(const std::vector<HostSteps>& steps, PyObject* const* args, int64_t* out) {
+  return std::ranges::all_of(steps, [&](const HostSteps& each) { return each.compute(nullptr, args, *out++); });
+}
+
+}  // namespace
+
+HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
+  const auto said = py::reinterpret_borrow<py::dict>(made);
+  is_exact_ = said["is_exact"].cast<bool>();
+  guards_ = read_steps(said["guards"]);
+  grid_ = read_steps(said["grid"]);
+  HD_CHECK(grid_.size() == 3, grid_.size());
+  for (const auto& item : said["outputs"].cast<py::list>()) {
+    const auto each = item.cast<py::tuple>();
+    outputs_.push_back({read_steps(each[0]), read_steps(each[1]), scalar_type_of(each[2]), each[3].cast<uint16_t>()});
+  }
+  for (const auto& item : said["params"].cast<py::list>()) {
+    const auto each = item.cast<py::tuple>();  // (kind, index, dtype, steps, object)
+    params_.push_back({static_cast<Param::Kind>(each[0].cast<int>()), each[1].cast<uint16_t>(), scalar_type_of(each[2]),
+                       HostSteps(py::object(each[3]).ptr())});
+    objects_.push_back(py::object(each[4]).ptr());
+  }
+  for (const auto& item : said["options"].cast<py::list>()) objects_.push_back(item.ptr());
+  const py::object function = said["function"];
+  HD_CHECK(reinterpret_cast<PyObject*>(Py_TYPE(function.ptr())) == adopted_type, "the function is not adopted");
+  function_ = reinterpret_cast<AdoptedKernel*>(function.ptr());
+  HD_CHECK(params_.size() == function_->reader->parameters().size(), params_.size());
+  form_ = &function_->reader->form(0, py::object(said["names"]).ptr(), false);
+  variant_.dict = py::object(said["variant"]).ptr();  // held by the dict
+  run_ = py::object(said["run"]).ptr();
+  results_ = said["results"].cast<std::vector<int>>();
+  result_ = said["result"].cast<int>();
+  is_tuple_ = said["is_tuple"].cast<bool>();
+}
+
+int HostRecord::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(source_);
+  return 0;
+}
+
+bool HostRecord::holds(PyObject* const* args) {
+  if (HD_UNLIKELY(!variant_.is_same())) {
+    WatchedDict seen = variant_;
+    seen.note();
+    static PyObject* const name = PyUnicode_InternFromString("_run");
+    if (PyDict_GetItemWithError(variant_.dict, name) != run_) return false;  // tuned again, or reset
+    variant_.version = seen.version;
+  }
+  int64_t holds = 0;
+  for (const HostSteps& each : guards_)
+    if (HD_UNLIKELY(!each.compute(nullptr, args, holds) || !holds)) return false;
+  return true;
+}
+
+PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
+  at::Tensor outputs[8];
+  int64_t dims[64];
+  for (size_t i = 0; i < outputs_.size(); ++i) {
+    const Output& output = outputs_[i];
+    const size_t rank = output.sizes.size();
+    if (!compute_all(output.sizes, args, dims) || !compute_all(output.strides, args, dims + rank))
+      return reason = "sizes of more than 64 bits", nullptr;
+    const at::TensorOptions options = THPVariable_Unpack(args[output.like])
+                                          .options()
+                                          .dtype(static_cast<c10::ScalarType>(output.scalar_type))
+                                          .requires_grad(false);
+    outputs[i] = at::empty_strided({dims, rank}, {dims + rank, rank}, options);
+  }
+  GivenValue given[kMaxAdoptedArguments];
+  for (size_t i = 0; i < params_.size(); ++i) {
+    const Param& param = params_[i];
+    given[i].kind = GivenValue::Kind::kObject;
+    if (param.kind == Param::Kind::kObject) continue;
+    int64_t value = 0;
+    if (!param.value.compute(nullptr, args, value)) return reason = "values of more than 64 bits", nullptr;
+    given[i] = {GivenValue::Kind::kInteger, param.scalar_type, static_cast<uint64_t>(value)};
+    if (param.kind == Param::Kind::kInteger) continue;
+    given[i].kind = GivenValue::Kind::kPointer;
+    const at::Tensor& base =
+        param.kind == Param::Kind::kOutput ? outputs[param.index] : THPVariable_Unpack(args[param.index]);
+    c10::TensorImpl* impl = base.unsafeGetTensorImpl();
+    given[i].value = HD_LIKELY(impl->numel() != 0) ? address_of(impl, true) + static_cast<uint64_t>(value) : 0;
+  }
+  int64_t grid[3];
+  if (!compute_all(grid_, args, grid)) return reason = "grid", nullptr;
+  if (!function_->launch(*form_, objects_.data(), given, grid, reason)) return nullptr;
+  const auto result = [&](int index) {
+    return index < 0 ? Py_NewRef(args[-1 - index]) : THPVariable_Wrap(outputs[index]);
+  };
+  if (result_ == -2) Py_RETURN_NONE;
+  if (result_ == 0) return result(results_[0]);
+  PyObject* listed = is_tuple_ ? PyTuple_New(static_cast<Py_ssize_t>(results_.size()))
+                               : PyList_New(static_cast<Py_ssize_t>(results_.size()));
+  if (!listed) throw python_error();
+  for (size_t i = 0; i < results_.size(); ++i) {
+    PyObject* item = result(results_[i]);
+    is_tuple_ ? PyTuple_SET_ITEM(listed, i, item) : PyList_SET_ITEM(listed, i, item);
+  }
+  return listed;
+}
+
+// ---- calls ----
+
+namespace {
+
+constexpr uint64_t kTagTensor = 4;
+
+const char* read_key(HostKernel& self, PyObject* const* args, size_t count, HostKey& key) {
+  const DeviceSlot slot = adopted_slot(self.is_null);
+  uintptr_t storages[kMaxHostArguments];
+  c10::TensorImpl* tensors[kMaxHostArguments];
+  size_t tensor_count = 0;
+  key.words[0] = uint64_t{slot} << 32 | static_cast<uint32_t>(self.state->number());
+  key.kind = 1;
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* object = args[i];
+    uint64_t& word = key.words[key.kind++];
+    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
+      const bool is_known = PyLong_CheckExact(object) || PyFloat_CheckExact(object) || PyBool_Check(object) ||
+                            object == Py_None || PyUnicode_CheckExact(object) || THPDtype_Check(object);
+      if (!is_known || !self.constants->exact_word(object, word)) return "argument's type";
+      continue;
+    }
+    c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
+    if (HD_UNLIKELY(!is_plain(impl->key_set()))) return "tensor that torch has to handle";
+    if (HD_UNLIKELY(slot_of(impl->device()) != slot)) return "tensor on another device";
+    if (HD_UNLIKELY(impl->sizes().size() > HostKey::kMaxRank)) return "tensor of more than 8 dimensions";
+    const uintptr_t storage = storage_of(impl, false);
+    for (size_t k = 0; k < tensor_count; ++k)
+      if (HD_UNLIKELY(storages[k] == storage && storage)) return "arguments that share memory";
+    storages[tensor_count] = storage;
+    tensors[tensor_count++] = impl;
+    const uint64_t residue = impl->numel() ? address_of(impl, false) & 15 : 0;
+    word = static_cast<uint64_t>(c10::typeMetaToScalarType(impl->dtype())) << 24 |
+           static_cast<uint64_t>(impl->sizes().size()) << 12 | residue << 3 | kTagTensor;
+  }
+  key.count = key.kind;
+  for (size_t i = 0; i < tensor_count; ++i) {
+    for (const int64_t each : tensors[i]->sizes()) key.words[key.count++] = static_cast<uint64_t>(each);
+    for (const int64_t each : tensors[i]->strides()) key.words[key.count++] = static_cast<uint64_t>(each);
+  }
+  key.hash = 0;
+  for (size_t i = 0; i < key.kind; ++i) key.hash = mix_word(key.hash, key.words[i]);
+  key.kind_hash = key.hash;
+  for (size_t i = key.kind; i < key.count; ++i) key.hash = mix_word(key.hash, key.words[i]);
+  return nullptr;
+}
+
+/// The entry that serves the call, or says why none does; null for a call that is new.
+const HostEntry* find_entry(const HostTable& table, const HostKey& key, PyObject* const* args) {
+  for (const bool is_exact : {false, true}) {
+    const size_t count = is_exact ? key.count : key.kind;
+    const auto [first, last] = table.equal_range(is_exact ? key.hash : key.kind_hash);
+    for (auto each = first; each != last; ++each) {
+      const HostEntry& entry = *each->second;
+      if (entry.is_for(key.words, count) && (!entry.record || entry.record->holds(args))) return &entry;
+    }
+  }
+  return nullptr;
+}
+
+HD_COLD PyObject* leave_to_helion(HostKernel& self, const std::string& reason, PyObject* args, PyObject* keywords) {
+  self.counters->fallbacks.fetch_add(1, std::memory_order_relaxed);
+  {
+    const std::lock_guard lock(OpCounters::mutex);
+    ++self.counters->misses[reason];
+  }
+  std::vector<PyObject*> all{self.kernel};
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) all.push_back(PyTuple_GET_ITEM(args, i));
+  return PyObject_VectorcallDict(self.call_function, all.data(), all.size(), keywords);
+}
+
+HD_COLD void refresh_host(HostKernel& self) {
+  const Owned given{PyObject_CallOneArg(adopted_callbacks.host_state, self.kernel)};
+  if (!given.object || !self.state->set(given.object)) throw python_error();
+}
+
+/// After Helion's own call: a record of it, or the reason why there is none.
+HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
+  const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_record, self.kernel, args, nullptr)};
+  if (!said.object) throw python_error();
+  auto entry = std::make_unique<HostEntry>();
+  if (PyUnicode_Check(said.object))
+    entry->reason = PyUnicode_AsUTF8(said.object);
+  else
+    entry->record = std::make_unique<HostRecord>(said.object);
+  const bool is_exact = !entry->record || entry->record->is_exact();
+  entry->words.assign(key.words, key.words + (is_exact ? key.count : key.kind));
+  self.table->emplace(is_exact ? key.hash : key.kind_hash, std::move(entry));
+}
+
+}  // namespace
+
+PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
+  const auto count = static_cast<size_t>(PyTuple_GET_SIZE(args));
+  if (HD_UNLIKELY(keywords && PyDict_GET_SIZE(keywords))) return leave_to_helion(*this, "keywords", args, keywords);
+  if (HD_UNLIKELY(count > kMaxHostArguments)) return leave_to_helion(*this, "more arguments than 32", args, keywords);
+  if (HD_UNLIKELY(!no_modes())) return leave_to_helion(*this, "torch mode", args, keywords);
+  if (HD_UNLIKELY(!state->is_same())) refresh_host(*this);
+  if (HD_UNLIKELY(state->number() < 0)) return leave_to_helion(*this, state->reason(), args, keywords);
+  PyObject* const* given = &PyTuple_GET_ITEM(args, 0);
+  HostKey key;
+  const char* reason = read_key(*this, given, count, key);
+  if (HD_UNLIKELY(reason != nullptr)) return leave_to_helion(*this, reason, args, keywords);
+  const HostEntry* entry = find_entry(*table, key, given);
+  if (HD_LIKELY(entry && entry->record)) {
+    PyObject* result = entry->record->run(given, reason);
+    if (HD_UNLIKELY(!result))
+      return leave_to_helion(*this, reason, args, keywords);  // its Triton kernel learns from it
+    counters->hits.fetch_add(1, std::memory_order_relaxed);
+    return result;
+  }
+  if (entry) return leave_to_helion(*this, entry->reason, args, keywords);
+  if (table->size() >= kMaxRecords) return leave_to_helion(*this, "more keys than are kept", args, keywords);
+  Owned result{leave_to_helion(*this, "first call of a key", args, keywords)};
+  if (!result.object) return nullptr;
+  refresh_host(*this);  // the call wrote to what is watched
+  if (state->number() >= 0 && !read_key(*this, given, count, key)) learn_host(*this, args, key);
+  return std::exchange(result.object, nullptr);
+}
+
+// ---- the type ----
+
+std::vector<HostKernel*>& host_kernels() {
+  static auto* made = new std::vector<HostKernel*>;
+  return *made;
+}
+
+namespace {
+
+int traverse_host(PyObject* object, visitproc visit, void* arg) {
+  const auto* self = reinterpret_cast<HostKernel*>(object);
+  Py_VISIT(Py_TYPE(object));
+  for (const auto& [hash, entry] : *self->table)
+    if (const int stopped = entry->record ? entry->record->traverse(visit, arg) : 0) return stopped;
+  if (const int stopped = self->constants->traverse(visit, arg)) return stopped;
+  return self->state->traverse(visit, arg);
+}
+
+int clear_host(PyObject* object) {
+  auto* self = reinterpret_cast<HostKernel*>(object);
+  self->is_on = false;
+  self->table->clear();
+  self->state->clear();
+  self->constants->clear();
+  return 0;
+}
+
+void drop_host(PyObject* object) {
+  PyObject_GC_UnTrack(object);
+  auto* self = reinterpret_cast<HostKernel*>(object);
+  std::erase(host_kernels(), self);  // before anything runs Python
+  clear_host(object);
+  delete self->name;
+  delete self->constants;
+  delete self->state;
+  delete self->counters;
+  delete self->table;
+  PyTypeObject* type = Py_TYPE(object);
+  PyObject_GC_Del(object);
+  Py_DECREF(type);
+}
+
+PyObject* reduce_host(PyObject*, PyObject*) {
+  return Py_BuildValue("(O())", reinterpret_cast<PyObject*>(Py_TYPE(Py_None)));
+}
+
+}  // namespace
+
+void make_host_kernel_type() {
+  static PyMethodDef methods[] = {{"__reduce__", reduce_host, METH_NOARGS, nullptr}, {nullptr, nullptr, 0, nullptr}};
+  static PyType_Slot slots[] = {{Py_tp_traverse, reinterpret_cast<void*>(&traverse_host)},
+                                {Py_tp_clear, reinterpret_cast<void*>(&clear_host)},
+                                {Py_tp_dealloc, reinterpret_cast<void*>(&drop_host)},
+                                {Py_tp_methods, methods},
+                                {0, nullptr}};
+  static PyType_Spec spec = {"hdispatch._C.HostKernel", sizeof(HostKernel), 0,
+                             Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_HAVE_GC, slots};
+  host_kernel_type = PyType_FromSpec(&spec);
+  if (!host_kernel_type) throw py::error_already_set();
+}
+
+HostKernel* make_host_kernel(PyObject* kernel, const std::string& name, PyObject* call_function, bool is_null) {
+  auto* self = PyObject_GC_New(HostKernel, reinterpret_cast<PyTypeObject*>(host_kernel_type));
+  if (!self) throw py::error_already_set();
+  self->kernel = kernel;
+  self->call_function = call_function;
+  self->is_on = true;
+  self->is_null = is_null;
+  self->name = new std::string(name);
+  self->constants = new KeyReader({}, true);
+  self->state = new WatchedState;
+  self->counters = new OpCounters;
+  self->table = new HostTable;
+  host_kernels().push_back(self);
+  PyObject_GC_Track(reinterpret_cast<PyObject*>(self));
+  return self;
+}
+
+}  // namespace hdispatch

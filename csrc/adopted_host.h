@@ -1,0 +1,122 @@
+// adopted_host.h -- a host function of somebody else's, as data: a call of a Helion kernel without its Python.
+//
+// Helion's call finds a compiled variant, then runs generated Python that allocates results and launches one Triton
+// kernel. A `HostRecord` is what that Python does for calls of one kind: results, grid and arguments as expressions in
+// the sizes of its tensors (hdispatch/adopted/helion_record.py says which calls, and proves it). Or for one exact
+// shape, where the compiled variant depends on it. The launch itself is the adopted Triton kernel's: its key, its row.
+#pragma once
+
+#include <Python.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "adopted_kernel.h"
+#include "host_program.h"
+
+namespace hdispatch {
+
+inline constexpr size_t kMaxHostArguments = 32;
+
+/// What a host function does. Made from what Python says; holds it.
+class HostRecord {
+ public:
+  /// A dict: see hdispatch/adopted/helion_record.py. Throws python_error.
+  explicit HostRecord(PyObject* made);
+  ~HostRecord() { Py_XDECREF(source_); }
+  HostRecord(const HostRecord&) = delete;
+  HostRecord& operator=(const HostRecord&) = delete;
+
+  /// Only calls of exactly these sizes and strides.
+  bool is_exact() const noexcept { return is_exact_; }
+  /// Whether the facts hold that the record assumes.
+  bool holds(PyObject* const* args);
+  /// The result of the call, new; null without a Python error and with the reason if it was not launched.
+  PyObject* run(PyObject* const* args, const char*& reason) const;
+  int traverse(visitproc visit, void* arg) const;
+
+ private:
+  struct Output {
+    std::vector<HostSteps> sizes;
+    std::vector<HostSteps> strides;
+    int8_t scalar_type;
+    uint16_t like;  ///< on the device of this argument
+  };
+  struct Param {
+    enum class Kind : uint8_t { kObject, kInteger, kArgument, kOutput } kind;
+    uint16_t index;  ///< of the argument or output
+    int8_t scalar_type;
+    HostSteps value;  ///< or offset in bytes
+  };
+
+  PyObject* source_ = nullptr;  ///< the dict, which holds all objects; owned
+  bool is_exact_ = false;
+  std::vector<HostSteps> guards_;
+  std::vector<Output> outputs_;
+  std::vector<HostSteps> grid_;
+  std::vector<Param> params_;
+  std::vector<PyObject*> objects_;  ///< of params (None where they are computed), then options; borrowed
+  AdoptedKernel* function_ = nullptr;
+  const CallForm* form_ = nullptr;
+  WatchedDict variant_;       ///< the compiled variant's dict
+  PyObject* run_ = nullptr;   ///< its host function; borrowed
+  int result_ = -1;           ///< index of an output; -1: listed; -2: None
+  std::vector<int> results_;  ///< outputs from 0, arguments as -1 - index
+  bool is_tuple_ = false;
+};
+
+/// What tells calls of one kind from others (the kinds of arguments, values that are no tensors), then the shapes.
+struct HostKey {
+  static constexpr size_t kMaxRank = 8;
+  static constexpr size_t kMaxWords = 1 + kMaxHostArguments * (1 + 2 * kMaxRank);
+
+  size_t kind;   ///< words of the kind
+  size_t count;  ///< and with those of the shapes
+  uint64_t kind_hash;
+  uint64_t hash;
+  uint64_t words[kMaxWords];
+};
+
+/// One kind of call, or one shape: a record, or why there is none.
+struct HostEntry {
+  std::vector<uint64_t> words;
+  std::unique_ptr<HostRecord> record;
+  std::string reason;
+
+  bool is_for(const uint64_t* given, size_t count) const noexcept {
+    return words.size() == count && std::equal(given, given + count, words.data());
+  }
+};
+
+/// By the hash of the kind alone, or with the shapes.
+using HostTable = std::unordered_multimap<uint64_t, std::unique_ptr<HostEntry>>;
+
+/// The Python object behind an adopted host kernel, in the kernel's `__dict__`.
+struct HostKernel {
+  PyObject_HEAD PyObject* kernel;  ///< borrowed
+  PyObject* call_function;         ///< the class's own `__call__`; owned for ever
+  bool is_on;
+  bool is_null;
+  std::string* name;
+  KeyReader* constants;
+  WatchedState* state;
+  OpCounters* counters;
+  HostTable* table;
+
+  PyObject* call(PyObject* args, PyObject* keywords);
+};
+
+extern PyObject* host_kernel_type;
+
+/// Makes the Python type; once, at import.
+void make_host_kernel_type();
+
+/// The host kernels that are alive.
+std::vector<HostKernel*>& host_kernels();
+
+HostKernel* make_host_kernel(PyObject* kernel, const std::string& name, PyObject* call_function, bool is_null);
+
+}  // namespace hdispatch

@@ -1,0 +1,12 @@
+// adopted_learn.h -- from a launch that Triton made to a row: what it compiled, for the key of the call.
+#pragma once
+
+#include "adopted_kernel.h"
+
+namespace hdispatch {
+
+/// Adds the entry of a call's key, if there is none: a row, or the reason why its calls stay Triton's. `compiled` is
+/// what Triton's launch returned; its context is current.
+void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled);
+
+}  // namespace hdispatch

@@ -1,0 +1,244 @@
+// host_program.cpp -- reading and running the programs of grids and heuristics.
+#include "host_program.h"
+
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+
+#include <bit>
+
+namespace hdispatch {
+
+HostSteps::HostSteps(PyObject* listed) {
+  int depth = 0;
+  for (Py_ssize_t k = 0; k < PyList_GET_SIZE(listed); ++k) {
+    int op = 0, b = 0;
+    long long a = 0;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw python_error();
+    const auto code = static_cast<Op>(op);
+    depth += code <= Op::kContiguous ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
+    HD_CHECK(depth >= 1 && depth <= static_cast<int>(kMaxDepth), depth);
+    steps_.push_back({code, a, b});
+  }
+}
+
+bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const {
+  int64_t stack[kMaxDepth];
+  size_t top = 0;
+  const auto dimension = [objects](const Step& step, bool is_size, int64_t& value) {
+    const at::Tensor& tensor = THPVariable_Unpack(objects[step.a]);
+    const c10::IntArrayRef listed = is_size ? tensor.sizes() : tensor.strides();
+    const auto rank = static_cast<int64_t>(listed.size());
+    const int64_t index = step.b < 0 ? step.b + rank : step.b;
+    if (index < 0 || index >= rank) return false;
+    value = listed[static_cast<size_t>(index)];
+    return true;
+  };
+  for (const Step& step : steps_) {
+    if (step.op <= Op::kContiguous) {
+      int64_t& value = stack[top++] = step.a;
+      if (step.op == Op::kInteger) value = integers[step.a];
+      if (step.op == Op::kNumel) value = THPVariable_Unpack(objects[step.a]).numel();
+      if (step.op == Op::kContiguous) value = THPVariable_Unpack(objects[step.a]).is_contiguous();
+      if ((step.op == Op::kSize || step.op == Op::kStride) && !dimension(step, step.op == Op::kSize, value))
+        return false;
+      continue;
+    }
+    if (step.op == Op::kNextPowerOf2) {
+      int64_t& value = stack[top - 1];
+      if (value < 1 || value > int64_t{1} << 62) return false;  // Python says what it is then
+      value = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(value)));
+      continue;
+    }
+    const int64_t b = stack[--top];
+    int64_t& a = stack[top - 1];
+    const int64_t left = a;
+    switch (step.op) {
+      case Op::kAdd:
+        if (__builtin_add_overflow(left, b, &a)) return false;
+        break;
+      case Op::kSub:
+        if (__builtin_sub_overflow(left, b, &a)) return false;
+        break;
+      case Op::kMul:
+        if (__builtin_mul_overflow(left, b, &a)) return false;
+        break;
+      case Op::kDiv:
+      case Op::kMod: {  // rounded down; by zero Python raises
+        if (b == 0 || (left == INT64_MIN && b == -1)) return false;
+        const int64_t rest = left % b;
+        const bool down = rest != 0 && (rest < 0) != (b < 0);
+        a = step.op == Op::kDiv ? left / b - down : down ? rest + b : rest;
+        break;
+      }
+      case Op::kMin:
+        a = b < left ? b : left;
+        break;
+      case Op::kMax:
+        a = b > left ? b : left;
+        break;
+      case Op::kEq:
+        a = left == b;
+        break;
+      case Op::kNe:
+        a = left != b;
+        break;
+      case Op::kLt:
+        a = left < b;
+        break;
+      case Op::kLe:
+        a = left <= b;
+        break;
+      case Op::kGt:
+        a = left > b;
+        break;
+      case Op::kGe:
+        a = left >= b;
+        break;
+      case Op::kAnd:
+        a = left && b;
+        break;
+      default:
+        a = left || b;
+    }
+  }
+  out = stack[0];
+  return true;
+}
+
+HostProgram::HostProgram(PyObject* made) {
+  PyObject *sources = nullptr, *steps = nullptr, *results = nullptr;
+  if (!PyArg_ParseTuple(made, "O!O!O!", &PyList_Type, &sources, &PyList_Type, &steps, &PyList_Type, &results))
+    throw python_error();
+  HD_CHECK(static_cast<size_t>(PyList_GET_SIZE(sources)) <= kMaxSources, PyList_GET_SIZE(sources));
+  HD_CHECK(PyList_GET_SIZE(steps) == PyList_GET_SIZE(results), PyList_GET_SIZE(results));
+  HD_CHECK(static_cast<size_t>(PyList_GET_SIZE(results)) <= kMaxOutputs, PyList_GET_SIZE(results));
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(sources); ++i) {
+    int kind = 0, guard = 0, index = 0;
+    PyObject *name = nullptr, *object = nullptr;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(sources, i), "iiiOO", &kind, &guard, &index, &name, &object))
+      throw python_error();
+    sources_.push_back({static_cast<SourceKind>(kind), static_cast<Guard>(guard), static_cast<uint16_t>(index),
+                        Py_NewRef(name), Py_NewRef(object)});
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(results); ++i) {
+    int kind = 0;
+    PyObject* object = nullptr;
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(results, i), "iO", &kind, &object)) throw python_error();
+    outputs_.push_back({static_cast<HostValue::Kind>(kind), Py_NewRef(object), {}});
+    outputs_.back().steps = HostSteps(PyList_GET_ITEM(steps, i));
+  }
+}
+
+HostProgram::~HostProgram() {
+  for (Source& each : sources_) {
+    Py_DECREF(each.name);
+    Py_DECREF(each.object);
+  }
+  for (Output& each : outputs_) Py_DECREF(each.object);
+}
+
+int HostProgram::traverse(visitproc visit, void* arg) const {
+  for (const Source& each : sources_) Py_VISIT(each.object);
+  for (const Output& each : outputs_) Py_VISIT(each.object);
+  return 0;
+}
+
+/// Borrowed; null if it is not there.
+PyObject* HostProgram::find(const Source& source, const HostInputs& inputs) const {
+  switch (source.kind) {
+    case SourceKind::kParameter: {
+      PyObject* given = inputs.objects[source.index];
+      return given || !inputs.constants ? given : PyDict_GetItemWithError(inputs.constants, source.name);
+    }
+    case SourceKind::kCell: {
+      PyObject* closure = PyFunction_GET_CLOSURE(inputs.function);
+      if (!closure || source.index >= PyTuple_GET_SIZE(closure)) return nullptr;
+      return PyCell_GET(PyTuple_GET_ITEM(closure, source.index));
+    }
+    case SourceKind::kDefault: {
+      PyObject* defaults = PyFunction_GET_DEFAULTS(inputs.function);
+      if (!defaults || source.index >= PyTuple_GET_SIZE(defaults)) return nullptr;
+      return PyTuple_GET_ITEM(defaults, source.index);
+    }
+    default:
+      return PyDict_GetItemWithError(PyFunction_GET_GLOBALS(inputs.function), source.name);
+  }
+}
+
+bool HostProgram::run(const HostInputs& inputs, HostValue* out) const {
+  PyObject* objects[kMaxSources];
+  int64_t integers[kMaxSources];
+  size_t count = 0;
+  for (const Source& source : sources_) {
+    PyObject* object = objects[count] = find(source, inputs);
+    int64_t& integer = integers[count++] = 0;
+    if (source.guard == Guard::kAbsent) {
+      if (object) return false;
+      continue;
+    }
+    if (!object) return false;
+    if (source.guard == Guard::kInteger) {
+      if (Py_TYPE(object) != &PyLong_Type) return false;
+      int overflow = 0;
+      integer = PyLong_AsLongLongAndOverflow(object, &overflow);
+      if (overflow) return false;
+    } else if (source.guard == Guard::kTensor) {
+      if (!THPVariable_CheckTypeExact(Py_TYPE(object))) return false;
+    } else if (object != source.object) {
+      // Strings may be equal without being one.
+      if (!PyUnicode_CheckExact(object) || !PyUnicode_CheckExact(source.object) ||
+          PyUnicode_Compare(object, source.object) != 0)
+        return false;
+    }
+  }
+  for (const Output& output : outputs_) {
+    *out = {output.kind, 0, output.object};
+    if (output.kind != HostValue::Kind::kObject && !output.steps.compute(integers, objects, out->integer)) return false;
+    ++out;
+  }
+  return true;
+}
+
+HostPrograms::Known* HostPrograms::find(PyObject* function) {
+  PyObject* code = PyFunction_GET_CODE(function);
+  PyObject* globals = PyFunction_GET_GLOBALS(function);
+  for (const auto& each : known_)
+    if (HD_LIKELY(each->code == code && each->globals == globals)) return each.get();
+  if (known_.size() >= kMaxCodes) return nullptr;
+  known_.push_back(std::make_unique<Known>(Known{Py_NewRef(code), globals, 0, {}}));
+  return known_.back().get();
+}
+
+HD_COLD const HostProgram* HostPrograms::add(Known& known, PyObject* function, PyObject* trace, PyObject* kernel,
+                                             PyObject* arguments) {
+  if (!arguments) throw python_error();
+  ++known.attempts;
+  PyObject* made = PyObject_CallFunctionObjArgs(trace, kernel, function, arguments, nullptr);
+  Py_DECREF(arguments);
+  if (!made) throw python_error();
+  std::unique_ptr<HostProgram> program;
+  try {
+    if (made != Py_None) program = std::make_unique<HostProgram>(made);
+  } catch (...) {
+    Py_DECREF(made);
+    throw;
+  }
+  Py_DECREF(made);
+  if (!program) return nullptr;
+  known.programs.push_back(std::move(program));
+  return known.programs.back().get();
+}
+
+int HostPrograms::traverse(visitproc visit, void* arg) const {
+  for (const auto& each : known_)
+    for (const auto& program : each->programs)
+      if (const int stopped = program->traverse(visit, arg)) return stopped;
+  return 0;
+}
+
+void HostPrograms::clear() noexcept {
+  for (const auto& each : known_) Py_DECREF(each->code);
+  known_.clear();
+}
+
+}  // namespace hdispatch

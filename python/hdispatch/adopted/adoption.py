@@ -1,0 +1,335 @@
+"""Adopting kernels: one, those that a host function launches, or all Triton kernels of the process."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import threading
+import types
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+
+from .. import _C
+from ..errors import HdispatchError
+
+Driver = Literal["cuda", "null"]
+Kernel = TypeVar("Kernel")
+
+_lock = threading.RLock()
+_is_set_up = False
+_helion_is_set_up = False
+_all: Driver | None = None
+#: kernels that are adopted because all are, by id: hashing one makes Triton read its source and its globals, too early
+_lazy: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
+@overload
+def adopt(kernel: Kernel, *, driver: Driver = "cuda") -> Kernel: ...
+@overload
+def adopt(kernel: None = None, *, driver: Driver = "cuda") -> None: ...
+def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
+    """Launch a kernel from C++ after its first call of each key. Returns it: nothing else in the caller's code changes.
+
+    kernel   of `@triton.jit`, with `@triton.autotune` and `@triton.heuristics` or without; or of `@helion.kernel`; or a
+             Python function, whose Triton kernels are then adopted, those that it and the functions it calls name. None:
+             all Triton kernels of the process, also those that are yet to come, and those that Helion launches
+    driver   "null": serve tensors of the CPU and launch nothing (see `hdispatch.testing.null`), for tests
+
+    A key is what Triton itself specializes on. The first call of one is Triton's own, and so is every call that is unusual:
+    `hdispatch.stats()` counts them by reason. A decorator goes on top of Triton's.
+
+    HdispatchError for what is no kernel and names none.
+    """
+    if driver not in ("cuda", "null"):
+        raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
+    with _lock:
+        if kernel is None:
+            _start_all(driver)
+        elif _is_helion(kernel):
+            _adopt_helion(kernel, driver)
+        else:
+            for each in _kernels_of(kernel):
+                _adopt_one(each, driver)
+    return kernel
+
+
+def unadopt(kernel: Any = None) -> None:
+    """Leave a kernel (or a function's kernels) to Triton again; None: all kernels of the process, however adopted.
+
+    Its rows are kept, for when it is adopted again.
+    """
+    global _all
+    with _lock:
+        if kernel is not None:
+            for each in _kernels_of(kernel):
+                _switch(each, on=False)
+            return
+        _all = None
+        for adopted in _C.adopted_kernels():
+            _C.switch_adopted(adopted, False)
+        if _is_set_up:
+            from . import triton_kernel
+
+            for kernel_class in triton_kernel.CLASSES:
+                _C.unpatch_class(kernel_class)
+        if _helion_is_set_up:
+            import helion  # type: ignore[import-untyped]
+
+            _C.unpatch_host_class(helion.Kernel)
+
+
+def explain(kernel: Any) -> str | None:
+    """What has been learnt of an adopted kernel, a line a key; None for what is none."""
+    made = _entry(kernel) if hasattr(kernel, "__dict__") else None
+    if made is None:
+        return None
+    state = "adopted" if _C.adopted_is_on(made) else "adopted before"
+    if isinstance(made, _C.HostKernel):
+        keys = _C.host_keys(made)
+        served = [f"served    {'calls of one shape' if exact else 'any M'}" for exact, reason in keys if not reason]
+        return "\n".join([f"{state}, {len(keys)} key(s)", *served, *(f"Helion's  {reason}" for _, reason in keys if reason)])
+    rows = [what for _, what, _ in _C.adopted_keys(made)]
+    lines = [("served    " if what.startswith("block ") else "Triton's  ") + what for what in rows]
+    return "\n".join([f"{state}, {len(rows)} key(s)", *lines])
+
+
+class adopting:
+    """`with hdispatch.adopting(kernel, …):` adopts kernels for the block; without arguments all of the process.
+
+    What was adopted before stays so.
+    """
+
+    def __init__(self, *kernels: Any, driver: Driver = "cuda") -> None:
+        self._kernels = kernels
+        self._driver = driver
+        self._undo: list[Any] = []
+
+    def __enter__(self) -> adopting:
+        with _lock:
+            if not self._kernels and _all is None:
+                adopt(driver=self._driver)
+                self._undo.append(None)
+            for each in (kernel for given in self._kernels for kernel in _kernels_of(given)):
+                if not _is_adopted(each):
+                    adopt(each, driver=self._driver)
+                    self._undo.append(each)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for each in self._undo:
+            _stop_all() if each is None else _switch(each, on=False)
+        self._undo.clear()
+
+
+# ---- one kernel ----
+
+
+def _set_up() -> None:
+    """Tells C++ whom to ask. Once; imports triton."""
+    global _is_set_up
+    if _is_set_up:
+        return
+    from triton.language import constexpr  # type: ignore[import-untyped]
+    from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
+
+    from . import host_program, triton_kernel, triton_state
+
+    def parts(kernel: Any) -> Any:
+        return vars(kernel)[triton_kernel.PARTS]
+
+    _C.set_adopted_callbacks(
+        process_state=triton_state.process_state,
+        kernel_state=lambda kernel: triton_state.kernel_state(kernel, parts(kernel).function),
+        learn=lambda kernel, compiled: triton_kernel.learn(parts(kernel), compiled),
+        trace=lambda kernel, function, arguments: host_program.trace(parts(kernel).names, function, arguments),
+        constexpr_type=constexpr,
+        function_type=JITFunction,
+        device_count=torch.cuda.device_count() if torch.cuda.is_available() else 1,
+    )
+    _is_set_up = True
+
+
+def _adopt_one(kernel: Any, driver: Driver) -> None:
+    """Makes a kernel's entry, or switches the one that it has on again."""
+    from . import triton_kernel
+
+    _set_up()
+    for kernel_class in triton_kernel.CLASSES:
+        _C.patch_class(kernel_class, None if _all is None else _adopt_lazily)
+    if _switch(kernel, on=True):
+        return
+    parts = triton_kernel.parts_of(kernel)
+    if isinstance(parts, str):  # Triton's wrapper goes on; what is inside is served
+        inner = getattr(kernel, "fn", None)
+        if isinstance(inner, triton_kernel.CLASSES):
+            _adopt_one(inner, driver)
+        return
+    parts.is_null = driver == "null"
+    made = _C.make_adopted(
+        kernel=kernel,
+        name=triton_kernel.name_of(parts.function),
+        parameters=triton_kernel.parameters_of(parts),
+        is_null=parts.is_null,
+        may_lack=parts.lacks,
+        heuristics=parts.heuristics,
+        tuner=parts.tuner,
+        tuner_cache=None if parts.tuner is None else parts.tuner.cache,
+    )
+    vars(kernel)[triton_kernel.PARTS] = parts
+    vars(kernel)[triton_kernel.ENTRY] = made
+
+
+# ---- Helion ----
+
+
+def _is_helion(given: Any) -> bool:
+    """Whether it is a Helion kernel; does not import helion."""
+    helion = sys.modules.get("helion")
+    return helion is not None and isinstance(given, helion.Kernel)
+
+
+def _adopt_helion(kernel: Any, driver: Driver) -> None:
+    """Makes a Helion kernel's entry, or switches the one that it has on again."""
+    import helion
+
+    from . import helion_record, triton_kernel
+
+    global _helion_is_set_up
+    _set_up()
+    _C.patch_host_class(helion.Kernel)
+    if not _helion_is_set_up:
+        _C.set_host_callbacks(
+            state=helion_record.kernel_state, record=lambda kernel, args: helion_record.record(kernel, args, _inner(kernel))
+        )
+        _helion_is_set_up = True
+    if _switch(kernel, on=True):
+        return
+    name = helion_record.name_of(kernel)
+    vars(kernel)[triton_kernel.ENTRY] = _C.make_host_kernel(kernel=kernel, name=name, is_null=driver == "null")
+    vars(kernel)[triton_kernel.PARTS] = driver
+
+
+def _inner(kernel: Any) -> Callable[[Any], Any]:
+    """Makes the entry of a Triton kernel that a Helion kernel launches."""
+    from . import triton_kernel
+
+    driver: Driver = vars(kernel)[triton_kernel.PARTS]
+
+    def make(function: Any) -> Any:
+        with _lock:
+            _adopt_one(function, driver)
+        return _entry(function)
+
+    return make
+
+
+# ---- entries ----
+
+
+def _entry(kernel: Any) -> Any:
+    from . import triton_kernel
+
+    made = vars(kernel).get(triton_kernel.ENTRY)
+    if not isinstance(made, (_C.AdoptedKernel, _C.HostKernel)) or not _C.adopted_is_of(made, kernel):
+        return None  # of the kernel that this one is a copy of
+    return made
+
+
+def _switch(kernel: Any, *, on: bool) -> bool:
+    """Whether there was an entry to switch."""
+    made = _entry(kernel)
+    if made is not None:
+        _C.switch_adopted(made, on)
+    return made is not None
+
+
+def _is_adopted(kernel: Any) -> bool:
+    made = _entry(kernel)
+    return made is not None and _C.adopted_is_on(made)
+
+
+# ---- all of the process ----
+
+
+def _start_all(driver: Driver) -> None:
+    from . import triton_kernel
+
+    global _all
+    _set_up()
+    _all = driver
+    for kernel_class in triton_kernel.CLASSES:
+        _C.patch_class(kernel_class, _adopt_lazily)
+
+
+def _stop_all() -> None:
+    from . import triton_kernel
+
+    global _all
+    with _lock:
+        _all = None
+        for kernel_class in triton_kernel.CLASSES:
+            _C.patch_class(kernel_class, None)
+        for kernel in list(_lazy.values()):
+            _switch(kernel, on=False)
+        _lazy.clear()
+
+
+def _adopt_lazily(kernel: Any) -> None:
+    """The first call of a kernel, where all are adopted."""
+    with _lock:
+        if _all is not None and not _is_adopted(kernel):
+            _adopt_one(kernel, _all)
+            _lazy[id(kernel)] = kernel
+
+
+# ---- whose kernels ----
+
+
+def _kernels_of(given: Any) -> list[Any]:
+    """The Triton kernel that is given, or those that a Python function names, itself and through functions that it names."""
+    from . import triton_kernel
+
+    if isinstance(given, triton_kernel.CLASSES) or _is_helion(given):
+        return [given]
+    function = inspect.unwrap(given) if callable(given) else given
+    if type(given).__name__ == "InterpretedFunction":
+        return []  # TRITON_INTERPRET=1: it runs on the CPU, and nothing is launched
+    if not isinstance(function, types.FunctionType):
+        raise HdispatchError(
+            f"{given!r} is a {type(given).__name__}; hdispatch.adopt takes a kernel of @triton.jit, @triton.autotune or "
+            "@triton.heuristics or @helion.kernel, or a Python function that launches some"
+        )
+    found = list({id(each): each for each in _named(function, triton_kernel.CLASSES, set())}.values())
+    if not found:
+        raise HdispatchError(
+            f"{function.__module__}.{function.__qualname__} names no Triton kernel: adopt the kernels themselves, or all with "
+            "hdispatch.adopt()"
+        )
+    return found
+
+
+def _named(function: types.FunctionType, wanted: tuple[type, ...], seen: set[types.FunctionType]) -> Iterator[Any]:
+    if function in seen:
+        return
+    seen.add(function)
+    names = set(_names(function.__code__))
+    scope = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
+    values = [scope[name] for name in names if name in scope]
+    for module in [value for value in values if isinstance(value, types.ModuleType)]:
+        values += [vars(module)[name] for name in names if name in vars(module)]
+    for value in values:
+        if isinstance(value, wanted):
+            yield value
+        elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
+            yield from _named(value, wanted, seen)
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    yield from (*code.co_names, *code.co_freevars)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _names(constant)

@@ -1,0 +1,369 @@
+"""What a Helion kernel's host function does, as a record that C++ runs (csrc/adopted_host.h).
+
+After Helion's own call the compiled variant that it chose is known. Where Helion chooses by dtypes and ranks alone (no
+`hl.specialize`, no tensor descriptors, `static_shapes=False`), the variant's host function is traced once on fake tensors of
+open sizes, as the build does, and the record serves every call whose sizes satisfy what was assumed: an M never seen too. Else
+it is run once more on the call's own tensors, without the launch, and the record serves that shape alone.
+
+All use of Helion's private parts for this is here (checked with Helion 1.5). Imports helion.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import helion  # type: ignore[import-untyped]
+import sympy  # type: ignore[import-untyped]
+import torch
+from torch._dynamo.source import ConstantSource, LocalSource, TensorProperty, TensorPropertySource
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
+
+from ..compile import expr
+from ..errors import BuildError
+from .host_program import Op, Steps
+from .triton_state import State, number_of
+
+MAX_OUTPUTS = 8
+MAX_INT32 = 2**31 - 1
+
+_OPERATORS = {
+    "+": Op.ADD, "-": Op.SUB, "*": Op.MUL, "//": Op.DIV, "%": Op.MOD, "min": Op.MIN, "max": Op.MAX, "==": Op.EQ, "!=": Op.NE,
+    "<": Op.LT, "<=": Op.LE, ">": Op.GT, ">=": Op.GE, "and": Op.AND, "or": Op.OR,
+}  # fmt: skip
+
+#: csrc/adopted_host.h, HostRecord::Param::Kind
+_OBJECT, _INTEGER, _ARGUMENT, _OUTPUT = range(4)
+
+
+class _Refused(Exception):
+    """Why there is no record."""
+
+
+def kernel_state(kernel: Any) -> State:
+    """What all records of a kernel depend on."""
+    settings = kernel.settings
+    dicts = [vars(kernel)]
+    if settings.backend != "triton":
+        return -1, f"backend {settings.backend}", dicts, [], []
+    if kernel._key_fn is not None:
+        return -1, "key function", dicts, [], []
+    if settings.distributed or getattr(kernel, "_declares_process_group", False):
+        return -1, "distributed kernel", dicts, [], []
+    token = ("helion", id(kernel), getattr(kernel, "_reset_generation", 0), id(settings), settings.static_shapes)
+    number = number_of(token)
+    return number, "" if number > 0 else "more states than are kept", dicts, [], []
+
+
+def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> str | dict[str, Any]:
+    """The record of a call that Helion has just made; or why calls of this shape stay Helion's.
+
+    adopt   makes a Triton kernel's entry and returns it
+    """
+    bound = kernel.bind(args)
+    host = bound._run
+    if host is None:
+        return "not compiled"
+    if any(isinstance(arg, (list, dict, tuple)) for arg in args):
+        return "argument's type"
+    problems = []
+    for make in (_open, _exact):
+        try:
+            made = make(bound, args)
+        except (_Refused, BuildError) as error:
+            problems.append(str(error))
+            continue
+        except Exception as error:  # anybody's code, on stand-ins; the call itself has been made
+            problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            continue
+        kernel_entry = adopt(made.pop("kernel"))
+        if kernel_entry is None:
+            return "its Triton kernel cannot be adopted"
+        return {**made, "function": kernel_entry, "variant": vars(bound), "run": host}
+    for function in _functions(host):
+        adopt(function)  # the launch at least
+    return f"host function: {problems[-1]}"
+
+
+@dataclass
+class _Choice:
+    """What Helion chose the variant by, beside dtypes and ranks.
+
+    fixed     sizes that are compiled in: (argument, dimension)
+    guards    other facts of its key, as steps
+    """
+
+    fixed: set[tuple[int, int]] = field(default_factory=set)
+    guards: list[Steps] = field(default_factory=list)
+
+
+def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
+    """_Refused for a choice that is not by sizes and strides."""
+    kernel, env = bound.kernel, bound.env
+    if kernel.settings.static_shapes:
+        raise _Refused("static_shapes is True")
+    if getattr(bound, "_compiler_seed_specialization_extractors", ()):
+        raise _Refused("it is chosen by the compiler's seeds")
+    choice = _Choice()
+    places = {name: index for index, name in enumerate(kernel.signature.parameters)}
+
+    def leaf(source: Any) -> Steps:
+        if not isinstance(source, TensorPropertySource) or not isinstance(source.base, LocalSource):
+            raise _Refused(f"it is chosen by {source}")
+        index, kinds = places[source.base.local_name], {TensorProperty.SIZE: Op.SIZE, TensorProperty.STRIDE: Op.STRIDE}
+        if source.prop not in kinds or not isinstance(args[index], torch.Tensor):
+            raise _Refused(f"it is chosen by {source}")
+        return [(kinds[source.prop], index, int(source.idx or 0))]
+
+    sources = [env.shape_env.var_to_sources[symbol][0] for symbol in env.specialized_vars]
+    sources = [source for source in sources if not isinstance(source, LocalSource)]  # a number: part of every key
+    specialized = {*sources, *env.specialized_strides}
+    if len(bound._specialize_extra()) != len(specialized) + len(env.specialized_vars) - len(sources):
+        raise _Refused("it is chosen by tensor descriptors or values")
+    for source in specialized:
+        ((op, index, dimension),) = leaf(source)
+        value = args[index].size(dimension) if op == Op.SIZE else args[index].stride(dimension)
+        choice.guards.append([(op, index, dimension), (Op.CONST, value, 0), (Op.EQ, 0, 0)])
+        if op == Op.SIZE:
+            choice.fixed.add((index, dimension))
+    for extractor in bound._guarded_input_facts():
+        choice.guards.append(_fact_steps(getattr(extractor, "extractor", None), args, leaf))
+    return choice
+
+
+def _fact_steps(fact: Any, args: tuple[Any, ...], leaf: Callable[[Any], Steps]) -> Steps:
+    """That `size == c` (or not) has the answer that it has for these arguments."""
+    if type(fact).__name__ != "_GuardedInputFact":
+        raise _Refused(f"it is chosen by a {type(fact).__name__}")
+    leaves = {symbol: f"fact {number}" for number, (symbol, _) in enumerate(fact.sources)}
+    steps_of = {f"fact {number}": leaf(source) for number, (_, source) in enumerate(fact.sources)}
+    holds = fact(args)
+    left = [*_steps(fact.lhs, leaves, steps_of), *([(Op.NEXT_POWER_OF_2, 0, 0)] if fact.block else [])]
+    return [*left, *_steps(fact.rhs, leaves, steps_of), (Op.EQ if holds == fact.equal else Op.NE, 0, 0)]
+
+
+# ---- one launch ----
+
+
+def _functions(host: Callable[..., Any]) -> list[Any]:
+    """The Triton kernels that a host function may launch."""
+    return [value for value in inspect.unwrap(host).__globals__.values() if isinstance(value, JITFunction)]
+
+
+class _Launch:
+    """What `JITFunction.run` was called with, in place of the launch."""
+
+    kernel: Any = None
+    args: tuple[Any, ...] = ()
+    keywords: dict[str, Any]
+
+
+@contextmanager
+def _recording(host: Callable[..., Any]) -> Iterator[_Launch]:
+    """While it is open, this thread's launches of the host function's kernels are noted instead of made."""
+    launch, mine = _Launch(), threading.get_ident()
+    kernels = _functions(host)
+
+    def recorder(kernel: Any) -> Callable[..., None]:
+        def run(*args: Any, **keywords: Any) -> Any:
+            if threading.get_ident() != mine:
+                return type(kernel).run(kernel, *args, **keywords)
+            if launch.kernel is not None:
+                raise _Refused("it launches more than one kernel")
+            launch.kernel, launch.args, launch.keywords = kernel, args, keywords
+            return None
+
+        return run
+
+    for kernel in kernels:
+        vars(kernel)["run"] = recorder(kernel)
+    try:
+        yield launch
+    finally:
+        for kernel in kernels:
+            vars(kernel).pop("run", None)
+    if launch.kernel is None:
+        raise _Refused("it launches no kernel")
+
+
+class _Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lets the host function allocate and make views, notes the allocations, and refuses the rest by name."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.made: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name.startswith(("aten.empty", "aten.new_empty")):
+            self.made.append(func(*args, **(kwargs or {})))
+            return self.made[-1]
+        if not (getattr(func, "is_view", False) or func.namespace == "prim" or name.startswith("aten.sym_")):
+            raise _Refused(f"it runs {name}")
+        return func(*args, **(kwargs or {}))
+
+
+def _exact(bound: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The record for calls of this very shape."""
+    if getattr(bound.env, "runtime_input_specializations", None):
+        raise _Refused("it is chosen by what its tensors hold or how large their storage is")
+    outputs = _Outputs()
+    with _recording(bound._run) as launch, outputs:
+        result = bound._run(*args)
+    return _describe(launch, outputs.made, args, args, result, {}, ())
+
+
+def _open(bound: Any, args: tuple[Any, ...]) -> dict[str, Any]:
+    """The record for calls of these dtypes and ranks."""
+    choice = _choice(bound, args)
+    env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
+    mode = FakeTensorMode(shape_env=env)
+    leaves: dict[sympy.Symbol, str] = {}
+    guards = choice.guards
+    fakes = [_fake(arg, i, choice, env, mode, leaves) if isinstance(arg, torch.Tensor) else arg for i, arg in enumerate(args)]
+    outputs = _Outputs()
+    with _recording(bound._run) as launch, mode, outputs:
+        result = bound._run(*fakes)
+    return _describe(launch, outputs.made, args, fakes, result, leaves, [guard.expr for guard in env.guards], guards)
+
+
+def _fake(
+    tensor: torch.Tensor, index: int, choice: _Choice, env: ShapeEnv, mode: FakeTensorMode, leaves: dict[sympy.Symbol, str]
+) -> torch.Tensor:
+    guards = choice.guards
+    if not tensor.is_contiguous():
+        raise _Refused("a tensor is not contiguous")
+    if tensor.numel() > MAX_INT32:
+        raise _Refused("a tensor has more than 2**31 - 1 elements")
+    guards.append([(Op.CONTIGUOUS, index, 0)])
+    guards.append([(Op.NUMEL, index, 0), (Op.CONST, MAX_INT32, 0), (Op.LE, 0, 0)])
+    sizes: list[Any] = []
+    for dimension, size in enumerate(tensor.shape):
+        if (index, dimension) in choice.fixed:
+            sizes.append(size)
+            continue
+        if size < 2:  # Helion's code is the same, but broadcasting is not
+            guards.append([(Op.SIZE, index, dimension), (Op.CONST, size, 0), (Op.EQ, 0, 0)])
+            sizes.append(size)
+            continue
+        guards.append([(Op.SIZE, index, dimension), (Op.CONST, 2, 0), (Op.GE, 0, 0)])
+        name = f"{index}.{dimension}"
+        source = ConstantSource(f"size_{index}_{dimension}")
+        symbol = env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
+        leaves[symbol] = name
+        sizes.append(env.create_symintnode(symbol, hint=size, source=source))
+    with mode:
+        return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+
+
+def _describe(
+    launch: _Launch,
+    made: list[torch.Tensor],
+    args: Sequence[Any],
+    given: Sequence[Any],
+    result: Any,
+    leaves: dict[sympy.Symbol, str],
+    assumed: Sequence[Any],
+    guards: Sequence[Steps] = (),
+) -> dict[str, Any]:
+    """`given` are the arguments that the host function ran on: `args` themselves, or fakes of them."""
+    tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
+    if not tensors:
+        raise _Refused("it takes no tensor")
+    if len(made) > MAX_OUTPUTS:
+        raise _Refused(f"it allocates more than {MAX_OUTPUTS} tensors")
+
+    def steps(value: Any) -> Steps:
+        return _steps(value, leaves)
+
+    storages = {given[i].untyped_storage()._cdata: (_ARGUMENT, i, given[i]) for i in tensors}
+    storages |= {tensor.untyped_storage()._cdata: (_OUTPUT, i, tensor) for i, tensor in enumerate(made)}
+
+    def parameter(value: Any) -> tuple[int, int, torch.dtype | None, Steps, object]:
+        if isinstance(value, torch.Tensor):
+            if type(value) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(value, torch._subclasses.FakeTensor):
+                raise _Refused("it passes a subclass of a tensor")
+            known = storages.get(value.untyped_storage()._cdata)
+            if known is None:
+                raise _Refused("it passes a tensor of its own")
+            kind, index, base = known
+            offset = (value.storage_offset() - base.storage_offset()) * value.element_size()
+            return kind, index, value.dtype, steps(offset), None
+        if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):
+            return _INTEGER, 0, None, steps(value), None
+        if value is None or isinstance(value, (bool, float, str)) or type(value).__name__ in ("dtype", "constexpr"):
+            return _OBJECT, 0, None, [], value
+        raise _Refused(f"it passes a {type(value).__name__}")
+
+    kernel, keywords = launch.kernel, dict(launch.keywords)
+    grid = keywords.pop("grid", None)
+    if keywords.pop("warmup", False) or not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
+        raise _Refused("its grid is not a tuple of 1 to 3")
+    own = [param.name for param in kernel.params]
+    bound = inspect.signature(kernel.fn).bind(*launch.args, **{name: keywords.pop(name) for name in own if name in keywords})
+    bound.apply_defaults()
+    listed, is_tuple = ([result], False) if result is None or isinstance(result, torch.Tensor) else (result, True)
+    if not isinstance(listed, (list, tuple)) or type(listed) not in (list, tuple):
+        raise _Refused(f"it returns a {type(result).__name__}")
+    return {
+        "kernel": kernel,
+        "is_exact": not guards,
+        "guards": [*guards, *(steps(each) for each in assumed)],
+        "outputs": [
+            ([steps(size) for size in tensor.shape], [steps(stride) for stride in tensor.stride()], tensor.dtype, tensors[0])
+            for tensor in made
+        ],
+        "grid": [steps(size) for size in [*grid, *[1] * (3 - len(grid))]],
+        "params": [parameter(bound.arguments[name]) for name in own],
+        "names": (*own, *keywords),
+        "options": list(keywords.values()),
+        "results": [] if result is None else [_returned(value, made, given, tensors) for value in listed],
+        "result": -2 if result is None else -1 if is_tuple else 0,
+        "is_tuple": isinstance(result, tuple),
+    }
+
+
+def _returned(value: Any, made: list[torch.Tensor], given: Sequence[Any], tensors: list[int]) -> int:
+    for index, tensor in enumerate(made):  # torch may have made another object of it
+        if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
+            if value.dtype == tensor.dtype and value.shape == tensor.shape and value.stride() == tensor.stride():
+                return index
+            raise _Refused("it returns a view of what it allocated")
+    for index in tensors:
+        if value is given[index]:
+            return -1 - index
+    raise _Refused("it returns what it neither allocated nor was given")
+
+
+def _steps(value: Any, leaves: dict[sympy.Symbol, str], known: dict[str, Steps] | None = None) -> Steps:
+    if isinstance(value, (torch.SymInt, torch.SymBool)):
+        value = value.node.expr
+    found: Steps = []
+    for token in expr.postfix(int(value) if isinstance(value, (int, sympy.Integer)) else value, leaves):
+        if isinstance(token, int):
+            found.append((Op.CONST, token, 0))
+        elif token in _OPERATORS:
+            found.append((_OPERATORS[token], 0, 0))
+        elif known is not None:
+            found += known[token]
+        else:
+            index, dimension = token.split(".")
+            found.append((Op.SIZE, int(index), int(dimension)))
+    return found
+
+
+def is_kernel(value: object) -> bool:
+    """Whether it is a Helion kernel."""
+    return isinstance(value, helion.Kernel)
+
+
+def name_of(kernel: Any) -> str:
+    """`module.qualname` of the Python function behind a kernel."""
+    return f"{kernel.fn.__module__}.{kernel.fn.__qualname__}"

@@ -1,0 +1,180 @@
+"""Adopted kernels: callable grids, autotuners and heuristics give what Python gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import adopted_kernels as kernels
+import hdispatch
+import pytest
+import torch
+import triton
+from adopted_calls import OUT, X, Y, counts, fresh, launched, misses, wrapper
+
+pytest_plugins = ("adopted_fixtures",)
+pytestmark = pytest.mark.usefixtures("left_alone")
+
+
+# ---- callable grids ----
+
+
+N = 1000
+
+
+def grid_of_many(meta):
+    return (triton.cdiv(N, meta["BLOCK"]), max(1, 2), min(N // 500, meta["n"]))
+
+
+class GridObject:
+    """A callable that is no function."""
+
+    def __call__(self, meta: dict[str, Any]) -> tuple[int, ...]:
+        """As many blocks as arguments."""
+        return (len(meta),)
+
+
+def odd_grids() -> dict[str, tuple[Any, tuple[int, ...]]]:
+    n, rows = 1000, torch.zeros(5, 7)
+    called = []
+
+    def counts_calls(meta):
+        called.append(meta["n"])
+        return (len(called),)
+
+    def branches(meta):
+        return (3,) if meta["n"] > 5 else (4,)
+
+    return {
+        "closure": (lambda meta: (triton.cdiv(n, meta["BLOCK"]),), (4, 1, 1)),
+        "global": (grid_of_many, (4, 2, 2)),
+        "default": (lambda meta, rows=6: (rows, meta["n"] % 7 + 1), (6, 7, 1)),
+        "tensor": (lambda _meta: (rows.shape[0], rows.size(-1), rows.stride(0)), (5, 7, 7)),
+        "argument": (lambda meta: (meta["x"].numel() // meta["BLOCK"],), (16, 1, 1)),
+        "power": (lambda _meta: (triton.next_power_of_2(n), -(-n // 3)), (1024, 334, 1)),
+        "list": (lambda _meta: [2, 3], (2, 3, 1)),
+        "effect": (counts_calls, (1, 1, 1)),
+        "branch": (branches, (3, 1, 1)),
+        "float": (lambda meta: (int(meta["n"] / 3),), (333, 1, 1)),
+        "object": (GridObject(), (5, 1, 1)),
+        "comprehension": (lambda _meta: tuple(i for i in (2, 2)), (2, 2, 1)),
+        "is None": (lambda meta: (1 if meta["x"] is None else 2,), (2, 1, 1)),
+    }
+
+
+@pytest.mark.parametrize("name", list(odd_grids()))
+def test_callable_grids_give_what_python_gives(stub, name):
+    add = hdispatch.adopt(fresh(kernels.add), driver="null")
+    add[(1,)](X, Y, OUT, 1000, BLOCK=256)
+    for turn in range(3):
+        grid, wanted = odd_grids()[name]
+        _, got = launched(lambda grid=grid: add[grid](X, Y, OUT, 1000, BLOCK=256))
+        assert got is not None
+        assert got["grid"] == wanted, turn
+
+
+def test_a_grid_follows_what_it_reads(stub):
+    add = hdispatch.adopt(fresh(kernels.add), driver="null")
+    for block in (64, 128):
+        add[(1,)](X, Y, OUT, 1000, BLOCK=block)
+    for n in (1, 64, 65, 4096, 2**31 + 5):
+        for block in (64, 128):
+            _, got = launched(
+                lambda n=n, block=block: add[lambda meta: (triton.cdiv(n, meta["BLOCK"]),)](X, Y, OUT, 1000, BLOCK=block)
+            )
+            assert got is not None
+            assert got["grid"] == (-(-n // block), 1, 1)
+
+
+def test_a_grid_that_reads_a_global_sees_it_change(stub, monkeypatch):
+    add = hdispatch.adopt(fresh(kernels.add), driver="null")
+    for value in (1000, 2000, 2000):
+        monkeypatch.setitem(globals(), "N", value)
+        _, got = launched(lambda: add[grid_of_many](X, Y, OUT, 1000, BLOCK=256))
+        if got is not None:
+            assert got["grid"][0] == -(-value // 256)
+    assert counts(add)["hits"] == 2
+
+
+def test_a_grid_that_raises_raises(stub):
+    add = hdispatch.adopt(fresh(kernels.add), driver="null")
+    add[(1,)](X, Y, OUT, 1000, BLOCK=256)
+    zero = 0
+    with pytest.raises(ZeroDivisionError):
+        add[lambda meta: (meta["n"] // zero,)](X, Y, OUT, 1000, BLOCK=256)
+    with pytest.raises(KeyError, match="NO_SUCH"):
+        add[lambda meta: (meta["NO_SUCH"],)](X, Y, OUT, 1000, BLOCK=256)
+
+
+@pytest.mark.parametrize("grid", [(0,), (4, 0), (1, 1, 0)])
+def test_an_empty_grid_launches_nothing(stub, grid):
+    add = hdispatch.adopt(fresh(kernels.add), driver="null")
+    before = stub.launches
+    for _ in range(2):
+        result, got = launched(lambda: add[grid](X, Y, OUT, 1000, BLOCK=256))
+        assert got is None
+        assert result.metadata.num_warps == 4
+    assert counts(add)["empty"] == 1
+    assert stub.launches == before
+
+
+@pytest.mark.parametrize("grid", [4, (1.5,), (-1,), (2**31,), "x", None])
+def test_a_grid_that_is_none_is_refused_as_triton_does(stub, grid):
+    add, plain = hdispatch.adopt(fresh(kernels.add), driver="null"), fresh(kernels.add)
+    for kernel in (plain, add):
+        kernel[(1,)](X, Y, OUT, 1000, BLOCK=256)
+    try:
+        plain[grid](X, Y, OUT, 1000, BLOCK=256)
+    except Exception as error:
+        with pytest.raises(type(error)):
+            add[grid](X, Y, OUT, 1000, BLOCK=256)
+    else:
+        add[grid](X, Y, OUT, 1000, BLOCK=256)
+    assert misses(add).get("grid") == 1
+
+
+# ---- autotuners and heuristics ----
+
+
+def test_an_autotuned_kernel_is_served_by_its_key(stub):
+    tuned = hdispatch.adopt(wrapper(kernels.tuned), driver="null")
+    grid = lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)  # noqa: E731
+    for n in (1000, 1000, 17, 1000, 17):
+        result, got = launched(lambda n=n: tuned[grid](X, OUT, n))
+        config = tuned.cache[(n, "torch.float32", "torch.float32")]
+        assert tuned.best_config is config
+        assert result.metadata.num_warps == config.num_warps
+        if got is not None:
+            assert got["grid"] == (-(-n // config.kwargs["BLOCK"]), 1, 1)
+            assert got["block"] == (32 * config.num_warps, 1, 1)
+    assert counts(tuned)["hits"] == 3
+    tuned.cache.clear()  # to be tuned anew
+    _, got = launched(lambda: tuned[grid](X, OUT, 1000))
+    assert got is None
+    assert misses(tuned)["autotuner's choices taken back"] == 1
+
+
+def test_heuristics_follow_their_arguments(stub):
+    kernel = hdispatch.adopt(wrapper(kernels.heuristic), driver="null")
+    for turn in range(2):
+        for n, warps, even in ((1000, 8, False), (1024, 8, True), (64, 4, True), (65, 4, False)):
+            result, got = launched(lambda n=n: kernel[(4,)](X, OUT, n, BLOCK=64))
+            assert (got is not None) == (turn == 1)
+            assert result.metadata.num_warps == warps
+            assert result.src.constants[(3,)] is even
+    assert counts(kernel)["hits"] == 4
+
+
+def test_heuristics_that_cannot_be_followed_are_called(stub):
+    called = []
+
+    def even(args):
+        called.append(args["n"])
+        return args["n"] % args["BLOCK"] == 0
+
+    kernel = triton.heuristics({"EVEN": even})(fresh(kernels.heuristic.fn))
+    hdispatch.adopt(kernel, driver="null")
+    for n in (64, 64, 65, 64):
+        result, _ = launched(lambda n=n: kernel[(4,)](X, OUT, n, BLOCK=64))
+        assert result.src.constants[(3,)] is (n % 64 == 0)
+    assert called == [64, 64, 64, 65, 65, 64]  # by both where a key is new
+    assert counts(kernel)["hits"] == 2

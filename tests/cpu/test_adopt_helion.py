@@ -1,0 +1,198 @@
+"""hdispatch.adopt of Helion kernels: the launch is Helion's own, whatever M, and what cannot be a record is Helion's."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import adopted_helion as kernels
+import hdispatch
+import pytest
+import torch
+import triton_stub
+from hdispatch.testing import host_timer, null
+
+from benchmarks import adopt
+
+
+@pytest.fixture(scope="module")
+def stub() -> Iterator[triton_stub.Stub]:
+    with triton_stub.installed() as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def left_alone(stub: triton_stub.Stub) -> Iterator[None]:
+    hdispatch.stats(reset=True)
+    yield
+    hdispatch.unadopt()
+
+
+def launched(call: Callable[[], Any]) -> tuple[Any, list[dict[str, Any]]]:
+    """What a call returned, and its launches from C++."""
+    with null.recording():
+        return call(), null.launches()
+
+
+def counts(kernel: Any) -> dict[str, Any]:
+    return hdispatch.stats()[f"adopted {kernel.fn.__module__}.{kernel.fn.__qualname__}"]
+
+
+def tensors(value: Any) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else [each for each in value if isinstance(each, torch.Tensor)]
+
+
+def same(stub: triton_stub.Stub, kernel: Any, args: tuple[Any, ...]) -> bool:
+    """Whether C++ made the call; if so, that it launched what Helion does, and returned what it does."""
+    hits = counts(kernel)["hits"]
+    got, launches = launched(lambda: kernel(*args))
+    if counts(kernel)["hits"] == hits:
+        return False
+    hdispatch.unadopt()
+    stub.expect(["i8"] * (len(launches[0]["params"]) - 2))
+    before = stub.launches
+    wanted = kernel(*args)
+    assert stub.launches == before + 1
+    hdispatch.adopt(kernel, driver="null")
+    last = stub.last()
+    assert (launches[0]["grid"], launches[0]["block"], launches[0]["shared"]) == (last.grid, last.block, last.shared)
+    assert type(got) is type(wanted)
+    known = {each.data_ptr(): i for i, each in enumerate(tensors(got))}
+    theirs = {each.data_ptr(): i for i, each in enumerate(tensors(wanted))}
+    # Parameters bit by bit, but for the addresses of what each of them allocated.
+    stub.expect([{8: "i64", 4: "i32", 1: "i8"}[len(param)] for param in launches[0]["params"][:-2]])
+    hdispatch.unadopt()
+    wanted = kernel(*args)
+    hdispatch.adopt(kernel, driver="null")
+    theirs = {each.data_ptr(): i for i, each in enumerate(tensors(wanted))}
+    for ours, other in zip(launches[0]["params"], stub.last().params, strict=True):
+        mine, his = (int.from_bytes(param, "little") for param in (ours, other))
+        assert mine == his or known[mine] == theirs[his], (args, mine, his)
+    for ours, other in zip(tensors(got), tensors(wanted), strict=True):
+        assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (other.shape, other.stride(), other.dtype, other.device)
+    return True
+
+
+def adopted(kernel: Any) -> Any:
+    return hdispatch.adopt(kernel, driver="null")
+
+
+def warm(kernel: Any, make: Callable[[int], tuple[Any, ...]]) -> None:
+    """One M of each kind that Triton compiles for: the launch of each is then known."""
+    for m in (7, 7, 16, 16, 33):
+        kernel(*make(m))
+
+
+OPEN: dict[str, Callable[[int], tuple[Any, ...]]] = {
+    "add": lambda m: (torch.zeros(m, 64), torch.zeros(m, 64)),
+    "specialized": lambda m: (torch.zeros(m, 64), 2.5),
+    "in_place": lambda m: (torch.zeros(m, 48),),
+    "flattened": lambda m: (torch.zeros(3, m, 48),),
+}
+
+
+@pytest.mark.parametrize("name", list(OPEN))
+def test_an_m_never_seen_is_served(stub, name):
+    kernel, rng = adopted(getattr(kernels, name)), random.Random(name)
+    warm(kernel, OPEN[name])
+    for m in [rng.randrange(2, 3000) for _ in range(30)] + [17, 48, 65537]:
+        assert same(stub, kernel, OPEN[name](m)), (m, counts(kernel))
+
+
+def test_one_row_is_a_kind_of_its_own(stub):
+    kernel = adopted(kernels.add)
+    warm(kernel, OPEN["add"])
+    for _ in range(3):
+        kernel(*OPEN["add"](1))
+    assert same(stub, kernel, OPEN["add"](1))
+    assert same(stub, kernel, OPEN["add"](5))
+
+
+def test_other_columns_of_a_specialized_kernel_are_a_kind_of_their_own(stub):
+    kernel = adopted(kernels.specialized)
+    warm(kernel, lambda m: (torch.zeros(m, 64), 2.5))
+    warm(kernel, lambda m: (torch.zeros(m, 128), 2.5))
+    for columns in (64, 128, 64):
+        assert same(stub, kernel, (torch.zeros(77, columns), 2.5))
+
+
+def test_static_shapes_are_served_shape_by_shape(stub):
+    kernel = adopted(kernels.static)
+    for m in (7, 16):
+        for _ in range(3):
+            kernel(torch.zeros(m, 64))
+    assert same(stub, kernel, (torch.zeros(7, 64),))
+    assert same(stub, kernel, (torch.zeros(16, 64),))
+    assert not same(stub, kernel, (torch.zeros(8, 64),))
+
+
+def test_strided_tensors_are_served_shape_by_shape(stub):
+    kernel = adopted(kernels.add)
+    x, y = torch.zeros(20, 128), torch.zeros(20, 128)
+    for _ in range(3):
+        kernel(x[:, :64], y[:, :64])
+    assert same(stub, kernel, (x[:, :64], y[:, :64]))
+
+
+@pytest.mark.parametrize("name", ["zeros", "returns_a_view"])
+def test_what_cannot_be_a_record_is_helions_and_its_launch_is_served(stub, name):
+    kernel = adopted(getattr(kernels, name))
+    x = torch.zeros(7, 64)
+    for turn in range(3):
+        result, launches = launched(lambda: kernel(x))
+        assert result.numel() == x.numel()
+        assert len(launches) == (turn == 2)
+    assert any("host function" in reason for reason in counts(kernel)["misses"])
+    assert counts(kernel)["hits"] == 0
+    assert "Helion's  host function: it " in hdispatch.explain(kernel)
+
+
+def test_arguments_that_share_memory_are_helions(stub):
+    kernel = adopted(kernels.add)
+    warm(kernel, OPEN["add"])
+    x = torch.zeros(7, 64)
+    kernel(x, x)
+    assert counts(kernel)["misses"]["arguments that share memory"] == 1
+
+
+def test_keywords_are_helions(stub):
+    kernel = adopted(kernels.add)
+    warm(kernel, OPEN["add"])
+    x, y = OPEN["add"](7)
+    assert kernel(x, y=y).shape == x.shape
+    assert counts(kernel)["misses"]["keywords"] == 1
+
+
+def test_other_dtypes_and_ranks_are_kinds_of_their_own(stub):
+    kernel = adopted(kernels.add)
+    warm(kernel, OPEN["add"])
+    warm(kernel, lambda m: tuple(each.half() for each in OPEN["add"](m)))
+    got = kernel(*(each.half() for each in OPEN["add"](99)))
+    assert got.dtype == torch.float16
+    assert same(stub, kernel, tuple(each.half() for each in OPEN["add"](99)))
+    assert same(stub, kernel, OPEN["add"](99))
+
+
+def test_unadopt_gives_the_call_back(stub):
+    kernel = adopted(kernels.add)
+    warm(kernel, OPEN["add"])
+    hdispatch.unadopt()
+    hits = counts(kernel)["hits"]
+    kernel(*OPEN["add"](7))
+    assert counts(kernel)["hits"] == hits
+    hdispatch.adopt(kernel)
+    kernel(*OPEN["add"](7))
+    assert counts(kernel)["hits"] == hits + 1
+
+
+def test_the_benchmark_measures_every_path(stub):
+    made = adopt.batches("cpu", "null", lambda: None)
+    samples, failed = host_timer.interleave(made, 2, random.Random(0))
+    assert not failed
+    rows = adopt.summarize(samples)
+    assert {row["kernel"] for row in rows} == set(adopt.TARGETS)
+    assert sum("verdict" in row for row in rows) == 3 + 2 * 3
+    for kernel in (adopt.nop, adopt.nop19, adopt.nop58):
+        stats = hdispatch.stats()[f"adopted {kernel.fn.__module__}.{kernel.fn.__qualname__}"]
+        assert stats["misses"] == {"first call of a key": 1}

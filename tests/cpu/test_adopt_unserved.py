@@ -1,0 +1,126 @@
+"""Adopted kernels: what is unusual goes to Triton, is counted by its reason, and is right."""
+
+from __future__ import annotations
+
+import adopted_kernels as kernels
+import hdispatch
+import pytest
+import torch
+import triton
+import triton.language as tl
+from adopted_calls import ADD, OUT, X, Y, counts, fresh, launched, misses, served
+from triton import knobs
+
+pytest_plugins = ("adopted_fixtures",)
+pytestmark = pytest.mark.usefixtures("left_alone")
+
+
+def test_launch_hooks_get_their_calls(add, stub):
+    seen = []
+    hook = lambda metadata: seen.append(metadata.get()["name"])  # noqa: E731
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        assert not served(add, *ADD, BLOCK=256)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert seen == ["add"]
+    assert served(add, *ADD, BLOCK=256)
+    with knobs.runtime.scope():
+        knobs.runtime.launch_exit_hook = lambda _metadata: seen.append("exit")
+        assert not served(add, *ADD, BLOCK=256)
+    assert served(add, *ADD, BLOCK=256)
+    assert seen == ["add", "exit"]
+    assert misses(add)["launch hook"] == 2
+
+
+def test_pre_run_hooks_get_their_calls(add):
+    seen = []
+    add.add_pre_run_hook(lambda *args, **_keywords: seen.append(args[3]))
+    assert not served(add, *ADD, BLOCK=256)
+    add.pre_run_hooks.clear()
+    assert served(add, *ADD, BLOCK=256)
+    add.pre_run_hooks = [lambda *_args, **_keywords: seen.append("another list")]
+    assert not served(add, *ADD, BLOCK=256)
+    assert seen == [1000, "another list"]
+    assert misses(add)["pre-run hook"] == 2
+
+
+def test_knobs_of_the_code_are_part_of_the_key(add):
+    with knobs.runtime.scope():
+        knobs.runtime.debug = True
+        assert not served(add, *ADD, BLOCK=256)
+        assert served(add, *ADD, BLOCK=256)
+    assert served(add, *ADD, BLOCK=256)
+    assert misses(add) == {"first call of a key": 2}
+
+
+def test_a_captured_global_that_changed_is_tritons_to_refuse(stub, monkeypatch):
+    captured = hdispatch.adopt(fresh(kernels.captured), driver="null")
+    assert not served(captured, X, OUT)
+    assert served(captured, X, OUT)
+    monkeypatch.setitem(kernels.__dict__, "FACTOR", tl.constexpr(4))
+    with pytest.raises(RuntimeError, match="Global variable FACTOR has changed"):
+        served(captured, X, OUT)
+    assert misses(captured)["captured global changed"] == 1
+    monkeypatch.undo()
+    assert served(captured, X, OUT)
+
+
+def test_a_source_that_changed_is_compiled_anew(add):
+    add._unsafe_update_src(add.src.replace("+ tl.load(y", "- tl.load(y"))
+    assert not served(add, *ADD, BLOCK=256)
+    assert served(add, *ADD, BLOCK=256)
+
+
+def test_warm_up_launches_nothing(add):
+    result, got = launched(lambda: add.warmup(torch.float32, torch.float32, torch.float32, 1000, BLOCK=64, grid=(1,)))
+    assert got is None
+    assert result.metadata.num_warps == 4
+    assert misses(add)["warm-up"] == 1
+
+
+def test_run_is_served_as_the_launch_is(add):
+    call = lambda: add.run(*ADD, grid=(4,), warmup=False, BLOCK=256)  # noqa: E731
+    result, got = launched(call)
+    assert got is not None
+    assert result is add[(4,)](*ADD, BLOCK=256)
+    assert counts(add)["hits"] == 3
+
+
+@pytest.mark.parametrize(
+    ("args", "keywords", "error"),
+    [
+        ((X, Y), {"BLOCK": 256}, TypeError),
+        (ADD, {"BLOCK": 256, "n": 3}, TypeError),
+        (ADD, {"BLOCK": 256, "nosuch": 3}, KeyError),
+    ],
+)
+def test_wrong_arguments_raise_as_triton_does(add, args, keywords, error):
+    for _ in range(2):
+        with pytest.raises(error):
+            add[(4,)](*args, **keywords)
+
+
+def test_tensors_that_only_torch_knows_are_tritons(add):
+    class Sub(torch.Tensor):
+        pass
+
+    assert not served(add, X.as_subclass(Sub), Y, OUT, 1000, BLOCK=256)
+    assert served(add, torch.nn.Parameter(X), Y, OUT, 1000, BLOCK=256)
+    assert not served(add, triton.reinterpret(X, tl.float32), Y, OUT, 1000, BLOCK=256)
+    with torch.overrides.BaseTorchFunctionMode():
+        assert not served(add, *ADD, BLOCK=256)
+    assert {"subclass of a tensor", "argument's type", "torch mode"} <= set(misses(add))
+
+
+def test_a_refusal_of_the_driver_is_tritons_to_raise(add, stub):
+    with stub.refusing(), pytest.raises(RuntimeError, match="stub refuses"):
+        add[(4,)](X, Y, OUT, 1000, BLOCK=128)
+    assert not served(add, X, Y, OUT, 1000, BLOCK=128)  # what was not launched is no row
+
+
+def test_compile_time_values_without_a_hash_are_tritons(stub):
+    cast = hdispatch.adopt(fresh(kernels.cast), driver="null")
+    with pytest.raises(Exception):  # noqa: B017, PT011  Triton's own, of a list as a constexpr
+        cast[(1,)](X, OUT, tl.float32, [1])
+    assert misses(cast) == {"compile-time value that cannot be hashed, or one of too many": 1}

@@ -1,0 +1,71 @@
+"""Helion kernels for adoption: outputs that they allocate, sizes that they compile in, and what cannot be a record."""
+
+from __future__ import annotations
+
+import helion
+import helion.language as hl
+import torch
+
+CONFIG_2D = helion.Config(block_sizes=[32, 32])
+CONFIG_1D = helion.Config(block_sizes=[8])
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def add(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] + y[tile]
+    return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_1D)
+def specialized(x: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    m, n = x.size()
+    n = hl.specialize(n)
+    out = torch.empty([m, n], dtype=torch.float32, device=x.device)
+    total = torch.empty([m], dtype=torch.float32, device=x.device)
+    for rows in hl.tile(m):
+        values = x[rows, :] * scale
+        out[rows, :] = values
+        total[rows] = values.sum(-1)
+    return out, total
+
+
+@helion.kernel(static_shapes=True, config=CONFIG_2D)
+def static(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] * 2
+    return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def in_place(x: torch.Tensor) -> torch.Tensor:
+    for tile in hl.tile(x.size()):
+        x[tile] = x[tile] + 1
+    return x
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def flattened(x: torch.Tensor) -> torch.Tensor:
+    rows = x.view(-1, x.size(-1))
+    out = torch.empty_like(rows)
+    for tile in hl.tile(rows.size()):
+        out[tile] = rows[tile] + 1
+    return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def zeros(x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] += x[tile]
+    return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def returns_a_view(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] + 1
+    return out.view(-1)
