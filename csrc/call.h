@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "dtype.h"
 
@@ -16,8 +17,17 @@ inline constexpr uint32_t kMaxRank = 4;   ///< of a tensor argument
 
 inline constexpr uint32_t kMaxDerived = 4;  ///< quotients of symbols among an op's dimensions
 
-/// The symbols that dimensions are written in. M is bucketed, K and N are exact.
-enum Symbol : uint8_t { kM = 0, kK = 1, kN = 2, kSymbols = 3 };
+/// The symbols that dimensions are written in. M is bucketed, K and N are exact, A and B are in no key.
+enum Symbol : uint8_t { kM = 0, kK = 1, kN = 2, kA = 3, kB = 4, kSymbols = 5 };
+
+inline constexpr const char* kSymbolNames[kSymbols] = {"M", "K", "N", "A", "B"};
+
+/// The symbol of that name, or -1.
+inline int symbol_named(std::string_view name) noexcept {
+  for (int i = 0; i < kSymbols; ++i)
+    if (name == kSymbolNames[i]) return i;
+  return -1;
+}
 
 /// Where a tensor lives. Slot 0 is the CPU, which only the null driver serves; slot 1 + i is CUDA device i.
 using DeviceSlot = uint32_t;
@@ -49,7 +59,7 @@ struct Call {
   /// argument's values, or -1.
   int64_t integers[kMaxArgs];
   Text texts[kMaxArgs];  ///< by argument index; strings, for messages
-  /// M, K, N; 1 for sizes that are literal; then the op's quotients. Set by Op::bind.
+  /// M, K, N, A, B; 1 for sizes that are literal; then the op's quotients. Set by Op::bind.
   int64_t sizes[kSymbols + 1 + kMaxDerived];
 };
 

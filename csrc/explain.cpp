@@ -122,9 +122,10 @@ std::string Runtime::explain(const Op& op, Call& call) const {
   const Outcome outcome = lookup(op, call, found);
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome == Outcome::kUnserved) return "miss     " + describe(op, call, outcome, found);
-  std::string out =
-      text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ", op.variants()[key_variant(found.key)].name,
-           "\nsizes    M=", call.sizes[kM], " K=", call.sizes[kK], " N=", call.sizes[kN], print_second(op, call, " "));
+  std::string out = text("op       ", op.name(), " (id ", op.id(), ")\nvariant  ",
+                         op.variants()[key_variant(found.key)].name, "\nsizes    M=", call.sizes[kM],
+                         " K=", call.sizes[kK], " N=", call.sizes[kN], op.has(kA) ? text(" A=", call.sizes[kA]) : "",
+                         op.has(kB) ? text(" B=", call.sizes[kB]) : "", print_second(op, call, " "));
   if (outcome == Outcome::kEmpty) return out + "\nnothing to launch: M is 0";
   if (outcome == Outcome::kEmptyOutput)
     return out + "\nnothing to launch: M is 0; the fallback writes what has no rows";

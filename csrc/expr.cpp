@@ -41,8 +41,8 @@ Expr::Expr(const std::vector<Token>& tokens, const FindArg& find_tensor, const F
       std::string_view tensor;
       bool stride = false;
       uint32_t dimension = 0;
-      if (word == "M" || word == "K" || word == "N") {
-        step = {Code::kSymbol, 0, static_cast<uint8_t>(word == "M" ? kM : word == "K" ? kK : kN), 0};
+      if (const int symbol = symbol_named(word); symbol >= 0) {
+        step = {Code::kSymbol, 0, static_cast<uint8_t>(symbol), 0};
       } else if (parse_dimension(word, tensor, stride, dimension)) {
         const int index = find_tensor(tensor);
         HD_CHECK_BUNDLE(index >= 0, "expression names \"", word, "\", but the op has no tensor \"", tensor, "\"");

@@ -44,11 +44,11 @@ DType to_dtype(const std::string& name) {
 }
 // ---- ops ----
 
-bool names_size(std::string_view word) { return word == "M" || word == "K" || word == "N"; }
+bool names_size(std::string_view word) { return symbol_named(word) >= 0; }
 
 uint8_t to_symbol(const std::string& symbol) {
-  HD_CHECK_BUNDLE(names_size(symbol), "dimension symbol \"", symbol, "\" is not M, K or N");
-  return static_cast<uint8_t>(symbol == "M" ? kM : symbol == "K" ? kK : kN);
+  HD_CHECK_BUNDLE(names_size(symbol), "dimension symbol \"", symbol, "\" is not M, K, N, A or B");
+  return static_cast<uint8_t>(symbol_named(symbol));
 }
 
 /// (factor, symbol or None or "*", divisor: a number or an argument's name), as `opspec.parse_dim` gives it.
@@ -114,6 +114,10 @@ ArgSpec to_arg(const py::dict& given, const std::vector<std::string>& names) {
   for (const auto& dtype : get<std::vector<std::string>>(given, "dtypes")) arg.dtypes.push_back(to_dtype(dtype));
   arg.is_mutated = get<bool>(given, "mutated");
   arg.is_optional = get<bool>(given, "optional");
+  arg.is_returned = get<bool>(given, "returned");
+  arg.is_zeroed = get<bool>(given, "zeroed");
+  if (const auto other = get<std::string>(given, "dtype_of"); !other.empty())
+    arg.dtype_of = static_cast<int>(std::find(names.begin(), names.end(), other) - names.begin());
   arg.layout = to_layout(get<std::string>(given, "layout"));
   arg.is_flat = get<bool>(given, "flat");
   arg.is_broadcast = get<bool>(given, "broadcast");

@@ -8,6 +8,7 @@
 #include "attempt.h"
 #include "bench.h"
 #include "from_python.h"
+#include "functional_op.h"
 #include "op_arguments.h"
 #include "op_call.h"
 #include "override.h"
@@ -20,8 +21,9 @@ namespace py = pybind11;
 namespace hdispatch {
 namespace {
 
-PyObject* op_type;        // owned; made at import
-PyObject* sequence_type;  // likewise
+PyObject* op_type;          // owned; made at import
+PyObject* functional_type;  // likewise
+PyObject* sequence_type;    // likewise
 
 const OpObject& as_op(const py::handle& object) {
   if (Py_TYPE(object.ptr()) != reinterpret_cast<PyTypeObject*>(op_type))
@@ -38,6 +40,11 @@ py::object define_op(const std::string& name, const std::string& schema, const p
   const Op& op = Runtime::get().define_op(name, schema, std::move(parts.args), std::move(parts.variants), workspace);
   return py::reinterpret_steal<py::object>(
       reinterpret_cast<PyObject*>(make_op(op_type, op, fallback.ptr(), doc.ptr(), signature.ptr())));
+}
+
+py::object define_functional(const py::handle& out, const std::string& schema) {
+  return py::reinterpret_borrow<py::object>(
+      reinterpret_cast<PyObject*>(make_functional(functional_type, &as_op(out), schema)));
 }
 
 // ---- overrides ----
@@ -143,6 +150,9 @@ PYBIND11_MODULE(_C, m) {
   op_type = make_op_type();
   if (!op_type) throw py::error_already_set();
   m.attr("Op") = py::reinterpret_borrow<py::object>(op_type);
+  functional_type = make_functional_type();
+  if (!functional_type) throw py::error_already_set();
+  m.attr("FunctionalOp") = py::reinterpret_borrow<py::object>(functional_type);
   sequence_type = make_sequence_type();
   if (!sequence_type) throw py::error_already_set();
   m.attr("Sequence") = py::reinterpret_borrow<py::object>(sequence_type);
@@ -162,8 +172,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
         py::arg("fallback"), py::arg("doc"), py::arg("signature"), py::arg("workspace") = "",
         py::arg("workspace_bytes") = std::vector<uint64_t>{});
+  m.def("define_functional", &define_functional, py::arg("out"), py::arg("schema"));
   m.def(
-      "set_traced_call", [](const py::object& function) { set_traced_call(op_type, function.ptr()); },
+      "set_traced_call",
+      [](const py::object& function) {
+        set_traced_call(op_type, function.ptr());
+        set_traced_call(functional_type, function.ptr());
+      },
       py::arg("function"));
   py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
       .def("undo", &Override::undo)

@@ -32,7 +32,8 @@ uint8_t free_strides(const ArgSpec& arg) {
 /// Which tensor gives each symbol its value: a required one that is only read, else a required one, else an optional
 /// one. Inputs come before outputs, so that where the two disagree the message is about the output.
 std::array<int, kSymbols> find_binders(const std::vector<ArgSpec>& args) {
-  std::array<int, kSymbols> found = {-1, -1, -1};
+  std::array<int, kSymbols> found;
+  found.fill(-1);
   for (int pass = 0; pass < 3; ++pass)
     for (size_t i = 0; i < args.size(); ++i) {
       const ArgSpec& arg = args[i];

@@ -49,6 +49,9 @@ struct ArgSpec {
   std::vector<DType> dtypes;  ///< accepted by themselves; which combinations exist say the variants
   bool is_mutated = false;
   bool is_optional = false;
+  bool is_returned = false;  ///< allocated by the functional form of the op: see functional_op.h
+  bool is_zeroed = false;    ///< with is_returned: it is zero when the kernel begins
+  int dtype_of = -1;         ///< index of the argument whose dtype it has; -1: of its own
   Layout layout = Layout::kContiguous;
   bool is_flat = false;       ///< rank 1: a contiguous tensor of any rank with as many elements
   bool is_broadcast = false;  ///< with is_flat: one element serves too, as a tensor of stride 0

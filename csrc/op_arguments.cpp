@@ -31,7 +31,7 @@ PyObject* lasting_text(const std::string& value) {
 }  // namespace
 
 PyObject* default_argument(const ArgSpec& arg) {
-  if (arg.kind == ArgKind::kNone || (arg.is_tensor() && arg.is_optional)) return Py_None;
+  if (arg.kind == ArgKind::kNone || (arg.is_tensor() && (arg.is_optional || arg.is_returned))) return Py_None;
   if (!arg.has_default) return nullptr;
   if (arg.kind == ArgKind::kBool) return arg.default_value ? Py_True : Py_False;
   if (arg.kind == ArgKind::kString) return lasting_text(arg.texts[static_cast<size_t>(arg.default_value)]);

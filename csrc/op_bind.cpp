@@ -37,7 +37,7 @@ const char* Op::reshape(const Reshape& item, Call& call) const noexcept {
 
 /// Before the tensors are compared: an argument may come before the one that gives its symbol a value.
 bool Op::bind_symbols(Call& call) const noexcept {
-  call.sizes[kK] = call.sizes[kN] = 0;
+  call.sizes[kK] = call.sizes[kN] = call.sizes[kA] = call.sizes[kB] = 0;
   call.sizes[kSymbols] = 1;
   for (const Check& check : binders_) {
     const TensorView& view = call.tensors[check.arg];

@@ -12,7 +12,6 @@
 
 namespace hdispatch {
 
-inline constexpr const char* kSymbolNames[] = {"M", "K", "N"};
 inline constexpr uint8_t kAllStrides = 15;  ///< of TensorRule::free_strides
 inline constexpr uint64_t kUnlisted = 15;   ///< nibble of a value that is not compiled in; no variant has it
 inline constexpr double kMaxFloat32 = 3.4028234663852886e38;

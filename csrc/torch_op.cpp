@@ -150,7 +150,10 @@ torch::CppFunction boxed(const OpObject* self) {
 void register_in_torch(const OpObject* self) {
   // Never destroyed: the ops live as long as the process.
   static auto* library = new torch::Library(torch::Library::FRAGMENT, "hdispatch", std::nullopt, __FILE__, __LINE__);
-  const char* name = self->op->name().c_str();
+  // With its overload, which the schema says: an op that returns tensors takes them as "<op>.out".
+  const std::string& schema = self->op->schema();
+  const std::string whole = schema.substr(0, schema.find('('));
+  const char* name = whole.c_str();
   library->def(self->op->schema().c_str(), {at::Tag::pt2_compliant_tag});
   library->impl(name, torch::dispatch(c10::DispatchKey::CUDA, boxed<BackendKernel>(self)));
   library->impl(name, torch::dispatch(c10::DispatchKey::CPU, boxed<BackendKernel>(self)));

@@ -36,15 +36,20 @@ PATHS = {
     "null-driver": "`hdispatch.ops`, null driver: everything but the driver call",
 }
 SIX = ("cuLaunchKernelEx", "hdispatch.ops", "torch.ops.hdispatch", "torch.ops._C", "triton", "cuda-graph")
-#: File, mode in it -> what a table calls it; None: another machine follows.
-SERVED = (
-    ("token-8b-replays", "graph", "vLLM, full CUDA graphs of decode steps, nothing compiled"),
-    ("token-8b-replays", "ours", "**these layers, `--enforce-eager`**"),
-    ("token-8b-sequence", "graph", "*another machine:* vLLM, the same graphs"),
-    ("token-8b-sequence", "compiled", "vLLM's default, compiled"),
-    ("token-8b-sequence", "ours", "**these layers, every kernel launched** (`HDISPATCH_REPLAY=0`)"),
-    ("token-8b-sequence", "ours+graph", "**these layers under vLLM's graphs**"),
-)
+#: The run of the table of steps: mode in it -> what the table calls it.
+SERVED = {
+    "graph": "vLLM, full CUDA graphs of decode steps, nothing compiled",
+    "compiled": "vLLM's default, compiled",
+    "ours": "**these layers, `--enforce-eager`**",
+    "ours+graph": "**these layers under vLLM's graphs**",
+}
+#: The table of servers: file and mode in it -> what the table calls it.
+SERVERS = {
+    ("server-compiled", "compiled"): "`vllm serve`",
+    ("server-ours", "ours"): "**`HDISPATCH=1 vllm serve --enforce-eager`**",
+}
+#: Where both lie.
+SERVING = RESULTS / "2026-11-27-h200-serve"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -76,11 +81,25 @@ def calls(folder: str, paths: tuple[str, ...]) -> str:
 def serve() -> str:
     """ms per decode step of the whole engine."""
     rows, batches = [], ("1", "8", "32", "128")
-    for file, mode, name in SERVED:
-        result = json.loads((RESULTS / "2026-11-26-h100-serve" / f"{file}.json").read_text())
+    result = json.loads((SERVING / "token-8b.json").read_text())
+    for mode, name in SERVED.items():
         mark = "**" if name.startswith("**") else ""
         rows.append([name, *(f"{mark}{result['modes'][mode]['batches'][batch]:.2f}{mark}" for batch in batches)])
     return markdown(["ms per decode step, batch", *batches], rows)
+
+
+def server() -> str:
+    """Tokens per second, first token and time per token of the real server, by requests at once; seconds to start."""
+    rows, header = [], ["", "starts in"]
+    for (file, mode), name in SERVERS.items():
+        found = json.loads((SERVING / f"{file}.json").read_text())["modes"][mode]
+        header = ["", "starts in", *(f"{count} at once" for count in found["concurrency"])]
+        figures = (
+            f"{each['total_token_throughput']:,.0f} tokens/s, {each['median_ttft_ms']:.0f} ms, {each['median_tpot_ms']:.2f} ms"
+            for each in found["concurrency"].values()
+        )
+        rows.append([name, f"{found['start_s']:.0f} s", *figures])
+    return markdown(header, rows)
 
 
 def section(file: Path, title: str) -> Iterator[list[str]]:
@@ -143,6 +162,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
     "calls-h200": lambda: calls("2026-11-21-h200-2", tuple(PATHS)),
     "serve": serve,
+    "server": server,
     "kernels": kernels,
     "tuning": tuning,
 }

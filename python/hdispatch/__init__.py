@@ -26,6 +26,7 @@ from .errors import (
 from .functions import Key
 from .integrations.vllm import override_vllm_ops
 from .manifest import read_bundle
+from .recording import record
 from .replay import Replays
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict
 from .sdpa import AttentionChoice, attention, select_attention
@@ -57,6 +58,7 @@ __all__ = [
     "ops",
     "override_vllm_ops",
     "read_bundle",
+    "record",
     "register",
     "registered",
     "registry",

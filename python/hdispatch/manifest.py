@@ -353,6 +353,28 @@ class FileEntry(TypedDict):
     size: int
 
 
+class Recorded(TypedDict):
+    """A specialization of a Triton kernel that a run compiled and recorded, compiled again for the target (recorded.py).
+
+    kernel       the function: module and name in it, joined by a dot
+    source_hash  Triton's own hash of its source and of the functions and constants that it uses
+    key          what Triton keeps the compiled kernel by: types and properties of the arguments, constants, options
+    signature, constants, attrs, options   of the compilation, as the recording has them (recording.py)
+    file         its cubin
+    metadata     Triton's, as its JSON: name of the entry point, num_warps, num_ctas, shared, scratch sizes, …
+    """
+
+    kernel: str
+    source_hash: str
+    key: str
+    signature: dict[str, Any]
+    constants: list[Any]
+    attrs: list[Any]
+    options: dict[str, Any]
+    file: str
+    metadata: str
+
+
 class Manifest(TypedDict):
     """The whole of manifest.json."""
 
@@ -366,6 +388,8 @@ class Manifest(TypedDict):
     rows: list[Row]
     #: given if a record is of a shared library
     host: NotRequired[Host]
+    #: given if the bundle was built of a recording
+    recorded: NotRequired[list[Recorded]]
 
 
 class BundleFiles(NamedTuple):
@@ -396,10 +420,13 @@ def read_files(folder: str | os.PathLike[str], *, sha256: str | None = None, bes
     for _ in range(_MOST_TRIES):
         with _open(Path(folder)) as opened:
             try:
-                return _read_all(opened, sha256, beside)
+                found = _read_all(opened, sha256, beside)
             except BundleError:
                 if not opened.is_replaced():
                     raise
+            else:  # what is not there beside the manifest may have been removed just now
+                if len(found.beside) == len(set(beside)) or not opened.is_replaced():
+                    return found
     raise BundleError(f"{folder}: was replaced {_MOST_TRIES} times while it was read")
 
 
@@ -535,6 +562,7 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
             raise BundleError(f"{where}: kernel {record['kernel']} is a host function, but host, its CPU, is missing")
         if record["launcher"] == "cubin":
             _check_shared(where, record, manifest["target"])
+    _check_recorded(where, manifest)
     seen: dict[tuple[str, str, int, int, int], int] = {}
     owners: dict[int, str] = {}
     counts = {op: ladders_of(entry).count for op, entry in ops.items()}
@@ -563,6 +591,22 @@ def _check_rows(root: Path, manifest: Manifest) -> None:
                 raise BundleError(f"{where}: row {index}: {record['kernel']} does not say for which {ops[op]['second']['arg']}")
             if record["launcher"] == "tvm_ffi":
                 check_views(f"{where}: row {index}: {record['kernel']}", record["args"], ops[op]["variants"][row["variant"]])
+
+
+def _check_recorded(where: Path, manifest: Manifest) -> None:
+    seen: set[tuple[str, str, str]] = set()
+    for entry in manifest.get("recorded", []):
+        if entry["file"] not in manifest["files"]:
+            raise BundleError(f"{where}: recorded kernel {entry['kernel']} uses {entry['file']}, which is not listed")
+        if (key := (entry["kernel"], entry["source_hash"], entry["key"])) in seen:
+            raise BundleError(f"{where}: recorded kernel {entry['kernel']} has the key {entry['key']} twice")
+        seen.add(key)
+        try:
+            metadata = parse(entry["metadata"])
+        except (ValueError, Mismatch) as error:
+            raise BundleError(f"{where}: recorded kernel {entry['kernel']}: its metadata is no JSON: {error}") from error
+        if not isinstance(metadata, dict) or not {"name", "hash", "shared", "num_warps"} <= metadata.keys():
+            raise BundleError(f"{where}: recorded kernel {entry['kernel']}: its metadata is not Triton's")
 
 
 def _check_shared(where: Path, record: CubinRecord, target: Target) -> None:

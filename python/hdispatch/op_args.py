@@ -14,8 +14,12 @@ import torch
 
 from .errors import HdispatchError
 
+#: Sizes that are in a row's key: M in buckets, K and N exactly, or any.
+KEY_SYMBOLS = ("M", "K", "N")
+#: Sizes that only a call knows: no row has them in its key, and no kernel has them compiled in.
+CALL_SYMBOLS = ("A", "B")
 #: Symbols that `TensorArg.dims` may use, in the order of the C++ `Symbol` enumeration.
-SYMBOLS = ("M", "K", "N")
+SYMBOLS = (*KEY_SYMBOLS, *CALL_SYMBOLS)
 
 Layout = Literal["contiguous", "rows", "columns", "any"]
 
@@ -46,6 +50,8 @@ class TensorArg:
                where that makes better code (whole vectors in Triton), and a guard tests it there; else 1
     in_place   name of the argument that it may be, as the same view; the kernels read all of a row before they write it.
                Otherwise what is written shares no memory with any other argument.
+    returned   the op allocates and returns it: callers do not give it. Contiguous, written, behind all other arguments
+    zeroed     with returned: it is zero when the kernel begins, as `torch.zeros`; whoever gives one himself gives zeros
     """
 
     name: str
@@ -60,6 +66,8 @@ class TensorArg:
     merge: bool = False
     in_place: str | None = None
     multiple: int = 1
+    returned: bool = False
+    zeroed: bool = False
 
     def free_strides(self) -> tuple[int, ...]:
         """The dimensions whose stride differs from call to call."""
@@ -79,6 +87,14 @@ class TensorArg:
             yield f"{self.name}: merge takes two dimensions or more, and not flat"
         if self.multiple not in ((1, 16) if self.layout == "any" else (1,)):
             yield f"{self.name} has multiple {self.multiple}; it takes 1, with the layout 'any' 16 too"
+        if self.returned and not (self.mutated and self.layout == "contiguous" and not self.optional and not self.in_place):
+            yield f"{self.name} is returned; it takes mutated=True, the layout 'contiguous', and neither optional nor in_place"
+        if self.returned and ("*" in self.dims or self.flat or self.pad or self.merge):
+            yield f"{self.name} is returned; its dimensions are symbols and numbers, and it is not flat, pad or merge"
+        if self.returned and not isinstance(self.dtypes, str) and len(self.dtypes) != 1:
+            yield f"{self.name} is returned; it takes one dtype, or the name of an argument that has the same"
+        if self.zeroed and not self.returned:
+            yield f"{self.name} is zeroed; only what the op allocates is: returned=True"
         if self.layout == "columns" and len(self.dims) != 2:
             yield f"{self.name} has {len(self.dims)} dimensions; the layout 'columns' takes 2"
 

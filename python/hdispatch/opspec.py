@@ -6,7 +6,8 @@ that the build wing compiles, the inputs of tests, benchmarks and tuning. Adding
 
 Sizes. `TensorArg.dims` gives one entry per dimension:
 
-    4, "M", "2*N"          the size is exactly that; symbols are `M` (the dynamic one, bucketed), `K` and `N`
+    4, "M", "2*N"          the size is exactly that; symbols are `M` (the dynamic one, bucketed), `K` and `N`, and, for ops with
+                           more sizes, `A` and `B`, which any call may have: no row is for some of them alone
     "K/128", "K/group"     K divided by a number, or by the static integer argument of that name, rounded up
     "*"                    any size
 
@@ -34,6 +35,8 @@ from .errors import BundleError, HdispatchError
 from .ladders import Ladders
 from .manifest import OpEntry
 from .op_args import (
+    CALL_SYMBOLS,
+    KEY_SYMBOLS,
     MAX_ARGS,
     SYMBOLS,
     Arg,
@@ -54,7 +57,9 @@ from .op_args import (
 )
 
 __all__ = [
+    "CALL_SYMBOLS",
     "HINTS",
+    "KEY_SYMBOLS",
     "SYMBOLS",
     "WORKSPACE_COUNTERS",
     "Arg",
@@ -77,7 +82,7 @@ __all__ = [
 ]
 
 #: Example sizes used to trace a symbol whose value is not compiled in: distinct, and multiples of all that kernels divide by.
-HINTS = {"K": 4096, "N": 6144}
+HINTS = {"K": 4096, "N": 6144, "A": 7, "B": 11}
 
 #: The first bytes of every workspace are counters.
 WORKSPACE_COUNTERS = 2**16
@@ -219,6 +224,7 @@ class OpSpec:
         self._check_second_ladder()
         for tensor in self.tensors():
             self._check_names(tensor)
+        self._check_returned()
         unbound = {s for arg in self.tensors() for s in arg.symbols()} | {"M"}
         unbound -= {s for s in SYMBOLS if self.binder(s) is not None}
         if unbound:
@@ -227,11 +233,28 @@ class OpSpec:
         if binder is not None and binder[0].optional:
             raise HdispatchError(f"{self.name}: only {binder[0].name}, which may be None, carries M")
 
+    def _check_returned(self) -> None:
+        """What the op returns comes behind what it takes, and its sizes from that."""
+        returned = self.returned
+        if tuple(self.args[len(self.args) - len(returned) :]) != returned or len(returned) == len(self.args):
+            raise HdispatchError(
+                f"{self.name}: {[arg.name for arg in returned]} are returned; they come behind all other arguments"
+            )
+        for arg in returned:
+            for symbol in sorted(arg.symbols()):
+                binder = self.binder(symbol)
+                if binder is None or binder[0].returned or binder[0].optional:
+                    raise HdispatchError(
+                        f"{self.name}: {arg.name} is returned, but no required argument carries {symbol} plainly"
+                    )
+            if isinstance(arg.dtypes, str) and next(a for a in self.tensors() if a.name == arg.dtypes).optional:
+                raise HdispatchError(f"{self.name}: {arg.name} is returned; {arg.dtypes}, whose dtype it has, may be None")
+
     def _check_second_ladder(self) -> None:
         found = [arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None]
         if len(found) > 1:
             raise HdispatchError(f"{self.name}: {found[0].name} and {found[1].name} have ladders; one integer may")
-        unknown = set(self.config_key.values()) - {*SYMBOLS, *(arg.name for arg in found)}
+        unknown = set(self.config_key.values()) - {*KEY_SYMBOLS, *(arg.name for arg in found)}
         if unknown:
             raise HdispatchError(f"{self.name}: config_key names {sorted(unknown)}, no size and no argument with a ladder")
 
@@ -345,16 +368,31 @@ class OpSpec:
         """The symbols that the op has, in the order of SYMBOLS."""
         return tuple(symbol for symbol in SYMBOLS if self.binder(symbol) is not None)
 
+    @property
+    def returned(self) -> tuple[TensorArg, ...]:
+        """The tensors that the op allocates and returns, in order."""
+        return tuple(arg for arg in self.tensors() if arg.returned)
+
+    def functional_schema(self) -> str:
+        """The torch schema of an op that returns tensors: `name(Tensor x, …) -> Tensor`, or `-> (Tensor, Tensor)`."""
+        given = self.args[: len(self.args) - len(self.returned)]
+        parts = [
+            declare(arg, iter("abcdefghijklmnopqrstuvwxyz"), all(map(has_default, given[i:]))) for i, arg in enumerate(given)
+        ]
+        results = ", ".join("Tensor" for _ in self.returned)
+        return f"{self.name}({', '.join(parts)}) -> {f'({results})' if len(self.returned) > 1 else results}"
+
     def schema(self) -> str:
         """The torch schema, without the namespace: `name(Tensor(a!) result, …, Tensor? scale_ub=None) -> ()`.
 
-        Optional tensors default to None where only arguments with defaults follow them.
+        Optional tensors default to None where only arguments with defaults follow them. Of an op that returns tensors, that of
+        its overload "out", which takes them.
         """
         parts: list[str] = []
         aliases = itertools.chain("abcdefghijklmnopqrstuvwxyz", (f"a{number}" for number in itertools.count()))
         for index, arg in enumerate(self.args):
             parts.append(declare(arg, aliases, all(has_default(rest) for rest in self.args[index:])))
-        return f"{self.name}({', '.join(parts)}) -> ()"
+        return f"{self.name}{'.out' if self.returned else ''}({', '.join(parts)}) -> ()"
 
     def variants(self) -> list[Variant]:
         """Every variant: the product of dtype alternatives, presence of each optional argument and static values.

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from . import _C, adopted, embedded, functions, host, registry
+from . import _C, adopted, embedded, functions, host, recorded, registry
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
-from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, ladders_of, read_files
+from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, artifacts_of, ladders_of, read_files
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ class Bundle:
     sha256: str = field(default="", repr=False)
     load_seconds: float = field(default=0.0, repr=False, compare=False)
     _table: _C.Table | None = field(default=None, repr=False, compare=False)
+    _recorded: recorded.Table = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def rows(self) -> int:
@@ -139,6 +140,7 @@ class _Serving:
         self._bundles.pop(device, None)
         if bundle is not None:
             self._bundles[device] = bundle
+        recorded.serve(device, bundle._recorded if bundle is not None else {})
 
     def _change(self, device: int, change: Callable[[], None], revert: Callable[[], None]) -> None:
         # Stale before it changes: an interrupt anywhere leaves a table that the next change publishes.
@@ -215,11 +217,12 @@ def load(
         index = _cuda_device(f"{folder}: ", device)
         check_target(folder, manifest, index)
         check_host(folder, manifest)
+    kernels = recorded.table_of(Path(folder), manifest, files.contents)
     builder = _builder(index, pdl, early_reads)
     _fill(builder, Path(folder), manifest, files.contents)
     table = builder.finish()
     seconds = time.perf_counter() - start
-    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, files.sha256, seconds, table)
+    bundle = Bundle(Path(folder), manifest, index, pdl, early_reads, files.sha256, seconds, table, kernels)
     _SERVING.set_bundle(index, bundle)
     return bundle
 
@@ -345,9 +348,10 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
     where = folder / MANIFEST_NAME
     found: dict[str, _C.Op] = {}
     for name, entry in manifest["ops"].items():
-        if name not in registry.names():
+        if not registry.is_defined(name):
             raise BundleError(
-                f"{where}: holds op {name!r}, which is not defined here; there are {', '.join(sorted(registry.names()))}"
+                f"{where}: holds op {name!r}, which is not defined here: install the package that it was built from, or call "
+                f"hdispatch.registry.define_package(FOLDER_OR_PACKAGE) first; there are {', '.join(sorted(registry.names()))}"
             )
         registry.spec(name).check_same(entry, where, "rebuild")
         found[name] = registry.get(name)
@@ -357,8 +361,12 @@ def _fill(builder: _C.TableBuilder, folder: Path, manifest: Manifest, contents: 
         for name, op in found.items():
             ladders = ladders_of(manifest["ops"][name])
             builder.set_ladder(op, ladders.m, ladders.second)
+        only_recorded = {entry["file"] for entry in manifest.get("recorded", [])}
+        only_recorded -= {file for record in manifest["records"] for file in artifacts_of(record)}
         libraries = {record["file"] for record in manifest["records"] if record["launcher"] == "tvm_ffi"}
         for name, content in contents.items():
+            if name in only_recorded:  # Triton loads those
+                continue
             if name in libraries:
                 builder.add_library(name, content)
             else:
@@ -411,9 +419,22 @@ def explain(op: Any, *args: object) -> str:
     Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does. Of an adopted kernel, alone: a
     line for each key that has come, and why the ones that are not served are not.
     """
+    if isinstance(op, _C.FunctionalOp):
+        return _C.explain(op.out, *args, *_results(op, args))
     if not isinstance(op, (_C.Op, _C.Sequence)) and (learnt := adopted.explain(op)) is not None:
         return learnt
     return _C.explain(op, *args)
+
+
+def _results(op: _C.FunctionalOp, args: Sequence[object]) -> list[torch.Tensor]:
+    """Tensors as the op returns them for these arguments; nothing if they are given."""
+    spec = registry.spec(op.name)
+    if len(args) == len(spec.args):
+        return []
+    meta = [arg.to("meta") if isinstance(arg, torch.Tensor) else arg for arg in args]
+    found = getattr(torch.ops.hdispatch, op.name).default(*meta)
+    device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
+    return [torch.empty_like(each, device=device) for each in (found if isinstance(found, tuple) else (found,))]
 
 
 class _Block:
@@ -466,3 +487,4 @@ def _is_strict() -> bool:
 
 
 _C.set_strict_query(_is_strict)
+recorded._is_strict = _is_strict

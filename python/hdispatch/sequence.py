@@ -186,16 +186,19 @@ class Sequence:
 
     # ---- steps ----
 
-    def add(self, op: _C.Op, *args: Any, by_rows: bool | None = None, **kwargs: Any) -> None:
+    def add(self, op: _C.Op | _C.FunctionalOp, *args: Any, by_rows: bool | None = None, **kwargs: Any) -> None:
         """A call of one of our ops with slots, temporaries and constants, positional or by name.
 
         Tensors among `args` are constants: their memory is bound now, and kept. A caller that replaces a tensor's memory makes
         a new sequence.
 
+        An op that returns tensors takes them here, behind its arguments, as slots or temporaries.
+
         by_rows  whether each row of what it writes depends on that row alone of what it reads, besides constants; then many
                  rows may run in chunks. None: true where every tensor has M rows, as the op's M, or is a constant. Say False
                  for an op whose rows look at one another.
         """
+        op = op.out if isinstance(op, _C.FunctionalOp) else op
         spec = registry.spec(op.name)
         where = self._where(op.name)
         given = _bind(where, [(arg.name, *_default(arg)) for arg in spec.args], args, kwargs)

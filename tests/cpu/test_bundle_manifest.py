@@ -48,7 +48,10 @@ REFUSED = {
     "file is not listed": (lambda m: m["files"].pop(ONE), "kernel toy_kernel uses artifacts/one.cubin, which is not listed"),
     "file entry without size": (lambda m: m["files"][ONE].pop("size"), r"files\['artifacts/one.cubin'\].size is missing"),
     "no rows field": (lambda m: m.pop("rows"), "malformed: rows is missing"),
-    "another op": (lambda m: m["ops"].update(other=m["ops"]["toy"]), "holds op 'other', which is not defined here; there are"),
+    "another op": (
+        lambda m: m["ops"].update(other=m["ops"]["toy"]),
+        "holds op 'other', which is not defined here: install the package",
+    ),
     "another schema": (
         lambda m: m["ops"]["toy"].update(schema="toy(Tensor x) -> ()"),
         r"built for toy\(Tensor x\) -> \(\); the installed op is toy\(",

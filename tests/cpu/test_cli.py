@@ -263,7 +263,7 @@ def test_inspect_prints_every_row(capsys, toy_bundle):
 def test_inspect_as_json(capsys, toy_bundle):
     assert main(["inspect", str(toy_bundle), "--op", "toy", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"bundle", "sha256", "target", "tools", "ops", "rows", "totals"}
+    assert set(found) == {"bundle", "sha256", "target", "tools", "ops", "recorded", "rows", "totals"}
     assert found["totals"] == {"rows": 20, "records": 1, "cubins": 3, "functions": 0, "bytes": 700, "build_seconds": 0.5}
     row = found["rows"][9]
     assert (row["row"], row["K"], row["m_first"], row["m_last"]) == (9, 512, 9, None)
@@ -456,7 +456,8 @@ def test_bench_builds_a_bundle_if_none_is_given(monkeypatch, capsys, toy_bundle)
     """The build itself is tested above: here it only copies."""
     asked = {}
 
-    def fake(ops, target, out, *, select, progress):
+    def fake(ops, target, out, *, select, extra, progress):
+        assert extra == []
         asked.update(ops=ops, target=target, shapes=select.shapes(None), variants=select.variants(None))
         progress(1, 1, "one")
         toy.write(out)

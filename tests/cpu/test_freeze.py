@@ -265,8 +265,10 @@ def test_a_cold_build_differs_in_seconds_only(built, monkeypatch):
     monkeypatch.setenv("DISABLE_PTXAS_OPT", "1")
     seen = []
     example(folder / "c", folder / "other cache", progress=lambda *args: seen.append(args), jobs=1)
-    assert [done for done, _, _ in seen] == list(range(1, 9))
-    assert all(total == 8 and label.startswith("triton_example any") for _, total, label in seen)
+    first, *rest = seen
+    assert first == (0, 8, "compiling in 1 process: triton_example any K=64 N=72 buckets 0-1")
+    assert [done for done, _, _ in rest] == list(range(1, 9))
+    assert all(total == 8 and label.startswith("triton_example any") for _, total, label in rest)
     manifests = [read_bundle(folder / name)[0] for name in ("a", "c")]
     for manifest in manifests:
         for row in manifest["rows"]:

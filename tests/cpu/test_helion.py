@@ -63,7 +63,7 @@ def test_persistent_kernels_have_a_grid_of_the_targets_sms(build):
         ),
         ("specialized", {"block_sizes": [4]}, "valid for 16 to 16 only: helion would generate other code for M = 15"),
         ("on_row_stride", {"block_sizes": [4]}, "not valid for every row stride: helion would generate other code"),
-        ("allocating", {"block_sizes": [4]}, r"allocates \(aten.empty_like.default\); write the kernel as an out-variant"),
+        ("allocating", {"block_sizes": [4]}, r"allocates \(aten.empty_like.default\); an op that returns what it allocates"),
         ("static", {"block_sizes": [4]}, "static_shapes is True.* it takes @helion.kernel"),
         ("double", {"block_sizes": [4]}, "Not enough values for config"),
     ],

@@ -12,6 +12,7 @@ from typing import Any
 import hdispatch
 import pytest
 import torch
+from fake_device import FakeDevice
 from hdispatch import _C, BundleError, HdispatchError, Key
 from hdispatch.cli.main import main
 from hdispatch.cli.tune import _chosen_buckets
@@ -364,63 +365,9 @@ def test_the_nearest_m_comes_first_then_the_nearest_length(config_folder):
 # ---- tuning ----
 
 
-class Timer:
-    """Takes the time that it is told."""
-
-    def __init__(self, us: float) -> None:
-        self.us = us
-
-    def time(self, _replays: int = 1) -> float:
-        """Microseconds per launch."""
-        return self.us
-
-    def close(self) -> None:
-        """Nothing is held."""
-
-
-class FakeDevice(device.Device):
-    """The null driver; a chunk is the faster, the nearer it is to what a bucket's edges say."""
-
-    def __init__(self) -> None:
-        self.index = -1
-        self.torch_device = torch.device("cpu")
-        self.us = 0.0
-        self.sizes: set[tuple[int, int]] = set()
-
-    def device_count(self) -> int:
-        """None: the null driver."""
-        return 0
-
-    def publish(self, rows: device.OneRow) -> device.Serve:
-        """Remembers how fast the row will be."""
-        edges = rows.ladders.edges(rows.bucket)
-        self.us = 10.0 + abs(rows.record["config"]["chunk"] - wanted_chunk(edges))
-        return super().publish(rows)
-
-    def launch(self, op: Any, arguments: Any) -> None:
-        """The null driver's launch, then the reference."""
-        super().launch(op, arguments)
-        self.sizes.add((arguments[0].size(0), arguments[3]))
-        SPEC.reference(*arguments)
-
-    def synchronize(self) -> None:
-        """There is nothing to wait for."""
-
-    def estimate(self, _calls: Any) -> float:
-        """As told."""
-        return self.us
-
-    def replay(self, _calls: Any, _launches: int) -> Timer:
-        """As told."""
-        return Timer(self.us)
-
-    def queued(self, _serve: Any, _calls: Any) -> Timer:
-        """As told."""
-        return Timer(self.us)
-
-    def describe(self) -> str:
-        """A GPU that has a config file."""
-        return "NVIDIA H200"
+def us_of(rows: device.OneRow) -> float:
+    """A chunk is the faster, the nearer it is to what a bucket's edges say."""
+    return 10.0 + abs(rows.record["config"]["chunk"] - wanted_chunk(rows.ladders.edges(rows.bucket)))
 
 
 def wanted_chunk(edges: dict[str, int]) -> int:
@@ -435,12 +382,13 @@ def test_tuning_from_candidates_to_a_bundle(config_folder, cache, tmp_path):
     assert report.ops[NAME].cells == BUCKETS
     cells = read_candidates(tmp_path / "candidates")["candidates"]["cells"]
     assert [(cell["M"], cell["second"]) for cell in cells] == list(itertools.product(LADDER, LENGTHS))
-    device = FakeDevice()
-    measured = measure.measure(tmp_path / "candidates", tmp_path / "times.jsonl", device=device)
+    fake = FakeDevice(us_of)
+    measured = measure.measure(tmp_path / "candidates", tmp_path / "times.jsonl", device=fake)
     assert (measured.measured, measured.failures) == (BUCKETS, [])
-    assert device.sizes == set(itertools.product(LADDER, LENGTHS))
+    sizes = {(arguments[0].size(0), arguments[3]) for arguments in fake.launched}
+    assert sizes == set(itertools.product(LADDER, LENGTHS))
     found = timings.read(tmp_path / "times.jsonl", select.refusal({NAME: op_package.read(NAME, NAME)}))
-    assert {(line["M"], line["second"]) for line in found} == device.sizes
+    assert {(line["M"], line["second"]) for line in found} == sizes
     (selected,) = select.select(found, {NAME: op_package.read(NAME, NAME)})
     assert (selected.worst, selected.slots) == (0.0, BUCKETS)
     file = configs.read(selected.path, SPEC)

@@ -41,7 +41,8 @@ def launched(op: str, config: dict[str, Any]) -> Callable[[dict[str, Any]], None
     def call(args: dict[str, Any]) -> None:
         own = {"pdl": False}
         if "chunk" in config:
-            own["chunk"] = config["chunk"] // split_chunk(1, args["group"] * args.get("max_queries", 1))
+            wanted, rows = config["chunk"], args["group"] * args.get("max_queries", 1)
+            own["chunk"] = next(chunk for chunk in (wanted, wanted // 2) if split_chunk(chunk, rows) == wanted)
         module.launch(*args.values(), config={**config, **own}, _launcher=launcher)
 
     return call

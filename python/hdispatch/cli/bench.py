@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import HdispatchError
-from . import numbers
+from . import kernels, numbers
 from .bench_serve import add_serve_parser
 from .build import build_wing, default_target
 from .doctor import default_bundle
@@ -117,6 +117,7 @@ def add_dispatch_parser(kinds: Any) -> None:
         help="bundle to measure (default: $HDISPATCH_BUNDLE, else the installation's, else a small one is built)",
     )
     parser.add_argument("--op", metavar="NAME", default=DEFAULT_OP, help=f"op to call (default: {DEFAULT_OP})")
+    kernels.add_argument(parser)
     parser.add_argument("--variant", metavar="V", help="variant to call (default: bfloat16+residual, else the op's first)")
     parser.add_argument("--m", metavar="M", type=numbers.size, default=16, help="the fixed M (default: 16)")
     parser.add_argument(
@@ -139,6 +140,7 @@ def run_dispatch(arguments: argparse.Namespace) -> int:
     from ..bench import dispatch, plot, results
 
     _check(arguments)
+    kernels.define(arguments)
     if arguments.plot:
         plot.require()
     options = dispatch.Options(
@@ -155,7 +157,7 @@ def run_dispatch(arguments: argparse.Namespace) -> int:
     with ExitStack() as stack:
         if options.bundle is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hdispatch-bench-"))
-            options = _build_small(options, Path(folder))
+            options = _build_small(options, kernels.given(arguments), Path(folder))
         progress = Progress()
         stack.callback(progress.finish)
         result = dispatch.run(options, progress)
@@ -176,7 +178,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise HdispatchError(f"--vllm-ops {arguments.vllm_ops} is not a file")
 
 
-def _build_small(options: Any, folder: Path) -> Any:
+def _build_small(options: Any, extra: list[str], folder: Path) -> Any:
     """Options with a bundle of the one variant and shape that is measured, or with the reason why there is none."""
     from .. import registry
     from ..bench import dispatch
@@ -192,7 +194,7 @@ def _build_small(options: Any, folder: Path) -> Any:
         with build_wing():
             from ..compile import Selection, build
         select = Selection(shapes=lambda _spec: [shape], variants=lambda _spec: [variant])
-        build([options.op], target, folder / "bundle", select=select, progress=progress)
+        build([options.op], target, folder / "bundle", select=select, extra=extra, progress=progress)
     except HdispatchError as error:
         return replace(options, no_bundle=f"no bundle, and none could be built: {error}")
     finally:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from .. import archive
 from ..errors import HdispatchError
-from ..opspec import SYMBOLS, OpSpec
-from . import numbers
+from ..opspec import KEY_SYMBOLS, OpSpec
+from . import kernels, numbers
 from .text import Progress, count, print_json, size, split
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ of the bundle's manifest, which `hdispatch.load(DIR, sha256=…)` takes.
 
   hdispatch build --out bundle                                        all ops, for the GPU here, else for an H200
   hdispatch build --ops rms_norm_dynamic_per_token_quant --target h100 --out b
+  hdispatch build --kernels my_kernels --out b                        ops outside of hdispatch: a folder, or a package
+  hdispatch build --record kernels.jsonl --target h100 --out b        the Triton kernels that `hdispatch record` saw
   hdispatch build --shapes K=4096,N=12288 --variants bfloat16 --out b part of the shapes and variants
 """
 
@@ -46,7 +48,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--archive", metavar="FILE.tar.xz", type=Path, help="write it as one file too, which loads as the folder does"
     )
-    parser.add_argument("--ops", metavar="A,B", help="ops to build (default: all)")
+    parser.add_argument("--ops", metavar="A,B", help="ops to build (default: all; with --kernels those of it)")
+    kernels.add_argument(parser)
     parser.add_argument(
         "--target",
         metavar="GPU",
@@ -61,6 +64,14 @@ def add_parser(commands: Any) -> None:
         "--shapes",
         metavar="K=4096,…",
         help="only these sizes, each for the ops that have it (K=…:N=… for both; any: rows of every size; default: all)",
+    )
+    parser.add_argument(
+        "--record",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="the Triton kernels of a recording (hdispatch record), and no ops but those of --ops; may be given again",
     )
     parser.add_argument("--variants", metavar="V,W", help="only these variants, e.g. bfloat16,bfloat16+residual (default: all)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
@@ -80,15 +91,18 @@ def run(arguments: argparse.Namespace) -> int:
     select = Selection(
         shapes=_choose_shapes(shapes) if shapes else None, variants=_choose_variants(variants) if variants else None
     )
+    ops = kernels.chosen_ops(arguments)
     progress = Progress()
     try:
         report = build(
-            split(arguments.ops),
+            [] if arguments.record and ops is None else ops,
             default_target() if arguments.target == "auto" else arguments.target,
             arguments.out,
             jobs=arguments.jobs,
             cache=arguments.cache,
             select=select,
+            extra=kernels.given(arguments),
+            record=arguments.record,
             progress=progress,
         )
     finally:
@@ -127,7 +141,7 @@ def parse_shapes(text: str) -> list[dict[str, int]]:
         shape: dict[str, int] = {}
         for part in item.split(":") if item != ANY else ():
             symbol, _, number = part.partition("=")
-            if symbol not in SYMBOLS[1:] or symbol in shape:
+            if symbol not in KEY_SYMBOLS[1:] or symbol in shape:
                 raise HdispatchError(f"--shapes: {item!r} is no shape; it takes K=4096, N=12288, K=4096:N=6144 or {ANY}")
             try:
                 shape[symbol] = numbers.size(number)
@@ -171,6 +185,7 @@ def to_json(report: BuildReport) -> dict[str, Any]:
         "rows": report.rows,
         "records": report.records,
         "cubins": report.cubins,
+        "recorded": report.recorded,
         "bytes": report.bytes,
         "sha256": report.sha256,
         "seconds": round(report.seconds, 3),
@@ -184,10 +199,11 @@ def to_json(report: BuildReport) -> dict[str, Any]:
 def describe(report: BuildReport) -> str:
     """The report as text."""
     made = f"{count(report.records, 'record')} ({report.cache_hits} from the cache), {count(report.cubins, 'cubin')}"
+    recorded = f", {count(report.recorded, 'recorded kernel')}" if report.recorded else ""
     lines = [
-        f"{report.out}: {count(report.rows, 'row')} for {report.target.name} ({report.target.arch})",
+        f"{report.out}: {count(report.rows, 'row')}{recorded} for {report.target.name} ({report.target.arch})",
         f"  {made}, {size(report.bytes)}",
-        f"  {report.seconds:.1f} s, {report.seconds / max(report.rows, 1):.3f} s per row",
+        f"  {report.seconds:.1f} s" + (f", {report.seconds / report.rows:.3f} s per row" if report.rows else ""),
         f"  sha256 {report.sha256}",
         *(f"  note: {note}" for note in report.notes),
         f"next: hdispatch inspect {report.out}",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import BundleError, HdispatchError
 from ..manifest import (
+    MANIFEST_NAME,
     Cubin,
     CubinRecord,
     Expr,
@@ -22,11 +24,13 @@ from ..manifest import (
     ladders_of,
     read_files,
 )
+from . import kernels
 from .numbers import whole
 from .text import count, print_json, size, table
 
 DESCRIPTION = """\
-Verify a bundle (every checksum) and print its rows. Needs no GPU and loads nothing.
+Verify a bundle (every checksum) and print its rows. Needs no GPU and loads nothing. With --kernels the ops of these packages
+must be declared as the bundle has them.
 
   hdispatch inspect bundle                          totals and every row
   hdispatch inspect bundle --op rms_norm_dynamic_per_token_quant
@@ -51,6 +55,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("bundle", metavar="DIR", type=Path, help="folder of the bundle")
     parser.add_argument("--op", metavar="NAME", help="only rows of this op")
+    kernels.add_argument(parser)
     parser.add_argument("--row", metavar="N", type=whole, help="one row, by its number, with its whole record")
     parser.add_argument(
         "--sha256", metavar="DIGEST", help="the digest that the manifest must have; any other bundle is refused"
@@ -62,6 +67,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print rows, or one row."""
     manifest, sha256, *_ = read_files(arguments.bundle, sha256=arguments.sha256)
+    _check_declared(manifest, arguments)
     if arguments.op is not None and arguments.op not in manifest["ops"]:
         raise HdispatchError(f"{arguments.bundle} has no op {arguments.op!r}; it has {', '.join(sorted(manifest['ops']))}")
     if arguments.row is not None:
@@ -72,6 +78,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(describe(arguments.bundle, sha256, manifest, numbers))
     return 0
+
+
+def _check_declared(manifest: Manifest, arguments: argparse.Namespace) -> None:
+    """`BundleError` where an op of --kernels is another in the bundle."""
+    from .. import registry
+
+    for name in kernels.define(arguments):
+        if name in manifest["ops"]:
+            registry.spec(name).check_same(manifest["ops"][name], arguments.bundle / MANIFEST_NAME, "rebuild")
 
 
 def _run_row(manifest: Manifest, arguments: argparse.Namespace) -> int:
@@ -95,6 +110,7 @@ def to_json(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
         "target": manifest["target"],
         "tools": {"hdispatch": manifest["hdispatch"], **manifest["tools"]},
         "ops": manifest["ops"],
+        "recorded": dict(_recorded(manifest)),
         "rows": [_row_facts(manifest, number) for number in numbers],
         "totals": totals(manifest, numbers),
     }
@@ -160,12 +176,18 @@ def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[in
         f"target  {target['name']}: {target['arch']}, {target['sm_count']} SMs, {shared} shared memory per block",
         f"tools   hdispatch {manifest['hdispatch']}, {tools}",
         *(f"op      {manifest['ops'][op]['schema']}: {count(rows, 'row')}" for op, rows in counts.items() if rows),
+        *(f"triton  {kernel}: {count(each, 'recorded specialization')}" for kernel, each in _recorded(manifest).items()),
         "",
         table(HEADER, [_cells(_row_facts(manifest, number)) for number in numbers], left=4),
         "",
         describe_totals(totals(manifest, numbers)),
     ]
     return "\n".join(lines)
+
+
+def _recorded(manifest: Manifest) -> Counter[str]:
+    """How many specializations of each recorded kernel there are."""
+    return Counter(entry["kernel"] for entry in manifest.get("recorded", []))
 
 
 HEADER = (

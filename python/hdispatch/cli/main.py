@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..bench.machine import package_version
 from ..errors import HdispatchError
-from . import bench, build, doctor, inspect, tune
+from . import bench, build, doctor, inspect, record, tune
 
 #: Set to 1: an error shows its traceback.
 TRACEBACK_VARIABLE = "HDISPATCH_TRACEBACK"
@@ -25,6 +25,7 @@ A build turns kernels and their tuned configs into a bundle, on any machine; ser
   hdispatch doctor bundle                        would it be served here, and if not, why
   hdispatch bench dispatch --bundle bundle       what a call costs, beside floors and peers
   hdispatch tune --help                          choosing the configs: candidates, measure, select
+  hdispatch record --help                        what a run compiles with Triton, to be built into a bundle
 
   >>> import hdispatch
   >>> hdispatch.load("bundle")
@@ -55,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"hdispatch {package_version('hdispatch')}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True)
-    for module in (build, inspect, doctor, bench, tune):
+    for module in (build, inspect, doctor, bench, tune, record):
         module.add_parser(commands)
     return top
 

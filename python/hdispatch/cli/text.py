@@ -67,13 +67,15 @@ def print_json(value: object) -> None:
 
 
 class Progress:
-    """Progress on stderr: a bar that is redrawn on a terminal, elsewhere a line per quarter; with the time that remains."""
+    """Progress on stderr: a bar that is redrawn on a terminal, elsewhere what runs first and a line per quarter; with the time
+    that remains."""
 
     def __init__(self) -> None:
         self._terminal = sys.stderr.isatty()
         self._quarter = 0
         self._drawn = 0.0
         self._start = time.monotonic()
+        self._begun: set[str] = set()
         self._before: tuple[int, float] | None = None  # steps that took no time here, and when the others began
 
     def __call__(self, done: int, total: int, label: str) -> None:
@@ -90,6 +92,9 @@ class Progress:
             width = shutil.get_terminal_size().columns - 1  # a line that wraps cannot be redrawn
             print("\r\x1b[K" + f"{bar} {line}"[:width], end="", file=sys.stderr, flush=True)
             self._drawn = now
+        elif done == 0 and label not in self._begun:
+            self._begun.add(label)
+            print(line, file=sys.stderr, flush=True)
         elif (quarter := 4 * done // max(total, 1)) > self._quarter:
             self._quarter = quarter
             print(f"{line} ({now - self._start:.0f} s)", file=sys.stderr, flush=True)

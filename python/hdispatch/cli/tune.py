@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .. import archive
 from ..errors import HdispatchError
 from ..opspec import OpSpec
-from . import numbers
+from . import kernels, numbers
 from .build import build_wing, parse_shapes
 from .text import Progress, count, duration, print_json, size, split, table
 
@@ -77,7 +77,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_scope(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
+    parser.add_argument("--ops", metavar="A,B", help="ops (default: all; with --kernels those of it)")
+    kernels.add_argument(parser)
     parser.add_argument("--variants", metavar="V,W", help="variants to measure (default: the typical one of each op)")
     parser.add_argument("--shapes", metavar="K=4096,…", help="only these sizes; every op must have one of them (default: all)")
     parser.add_argument(
@@ -109,6 +110,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", metavar="DIR", type=Path, help="candidate bundle")
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="file of timings, .jsonl; appended to")
     parser.add_argument("--ops", metavar="A,B", help="ops (default: all)")
+    kernels.add_argument(parser)
     parser.add_argument("--limit", metavar="N", type=numbers.whole, help="at most N cells: sizes and buckets")
     parser.add_argument("--seconds", metavar="N", type=numbers.real, help="begin no further cell after N seconds")
     parser.add_argument(
@@ -127,6 +129,7 @@ def _add_measure(parser: argparse.ArgumentParser) -> None:
 def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("timings", metavar="FILE", type=Path, nargs="+", help="timings; of two lines the later file's counts")
     parser.add_argument("--ops", metavar="A,B", help="ops (default: those with timings)")
+    kernels.add_argument(parser)
     parser.add_argument("--regret", metavar="X", type=numbers.real, default=0.02, help="allowed regret (default: 0.02, 2 %%)")
     parser.add_argument("--out", metavar="DIR", type=Path, help="folder for <op>/<gpu>.json (default: the ops' own)")
     parser.add_argument("--dry-run", action="store_true", help="write nothing")
@@ -156,12 +159,13 @@ def run_candidates(arguments: argparse.Namespace) -> int:
         archive.check_file(arguments.archive)
     with timed_progress() as progress:
         report = collect(
-            split(arguments.ops),
+            kernels.chosen_ops(arguments),
             arguments.target,
             arguments.out,
             scope=_scope(arguments),
             jobs=arguments.jobs,
             cache=arguments.cache,
+            extra=kernels.given(arguments),
             progress=progress,
         )
     if arguments.archive:
@@ -266,7 +270,9 @@ def run_measure(arguments: argparse.Namespace) -> int:
     versions = {name: machine[name] for name in ("driver", "python", "torch", "cuda", "hdispatch", "revision")}
     options = measure.Options(split(arguments.ops), arguments.limit, arguments.seconds, arguments.seed, arguments.timeout)
     with timed_progress() as progress:
-        report = measure.measure(arguments.bundle, arguments.out, options, versions=versions, progress=progress)
+        report = measure.measure(
+            arguments.bundle, arguments.out, options, versions=versions, kernels=kernels.given(arguments), progress=progress
+        )
     for failure in report.failures:
         print(f"not timed: {failure}")
     print(
@@ -290,7 +296,7 @@ def run_select(arguments: argparse.Namespace) -> int:
 
     if arguments.plot:
         plot.require()
-    packages, chosen = op_package.find(None), split(arguments.ops)
+    packages, chosen = op_package.find(None, kernels.given(arguments)), split(arguments.ops)
     if unknown := next((op for op in chosen or () if op not in packages), None):
         raise HdispatchError(f"--ops: no op {unknown!r}; there are {sorted(packages)}")
     refused = select.refusal(packages)
@@ -371,9 +377,10 @@ def run_helion(arguments: argparse.Namespace) -> int:
         from ..tune.autotune import autotune
     with timed_progress() as progress:
         failed = autotune(
-            split(arguments.ops),
+            kernels.chosen_ops(arguments),
             arguments.out,
             scope=_scope(arguments),
+            extra=kernels.given(arguments),
             effort=arguments.effort,
             seconds=arguments.seconds,
             progress=progress,

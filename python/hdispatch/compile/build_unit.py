@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from types import ModuleType
 from typing import Any, TypedDict
@@ -85,6 +86,17 @@ def load_spec(package: str) -> OpSpec:
     if not isinstance(spec, OpSpec):
         raise BuildError(f"{module.__name__} has no OpSpec named SPEC")
     return spec
+
+
+def allocates(host: Callable[..., object], spec: OpSpec) -> bool:
+    """Whether a host function, or a kernel that a DSL makes one of, allocates what the op returns: it does not take it.
+
+    BuildError for one that takes some of it.
+    """
+    taken = [arg.name for arg in spec.returned if arg.name in inspect.signature(host).parameters]
+    if taken and len(taken) != len(spec.returned):
+        raise BuildError(f"{spec.name}: the host function takes {taken} of {[arg.name for arg in spec.returned]}; all or none")
+    return bool(spec.returned) and not taken
 
 
 def early_reads(module: ModuleType, spec: OpSpec, variant: Variant) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from .measurements import Measurements
 from .op_package import OpPackage
 from .out import check_out
 from .pool import Pool, checked_jobs
+from .recorded_kernels import RecordedKernels, build_recorded
 from .target import GpuTarget, resolve
 from .versions import missing, tool_versions
 
@@ -31,6 +32,7 @@ class BuildReport:
     """The result of a build.
 
     rows, records, cubins   of the bundle; cubins counts files
+    recorded                specializations of recorded Triton kernels in it
     bytes                   of the bundle, all files
     sha256                  of its manifest: what `load(DIR, sha256=…)` takes
     seconds                 that this build took
@@ -44,6 +46,7 @@ class BuildReport:
     rows: int = 0
     records: int = 0
     cubins: int = 0
+    recorded: int = 0
     bytes: int = 0
     sha256: str = ""
     seconds: float = 0.0
@@ -75,17 +78,19 @@ def build(
     cache: Path | None = None,
     select: Selection | None = None,
     extra: Sequence[str] = (),
+    record: Sequence[Path] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BuildReport:
     """Builds the bundle `out` of ops for a GPU.
 
-    ops       names, or None for all ops that have a kernel of a backend that is installed
+    ops       names, or None for all ops that have a kernel of a backend that is installed; with recordings none are needed
     target    "h200", "h100", "b200", "a100", "native" for the GPU that is here, or a description
     jobs      worker processes, one per CPU if None
     cache     folder of the build cache, else $HDISPATCH_CACHE, else ~/.cache/hdispatch
-    extra     dotted packages of ops outside of hdispatch, each with spec.py, helion.py or triton.py, and, once tuned,
-              configs/<gpu>.json
-    progress  called with records done, records in all and the name of the last one
+    extra     folders and dotted packages outside of hdispatch: ops, each with spec.py, helion.py or triton.py, and, once
+              tuned, configs/<gpu>.json; or packages of ops. Those of installed distributions are known without
+    record    recordings (recording.py), whose Triton kernels go into the bundle too; what cannot be built is in the notes
+    progress  called with units done, units in all and the name of the last one, or what runs
 
     BuildError, and no bundle, if anything cannot be built.
     """
@@ -95,18 +100,36 @@ def build(
     check_out(out)
     report = BuildReport(out, gpu)
     where = store.Store(cache if cache is not None else store.default_root())
-    packages = op_package.find(ops, extra)
+    packages = {} if record and ops is not None and not ops else op_package.find(ops, extra)
     if ops is None:
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
     names = {package.package: name for name, package in packages.items()}
-    units = [unit for package in packages.values() for unit in _units(package, gpu, chosen, report.notes)]
-    without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
-    units = [unit for unit in units if unit.backend != configs.NO_ROW]
-    built = _built(units, gpu, where, count, report, progress)
+    with Pool(gpu, where.root) as workers:
+        files = {name: _config_file(package, gpu, workers, report.notes, progress) for name, package in packages.items()}
+        units = [unit for name, package in packages.items() for unit in _units(package, files[name], chosen, report.notes)]
+        without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
+        units = [unit for unit in units if unit.backend != configs.NO_ROW]
+        built = _built(units, gpu, where, workers, count, report, progress) if units else []
+        recorded = RecordedKernels()
+    if record:
+        with Pool(gpu, where.root) as workers:
+            recorded = build_recorded(record, gpu, where, workers, count, progress)
     entries = [entry for unit, tools, each in built for entry in _entries_of(names[unit.package], unit, each, tools)]
     specs = {name: package.spec for name, package in packages.items()}
-    frozen = freeze(specs, _with_times(entries, packages, gpu), gpu, where, out, partial=chosen.partial, without=without)
+    frozen = freeze(
+        specs,
+        _with_times(entries, packages, gpu),
+        gpu,
+        where,
+        out,
+        partial=chosen.partial,
+        without=without,
+        recorded=recorded.entries,
+        recorded_tools=recorded.tools,
+    )
+    report.notes += recorded.notes()
+    report.recorded, report.cache_hits = len(recorded.entries), report.cache_hits + recorded.cached
     report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]
     report.rows = len(frozen.manifest["rows"])
     report.records = len(frozen.manifest["records"])
@@ -133,12 +156,28 @@ def _buildable(packages: Mapping[str, OpPackage], notes: list[str]) -> dict[str,
     return found
 
 
-def _units(package: OpPackage, target: GpuTarget, chosen: Selection, notes: list[str]) -> list[Unit]:
-    """The units of an op: one per variant, config and sizes that are compiled in, with the rows it serves."""
-    spec, backends = package.spec, package.backends
-    file, note = configs.find(spec, target, package.configs) or first_candidates(package, target)
+def _config_file(
+    package: OpPackage,
+    target: GpuTarget,
+    workers: Pool,
+    notes: list[str],
+    progress: Callable[[int, int, str], None] | None,
+) -> configs.ConfigFile:
+    """The op's config file, or one of its kernel's first candidates; a note if it is not the target's own."""
+    found = configs.find(package.spec, target, package.configs)
+    if found is None:
+        if progress:
+            progress(0, 1, f"{package.name} has no configs: asking its {package.backends[0]} kernel for candidates")
+        found = first_candidates(package, target, workers)
+    file, note = found
     if note:
         notes.append(note)
+    return file
+
+
+def _units(package: OpPackage, file: configs.ConfigFile, chosen: Selection, notes: list[str]) -> list[Unit]:
+    """The units of an op: one per variant, config and sizes that are compiled in, with the rows it serves."""
+    spec, backends = package.spec, package.backends
     file.require_backends(backends)
     file = _available(file, spec, backends, notes)
     variants = list(chosen.variants(spec)) if chosen.variants else [variant.name for variant in spec.served_variants()]
@@ -195,6 +234,7 @@ def _built(
     units: Sequence[Unit],
     target: GpuTarget,
     where: store.Store,
+    workers: Pool,
     jobs: int,
     report: BuildReport,
     progress: Callable[[int, int, str], None] | None,
@@ -212,19 +252,23 @@ def _built(
     if progress and done:
         progress(done, len(units), "from the cache")
     missing = [index for index in range(len(units)) if index not in results]
-    with Pool(target, where.root) as workers:
+    processes = min(jobs, len(missing))
+    if progress and missing:
+        progress(
+            done, len(units), f"compiling in {processes} process{'es' if processes > 1 else ''}: {units[missing[0]].label}"
+        )
 
-        def make(position: int) -> list[Built]:
-            unit = units[missing[position]]
-            return workers.build(unit, tools[unit.backend])
+    def make(position: int) -> list[Built]:
+        unit = units[missing[position]]
+        return workers.build(unit, tools[unit.backend])
 
-        for position, built in workers.map(make, len(missing), jobs):
-            index = missing[position]
-            results[index] = built
-            where.put("record", keys[index], {"built": built})
-            done += 1
-            if progress:
-                progress(done, len(units), units[index].label)
+    for position, built in workers.map(make, len(missing), jobs):
+        index = missing[position]
+        results[index] = built
+        where.put("record", keys[index], {"built": built})
+        done += 1
+        if progress:
+            progress(done, len(units), units[index].label)
     records = [(unit, tools[unit.backend], one) for index, unit in enumerate(units) for one in results[index]]
     report.record_seconds = [(unit.label, one["seconds"]) for unit, _, one in records]
     return records

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from ..errors import BuildError
-from ..opspec import SYMBOLS, Arg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg, Variant
+from ..opspec import CALL_SYMBOLS, SYMBOLS, Arg, FloatArg, IntArg, NoneArg, OpSpec, TensorArg, Variant
 from .host_launch import ALIGNMENT
 
 #: A row stride is its width plus this many elements, where nothing else is asked for: then it is like no size.
@@ -35,6 +35,8 @@ class Call:
     leaves: dict[sympy.Symbol, str] = field(default_factory=dict)
     multiples: dict[sympy.Symbol, int] = field(default_factory=dict)
     floats: dict[sympy.Symbol, str] = field(default_factory=dict)
+    #: what the host function is to allocate and return: the op's arguments, and tensors as they have to be
+    outputs: tuple[tuple[TensorArg, torch.Tensor], ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The tensor arguments that are present."""
@@ -57,13 +59,15 @@ class CallMaker:
 
     Free are M, the sizes that `shape` leaves out, `*` dimensions, free strides, run-time integers and floats. A free
     integer is a leaf of the record's expressions and has the leaf's name: "M", "K", "x.size(0)", "x.stride(0)", "heads".
-    `second` is the example value of the integer with a ladder; None: its first edge.
+    `second` is the example value of the integer with a ladder; None: its first edge. `allocates`: the host function makes what
+    the op returns itself, so that calls have it in `outputs` and not among the arguments.
     """
 
     spec: OpSpec
     variant: Variant
     shape: Mapping[str, int]
     second: int | None = None
+    allocates: bool = False
 
     def symbolic(self, hint: int, *, floats: bool = True) -> Call:
         """A call whose free sizes are symbolic (floats too, if `floats`).
@@ -94,13 +98,15 @@ class CallMaker:
             return env.create_symfloatnode(symbol, hint=FLOAT_HINT, source=source)
 
         call.args = self._args(call.mode, leaf, real)
+        call.outputs = self._outputs(call.mode, leaf)
         return call
 
     def concrete(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> Call:
         """A call with everything known, as `leaf_values` says."""
         mode = FakeTensorMode()
         values = self.leaf_values(m, row_padding, sizes)
-        return Call(self._host_names(), self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT), mode)
+        args = self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT)
+        return Call(self._host_names(), args, mode, outputs=self._outputs(mode, values.__getitem__))
 
     def leaf_values(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
         """A value for every leaf: M = m; sizes that are generic as given, or as the spec hints; others as in a sample call.
@@ -166,7 +172,7 @@ class CallMaker:
         """More values of the generic sizes, at which a record is checked."""
         if not self.generic():
             return []
-        return [dict(zip(self.generic(), values, strict=False)) for values in _OTHER_SIZES]
+        return [{symbol: sizes[SYMBOLS.index(symbol) - 1] for symbol in self.generic()} for sizes in _OTHER_SIZES]
 
     def _has(self, symbol: str) -> bool:
         binder = self.spec.binder(symbol)
@@ -200,7 +206,7 @@ class CallMaker:
     def _multiple(self, name: str) -> int:
         """The number that a leaf is assumed to be a multiple of; a guard tests it where it matters."""
         if name in SYMBOLS:
-            return 1 if name == "M" else ALIGNMENT
+            return ALIGNMENT if name in ("K", "N") else 1
         argument, _, field_name = name.partition(".stride(")
         arg = next((arg for arg in self.present() if arg.name == argument), None)
         if arg is not None and field_name and arg.layout == "any":
@@ -208,7 +214,7 @@ class CallMaker:
         if arg is None or not field_name or arg.layout not in ("rows", "columns"):
             return 1
         # Rows that are contiguous must not fail the guard. Generic sizes are taken to be multiples.
-        whole = {**dict.fromkeys(("K", "N"), ALIGNMENT), **self.shape, "M": 1}
+        whole = {**dict.fromkeys(("K", "N"), ALIGNMENT), **dict.fromkeys(CALL_SYMBOLS, 1), **self.shape, "M": 1}
         dims = [abs(size) for size in self.spec.tensor_sizes(arg, whole, self.variant.static)]
         width = dims[0] if arg.layout == "columns" else math.prod(dims[1:])
         return ALIGNMENT if width % ALIGNMENT == 0 else 1
@@ -219,7 +225,18 @@ class CallMaker:
     def _host_names(self) -> tuple[str, ...]:
         """The parameters of a host function: the op's arguments and its workspace."""
         workspace = self.spec.workspace
-        return self._names() if workspace is None else (*self._names(), workspace.name)
+        names = tuple(arg.name for arg in self._given())
+        return names if workspace is None else (*names, workspace.name)
+
+    def _given(self) -> tuple[Arg, ...]:
+        """The op's arguments that the host function takes."""
+        args = self.spec.args
+        return args[: len(args) - len(self.spec.returned)] if self.allocates else args
+
+    def _outputs(self, mode: FakeTensorMode, leaf: Callable[[str], Any]) -> tuple[tuple[TensorArg, torch.Tensor], ...]:
+        if not self.allocates:
+            return ()
+        return tuple((arg, self._tensor(mode, arg, leaf)) for arg in self.spec.returned)
 
     def _workspace(self, mode: FakeTensorMode) -> tuple[torch.Tensor | None, ...]:
         if self.spec.workspace is None:
@@ -240,7 +257,7 @@ class CallMaker:
                 return self.variant.static[arg.name]
             return leaf(arg.name) if isinstance(arg, IntArg) else Ignored()
 
-        return (*(value(arg) for arg in self.spec.args), *self._workspace(mode))
+        return (*(value(arg) for arg in self._given()), *self._workspace(mode))
 
     def _tensor(self, mode: FakeTensorMode, arg: TensorArg, leaf: Callable[[str], Any]) -> torch.Tensor:
         whole = {
@@ -263,8 +280,8 @@ class CallMaker:
 #: Sample calls by spec, variant and sizes, which the records of all its configs share. The spec is there to keep its id.
 _SAMPLES: dict[tuple[int, str, tuple[tuple[str, int], ...]], tuple[OpSpec, dict[str, Any]]] = {}
 
-#: Values of the generic sizes, K first, at which a record is checked against the host function besides the hints.
-_OTHER_SIZES = ((2048, 4096), (5120, 1024), (12288, 25600), (1024, 2048))
+#: Values of the generic sizes, K, N, A and B, at which a record is checked against the host function besides the hints.
+_OTHER_SIZES = ((2048, 4096, 1, 16), (5120, 1024, 2, 1), (12288, 25600, 13, 5), (1024, 2048, 16, 3))
 
 
 def _free_strides(arg: TensorArg, dims: Sequence[int], row_padding: int) -> dict[int, int]:

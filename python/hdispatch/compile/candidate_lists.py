@@ -13,13 +13,11 @@ import importlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from . import pool
 from .build_unit import HINT, load_spec
-from .target import GpuTarget
 
 #: Options that are varied among Helion's fragments. The others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")
@@ -51,13 +49,12 @@ class Question:
         return f"the candidates of {self.package.rpartition('.')[2]}, {self.backend}"
 
 
-def ask(questions: Sequence[Question], target: GpuTarget) -> list[list[list[Config] | None]]:
+def ask(questions: Sequence[Question], workers: pool.Pool) -> list[list[list[Config] | None]]:
     """For each question, for each of its points: the configs; None where the kernel's list does not know such sizes.
 
     BuildError, naming the kernel, where its list or Helion fails.
     """
-    with pool.Pool(target, Path()) as workers:  # lists keep nothing in the build cache
-        return [workers.ask(question.name, {"question": asdict(question)})["configs"] for question in questions]
+    return [workers.ask(question.name, {"question": asdict(question)})["configs"] for question in questions]
 
 
 # ---- in the worker process ----
@@ -103,8 +100,11 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     generation = importlib.import_module("helion.autotuner.config_generation")
     calls = importlib.import_module(f"{__package__}.call_maker")
     spec = load_spec(question.package)
-    maker = calls.CallMaker(spec, spec.variant(question.variant), shape)
-    config_spec = module.KERNEL._bind_isolated(maker.symbolic(HINT, floats=False).args).config_spec
+    backend = importlib.import_module(f"{__package__}.helion_backend")
+    maker = calls.CallMaker(spec, spec.variant(question.variant), shape, allocates=backend.allocates(module, spec))
+    call = maker.symbolic(HINT, floats=False)
+    args = (*call.args, *backend.constants(module, module.KERNEL, call.names))
+    config_spec = module.KERNEL._bind_isolated(args).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]
     found = [dict(seed) for seed in seeds]

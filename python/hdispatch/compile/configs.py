@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..opspec import SYMBOLS, IntArg, OpSpec, Variant
+from ..opspec import KEY_SYMBOLS, IntArg, OpSpec, Variant
 from ..typed_json import Mismatch, parse
 from .target import GpuTarget
 from .versions import PACKAGES
@@ -66,7 +66,7 @@ class ConfigEntry:
     @property
     def shape(self) -> dict[str, int]:
         """The sizes of a row: K and N."""
-        return {symbol: size for symbol, size in self.sizes.items() if symbol in SYMBOLS and symbol != "M"}
+        return {symbol: size for symbol, size in self.sizes.items() if symbol in KEY_SYMBOLS and symbol != "M"}
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class ConfigFile:
             raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
         if any(entry.arguments for entry in self.entries):
             return self.for_variant(variant or spec.typical_variant()).without_arguments().pick(spec, shape, edges)
-        symbols = [symbol for symbol in spec.config_key.values() if symbol in SYMBOLS[1:]]
+        symbols = [symbol for symbol in spec.config_key.values() if symbol in KEY_SYMBOLS[1:]]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
         like = [e for e in self.entries if e.sizes and set(e.shape) == set(given)]
@@ -234,7 +234,7 @@ def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str
     meant = _meant(key)
     if spec.foreign_key is not None and all(_is_size(size) for size in meant.values()):
         meant = spec.foreign_key(meant)
-    known = dict(spec.config_key) | {symbol: symbol for symbol in SYMBOLS if symbol in spec.config_key.values()}
+    known = dict(spec.config_key) | {symbol: symbol for symbol in KEY_SYMBOLS if symbol in spec.config_key.values()}
     if not set(meant) <= set(known) | arguments:
         raise BuildError(
             f"{place} has the key {key!r:.200}; {spec.name} takes {expected}, fewer for sizes that are left open, "

@@ -6,10 +6,11 @@ from ..errors import BuildError
 from . import candidate_lists
 from .configs import FALLBACK, ConfigEntry, ConfigFile
 from .op_package import OpPackage
+from .pool import Pool
 from .target import GpuTarget
 
 
-def first_candidates(package: OpPackage, target: GpuTarget) -> tuple[ConfigFile, str]:
+def first_candidates(package: OpPackage, target: GpuTarget, workers: Pool) -> tuple[ConfigFile, str]:
     """An entry for every shape and bucket, and a note that says so.
 
     The list of the op's default backend decides, or else Helion's default config. BuildError if there is neither.
@@ -26,7 +27,7 @@ def first_candidates(package: OpPackage, target: GpuTarget) -> tuple[ConfigFile,
         shapes=[dict(shape) for shape, _ in points],
         radius=0,
     )
-    (found,) = candidate_lists.ask([question], target)
+    (found,) = candidate_lists.ask([question], workers)
     entries = [ConfigEntry({**shape, **edges}, said[0]) for (shape, edges), said in zip(points, found, strict=True) if said]
     if not entries:
         raise BuildError(

@@ -22,6 +22,7 @@ from ..manifest import (
     FileEntry,
     Manifest,
     Record,
+    Recorded,
     Row,
     Tuned,
     artifacts_of,
@@ -72,12 +73,16 @@ def freeze(
     *,
     partial: bool = False,
     without: Collection[tuple[str, str, int, int, int]] = (),
+    recorded: Sequence[Recorded] = (),
+    recorded_tools: Mapping[str, str] | None = None,
     beside: Callable[[Manifest, str], Mapping[str, bytes]] | None = None,
 ) -> Frozen:
     """Writes the bundle `out`, replacing a bundle that is there.
 
     `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning; `without` are rows, by
-    (op, variant, K, N, bucket), whose calls are the fallback's. `beside` gives further files for a manifest and its SHA-256.
+    (op, variant, K, N, bucket), whose calls are the fallback's. `recorded` are Triton kernels of recordings, built with
+    `recorded_tools`, whose `file` is the SHA-256 of bytes in the store. `beside` gives further files for a manifest and its
+    SHA-256.
     BuildError, and nothing written, for a gap, a duplicate row, mixed tool versions, a missing artifact, or an `out` that
     holds something else than a bundle.
     """
@@ -85,7 +90,7 @@ def freeze(
     entries = sorted(entries, key=_order)
     _check_rows(specs, entries, partial, without)
     blobs = _blobs(entries, store)
-    contents = _contents(entries, blobs)
+    contents = _contents(entries, blobs) | _recorded_contents(recorded, store)
     files: dict[str, FileEntry] = {name: {"sha256": digest(data), "size": len(data)} for name, data in sorted(contents.items())}
     records = {digest(entry.record): entry.record for entry in entries}
     places = {key: index for index, key in enumerate(records)}
@@ -94,7 +99,7 @@ def freeze(
         "schema_version": SCHEMA_VERSION,
         "hdispatch": version("hdispatch"),
         "target": target.manifest(),
-        "tools": _tools(entries),
+        "tools": _tools([*(entry.tools for entry in entries), recorded_tools or {}]),
         "ops": {name: specs[name].entry() for name in sorted({entry.op for entry in entries})},
         "files": files,
         "records": [with_files(record) for record in records.values()],
@@ -102,6 +107,9 @@ def freeze(
     }
     if LIBRARY in files:
         manifest["host"] = host.describe()
+    if recorded:
+        ordered = sorted(recorded, key=lambda each: (each["kernel"], each["source_hash"], each["key"]))
+        manifest["recorded"] = [{**each, "file": _artifact(each["file"])} for each in ordered]
     text = manifest_text(manifest)
     sha256 = digest(text)
     contents |= {MANIFEST_NAME: text, CHECKSUM_NAME: checksum_line(text)}
@@ -191,10 +199,10 @@ def _name(key: tuple[Any, ...]) -> str:
     return f"{op} {variant} K={k} N={n} bucket {bucket}"
 
 
-def _tools(entries: Sequence[Entry]) -> dict[str, str]:
+def _tools(used: Sequence[Mapping[str, str]]) -> dict[str, str]:
     tools: dict[str, str] = {}
-    for entry in entries:
-        for tool, found in entry.tools.items():
+    for each in used:
+        for tool, found in each.items():
             if tools.setdefault(tool, found) != found:
                 raise BuildError(
                     f"records were built with {tool} {tools[tool]} and {found}; a bundle takes one version: build it in one go"
@@ -220,6 +228,18 @@ def _contents(entries: Sequence[Entry], blobs: Mapping[str, bytes]) -> dict[str,
     objects = {entry.record["file"]: blobs[entry.record["file"]] for entry in entries if entry.record["launcher"] == "tvm_ffi"}
     contents = {_artifact(sha256): data for sha256, data in blobs.items() if sha256 not in objects}
     return contents | ({LIBRARY: ffi_link.link(objects)} if objects else {})
+
+
+def _recorded_contents(recorded: Sequence[Recorded], store: Store) -> dict[str, bytes]:
+    contents: dict[str, bytes] = {}
+    for entry in recorded:
+        data = store.blob(entry["file"])
+        if data is None:
+            raise BuildError(
+                f"artifact {entry['file']} of {entry['kernel']} is missing or damaged in the cache {store.root}; build again"
+            )
+        contents[_artifact(entry["file"])] = data
+    return contents
 
 
 def _artifact(sha256: str) -> str:

@@ -8,7 +8,8 @@ Imports helion, which asks for the device: import this module after `target.inst
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import inspect
+from collections.abc import Hashable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from helion._compiler import compile_environment  # type: ignore[import-untyped]
 
 from ..errors import BuildError
+from ..opspec import OpSpec
+from . import build_unit
 from .call_maker import ROW_PADDING, CallMaker
 from .expr import turns
 from .trace import HostSide
@@ -37,30 +40,38 @@ def _say_aligned() -> None:
 _say_aligned()
 
 
-def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, hint: int) -> HostSide:
-    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them, and then
-    its workspace.
+def allocates(module: ModuleType, spec: OpSpec) -> bool:
+    """Whether the module's kernel allocates what the op returns."""
+    kernel = getattr(module, "KERNEL", None)
+    return isinstance(kernel, helion.Kernel) and build_unit.allocates(kernel.fn, spec)
 
-    `check(*args)` of the same arguments, if the module has it, raises ValueError for calls that the kernel does not take: what
-    it asks for becomes guards of the record.
+
+def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, hint: int) -> HostSide:
+    """`kernels/<op>/helion.py`: a Helion kernel named KERNEL that takes the op's arguments, its results among them unless
+    it returns them, and then its workspace.
+
+    `CONSTANTS = {"dims": [1, 2], "epilogue": function}` gives further parameters of it their values: lists, functions, whatever
+    Helion compiles in. `check(*args)` of the op's arguments, if the module has it, raises ValueError for calls that the kernel
+    does not take: what it asks for becomes guards of the record.
     """
     kernel = _configured(module, config)
     # Helion makes symbols of integers itself, and takes no others.
     args = [arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in maker.symbolic(hint, floats=False).args]
-    bound = kernel._bind_isolated(tuple(args))
+    fixed = constants(module, kernel, maker.symbolic(hint, floats=False).names)
+    bound = kernel._bind_isolated((*args, *fixed))
     compiled = bound.compile_config(kernel.configs[0])
     check = getattr(module, "check", None)
 
     def host(*args: object, **launcher: object) -> object:
         if check is not None:
             check(*args)
-        return compiled(*args, **launcher)
+        return compiled(*args, *fixed, **launcher)
 
     host.__wrapped__ = compiled  # type: ignore[attr-defined]
     extractors = [*bound._specialize_extra(), *bound._guarded_input_facts()]
 
     def key(m: int, row_padding: int, sizes: Mapping[str, int]) -> tuple[Hashable, ...]:
-        args = maker.concrete(m, row_padding, sizes).args
+        args = (*maker.concrete(m, row_padding, sizes).args, *fixed)
         return (kernel._base_specialization_key(args), *(extract(args) for extract in extractors))
 
     wanted = key(hint, ROW_PADDING, {})
@@ -70,6 +81,15 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
         index_bits=64 if bound.env.index_dtype == torch.int64 else 32,
         turns=turns(guard.expr for guard in bound.env.shape_env.guards),
     )
+
+
+def constants(module: ModuleType, kernel: Any, taken: Sequence[str]) -> tuple[object, ...]:
+    """The values of the kernel's last parameters, which are no arguments of the op. BuildError for others than it has."""
+    given: object = getattr(module, "CONSTANTS", {})
+    wanted = list(inspect.signature(kernel.fn).parameters)[len(taken) :]
+    if not isinstance(given, dict) or set(given) - set(wanted):
+        raise BuildError(f"{module.__name__}: CONSTANTS is {given!r}; KERNEL has {wanted} behind the op's arguments")
+    return tuple(given[name] for name in wanted if name in given)
 
 
 def _configured(module: ModuleType, config: Mapping[str, Any]) -> Any:

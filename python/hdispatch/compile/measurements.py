@@ -11,7 +11,7 @@ from typing import Any, NotRequired, TypedDict
 
 from ..errors import BuildError
 from ..manifest import Record, Tuned
-from ..opspec import SYMBOLS, IntArg, OpSpec
+from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
 from ..typed_json import Mismatch, check, parse
 
 
@@ -43,7 +43,7 @@ class Measurements:
     def __init__(self, spec: OpSpec, path: Path) -> None:
         """BuildError if there is a file and it cannot be read."""
         self.spec = spec
-        self.named = set(spec.config_key.values()) & set(SYMBOLS) - {"M"}
+        self.named = set(spec.config_key.values()) & set(KEY_SYMBOLS) - {"M"}
         self.variants: frozenset[str] = frozenset()
         #: By sizes; each with the values of compiled-in arguments that it is for.
         self.times: dict[tuple[tuple[str, int], ...], list[tuple[dict[str, int], _Time]]] = {}

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from .. import kernel_packages
 from ..errors import BuildError
-from ..opspec import OpSpec
+from ..opspec import CALL_SYMBOLS, OpSpec
 from . import configs
 from .build_unit import load_spec
 from .imports import Closure, ImportGraph
@@ -48,17 +49,30 @@ class OpPackage:
 
 
 def find(ops: Sequence[str] | None, extra: Sequence[str] = ()) -> dict[str, OpPackage]:
-    """Ops by name, in a fixed order. None: all of hdispatch and extra; extra: dotted packages outside of hdispatch.
+    """Ops by name, in a fixed order. None: all of hdispatch, of installed distributions (`kernel_packages`) and of extra.
 
-    BuildError for an unknown name, for no name at all, and for a package that does not hold the op of its name.
+    extra   folders and dotted packages outside of hdispatch, ops or packages of ops
+
+    BuildError for an unknown name, for no name at all, for two ops of one name and for a package that does not hold the op of
+    its name.
     """
-    known = {name: f"{KERNELS}.{name}" for name in available_ops()} | {load_spec(package).name: package for package in extra}
+    known = {name: f"{KERNELS}.{name}" for name in available_ops()}
+    if extra or ops is None or not known.keys() >= set(ops):
+        for package in dict.fromkeys([*kernel_packages.installed(), *in_packages(extra)]):
+            name = load_spec(package).name
+            if known.setdefault(name, package) != package:
+                raise BuildError(f"{package} and {known[name]} both declare the op {name!r}; rename one")
     names = sorted(known) if ops is None else list(dict.fromkeys(ops))
     if unknown := [name for name in names if name not in known]:
         raise BuildError(f"no op {unknown[0]!r}; there are {sorted(known)}")
     if not names:
         raise BuildError("no ops to build")
     return {name: read(name, known[name]) for name in names}
+
+
+def in_packages(where: Sequence[str]) -> list[str]:
+    """The dotted names of the ops in folders and packages, each once."""
+    return list(dict.fromkeys(package for each in where for package in kernel_packages.op_packages(each)))
 
 
 def read(name: str, package: str) -> OpPackage:
@@ -74,12 +88,8 @@ def read(name: str, package: str) -> OpPackage:
 
 
 def folder_of(package: str) -> Path:
-    """Where a package's files are. BuildError if it cannot be imported here."""
-    found = importlib.util.find_spec(package)
-    locations = list(found.submodule_search_locations or ()) if found else []
-    if not locations:
-        raise BuildError(f"{package} is not a package that can be imported here")
-    return Path(locations[0])
+    """Where a package's files are. HdispatchError if it cannot be imported here."""
+    return kernel_packages.folders_of(package)[0]
 
 
 def config_folder(package: str) -> Path:
@@ -93,8 +103,8 @@ def _generic_sizes(module: Path) -> frozenset[str]:
     """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
     for node in ast.parse(module.read_text()).body:
         if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
-            return frozenset(ast.literal_eval(node.value))
-    return frozenset()
+            return frozenset(ast.literal_eval(node.value)) | frozenset(CALL_SYMBOLS)
+    return frozenset(CALL_SYMBOLS)
 
 
 def sources(packages: Iterable[str], *, build_wing: bool = True) -> dict[str, dict[str, str]]:

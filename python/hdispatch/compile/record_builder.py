@@ -135,7 +135,8 @@ class Candidate:
         self.hint = hint
         self.second = second
         self.module = importlib.import_module(f"{unit.package}.{unit.backend}")
-        self.maker = CallMaker(spec, spec.variant(unit.variant), unit.shape, second)
+        allocates = backend.allocates(self.module, spec)
+        self.maker = CallMaker(spec, spec.variant(unit.variant), unit.shape, second, allocates)
         self.side: HostSide = backend.host_side(self.module, unit.config, self.maker, hint)
         self.trace = trace(self.side.host, self.maker.symbolic(hint))
 

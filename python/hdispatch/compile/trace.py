@@ -14,7 +14,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import sympy  # type: ignore[import-untyped]
@@ -22,6 +22,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import BuildError
+from ..opspec import TensorArg
 from .call_maker import FLOAT_HINT, Call
 from .expr import Value, at
 from .host_launch import Constant, Descriptor, Flag, HostArg, Launch, Number, Pointer, Real
@@ -71,14 +72,16 @@ def trace(host: Callable[..., object], call: Call) -> Trace:
     allocations, stateful launch options, values that are not integers, floats of the call or constants.
     """
     launches: list[Launch] = []
-    recorder = _Recorder(call, launches)
-    with _host_globals(host), call.mode, _OnlyViews():  # type: ignore[no-untyped-call]
-        host(*call.args, _launcher=recorder)
+    allocated = _Allocated()
+    recorder = _Recorder(call, launches, allocated)
+    with _host_globals(host), call.mode, _OnlyViews(call, allocated):
+        result = host(*call.args, _launcher=recorder)
     if len(launches) != 1:
         names = [launch.kernel.__name__ for launch in launches]
         raise BuildError(f"the host function launches {len(launches)} kernels {names}; a record holds exactly one")
     guards = tuple(guard.expr for guard in call.env.guards) if call.env is not None else ()
-    return Trace(launches[0], guards, call.leaves, call.multiples | _guarded_multiples(guards))
+    launch = _with_outputs(launches[0], allocated.names(call, result))
+    return Trace(launch, guards, call.leaves, call.multiples | _guarded_multiples(guards))
 
 
 def _guarded_multiples(guards: Sequence[sympy.Basic]) -> dict[sympy.Symbol, int]:
@@ -93,11 +96,80 @@ def _guarded_multiples(guards: Sequence[sympy.Basic]) -> dict[sympy.Symbol, int]
     return found
 
 
+class _Allocated:
+    """The tensors that a host function allocates. A launch knows them by a name of their own until they are returned."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[torch.Tensor, str, bool]] = []  # kept, so that no other has its storage; name, whether zero
+
+    def add(self, tensor: torch.Tensor, zeroed: bool) -> None:
+        """Give a tensor a name."""
+        self.made.append((tensor, f"allocation {len(self.made)}", zeroed))
+
+    def find(self, storage: int) -> tuple[str, torch.Tensor] | None:
+        """The name of what has a storage."""
+        return next(((name, made) for made, name, _ in self.made if made.untyped_storage()._cdata == storage), None)
+
+    def names(self, call: Call, result: object) -> dict[str, str]:
+        """Names of allocations -> the op's arguments. BuildError unless what is returned is what the op returns."""
+        if not call.outputs:
+            return {}
+        found = result if isinstance(result, (tuple, list)) else (result,)
+        if len(found) != len(call.outputs) or not all(isinstance(each, torch.Tensor) for each in found):
+            shown = ["Tensor" if isinstance(each, torch.Tensor) else type(each).__name__ for each in found]
+            raise BuildError(f"the host function returns {shown}; the op returns {[arg.name for arg, _ in call.outputs]}")
+        return {self._name(each, arg, wanted): arg.name for each, (arg, wanted) in zip(found, call.outputs, strict=True)}
+
+    def _name(self, tensor: torch.Tensor, arg: TensorArg, wanted: torch.Tensor) -> str:
+        storage = tensor.untyped_storage()._cdata
+        own = next((each for each in self.made if each[0].untyped_storage()._cdata == storage), None)
+        if own is None:
+            raise BuildError(f"the host function returns {arg.name}, which it does not allocate; the op does: returned=True")
+        whole, name, zeroed = own
+        if zeroed != arg.zeroed:
+            said = "zeros" if zeroed else "no zeros"
+            raise BuildError(f"the host function allocates {arg.name} with {said}; the op says zeroed={arg.zeroed}")
+        for each in (tensor, whole):
+            if problem := _difference(each, wanted):
+                raise BuildError(f"the host function returns {arg.name} {problem}")
+        return name
+
+
+def _difference(tensor: torch.Tensor, wanted: torch.Tensor) -> str | None:
+    """How a tensor is not what an op declares; of symbolic sizes concrete calls tell."""
+    if tensor.dtype != wanted.dtype:
+        return f"of {tensor.dtype}; the op declares {wanted.dtype}"
+    if tensor.dim() != wanted.dim():
+        return f"of rank {tensor.dim()}; the op declares {wanted.dim()}"
+    for what, found, declared in (("sizes", tensor.shape, wanted.shape), ("strides", tensor.stride(), wanted.stride())):
+        known = [(a, b) for a, b in zip(found, declared, strict=True) if isinstance(a, int) and isinstance(b, int)]
+        if any(a != b for a, b in known) and (what == "sizes" or 0 not in tensor.shape):
+            return f"with the {what} {tuple(found)}; the op declares {tuple(declared)}"
+    return None
+
+
+def _with_outputs(launch: Launch, names: Mapping[str, str]) -> Launch:
+    """The launch with what the op returns by its names. BuildError for another allocation."""
+
+    def named(arg: HostArg) -> HostArg:
+        if not isinstance(arg, (Pointer, Descriptor)) or not arg.arg.startswith("allocation "):
+            return arg
+        if arg.arg not in names:
+            raise BuildError(
+                "the host function allocates a tensor for the kernel that it does not return; memory of the runtime's is a "
+                "workspace: OpSpec(workspace=WorkspaceArg(…))"
+            )
+        return replace(arg, arg=names[arg.arg])
+
+    return replace(launch, args={name: named(arg) for name, arg in launch.args.items()})
+
+
 class _Recorder:
     """The `_launcher` that a host function gets: notes the launch down."""
 
-    def __init__(self, call: Call, launches: list[Launch]) -> None:
+    def __init__(self, call: Call, launches: list[Launch], allocated: _Allocated) -> None:
         self.call = call
+        self.allocated = allocated
         self.launches = launches
         self.storages = {tensor.untyped_storage()._cdata: (name, tensor) for name, tensor in call.tensors()}
 
@@ -116,7 +188,8 @@ class _Recorder:
         own = [param.name for param in kernel.params]
         bound = inspect.signature(kernel.fn).bind(*args, **{name: kwargs.pop(name) for name in own if name in kwargs})
         bound.apply_defaults()
-        described = {name: self.describe(name, bound.arguments[name]) for name in own}
+        fixed = {param.name for param in kernel.params if getattr(param, "is_constexpr", False)}
+        described = {name: self.describe(name, bound.arguments[name], name in fixed) for name in own}
         self.launches.append(Launch(kernel, self.grid(grid), described, kwargs))
 
     def grid(self, grid: Any) -> tuple[Value, Value, Value]:
@@ -130,7 +203,9 @@ class _Recorder:
         x, y, z = [size.value for size in sizes if isinstance(size, Number)] + [1] * (3 - len(sizes))
         return x, y, z
 
-    def describe(self, name: str, value: object) -> HostArg:
+    def describe(self, name: str, value: object, is_constexpr: bool = False) -> HostArg:
+        if is_constexpr and isinstance(value, (tuple, list)) and _is_plain(value):
+            return Constant(_tupled(value))
         if isinstance(value, torch.Tensor):
             return self.pointer(name, value)
         if isinstance(value, bool):
@@ -148,11 +223,15 @@ class _Recorder:
         if type(value).__name__ == "TensorDescriptor":
             return self.descriptor(name, value)
         if isinstance(value, (tuple, list, dict)):
-            raise BuildError(f"launch argument {name} is a {type(value).__name__}; pass its elements one by one")
+            raise BuildError(
+                f"launch argument {name} is a {type(value).__name__}; pass its elements one by one, or, if they are constants, "
+                "as a tl.constexpr"
+            )
         return Constant(value)
 
     def pointer(self, name: str, tensor: torch.Tensor) -> Pointer:
-        known = self.storages.get(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()._cdata
+        known = self.storages.get(storage) or self.allocated.find(storage)
         if known is None:
             raise BuildError(f"launch argument {name} is a tensor that is no argument of the op and no view of one")
         arg, base = known
@@ -184,6 +263,18 @@ class _Recorder:
         return Real(self.call.floats[expression], FLOAT_HINT)
 
 
+def _tupled(value: object) -> object:
+    """Triton takes tuples."""
+    return tuple(_tupled(each) for each in value) if isinstance(value, (tuple, list)) else value
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a list of such is a constant."""
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(each) for each in value)
+    return value is None or type(value) in (bool, int, float, str) or hasattr(value, "cache_key")
+
+
 def _expression(value: torch.SymInt | torch.SymBool) -> Value:
     return at(value.node.expr, {})
 
@@ -199,20 +290,43 @@ def _descriptor_problem(shape: Sequence[Value], strides: Sequence[Value], block:
     return None
 
 
+#: What allocates, and what fills with zeros then, by the beginnings of their names.
+_EMPTY = ("aten.empty", "aten.new_empty")
+_ZEROS = ("aten.zeros", "aten.new_zeros")
+
+
 class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Refuses every tensor operation of a host function that is not a view, by its name."""
+    """Refuses every tensor operation of a host function that is not a view, by its name; and allocations of others' results."""
+
+    def __init__(self, call: Call, allocated: _Allocated) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.call = call
+        self.allocated = allocated
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if name.startswith(("aten.empty", "aten.new_empty")):
-            raise BuildError(
-                f"the host function allocates ({name}); write the kernel as an out-variant: it takes its results as arguments"
-            )
+        if name.startswith((*_EMPTY, *_ZEROS)):
+            return self._allocate(name, func, args, kwargs or {})
         if not (getattr(func, "is_view", False) or func.namespace == "prim" or name.startswith("aten.sym_")):
             raise BuildError(
                 f"the host function runs {name}; only views and one kernel launch can become a record: do it in the kernel"
             )
         return func(*args, **(kwargs or {}))
+
+    def _allocate(self, name: str, func: Any, args: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+        if not self.call.outputs:
+            raise BuildError(
+                f"the host function allocates ({name}); an op that returns what it allocates declares it: "
+                "TensorArg(…, mutated=True, returned=True). Else the kernel takes its results as arguments"
+            )
+        if self.call.env is not None and "_like" in name and isinstance(args[0], torch.Tensor):
+            # Whether a tensor of free strides is dense would become a guard; it is contiguous, and concrete calls see to that.
+            dtype = kwargs.get("dtype") or args[0].dtype
+            made = torch.empty(args[0].shape, dtype=dtype, device=args[0].device)
+        else:
+            made = func(*args, **kwargs)
+        self.allocated.add(made, name.startswith(_ZEROS))
+        return made
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -28,6 +29,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # type: ignore[impo
 
 from ..errors import BuildError
 from ..manifest import TENSOR_MAP_TYPES, MClass
+from ..opspec import OpSpec
+from . import build_unit
 from .build_unit import early_reads
 from .call_maker import CallMaker
 from .expr import divisor
@@ -126,8 +129,16 @@ class Sample:
         if isinstance(self.arg, Descriptor):
             return [repr(self.arg.dtype), len(self.arg.shape), list(self.arg.block_shape), self.arg.tf32]
         value = self.value()
-        shown = repr(value.dtype) if isinstance(value, _SampleTensor) else f"{type(value).__name__} {value!r}"
+        shown = repr(value.dtype) if isinstance(value, _SampleTensor) else f"{type(value).__name__} {_shown(value)}"
         return [shown, self.one, self.multiple]
+
+
+def _shown(value: object) -> str:
+    """A value in a key: a Triton function by Triton's hash of it and of what it uses, since two may have one name."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_shown, value))})"
+    found: str | None = getattr(value, "cache_key", None)
+    return repr(value) if found is None else found
 
 
 class _SampleTensor(MockTensor):  # type: ignore[misc]
@@ -352,18 +363,29 @@ def _check_ptx(name: str, function: str, ptx: str, kinds: Mapping[str, Kind], nu
         raise BuildError(f"{name}: the PTX asks for {found_threads} threads per block; expected {32 * num_warps}")
 
 
+def allocates(module: ModuleType, spec: OpSpec) -> bool:
+    """Whether the module's host function allocates what the op returns."""
+    return build_unit.allocates(_launch_of(module), spec)
+
+
+def _launch_of(module: ModuleType) -> types.FunctionType:
+    launch = getattr(module, "launch", None)
+    if not inspect.isfunction(launch):
+        raise BuildError(f"{module.__name__} has no function launch(*args, config, _launcher)")
+    return launch
+
+
 def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, _hint: int) -> HostSide:
     """`kernels/<op>/triton.py`: a function `launch(*args, config, _launcher)` of the op's arguments, then its workspace.
 
-    It calls `_launcher(kernel, grid, *args, **options)` once, `kernel` being a @triton.jit function; the config's entries
+    What the op returns it takes as arguments, or allocates itself (`torch.empty_like(x)`) and returns. It calls
+    `_launcher(kernel, grid, *args, **options)` once, `kernel` being a @triton.jit function; the config's entries
     are its own business (block sizes, num_warps). Offsets into tensors are 64 bits wide; a module whose kernels have them of
     32 says `INDEX_BITS = 32`, and its records refuse tensors that these do not reach. `EARLY_READS = ("weight",)` names the
     tensor arguments that kernels may read before they wait for their predecessors (gdc_wait); a module without it promises
     that they first wait, then release their dependents.
     """
-    launch = getattr(module, "launch", None)
-    if not inspect.isfunction(launch):
-        raise BuildError(f"{module.__name__} has no function launch(*args, config, _launcher)")
+    launch = _launch_of(module)
     bits: Literal[32, 64] = getattr(module, "INDEX_BITS", 64)
     if bits not in (32, 64):
         raise BuildError(f"{module.__name__}: INDEX_BITS is {bits!r}; it takes 32 or 64")

@@ -4,6 +4,7 @@ Speaks JSON, one object per line (see `hdispatch.child`): first what `Setup` hol
 
     {"unit": …, "tools": …}   a `Unit` to build   -> {"built": [...]}
     {"question": …}           a `Question`        -> {"configs": [...]}
+    {"recorded": […], "sources": {…}}   lines of a recording   -> {"made": [...]}
 
 `{"error": message, "detail": traceback}` says that it could not; `detail` is empty where the message says it all.
 """
@@ -52,6 +53,9 @@ def _answer(request: dict[str, Any], target: targets.GpuTarget, store: Store) ->
         if "question" in request:
             lists = importlib.import_module(f"{__package__}.candidate_lists")
             return {"configs": lists.answer(lists.Question(**request["question"]))}
+        if "recorded" in request:
+            compiler = importlib.import_module(f"{__package__}.recorded_compiler")
+            return {"made": compiler.compile_recorded(request["recorded"], request["sources"], target, store)}
         builder = importlib.import_module(f"{__package__}.record_builder")
         return {"built": builder.build_records(Unit.from_json(request["unit"]), target, request["tools"], store)}
     except BuildError as error:

@@ -9,7 +9,7 @@ import torch
 
 from .. import _C, registry
 from ..ladders import bucket_bounds
-from ..opspec import OpSpec, TensorArg
+from ..opspec import CALL_SYMBOLS, OpSpec, TensorArg
 from ..testing.device_timer import rotation_count
 from ..testing.numeric import compare_outputs
 from .candidates import Cell
@@ -27,7 +27,9 @@ class CellArguments:
         self.device = device
         spec = self.spec = registry.spec(cell["op"])
         self.variant = spec.variant(cell["variant"])
-        every = {"K": cell["K"], "N": cell["N"]}
+        measured = spec.measured(self.variant) if spec.measured else {}
+        every = {symbol: measured.get(symbol, spec.hint(symbol)) for symbol in CALL_SYMBOLS}
+        every |= {"K": cell["K"], "N": cell["N"]}
         sizes = {symbol: every[symbol] for symbol in spec.symbols() if symbol != "M"}
         if spec.second is not None:
             sizes[spec.second.name] = cell["second"]

@@ -71,6 +71,7 @@ def measure(
     *,
     device: Device | None = None,
     versions: Mapping[str, Any] | None = None,
+    kernels: Sequence[str] = (),
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Report:
     """Measure the cells of a candidate bundle that `out` has not whole, and append what is found to `out`.
@@ -78,6 +79,7 @@ def measure(
     device    to measure on in this very process, which a candidate may then take along; None: the current CUDA device, from
               processes that are ended where a candidate breaks them or takes longer than the timeout
     versions  goes into every line
+    kernels   folders and dotted packages of ops that are not installed, as `registry.define_package` takes them
     progress  called before each cell with candidates done, candidates in all and the cell's name
 
     Such a candidate is noted in `out` as fatal or timeout and is not tried again, here or in a later run; the rest goes on.
@@ -86,13 +88,16 @@ def measure(
     """
     chosen = options or Options()
     bundle = read_candidates(folder)
+    for each in kernels:
+        registry.define_package(each)
     _check_ops(folder, bundle)
     given = dict(versions or {})
     measurer: _Measurer
     if device is not None:
         measurer = _Here(bundle, device, chosen.seed, given)
     else:
-        measurer = MeasureProcess(Setup(str(folder.resolve()), _current_device(), chosen.seed, given), chosen.timeout)
+        setup = Setup(str(folder.resolve()), _current_device(), chosen.seed, given, list(kernels))
+        measurer = MeasureProcess(setup, chosen.timeout)
     with contextlib.closing(measurer):
         return _Run(bundle, out, measurer, given, _read_known(out, measurer.gpu)).go(chosen, progress)
 

@@ -24,12 +24,13 @@ START_SECONDS, CELL_SECONDS = 600.0, 600.0
 
 @dataclass(frozen=True)
 class Setup:
-    """Told to the process once: the bundle, the CUDA device's index, the seed, and what goes into every line."""
+    """Told to the process once: the bundle, the CUDA device's index, the seed, what goes into every line, and ops to define."""
 
     bundle: str
     device: int
     seed: int
     versions: dict[str, Any]
+    kernels: list[str]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from .. import child
+from .. import child, registry
 from ..errors import HdispatchError
 from ..manifest import Manifest
 from .candidates import read_candidates
@@ -27,6 +27,8 @@ def main(opened: Callable[[Path, Manifest, int], Device] = open_device) -> None:
     answers = child.begin()
     try:
         setup = Setup(**json.loads(sys.stdin.readline()))
+        for each in setup.kernels:
+            registry.define_package(each)
         bundle = read_candidates(setup.bundle)
         device = opened(Path(setup.bundle), bundle["manifest"], setup.device)
         order = random.Random(setup.seed)

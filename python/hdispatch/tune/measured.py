@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from ..opspec import SYMBOLS, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from .cover import Regrets, Shape, Slot, assign
 from .timings import BROKE, ConfigKey, Timing, config_key
 
@@ -126,7 +126,7 @@ def _weighed(found: Mapping[ConfigKey, Timing]) -> dict[ConfigKey, float]:
 
 def _named(spec: OpSpec) -> list[str]:
     """The sizes besides M that the op's config keys name."""
-    return [symbol for symbol in SYMBOLS[1:] if symbol in spec.config_key.values()]
+    return [symbol for symbol in KEY_SYMBOLS[1:] if symbol in spec.config_key.values()]
 
 
 def _regrets(cells: Iterable[Mapping[ConfigKey, float]]) -> dict[ConfigKey, float]:

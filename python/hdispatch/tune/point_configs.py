@@ -11,10 +11,11 @@ from ..compile import candidate_lists, configs
 from ..compile.build_unit import Unit
 from ..compile.candidate_lists import Question
 from ..compile.op_package import OpPackage
+from ..compile.pool import Pool
 from ..compile.target import GpuTarget
 from ..compile.versions import OPTIONAL, missing
 from ..errors import BuildError
-from ..opspec import OpSpec
+from ..opspec import CALL_SYMBOLS, OpSpec
 from .points import Point, Scope, points_of, sizes_of
 from .timings import ConfigKey, canonical
 
@@ -105,7 +106,9 @@ class PointConfigs:
                 groups.setdefault((point.op, backend, point.variant), []).append(point)
         questions = [self._question(package, backend, points) for (package, backend, _), points in groups.items()]
         found: dict[tuple[Point, str], list[ConfigKey] | None] = {}
-        for ((_, backend, _), points), answer in zip(groups.items(), candidate_lists.ask(questions, target), strict=True):
+        with Pool(target, Path()) as workers:  # lists keep nothing in the build cache
+            answers = candidate_lists.ask(questions, workers)
+        for ((_, backend, _), points), answer in zip(groups.items(), answers, strict=True):
             for point, said in zip(points, answer, strict=True):
                 found[point, backend] = None if said is None else [ConfigKey(backend, canonical(config)) for config in said]
         return found
@@ -123,7 +126,7 @@ class PointConfigs:
         )
 
     def _open_sizes(self, point: Point) -> frozenset[str]:
-        return frozenset(point.op.spec.symbols()) - {"M", *(symbol for symbol, _ in point.row)}
+        return frozenset(point.op.spec.symbols()) - {"M", *CALL_SYMBOLS, *(symbol for symbol, _ in point.row)}
 
     def _offer(self, point: Point, backend: str, options: Iterable[ConfigKey]) -> None:
         """Notes that options are meant for every value of the sizes that a point leaves open."""

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from ..compile.store import write_atomic
 from ..compile.target import short_name
 from ..compile.versions import OPTIONAL
 from ..errors import BuildError
-from ..opspec import SYMBOLS, IntArg, OpSpec
+from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured
 from .timings import ConfigKey, Refusal, Timing, cell_key, config_key, fault
@@ -155,7 +155,9 @@ def _select_op(
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit)
     for entry in entries:
         entry["key"] |= arguments
-    shapes = [{spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in SYMBOLS[1:]} for e in entries]
+    shapes = [
+        {spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in KEY_SYMBOLS[1:]} for e in entries
+    ]
     present = configs.read(path, spec).entries if path.exists() else ()
     # The default is the row for any size.
     replaced = [e for e in present if e.shape in shapes and e.arguments == arguments and not _is_unmeasured(spec, choices, e)]
@@ -182,7 +184,9 @@ def _select_op(
     )
     if write:
         write_atomic(path, _text([*entries, *others]).encode())
-        found = _beside(spec, _companion(spec, timings, measured, chosen, report, limit), companion(path), arguments)
+        edges = {spec.ladders.edges(bucket)["M"] for _, bucket in chosen}
+        found = _companion(spec, timings, measured, chosen, report, limit)
+        found = _beside(spec, found, companion(path), arguments, edges)
         write_atomic(companion(path), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return report
 
@@ -255,8 +259,10 @@ def _text(entries: Sequence[Mapping[str, Any]]) -> str:
     return "[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n"
 
 
-def _beside(spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[str, int]) -> dict[str, Any]:
-    """A new companion with the times for other values of compiled-in arguments that the present one has.
+def _beside(
+    spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[str, int], edges: Collection[int]
+) -> dict[str, Any]:
+    """A new companion with the times for other edges of M and values of compiled-in arguments that the present one has.
 
     What else it says is of the typical variant's timings, where there are some.
     """
@@ -265,7 +271,12 @@ def _beside(spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[
         return {**found, "times": times}
     present: dict[str, Any] = json.loads(path.read_bytes())
     names = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
-    kept = [time for time in present["times"] if {n: v for n, v in time["key"].items() if n in names} != arguments]
+    m = next(name for name, symbol in spec.config_key.items() if symbol == "M")
+
+    def is_kept(key: Mapping[str, int]) -> bool:
+        return {n: v for n, v in key.items() if n in names} != arguments or key.get(m) in set(spec.ladder) - set(edges)
+
+    kept = [time for time in present["times"] if is_kept(time["key"])]
     if not kept:
         return {**found, "times": times}
     variants = sorted({*present["variants"], *found["variants"]})

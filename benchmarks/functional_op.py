@@ -1,0 +1,90 @@
+"""What returning a tensor costs over writing one that is given: host time of a call, out-variant and functional, in one run.
+
+    python benchmarks/functional_op.py [--device cpu] [--json FILE]
+
+The op squares [16, 256] in float16; its kernel is Helion's and allocates its result (tests/support/returned_square). On a GPU
+the calls are made in batches between synchronizations, as in `hdispatch bench dispatch`; on the CPU the null driver serves.
+torch's own `empty_like` and a Helion call stand beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hdispatch
+import torch
+from hdispatch.bench.machine import describe
+from hdispatch.compile import build
+
+NAME = "returned_square"
+ROUNDS, CALLS = 60, 200
+
+
+def measure(paths: dict[str, Callable[[], object]], on_gpu: bool) -> dict[str, float]:
+    """Median ns of a call by path; every round has all of them, in random order."""
+    found: dict[str, list[float]] = {name: [] for name in paths}
+    order = list(paths)
+    for call in paths.values():
+        call()
+    gc.disable()
+    for _ in range(ROUNDS):
+        random.shuffle(order)
+        for name in order:
+            call = paths[name]
+            if on_gpu:
+                torch.cuda.synchronize()
+            start = time.perf_counter_ns()
+            for _ in range(CALLS):
+                call()
+            found[name].append((time.perf_counter_ns() - start) / CALLS)
+    gc.enable()
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def main() -> None:
+    """Build, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    on_gpu = given.device != "cpu"
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
+    hdispatch.registry.define_package(NAME)
+    with tempfile.TemporaryDirectory() as folder:
+        build([NAME], "native" if on_gpu else "h200", Path(folder, "bundle"), cache=Path(folder, "cache"), extra=[NAME])
+        hdispatch.load(Path(folder, "bundle"), driver="cuda" if on_gpu else "null")
+    op: Any = hdispatch.ops.returned_square
+    x = torch.randn(16, 256, device=given.device).half()
+    out = torch.empty_like(x)
+    paths: dict[str, Callable[[], object]] = {
+        "out-variant": lambda: op.out(x, out),
+        "functional": lambda: op(x),
+        "functional, torch.ops….default": lambda: torch.ops.hdispatch.returned_square.default(x),
+        "torch.empty_like": lambda: torch.empty_like(x),
+    }
+    if on_gpu:
+        from returned_square.helion import KERNEL  # type: ignore[import-not-found]
+
+        paths["helion"] = lambda: KERNEL(x)
+    with hdispatch.strict():
+        medians = measure(paths, on_gpu)
+    over = medians["functional"] - medians["out-variant"]
+    for name, ns in medians.items():
+        print(f"{name:32} {ns:9.0f} ns")
+    print(f"{'functional over out-variant':32} {over:9.0f} ns (at most 600)")
+    if given.json:
+        given.json.write_text(json.dumps({"machine": describe(), "median_ns": medians, "over_ns": over}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

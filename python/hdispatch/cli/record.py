@@ -1,0 +1,81 @@
+"""`hdispatch record`: runs a command and writes down what it compiles with Triton."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from .. import recorder, recording
+from ..errors import HdispatchError
+from .text import count
+
+DESCRIPTION = """\
+Run COMMAND and append every specialization of a Triton kernel that it compiles, in any of its Python processes, to FILE:
+source, signature, constants and options, a line of JSON each. Compile all of them for any GPU, on any machine, and serve them
+from their first call:
+
+  hdispatch record --out kernels.jsonl -- python serve.py
+  hdispatch build --record kernels.jsonl --target h100 --out bundle
+  >>> hdispatch.load("bundle")                      in the next run of serve.py
+
+A kernel is recorded where this process meets it first, also where Triton's own cache has it.
+"""
+
+#: Runs in every Python process of the command, before anything else.
+_SITECUSTOMIZE = """\
+import sys
+_folder = {folder!r}
+sys.path[:] = [each for each in sys.path if each != _folder]
+del sys.modules["sitecustomize"]
+try:
+    import sitecustomize
+except ModuleNotFoundError as error:
+    if error.name != "sitecustomize":
+        raise
+import importlib.util
+_spec = importlib.util.spec_from_file_location("_hdispatch_recorder", {recorder!r})
+_recorder = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_recorder)
+_recorder.begin_in_process()
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Declare the subcommand."""
+    parser = commands.add_parser(
+        "record",
+        help="write down what a command compiles with Triton",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the recording, .jsonl; appended to")
+    parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="-- and the command with its arguments")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command and say what it compiled; its exit code is ours."""
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if not command:
+        raise HdispatchError("record takes a command: hdispatch record --out FILE -- python serve.py")
+    file = arguments.out.absolute()
+    with recording.record(file):  # whether it can be written shows now
+        before = len(recording.read([file])[1])
+    with tempfile.TemporaryDirectory(prefix="hdispatch-record-") as folder:
+        Path(folder, "sitecustomize.py").write_text(_SITECUSTOMIZE.format(folder=folder, recorder=recorder.__file__))
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), recorder.VARIABLE: str(file)}
+        try:
+            code = subprocess.run(command, env=environment, check=False).returncode
+        except OSError as error:
+            raise HdispatchError(f"cannot run {command[0]}: {error.strerror}") from error
+    found = recording.read([file])[1]
+    kernels = {(line["module"], line["qualname"]) for line in found}
+    print(
+        f"{file}: {count(len(found), 'specialization')} of {count(len(kernels), 'kernel')}, {len(found) - before} of them new"
+    )
+    return code if code >= 0 else 128 - code

@@ -1,0 +1,174 @@
+"""Recorded Triton kernels of a bundle: code for specializations that are compiled before the process that serves begins.
+
+`hdispatch.load` of a bundle that `hdispatch build --record` made serves them from their first call: where Triton would
+compile a specialization, it gets the bundle's. That is before anything else of Triton's, so that whatever launches through
+Triton is reached: autotuners, Helion, `torch.library.wrap_triton`, adopted kernels. A specialization that the bundle does not
+have compiles as before, and is counted; in strict mode it raises `MissError`, which names it.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .errors import BundleError, MissError
+from .manifest import MANIFEST_NAME, Manifest, Recorded
+
+
+@dataclass(frozen=True)
+class RecordedKernel:
+    """One compiled specialization.
+
+    entry     what the manifest has of it: kernel, key, signature, constants, attributes, options
+    cubin     its code
+    metadata  Triton's: name (of the entry point), num_warps, num_ctas, shared, cluster_dims, global_scratch_size,
+              profile_scratch_size, launch_pdl, launch_cooperative_grid, tensordesc_meta, …
+    """
+
+    entry: Recorded
+    cubin: bytes
+    metadata: Mapping[str, Any]
+
+    def compiled(self, source: Any) -> Any:
+        """Triton's `CompiledKernel` of it. `source` is what Triton would compile, its `ASTSource`."""
+        kernel = copy.copy(self.prepared)
+        kernel.src = source
+        return kernel
+
+    @cached_property
+    def prepared(self) -> Any:
+        """The same without its source: half a millisecond, which `load` takes and not a kernel's first call."""
+        name = self.metadata["name"][:150]
+        with tempfile.TemporaryDirectory(prefix="hdispatch-recorded-") as folder:
+            files = {f"{name}.json": self.entry["metadata"].encode(), f"{name}.cubin": self.cubin}
+            for file, content in files.items():
+                Path(folder, file).write_bytes(content)
+            paths = {file: str(Path(folder, file)) for file in files}
+            kernel = importlib.import_module("triton.compiler").CompiledKernel(None, paths, self.metadata["hash"])
+        kernel.metadata_group = {}
+        return kernel
+
+
+#: (kernel, hash of its source, Triton's key) -> the compiled specialization, of one device.
+Table = Mapping[tuple[str, str, str], RecordedKernel]
+
+_tables: dict[int, Table] = {}
+_lock = threading.Lock()
+_served: Counter[str] = Counter()
+_missed: Counter[str] = Counter()
+_is_strict: Callable[[], bool] = lambda: False  # noqa: E731
+
+
+def table_of(where: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Table:
+    """The recorded kernels of a bundle. `BundleError` if they are another Triton's than the one that is installed."""
+    entries = manifest.get("recorded", [])
+    if entries:
+        _check_triton(where, manifest)
+    return {
+        (entry["kernel"], entry["source_hash"], entry["key"]): RecordedKernel(
+            entry, contents[entry["file"]], json.loads(entry["metadata"])
+        )
+        for entry in entries
+    }
+
+
+def _check_triton(where: Path, manifest: Manifest) -> None:
+    try:
+        here = version("triton")
+    except PackageNotFoundError as error:
+        raise BundleError(f"{where / MANIFEST_NAME}: holds recorded Triton kernels, and triton is not installed") from error
+    built = manifest["tools"].get("triton")
+    if built != here:
+        raise BundleError(
+            f"{where / MANIFEST_NAME}: its recorded kernels are triton {built}'s; triton {here} is installed, which has other "
+            "keys and launches: build the recording again with it"
+        )
+
+
+def serve(device: int, table: Table) -> None:
+    """Serve a device's specializations from a table, from now on; an empty one: from none."""
+    if table:
+        _warm(device)
+    for kernel in table.values():
+        kernel.prepared  # noqa: B018
+    with _lock:
+        if table:
+            _install()
+            _tables[device] = table
+        else:
+            _tables.pop(device, None)
+
+
+def lookup(kernel: Any, key: str, device: int) -> RecordedKernel | None:
+    """What a device's bundle has for a `triton.JITFunction` and Triton's key of a specialization (`compute_cache_key`)."""
+    table = _tables.get(device)
+    if table is None:
+        return None
+    return table.get((f"{kernel.fn.__module__}.{kernel.fn.__qualname__}", kernel.cache_key, key))
+
+
+def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
+    """What was wanted of recorded kernels: {"served": {kernel: specializations}, "compiled": {kernel: those no bundle has}}."""
+    with _lock:
+        found = {"served": dict(_served), "compiled": dict(_missed)}
+        if reset:
+            _served.clear()
+            _missed.clear()
+    return found
+
+
+def _warm(device: int) -> None:
+    """What Triton imports and compiles for itself in a process's first call: 40 ms, and a second where its cache is cold."""
+    importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+    if device >= 0:
+        driver = importlib.import_module("triton.runtime.driver").driver.active
+        driver.get_current_target()
+        getattr(driver, "utils", None)
+
+
+def _install() -> None:
+    """Put this before Triton's compiler, once."""
+    JITFunction = importlib.import_module("triton.runtime.jit").JITFunction
+    plain = JITFunction._do_compile
+    if getattr(plain, "is_recorded", False):
+        return
+
+    def compile_or_take(
+        self: Any, key: str, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
+    ) -> Any:
+        if device not in _tables:
+            return plain(self, key, signature, device, constexprs, options, attrs, warmup)
+        found = None if _is_overridden() else lookup(self, key, device)
+        name = f"{self.fn.__module__}.{self.fn.__qualname__}"
+        with _lock:
+            (_missed if found is None else _served)[name] += 1
+        if found is None:
+            if _is_strict():
+                raise MissError(
+                    f"{name}: no recorded kernel of the bundle has the key {key}; record a run that has it, and build again"
+                )
+            return plain(self, key, signature, device, constexprs, options, attrs, warmup)
+        cache = self.device_caches[device][0]
+        cache[key] = kernel = found.compiled(self.ASTSource(self, signature, constexprs, attrs))
+        return kernel
+
+    compile_or_take.is_recorded = True  # type: ignore[attr-defined]
+    JITFunction._do_compile = compile_or_take
+
+
+def _is_overridden() -> bool:
+    """Whether the user asks Triton for other code than it would make: then it is Triton's to make."""
+    knobs = importlib.import_module("triton.knobs")
+    return bool(
+        knobs.compilation.override or knobs.compilation.always_compile or knobs.compilation.dump_ir or knobs.runtime.interpret
+    )

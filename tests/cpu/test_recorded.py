@@ -1,0 +1,401 @@
+"""Recording what a run compiles with Triton, building it without a GPU, and serving it from the first call."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hdispatch import BundleError, HdispatchError, recorded, recorder, recording
+from hdispatch.cli.main import main
+from hdispatch.compile import build
+from hdispatch.errors import BuildError
+from hdispatch.manifest import MANIFEST_NAME, read_bundle
+
+KERNELS = """
+import triton
+import triton.language as tl
+
+SCALE = tl.constexpr(3)
+
+@triton.jit
+def square(x):
+    return x * x * SCALE
+
+@triton.jit
+def cube(x):
+    return x * x * x
+
+@triton.jit
+def plain(out, x, elements, FUNCTION: tl.constexpr, DTYPE: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    y = tl.load(x + at, at < elements).to(DTYPE)
+    tl.store(out + at, FUNCTION(y) * PAIR[0] + PAIR[1], at < elements)
+
+@triton.autotune([triton.Config({"BLOCK": b}, num_warps=w) for b, w in ((128, 4), (256, 8))], key=["elements"])
+@triton.heuristics({"EVEN": lambda args: args["elements"] % 16 == 0})
+@triton.jit
+def tuned(out, x, elements, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(out + at, tl.load(x + at, at < elements) + (1 if EVEN else 2), at < elements)
+
+def nested():
+    @triton.jit
+    def inside(out, BLOCK: tl.constexpr):
+        tl.store(out + tl.arange(0, BLOCK), 1.0)
+    return inside
+"""
+
+#: Compiles them, as a run with a GPU would on its first calls.
+RUN = """
+import triton.language as tl
+from triton.runtime.jit import MockTensor
+import torch
+
+def run(kernels):
+    import triton.runtime.jit
+    pointer = MockTensor(torch.float32)
+    made = {}
+    for elements in (1, 16, 1000):
+        for function in (kernels.square, kernels.cube):
+            made[elements, function.fn.__name__] = kernels.plain.warmup(
+                pointer, pointer, elements, function, tl.float32, (2, 3), BLOCK=128, grid=(1,))
+    made["warps"] = kernels.plain.warmup(
+        pointer, pointer, 16, kernels.cube, tl.float32, (2, 3), BLOCK=128, grid=(1,), num_warps=8, num_stages=2)
+    for config in kernels.tuned.configs:
+        made["tuned", config.num_warps] = kernels.tuned.fn.fn.warmup(
+            pointer, pointer, 64, True, BLOCK=config.kwargs["BLOCK"], num_warps=config.num_warps, grid=(1,))
+    return made
+"""
+
+DESCRIBED = """
+from hdispatch.compile import target
+target.install(target.DESCRIBED[{gpu!r}])
+"""
+
+#: The specializations of RUN.
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A folder with the kernels of a user, and a run of them."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "user_kernels.py").write_text(KERNELS)
+    (folder / "user_run.py").write_text(RUN)
+    return folder
+
+
+def python(project: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A fresh process of the project with cold caches."""
+    cold = {"TRITON_CACHE_DIR": str(project / f"triton-{os.urandom(4).hex()}")}
+    return subprocess.run(
+        [sys.executable, "-c", text],
+        env={**os.environ, "PYTHONPATH": str(project), **cold, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def file(project) -> Path:
+    """What a run on an H100 compiled."""
+    file = project / "kernels.jsonl"
+    done = python(
+        project,
+        DESCRIBED.format(gpu="h100")
+        + f"import hdispatch\nwith hdispatch.record({str(file)!r}) as recorded:\n"
+        + "    import user_kernels, user_run\n    user_run.run(user_kernels)\nprint(recorded.count)",
+    )
+    assert (done.returncode, done.stdout) == (0, f"{COUNT}\n"), done.stderr
+    return file
+
+
+@pytest.fixture(scope="module")
+def bundle(project, file) -> Path:
+    """The same, compiled for an H200 in a process that never had the kernels."""
+    cache = ["--cache", str(project / "cache")]
+    command = ["-m", "hdispatch", "build", "--record", str(file), "--target", "h200", "--out", str(project / "bundle"), *cache]
+    done = subprocess.run(
+        [sys.executable, *command, "--json"],
+        env={**os.environ, "PYTHONPATH": str(project)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["recorded"], report["rows"], report["notes"]) == (COUNT, 0, [])
+    return project / "bundle"
+
+
+#: Runs with the bundle; Triton's compiler fails.
+SERVE = """
+import sys, time, hdispatch
+from hdispatch import recorded
+loaded = hdispatch.load({bundle!r}, driver="null")
+recorded.serve(0, loaded._recorded)
+import triton, user_kernels, user_run
+import triton.compiler.compiler as compiler
+seen = []
+triton.knobs.runtime.jit_post_compile_hook = lambda **given: seen.append(given["key"])
+def refuse(*args, **kwargs):
+    raise SystemExit("Triton compiles")
+compiler.compile = refuse
+for kernel in (user_kernels.plain, user_kernels.tuned.fn.fn):
+    kernel.device_caches[0]
+    kernel.compile = refuse
+"""
+
+
+def test_a_run_with_the_bundle_compiles_nothing(project, bundle):
+    done = python(
+        project,
+        DESCRIBED.format(gpu="h200")
+        + SERVE.format(bundle=str(bundle))
+        + "made = user_run.run(user_kernels)\n"
+        + "assert all(each.asm['cubin'][:4] == b'\\x7fELF' for each in made.values())\n"
+        + "assert made['warps'].metadata.num_warps == 8 and made['tuned', 8].metadata.num_warps == 8\n"
+        + "assert {each.metadata.target.arch for each in made.values()} == {90}\n"
+        + "assert all(each.metadata.name == each.name for each in made.values())\n"
+        + "assert not seen\n"
+        + "print(recorded.stats())",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == str({"served": {"user_kernels.plain": 7, "user_kernels.tuned": 2}, "compiled": {}}) + "\n"
+
+
+def test_the_code_is_what_triton_compiles_itself(project, bundle):
+    text = (
+        DESCRIBED.format(gpu="h200")
+        + "import hashlib, user_kernels, user_run, triton\n"
+        + "for each in user_run.run(user_kernels).values():\n    print(hashlib.sha256(each.asm['cubin']).hexdigest())"
+    )
+    done = python(project, text, TRITON_DISABLE_LINE_INFO="1")
+    assert done.returncode == 0, done.stderr
+    manifest, contents = read_bundle(bundle)
+    assert {entry["file"] for entry in manifest["recorded"]} == {f"artifacts/{sha}.cubin" for sha in done.stdout.split()}
+    assert set(contents) == {entry["file"] for entry in manifest["recorded"]}
+
+
+def test_a_key_that_is_not_in_the_bundle_compiles_and_is_counted_or_refused(project, bundle):
+    text = (
+        DESCRIBED.format(gpu="h200")
+        + "import hdispatch, torch\nfrom hdispatch import recorded\n"
+        + f"recorded.serve(0, hdispatch.load({str(bundle)!r}, driver='null')._recorded)\n"
+        + "import user_kernels, triton.language as tl\nfrom triton.runtime.jit import MockTensor\n"
+        + "p = MockTensor(torch.float32)\n"
+        + "call = lambda n: user_kernels.plain.warmup(p, p, 16, user_kernels.cube, tl.float32, (2, n), BLOCK=128, grid=(1,))\n"
+        + "assert call(4) is not None\nprint(recorded.stats(reset=True)['compiled'])\n"
+        + "with hdispatch.strict():\n    call(3)\n    call(4)\n    try:\n        call(5)\n"
+        + "    except hdispatch.MissError as error:\n        print(error)\n"
+    )
+    done = python(project, text)
+    assert done.returncode == 0, done.stderr
+    counted, refused = done.stdout.splitlines()
+    assert counted == "{'user_kernels.plain': 1}"
+    assert refused.startswith("user_kernels.plain: no recorded kernel of the bundle has the key [")
+
+
+def files_of(manifest: Any) -> dict[str, str]:
+    """The code of each key."""
+    return {entry["key"]: entry["file"] for entry in manifest["recorded"]}
+
+
+def test_an_edited_kernel_is_not_served_the_old_code(project, file, bundle, tmp_path):
+    (tmp_path / "user_kernels.py").write_text(KERNELS.replace("constexpr(3)", "constexpr(4)"))
+    sys.path.insert(0, str(tmp_path))
+    try:  # the recorded text is what was recorded, whatever is installed now
+        report = build([], "h200", tmp_path / "b", cache=tmp_path / "cache", record=[file], jobs=1)
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert (report.recorded, report.notes) == (COUNT, [])
+    (tmp_path / "user_run.py").write_text(RUN)
+    text = (
+        DESCRIBED.format(gpu="h200")
+        + "import hdispatch\nfrom hdispatch import recorded\n"
+        + f"recorded.serve(0, hdispatch.load({str(tmp_path / 'b')!r}, driver='null')._recorded)\n"
+        + "import user_kernels, user_run\nuser_run.run(user_kernels)\nprint(recorded.stats())"
+    )
+    done = python(tmp_path, text)
+    manifest, _ = read_bundle(tmp_path / "b")
+    original, _ = read_bundle(bundle)
+    assert files_of(manifest) == files_of(original), "functions that a kernel is given are the recorded ones, too"
+    # `square` uses the constant, and whatever is given `square`; `plain` with `cube` and `tuned` do not.
+    assert (
+        done.stdout
+        == str({"served": {"user_kernels.plain": 4, "user_kernels.tuned": 2}, "compiled": {"user_kernels.plain": 3}}) + "\n"
+    )
+
+
+def test_what_cannot_be_built_again_is_named(project, file, tmp_path):
+    lines = file.read_text().splitlines()
+    changed: list[Any] = [json.loads(line) for line in lines if json.loads(line)["line"] == "specialization"][:6]
+    changed[1]["constants"][0][1] = {"opaque": "<object object>"}
+    changed[2]["qualname"] = "nested.<locals>.inside"
+    changed[3]["source_hash"] = "0" * 64
+    changed[4]["triton"] = "1.0"
+    changed[5]["module"], changed[5]["module_sha256"] = "not_there", ""
+    for number, line in enumerate(changed):
+        line["key"] += f" {number}"
+    whole = "".join(json.dumps(line) + "\n" for line in changed) + lines[0] + "\n"
+    (tmp_path / "r.jsonl").write_text(whole)
+    report = build([], "h200", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"], jobs=1)
+    assert report.recorded == 1
+    said = "\n".join(report.notes)
+    assert len(report.notes) == 5
+    for words in (
+        "user_kernels.plain: 1 recorded specialization not built: a constant is <object object>, which a recording cannot hold",
+        "1 recorded specialization not built: nested.<locals>.inside is defined inside a function",
+        "the source of plain, or of a function or constant that it uses, is another one here",
+        "recorded with triton 1.0",
+        "not_there.plain: 1 recorded specialization not built: ModuleNotFoundError: No module named 'not_there'; the text of",
+    ):
+        assert words in said
+
+
+def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd, monkeypatch):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, subprocess\n"
+        + "if len(sys.argv) == 1:\n    raise SystemExit(subprocess.run([sys.executable, __file__, 'child']).returncode + 3)\n"
+        + DESCRIBED.format(gpu="h100").replace(
+            "from hdispatch.compile import target\n", "from hdispatch.compile import target\n"
+        )
+        + KERNELS.replace("import triton\n", "import torch\nimport triton\n", 1)
+        + "from triton.runtime.jit import MockTensor\n"
+        + "p = MockTensor(torch.float32)\nplain.warmup(p, p, 7, cube, tl.float32, (1, 2), BLOCK=64, grid=(1,))\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert main(["record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, str(script)]) == 3
+    assert "1 specialization of 1 kernel, 1 of them new" in capfd.readouterr().out
+    _, (line,) = recording.read([tmp_path / "r.jsonl"])
+    assert (line["module"], line["qualname"]) == ("__main__", "plain")
+    report = build([], "a100", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"], jobs=1)
+    assert (report.recorded, report.notes) == (1, []), "a script's definitions are run, and nothing that it does"
+    manifest, _ = read_bundle(tmp_path / "b")
+    assert manifest["recorded"][0]["kernel"] == "__main__.plain"
+    assert manifest["target"]["arch"] == "sm_80"
+
+
+HELION = """
+import hdispatch, torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from triton.runtime.jit import MockTensor
+with hdispatch.record({file!r}):
+    from returned_square.helion import KERNEL
+    with FakeTensorMode():
+        x = torch.empty(64, 256, dtype=torch.float16, device="cuda")
+    bound = KERNEL._bind_isolated((x,))
+    host = bound.compile_config(bound.config_spec.default_config())
+    made = host.__globals__.values()
+    kernel = next(value for value in made if hasattr(value, "cache_key") and hasattr(value, "params"))
+    p = MockTensor(torch.float16)
+    given = [1 if each.is_constexpr else p if each.name in ("x", "out") else 64 for each in kernel.params]
+    kernel.warmup(*given, grid=(1,), num_warps=4)
+"""
+
+
+def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, tmp_path):
+    support = str(Path(__file__).parents[1] / "support")
+    text = DESCRIBED.format(gpu="h200") + HELION.format(file=str(tmp_path / "r.jsonl"))
+    generated = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor"), "HELION_CACHE_DIR": str(tmp_path / "helion")}
+    done = python(project, text, PYTHONPATH=support, **generated)
+    assert done.returncode == 0, done.stderr
+    shutil.rmtree(tmp_path / "inductor")
+    report = build([], "h100", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"], jobs=1)
+    assert (report.recorded, report.notes) == (1, [])
+
+
+# ---- files ----
+
+
+def test_values_that_json_lacks():
+    assert recorder.encode((1, [True, None], "x", float("inf"))) == {"tuple": [1, [True, None], "x", {"float": "inf"}]}
+    assert recorder.encode(object())["opaque"].startswith("<object object")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nonsense\n", "line 1 is none of a recording"),
+        ('{"line": "specialization"}\n', "line 1 is none of a recording"),
+        ('{"line": "source", "module": 1, "sha256": "", "text": ""}\n', "module is 1"),
+    ],
+)
+def test_a_file_that_is_no_recording_is_refused(tmp_path, text, words):
+    (tmp_path / "r.jsonl").write_text(text)
+    with pytest.raises(HdispatchError, match=words):
+        recording.read([tmp_path / "r.jsonl"])
+
+
+def test_an_empty_recording_and_one_that_cannot_be_written(tmp_path):
+    (tmp_path / "r.jsonl").write_text("")
+    with pytest.raises(BuildError, match="nothing was recorded"):
+        build([], "h200", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"])
+    with pytest.raises(HdispatchError, match="cannot write the recording"), recording.record(tmp_path / "none" / "r.jsonl"):
+        pass
+    with pytest.raises(HdispatchError, match="cannot be read"):
+        recording.read([tmp_path / "nothing.jsonl"])
+
+
+def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
+    """A copy with another manifest, whose checksum fits."""
+    from hdispatch.manifest import CHECKSUM_NAME, checksum_line
+
+    shutil.copytree(bundle, out)
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    change(manifest)
+    text = json.dumps(manifest).encode()
+    (out / MANIFEST_NAME).write_bytes(text)
+    (out / CHECKSUM_NAME).write_bytes(checksum_line(text))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda m: m["recorded"].append(m["recorded"][0]), "twice"),
+        (lambda m: m["recorded"][0].update(file="artifacts/none.cubin"), "is not listed"),
+        (lambda m: m["recorded"][0].update(metadata="{"), "its metadata is no JSON"),
+        (lambda m: m["recorded"][0].update(metadata="{}"), "its metadata is not Triton's"),
+        (lambda m: m["recorded"][0].pop("key"), "key is missing"),
+        (lambda m: m["tools"].update(triton="1.0"), "its recorded kernels are triton 1.0's"),
+    ],
+)
+def test_a_bundle_with_wrong_recorded_kernels_is_refused(bundle, tmp_path, change, words):
+    import hdispatch
+
+    with pytest.raises(BundleError, match=words):
+        hdispatch.load(changed_bundle(bundle, tmp_path / "b", change), driver="null")
+
+
+def test_lookup_is_by_kernel_source_key_and_device():
+    class Kernel:
+        cache_key = "hash"
+
+        @staticmethod
+        def fn() -> None:
+            """Stands for a kernel."""
+
+    name = f"{Kernel.fn.__module__}.{Kernel.fn.__qualname__}"
+    made: Any = types.SimpleNamespace(prepared=None)
+    recorded.serve(-5, {(name, "hash", "key"): made})
+    try:
+        assert recorded.lookup(Kernel, "key", -5) is made
+        assert recorded.lookup(Kernel, "other", -5) is None
+        assert recorded.lookup(Kernel, "key", -4) is None
+        Kernel.cache_key = "edited"
+        assert recorded.lookup(Kernel, "key", -5) is None
+    finally:
+        recorded.serve(-5, {})

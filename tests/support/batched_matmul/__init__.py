@@ -1,0 +1,1 @@
+"""An op with five sizes, all known per call only."""

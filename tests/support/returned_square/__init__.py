@@ -1,0 +1,1 @@
+"""An op that returns one tensor."""
