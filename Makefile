@@ -5,6 +5,7 @@
 #   make wheel     dist/*.whl with the bundle for H100 and H200 inside; if CuteDSL is installed, for CPUs such as this one alone
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
+#   make test-sglang the plug-in on SGLang's Python over the null driver, no GPU: downloads SGLang's wheel, 40 MB
 #   make test-wheels  one wheel for two torches, in an environment of each: downloads both with their dependencies, gigabytes
 #   make lint      ruff, mypy --strict, clang-format
 #   make sanitize  the C++ tests under ASan + UBSan, then under TSan
@@ -20,7 +21,7 @@ WHEEL_TORCH ?= torch==2.13.0 torch==2.14.1
 PY := $(VENV)/bin/python
 CTEST_BUILD := build/ctest
 
-.PHONY: demo bundle wheel test test-vllm test-wheels setup setup-test lint sanitize core-test clean
+.PHONY: demo bundle wheel test test-vllm test-sglang test-wheels setup setup-test lint sanitize core-test clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -51,6 +52,10 @@ test: setup-test core-test
 test-vllm: setup-test
 	$(PY) scripts/fetch_vllm.py build/vllm
 	$(PY) -m pytest tests/vllm
+
+test-sglang: setup-test
+	$(PY) scripts/fetch_sglang.py build/sglang
+	$(PY) -m pytest tests/sglang
 
 core-test: $(PY)
 	$(PY) scripts/setup.py --torch "$(TORCH)" --extras build --only-tools

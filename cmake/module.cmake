@@ -35,7 +35,7 @@ function(add_door torch_dir)
   message(STATUS "a door for torch ${version} in ${torch_dir}")
 
   pybind11_add_module(${folder} csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/op_arguments.cpp
-    csrc/op_call.cpp csrc/torch_op.cpp csrc/functional_op.cpp csrc/override.cpp csrc/arena.cpp
+    csrc/op_call.cpp csrc/torch_op.cpp csrc/functional_op.cpp csrc/override.cpp csrc/attempt.cpp csrc/arena.cpp
     csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/bench.cpp csrc/from_python.cpp csrc/adopted_key.cpp
     csrc/adopted_state.cpp csrc/adopted_table.cpp csrc/host_program.cpp csrc/adopted_learn.cpp csrc/adopted_kernel.cpp
     csrc/adopted_host.cpp csrc/adopted_patch.cpp csrc/adopted_door.cpp csrc/module.cpp)

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "adopted_door.h"
+#include "attempt.h"
 #include "bench.h"
 #include "from_python.h"
 #include "functional_op.h"
@@ -190,6 +191,10 @@ PYBIND11_MODULE(_C, m) {
           py::arg("otherwise"));
   m.def("override_op", &override_op, py::arg("name"), py::arg("cuda"), py::arg("routes"), py::arg("given"),
         py::arg("required"), py::return_value_policy::reference);
+  m.def(
+      "make_attempt",
+      [](const py::object& op) { return py::reinterpret_steal<py::object>(make_attempt(*as_op(op).op)); },
+      py::arg("op"));
   py::class_<DeviceTable, std::shared_ptr<DeviceTable>>(m, "Table");
   py::class_<TableBuilder>(m, "TableBuilder")
       .def(py::init<int, int, bool, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"),

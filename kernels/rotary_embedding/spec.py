@@ -82,8 +82,9 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
 
 
 def served(variant: Variant) -> bool:
-    """vLLM keeps the cache in the dtype of the query."""
-    return variant.dtypes["cos_sin_cache"] == variant.dtypes["query"]
+    """vLLM keeps the cache in the dtype of the query, SGLang in float32."""
+    sglang = variant.dtypes["cos_sin_cache"] == torch.float32 and "key" in variant.dtypes and variant.static["is_neox"]
+    return variant.dtypes["cos_sin_cache"] == variant.dtypes["query"] or bool(sglang)
 
 
 SPEC = OpSpec(

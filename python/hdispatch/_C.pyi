@@ -137,6 +137,7 @@ def override_op(
     given: int,
     required: int,
 ) -> Override | None: ...
+def make_attempt(op: Op) -> Callable[..., bool]: ...
 def define_op(
     name: str,
     schema: str,

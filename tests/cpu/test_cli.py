@@ -350,8 +350,9 @@ def test_doctor_as_json(capsys, toy_bundle, monkeypatch):
     monkeypatch.setenv(doctor.BUNDLE_VARIABLE, str(toy_bundle))
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "host", "serving"}
+    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "sglang", "host", "serving"}
     assert found["vllm"]["ok"] or found["vllm"]["reason"]
+    assert found["sglang"]["ok"] or found["sglang"]["reason"]
     assert found["versions"]["torch"] == torch.__version__
     assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs", "tvm_ffi", "linker"}
     assert all(part["ok"] or part["reason"] for part in found["backends"].values())

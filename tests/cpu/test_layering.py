@@ -23,6 +23,7 @@ BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", "hdispatch.adopted", *BUILD)
 VLLM = "hdispatch.integrations.vllm"
 PLUGIN = f"{VLLM}.plugin"
+SGLANG_PLUGIN = "hdispatch.integrations.sglang.plugin"
 #: Where the extension cannot be imported nothing else can be: this hands over to the report of `hdispatch doctor`, and ends.
 HANDS_OVER = ("hdispatch.extension imports hdispatch.cli.doctor",)
 DSLS = ("helion", "triton", "cutlass", "tvm_ffi", "matplotlib", "rich", "pytest", "hypothesis")
@@ -219,8 +220,8 @@ def test_no_module_imports_the_package_itself():
 
 
 def test_imports_are_at_the_top():
-    # Lazy ones are for what must not be loaded before it is needed: the build wing and the DSLs, and vLLM by its plug-in.
-    lazy = (*LAZY, PLUGIN)
+    # Lazy ones are for what must not be loaded before it is needed: the build wing, the DSLs, vLLM and SGLang by the plug-ins.
+    lazy = (*LAZY, PLUGIN, SGLANG_PLUGIN)
     assert tuple(str(each) for each in IMPORTS if each.local and not within(each.source, lazy)) == HANDS_OVER
 
 
@@ -232,6 +233,12 @@ def test_vllm_is_imported_by_the_plug_in_alone():
     }
     assert all(each.local for each in vllm if each.source == PLUGIN)
     assert {each.source for each in IMPORTS if each.target == f"{VLLM}.models"} == {PLUGIN}
+
+
+def test_sglang_is_imported_by_its_plug_in_alone():
+    sglang = [each for each in IMPORTS if within(each.target, ("sglang", "sgl_kernel"))]
+    assert {each.source for each in sglang} == {SGLANG_PLUGIN}
+    assert all(each.local for each in sglang)
 
 
 # ---- kernels ----
@@ -335,7 +342,7 @@ def test_the_core_includes_neither_python_nor_torch():
 ADOPTED = tuple(f"adopted_{part}" for part in ("key", "state", "table", "kernel", "learn", "host", "patch", "door"))
 #: The doors, what they share, and what those of sequences and adopted kernels are made of.
 DOORS = (
-    *("op_call", "torch_op", "override", "op_arguments", "python_errors", "profiler"),
+    *("op_call", "torch_op", "override", "attempt", "op_arguments", "python_errors", "profiler"),
     *("sequence_call", "sequence_reader", "arena"),
     *("host_program", *ADOPTED),
 )

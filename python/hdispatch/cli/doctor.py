@@ -28,8 +28,8 @@ NO_BUNDLE = (
 
 DESCRIPTION = """\
 Say what is installed, which backends can build and why not, whether the GPU can be reached, whether a bundle would be served
-here, down to the reason if not, and whether the plug-in would serve vLLM. Launches nothing. Where the extension does not fit
-the torch that is installed, that is what it says.
+here, down to the reason if not, and whether the plug-ins would serve vLLM and SGLang. Launches nothing. Where the extension
+does not fit the torch that is installed, that is what it says.
 
   hdispatch doctor                  the environment, and $HDISPATCH_BUNDLE, or else the bundle of this installation
   hdispatch doctor bundle           the same with this bundle
@@ -110,6 +110,7 @@ def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -
         "backends": {name: _examined(check) for name, check in BACKENDS.items()},
         "bundle": served,
         "vllm": _examine_vllm(extension["ok"]),
+        "sglang": _examine_sglang(extension["ok"]),
         "host": _examine_host(),
         "serving": {"ok": not problems, "reason": "; ".join(problems)},
     }
@@ -179,6 +180,15 @@ def _examine_vllm(extension: bool) -> dict[str, Any]:
         reason = "not looked for without the extension"
         return {"ok": False, "reason": reason, "version": None, "models": [], "decode": "", "runner": ""}
     from ..integrations.vllm import plugin
+
+    return plugin.examine()
+
+
+def _examine_sglang(extension: bool) -> dict[str, Any]:
+    """Whether SGLang would be served by the plug-in."""
+    if not extension:
+        return {"ok": False, "reason": "not looked for without the extension", "version": None, "ops": [], "left": {}}
+    from ..integrations.sglang import plugin
 
     return plugin.examine()
 
@@ -303,6 +313,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  bundle     {_verdict(bundle, _words_of_bundle(bundle))}",
         f"  host       {_verdict(found['host'], _words_of_host(found['host']))}",
         f"  vLLM       {_verdict(found['vllm'], _words_of_vllm(found['vllm']))}",
+        f"  SGLang     {_verdict(found['sglang'], _words_of_sglang(found['sglang']))}",
     ]
     lines += ["building", *(f"  {name:10} {_verdict(each, each['found'])}" for name, each in found["backends"].items())]
     lines.append(
@@ -330,6 +341,11 @@ def _words_of_vllm(vllm: dict[str, Any]) -> str:
     models = ", ".join(vllm["models"])
     runner = f"vLLM's own model runner: {vllm['runner']}" if vllm["runner"] else "its model runner's decode steps"
     return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}; {runner}"
+
+
+def _words_of_sglang(sglang: dict[str, Any]) -> str:
+    left = "".join(f"; {target} stays its own: {why}" for target, why in sglang["left"].items())
+    return f"{sglang['version']}, served by rows of {', '.join(sglang['ops'])}{left}" if sglang["ok"] else ""
 
 
 def _verdict(part: dict[str, Any], found: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 
 import torch
 
-from ... import runtime
 from ...errors import HdispatchError
+from .. import switch
 
-SWITCH = "HDISPATCH"
+SWITCH = switch.SWITCH
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
 RUNNER = "HDISPATCH_RUNNER"
@@ -26,15 +25,10 @@ ATTENTIONS = {
 #: A child of vLLM's logger, so that its level and format apply.
 logger = logging.getLogger("vllm.hdispatch")
 
-_LOADING = threading.Lock()
-
 
 def is_on() -> bool:
     """Whether HDISPATCH is 1. `HdispatchError` for a value that is neither 1 nor, for no, 0 or nothing."""
-    asked = os.environ.get(SWITCH, "")
-    if asked not in ("", "0", "1"):
-        raise HdispatchError(f"{SWITCH} is {asked!r}; it takes 1 (serve vLLM with hdispatch) or 0 (do not)")
-    return asked == "1"
+    return switch.is_on("vLLM")
 
 
 def attention() -> str:
@@ -72,16 +66,5 @@ def metrics_port() -> int:
 
 
 def load_bundle(device: torch.device) -> None:
-    """Load the default bundle (`hdispatch.load`) for a CUDA device, unless one serves it already. Nothing for another device.
-
-    Call it when the process has chosen its device, as tensor parallel workers do after plug-ins are registered. Raises what
-    `hdispatch.load` raises.
-    """
-    if device.type != "cuda":
-        return
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with _LOADING:
-        if any(bundle.device == index for bundle in runtime.loaded()):
-            return
-        bundle = runtime.load(device=index)
-    logger.info("hdispatch: %d rows of %s serve cuda:%d", bundle.rows, bundle.folder, index)
+    """`switch.load_bundle`, said in vLLM's log."""
+    switch.load_bundle(device, logger)
