@@ -240,12 +240,12 @@ void define_adopted(py::module_& m) {
   m.def(
       "host_keys",
       [](const py::object& adopted) {
-        py::list out;  // (whether it is one shape's, the reason why there is no record)
+        py::list out;  // (whether there is a record, whether it is one shape's, why there is none or only that)
         if (reinterpret_cast<PyObject*>(Py_TYPE(adopted.ptr())) != host_kernel_type) return out;
-        std::vector<std::pair<bool, std::string>> found;  // first: making Python objects may run the collector
+        std::vector<std::tuple<bool, bool, std::string>> found;  // first: making objects may run the collector
         for (const auto& [hash, entry] : *reinterpret_cast<HostKernel*>(adopted.ptr())->table)
-          found.emplace_back(!entry->record || entry->record->is_exact(), entry->reason);
-        for (const auto& [exact, reason] : found) out.append(py::make_tuple(exact, reason));
+          found.emplace_back(entry->record != nullptr, !entry->record || entry->record->is_exact(), entry->reason);
+        for (const auto& [served, exact, reason] : found) out.append(py::make_tuple(served, exact, reason));
         return out;
       },
       py::arg("adopted"));

@@ -20,6 +20,9 @@ PyObject* host_kernel_type;
 
 namespace {
 
+constexpr size_t kMaxOutputs = 8;
+constexpr size_t kMaxViews = 8;
+constexpr size_t kMaxResultRank = 32;
 constexpr size_t kMaxRecords = 1 << 14;  ///< of one kernel: then it is Helion's
 
 std::vector<HostSteps> read_steps(const py::handle& listed) {
@@ -32,6 +35,13 @@ int8_t scalar_type_of(const py::handle& dtype) {
   if (dtype.is_none()) return 0;
   HD_CHECK(THPDtype_Check(dtype.ptr()), "a dtype is none of torch's");
   return static_cast<int8_t>(reinterpret_cast<THPDtype*>(dtype.ptr())->scalar_type);
+}
+
+/// None, a bool, an int or a float.
+std::optional<c10::Scalar> read_fill(const py::handle& value) {
+  if (value.is_none()) return std::nullopt;
+  if (PyBool_Check(value.ptr())) return c10::Scalar(value.cast<bool>());
+  return PyFloat_Check(value.ptr()) ? c10::Scalar(value.cast<double>()) : c10::Scalar(value.cast<int64_t>());
 }
 
 bool compute_all(const std::vector<HostSteps>& steps, PyObject* const* args, int64_t* out) {
@@ -48,7 +58,14 @@ HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
   HD_CHECK(grid_.size() == 3, grid_.size());
   for (const auto& item : said["outputs"].cast<py::list>()) {
     const auto each = item.cast<py::tuple>();
-    outputs_.push_back({read_steps(each[0]), read_steps(each[1]), scalar_type_of(each[2]), each[3].cast<uint16_t>()});
+    outputs_.push_back({read_steps(each[0]), read_steps(each[1]), scalar_type_of(each[2]), each[3].cast<uint16_t>(),
+                        read_fill(each[4])});
+  }
+  for (const auto& item : said["views"].cast<py::list>()) {
+    const auto each = item.cast<py::tuple>();  // (output, sizes, strides, offset)
+    const auto output = each[0].cast<size_t>();
+    HD_CHECK(output < outputs_.size(), output);
+    views_.push_back({output, read_steps(each[1]), read_steps(each[2]), HostSteps(py::object(each[3]).ptr())});
   }
   for (const auto& item : said["params"].cast<py::list>()) {
     const auto each = item.cast<py::tuple>();  // (kind, index, dtype, steps, object)
@@ -57,6 +74,7 @@ HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
     objects_.push_back(py::object(each[4]).ptr());
   }
   for (const auto& item : said["options"].cast<py::list>()) objects_.push_back(item.ptr());
+  HD_CHECK(outputs_.size() <= kMaxOutputs && views_.size() <= kMaxViews, outputs_.size(), " and ", views_.size());
   const py::object function = said["function"];
   HD_CHECK(reinterpret_cast<PyObject*>(Py_TYPE(function.ptr())) == adopted_type, "the function is not adopted");
   function_ = reinterpret_cast<AdoptedKernel*>(function.ptr());
@@ -65,6 +83,7 @@ HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
   variant_.dict = py::object(said["variant"]).ptr();  // held by the dict
   run_ = py::object(said["run"]).ptr();
   results_ = said["results"].cast<std::vector<int>>();
+  for (const int each : results_) HD_CHECK(each < static_cast<int>(outputs_.size() + views_.size()), each);
   result_ = said["result"].cast<int>();
   is_tuple_ = said["is_tuple"].cast<bool>();
 }
@@ -89,8 +108,8 @@ bool HostRecord::holds(PyObject* const* args) {
 }
 
 PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
-  at::Tensor outputs[8];
-  int64_t dims[64];
+  at::Tensor outputs[kMaxOutputs];
+  int64_t dims[2 * kMaxResultRank];
   for (size_t i = 0; i < outputs_.size(); ++i) {
     const Output& output = outputs_[i];
     const size_t rank = output.sizes.size();
@@ -101,6 +120,10 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
                                           .dtype(static_cast<c10::ScalarType>(output.scalar_type))
                                           .requires_grad(false);
     outputs[i] = at::empty_strided({dims, rank}, {dims + rank, rank}, options);
+    if (output.fill) {
+      const py::gil_scoped_release released;  // it is a launch of torch's, and the queue may be full
+      outputs[i].fill_(*output.fill);
+    }
   }
   GivenValue given[kMaxAdoptedArguments];
   for (size_t i = 0; i < params_.size(); ++i) {
@@ -117,11 +140,23 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
     c10::TensorImpl* impl = base.unsafeGetTensorImpl();
     given[i].value = HD_LIKELY(impl->numel() != 0) ? address_of(impl, true) + static_cast<uint64_t>(value) : 0;
   }
+  at::Tensor views[kMaxViews];
+  for (size_t i = 0; i < views_.size(); ++i) {
+    const View& view = views_[i];
+    const size_t rank = view.sizes.size();
+    int64_t offset = 0;
+    if (!compute_all(view.sizes, args, dims) || !compute_all(view.strides, args, dims + rank) ||
+        !view.offset.compute(nullptr, args, offset))
+      return reason = "sizes of more than 64 bits", nullptr;
+    views[i] = outputs[view.output].as_strided({dims, rank}, {dims + rank, rank}, offset);
+  }
   int64_t grid[3];
   if (!compute_all(grid_, args, grid)) return reason = "grid", nullptr;
   if (!function_->launch(*form_, objects_.data(), given, grid, reason)) return nullptr;
   const auto result = [&](int index) {
-    return index < 0 ? Py_NewRef(args[-1 - index]) : THPVariable_Wrap(outputs[index]);
+    if (index < 0) return Py_NewRef(args[-1 - index]);
+    if (static_cast<size_t>(index) < outputs_.size()) return THPVariable_Wrap(outputs[index]);
+    return THPVariable_Wrap(views[static_cast<size_t>(index) - outputs_.size()]);
   };
   if (result_ == -2) Py_RETURN_NONE;
   if (result_ == 0) return result(results_[0]);
@@ -216,10 +251,12 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_record, self.kernel, args, nullptr)};
   if (!said.object) throw python_error();
   auto entry = std::make_unique<HostEntry>();
-  if (PyUnicode_Check(said.object))
+  if (PyUnicode_Check(said.object)) {
     entry->reason = PyUnicode_AsUTF8(said.object);
-  else
+  } else {
     entry->record = std::make_unique<HostRecord>(said.object);
+    entry->reason = py::str(py::handle(said.object)["note"]);
+  }
   const bool is_exact = !entry->record || entry->record->is_exact();
   entry->words.assign(key.words, key.words + (is_exact ? key.count : key.kind));
   self.table->emplace(is_exact ? key.hash : key.kind_hash, std::move(entry));

@@ -7,9 +7,11 @@
 #pragma once
 
 #include <Python.h>
+#include <c10/core/Scalar.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -43,7 +45,15 @@ class HostRecord {
     std::vector<HostSteps> sizes;
     std::vector<HostSteps> strides;
     int8_t scalar_type;
-    uint16_t like;  ///< on the device of this argument
+    uint16_t like;                    ///< on the device of this argument
+    std::optional<c10::Scalar> fill;  ///< `zeros`, `full`; none: left as it is
+  };
+  /// What `view` or `reshape` of an output is.
+  struct View {
+    size_t output;
+    std::vector<HostSteps> sizes;
+    std::vector<HostSteps> strides;
+    HostSteps offset;
   };
   struct Param {
     enum class Kind : uint8_t { kObject, kInteger, kArgument, kOutput } kind;
@@ -61,10 +71,11 @@ class HostRecord {
   std::vector<PyObject*> objects_;  ///< of params (None where they are computed), then options; borrowed
   AdoptedKernel* function_ = nullptr;
   const CallForm* form_ = nullptr;
-  WatchedDict variant_;       ///< the compiled variant's dict
-  PyObject* run_ = nullptr;   ///< its host function; borrowed
-  int result_ = -1;           ///< index of an output; -1: listed; -2: None
-  std::vector<int> results_;  ///< outputs from 0, arguments as -1 - index
+  WatchedDict variant_;      ///< the compiled variant's dict
+  PyObject* run_ = nullptr;  ///< its host function; borrowed
+  int result_ = -1;          ///< 0: the one of `results_`; -1: listed; -2: None
+  std::vector<View> views_;
+  std::vector<int> results_;  ///< outputs from 0, then views; arguments as -1 - index
   bool is_tuple_ = false;
 };
 
@@ -80,7 +91,7 @@ struct HostKey {
   uint64_t words[kMaxWords];
 };
 
-/// One kind of call, or one shape: a record, or why there is none.
+/// One kind of call, or one shape: a record, or why there is none; and why it is of one shape only.
 struct HostEntry {
   std::vector<uint64_t> words;
   std::unique_ptr<HostRecord> record;

@@ -43,6 +43,15 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else [each for each in value if isinstance(each, torch.Tensor)]
 
 
+def storages(value: Any) -> dict[int, int]:
+    """Addresses of results; of one memory the last."""
+    return {each.untyped_storage().data_ptr(): i for i, each in enumerate(tensors(value))}
+
+
+def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device, tensor.requires_grad
+
+
 def same(stub: triton_stub.Stub, kernel: Any, args: tuple[Any, ...]) -> bool:
     """Whether C++ made the call; if so, that it launched what Helion does, and returned what it does."""
     hits = counts(kernel)["hits"]
@@ -58,19 +67,19 @@ def same(stub: triton_stub.Stub, kernel: Any, args: tuple[Any, ...]) -> bool:
     last = stub.last()
     assert (launches[0]["grid"], launches[0]["block"], launches[0]["shared"]) == (last.grid, last.block, last.shared)
     assert type(got) is type(wanted)
-    known = {each.data_ptr(): i for i, each in enumerate(tensors(got))}
-    theirs = {each.data_ptr(): i for i, each in enumerate(tensors(wanted))}
+    known = storages(got)
     # Parameters bit by bit, but for the addresses of what each of them allocated.
     stub.expect([{8: "i64", 4: "i32", 1: "i8"}[len(param)] for param in launches[0]["params"][:-2]])
     hdispatch.unadopt()
     wanted = kernel(*args)
     hdispatch.adopt(kernel, driver="null")
-    theirs = {each.data_ptr(): i for i, each in enumerate(tensors(wanted))}
+    theirs = storages(wanted)
     for ours, other in zip(launches[0]["params"], stub.last().params, strict=True):
         mine, his = (int.from_bytes(param, "little") for param in (ours, other))
         assert mine == his or known[mine] == theirs[his], (args, mine, his)
     for ours, other in zip(tensors(got), tensors(wanted), strict=True):
-        assert (ours.shape, ours.stride(), ours.dtype, ours.device) == (other.shape, other.stride(), other.dtype, other.device)
+        assert geometry(ours) == geometry(other)
+        assert ours._is_view() == other._is_view()
     return True
 
 
@@ -89,6 +98,10 @@ OPEN: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "specialized": lambda m: (torch.zeros(m, 64), 2.5),
     "in_place": lambda m: (torch.zeros(m, 48),),
     "flattened": lambda m: (torch.zeros(3, m, 48),),
+    "zeros": lambda m: (torch.zeros(m, 64),),
+    "filled": lambda m: (torch.zeros(m, 64),),
+    "returns_a_view": lambda m: (torch.zeros(m, 64),),
+    "returns_views": lambda m: (torch.zeros(m, 64),),
 }
 
 
@@ -135,17 +148,46 @@ def test_strided_tensors_are_served_shape_by_shape(stub):
     assert same(stub, kernel, (x[:, :64], y[:, :64]))
 
 
-@pytest.mark.parametrize("name", ["zeros", "returns_a_view"])
+def test_results_are_filled_and_views_share_memory(stub):
+    kernel, other = adopted(kernels.filled), adopted(kernels.returns_views)
+    for each in (kernel, other):
+        warm(each, lambda m: (torch.zeros(m, 64),))
+    hits = counts(kernel)["hits"]
+    highest, count, out = kernel(torch.zeros(21, 64))  # nothing runs: they are what the host function made them
+    assert counts(kernel)["hits"] == hits + 1
+    assert highest.tolist() == [float("-inf")] * 21
+    assert count.tolist() == [1] * 21
+    assert out.dtype == torch.float32
+    hits = counts(other)["hits"]
+    pairs, tail, whole = other(torch.zeros(21, 64))
+    assert counts(other)["hits"] == hits + 1
+    whole.copy_(torch.arange(21 * 64).view(21, 64))
+    assert pairs.flatten().tolist() == list(range(21 * 64))
+    assert tail.storage_offset() == 1
+    assert pairs._base is not None
+    assert not pairs.requires_grad
+
+
+def test_aot_kernels_are_served_shape_by_shape(stub):
+    kernel = adopted(kernels.aot)
+    for m in (7, 16, 7, 16, 7, 16):
+        kernel(torch.zeros(m, 64))
+    assert same(stub, kernel, (torch.zeros(7, 64),))
+    assert same(stub, kernel, (torch.zeros(16, 64),))
+    assert "calls of one shape: it is chosen by a key function" in hdispatch.explain(kernel)
+
+
+@pytest.mark.parametrize("name", ["reduces_after", "writes_after", "returns_another_dtype", "own_key"])
 def test_what_cannot_be_a_record_is_helions_and_its_launch_is_served(stub, name):
     kernel = adopted(getattr(kernels, name))
     x = torch.zeros(7, 64)
     for turn in range(3):
-        result, launches = launched(lambda: kernel(x))
-        assert result.numel() == x.numel()
+        _, launches = launched(lambda: kernel(x))
         assert len(launches) == (turn == 2)
-    assert any("host function" in reason for reason in counts(kernel)["misses"])
+    reason = "key function" if name == "own_key" else "host function: it "
+    assert any(each.startswith(reason) for each in counts(kernel)["misses"])
     assert counts(kernel)["hits"] == 0
-    assert "Helion's  host function: it " in hdispatch.explain(kernel)
+    assert f"Helion's  {reason}" in hdispatch.explain(kernel)
 
 
 def test_arguments_that_share_memory_are_helions(stub):

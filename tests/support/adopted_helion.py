@@ -63,9 +63,75 @@ def zeros(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
+@helion.kernel(static_shapes=False, config=CONFIG_1D)
+def filled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, n = x.size()
+    highest = torch.full([m], float("-inf"), device=x.device)
+    count = x.new_ones([m], dtype=torch.int32)
+    out = torch.empty([m, n], dtype=torch.promote_types(x.dtype, torch.bfloat16), device=x.device)
+    for rows in hl.tile(m):
+        highest[rows] = torch.maximum(highest[rows], x[rows, :].amax(-1))
+        count[rows] = count[rows] + 1
+        out[rows, :] = x[rows, :]
+    return highest, count, out
+
+
 @helion.kernel(static_shapes=False, config=CONFIG_2D)
 def returns_a_view(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty_like(x)
     for tile in hl.tile(x.size()):
         out[tile] = x[tile] + 1
     return out.view(-1)
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_1D)
+def returns_views(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    m, n = x.size()
+    out = torch.empty_like(x)
+    total = torch.empty([m + 1], dtype=torch.float32, device=x.device)
+    for rows in hl.tile(m):
+        values = x[rows, :]
+        out[rows, :] = values
+        total[rows] = values.sum(-1)
+    return out.view(-1, n // 2, 2), total[1:], out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_1D, ignore_warnings=[helion.exc.TensorOperationInWrapper])
+def reduces_after(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty([x.size(0)], dtype=x.dtype, device=x.device)
+    for rows in hl.tile(x.size(0)):
+        out[rows] = x[rows, :].sum(-1)
+    return out.mean()
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def writes_after(x: torch.Tensor) -> torch.Tensor:
+    out = torch.zeros_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile]
+    out[:, -1] = 0
+    return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def returns_another_dtype(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] + 1
+    return out.view(torch.int32)
+
+
+@helion.aot_kernel(config=CONFIG_2D)
+def aot(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] * 2
+    return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D, key=lambda x: x.size(0) > 10)
+def own_key(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] * 2
+    return out

@@ -90,8 +90,10 @@ def explain(kernel: Any) -> str | None:
     state = "adopted" if _C.adopted_is_on(made) else "adopted before"
     if isinstance(made, _C.HostKernel):
         keys = _C.host_keys(made)
-        served = [f"served    {'calls of one shape' if exact else 'any M'}" for exact, reason in keys if not reason]
-        return "\n".join([f"{state}, {len(keys)} key(s)", *served, *(f"Helion's  {reason}" for _, reason in keys if reason)])
+        shapes = [f"served    calls of one shape: {reason}" for served, exact, reason in keys if served and exact]
+        every = ["served    any M" for served, exact, _ in keys if served and not exact]
+        helion = [f"Helion's  {reason}" for served, _, reason in keys if not served]
+        return "\n".join([f"{state}, {len(keys)} key(s)", *every, *shapes, *helion])
     rows = [what for _, what, _ in _C.adopted_keys(made)]
     lines = [("served    " if what.startswith("block ") else "Triton's  ") + what for what in rows]
     return "\n".join([f"{state}, {len(rows)} key(s)", *lines])

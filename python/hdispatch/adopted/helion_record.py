@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from typing import Any
 import helion  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
 import torch
+import triton  # type: ignore[import-untyped]
+from helion.autotuner import aot_cache  # type: ignore[import-untyped]
 from torch._dynamo.source import ConstantSource, LocalSource, TensorProperty, TensorPropertySource
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -31,7 +34,8 @@ from ..errors import BuildError
 from .host_program import Op, Steps
 from .triton_state import State, number_of
 
-MAX_OUTPUTS = 8
+MAX_OUTPUTS = 8  # csrc/adopted_host.cpp, and the same number of views of them
+MAX_RANK = 32
 MAX_INT32 = 2**31 - 1
 
 _OPERATORS = {
@@ -53,8 +57,6 @@ def kernel_state(kernel: Any) -> State:
     dicts = [vars(kernel)]
     if settings.backend != "triton":
         return -1, f"backend {settings.backend}", dicts, [], []
-    if kernel._key_fn is not None:
-        return -1, "key function", dicts, [], []
     if settings.distributed or getattr(kernel, "_declares_process_group", False):
         return -1, "distributed kernel", dicts, [], []
     token = ("helion", id(kernel), getattr(kernel, "_reset_generation", 0), id(settings), settings.static_shapes)
@@ -71,9 +73,11 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
     host = bound._run
     if host is None:
         return "not compiled"
-    if any(isinstance(arg, (list, dict, tuple)) for arg in args):
-        return "argument's type"
-    problems = []
+    for function in _functions(host):
+        adopt(function)  # the launch at least
+    if not _has_known_key(kernel):
+        return "key function"
+    problems: list[str] = []
     for make in (_open, _exact):
         try:
             made = make(bound, args)
@@ -86,10 +90,16 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
         kernel_entry = adopt(made.pop("kernel"))
         if kernel_entry is None:
             return "its Triton kernel cannot be adopted"
-        return {**made, "function": kernel_entry, "variant": vars(bound), "run": host}
-    for function in _functions(host):
-        adopt(function)  # the launch at least
+        return {**made, "note": "".join(problems), "function": kernel_entry, "variant": vars(bound), "run": host}
     return f"host function: {problems[-1]}"
+
+
+def _has_known_key(kernel: Any) -> bool:
+    """Whether it chooses by no function, or by the one of `helion.aot_kernel`, which reads shapes, dtypes and numbers."""
+    key = kernel._key_fn
+    if key is None:
+        return True
+    return type(key).__name__ == "HeuristicKeyFunction" and key.user_key is None and aot_cache.get_aot_mode() == "evaluate"
 
 
 @dataclass
@@ -109,6 +119,8 @@ def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
     kernel, env = bound.kernel, bound.env
     if kernel.settings.static_shapes:
         raise _Refused("static_shapes is True")
+    if kernel._key_fn is not None:
+        raise _Refused("it is chosen by a key function")
     if getattr(bound, "_compiler_seed_specialization_extractors", ()):
         raise _Refused("it is chosen by the compiler's seeds")
     choice = _Choice()
@@ -193,19 +205,42 @@ def _recording(host: Callable[..., Any]) -> Iterator[_Launch]:
         raise _Refused("it launches no kernel")
 
 
+@dataclass
+class _Output:
+    """A tensor that the host function allocates, and what it fills it with; None: nothing."""
+
+    tensor: torch.Tensor
+    fill: float | None = None
+
+
+#: Factories by name, without `aten.` and the overload: what they fill with, or the position of that among the arguments.
+_FILLS = {"zeros": 0, "zeros_like": 0, "new_zeros": 0, "ones": 1, "ones_like": 1, "new_ones": 1}
+_FILLS_WITH = {"full": 1, "full_like": 1, "new_full": 2}
+#: What only computes with dtypes, which are part of the key.
+_OF_DTYPES = ("promote_types", "can_cast")
+
+
 class _Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Lets the host function allocate and make views, notes the allocations, and refuses the rest by name."""
+    """Lets the host function allocate and make views, notes the allocations, and refuses the rest by name.
+
+    What it does to tensors besides is refused wherever it comes: before the launch or after it.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.made: list[torch.Tensor] = []
+        self.made: list[_Output] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if name.startswith(("aten.empty", "aten.new_empty")):
-            self.made.append(func(*args, **(kwargs or {})))
-            return self.made[-1]
-        if not (getattr(func, "is_view", False) or func.namespace == "prim" or name.startswith("aten.sym_")):
+        factory = name.split(".")[1]
+        if factory.startswith(("empty", "new_empty")) or factory in _FILLS or factory in _FILLS_WITH:
+            fill = args[_FILLS_WITH[factory]] if factory in _FILLS_WITH else _FILLS.get(factory)
+            if not isinstance(fill, (int, float, type(None))):
+                raise _Refused(f"it fills with a {type(fill).__name__}")
+            self.made.append(_Output(func(*args, **(kwargs or {})), fill))
+            return self.made[-1].tensor
+        of_numbers = func.namespace == "prim" or name.startswith("aten.sym_") or factory in _OF_DTYPES
+        if not (getattr(func, "is_view", False) or of_numbers):
             raise _Refused(f"it runs {name}")
         return func(*args, **(kwargs or {}))
 
@@ -226,12 +261,53 @@ def _open(bound: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     env = ShapeEnv(duck_shape=False, specialize_zero_one=False)
     mode = FakeTensorMode(shape_env=env)
     leaves: dict[sympy.Symbol, str] = {}
+    powers: dict[str, Steps] = {}
     guards = choice.guards
     fakes = [_fake(arg, i, choice, env, mode, leaves) if isinstance(arg, torch.Tensor) else arg for i, arg in enumerate(args)]
+    host = _with_powers(bound._run, env, leaves, powers)
     outputs = _Outputs()
     with _recording(bound._run) as launch, mode, outputs:
-        result = bound._run(*fakes)
-    return _describe(launch, outputs.made, args, fakes, result, leaves, [guard.expr for guard in env.guards], guards)
+        result = host(*fakes)
+    assumed = [guard.expr for guard in env.guards]
+    return _describe(launch, outputs.made, args, fakes, result, leaves, assumed, guards, powers)
+
+
+class _WithPowers:
+    """A module that a host function names, with another `next_power_of_2`."""
+
+    def __init__(self, module: types.ModuleType, power: Callable[[Any], Any]) -> None:
+        self._module = module
+        self.next_power_of_2 = power
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _with_powers(
+    host: Callable[..., Any], env: ShapeEnv, leaves: dict[sympy.Symbol, str], powers: dict[str, Steps]
+) -> Callable[..., Any]:
+    """The host function with a `next_power_of_2` of open sizes: a leaf of its own, whose steps `powers` keeps by name.
+
+    Triton's is a chain of shifts and ors, which are no expressions here.
+    """
+    if not isinstance(host, types.FunctionType):
+        return host
+
+    def power(value: Any) -> Any:
+        if not isinstance(value, torch.SymInt):
+            return triton.next_power_of_2(value)
+        name = f"power {len(powers)}"
+        powers[name] = [*_steps(value, leaves, powers), (Op.NEXT_POWER_OF_2, 0, 0)]
+        hint, source = triton.next_power_of_2(value.node.hint), ConstantSource(name.replace(" ", "_"))
+        symbol = env.create_symbol(hint, source, dynamic_dim=DimDynamic.DYNAMIC)
+        leaves[symbol] = name
+        return env.create_symintnode(symbol, hint=hint, source=source)
+
+    modules = {name: each for name, each in host.__globals__.items() if isinstance(each, types.ModuleType)}
+    scope = {name: _WithPowers(each, power) for name, each in modules.items() if hasattr(each, "next_power_of_2")}
+    made = types.FunctionType(host.__code__, {**host.__globals__, **scope}, host.__name__, host.__defaults__, host.__closure__)
+    made.__kwdefaults__ = host.__kwdefaults__
+    return made
 
 
 def _fake(
@@ -265,13 +341,14 @@ def _fake(
 
 def _describe(
     launch: _Launch,
-    made: list[torch.Tensor],
+    made: list[_Output],
     args: Sequence[Any],
     given: Sequence[Any],
     result: Any,
     leaves: dict[sympy.Symbol, str],
     assumed: Sequence[Any],
     guards: Sequence[Steps] = (),
+    known: dict[str, Steps] | None = None,
 ) -> dict[str, Any]:
     """`given` are the arguments that the host function ran on: `args` themselves, or fakes of them."""
     tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
@@ -281,10 +358,10 @@ def _describe(
         raise _Refused(f"it allocates more than {MAX_OUTPUTS} tensors")
 
     def steps(value: Any) -> Steps:
-        return _steps(value, leaves)
+        return _steps(value, leaves, known)
 
     storages = {given[i].untyped_storage()._cdata: (_ARGUMENT, i, given[i]) for i in tensors}
-    storages |= {tensor.untyped_storage()._cdata: (_OUTPUT, i, tensor) for i, tensor in enumerate(made)}
+    storages |= {each.tensor.untyped_storage()._cdata: (_OUTPUT, i, each.tensor) for i, each in enumerate(made)}
 
     def parameter(value: Any) -> tuple[int, int, torch.dtype | None, Steps, object]:
         if isinstance(value, torch.Tensor):
@@ -302,6 +379,11 @@ def _describe(
             return _OBJECT, 0, None, [], value
         raise _Refused(f"it passes a {type(value).__name__}")
 
+    def geometry(tensor: torch.Tensor) -> tuple[list[Steps], list[Steps]]:
+        if tensor.dim() > MAX_RANK:
+            raise _Refused(f"it allocates a tensor of more than {MAX_RANK} dimensions")
+        return [steps(size) for size in tensor.shape], [steps(stride) for stride in tensor.stride()]
+
     kernel, keywords = launch.kernel, dict(launch.keywords)
     grid = keywords.pop("grid", None)
     if keywords.pop("warmup", False) or not isinstance(grid, (tuple, list)) or not 1 <= len(grid) <= 3:
@@ -312,30 +394,41 @@ def _describe(
     listed, is_tuple = ([result], False) if result is None or isinstance(result, torch.Tensor) else (result, True)
     if not isinstance(listed, (list, tuple)) or type(listed) not in (list, tuple):
         raise _Refused(f"it returns a {type(result).__name__}")
+    views: list[tuple[int, torch.Tensor]] = []
+    results = [] if result is None else [_returned(value, made, views, given, tensors) for value in listed]
+    if len(views) > MAX_OUTPUTS:
+        raise _Refused(f"it returns more than {MAX_OUTPUTS} views")
     return {
         "kernel": kernel,
         "is_exact": not guards,
         "guards": [*guards, *(steps(each) for each in assumed)],
-        "outputs": [
-            ([steps(size) for size in tensor.shape], [steps(stride) for stride in tensor.stride()], tensor.dtype, tensors[0])
-            for tensor in made
+        "outputs": [(*geometry(each.tensor), each.tensor.dtype, tensors[0], each.fill) for each in made],
+        "views": [
+            (index, *geometry(view), steps(view.storage_offset() - made[index].tensor.storage_offset()))
+            for index, view in views
         ],
         "grid": [steps(size) for size in [*grid, *[1] * (3 - len(grid))]],
         "params": [parameter(bound.arguments[name]) for name in own],
         "names": (*own, *keywords),
         "options": list(keywords.values()),
-        "results": [] if result is None else [_returned(value, made, given, tensors) for value in listed],
+        "results": results,
         "result": -2 if result is None else -1 if is_tuple else 0,
         "is_tuple": isinstance(result, tuple),
     }
 
 
-def _returned(value: Any, made: list[torch.Tensor], given: Sequence[Any], tensors: list[int]) -> int:
-    for index, tensor in enumerate(made):  # torch may have made another object of it
+def _returned(
+    value: Any, made: list[_Output], views: list[tuple[int, torch.Tensor]], given: Sequence[Any], tensors: list[int]
+) -> int:
+    """The index of what is returned: an output, after these a view of one (which is noted), or -1 - that of an argument."""
+    for index, tensor in enumerate(each.tensor for each in made):  # torch may have made another object of it
         if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
-            if value.dtype == tensor.dtype and value.shape == tensor.shape and value.stride() == tensor.stride():
+            if value.dtype != tensor.dtype or value.is_conj() or value.is_neg():
+                raise _Refused("it returns a view of another dtype")
+            if value.shape == tensor.shape and value.stride() == tensor.stride():
                 return index
-            raise _Refused("it returns a view of what it allocated")
+            views.append((index, value))
+            return len(made) + len(views) - 1
     for index in tensors:
         if value is given[index]:
             return -1 - index
@@ -351,7 +444,7 @@ def _steps(value: Any, leaves: dict[sympy.Symbol, str], known: dict[str, Steps] 
             found.append((Op.CONST, token, 0))
         elif token in _OPERATORS:
             found.append((_OPERATORS[token], 0, 0))
-        elif known is not None:
+        elif known is not None and token in known:
             found += known[token]
         else:
             index, dimension = token.split(".")
