@@ -48,9 +48,9 @@ ADD = (X, Y, OUT, 1000)
 
 
 def wrapper(kernel: Any) -> Any:
-    """A copy of an autotuner or of heuristics, around a kernel of its own."""
+    """A copy of an autotuner or of heuristics or of one around the other, around a kernel of its own."""
     made = copy.copy(kernel)
-    made.fn = fresh(kernel.fn)
+    made.fn = fresh(kernel.fn) if isinstance(kernel.fn, triton.JITFunction) else wrapper(kernel.fn)
     if hasattr(kernel, "cache"):
         made.cache = {}
     return made

@@ -106,6 +106,110 @@ def heuristic(x, o, n, EVEN: tl.constexpr, BLOCK: tl.constexpr):
         tl.store(o + i, tl.load(x + i, i < n), i < n)
 
 
+@triton.heuristics({"EVEN": lambda args: args["n"] % 16 == 0})
+@triton.autotune(
+    [triton.Config({"BLOCK": 64}, num_warps=2), triton.Config({"BLOCK": 128}, num_warps=4, num_stages=2)],
+    key=["n", "step"],
+    do_bench=lambda call, **_keywords: (call(), [1.0, 1.0, 1.0])[1],
+)
+@triton.jit
+def tuned_of_two(x, o, n, step, EVEN: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(o + i * step, tl.load(x + i, i < n), i < n)
+
+
+@triton.heuristics({"SIZE": lambda args: triton.next_power_of_2(args["x"].numel()), "ODD": lambda args: args["n"] % 2 == 1})
+@triton.jit
+def heuristic_of_tensors(x, o, n, SIZE: tl.constexpr, ODD: tl.constexpr):
+    pass
+
+
+# Of these only the signatures matter.
+
+
+@triton.jit
+def any_dtypes(x, y, o):
+    pass
+
+
+@triton.jit
+def integers(a, b, c, d, e, f, g, h):
+    pass
+
+
+@triton.jit
+def floats(a, b, c, d):
+    pass
+
+
+@triton.jit
+def bools(a, b, c, d):
+    pass
+
+
+@triton.jit
+def nones(a, b, c):
+    pass
+
+
+@triton.jit
+def defaults(x, n=1, m=16, k=2**31, scale=1.0, flag=False):
+    pass
+
+
+@triton.jit
+def constants(A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    pass
+
+
+@triton.jit
+def small_integers(a: tl.int8, b: tl.int16, c: tl.int32, d: tl.int64):
+    pass
+
+
+@triton.jit
+def unsigned(a: tl.uint8, b: tl.uint32, c: tl.uint64):
+    pass
+
+
+@triton.jit
+def by_index(x, n, k, m):
+    pass
+
+
+@triton.jit
+def no_alignment(x, y, n):
+    pass
+
+
+@triton.jit
+def debugged(x, n):
+    pass
+
+
+@triton.jit
+def three_strides(x, a, b, c, d, e, f, o, BLOCK: tl.constexpr):
+    pass
+
+
+@triton.jit
+def nineteen(
+    t1, t2, t3, t4, t5, i1, i2, i3, i4, i5, i6, i7, i8, i9,
+    c1: tl.constexpr, c2: tl.constexpr, c3: tl.constexpr, c4: tl.constexpr, c5: tl.constexpr,
+):  # fmt: skip
+    pass
+
+
+@triton.jit
+def mixed(n, y, scale, nothing, flag, C: tl.constexpr, x, m):
+    pass
+
+
+@triton.jit
+def named(x, y, n, s):
+    pass
+
+
 def host_function(x: torch.Tensor) -> torch.Tensor:
     """Allocates its output, as users' wrappers do."""
     out = torch.empty_like(x)
