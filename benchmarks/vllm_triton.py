@@ -2,16 +2,16 @@
 
     python benchmarks/vllm_triton.py [--model qwen3-1.7b] [--attention TRITON_ATTN] [--json FILE]
 
-Each engine is a process of its own whose compile caches are empty, without hdispatch's plug-in: the layers, the model runner and
-the sampler are vLLM's. It captures decode steps as graphs, as a server does, or with --eager captures nothing.
+Each engine is a process of its own whose compile caches are empty, without hdispatch's plug-in: layers, model runner and
+sampler are vLLM's. It captures decode steps as graphs, as a server does, or with --eager captures nothing.
 
 record    runs under `hdispatch record`; `hdispatch build --record` then makes the bundle
 compiled  vLLM as it is
 recorded  loads the bundle first; vLLM's own monitor of compilations is set to "error" before the first kernel
 adopted   eager; hdispatch.adopt() first; counted after a warm-up with other requests
 
-Told: seconds until the engine stands, milliseconds of the first request (128 tokens in, 8 out) and of the same once more, how many
-kernels Triton compiled, and of the adopted launches the share that hit.
+Told: seconds until the engine stands, milliseconds of the first request (128 tokens in, 8 out) and of the same once more, how
+many kernels Triton compiled, and of the adopted launches the share that hit.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def run(arm: str, model: str, attention: str, eager: bool, bundle: str) -> dict[
     serve_model.write_config(folder, model, "token")
     sizes = {"max_model_len": 2048, "max_num_seqs": 64, "max_num_batched_tokens": 4096, "kv_cache_memory_bytes": 4 << 30}
     fixed = {"load_format": "dummy", "skip_tokenizer_init": True, "enable_prefix_caching": False, "seed": 0}
-    mode = {"enforce_eager": True} if eager or arm == "adopted" else {"compilation_config": GRAPHS}
+    fixed["jit_monitor_mode"] = "error" if arm == "recorded" else "warn"
+    mode: dict[str, Any] = {"enforce_eager": True} if eager or arm == "adopted" else {"compilation_config": GRAPHS}
     began = time.perf_counter()
     llm = LLM(model=str(folder), attention_backend=attention, gpu_memory_utilization=0.2, **sizes, **fixed, **mode)
     found: dict[str, Any] = {"start_s": time.perf_counter() - began, "compiled_at_start": len(compiled)}
@@ -86,6 +87,7 @@ def count_compilations() -> list[str]:
 
 
 def forbid_compilations() -> None:
+    """vLLM's monitor raises where Triton compiles, from here on."""
     from vllm.utils import jit_monitor
 
     jit_monitor.activate(mode="error", verbose=True)
@@ -160,10 +162,14 @@ def verdicts(arms: dict[str, dict[str, Any]]) -> list[str]:
     """met or miss of what was measured; nothing of an arm that failed but its name."""
     lines = [f"miss  {arm}: failed" for arm, found in arms.items() if "error" in found]
     if "start_s" in (found := arms.get("recorded", {})):
-        lines.append(f"{'met ' if found['compiled'] == 0 else 'miss'}  compilations with the bundle: {found['compiled']}, at most 0")
+        lines.append(
+            f"{'met ' if found['compiled'] == 0 else 'miss'}  compilations with the bundle: {found['compiled']}, at most 0"
+        )
     if "hits" in (found := arms.get("adopted", {})):
         share = found["hits"] / max(1, found["launches"])
-        lines.append(f"{'met ' if share >= HIT_SHARE else 'miss'}  adopted launches that hit: {share:.4f}, at least {HIT_SHARE}")
+        lines.append(
+            f"{'met ' if share >= HIT_SHARE else 'miss'}  adopted launches that hit: {share:.4f}, at least {HIT_SHARE}"
+        )
     return lines
 
 
@@ -187,7 +193,9 @@ def main() -> int:
     for arm in given.arms.split(","):
         found = arms[arm] = ask(arm, given, folder, folder / "bundle")
         shown = {name: value for name, value in found.items() if name != "kernels"}
-        print(f"{arm:9}", " ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), flush=True)
+        print(
+            f"{arm:9}", " ".join(f"{k} {v:.1f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items()), flush=True
+        )
         if arm == "record" and "error" not in found:
             built = build(folder)
             print(f"build     {built['seconds']:.1f} s, returned {built['returned']}: {built['said'][-600:]}", flush=True)
@@ -195,7 +203,9 @@ def main() -> int:
     print("\n".join(said))
     if given.json is not None:
         options = {"model": given.model, "attention": given.attention, "eager": given.eager}
-        given.json.write_text(json.dumps({"machine": machine.describe(), "options": options, "arms": arms, "build": built}, indent=1))
+        given.json.write_text(
+            json.dumps({"machine": machine.describe(), "options": options, "arms": arms, "build": built}, indent=1)
+        )
     return int(any(line.startswith("miss") for line in said))
 
 

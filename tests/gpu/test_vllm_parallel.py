@@ -37,7 +37,7 @@ FARTHER = 1.2
 TOKENS = [200, *random.Random(2).choices(range(8, 200), k=23)]
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 16, 24]}
 #: Seconds until an engine that has not answered has to say where it stands.
-LIMIT = 140
+LIMIT = 240
 STACKS = {"PYTHONFAULTHANDLER": "1"}
 OFF, LAUNCHED = {"HDISPATCH": "0"}, {"HDISPATCH_REPLAY": "0"}
 
