@@ -192,11 +192,12 @@ void define_adopted(py::module_& m) {
         py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("tuner_cache"));
   m.def(
       "set_host_callbacks",
-      [](const py::object& state, const py::object& record) {
+      [](const py::object& state, const py::object& record, const py::object& launches) {
         adopted_callbacks.host_state = state.inc_ref().ptr();
         adopted_callbacks.host_record = record.inc_ref().ptr();
+        adopted_callbacks.host_launches = launches.inc_ref().ptr();
       },
-      py::arg("state"), py::arg("record"));
+      py::arg("state"), py::arg("record"), py::arg("launches"));
   m.def(
       "make_host_kernel",
       [](const py::object& kernel, const std::string& name, bool is_null) {

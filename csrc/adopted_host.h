@@ -116,6 +116,7 @@ struct HostKernel {
   WatchedState* state;
   OpCounters* counters;
   HostTable* table;
+  WatchedDict variants;  ///< of Helion, whose launches are adopted; null: none was looked at
 
   PyObject* call(PyObject* args, PyObject* keywords);
 };

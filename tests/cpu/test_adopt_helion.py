@@ -102,6 +102,8 @@ OPEN: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "filled": lambda m: (torch.zeros(m, 64),),
     "returns_a_view": lambda m: (torch.zeros(m, 64),),
     "returns_views": lambda m: (torch.zeros(m, 64),),
+    "listed": lambda m: (torch.zeros(m, 64), [64], ("twice", 2.0)),
+    "transposed": lambda m: (torch.zeros(m, 32), torch.zeros(48, 32).t()),
 }
 
 
@@ -198,12 +200,36 @@ def test_arguments_that_share_memory_are_helions(stub):
     assert counts(kernel)["misses"]["arguments that share memory"] == 1
 
 
-def test_keywords_are_helions(stub):
+def test_keywords_are_helions_and_their_launches_are_served(stub):
     kernel = adopted(kernels.add)
-    warm(kernel, OPEN["add"])
     x, y = OPEN["add"](7)
-    assert kernel(x, y=y).shape == x.shape
-    assert counts(kernel)["misses"]["keywords"] == 1
+    for turn in range(5):
+        result, launches = launched(lambda: kernel(x, y=y))
+        assert result.shape == x.shape
+        assert turn < 2 or len(launches) == 1
+    assert counts(kernel)["misses"]["keywords"] == 5
+    x, y = OPEN["add"](9)  # of the same variant, and of the same key of Triton's
+    assert len(launched(lambda: kernel(y=y, x=x))[1]) == 1
+
+
+def test_other_orders_of_dimensions_are_kinds_of_their_own(stub):
+    kernel = adopted(kernels.transposed)
+    warm(kernel, OPEN["transposed"])
+    warm(kernel, lambda m: (torch.zeros(m, 32), torch.zeros(32, 48)))
+    for w in (torch.zeros(32, 48), torch.zeros(48, 32).t(), torch.zeros(64, 32).t(), torch.zeros(32, 64)):
+        for m in (7, 99):
+            assert same(stub, kernel, (torch.zeros(m, 32), w)), w.stride()
+    assert not same(stub, kernel, (torch.zeros(7, 32), torch.zeros(48, 40).t()[:32]))
+
+
+def test_other_lists_are_kinds_of_their_own(stub):
+    kernel = adopted(kernels.listed)
+    warm(kernel, OPEN["listed"])
+    hits = counts(kernel)["hits"]
+    kernel(torch.zeros(7, 64), [64], ("thrice", 2.0))
+    assert counts(kernel)["hits"] == hits
+    with pytest.raises(AssertionError):
+        kernel(torch.zeros(7, 64), [65], ("twice", 2.0))
 
 
 def test_other_dtypes_and_ranks_are_kinds_of_their_own(stub):

@@ -94,6 +94,15 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
     return f"host function: {problems[-1]}"
 
 
+def adopt_launches(kernel: Any, adopt: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Adopts the launches of all variants that Helion has made, and returns the dict that it keeps them in."""
+    variants: dict[Any, Any] = kernel._bound_kernels
+    for bound in list(variants.values()):
+        for function in _functions(bound._run) if bound._run is not None else ():
+            adopt(function)
+    return variants
+
+
 def _has_known_key(kernel: Any) -> bool:
     """Whether it chooses by no function, or by the one of `helion.aot_kernel`, which reads shapes, dtypes and numbers."""
     key = kernel._key_fn
@@ -314,11 +323,16 @@ def _fake(
     tensor: torch.Tensor, index: int, choice: _Choice, env: ShapeEnv, mode: FakeTensorMode, leaves: dict[sympy.Symbol, str]
 ) -> torch.Tensor:
     guards = choice.guards
-    if not tensor.is_contiguous():
-        raise _Refused("a tensor is not contiguous")
+    order = sorted(range(tensor.dim()), key=lambda dimension: -tensor.stride(dimension))
+    if not tensor.permute(order).is_contiguous():
+        raise _Refused("a tensor is not contiguous in any order of its dimensions")
     if tensor.numel() > MAX_INT32:
         raise _Refused("a tensor has more than 2**31 - 1 elements")
-    guards.append([(Op.CONTIGUOUS, index, 0)])
+    is_plain = tensor.is_contiguous()
+    if is_plain:
+        guards.append([(Op.CONTIGUOUS, index, 0)])
+    elif any(size < 2 for size in tensor.shape):  # their strides say nothing
+        raise _Refused("a tensor of size 1 is not contiguous")
     guards.append([(Op.NUMEL, index, 0), (Op.CONST, MAX_INT32, 0), (Op.LE, 0, 0)])
     sizes: list[Any] = []
     for dimension, size in enumerate(tensor.shape):
@@ -335,8 +349,16 @@ def _fake(
         symbol = env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
         leaves[symbol] = name
         sizes.append(env.create_symintnode(symbol, hint=size, source=source))
+    if is_plain:
+        with mode:
+            return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+    step: Steps = [(Op.CONST, 1, 0)]
+    for dimension in reversed(order):
+        guards.append([(Op.STRIDE, index, dimension), *step, (Op.EQ, 0, 0)])
+        step = [*step, (Op.SIZE, index, dimension), (Op.MUL, 0, 0)]
     with mode:
-        return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+        made = torch.empty([sizes[dimension] for dimension in order], dtype=tensor.dtype, device=tensor.device)
+        return made.permute([order.index(dimension) for dimension in range(tensor.dim())])
 
 
 def _describe(
