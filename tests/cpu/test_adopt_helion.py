@@ -8,6 +8,7 @@ from typing import Any
 
 import adopted_helion as kernels
 import hdispatch
+import helion_stub
 import pytest
 import torch
 import triton_stub
@@ -18,7 +19,7 @@ from benchmarks import adopt
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[triton_stub.Stub]:
-    with triton_stub.installed() as made:
+    with triton_stub.installed() as made, helion_stub.on_h100():
         yield made
 
 

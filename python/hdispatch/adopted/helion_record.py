@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import helion  # type: ignore[import-untyped]
@@ -42,6 +44,10 @@ _OPERATORS = {
     "+": Op.ADD, "-": Op.SUB, "*": Op.MUL, "//": Op.DIV, "%": Op.MOD, "min": Op.MIN, "max": Op.MAX, "==": Op.EQ, "!=": Op.NE,
     "<": Op.LT, "<=": Op.LE, ">": Op.GT, ">=": Op.GE, "and": Op.AND, "or": Op.OR,
 }  # fmt: skip
+
+#: What a heuristic of Helion's compiler may choose by that is the same for every call on one device, which is part of the key.
+#: On a GPU such a heuristic looks at every pointwise kernel.
+_OF_DEVICES = ("device_num_sm", "config_num_sm")
 
 #: csrc/adopted_host.h, HostRecord::Param::Kind
 _OBJECT, _INTEGER, _ARGUMENT, _OUTPUT = range(4)
@@ -85,13 +91,20 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
             problems.append(str(error))
             continue
         except Exception as error:  # anybody's code, on stand-ins; the call itself has been made
-            problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            problems.append(_described(error))
             continue
         kernel_entry = adopt(made.pop("kernel"))
         if kernel_entry is None:
             return "its Triton kernel cannot be adopted"
         return {**made, "note": "".join(problems), "function": kernel_entry, "variant": vars(bound), "run": host}
     return f"host function: {problems[-1]}"
+
+
+def _described(error: Exception) -> str:
+    """What an error says, and where it was raised: on another machine that is all there is to see."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({Path(frame.filename).name}:{frame.lineno}, {frame.name})"
 
 
 def adopt_launches(kernel: Any, adopt: Callable[[Any], Any]) -> dict[Any, Any]:
@@ -130,8 +143,9 @@ def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
         raise _Refused("static_shapes is True")
     if kernel._key_fn is not None:
         raise _Refused("it is chosen by a key function")
-    if getattr(bound, "_compiler_seed_specialization_extractors", ()):
-        raise _Refused("it is chosen by the compiler's seeds")
+    for extractor in getattr(bound, "_compiler_seed_specialization_extractors", ()):
+        if extractor.fact not in _OF_DEVICES:
+            raise _Refused(f"it is chosen by a heuristic of Helion's, by {extractor.fact}")
     choice = _Choice()
     places = {name: index for index, name in enumerate(kernel.signature.parameters)}
 
