@@ -53,6 +53,7 @@ bool compute_all(const std::vector<HostSteps>& steps, PyObject* const* args, int
 HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
   const auto said = py::reinterpret_borrow<py::dict>(made);
   is_exact_ = said["is_exact"].cast<bool>();
+  if (const py::object choice = said["choice"]; !choice.is_none()) choice_ = choice.ptr();
   guards_ = read_steps(said["guards"]);
   grid_ = read_steps(said["grid"]);
   HD_CHECK(grid_.size() == 3, grid_.size());
@@ -248,6 +249,7 @@ const HostEntry* find_entry(const HostTable& table, const HostKey& key, PyObject
     const auto [first, last] = table.equal_range(is_exact ? key.hash : key.kind_hash);
     for (auto each = first; each != last; ++each) {
       const HostEntry& entry = *each->second;
+      if (!is_exact && entry.record && entry.record->choice()) continue;  // which one, the shape's own entry says
       if (entry.is_for(key.words, count) && (!entry.record || entry.record->holds(args))) return &entry;
     }
   }
@@ -278,6 +280,31 @@ HD_COLD PyObject* leave_whole(HostKernel& self, const char* reason, PyObject* ar
   return std::exchange(result.object, nullptr);
 }
 
+/// For a new shape of a kernel with a function that chooses its variant: asks it, once. The shape's entry; or null.
+HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey& key) {
+  PyObject* const* given = &PyTuple_GET_ITEM(args, 0);
+  std::vector<std::shared_ptr<HostRecord>> found;  // held: Python runs
+  const auto [first, last] = self.table->equal_range(key.kind_hash);
+  for (auto each = first; each != last; ++each) {
+    const HostEntry& entry = *each->second;
+    if (entry.record && entry.record->choice() && entry.is_for(key.words, key.kind)) found.push_back(entry.record);
+  }
+  if (found.empty() || self.table->size() >= kMaxRecords) return nullptr;
+  const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_choice, self.kernel, args, nullptr)};
+  if (!said.object) throw python_error();
+  for (const auto& record : found) {
+    const int is_same = PyObject_RichCompareBool(said.object, record->choice(), Py_EQ);  // as Helion's dict compares
+    if (is_same < 0) throw python_error();
+    if (!is_same || !self.state->is_same() || !record->holds(given)) continue;
+    auto entry = std::make_unique<HostEntry>();
+    entry->words.assign(key.words, key.words + key.count);
+    entry->record = record;
+    entry->is_chosen = true;
+    return self.table->emplace(key.hash, std::move(entry))->second.get();
+  }
+  return nullptr;
+}
+
 HD_COLD void refresh_host(HostKernel& self) {
   const Owned given{PyObject_CallOneArg(adopted_callbacks.host_state, self.kernel)};
   if (!given.object || !self.state->set(given.object)) throw python_error();
@@ -291,7 +318,7 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   if (PyUnicode_Check(said.object)) {
     entry->reason = PyUnicode_AsUTF8(said.object);
   } else {
-    entry->record = std::make_unique<HostRecord>(said.object);
+    entry->record = std::make_shared<HostRecord>(said.object);
     entry->reason = py::str(py::handle(said.object)["note"]);
   }
   const bool is_exact = !entry->record || entry->record->is_exact();
@@ -313,6 +340,7 @@ PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
   const char* reason = read_key(*this, given, count, key);
   if (HD_UNLIKELY(reason != nullptr)) return leave_whole(*this, reason, args, keywords);
   const HostEntry* entry = find_entry(*table, key, given);
+  if (HD_UNLIKELY(!entry)) entry = choose(*this, args, key);
   if (HD_LIKELY(entry && entry->record)) {
     PyObject* result = entry->record->run(given, reason);
     if (HD_UNLIKELY(!result))
@@ -341,8 +369,9 @@ namespace {
 int traverse_host(PyObject* object, visitproc visit, void* arg) {
   const auto* self = reinterpret_cast<HostKernel*>(object);
   Py_VISIT(Py_TYPE(object));
-  for (const auto& [hash, entry] : *self->table)
-    if (const int stopped = entry->record ? entry->record->traverse(visit, arg) : 0) return stopped;
+  for (const auto& [hash, entry] : *self->table)  // a record that several entries hold once
+    if (const int stopped = entry->record && !entry->is_chosen ? entry->record->traverse(visit, arg) : 0)
+      return stopped;
   if (const int stopped = self->constants->traverse(visit, arg)) return stopped;
   Py_VISIT(self->variants.dict);
   return self->state->traverse(visit, arg);

@@ -65,7 +65,8 @@ def kernel_state(kernel: Any) -> State:
         return -1, f"backend {settings.backend}", dicts, [], []
     if settings.distributed or getattr(kernel, "_declares_process_group", False):
         return -1, "distributed kernel", dicts, [], []
-    token = ("helion", id(kernel), getattr(kernel, "_reset_generation", 0), id(settings), settings.static_shapes)
+    of_settings = id(settings), settings.static_shapes, id(kernel._key_fn)
+    token = ("helion", id(kernel), getattr(kernel, "_reset_generation", 0), *of_settings)
     number = number_of(token)
     return number, "" if number > 0 else "more states than are kept", dicts, [], []
 
@@ -124,16 +125,23 @@ def _has_known_key(kernel: Any) -> bool:
     return type(key).__name__ == "HeuristicKeyFunction" and key.user_key is None and aot_cache.get_aot_mode() == "evaluate"
 
 
+def choice(kernel: Any, args: tuple[Any, ...]) -> object:
+    """What the key function of an AOT kernel says of a call: calls of one shape and one dtype have the same answer."""
+    return kernel._key_fn(*args)
+
+
 @dataclass
 class _Choice:
     """What Helion chose the variant by, beside dtypes and ranks.
 
     fixed     sizes that are compiled in: (argument, dimension)
     guards    other facts of its key, as steps
+    said      by the heuristics of an AOT kernel; None: there are none
     """
 
     fixed: set[tuple[int, int]] = field(default_factory=set)
     guards: list[Steps] = field(default_factory=list)
+    said: object = None
 
 
 def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
@@ -141,12 +149,12 @@ def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
     kernel, env = bound.kernel, bound.env
     if kernel.settings.static_shapes:
         raise _Refused("static_shapes is True")
-    if kernel._key_fn is not None:
-        raise _Refused("it is chosen by a key function")
+    if kernel._key_fn is not None and kernel._key_fn._load_key_function() is None:
+        raise _Refused("it is an AOT kernel without heuristics for this GPU, which is compiled for each shape")
     for extractor in getattr(bound, "_compiler_seed_specialization_extractors", ()):
         if extractor.fact not in _OF_DEVICES:
             raise _Refused(f"it is chosen by a heuristic of Helion's, by {extractor.fact}")
-    choice = _Choice()
+    choice = _Choice(said=None if kernel._key_fn is None else kernel._key_fn(*args))
     places = {name: index for index, name in enumerate(kernel.signature.parameters)}
 
     def leaf(source: Any) -> Steps:
@@ -292,7 +300,7 @@ def _open(bound: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     with _recording(bound._run) as launch, mode, outputs:
         result = host(*fakes)
     assumed = [guard.expr for guard in env.guards]
-    return _describe(launch, outputs.made, args, fakes, result, leaves, assumed, guards, powers)
+    return {**_describe(launch, outputs.made, args, fakes, result, leaves, assumed, guards, powers), "choice": choice.said}
 
 
 class _WithPowers:
@@ -337,7 +345,8 @@ def _fake(
     tensor: torch.Tensor, index: int, choice: _Choice, env: ShapeEnv, mode: FakeTensorMode, leaves: dict[sympy.Symbol, str]
 ) -> torch.Tensor:
     guards = choice.guards
-    order = sorted(range(tensor.dim()), key=lambda dimension: -tensor.stride(dimension))
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension])
     if not tensor.permute(order).is_contiguous():
         raise _Refused("a tensor is not contiguous in any order of its dimensions")
     if tensor.numel() > MAX_INT32:
@@ -437,6 +446,7 @@ def _describe(
     return {
         "kernel": kernel,
         "is_exact": not guards,
+        "choice": None,
         "guards": [*guards, *(steps(each) for each in assumed)],
         "outputs": [(*geometry(each.tensor), each.tensor.dtype, tensors[0], each.fill) for each in made],
         "views": [
