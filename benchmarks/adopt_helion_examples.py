@@ -46,7 +46,9 @@ TARGETS = {"every M": 0.60, "at least the launch": 0.95}
 #: every power of two up to 32 divides one of them and odd multiples of it: what Triton tells apart is then known
 SEEN = (7, 9, 12, 16, 20, 24, 32, 33, 48, 64)
 CYCLES = 3
-UNSEEN = 20
+UNSEEN, LARGEST = 20, 160
+#: Choices of heuristics, times the powers of two that divide M: more are those of a kernel without heuristics, one for each M.
+MOST_CHOICES = 70
 #: the same of static kernels, which Helion compiles for seconds at each
 SEEN_STATIC, UNSEEN_STATIC = (7, 16, 33), 3
 SECONDS = 240
@@ -55,7 +57,18 @@ SECONDS = 240
 def unseen(example: Example) -> list[int]:
     """Ms that are not among those seen, the same in each run."""
     rng = random.Random(example.kernel)
-    return rng.sample([m for m in range(2, 160) if m not in SEEN], UNSEEN)
+    return rng.sample([m for m in range(2, LARGEST) if m not in SEEN], UNSEEN)
+
+
+def seen_of(example: Example, kernel: Any) -> tuple[int, ...]:
+    """Ms to warm up with: of an AOT kernel also some of each choice, which is a compilation of its own."""
+    if kernel._key_fn is None:
+        return SEEN
+    new, kinds = unseen(example), dict[Any, int]()
+    for m in range(2, LARGEST):
+        if m not in new:
+            kinds.setdefault((kernel._key_fn(*example.arguments(m)), min(m & -m, 32)), m)
+    return tuple(dict.fromkeys((*SEEN, *kinds.values()))) if len(kinds) <= MOST_CHOICES else SEEN
 
 
 class Calls:
@@ -108,7 +121,7 @@ def look_at(example: Example, is_dynamic: bool) -> dict[str, Any]:
         except Exception as error:
             return {"class": BROKEN, "reason": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
         is_static = kernel.settings.static_shapes
-        seen, new = (SEEN_STATIC, unseen(example)[:UNSEEN_STATIC]) if is_static else (SEEN, unseen(example))
+        seen, new = (SEEN_STATIC, unseen(example)[:UNSEEN_STATIC]) if is_static else (seen_of(example, kernel), unseen(example))
         hdispatch.adopt(kernel, driver="null")
         calls = Calls(example, kernel, stub)
         phases = {"warm-up": calls.make([m for m in seen for _ in range(2)])}
