@@ -12,6 +12,10 @@ from .test_ops import OPS, check, copy, most_rows, run_and_check, typical_case, 
 from .test_ops import make as make_at
 
 
+#: Of the arguments of a call that is made with many sets of them.
+MOST_ELEMENTS = 2**28
+
+
 def make(op, m, seed=0):
     """Arguments of the op's typical variant at its first shape."""
     return make_at(op, *typical_case(op), m, seed=seed)
@@ -125,7 +129,8 @@ def test_pdl_between_foreign_kernels(bundle, op, m):
     """Foreign kernels write our inputs just before, others read and overwrite our outputs just after, hundreds of times
     with other data each time. With the PDL attribute our launch may begin early: it must wait by itself."""
     variant, sizes = typical_case(op)
-    m = min(m, most_rows(op, sizes))
+    one_row = sum(arg.numel() for arg in make(op, 1) if isinstance(arg, torch.Tensor))
+    m = min(m, most_rows(op, sizes), max(1, MOST_ELEMENTS // one_row))
     rounds, count = 400, 8
     args = make(op, m)
     sources = [make(op, m, seed=s) for s in range(count)]
