@@ -34,14 +34,13 @@ def reference(
     experts_ids          int32, written: the expert of each block of sorted_token_ids; -1 behind the last one. It has an
                          element for each block that sorted_token_ids has room for; further ones are not written
     num_tokens_post_pad  int32 with one element, written: rows in all blocks, with those that fill them up
-    maybe_expert_map     int32, or None: the number of each expert on this GPU, by which experts are then counted and sorted;
-                         -1: it is another's, and its rows are left out. Of num_experts elements at least, less than that each
+    maybe_expert_map     int32, or None: the number of each expert on this GPU, by which experts are then counted and sorted.
+                         The rows of one whose number is negative or not less than num_experts, or that is beyond the map,
+                         are left out
 
     An expert's rows are in ascending order. vLLM's kernel has them in any order; here every call gives the same.
     """
     rows, room = topk_ids.numel(), sorted_token_ids.numel()
-    if maybe_expert_map is not None and maybe_expert_map.numel() < num_experts:
-        raise ArgumentError(f"{NAME}: maybe_expert_map has {maybe_expert_map.numel()} elements; expected {num_experts} or more")
     blocks = (room + block_size - 1) // block_size
     if experts_ids.numel() < blocks:
         raise ArgumentError(
@@ -49,8 +48,10 @@ def reference(
         )
     ids = topk_ids.flatten().long()
     known = (ids >= 0) & (ids < num_experts)
-    if maybe_expert_map is not None and rows:
-        ids = maybe_expert_map[torch.where(known, ids, 0)].long()
+    if maybe_expert_map is not None:
+        number = torch.full((num_experts,), -1, dtype=torch.long, device=ids.device)
+        number[: maybe_expert_map.numel()] = maybe_expert_map[:num_experts]
+        ids = number[torch.where(known, ids, 0)]
         known &= (ids >= 0) & (ids < num_experts)
     ids = torch.where(known, ids, num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
@@ -58,7 +59,9 @@ def reference(
     padded = (counts[:-1] + (block_size - 1)) // block_size * block_size
     ends = padded.cumsum(0)
     if ids.device.type == "cpu" and int(ends[-1]) > room:  # on a GPU the host would wait
-        raise ArgumentError(f"{NAME}: sorted_token_ids has {room} elements; the rows and what fills up blocks are {int(ends[-1])}")
+        raise ArgumentError(
+            f"{NAME}: sorted_token_ids has {room} elements; the rows and what fills up blocks are {int(ends[-1])}"
+        )
     num_tokens_post_pad.copy_(ends[-1:])
     first = torch.arange(blocks, device=ids.device) * block_size
     expert = torch.searchsorted(ends, first, right=True)
@@ -112,7 +115,7 @@ SPEC = OpSpec(
     sample=sample,
     shapes=({},),
     config_key={"num_tokens": "M", "num_experts": "num_experts"},
-    ladder=(1, 8, 64, 512, 8192),
+    ladder=(8, 64, 512, 8192),
     served=served,
     typical="int32",
     vllm=VllmOp(NAME, namespace="_moe_C"),

@@ -54,5 +54,9 @@ def launch(input, output, topk_ids, expert_map, *, config, _launcher):
 
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring: 8 elements of a row for each thread; few tokens are cut into more blocks."""
-    blocks = [(256, 1), (512, 2), (512, 1), (1024, 4), (1024, 2)] if sizes["M"] <= 64 else [(1024, 4), (2048, 8), (512, 2), (1024, 2)]
+    blocks = (
+        [(256, 1), (512, 2), (512, 1), (1024, 4), (1024, 2)]
+        if sizes["M"] <= 64
+        else [(1024, 4), (2048, 8), (512, 2), (1024, 2)]
+    )
     return [{"slots": 8, "block": block, "num_warps": warps} for block, warps in blocks]

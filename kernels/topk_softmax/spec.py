@@ -39,7 +39,9 @@ def reference(
     """
     topk, experts = topk_weights.size(1), gating_output.size(1)
     if topk > experts:
-        raise ArgumentError(f"{NAME}: topk_weights has {topk} columns; expected at most {experts}, the columns of gating_output")
+        raise ArgumentError(
+            f"{NAME}: topk_weights has {topk} columns; expected at most {experts}, the columns of gating_output"
+        )
     softmax = torch.softmax(gating_output.float(), dim=-1)
     softmax = torch.where(softmax.isfinite(), softmax, torch.zeros_like(softmax))
     choice = softmax if bias is None else softmax + bias

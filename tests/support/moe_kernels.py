@@ -22,6 +22,18 @@ NAN, INFINITY = float("nan"), float("inf")
 Case = tuple[str, Variant, dict[str, Any], list[Any]]
 
 
+def equal_to_the_reference(spec: OpSpec, variant: Variant, found: list[Any], expected: list[Any]) -> None:
+    """Every output; where the reference has NaN, infinities or zeros, exactly that."""
+    for arg, got, wanted in zip(spec.args, found, expected, strict=True):
+        if getattr(arg, "mutated", False) and wanted.is_floating_point():
+            odd, zero = ~wanted.isfinite() | (wanted == 0), wanted == 0
+            assert torch.equal(got[odd].nan_to_num(7.0), wanted[odd].nan_to_num(7.0)), f"{arg.name}: NaN, infinities or zeros"
+            assert torch.equal(got[zero].signbit(), wanted[zero].signbit()), f"{arg.name}: signs of zeros"
+            for each in (got, wanted):
+                each.masked_fill_(odd, 1.0)
+    compare_outputs(spec, variant, found, expected, 1.0)
+
+
 def launcher(kernel: Any, grid: tuple[int, ...], *values: Any, **options: Any) -> None:
     kernel[grid](*values, **{k: v for k, v in options.items() if k.isupper()})
 
@@ -32,14 +44,7 @@ def run(spec: OpSpec, variant: Variant, config: dict[str, Any], given: list[Any]
     found, expected = ([each.clone() if isinstance(each, torch.Tensor) else each for each in given] for _ in range(2))
     module.launch(*found, config={**config, "pdl": False}, _launcher=launcher)
     spec.reference(*expected)
-    for arg, got, wanted in zip(spec.args, found, expected, strict=True):
-        if getattr(arg, "mutated", False) and wanted.is_floating_point():
-            odd = ~wanted.isfinite() | (wanted == 0)
-            assert torch.equal(got[odd].nan_to_num(7.0), wanted[odd].nan_to_num(7.0)), f"{arg.name}: NaN, infinities or zeros"
-            assert torch.equal(got[odd & (wanted == 0)].signbit(), wanted[odd & (wanted == 0)].signbit()), f"{arg.name}: -0"
-            for each in (got, wanted):
-                each.masked_fill_(odd, 1.0)
-    compare_outputs(spec, variant, found, expected, 1.0)
+    equal_to_the_reference(spec, variant, found, expected)
     for arg, before, after in zip(spec.args, given, found, strict=True):
         if isinstance(before, torch.Tensor) and not getattr(arg, "mutated", False):
             assert torch.equal(before.nan_to_num(), after.nan_to_num()), f"{arg.name} was changed"
@@ -82,7 +87,7 @@ def topk_softmax(spec: OpSpec) -> Iterator[Case]:
     for variant in spec.variants():
         usual = variant.name == spec.typical_variant().name
         for experts, topk in ((128, 8), (60, 4), (512, 10), (8, 2), (8, 8), (1, 1), (17, 16)) if usual else ((128, 8), (60, 6)):
-            for m in (edges(spec, 300) if usual and (experts, topk) == (8, 2) else (1, 17)):
+            for m in edges(spec, 300) if usual and (experts, topk) == (8, 2) else (1, 17):
                 sizes = {"M": m, "A": topk, "N": experts}
                 given = made(spec, variant, sizes)
                 exact = configs(spec, variant, {"M": m, "N": experts})
@@ -169,6 +174,11 @@ def moe_align_block_size(spec: OpSpec) -> Iterator[Case]:
                 placed = torch.full((100,), number, dtype=torch.int32)
                 yield f"all mapped to {number}", variant, few(128), [*given[:-1], placed]
             yield "a longer map", variant, few(128), [*given[:-1], torch.arange(200, dtype=torch.int32) % 100]
+            yield "a shorter map", variant, few(128), [*given[:-1], torch.arange(40, dtype=torch.int32)]
+            yield "no map", variant, few(128), [*given[:-1], torch.empty(0, dtype=torch.int32)]
+            yield "numbers that are none", variant, few(128), [*given[:-1], torch.arange(100, dtype=torch.int32) + 50]
+        given = made(spec, variant, {"M": 9, "A": 4, "num_experts": 100})
+        yield "more experts than are counted at once", variant, few(32), given
     # What is built, of few experts.
     variant = spec.typical_variant()
     for m in (1, 8, 65):
@@ -178,11 +188,18 @@ def moe_align_block_size(spec: OpSpec) -> Iterator[Case]:
                 yield f"candidates of M={m}", variant, config, given
 
 
+CASES: dict[str, Callable[[OpSpec], Iterator[Case]]] = {
+    "topk_softmax": topk_softmax,
+    "moe_sum": moe_sum,
+    "moe_align_block_size": moe_align_block_size,
+}
+
+
 def main(name: str) -> None:
     like_the_gpu()
     spec = hdispatch.registry.spec(name)
     count, failures = 0, []
-    for what, variant, config, given in globals()[name](spec):
+    for what, variant, config, given in CASES[name](spec):
         count += 1
         try:
             run(spec, variant, config, given)
