@@ -41,7 +41,7 @@ def topk_softmax(
     # exp by the hardware's exp2, with what the product by log2(e) loses put back: as near as the float32 reference.
     power = x * 1.4426950408889634
     e = tl.exp2(power)
-    e = tl.where(x == float("-inf"), 0.0, e + e * (tl.fma(x, 1.4426950408889634, -power) * 0.6931471805599453))
+    e = tl.where(power == float("-inf"), 0.0, e + e * (tl.fma(x, 1.4426950408889634, -power) * 0.6931471805599453))
     softmax = e * (1.0 / tl.sum(e, 1))[:, None]
     softmax = tl.where((softmax == softmax) & (softmax < float("inf")), softmax, 0.0)
     choice = softmax
