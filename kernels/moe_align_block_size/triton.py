@@ -104,12 +104,14 @@ def launch(
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring: as many ids at once as eight per token are, up to what registers hold."""
     experts = triton.next_power_of_2(sizes["num_experts"])
-    ids = min(max(32, triton.next_power_of_2(8 * sizes["M"])), 8192)
+    ids = max(32, triton.next_power_of_2(8 * sizes["M"]))
     # (rows at once, experts of a program, warps)
-    if ids <= 512:
-        tiles = [(ids, 1, 1), (ids, 1, 4), (ids, 2, 2), (ids, 4, 4), (ids, 8, 4)]
+    if ids <= 64:
+        tiles = [(ids, 1, 1), (ids, 1, 2), (ids, 2, 2), (ids, 4, 4)]
+    elif ids <= 512:
+        tiles = [(ids, 1, 4), (ids, 1, 8), (ids, 2, 4), (ids, 4, 8), (ids // 2, 1, 4)]
     else:
-        tiles = [(2048, 1, 4), (2048, 2, 8), (4096, 1, 8), (min(ids, 4096), 4, 8), (ids, 1, 16)]
+        tiles = [(1024, 1, 8), (2048, 1, 8), (2048, 2, 8), (4096, 1, 16), (4096, 4, 16)]
     return [
         {"experts": experts, "mine": mine, "rows": rows, "fill": max(64, 32 * warps), "num_warps": warps}
         for rows, mine, warps in tiles
