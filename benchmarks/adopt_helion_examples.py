@@ -1,9 +1,10 @@
 """What `hdispatch.adopt` makes of the kernels of Helion's repository: served for every M, shape by shape, or the launch alone.
 
-Each kernel runs in a process of its own, on the CPU, with the null driver and Triton's real compiler. It is called at Ms that
-it has seen (fixed, cycling) and at Ms that it has not, and is counted by how often C++ made the whole call or the launch. A
-kernel of static shapes is looked at twice: as its author wrote it, and with `static_shapes=False`, which a user may set. Helion
-compiles a static kernel anew for every M, so that no M can be served from another's compilation.
+Each kernel runs in a process of its own, on the CPU, with the null driver and Triton's real compiler, and with Helion's
+heuristics as on an H100. It is called at Ms that it has seen (fixed, cycling) and at Ms that it has not, and is counted by how
+often C++ made the whole call or the launch. A kernel of static shapes is looked at twice: as its author wrote it, and with
+`static_shapes=False`, which a user may set. Helion compiles a static kernel anew for every M, so that no M can be served from
+another's compilation.
 
     git clone https://github.com/pytorch/helion DIR
     PYTHONPATH=tests/support python benchmarks/adopt_helion_examples.py DIR [--json FILE] [--only NAME]
@@ -21,7 +22,6 @@ import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ from typing import Any
 os.environ.setdefault("HELION_AUTOTUNE_EFFORT", "none")  # its default configuration: nothing can be measured here
 
 import hdispatch
+import helion_stub
 import torch
-import triton
 import triton_stub
+from hdispatch.bench import machine
 from hdispatch.testing import null
 
 from benchmarks.helion_examples import EXAMPLES, Example
@@ -96,7 +97,7 @@ def classify(phases: dict[str, dict[str, int]]) -> str:
 
 def look_at(example: Example, is_dynamic: bool) -> dict[str, Any]:
     """One kernel, in this process."""
-    with triton_stub.installed() as stub:
+    with triton_stub.installed() as stub, helion_stub.on_h100():
         try:
             kernel = getattr(importlib.import_module(example.module), example.kernel)
             written = kernel.settings.static_shapes
@@ -178,7 +179,7 @@ def main() -> int:
         parser.error(f"{given.helion} holds no examples/; it takes a checkout of Helion's repository")
     sys.path.insert(0, str(given.helion))
     torch.set_num_threads(1)  # forked
-    result: dict[str, Any] = {"helion": version("helion"), "triton": triton.__version__, "torch": torch.__version__}
+    result: dict[str, Any] = {"machine": machine.describe()}
     ways: dict[str, list[dict[str, Any]]] = {"static_shapes=False": [], "as written": []}
     for example in EXAMPLES:
         name = f"{example.module.rpartition('.')[2]}.{example.kernel}"

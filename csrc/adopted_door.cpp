@@ -192,11 +192,13 @@ void define_adopted(py::module_& m) {
         py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("tuner_cache"));
   m.def(
       "set_host_callbacks",
-      [](const py::object& state, const py::object& record) {
+      [](const py::object& state, const py::object& record, const py::object& choice, const py::object& launches) {
         adopted_callbacks.host_state = state.inc_ref().ptr();
         adopted_callbacks.host_record = record.inc_ref().ptr();
+        adopted_callbacks.host_choice = choice.inc_ref().ptr();
+        adopted_callbacks.host_launches = launches.inc_ref().ptr();
       },
-      py::arg("state"), py::arg("record"));
+      py::arg("state"), py::arg("record"), py::arg("choice"), py::arg("launches"));
   m.def(
       "make_host_kernel",
       [](const py::object& kernel, const std::string& name, bool is_null) {
@@ -244,7 +246,8 @@ void define_adopted(py::module_& m) {
         if (reinterpret_cast<PyObject*>(Py_TYPE(adopted.ptr())) != host_kernel_type) return out;
         std::vector<std::tuple<bool, bool, std::string>> found;  // first: making objects may run the collector
         for (const auto& [hash, entry] : *reinterpret_cast<HostKernel*>(adopted.ptr())->table)
-          found.emplace_back(entry->record != nullptr, !entry->record || entry->record->is_exact(), entry->reason);
+          if (!entry->is_chosen)
+            found.emplace_back(entry->record != nullptr, !entry->record || entry->record->is_exact(), entry->reason);
         for (const auto& [served, exact, reason] : found) out.append(py::make_tuple(served, exact, reason));
         return out;
       },

@@ -53,6 +53,7 @@ bool compute_all(const std::vector<HostSteps>& steps, PyObject* const* args, int
 HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
   const auto said = py::reinterpret_borrow<py::dict>(made);
   is_exact_ = said["is_exact"].cast<bool>();
+  if (const py::object choice = said["choice"]; !choice.is_none()) choice_ = choice.ptr();
   guards_ = read_steps(said["guards"]);
   grid_ = read_steps(said["grid"]);
   HD_CHECK(grid_.size() == 3, grid_.size());
@@ -174,7 +175,29 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
 
 namespace {
 
+// Tags of words, beside those of exact words (adopted_key.cpp).
 constexpr uint64_t kTagTensor = 4;
+constexpr uint64_t kTagList = 5;
+constexpr uint64_t kTagTuple = 6;
+constexpr Py_ssize_t kMaxItems = 2 * HostKey::kMaxRank;  ///< of a list: its words are no more than a tensor's
+
+/// The word of a value that is no tensor.
+bool read_word(HostKernel& self, PyObject* object, uint64_t& word) {
+  const bool is_known = PyLong_CheckExact(object) || PyFloat_CheckExact(object) || PyBool_Check(object) ||
+                        object == Py_None || PyUnicode_CheckExact(object) || THPDtype_Check(object);
+  return is_known && self.constants->exact_word(object, word);
+}
+
+/// The words of a list or a tuple of such values: its length, and each.
+bool read_words(HostKernel& self, PyObject* object, HostKey& key) {
+  const bool is_list = PyList_CheckExact(object);
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
+  if (count > kMaxItems) return false;
+  key.words[key.kind++] = static_cast<uint64_t>(count) << 3 | (is_list ? kTagList : kTagTuple);
+  for (Py_ssize_t i = 0; i < count && i < PySequence_Fast_GET_SIZE(object); ++i)
+    if (!read_word(self, PySequence_Fast_GET_ITEM(object, i), key.words[key.kind++])) return false;
+  return true;
+}
 
 const char* read_key(HostKernel& self, PyObject* const* args, size_t count, HostKey& key) {
   const DeviceSlot slot = adopted_slot(self.is_null);
@@ -185,11 +208,13 @@ const char* read_key(HostKernel& self, PyObject* const* args, size_t count, Host
   key.kind = 1;
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = args[i];
+    if (HD_UNLIKELY(PyList_CheckExact(object) || PyTuple_CheckExact(object))) {
+      if (!read_words(self, object, key)) return "argument's type";
+      continue;
+    }
     uint64_t& word = key.words[key.kind++];
     if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
-      const bool is_known = PyLong_CheckExact(object) || PyFloat_CheckExact(object) || PyBool_Check(object) ||
-                            object == Py_None || PyUnicode_CheckExact(object) || THPDtype_Check(object);
-      if (!is_known || !self.constants->exact_word(object, word)) return "argument's type";
+      if (!read_word(self, object, word)) return "argument's type";
       continue;
     }
     c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
@@ -224,6 +249,7 @@ const HostEntry* find_entry(const HostTable& table, const HostKey& key, PyObject
     const auto [first, last] = table.equal_range(is_exact ? key.hash : key.kind_hash);
     for (auto each = first; each != last; ++each) {
       const HostEntry& entry = *each->second;
+      if (!is_exact && entry.record && entry.record->choice()) continue;  // which one, the shape's own entry says
       if (entry.is_for(key.words, count) && (!entry.record || entry.record->holds(args))) return &entry;
     }
   }
@@ -241,6 +267,44 @@ HD_COLD PyObject* leave_to_helion(HostKernel& self, const std::string& reason, P
   return PyObject_VectorcallDict(self.call_function, all.data(), all.size(), keywords);
 }
 
+/// Helion's call where no record can be: afterwards, where it has made variants, their launches are adopted.
+HD_COLD PyObject* leave_whole(HostKernel& self, const char* reason, PyObject* args, PyObject* keywords) {
+  Owned result{leave_to_helion(self, reason, args, keywords)};
+  if (!result.object || (self.variants.dict && self.variants.is_same())) return std::exchange(result.object, nullptr);
+  WatchedDict seen = self.variants;
+  if (seen.dict) seen.note();  // before: Python runs
+  const Owned dict{PyObject_CallOneArg(adopted_callbacks.host_launches, self.kernel)};
+  if (!dict.object) throw python_error();
+  self.variants.version = dict.object == seen.dict ? seen.version : 0;  // 0 is no dict's: it is looked at once more
+  Py_XSETREF(self.variants.dict, Py_NewRef(dict.object));
+  return std::exchange(result.object, nullptr);
+}
+
+/// For a new shape of a kernel with a function that chooses its variant: asks it, once. The shape's entry; or null.
+HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey& key) {
+  PyObject* const* given = &PyTuple_GET_ITEM(args, 0);
+  std::vector<std::shared_ptr<HostRecord>> found;  // held: Python runs
+  const auto [first, last] = self.table->equal_range(key.kind_hash);
+  for (auto each = first; each != last; ++each) {
+    const HostEntry& entry = *each->second;
+    if (entry.record && entry.record->choice() && entry.is_for(key.words, key.kind)) found.push_back(entry.record);
+  }
+  if (found.empty() || self.table->size() >= kMaxRecords) return nullptr;
+  const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_choice, self.kernel, args, nullptr)};
+  if (!said.object) throw python_error();
+  for (const auto& record : found) {
+    const int is_same = PyObject_RichCompareBool(said.object, record->choice(), Py_EQ);  // as Helion's dict compares
+    if (is_same < 0) throw python_error();
+    if (!is_same || !self.state->is_same() || !record->holds(given)) continue;
+    auto entry = std::make_unique<HostEntry>();
+    entry->words.assign(key.words, key.words + key.count);
+    entry->record = record;
+    entry->is_chosen = true;
+    return self.table->emplace(key.hash, std::move(entry))->second.get();
+  }
+  return nullptr;
+}
+
 HD_COLD void refresh_host(HostKernel& self) {
   const Owned given{PyObject_CallOneArg(adopted_callbacks.host_state, self.kernel)};
   if (!given.object || !self.state->set(given.object)) throw python_error();
@@ -254,7 +318,7 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   if (PyUnicode_Check(said.object)) {
     entry->reason = PyUnicode_AsUTF8(said.object);
   } else {
-    entry->record = std::make_unique<HostRecord>(said.object);
+    entry->record = std::make_shared<HostRecord>(said.object);
     entry->reason = py::str(py::handle(said.object)["note"]);
   }
   const bool is_exact = !entry->record || entry->record->is_exact();
@@ -266,16 +330,17 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
 
 PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
   const auto count = static_cast<size_t>(PyTuple_GET_SIZE(args));
-  if (HD_UNLIKELY(keywords && PyDict_GET_SIZE(keywords))) return leave_to_helion(*this, "keywords", args, keywords);
-  if (HD_UNLIKELY(count > kMaxHostArguments)) return leave_to_helion(*this, "more arguments than 32", args, keywords);
+  if (HD_UNLIKELY(keywords && PyDict_GET_SIZE(keywords))) return leave_whole(*this, "keywords", args, keywords);
+  if (HD_UNLIKELY(count > kMaxHostArguments)) return leave_whole(*this, "more arguments than 32", args, keywords);
   if (HD_UNLIKELY(!no_modes())) return leave_to_helion(*this, "torch mode", args, keywords);
   if (HD_UNLIKELY(!state->is_same())) refresh_host(*this);
   if (HD_UNLIKELY(state->number() < 0)) return leave_to_helion(*this, state->reason(), args, keywords);
   PyObject* const* given = &PyTuple_GET_ITEM(args, 0);
   HostKey key;
   const char* reason = read_key(*this, given, count, key);
-  if (HD_UNLIKELY(reason != nullptr)) return leave_to_helion(*this, reason, args, keywords);
+  if (HD_UNLIKELY(reason != nullptr)) return leave_whole(*this, reason, args, keywords);
   const HostEntry* entry = find_entry(*table, key, given);
+  if (HD_UNLIKELY(!entry)) entry = choose(*this, args, key);
   if (HD_LIKELY(entry && entry->record)) {
     PyObject* result = entry->record->run(given, reason);
     if (HD_UNLIKELY(!result))
@@ -304,9 +369,11 @@ namespace {
 int traverse_host(PyObject* object, visitproc visit, void* arg) {
   const auto* self = reinterpret_cast<HostKernel*>(object);
   Py_VISIT(Py_TYPE(object));
-  for (const auto& [hash, entry] : *self->table)
-    if (const int stopped = entry->record ? entry->record->traverse(visit, arg) : 0) return stopped;
+  for (const auto& [hash, entry] : *self->table)  // a record that several entries hold once
+    if (const int stopped = entry->record && !entry->is_chosen ? entry->record->traverse(visit, arg) : 0)
+      return stopped;
   if (const int stopped = self->constants->traverse(visit, arg)) return stopped;
+  Py_VISIT(self->variants.dict);
   return self->state->traverse(visit, arg);
 }
 
@@ -316,6 +383,7 @@ int clear_host(PyObject* object) {
   self->table->clear();
   self->state->clear();
   self->constants->clear();
+  Py_CLEAR(self->variants.dict);
   return 0;
 }
 
@@ -365,6 +433,7 @@ HostKernel* make_host_kernel(PyObject* kernel, const std::string& name, PyObject
   self->state = new WatchedState;
   self->counters = new OpCounters;
   self->table = new HostTable;
+  self->variants = {};
   host_kernels().push_back(self);
   PyObject_GC_Track(reinterpret_cast<PyObject*>(self));
   return self;

@@ -34,7 +34,9 @@ class HostRecord {
 
   /// Only calls of exactly these sizes and strides.
   bool is_exact() const noexcept { return is_exact_; }
-  /// Whether the facts hold that the record assumes.
+  /// What Helion's function of the arguments must say of a call; null: Helion asks none. Borrowed.
+  PyObject* choice() const noexcept { return choice_; }
+  /// Whether the facts hold that the record assumes, but for the choice.
   bool holds(PyObject* const* args);
   /// The result of the call, new; null without a Python error and with the reason if it was not launched.
   PyObject* run(PyObject* const* args, const char*& reason) const;
@@ -64,6 +66,7 @@ class HostRecord {
 
   PyObject* source_ = nullptr;  ///< the dict, which holds all objects; owned
   bool is_exact_ = false;
+  PyObject* choice_ = nullptr;  ///< held by the dict
   std::vector<HostSteps> guards_;
   std::vector<Output> outputs_;
   std::vector<HostSteps> grid_;
@@ -94,8 +97,9 @@ struct HostKey {
 /// One kind of call, or one shape: a record, or why there is none; and why it is of one shape only.
 struct HostEntry {
   std::vector<uint64_t> words;
-  std::unique_ptr<HostRecord> record;
+  std::shared_ptr<HostRecord> record;
   std::string reason;
+  bool is_chosen = false;  ///< a shape for which Helion's function has chosen a record of another entry
 
   bool is_for(const uint64_t* given, size_t count) const noexcept {
     return words.size() == count && std::equal(given, given + count, words.data());
@@ -116,6 +120,7 @@ struct HostKernel {
   WatchedState* state;
   OpCounters* counters;
   HostTable* table;
+  WatchedDict variants;  ///< of Helion, whose launches are adopted; null: none was looked at
 
   PyObject* call(PyObject* args, PyObject* keywords);
 };

@@ -33,6 +33,8 @@ struct AdoptedCallbacks {
   PyObject* trace = nullptr;          ///< (kernel, function, arguments) -> what HostProgram takes, or None
   PyObject* host_state = nullptr;     ///< (host kernel) -> what WatchedState::set takes
   PyObject* host_record = nullptr;    ///< (host kernel, arguments) -> str, or what HostRecord takes
+  PyObject* host_choice = nullptr;    ///< (host kernel, arguments) -> what its function of the arguments says
+  PyObject* host_launches = nullptr;  ///< (host kernel) -> the dict of its variants, whose launches are then adopted
 };
 extern AdoptedCallbacks adopted_callbacks;
 

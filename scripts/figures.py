@@ -1,9 +1,10 @@
-"""The tables of figures in README.md and docs/, made from benchmarks/results.
+"""The tables of figures in README.md and docs/, and the pictures of docs/, made from benchmarks/results.
 
     python scripts/figures.py            print every table
-    python scripts/figures.py --write    put each between its markers, `<!-- figures: NAME -->` and `<!-- /figures -->`
+    python scripts/figures.py --write    put each between its markers, `<!-- figures: NAME -->` and `<!-- /figures -->`, and
+                                         draw the pictures (needs matplotlib)
 
-tests/cpu/test_readme.py compares what stands between the markers with what is printed here.
+tests/cpu/test_readme.py compares what stands between the markers, and what the pictures say, with what is made here.
 """
 
 from __future__ import annotations
@@ -50,6 +51,17 @@ SERVERS = {
 }
 #: Where both lie.
 SERVING = RESULTS / "2026-11-27-h200-serve"
+
+#: Of benchmarks/adopt.py.
+ADOPTED = RESULTS / "2026-11-27-h200-adopt" / "adopt.json"
+#: Kernel in it -> what the table and the picture call it.
+ADOPTED_KERNELS = {
+    "0 arguments": "Triton, no arguments",
+    "19 arguments": "Triton, 19 arguments",
+    "58 arguments": "Triton, 58 arguments",
+    "helion add, out given": "Helion, output given",
+    "helion add": "Helion, output allocated",
+}
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -157,6 +169,30 @@ def tuning() -> str:
     return markdown(header, rows)
 
 
+def adopted_rows() -> Iterator[tuple[str, str, dict[str, float]]]:
+    """Kernel, how M goes, and ns per call: `floor`, `before`, `adopted`; and the ratio of `adopted` to the floor."""
+    result: dict[str, Any] = json.loads(ADOPTED.read_text())
+    cells = {(row["kernel"], row["path"], row["m"]): row for row in result["rows"]}
+    for kernel, name in ADOPTED_KERNELS.items():
+        for m in ("fixed", "cycling", "never seen"):
+            ours = cells.get((kernel, "adopted", m))
+            if ours is None:
+                continue
+            before = cells.get((kernel, "Triton", m)) or cells[kernel, "Helion", m]
+            times = {"before": before["median_ns"], "adopted": ours["median_ns"], "ratio": ours["floor_ratio"]}
+            times["floor"] = times["adopted"] / times["ratio"]
+            yield name, f"M {m}" if kernel.startswith("helion") else "", times
+
+
+def adopted() -> str:
+    """Host time per call of kernels, adopted and as they were."""
+    rows = [
+        [name, m, *(microseconds(times[each]) for each in ("floor", "before", "adopted")), f"{times['ratio']:.2f}"]
+        for name, m, times in adopted_rows()
+    ]
+    return markdown(["kernel", "", "floor", "before", "adopted", "× floor"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calls": lambda: calls("2026-11-26-h100", SIX),
     "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
@@ -165,7 +201,41 @@ TABLES: dict[str, Callable[[], str]] = {
     "server": server,
     "kernels": kernels,
     "tuning": tuning,
+    "adopted": adopted,
 }
+
+
+# ---- pictures ----
+
+
+def draw_adopted(file: Path) -> None:
+    """Bars on a logarithmic scale; the numbers are text."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = list(adopted_rows())[::-1]
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hdispatch", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(8, 0.6 + 0.55 * len(rows)), layout="constrained")
+        axes = figure.subplots()
+        for at, (_, _, times) in enumerate(rows):
+            for y, path, color in ((at + 0.2, "before", "#c0392b"), (at - 0.2, "adopted", "#20639b")):
+                axes.barh(y, times[path], 0.38, color=color, label=path if at == 0 else None)
+                axes.annotate(microseconds(times[path]), (times[path], y), (4, 0), textcoords="offset points", va="center")
+            label = None if at else "driver call alone"
+            axes.plot([times["floor"]] * 2, [at - 0.42, at + 0.42], color="#333333", ls=":", label=label)
+        axes.set_xscale("log")
+        axes.set_xlim(1000)
+        axes.margins(x=0.15)
+        axes.xaxis.set_major_formatter(lambda ns, _at: f"{ns / 1000:g} µs")
+        axes.set_yticks(range(len(rows)), [f"{name}\n{m}" if m else name for name, m, _ in rows])
+        axes.set_xlabel("host time per call, enqueue only (median)")
+        figure.legend(loc="outside upper right", ncols=3, frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+        figure.savefig(file, metadata={"Date": None})
+
+
+#: Picture of docs/ -> what draws it.
+PICTURES: dict[str, Callable[[Path], None]] = {"adopt.svg": draw_adopted}
 
 
 def documents() -> list[Path]:
@@ -176,7 +246,7 @@ def documents() -> list[Path]:
 def main() -> None:
     """Print, or write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the tables into README.md and docs/")
+    parser.add_argument("--write", action="store_true", help="put the tables and pictures into README.md and docs/")
     if not parser.parse_args().write:
         for name, table in TABLES.items():
             print(f"{name}\n\n{table()}")
@@ -184,6 +254,8 @@ def main() -> None:
     for file in documents():
         text = file.read_text()
         file.write_text(MARKED.sub(lambda found: f"<!-- figures: {found[1]} -->\n{TABLES[found[1]]()}<!-- /figures -->", text))
+    for name, draw in PICTURES.items():
+        draw(ROOT / "docs" / name)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the Gluon kernels of the fp8 matrix products share: one warp loads by TMA, two groups of four warps multiply.
+"""What the Gluon kernels of the fp8 matrix products share: one warp loads by TMA, groups of four warps multiply.
 
 Triton 3.7 does not specialise warps on Hopper by itself; in Gluon a kernel says which warps do what.
 """
@@ -26,7 +26,7 @@ def row_of(tile_m, piece, M, BLOCK_M: gl.constexpr):
 
 @gluon.jit
 def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M: gl.constexpr, GROUP: gl.constexpr, PDL: gl.constexpr):
-    """Fills the stages, one after the other, as the two groups free them. A stage of a has BLOCK_M / 64 pieces in a row.
+    """Fills the stages, one after the other, as the groups free them. A stage of a has BLOCK_M / 64 pieces in a row.
 
     With PDL the kernel before this one may still write `a`; the first weights are asked for while it runs.
     """
@@ -67,19 +67,22 @@ def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M: gl.constex
 
 
 @gluon.jit
-def allocate(out, a, b, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr):
+def allocate(
+    out, a, b, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUPS: gl.constexpr = 2,
+):  # fmt: skip
     """Shared memory: the stages of a and of b, a group's part of out for each group, and the stages' barriers.
 
-    One barrier per stage says that it is loaded, one that both groups are done with it.
+    One barrier per stage says that it is loaded, one that all groups are done with it.
     """
     a_tiles = gl.allocate_shared_memory(a.dtype, [STAGES * (BLOCK_M // 64), 64, BLOCK_K], a.layout)
     b_tiles = gl.allocate_shared_memory(b.dtype, [STAGES, BLOCK_N, BLOCK_K], b.layout)
-    out_tiles = gl.allocate_shared_memory(out.dtype, [2, 64, out.block_shape[1]], out.layout)
+    out_tiles = gl.allocate_shared_memory(out.dtype, [GROUPS, 64, out.block_shape[1]], out.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
-        mbarrier.init(free.index(i), count=2)
+        mbarrier.init(free.index(i), count=GROUPS)
     fence_async_shared()
     return a_tiles, b_tiles, out_tiles, ready, free
 

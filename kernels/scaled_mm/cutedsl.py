@@ -21,7 +21,7 @@ GENERIC = ("N",)
 EARLY_READS = ("b", "b_scales")
 
 #: The most tokens that the kernels take.
-_LARGEST_M = 128
+_LARGEST_M = 192
 
 
 def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any]) -> Program:

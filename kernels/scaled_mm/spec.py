@@ -53,6 +53,9 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [torch.full((m, n), float("nan"), dtype=dtype, device=device), a, b, *scales, bias]
 
 
+#: The powers of two, and 192: tiles of 192 rows serve 129 to 192 in one.
+LADDER = tuple(sorted([*(2**i for i in range(14)), 192]))
+
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -67,6 +70,7 @@ SPEC = OpSpec(
     sample=sample,
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
+    ladder=LADDER,
     accumulation=ACCUMULATION,
     vllm=VllmOp("cutlass_scaled_mm"),
 )

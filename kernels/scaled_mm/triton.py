@@ -212,6 +212,9 @@ _MIDDLE = (
     tma(128, 128, 128, 5, num_warps=8, prefetch=1024), tma(256, 64, 128, 4, num_warps=8, prefetch=1024),
 )
 
+#: 129 to 192 rows: three groups multiply 64 each, so that each weight is read once.
+_THREE = (pair(192, 64, 6), pair(192, 128, 4), pair(192, 32, 7))
+
 _LARGE = (
     pair(256, 128, 4), pair(256, 128, 4, group=4), pair(256, 128, 4, group=16), pair(128, 256, 3),
     pair(128, 256, 3, group=16), pair(128, 256, 3, group=32), pair(128, 128, 6),
@@ -227,6 +230,8 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     m, n = sizes["M"], sizes.get("N", 6144)
     if m > 256:
         return [*_LARGE, pair(256, 64, 5), _MIDDLE[4]] if m <= 1024 else list(_LARGE)
+    if 128 < m <= 192:
+        return [*_MIDDLE[:2], *_THREE, *_MIDDLE[2:]]
     if m > 64:
         return [*_MIDDLE, *_STREAMS[128], *_STREAMS[64][3:5]]
     streams = next(found for most, found in _STREAMS.items() if m <= most)

@@ -163,12 +163,12 @@ def _tolerate(jit: Any) -> None:
     if getattr(plain, "is_tolerant", False):
         return
 
-    def serialize(name: Any, signature: Any, constants: Any, attrs: Any, options: Any, key: Any, target: Any) -> str:
+    def serialize(name: Any, signature: Any, constants: Any, *others: Any) -> str:  # Triton 3.7 gives one more than 3.6
         try:
-            return str(plain(name, signature, constants, attrs, options, key, target))
+            return str(plain(name, signature, constants, *others))
         except TypeError:
             shown = {path: repr(value) for path, value in constants.items()}
-            return str(plain(name, signature, shown, attrs, options, key, target))
+            return str(plain(name, signature, shown, *others))
 
     serialize.is_tolerant = True  # type: ignore[attr-defined]
     jit.serialize_specialization_data = serialize

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import adopted_aot
 import adopted_helion as kernels
 import hdispatch
+import helion
+import helion_stub
 import pytest
 import torch
 import triton_stub
+from hdispatch.adopted import helion_record
 from hdispatch.testing import host_timer, null
 
 from benchmarks import adopt
@@ -18,7 +23,7 @@ from benchmarks import adopt
 
 @pytest.fixture(scope="module")
 def stub() -> Iterator[triton_stub.Stub]:
-    with triton_stub.installed() as made:
+    with triton_stub.installed() as made, helion_stub.on_h100():
         yield made
 
 
@@ -102,6 +107,8 @@ OPEN: dict[str, Callable[[int], tuple[Any, ...]]] = {
     "filled": lambda m: (torch.zeros(m, 64),),
     "returns_a_view": lambda m: (torch.zeros(m, 64),),
     "returns_views": lambda m: (torch.zeros(m, 64),),
+    "listed": lambda m: (torch.zeros(m, 64), [64], ("twice", 2.0)),
+    "transposed": lambda m: (torch.zeros(m, 32), torch.zeros(48, 32).t()),
 }
 
 
@@ -174,7 +181,73 @@ def test_aot_kernels_are_served_shape_by_shape(stub):
         kernel(torch.zeros(m, 64))
     assert same(stub, kernel, (torch.zeros(7, 64),))
     assert same(stub, kernel, (torch.zeros(16, 64),))
-    assert "calls of one shape: it is chosen by a key function" in hdispatch.explain(kernel)
+    assert "calls of one shape: it is an AOT kernel without heuristics for this GPU" in hdispatch.explain(kernel)
+
+
+def test_aot_kernels_with_heuristics_are_served_at_ms_never_seen(stub):
+    kernel = adopted(adopted_aot.tuned)
+    make = lambda m: (torch.zeros(m, 64),)  # noqa: E731
+    warm(kernel, make)
+    for m in (112, 128, 129):  # of the other configuration
+        kernel(*make(m))
+        kernel(*make(m))
+    asked = kernel._key_fn._load_key_function().__globals__
+    for m in (5, 100, 101, 99, 3000, 48, 160):
+        assert same(stub, kernel, make(m)), (m, counts(kernel))
+        before = asked["asked"]
+        for _ in range(3):  # of a shape that is known, nothing is asked
+            hits = counts(kernel)["hits"]
+            kernel(*make(m))
+            assert (asked["asked"], counts(kernel)["hits"]) == (before, hits + 1)
+    with null.recording():
+        for m in (5, 100, 101):
+            kernel(*make(m))
+        assert [launch["grid"][0] for launch in null.launches()] == [1 * 2, 4 * 2, 13]
+    assert hdispatch.explain(kernel).splitlines() == ["adopted, 2 key(s)", "served    any M", "served    any M"]
+
+
+def test_what_a_key_function_raises_is_raised(stub, monkeypatch):
+    kernel = adopted(adopted_aot.tuned)
+    warm(kernel, lambda m: (torch.zeros(m, 64),))
+
+    def refuse(*args: Any) -> int:
+        raise ZeroDivisionError(args[0].shape)
+
+    monkeypatch.setattr(kernel._key_fn, "_key_fn", refuse)
+    with pytest.raises(ZeroDivisionError, match="61, 64"):
+        kernel(torch.zeros(61, 64))
+    kernel(torch.zeros(7, 64))
+
+
+def test_a_choice_by_every_size_is_served_shape_by_shape(stub, monkeypatch):
+    """As heuristics of some compilers' are; those of Triton's look at the device alone."""
+
+    class OfSizes:
+        fact = "input_tensor_metadata"
+
+        def __call__(self, values: Any) -> Any:
+            return tuple(each.shape for each in values)
+
+    kernel = adopted(kernels.add)
+    kernel.reset()
+    kernel(*OPEN["add"](7))
+    (bound,) = kernel._bound_kernels.values()
+    monkeypatch.setattr(bound, "_compiler_seed_specialization_extractors", (OfSizes(),))
+    hdispatch.unadopt()
+    with pytest.raises(helion_record._Refused, match="by input_tensor_metadata"):
+        helion_record._choice(bound, OPEN["add"](7))
+
+
+def test_an_error_on_stand_ins_says_where_it_was_raised(stub, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise ValueError("no such stand-in")
+
+    monkeypatch.setattr(helion_record, "_fake", refuse)
+    known = kernels.in_place
+    kernel = adopted(helion.Kernel(known.fn, configs=known.configs, settings=known.settings))
+    kernel(torch.zeros(7, 64))
+    said = hdispatch.explain(kernel)
+    assert re.search(r"of one shape: ValueError: no such stand-in \(test_adopt_helion.py:\d+, refuse\)$", said, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", ["reduces_after", "writes_after", "returns_another_dtype", "own_key"])
@@ -198,12 +271,36 @@ def test_arguments_that_share_memory_are_helions(stub):
     assert counts(kernel)["misses"]["arguments that share memory"] == 1
 
 
-def test_keywords_are_helions(stub):
+def test_keywords_are_helions_and_their_launches_are_served(stub):
     kernel = adopted(kernels.add)
-    warm(kernel, OPEN["add"])
     x, y = OPEN["add"](7)
-    assert kernel(x, y=y).shape == x.shape
-    assert counts(kernel)["misses"]["keywords"] == 1
+    for turn in range(5):
+        result, launches = launched(lambda: kernel(x, y=y))
+        assert result.shape == x.shape
+        assert turn < 2 or len(launches) == 1
+    assert counts(kernel)["misses"]["keywords"] == 5
+    x, y = OPEN["add"](9)  # of the same variant, and of the same key of Triton's
+    assert len(launched(lambda: kernel(y=y, x=x))[1]) == 1
+
+
+def test_other_orders_of_dimensions_are_kinds_of_their_own(stub):
+    kernel = adopted(kernels.transposed)
+    warm(kernel, OPEN["transposed"])
+    warm(kernel, lambda m: (torch.zeros(m, 32), torch.zeros(32, 48)))
+    for w in (torch.zeros(32, 48), torch.zeros(48, 32).t(), torch.zeros(64, 32).t(), torch.zeros(32, 64)):
+        for m in (7, 99):
+            assert same(stub, kernel, (torch.zeros(m, 32), w)), w.stride()
+    assert not same(stub, kernel, (torch.zeros(7, 32), torch.zeros(48, 40).t()[:32]))
+
+
+def test_other_lists_are_kinds_of_their_own(stub):
+    kernel = adopted(kernels.listed)
+    warm(kernel, OPEN["listed"])
+    hits = counts(kernel)["hits"]
+    kernel(torch.zeros(7, 64), [64], ("thrice", 2.0))
+    assert counts(kernel)["hits"] == hits
+    with pytest.raises(AssertionError):
+        kernel(torch.zeros(7, 64), [65], ("twice", 2.0))
 
 
 def test_other_dtypes_and_ranks_are_kinds_of_their_own(stub):

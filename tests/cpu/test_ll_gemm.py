@@ -175,6 +175,8 @@ print(said({**group, "ways": 2}, (0,), {}))
 print(said({**group, "ways": 2, "stages": 5}, (0,), {"K": 2048}))
 print(said({**group, "stages": 1}, (0,), {"K": 2048}))
 print(said({**group, "resident": 1}, (0,), {}))
+print(said({**group, "columns": 20, "stages": 4}, (0,), {"K": 2048}))
+print(said({**group, "columns": 24, "stages": 4, "ways": 2}, (0,), {"K": 2048}))
 """
     environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
     done = subprocess.run(
@@ -194,6 +196,8 @@ print(said({**group, "resident": 1}, (0,), {}))
         "5 stages for 2 sets of warps; there must be more, and as many for each",
         "1 stages for 1 sets of warps; there must be more, and as many for each",
         "tokens stay in shared memory where K is compiled in",
+        "20 columns; more than 16 come in 8s, in the ring, for one way",
+        "24 columns; more than 16 come in 8s, in the ring, for one way",
     )
     assert [line for line, ending in zip(groups, endings, strict=True) if not line.endswith(ending)] == []
 
@@ -212,6 +216,8 @@ configs = [
     ({"K": 4096}, warpgroup(64, 2, 2, 9, cluster=2, resident=1)),
     ({}, warpgroup(32, 1, 2, 20)),
     ({"K": 2048}, warpgroup(128, 8, 1, 6)),
+    ({"K": 4096}, warpgroup(64, 24, 1, 6, cluster=2)),
+    ({}, warpgroup(128, 24, 1, 4, cluster=4)),
 ]
 for index, (sizes, config) in enumerate(configs):
     made = program(Float8E4M3FN, BFloat16, sizes, config)
@@ -219,16 +225,17 @@ for index, (sizes, config) in enumerate(configs):
         made.host, *made.arguments.values(), options=f"--enable-tvm-ffi --keep-cubin --dump-dir={sys.argv[1]}/{index}"
     )
 """
-    for index in range(4):
+    for index in range(6):
         (tmp_path / str(index)).mkdir()
     environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=environment, check=True)
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    for index in range(4):
+    for index in range(6):
         (cubin,) = (tmp_path / str(index)).glob("*.cubin")
         code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
         assert len(re.findall(r"QGMMA\.", code)) >= 8
         assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == 2, "one in the loop, one after it"
+        assert not re.search(r"\b(STL|LDL)\b", code), "registers in memory"
 
 
 @needs_dsl
@@ -254,6 +261,23 @@ def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
     half = torch.float16
     assert served("scaled_mm", out.to(half), *args[1:5], torch.zeros(80, dtype=half)), "with a bias, in another type"
     assert null.ffi_argument(null.launches()[0]["params"][5])["shape"] == [80]
+    live.unload()
+
+
+@needs_dsl
+def test_wide_tiles_serve_the_bucket_up_to_192(tmp_path, monkeypatch) -> None:
+    """More columns than any config of another bucket has; no more rows than they take."""
+    config = {"kernel": "warpgroup", "rows": 64, "columns": 24, "steps": 1, "stages": 6, "cluster": 2}
+    (tmp_path / "nvidia_h200.json").write_text(json.dumps([{"key": {}, "config": config, "backend": "cutedsl"}]))
+    monkeypatch.setattr(configs, "installed", lambda _: tmp_path)
+    folder, bucket = tmp_path / "bundle", hdispatch.registry.spec("scaled_mm").ladders.index(192)
+    only = Selection(shapes=lambda _: [{}], variants=lambda _: ["bfloat16"], buckets=lambda _: [bucket])
+    build(["scaled_mm"], "h200", folder, select=only)
+    live = hdispatch.load(folder, driver="null")
+    for m in (128, 129, 191, 192, 193):
+        args = [torch.zeros(m, 80, dtype=BF16), matrix(m, 1008, FP8), matrix(80, 1008, FP8).t()]
+        found = served("scaled_mm", *args, torch.ones(m, 1), torch.ones(80), None)
+        assert (found is not None) == (128 < m <= 192), m
     live.unload()
 
 

@@ -545,5 +545,5 @@ def test_measuring_needs_a_gpu(bundle, tmp_path, capsys):
 
 def test_fewer_rows_are_checked_of_large_tensors():
     ladder = [1, 2, 16, 32, 8192]
-    assert [cell_arguments.checked_rows(ladder, bucket, 1000) for bucket in range(5)] == ladder
-    assert [cell_arguments.checked_rows(ladder, bucket, 2**27) for bucket in range(5)] == [1, 2, 16, 32, 48]
+    assert [cell_arguments.checked_rows(ladder, bucket, ladder[bucket], 1000) for bucket in range(5)] == ladder
+    assert [cell_arguments.checked_rows(ladder, bucket, ladder[bucket], 2**27) for bucket in range(5)] == [1, 2, 16, 32, 48]

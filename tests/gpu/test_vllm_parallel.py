@@ -36,6 +36,9 @@ FARTHER = 1.2
 #: Tokens of each request's answer: with 200 steps, batches of 24 down to 1.
 TOKENS = [200, *random.Random(2).choices(range(8, 200), k=23)]
 GRAPHS = {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY", "cudagraph_capture_sizes": [1, 8, 16, 24]}
+#: Seconds until an engine that has not answered has to say where it stands.
+LIMIT = 240
+STACKS = {"PYTHONFAULTHANDLER": "1"}
 OFF, LAUNCHED = {"HDISPATCH": "0"}, {"HDISPATCH_REPLAY": "0"}
 
 
@@ -75,16 +78,26 @@ def generate(bundle_dir, tmp_path_factory):
 
 
 def told(command, env):
-    """What a process and its children said until it ended. A pipe would stay open: the engine's process outlives it."""
+    """What a process and its children said until it ended. A pipe would stay open: the engine's process outlives it.
+
+    One that takes too long says where each of its threads stands.
+    """
     with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True)
+        process = subprocess.Popen(command, env=env | STACKS, stdout=log, stderr=log, start_new_session=True)
+        late = False
         try:
-            process.wait(timeout=300)
+            process.wait(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            late = True
+            os.killpg(process.pid, signal.SIGABRT)
+            process.wait()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         log.seek(0)
-        return log.read()
+        said = log.read()
+    assert not late, f"no answer in {LIMIT} s:\n{said[-30000:]}"
+    return said
 
 
 def gaps(found, expected):

@@ -135,3 +135,25 @@ def own_key(x: torch.Tensor) -> torch.Tensor:
     for tile in hl.tile(x.size()):
         out[tile] = x[tile] * 2
     return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def listed(x: torch.Tensor, shape: list[int], names: tuple[str, float]) -> torch.Tensor:
+    assert shape[0] == x.size(1)
+    out = torch.empty_like(x)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] * names[1]
+    return out
+
+
+@helion.kernel(static_shapes=False, config=helion.Config(block_sizes=[16, 16, 16]))
+def transposed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    m, k = x.size()
+    _, n = w.size()
+    out = torch.empty([m, n], dtype=x.dtype, device=x.device)
+    for rows, columns in hl.tile([m, n]):
+        sums = hl.zeros([rows, columns], dtype=torch.float32)
+        for inner in hl.tile(k):
+            sums = torch.addmm(sums, x[rows, inner], w[inner, columns])
+        out[rows, columns] = sums
+    return out

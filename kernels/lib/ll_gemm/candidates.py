@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .configs import columns_for, dot, split, warpgroup
+from .configs import EXCHANGES, WIDE, columns_for, dot, split, warpgroup
 
 #: More 16-byte vectors than this per thread do not fit registers.
 _VECTORS = 24
@@ -42,8 +42,11 @@ _RINGS = ((2, _ALONE, 1), (2, _ALONE, 2), (4, _ALONE, 2), (2, _BESIDE, 1))
 _BUSY = 0.93
 
 
-def _tiles(n: int | None) -> list[tuple[int, int]]:
-    """Rows of a tile and blocks that share it, which keep a GPU's 132 SMs about equally busy. Any N: a tile per SM."""
+def _tiles(n: int | None, every: bool = False) -> list[tuple[int, int]]:
+    """Rows of a tile and blocks that share it, which keep a GPU's 132 SMs about equally busy. Any N: a tile per SM.
+
+    `every`: all such above 64 rows too, not the least alone.
+    """
     if n is None:
         return [(64, 1), (64, 2), (32, 1)]
     found = []
@@ -51,7 +54,9 @@ def _tiles(n: int | None) -> list[tuple[int, int]]:
         slots = 132 // cluster
         counts = {rows: -(-n // rows) for rows in range(16, 129, 8)}
         busy = [rows for rows, tiles in counts.items() if tiles >= _BUSY * slots * -(-tiles // slots)]
-        wide = [rows for rows in busy if rows > 64][:1]
+        if every and cluster == 4:
+            busy = [rows for rows in busy if counts[rows] <= slots][-1:]
+        wide = [rows for rows in busy if rows > 64][: None if every else 1]
         if cluster < 4 or all(counts[rows] <= slots for rows in busy):
             found += [(rows, cluster) for rows in [*[rows for rows in busy if rows <= 64][-2:], *wide]]
     return found or [(64, 1), (64, 2)]
@@ -59,6 +64,8 @@ def _tiles(n: int | None) -> list[tuple[int, int]]:
 
 def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
     """With as many stages as there is shared memory, beside the sums that the blocks of a cluster give each other."""
+    if columns > WIDE:
+        return _wide_warpgroups(k, n, columns)
     found = []
     for rows, cluster in _tiles(n):
         others = 512 * -(-rows // 64) * (2 + 2 * columns + 8 * columns * (cluster - 1) // cluster) + 2048
@@ -72,4 +79,18 @@ def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
         stages = (_ALONE * 1024 - others - 8 * columns * k // cluster) // (128 * rows * 2)
         if stages >= 4 and (n is None or n > 132 * rows // cluster):
             found.append(warpgroup(rows, columns, 2, stages, cluster, resident=1))
+    return found
+
+
+def _wide_warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
+    """Wide tiles of 32 rows or more: smaller ones bring more tokens than weights, and an SM takes in 64 bytes a cycle."""
+    found = []
+    for rows, cluster in _tiles(n, every=True):
+        given = 8 * columns // EXCHANGES * (cluster - 1) // cluster
+        others = 512 * -(-rows // 64) * (2 + given) + 32 * columns + 2048
+        for steps in (1, 2):
+            turns = -(-k // (128 * steps * cluster))
+            stages = min((_ALONE * 1024 - others) // (128 * (rows + 8 * columns) * steps), turns)
+            if rows >= 32 and stages > steps:
+                found.append(warpgroup(rows, columns, steps, stages, cluster))
     return found

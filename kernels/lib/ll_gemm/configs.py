@@ -7,6 +7,10 @@ from typing import Any
 #: Columns of tokens in a tile of the tensor core.
 COLUMNS = 8
 
+#: More columns than this are a wide tile of `Warpgroup`, whose tokens come PIECE at a time; in how many parts the blocks of a
+#: cluster give each other its sums.
+WIDE, PIECE, EXCHANGES = 16, 64, 3
+
 
 def split(
     warps: int, cluster: int, steps: int, rows: int = 1, columns: int = 1, depth: int = 0, trigger: int = 0,
@@ -31,5 +35,5 @@ def warpgroup(
 
 
 def columns_for(m: int) -> int:
-    """The columns of a config that takes m tokens: 1, 2, 4, 8 or 16."""
-    return next(columns for columns in (1, 2, 4, 8, 16) if m <= columns * COLUMNS)
+    """The columns of a config that takes m tokens: 1, 2, 4, 8, 16 or 24."""
+    return next(columns for columns in (1, 2, 4, 8, 16, 24) if m <= columns * COLUMNS)

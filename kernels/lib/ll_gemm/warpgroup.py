@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
 from .base import Gemm
-from .configs import COLUMNS
+from .configs import COLUMNS, EXCHANGES, PIECE, WIDE
 
 #: Bytes of a row in a chunk: what one TMA copy brings of it, and what its swizzle spans.
 CHUNK = 128
@@ -29,7 +29,7 @@ class Warpgroup(Gemm):
     """Blocks that stay: one warp asks for weights, as many as the ring holds, and four, eight or sixteen multiply them.
 
     rows      rows of weights in a tile: a multiple of 8, at most 128; more than 64 take eight warps for four
-    columns   8-column tiles of tokens: 8 * columns is the largest M
+    columns   8-column tiles of tokens: 8 * columns is the largest M; 1 to 16, or 24
     steps     chunks of 128 bytes of a row in a stage
     stages    stages of the ring
     cluster   blocks that share a tile, each with its own piece of K: 1, 2 or 4
@@ -40,6 +40,10 @@ class Warpgroup(Gemm):
 
     Four warps multiply 64 rows of weights. Where there are fewer, they read into the next stage, and what comes of that is
     dropped: rows do not mix. What lies past M, N and K are zeros that TMA writes, and is not read.
+
+    More than 16 columns are *wide*: tokens come in pieces of 64, the last of which end with M, as rows that are not there take
+    the copy engine longer. What is multiplied twice so is stored once. Scales of tokens are shared by a block, and the sums of
+    a cluster are given in EXCHANGES parts: shared memory is what wide tiles lack.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class Warpgroup(Gemm):
         # taken for filled while it is not.
         if stages <= ways or stages % ways:
             raise ValueError(f"{stages} stages for {ways} sets of warps; there must be more, and as many for each")
+        if columns > WIDE and (columns * COLUMNS % PIECE or ways == 2 or resident):
+            raise ValueError(f"{columns} columns; more than {WIDE} come in {PIECE // COLUMNS}s, in the ring, for one way")
         if resident and k is None:
             raise ValueError("tokens stay in shared memory where K is compiled in")
         self.rows, self.columns, self.steps, self.stages = rows, columns, steps, stages
@@ -70,6 +76,12 @@ class Warpgroup(Gemm):
         #: Sums that a thread has, and those of them that it adds up for its cluster.
         self.sums = 4 * columns
         self.own = self.sums // cluster
+        self.wide = columns > WIDE
+        #: In how many parts they are given, and the sums of one.
+        self.exchanges = EXCHANGES if self.wide else 1
+        self.given = self.own // self.exchanges
+        #: Scales of tokens that are kept: of the tile's, or of those of each thread.
+        self.x_kept = self.tokens if self.wide else self.takers * 2 * columns
         #: Sums of several chains are shorter and so more exact, and one chain need not wait for another.
         self.chains = PRODUCTS if columns <= 4 else 2 if columns <= 8 else 1
         #: Whether a row is whole chunks: then a copy brings a stage's at once.
@@ -87,8 +99,8 @@ class Warpgroup(Gemm):
     @property
     def shared_bytes(self) -> int:
         """See `Gemm`."""
-        scales = 4 * self.takers * (2 + 2 * self.columns)
-        sums = 2 * 4 * self.takers * (self.own * (self.cluster - 1) + self.sums * (self.ways - 1))
+        scales = 4 * (2 * self.takers + self.x_kept)
+        sums = 2 * 4 * self.takers * (self.given * (self.cluster - 1) + self.sums * (self.ways - 1))
         return 1024 + CHUNK * self.rows * self.w_slots + self.x_bytes + scales + sums + 16 * self.stages + 16
 
     def grid(self, n: Int32) -> list[Any]:
@@ -102,7 +114,7 @@ class Warpgroup(Gemm):
     ) -> None:  # fmt: skip
         """See `Gemm`."""
         w_atom, w_tensor = self.copier(w, self.rows)
-        x_atom, x_tensor = self.copier(x, self.tokens)
+        x_atom, x_tensor = self.copier(x, PIECE, False) if cutlass.const_expr(self.wide) else self.copier(x, self.tokens)
         self.kernel(out, w_atom, w_tensor, x_atom, x_tensor, x_scale, w_scale, bias).launch(
             grid=self.grid(w.shape[0]),
             block=[self.threads, 1, 1],
@@ -111,14 +123,15 @@ class Warpgroup(Gemm):
             use_pdl=pdl,
         )
 
-    def copier(self, tensor: cute.Tensor, rows: int) -> Any:
+    def copier(self, tensor: cute.Tensor, rows: int, at_once: bool = True) -> Any:
         """What copies chunks of so many rows: those of a stage at once where rows are whole chunks, else one."""
-        if self.whole:
+        at_once = at_once and self.whole
+        if at_once:
             count = self.k // self.chunk
             layout = cute.make_layout((tensor.shape[0], self.chunk, count), stride=(tensor.stride[0], 1, self.chunk))
             tensor = cute.make_tensor(tensor.iterator, layout)
-        box = cute.make_composed_layout(self.swizzled().inner, 0, self.chunks(rows, self.steps if self.whole else 0, rows))
-        tile = (rows, self.chunk, self.steps) if self.whole else (rows, self.chunk)
+        box = cute.make_composed_layout(self.swizzled().inner, 0, self.chunks(rows, self.steps if at_once else 0, rows))
+        tile = (rows, self.chunk, self.steps) if at_once else (rows, self.chunk)
         return cpasync.make_tiled_tma_atom(cpasync.CopyBulkTensorTileG2SOp(), tensor, box, tile)
 
     def swizzled(self) -> Any:
@@ -166,9 +179,9 @@ class Warpgroup(Gemm):
             swizzle=swizzle,
         ).iterator
         x_ring = w_ring + self.chunk * self.rows * self.w_slots
-        scales = shared.allocate_array(Float32, self.takers * (2 + 2 * self.columns), byte_alignment=16)
+        scales = shared.allocate_array(Float32, 2 * self.takers + self.x_kept, byte_alignment=16)
         pool = shared.allocate_array(Float32, max(1, 2 * self.takers * self.sums * (self.ways - 1)), byte_alignment=16)
-        parts = shared.allocate_array(Int32, max(1, 2 * self.takers * self.own * (self.cluster - 1)), byte_alignment=16)
+        parts = shared.allocate_array(Int32, max(1, 2 * self.takers * self.given * (self.cluster - 1)), byte_alignment=16)
         full = shared.allocate_array(Int64, self.stages, byte_alignment=8)
         free = shared.allocate_array(Int64, self.stages, byte_alignment=8)
         arrived = shared.allocate_array(Int64, 2, byte_alignment=8)
@@ -205,7 +218,10 @@ class Warpgroup(Gemm):
     ) -> None:  # fmt: skip
         """One warp asks for everything, in the order in which it is multiplied."""
         w_to, w_from = self.partition(w_atom, w, w_ring, self.rows, self.w_slots)
-        x_to, x_from = self.partition(x_atom, x, x_ring, self.tokens, self.x_slots)
+        if cutlass.const_expr(self.wide):
+            x_to, x_from = self.partition_pieces(x_atom, x, x_ring)
+        else:
+            x_to, x_from = self.partition(x_atom, x, x_ring, self.tokens, self.x_slots)
         total = rounds * turns
         # The first weights of all, while the kernel before this one may still run. Tokens are what that one writes.
         for count in cutlass.range_constexpr(self.stages):
@@ -242,6 +258,12 @@ class Warpgroup(Gemm):
         if cutlass.const_expr(self.resident):
             if count < turns:
                 self.copy_stage(atom, source, target, bell, 0, rank * turns + count, count)
+        elif cutlass.const_expr(self.wide):
+            stage, turn = count % self.stages, rank * turns + count % turns
+            for step in cutlass.range_constexpr(self.steps):
+                for piece in cutlass.range_constexpr(self.tokens // PIECE):
+                    place = target[piece][(None, stage * self.steps + step)]
+                    cute.copy(atom, source[piece][(None, 0, turn * self.steps + step)], place, tma_bar_ptr=bell)
         else:
             stage = count % self.stages
             self.copy_stage(atom, source, target, bell, 0, rank * turns + count % turns, stage)
@@ -267,6 +289,24 @@ class Warpgroup(Gemm):
         target = cute.group_modes(cute.make_tensor(start, ring), 0, modes)
         source = cute.group_modes(cute.local_tile(tensor, tile, (None,) * modes), 0, modes)
         return cpasync.tma_partition(atom, 0, cute.make_layout(1), target, source)
+
+    @cute.jit
+    def partition_pieces(self, atom: Any, tensor: Any, start: Any) -> Any:
+        """The same of each piece of a wide tile's tokens; it reads [copied at once, 0, chunk of K]."""
+        targets, sources = [], []
+        for piece in cutlass.range_constexpr(self.tokens // PIECE):
+            ring = self.chunks(PIECE, self.x_slots, self.tokens)
+            target = cute.group_modes(cute.make_tensor(start + piece * (PIECE * self.chunk), ring), 0, 2)
+            moved = cute.domain_offset((self.first_token(piece, tensor.shape[0]), 0), tensor)
+            source = cute.group_modes(cute.local_tile(moved, (PIECE, self.chunk), (None, None)), 0, 2)
+            found = cpasync.tma_partition(atom, 0, cute.make_layout(1), target, source)
+            targets.append(found[0])
+            sources.append(found[1])
+        return targets, sources
+
+    def first_token(self, piece: int, m: Any) -> Any:
+        """The first token of a piece of a wide tile: no piece reaches beyond M, if it has as many tokens."""
+        return cutlass.min(piece * PIECE, cutlass.max(m - PIECE, 0))
 
     @cute.jit
     def multiply_all(
@@ -308,14 +348,22 @@ class Warpgroup(Gemm):
 
         # A thread has two rows of a tile, and two tokens of every eight.
         row = tid // 32 * 16 + tid % 32 // 4
-        x_scales = cute.make_tensor(scales + tid, cute.make_layout(2 * self.columns, stride=self.takers))
-        w_scales = cute.make_tensor(scales + (2 * self.columns * self.takers + tid), cute.make_layout(2, stride=self.takers))
+        if cutlass.const_expr(self.wide):
+            x_scales = cute.make_tensor(scales, cute.make_layout(self.tokens))
+        else:
+            x_scales = cute.make_tensor(scales + tid, cute.make_layout(2 * self.columns, stride=self.takers))
+        w_scales = cute.make_tensor(scales + (self.x_kept + tid), cute.make_layout(2, stride=self.takers))
         if cutlass.const_expr(w_scale is not None):  # noqa: SIM102  (decided now; the next one in the kernel)
             if way == 0:
                 self.fetch_rows(w_scale, first * self.rows + row, w_scales)
         self.await_predecessor()
-        if cutlass.const_expr(x_scale is not None):  # noqa: SIM102  (the same)
-            if way == 0:
+        if cutlass.const_expr(x_scale is not None):
+            if cutlass.const_expr(self.wide):
+                for column in cutlass.range(tid, self.tokens, self.takers, unroll=1):
+                    first_token = cutlass.min(column // PIECE * PIECE, cutlass.max(m - PIECE, 0))
+                    token = cutlass.min(first_token + column % PIECE, m - 1)
+                    self.fetch_scale(x_scale, token, x_scales.iterator + column)
+            elif way == 0:
                 for i in cutlass.range_constexpr(2 * self.columns):
                     token = cutlass.min(i // 2 * COLUMNS + tid % 4 * 2 + i % 2, m - 1)
                     self.fetch_scale(x_scale, token, x_scales.iterator + i * self.takers)
@@ -343,6 +391,9 @@ class Warpgroup(Gemm):
                 if cutlass.const_expr(self.cluster > 1):
                     self.share(acc, parts, arrived, tid, rank, round)
                 cute.arch.cp_async_wait_group(0)
+                if cutlass.const_expr(self.wide):
+                    # A thread's scales of tokens were fetched by others.
+                    cute.arch.barrier(barrier_id=2, number_of_threads=self.takers)
                 tile = first + round * every
                 self.store(out, acc, x_scale, x_scales, w_scales, bias, tid, rank, tile * self.rows, row, m, n)
                 if cutlass.const_expr(w_scale is not None):
@@ -403,31 +454,43 @@ class Warpgroup(Gemm):
     def share(self, acc: cute.Tensor, parts: Any, arrived: Any, tid: Int32, rank: Int32, round: Int32) -> None:
         """Gives each sum to the block that owns it, and adds what is given to this one to its own.
 
-        Two buffers in turn: who writes the next sums cannot be two tiles ahead of who still reads.
+        Two buffers in turn: who writes the next sums cannot be two exchanges ahead of who still reads, as it has waited for
+        what that one gives after it has read.
         """
+        for part in cutlass.range_constexpr(self.exchanges):
+            count = round
+            if cutlass.const_expr(self.exchanges > 1):
+                count = round * self.exchanges + part
+            self.exchange(acc, parts, arrived, tid, rank, count, part * self.given)
+
+    @cute.jit
+    def exchange(
+        self, acc: cute.Tensor, parts: Any, arrived: Any, tid: Int32, rank: Int32, count: Int32, first: Constexpr
+    ) -> None:
+        """Does so with `given` of the sums that each block owns, from `first` on, for the `count`th time, from 0."""
         others = self.cluster - 1
-        side = parts + round % 2 * (self.takers * self.own * others)
-        bell = arrived + round % 2
+        side = parts + count % 2 * (self.takers * self.given * others)
+        bell = arrived + count % 2
         if tid == 0:
-            cute.arch.mbarrier_arrive_and_expect_tx(bell, 4 * self.takers * self.own * others)
+            cute.arch.mbarrier_arrive_and_expect_tx(bell, 4 * self.takers * self.given * others)
         words = cute.recast_tensor(acc, Int32)
         for owner in cutlass.range_constexpr(self.cluster):
             if rank != owner:
                 # Blocks before the owner come first in its buffer.
                 place = rank if rank < owner else rank - 1
-                for i in cutlass.range_constexpr(self.own):
-                    at = side + ((place * self.own + i) * self.takers + tid)
-                    cute.arch.store_async_dsmem(at, words[owner * self.own + i], bell, Int32(owner))
-        cute.arch.mbarrier_wait(bell, round // 2 % 2)
-        layout = cute.make_layout((self.own, others), stride=(self.takers, self.takers * self.own))
+                for i in cutlass.range_constexpr(self.given):
+                    at = side + ((place * self.given + i) * self.takers + tid)
+                    cute.arch.store_async_dsmem(at, words[owner * self.own + first + i], bell, Int32(owner))
+        cute.arch.mbarrier_wait(bell, count // 2 % 2)
+        layout = cute.make_layout((self.given, others), stride=(self.takers, self.takers * self.given))
         given = cute.make_tensor(cute.recast_ptr(side + tid, dtype=Float32), layout)
         for owner in cutlass.range_constexpr(self.cluster):
             if rank == owner:
-                for i in cutlass.range_constexpr(self.own):
-                    total = acc[owner * self.own + i]
+                for i in cutlass.range_constexpr(self.given):
+                    total = acc[owner * self.own + first + i]
                     for other in cutlass.range_constexpr(others):
                         total = total + given[i, other]
-                    acc[owner * self.own + i] = total
+                    acc[owner * self.own + first + i] = total
 
     @cute.jit
     def store(
@@ -437,11 +500,20 @@ class Warpgroup(Gemm):
         """Stores the sums that this block owns."""
         for i in cutlass.range_constexpr(self.sums):
             token, within = i // 4 * COLUMNS + tid % 4 * 2 + i % 2, row + i // 2 % 2 * 8
-            mine = token < m and within < self.rows and first + within < n
+            if cutlass.const_expr(self.wide):
+                # Tokens of the pieces before this one are theirs to store.
+                column, piece = token, i // 4 * COLUMNS // PIECE
+                token = self.first_token(piece, m) + (column - piece * PIECE)
+                mine = token >= piece * PIECE and token < m and within < self.rows and first + within < n
+            else:
+                mine = token < m and within < self.rows and first + within < n
             if cutlass.const_expr(self.cluster > 1):
                 mine = mine and rank == i // self.own
             if mine:
                 value = acc[i]
                 if cutlass.const_expr(x_scale is not None):
-                    value = value * x_scales[i // 4 * 2 + i % 2] * w_scales[i // 2 % 2]
+                    if cutlass.const_expr(self.wide):
+                        value = value * x_scales[column] * w_scales[i // 2 % 2]
+                    else:
+                        value = value * x_scales[i // 4 * 2 + i % 2] * w_scales[i // 2 % 2]
                 self.put(out, token, first + within, value, bias)

@@ -205,7 +205,10 @@ def _adopt_helion(kernel: Any, driver: Driver) -> None:
     _C.patch_host_class(helion.Kernel)
     if not _helion_is_set_up:
         _C.set_host_callbacks(
-            state=helion_record.kernel_state, record=lambda kernel, args: helion_record.record(kernel, args, _inner(kernel))
+            state=helion_record.kernel_state,
+            record=lambda kernel, args: helion_record.record(kernel, args, _inner(kernel)),
+            choice=helion_record.choice,
+            launches=lambda kernel: helion_record.adopt_launches(kernel, _inner(kernel)),
         )
         _helion_is_set_up = True
     if _switch(kernel, on=True):

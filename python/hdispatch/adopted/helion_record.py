@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import inspect
 import threading
+import traceback
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import helion  # type: ignore[import-untyped]
@@ -43,6 +45,10 @@ _OPERATORS = {
     "<": Op.LT, "<=": Op.LE, ">": Op.GT, ">=": Op.GE, "and": Op.AND, "or": Op.OR,
 }  # fmt: skip
 
+#: What a heuristic of Helion's compiler may choose by that is the same for every call on one device, which is part of the key.
+#: On a GPU such a heuristic looks at every pointwise kernel.
+_OF_DEVICES = ("device_num_sm", "config_num_sm")
+
 #: csrc/adopted_host.h, HostRecord::Param::Kind
 _OBJECT, _INTEGER, _ARGUMENT, _OUTPUT = range(4)
 
@@ -59,7 +65,8 @@ def kernel_state(kernel: Any) -> State:
         return -1, f"backend {settings.backend}", dicts, [], []
     if settings.distributed or getattr(kernel, "_declares_process_group", False):
         return -1, "distributed kernel", dicts, [], []
-    token = ("helion", id(kernel), getattr(kernel, "_reset_generation", 0), id(settings), settings.static_shapes)
+    of_settings = id(settings), settings.static_shapes, id(kernel._key_fn)
+    token = ("helion", id(kernel), getattr(kernel, "_reset_generation", 0), *of_settings)
     number = number_of(token)
     return number, "" if number > 0 else "more states than are kept", dicts, [], []
 
@@ -85,13 +92,29 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
             problems.append(str(error))
             continue
         except Exception as error:  # anybody's code, on stand-ins; the call itself has been made
-            problems.append(f"{type(error).__name__}: {error}".splitlines()[0])
+            problems.append(_described(error))
             continue
         kernel_entry = adopt(made.pop("kernel"))
         if kernel_entry is None:
             return "its Triton kernel cannot be adopted"
         return {**made, "note": "".join(problems), "function": kernel_entry, "variant": vars(bound), "run": host}
     return f"host function: {problems[-1]}"
+
+
+def _described(error: Exception) -> str:
+    """What an error says, and where it was raised: on another machine that is all there is to see."""
+    said = f"{type(error).__name__}: {error}".splitlines()[0]
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{said} ({Path(frame.filename).name}:{frame.lineno}, {frame.name})"
+
+
+def adopt_launches(kernel: Any, adopt: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Adopts the launches of all variants that Helion has made, and returns the dict that it keeps them in."""
+    variants: dict[Any, Any] = kernel._bound_kernels
+    for bound in list(variants.values()):
+        for function in _functions(bound._run) if bound._run is not None else ():
+            adopt(function)
+    return variants
 
 
 def _has_known_key(kernel: Any) -> bool:
@@ -102,16 +125,23 @@ def _has_known_key(kernel: Any) -> bool:
     return type(key).__name__ == "HeuristicKeyFunction" and key.user_key is None and aot_cache.get_aot_mode() == "evaluate"
 
 
+def choice(kernel: Any, args: tuple[Any, ...]) -> object:
+    """What the key function of an AOT kernel says of a call: calls of one shape and one dtype have the same answer."""
+    return kernel._key_fn(*args)
+
+
 @dataclass
 class _Choice:
     """What Helion chose the variant by, beside dtypes and ranks.
 
     fixed     sizes that are compiled in: (argument, dimension)
     guards    other facts of its key, as steps
+    said      by the heuristics of an AOT kernel; None: there are none
     """
 
     fixed: set[tuple[int, int]] = field(default_factory=set)
     guards: list[Steps] = field(default_factory=list)
+    said: object = None
 
 
 def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
@@ -119,11 +149,12 @@ def _choice(bound: Any, args: tuple[Any, ...]) -> _Choice:
     kernel, env = bound.kernel, bound.env
     if kernel.settings.static_shapes:
         raise _Refused("static_shapes is True")
-    if kernel._key_fn is not None:
-        raise _Refused("it is chosen by a key function")
-    if getattr(bound, "_compiler_seed_specialization_extractors", ()):
-        raise _Refused("it is chosen by the compiler's seeds")
-    choice = _Choice()
+    if kernel._key_fn is not None and kernel._key_fn._load_key_function() is None:
+        raise _Refused("it is an AOT kernel without heuristics for this GPU, which is compiled for each shape")
+    for extractor in getattr(bound, "_compiler_seed_specialization_extractors", ()):
+        if extractor.fact not in _OF_DEVICES:
+            raise _Refused(f"it is chosen by a heuristic of Helion's, by {extractor.fact}")
+    choice = _Choice(said=None if kernel._key_fn is None else kernel._key_fn(*args))
     places = {name: index for index, name in enumerate(kernel.signature.parameters)}
 
     def leaf(source: Any) -> Steps:
@@ -269,7 +300,7 @@ def _open(bound: Any, args: tuple[Any, ...]) -> dict[str, Any]:
     with _recording(bound._run) as launch, mode, outputs:
         result = host(*fakes)
     assumed = [guard.expr for guard in env.guards]
-    return _describe(launch, outputs.made, args, fakes, result, leaves, assumed, guards, powers)
+    return {**_describe(launch, outputs.made, args, fakes, result, leaves, assumed, guards, powers), "choice": choice.said}
 
 
 class _WithPowers:
@@ -314,11 +345,17 @@ def _fake(
     tensor: torch.Tensor, index: int, choice: _Choice, env: ShapeEnv, mode: FakeTensorMode, leaves: dict[sympy.Symbol, str]
 ) -> torch.Tensor:
     guards = choice.guards
-    if not tensor.is_contiguous():
-        raise _Refused("a tensor is not contiguous")
+    strides = tensor.stride()
+    order = sorted(range(tensor.dim()), key=lambda dimension: -strides[dimension])
+    if not tensor.permute(order).is_contiguous():
+        raise _Refused("a tensor is not contiguous in any order of its dimensions")
     if tensor.numel() > MAX_INT32:
         raise _Refused("a tensor has more than 2**31 - 1 elements")
-    guards.append([(Op.CONTIGUOUS, index, 0)])
+    is_plain = tensor.is_contiguous()
+    if is_plain:
+        guards.append([(Op.CONTIGUOUS, index, 0)])
+    elif any(size < 2 for size in tensor.shape):  # their strides say nothing
+        raise _Refused("a tensor of size 1 is not contiguous")
     guards.append([(Op.NUMEL, index, 0), (Op.CONST, MAX_INT32, 0), (Op.LE, 0, 0)])
     sizes: list[Any] = []
     for dimension, size in enumerate(tensor.shape):
@@ -335,8 +372,16 @@ def _fake(
         symbol = env.create_symbol(size, source, dynamic_dim=DimDynamic.DYNAMIC)
         leaves[symbol] = name
         sizes.append(env.create_symintnode(symbol, hint=size, source=source))
+    if is_plain:
+        with mode:
+            return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+    step: Steps = [(Op.CONST, 1, 0)]
+    for dimension in reversed(order):
+        guards.append([(Op.STRIDE, index, dimension), *step, (Op.EQ, 0, 0)])
+        step = [*step, (Op.SIZE, index, dimension), (Op.MUL, 0, 0)]
     with mode:
-        return torch.empty(sizes, dtype=tensor.dtype, device=tensor.device)
+        made = torch.empty([sizes[dimension] for dimension in order], dtype=tensor.dtype, device=tensor.device)
+        return made.permute([order.index(dimension) for dimension in range(tensor.dim())])
 
 
 def _describe(
@@ -401,6 +446,7 @@ def _describe(
     return {
         "kernel": kernel,
         "is_exact": not guards,
+        "choice": None,
         "guards": [*guards, *(steps(each) for each in assumed)],
         "outputs": [(*geometry(each.tensor), each.tensor.dtype, tensors[0], each.fill) for each in made],
         "views": [

@@ -40,7 +40,8 @@ class CellArguments:
 
         arguments = sample(cell["M"])
         bucket_of_m, _ = spec.ladders.split(cell["bucket"])
-        checked_m = checked_rows(spec.ladder, bucket_of_m, max((t.numel() for t in _tensors(arguments)), default=0))
+        elements = max((t.numel() for t in _tensors(arguments)), default=0)
+        checked_m = checked_rows(spec.ladder, bucket_of_m, cell["M"], elements)
         self.checked = arguments if checked_m == cell["M"] else sample(checked_m)
         self.want = copied(self.checked)
         spec.reference(*self.want)
@@ -97,10 +98,9 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(kinds[tensor.element_size()])
 
 
-def checked_rows(ladder: Sequence[int], bucket: int, elements: int) -> int:
-    """The M to check with: the bucket's edge; for a call with a tensor of very many elements its smallest M of that class."""
-    edge = ladder[bucket]
+def checked_rows(ladder: Sequence[int], bucket: int, m: int, elements: int) -> int:
+    """The M to check with: the one to time; of a call with a tensor of very many elements the bucket's first of its class."""
     first, _ = bucket_bounds(ladder, bucket)
-    if elements <= CHECKED_ELEMENTS or edge % 16:
-        return edge
-    return min(edge, (first + 15) // 16 * 16)
+    if elements <= CHECKED_ELEMENTS or m % 16:
+        return m
+    return min(m, (first + 15) // 16 * 16)
