@@ -19,14 +19,15 @@ from hdispatch.opspec import WORKSPACE_COUNTERS
 
 from .triton_launch import launch_options
 from .triton_softmax import INTERPRETED, capped, weighted
-from .workspace import ROWS, cells
+from .workspace import MOST_ROWS, PAIRS, ROWS, cells
 
 #: A chunk that no request is longer than: no splits.
 WHOLE = 2**20
 #: Rows of Hopper's warpgroup products; fewer take the older ones, for which each warp loads K and V into registers.
 WIDE = 64
 # In elements of float32.
-_COUNTERS, _ROWS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(ROWS)
+_COUNTERS, _PAIRS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(PAIRS)
+_ROWS, _MOST_ROWS = tl.constexpr(ROWS), tl.constexpr(MOST_ROWS)
 
 
 def splits_of(tokens: Any, pairs: Any, rows: int, chunk: int) -> Any:
@@ -210,9 +211,12 @@ def finish(
         tl.store(out + at[:, None] + d[None, :], y, live[:, None])
     else:
         counters = workspace.to(tl.pointer_type(tl.int32))
+        # As workspace.rows_held says.
+        wanted: tl.constexpr = _PAIRS * PADDED
+        held: tl.constexpr = _ROWS if wanted < _ROWS else _MOST_ROWS if wanted > _MOST_ROWS else wanted
         tops = workspace + _COUNTERS
-        sums = tops + _ROWS
-        parts = sums + _ROWS
+        sums = tops + held
+        parts = sums + held
         pair = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
         cell = (pair * tl.num_programs(0) + tl.program_id(0)) * (queries * G) + row
         tl.store(parts + cell[:, None] * D + d[None, :], acc, live[:, None])

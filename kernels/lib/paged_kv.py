@@ -13,8 +13,8 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import Variant, WorkspaceArg
 
+from . import workspace
 from .indices import check_indices
-from .workspace import BYTES
 
 #: Elements of K and V that are gathered at once: requests take turns.
 GATHERED = 2**27
@@ -135,6 +135,11 @@ def eight_kv_heads(variant: Variant) -> dict[str, int]:
     return {"N": 8 * int(variant.static["group"])}
 
 
+def workspace_bytes(variant: Variant) -> int:
+    """Of a variant's workspace: more query rows have more sums."""
+    return workspace.size(int(variant.static["group"]) * int(variant.static.get("max_queries", 1)))
+
+
 #: What the declarations of decode attention say alike.
 DECODE: dict[str, Any] = {
     "shapes": ({"K": 128}, {"K": 64}),
@@ -142,7 +147,7 @@ DECODE: dict[str, Any] = {
     "ladder": (1, 2, 4, 8, 16, 32, 64, 128, 256),
     "hints": {"N": 560},  # a multiple of every group
     "measured": eight_kv_heads,
-    "workspace": WorkspaceArg("workspace", BYTES),
+    "workspace": WorkspaceArg("workspace", workspace_bytes),
     "own_scales": True,
 }
 

@@ -127,9 +127,16 @@ def _specialization(kernel: Any, given: Mapping[str, Any], source: Mapping[str, 
         "constants": [[list(path), encode(value)] for path, value in compiled["constants"].items()],
         "attrs": [[list(path), encode(value)] for path, value in compiled["configs"][0].items()],
         "options": {name: encode(value) for name, value in _options(data).items()},
-        "capability": data["target"]["arch"],
+        "capability": _capability(data),
         "triton": sys.modules["triton"].__version__,
     }
+
+
+def _capability(data: Mapping[str, Any]) -> int:
+    """Of the GPU that a kernel was compiled for, as 90."""
+    if "target" in data:
+        return int(data["target"]["arch"])
+    return int(str(data["options"]["arch"]).removeprefix("sm").rstrip("af"))  # Triton 3.6
 
 
 def _options(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.kernels.lib import paged_kv
 from hdispatch.kernels.lib.paged_kv import Rule, attend, random_lengths, random_paged, random_slots, write
-from hdispatch.kernels.lib.workspace import BYTES, LARGEST_HEAD, PAIRS, ROWS, cells
+from hdispatch.kernels.lib.workspace import LARGEST_HEAD, PAIRS, cells, rows_held, size
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
 CPU = torch.device("cpu")
@@ -159,10 +159,14 @@ def test_random_caches_hold_what_they_promise() -> None:
 def test_a_workspace_holds_the_splits_of_every_block() -> None:
     for rows in (1, 4, 5, 7, 8, 16, 56, 64, 128):
         assert 0 < cells(rows) <= PAIRS <= WORKSPACE_COUNTERS // 4
-        assert cells(rows) * rows <= ROWS
-    assert BYTES == 4 * ROWS * (2 + LARGEST_HEAD)
+        assert cells(rows) * rows <= rows_held(rows)
+        assert size(rows) == 4 * rows_held(rows) * (2 + LARGEST_HEAD)
     for op in ("attention_half", "paged_attention_decode"):
-        assert max(shape["K"] for shape in hdispatch.registry.spec(op).shapes) <= LARGEST_HEAD
+        spec = hdispatch.registry.spec(op)
+        assert max(shape["K"] for shape in spec.shapes) <= LARGEST_HEAD
+        for variant in spec.variants():
+            rows = int(variant.static["group"]) * int(variant.static.get("max_queries", 1))
+            assert spec.workspace_bytes(variant) == WORKSPACE_COUNTERS + size(rows)
 
 
 def sample(op: str, m: int = 3, k: int = 64, n: int = 8, variant: str | None = None) -> dict:

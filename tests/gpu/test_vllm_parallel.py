@@ -64,6 +64,8 @@ def generate(bundle_dir, tmp_path_factory):
             "HDISPATCH_BUNDLE": str(bundle_dir),
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",
+            # An engine beside this process begins with whatever has arrived: batches, and bits, by chance.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_USE_DEEP_GEMM": "0",
             "VLLM_USE_FLASHINFER_SAMPLER": "0",
             "VLLM_ALLREDUCE_USE_FLASHINFER": "0",

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from hdispatch.kernels.lib.attention import split_chunk
 from hdispatch.kernels.lib.paged_kv import Paged, random_paged
-from hdispatch.kernels.lib.workspace import BYTES
+from hdispatch.kernels.lib.workspace import size
 from hdispatch.opspec import WORKSPACE_COUNTERS
 from hdispatch.testing.numeric import assert_no_poison
 from special_values import copied, like_the_gpu
@@ -107,7 +107,7 @@ def half(
         "eps": 1e-6,
         "group": group,
         "is_neox": True,
-        "workspace": torch.zeros(WORKSPACE_COUNTERS + BYTES, dtype=torch.uint8),
+        "workspace": torch.zeros(WORKSPACE_COUNTERS + size(group), dtype=torch.uint8),
     }
 
 
@@ -198,7 +198,7 @@ def decode(
         "v_scale": 0.25 if cache else 1.0,
         "group": group,
         "max_queries": max_queries,
-        "workspace": torch.zeros(WORKSPACE_COUNTERS + BYTES, dtype=torch.uint8),
+        "workspace": torch.zeros(WORKSPACE_COUNTERS + size(group * max_queries), dtype=torch.uint8),
     }
 
 
