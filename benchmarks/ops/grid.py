@@ -18,7 +18,10 @@ MS = tuple(2**i for i in range(14))
 
 @dataclass(frozen=True)
 class Model:
-    """A Qwen3 model: sizes in elements, heads of `head_dim`."""
+    """A Qwen3 model: sizes in elements, heads of `head_dim`.
+
+    experts  of a mixture, whose `intermediate` is each one's; 0: the model is dense
+    """
 
     name: str
     hidden: int
@@ -26,6 +29,7 @@ class Model:
     heads: int
     kv_heads: int
     head_dim: int = 128
+    experts: int = 0
 
     @property
     def qkv(self) -> int:
@@ -38,6 +42,9 @@ MODELS = (
     Model("Qwen3-8B", 4096, 12288, 32, 8),
     Model("Qwen3-32B", 5120, 25600, 64, 8),
 )
+#: Mixtures of experts, for the ops that no other model calls.
+MIXTURES = (Model("Qwen3-30B-A3B", 2048, 768, 32, 4, experts=128),)
+ALL_MODELS = (*MODELS, *MIXTURES)
 EAGER_MODEL = MODELS[1].name
 EAGER_M = 16
 
@@ -90,6 +97,14 @@ def _routers(_model: Model) -> Labelled:
     return {}
 
 
+def _experts(model: Model) -> Labelled:
+    return {"experts": {"N": model.experts}} if model.experts else {}
+
+
+def _summed(model: Model) -> Labelled:
+    return {"hidden": {"N": model.hidden}} if model.experts else {}
+
+
 GEMMS = ("scaled_mm", "scaled_mm_blockwise")
 #: GEMMs of a few tokens, whose peers and targets are their own. They end at M = 32, the last edge of their ladder.
 LOW_LATENCY = ("ll_gemm_bf16", "ll_gemm_fp8")
@@ -115,7 +130,12 @@ SIZES: dict[str, Callable[[Model], Labelled]] = {
     "static_scaled_fp8_quant": _quantized,
     "dynamic_scaled_fp8_quant": _quantized,
     "per_token_group_fp8_quant_packed": _quantized,
+    "topk_softmax": _experts,
+    "moe_align_block_size": _experts,
+    "moe_sum": _summed,
 }
+#: The ops of mixtures of experts alone.
+OF_MIXTURES = ("topk_softmax", "moe_align_block_size", "moe_sum")
 
 
 class Cell(TypedDict):
@@ -168,7 +188,7 @@ def op_shapes(spec: OpSpec, variant: Variant) -> list[Shape]:
     """
     needed = _needed(spec, variant)
     full = [shape for shape in spec.shapes if needed <= set(shape)]
-    known = [(model.name, label, sizes) for model in MODELS for label, sizes in _model_shapes(spec, model)]
+    known = [(model.name, label, sizes) for model in ALL_MODELS for label, sizes in _model_shapes(spec, model)]
     if not full:
         full = [sizes for _, _, sizes in known if any(_agree(sizes, shape) for shape in spec.shapes)]
         full = [{symbol: sizes[symbol] for symbol in needed} for sizes in full]
@@ -178,7 +198,7 @@ def op_shapes(spec: OpSpec, variant: Variant) -> list[Shape]:
         words = ", ".join(f"{symbol}={size}" for symbol, size in shape.items())
         model, label = next(((m, label) for m, label, sizes in known if _agree(sizes, shape)), ("other", words))
         found.setdefault((k, n), Shape(model, label, k, n))
-    order = [model.name for model in MODELS] + ["other"]
+    order = [model.name for model in ALL_MODELS] + ["other"]
     return sorted(found.values(), key=lambda shape: order.index(shape.model))
 
 
@@ -189,7 +209,9 @@ def _needed(spec: OpSpec, variant: Variant) -> set[str]:
 
 
 def _model_shapes(spec: OpSpec, model: Model) -> Iterable[tuple[str, dict[str, int]]]:
-    return SIZES[spec.name](model).items() if spec.name in SIZES else ()
+    if spec.name not in SIZES or (model in MIXTURES and spec.name not in OF_MIXTURES):
+        return ()
+    return SIZES[spec.name](model).items()
 
 
 def _agree(sizes: Mapping[str, int], shape: Mapping[str, int]) -> bool:
@@ -272,7 +294,7 @@ def coarse_first(ms: Sequence[int]) -> list[int]:
 
 def model_names(wanted: Sequence[str] | None) -> list[str]:
     """The models named, in full or by their size (8B), `other` being the shapes of none of them; all if None."""
-    names = [*(model.name for model in MODELS), "other"]
+    names = [*(model.name for model in ALL_MODELS), "other"]
     if wanted is None:
         return names
     found = []

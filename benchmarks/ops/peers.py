@@ -1,4 +1,4 @@
-"""Who takes part in the op benchmark: hdispatch, torch.compile, vLLM's torch.ops._C (CUTLASS in it) and CuteDSL, cuBLAS."""
+"""Who takes part in the op benchmark: hdispatch, torch.compile, vLLM's _C (CUTLASS in it), _moe_C and CuteDSL, cuBLAS."""
 
 from __future__ import annotations
 
@@ -37,16 +37,21 @@ VLLM_NAMES = {
 
 
 def load_vllm_ops(library: Path) -> None:
-    """Load vLLM's compiled ops; HdispatchError if torch cannot."""
-    try:
-        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    except OSError as error:
-        raise HdispatchError(f"--vllm-ops {library}: {str(error).splitlines()[0]}") from error
+    """Load vLLM's compiled ops, and those of a mixture of experts where their library lies beside, as in vLLM's folder.
+
+    HdispatchError if torch cannot.
+    """
+    for path in (library, *sorted(library.parent.glob("_moe_C*.so"))):
+        try:
+            torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        except OSError as error:
+            raise HdispatchError(f"--vllm-ops {path}: {str(error).splitlines()[0]}") from error
 
 
 def vllm_op(op: str) -> Any:
-    """vLLM's counterpart of an op, or None where the loaded library has none."""
-    return getattr(torch.ops._C, VLLM_NAMES.get(op, op), None)
+    """vLLM's counterpart of an op, or None where the loaded libraries have none."""
+    name = VLLM_NAMES.get(op, op)
+    return getattr(torch.ops._C, name, None) or getattr(torch.ops._moe_C, name, None)
 
 
 def bind_vllm(op: str, arguments: Sequence[Any]) -> Bound | None:

@@ -9,7 +9,7 @@ from typing import Any
 from hdispatch.bench import plot
 from hdispatch.errors import HdispatchError
 
-from .grid import MODELS
+from .grid import ALL_MODELS
 from .peers import COMPILE, LL_BF16, OURS, SKINNY, TORCH_MM, VLLM
 from .result import Result, groups, main_mode, name_of, words_of_peer
 from .timing import Timing
@@ -26,7 +26,7 @@ def draw(result: Result, file: Path) -> None:
     panels = groups(result, main_mode(result))
     if not panels:
         raise HdispatchError("nothing was measured; there is nothing to draw")
-    models = [model.name for model in MODELS] + ["other"]
+    models = [model.name for model in ALL_MODELS] + ["other"]
     columns = max(len(_models(timings)) for timings in panels.values())
     figure = Figure(figsize=(1 + 4.6 * columns, 0.8 + 3.1 * len(panels)), layout="constrained")
     grid = figure.subplots(len(panels), columns, squeeze=False, sharex=True)

@@ -132,13 +132,14 @@ class Form:
 
 @dataclass(frozen=True)
 class VllmOp:
-    """An op of vLLM's, `torch.ops._C.<op>`, whose calls an op serves: the same arguments in the same order.
+    """An op of vLLM's, `torch.ops.<namespace>.<op>`, whose calls an op serves: the same arguments in the same order.
 
     The last argument may be in one of the two only. Several ops may serve one: the first, by name, that takes a call.
     """
 
     op: str
     forms: tuple[Form, ...] = ()
+    namespace: str = "_C"
 
 
 @dataclass(frozen=True)

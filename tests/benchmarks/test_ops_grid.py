@@ -38,11 +38,23 @@ def test_shapes_of_the_models():
     ]
 
 
-@pytest.mark.parametrize("op", [op for op in MEASURED if op not in grid.LOW_LATENCY])
+@pytest.mark.parametrize("op", [op for op in MEASURED if op not in (*grid.LOW_LATENCY, *grid.OF_MIXTURES)])
 def test_every_model_has_shapes_of_every_op(op):
     spec = hdispatch.registry.spec(op)
     shapes = grid.op_shapes(spec, spec.typical_variant())
     assert {shape.model for shape in shapes} == {model.name for model in MODELS}
+
+
+@pytest.mark.parametrize(("op", "wanted"), [("topk_softmax", 128), ("moe_align_block_size", 0), ("moe_sum", 2048)])
+def test_a_mixture_has_shapes_of_its_ops(op, wanted):
+    spec = hdispatch.registry.spec(op)
+    shapes = grid.op_shapes(spec, spec.typical_variant())
+    assert [(shape.model, shape.k, shape.n) for shape in shapes] == [("Qwen3-30B-A3B", 0, wanted)]
+    assert grid.model_names(["qwen3-30b-a3b", "8B"]) == ["Qwen3-30B-A3B", "Qwen3-8B"]
+    for each in grid.cells([spec], (1, 64), ("warm",), ["Qwen3-30B-A3B"], ["default"]):
+        generator = torch.Generator().manual_seed(1)
+        arguments = spec.sample(spec.typical_variant(), grid.sizes_of(each), torch.device("cpu"), generator)
+        assert grid.call_bytes(spec, arguments, each["m"]) > 0
 
 
 def test_gemm_shapes_are_those_of_the_post():

@@ -162,7 +162,7 @@ def test_arguments_of_every_op_are_taken(op):
         args = made.at(m)
         for arg, value in zip(spec.args, args, strict=True):
             if isinstance(value, torch.Tensor):
-                wanted = spec.tensor_sizes(arg, {**sizes, "M": m}, variant.static)
+                wanted = spec.tensor_sizes(arg, {"A": 8, **sizes, "M": m}, variant.static)
                 shape = value.shape if value.dim() == len(wanted) or not arg.flat else (value.numel(),)
                 assert [size for size, want in zip(shape, wanted, strict=True) if want not in (size, -1)] == [], arg.name
         before = hdispatch.stats()[op]["misses"].get("no table", 0)

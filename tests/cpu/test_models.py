@@ -129,6 +129,10 @@ def test_what_models_call_ops_with():
     assert rows("silu_and_mul", "Llama-3.1-8B", "Qwen3-30B-A3B") == [("bfloat16", {"N": 14336}), ("bfloat16", {"N": 768})]
     assert rows("ll_gemm_bf16", "Qwen3-8B") == []
     assert rows("ll_gemm_bf16", "Qwen3-30B-A3B") == [("bfloat16", {"K": 2048, "N": 128})]
+    assert rows("topk_softmax", "Qwen3-30B-A3B", "Qwen3-8B") == [("int32-bfloat16+renormalize", {"N": 128})]
+    assert rows("moe_sum", "Qwen3-235B-A22B", "Qwen3-8B") == [("bfloat16", {"N": 4096})]
+    assert rows("moe_align_block_size", "Qwen3-30B-A3B", "Mixtral-8x7B") == [("int32", {})]
+    assert rows("moe_align_block_size", "Qwen3-8B") == []
     assert rows("fused_qk_norm_rope", "Llama-3.1-8B") == []
     assert rows("attention_half", "Llama-3.1-8B", "Qwen3-32B") == [
         ("bfloat16-bfloat16+group=4", {"K": 128}),

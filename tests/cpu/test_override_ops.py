@@ -288,7 +288,7 @@ def test_only_tensors_of_the_overridden_device():
     """The door from Python too leaves tensors of another device to torch, even with nothing to do."""
     library = Library(TOY)
     library.torch.impl("toy", lambda *_: library.calls.append("cuda"), "CUDA")
-    with Override(library.namespace, "CUDA", TOY_ROUTE) as override:
+    with Override("CUDA", TOY_ROUTE, library.namespace) as override:
         assert override.served == ["toy"]
         library.ops.toy(*toy.arguments(4, 64))
         library.ops.toy(*toy.arguments(0, 64))

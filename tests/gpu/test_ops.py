@@ -15,7 +15,7 @@ import hdispatch
 import pytest
 import torch
 from hdispatch.compile import buildable_ops
-from hdispatch.opspec import TensorArg
+from hdispatch.opspec import HINTS, TensorArg
 from hdispatch.testing.numeric import compare_outputs, poison
 
 
@@ -28,6 +28,8 @@ def served_ops():
 OPS = served_ops()
 #: For the sizes that a row leaves open: none that is listed anywhere.
 OPEN = {"K": 3072, "N": 1536}
+#: Experts of a router, of which there are fewer.
+FEWER = {"topk_softmax": {"N": 64}}
 #: Elements of the largest tensor: references of more take too long for each M.
 FULL, MOST = 2**25, 2**28
 
@@ -38,7 +40,8 @@ def spec_of(op):
 
 def sizes_of(spec, shape):
     """A shape with every size that the op has."""
-    return {symbol: shape.get(symbol, OPEN[symbol]) for symbol in spec.symbols() if symbol != "M"}
+    sizes = {**OPEN, **FEWER.get(spec.name, {}), **shape}
+    return {symbol: sizes[symbol] for symbol in spec.symbols() if symbol in ("K", "N")}
 
 
 def edges(spec):
@@ -46,7 +49,7 @@ def edges(spec):
 
 
 def elements(spec, variant, sizes, m):
-    dims = [spec.tensor_sizes(arg, {**sizes, "M": m}, variant.static) for arg in spec.tensors()]
+    dims = [spec.tensor_sizes(arg, {**HINTS, **sizes, "M": m}, variant.static) for arg in spec.tensors()]
     return max(abs(math.prod(d)) for d in dims)
 
 
@@ -316,6 +319,8 @@ def test_bad_input_leaves_outputs_alone(bundle, op):
     good = make(op, variant, shape, 16)
     at = next(i for i in written(op) if i != index)
     for what, value in bad_values(specs[index], good[index]):
+        if what == "rows" and len(rows) == 1:  # nothing else says how many there are
+            continue
         args = copy(good)
         args[index] = value
         before = bits(args[at])

@@ -1,4 +1,7 @@
-"""The drop-in over vLLM's own library, $HDISPATCH_VLLM_OPS: the same results through torch.ops._C with and without it."""
+"""The drop-in over vLLM's own library, $HDISPATCH_VLLM_OPS: the same results through torch.ops._C with and without it.
+
+And through torch.ops._moe_C where that library lies beside it, as in vLLM's folder.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import hdispatch
 import pytest
@@ -18,23 +22,27 @@ from .test_ops import bits, check, copy, make, most_rows, sizes_of, spec_of, wri
 LIBRARY = os.environ.get("HDISPATCH_VLLM_OPS")
 pytestmark = pytest.mark.skipif(not LIBRARY, reason="HDISPATCH_VLLM_OPS names no library of vLLM's ops")
 
-CASES = [pytest.param(name, route.op, id=f"{name}-{route.op}") for name, routes in ROUTES.items() for route in routes]
+LIBRARIES = [LIBRARY, *map(str, sorted(Path(LIBRARY).parent.glob("_moe_C*.so")))] if LIBRARY else []
+#: Those whose library there is.
+NAMES = [name for name, routes in ROUTES.items() if routes[0].namespace == "_C" or len(LIBRARIES) > 1]
+CASES = [pytest.param(name, route.op, id=f"{name}-{route.op}") for name in NAMES for route in ROUTES[name]]
 
 
 @pytest.fixture(autouse=True)
 def library():
-    torch.ops.load_library(LIBRARY)
+    for each in LIBRARIES:
+        torch.ops.load_library(each)
 
 
 @pytest.fixture
 def override():
     with hdispatch.override_vllm_ops() as made:
-        assert sorted(made.served) == sorted(ROUTES), made
+        assert sorted(made.served) == sorted(NAMES), made
         yield made
 
 
 def packet(name):
-    return getattr(torch.ops._C, name)
+    return getattr(getattr(torch.ops, ROUTES[name][0].namespace), name)
 
 
 def theirs(name, args):
@@ -64,7 +72,7 @@ def results(name, op, variant, shape, m, seed=0):
 
 def compare(op, variant, got, wanted, where, inputs):
     """Our results equal vLLM's, or a GEMM's the reference's. test_vllm.py counts fp8 codes and compares with CUTLASS."""
-    if op.startswith("scaled_mm"):
+    if op.startswith("scaled_mm") or op == "moe_align_block_size":  # vLLM has an expert's rows in any order
         wanted = copy(inputs)
         spec_of(op).reference(*wanted)
     check(op, variant.name, got, wanted, where, inputs, min_equal=0.99)

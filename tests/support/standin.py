@@ -37,6 +37,11 @@ silu_and_mul(Tensor! result, Tensor input) -> ()
 rotary_embedding(Tensor positions, Tensor! query, Tensor!? key, int head_size, Tensor cos_sin_cache, bool is_neox, \
 int rope_dim_offset=0, bool inverse=False) -> ()
 cutlass_scaled_mm(Tensor! out, Tensor a, Tensor b, Tensor a_scales, Tensor b_scales, Tensor? bias) -> ()
+topk_softmax(Tensor! topk_weights, Tensor! topk_indices, Tensor! token_expert_indices, Tensor gating_output, \
+bool renormalize, Tensor? bias, Tensor? is_padding) -> ()
+moe_sum(Tensor input, Tensor! output, Tensor? topk_ids=None, Tensor? expert_map=None) -> ()
+moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, Tensor! sorted_token_ids, Tensor! experts_ids, \
+Tensor! num_tokens_post_pad, Tensor? maybe_expert_map, Tensor(a!)? scatter_idx=None) -> ()
 """.strip().splitlines()
 
 #: The toy's arguments as another library may have them: no default for the last but one.
@@ -157,7 +162,7 @@ class Library:
 
     def override(self, routes: dict[str, tuple[Route, ...]] = TOY_ROUTE) -> Override:
         """What `override_vllm_ops` does, for this namespace on the CPU."""
-        return Override(self.namespace, "CPU", routes)
+        return Override("CPU", routes, self.namespace)
 
     def dump(self, name: str) -> str:
         """What torch's dispatcher has for the op."""

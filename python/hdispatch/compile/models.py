@@ -212,6 +212,18 @@ def _head(model: Model) -> list[Sizes]:
     return [{"K": model.head_dim}]
 
 
+def _experts(model: Model) -> list[Sizes]:
+    return [{"N": model.experts}] if model.experts else []
+
+
+def _aligned(model: Model) -> list[Sizes]:
+    return [{}] if model.experts else []
+
+
+def _summed(model: Model) -> list[Sizes]:
+    return [{"N": model.hidden}] if model.experts else []
+
+
 #: The sizes of an op's calls; of ops that are not here, the rows that serve any size.
 CALLS: dict[str, Callable[[Model], list[Sizes]]] = {
     "attention_dense": _head,
@@ -223,6 +235,8 @@ CALLS: dict[str, Callable[[Model], list[Sizes]]] = {
     "fused_qk_norm_rope": _normalized_heads,
     "ll_gemm_bf16": _router,
     "ll_gemm_fp8": _products,
+    "moe_align_block_size": _aligned,
+    "moe_sum": _summed,
     "paged_attention_decode": _head,
     "per_token_group_fp8_quant": _quantized,
     "per_token_group_fp8_quant_packed": _quantized,
@@ -237,6 +251,7 @@ CALLS: dict[str, Callable[[Model], list[Sizes]]] = {
     "silu_and_mul_dynamic_per_token_quant": _activated,
     "silu_and_mul_per_block_quant": _activated,
     "static_scaled_fp8_quant": _quantized,
+    "topk_softmax": _experts,
 }
 
 

@@ -1,4 +1,4 @@
-"""The drop-in for vLLM: its CUDA ops, `torch.ops._C.<op>`, served from the launch table.
+"""The drop-in for vLLM: its CUDA ops, `torch.ops._C.<op>` and `torch.ops._moe_C.<op>`, served from the launch table.
 
 `override_vllm_ops` puts one C++ kernel over each op's CUDA kernel in torch's dispatcher, so that every caller is served:
 eager code, code that Inductor compiled, graph capture, C++. What the table does not serve runs vLLM's own kernel and is
@@ -23,17 +23,21 @@ from ...opspec import Form
 
 @dataclass(frozen=True)
 class Route:
-    """An op of ours that serves calls of vLLM's: the same arguments in the same order; the last may be in one of them only."""
+    """An op of ours that serves calls of vLLM's: the same arguments in the same order; the last may be in one of them only.
+
+    namespace  of vLLM's op in torch.ops
+    """
 
     op: str
     forms: tuple[Form, ...] = ()
+    namespace: str = "_C"
 
 
 def _routes() -> dict[str, tuple[Route, ...]]:
     found: dict[str, tuple[Route, ...]] = {}
     for name in sorted(registry.names()):
         if (served := registry.spec(name).vllm) is not None:
-            found[served.op] = (*found.get(served.op, ()), Route(name, served.forms))
+            found[served.op] = (*found.get(served.op, ()), Route(name, served.forms, served.namespace))
     return found
 
 
@@ -60,7 +64,7 @@ def override_vllm_ops(only: Iterable[str] | None = None) -> Override:
     unknown = [name for name in names if name not in ROUTES]
     if unknown:
         raise HdispatchError(f"no such ops of vLLM are served: {', '.join(unknown)}; there are {', '.join(sorted(ROUTES))}")
-    return Override("_C", "CUDA", {name: ROUTES[name] for name in names})
+    return Override("CUDA", {name: ROUTES[name] for name in names})
 
 
 @dataclass
@@ -81,30 +85,35 @@ _WAITING: dict[str, list[Override]] = {}  # by namespace
 
 
 class Override:
-    """Ops of one namespace that are served from the table. Make it with `override_vllm_ops`.
+    """Ops of another library that are served from the table. Make it with `override_vllm_ops`.
+
+    namespace   of all the ops; None: each is where its routes say
 
     served      names of the ops that are overridden
     waiting     names of those that their library has not defined yet; each is overridden when it is first looked up
     refused     names of those whose schema is another than expected -> what differs
     """
 
-    def __init__(self, namespace: str, key: Literal["CUDA", "CPU"], routes: Mapping[str, Sequence[Route]]) -> None:
-        self._namespace, self._key, self._routes = namespace, key, dict(routes)
+    def __init__(
+        self, key: Literal["CUDA", "CPU"], routes: Mapping[str, Sequence[Route]], namespace: str | None = None
+    ) -> None:
+        self._key, self._routes = key, dict(routes)
+        self._namespaces = {name: namespace or served[0].namespace for name, served in routes.items()}
         self.served: list[str] = []
         self.waiting: list[str] = list(routes)
         self.refused: dict[str, str] = {}
         with _LOCK:
             for name in routes:
                 self._take(name)
-            if self.waiting:
-                _WAITING.setdefault(namespace, []).append(self)
-                getattr(torch.ops, namespace).__class__ = _WatchedNamespace
+            for waited in {self._namespaces[name] for name in self.waiting}:
+                _WAITING.setdefault(waited, []).append(self)
+                getattr(torch.ops, waited).__class__ = _WatchedNamespace
 
     def undo(self) -> None:
         """Let the former kernels serve all calls again. Nothing happens the second time."""
         with _LOCK:
             for name in self.served:
-                _release((self._namespace, name, self._key))
+                _release((self._namespaces[name], name, self._key))
             self.served, self.waiting = [], []
             self._stop_waiting()
 
@@ -115,13 +124,13 @@ class Override:
         self.undo()
 
     def __repr__(self) -> str:
-        return (
-            f"<override of torch.ops.{self._namespace}: served {self.served}, waiting {self.waiting}, refused {self.refused}>"
-        )
+        where = " and ".join(f"torch.ops.{namespace}" for namespace in dict.fromkeys(self._namespaces.values()))
+        return f"<override of {where}: served {self.served}, waiting {self.waiting}, refused {self.refused}>"
 
     def _take(self, name: str) -> None:
         """Override an op that waits, if it is there by now."""
-        packet = getattr(getattr(torch.ops, self._namespace), name, None)
+        namespace = self._namespaces[name]
+        packet = getattr(getattr(torch.ops, namespace), name, None)
         if name not in self.waiting or packet is None:
             return
         routes = self._routes[name]
@@ -129,22 +138,26 @@ class Override:
         if differs:
             self.waiting.remove(name)
             self.refused[name] = differs
-            warnings.warn(f"hdispatch does not override torch.ops.{self._namespace}.{name}: {differs}", stacklevel=4)
-        elif _acquire((self._namespace, name, self._key), packet, routes):
+            warnings.warn(f"hdispatch does not override torch.ops.{namespace}.{name}: {differs}", stacklevel=4)
+        elif _acquire((namespace, name, self._key), packet, routes):
             self.waiting.remove(name)
             self.served.append(name)
 
-    def _look(self, name: str) -> None:
+    def _look(self, namespace: str, name: str) -> None:
         with _LOCK:
-            self._take(name)
+            if self._namespaces.get(name) == namespace:
+                self._take(name)
             self._stop_waiting()
 
     def _stop_waiting(self) -> None:
-        others = _WAITING.get(self._namespace, [])
-        if not self.waiting and self in others:
-            others.remove(self)
-            if not others:
-                getattr(torch.ops, self._namespace).__class__ = torch._ops._OpNamespace
+        """Leave the namespaces none of whose ops is waited for."""
+        waited = {self._namespaces[name] for name in self.waiting}
+        for namespace in set(self._namespaces.values()) - waited:
+            others = _WAITING.get(namespace, [])
+            if self in others:
+                others.remove(self)
+                if not others:
+                    getattr(torch.ops, namespace).__class__ = torch._ops._OpNamespace
 
 
 class _WatchedNamespace(torch._ops._OpNamespace):
@@ -155,7 +168,7 @@ class _WatchedNamespace(torch._ops._OpNamespace):
     def __getattr__(self, op_name: str) -> Any:
         packet = super().__getattr__(op_name)  # AttributeError as long as the op is not defined
         for override in list(_WAITING.get(self.name, ())):
-            override._look(op_name)
+            override._look(self.name, op_name)
         return packet
 
 

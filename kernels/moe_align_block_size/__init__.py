@@ -1,0 +1,1 @@
+"""moe_align_block_size: the op's declaration and its kernels."""

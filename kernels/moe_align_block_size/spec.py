@@ -1,0 +1,122 @@
+"""moe_align_block_size: the rows of each expert side by side, in whole blocks for a grouped product, as the op of vLLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from hdispatch.errors import ArgumentError
+from hdispatch.opspec import IntArg, OpSpec, TensorArg, Variant, VllmOp
+
+NAME = "moe_align_block_size"
+
+INT = (torch.int32,)
+#: Experts per token, experts, and rows of a block, in samples that do not say how many.
+TOPK, EXPERTS, BLOCK = 8, 128, 16
+
+
+def reference(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: torch.Tensor,
+    experts_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    maybe_expert_map: torch.Tensor | None = None,
+) -> None:
+    """The op in torch.
+
+    topk_ids             int32 or int64 [M, A]: the experts of each of M tokens. Row m * A + a is the a-th of token m
+    num_experts          experts that there are; a row of an id that is negative or not less is left out
+    block_size           rows of a block
+    sorted_token_ids     int32, written: the rows of expert 0, then those of expert 1, …; each expert's are filled up to whole
+                         blocks with M * A, which is no row, and so is what lies behind the last one's
+    experts_ids          int32, written: the expert of each block of sorted_token_ids; -1 behind the last one. It has an
+                         element for each block that sorted_token_ids has room for; further ones are not written
+    num_tokens_post_pad  int32 with one element, written: rows in all blocks, with those that fill them up
+    maybe_expert_map     int32, or None: the number of each expert on this GPU, by which experts are then counted and sorted.
+                         The rows of one whose number is negative or not less than num_experts, or that is beyond the map,
+                         are left out
+
+    An expert's rows are in ascending order. vLLM's kernel has them in any order; here every call gives the same.
+    """
+    rows, room = topk_ids.numel(), sorted_token_ids.numel()
+    blocks = (room + block_size - 1) // block_size
+    if experts_ids.numel() < blocks:
+        raise ArgumentError(
+            f"{NAME}: experts_ids has {experts_ids.numel()} elements; expected {blocks}, one for each block of sorted_token_ids"
+        )
+    ids = topk_ids.flatten().long()
+    known = (ids >= 0) & (ids < num_experts)
+    if maybe_expert_map is not None:
+        number = torch.full((num_experts,), -1, dtype=torch.long, device=ids.device)
+        number[: maybe_expert_map.numel()] = maybe_expert_map[:num_experts]
+        ids = number[torch.where(known, ids, 0)]
+        known &= (ids >= 0) & (ids < num_experts)
+    ids = torch.where(known, ids, num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
+    counts.scatter_add_(0, ids, torch.ones_like(ids))
+    padded = (counts[:-1] + (block_size - 1)) // block_size * block_size
+    ends = padded.cumsum(0)
+    if ids.device.type == "cpu" and int(ends[-1]) > room:  # on a GPU the host would wait
+        raise ArgumentError(
+            f"{NAME}: sorted_token_ids has {room} elements; the rows and what fills up blocks are {int(ends[-1])}"
+        )
+    num_tokens_post_pad.copy_(ends[-1:])
+    first = torch.arange(blocks, device=ids.device) * block_size
+    expert = torch.searchsorted(ends, first, right=True)
+    experts_ids[:blocks] = torch.where(expert < num_experts, expert, -1).to(torch.int32)
+    order = torch.sort(ids, stable=True).indices
+    sorted_ids = ids[order]
+    rank = torch.arange(rows, device=ids.device) - (counts.cumsum(0) - counts)[sorted_ids]
+    begins = torch.cat([ends - padded, ends.new_full((1,), room)])
+    to = torch.where(sorted_ids < num_experts, begins[sorted_ids] + rank, room).clamp(max=room)
+    filled = torch.full((room + 1,), rows, dtype=torch.int32, device=ids.device)
+    filled[to] = order.to(torch.int32)
+    sorted_token_ids.copy_(filled[:room])
+
+
+def padded_rows(rows: int, num_experts: int, block_size: int) -> int:
+    """Elements of sorted_token_ids, as vLLM makes it."""
+    most = rows + num_experts * (block_size - 1)
+    return min(rows * block_size, most) if rows < num_experts else most
+
+
+def sample(variant: Variant, sizes: dict[str, int], device: torch.device, generator: torch.Generator) -> list[Any]:
+    """Random arguments. A few ids are no expert; with a map, half of the experts are on this GPU."""
+    m, topk, experts = sizes["M"], sizes.get("A", TOPK), sizes.get("num_experts", EXPERTS)
+    ids = torch.randint(-1, experts + 1, (m, topk), generator=generator, device=device).to(variant.dtypes["topk_ids"])
+    room = padded_rows(m * topk, experts, BLOCK)
+    placed = None
+    if "maybe_expert_map" in variant.dtypes:
+        placed = torch.arange(experts, dtype=torch.int32, device=device) - experts // 2
+        placed = torch.where(placed >= 0, placed, -1)
+    made = [torch.full((size,), -7, dtype=torch.int32, device=device) for size in (room, (room + BLOCK - 1) // BLOCK, 1)]
+    return [ids, experts, BLOCK, *made, placed]
+
+
+def served(variant: Variant) -> bool:
+    """int32, as vLLM's Triton experts have the ids. int64 on request."""
+    return variant.dtypes["topk_ids"] == torch.int32
+
+
+SPEC = OpSpec(
+    name=NAME,
+    args=(
+        TensorArg("topk_ids", ("M", "A"), (torch.int32, torch.int64)),
+        IntArg("num_experts", minimum=1, ladder=(128, 512)),
+        IntArg("block_size", minimum=1),
+        TensorArg("sorted_token_ids", ("*",), INT, mutated=True),
+        TensorArg("experts_ids", ("*",), INT, mutated=True),
+        TensorArg("num_tokens_post_pad", (1,), INT, mutated=True),
+        TensorArg("maybe_expert_map", ("*",), INT, optional=True),
+    ),
+    reference=reference,
+    sample=sample,
+    shapes=({},),
+    config_key={"num_tokens": "M", "num_experts": "num_experts"},
+    ladder=(8, 64, 512, 8192),
+    served=served,
+    typical="int32",
+    vllm=VllmOp(NAME, namespace="_moe_C"),
+)

@@ -1,0 +1,1 @@
+"""moe_sum: the op's declaration and its kernels."""

@@ -1,0 +1,1 @@
+"""topk_softmax: the op's declaration and its kernels."""
