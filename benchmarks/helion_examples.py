@@ -165,10 +165,14 @@ EXAMPLES = [
     Example("examples.epilogue_subtiling", "matmul_bias_gelu_aux", lambda m: (*gemm(m), t(96, dtype=HALF))),
     Example("examples.exp", "exp_fwd", lambda m: (t(m),)),
     Example("examples.exp", "exp_bwd", lambda m: (t(m), t(m))),
-    Example("examples.fp8_attention", "fp8_attention_kernel", lambda m: (*(t(2 * m, 128, 64, dtype=FP8) for _ in "qkv"), m, 2)),
+    Example(
+        "examples.fp8_attention", "fp8_attention_kernel",
+        lambda m: (t(2 * m, 128, 64, dtype=FP8), t(2 * m, 128, 64, dtype=FP8), t(2 * m, 64, 128, dtype=FP8), m, 2),
+    ),
     Example("examples.fp8_gemm", "fp8_gemm", lambda m: (t(m, 64, dtype=FP8), t(96, 64, dtype=FP8).T)),
     Example(
-        "examples.fp8_matmul", "fp8_matmul", lambda m: (t(m, 64, dtype=FP8), t(96, 64, dtype=FP8).T, t(m, 1), t(1, 96))
+        "examples.fp8_matmul", "fp8_matmul",
+        lambda m: (t(m, 64, dtype=FP8), t(96, 64, dtype=FP8).T, t(m, 1).expand(m, 96), t(96)),
     ),
     Example("examples.fused_linear_jsd", "jsd_kernel", lambda m: (0.5, 1, 2.0, t(m, 128), t(m, 128))),
     Example("examples.fused_linear_jsd", "fused_linear_jsd_kernel", lambda m: (0.5, 1, 2.0, t(m, 128), t(m, 128))),

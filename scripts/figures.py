@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,16 @@ ADOPTED_KERNELS = {
     "58 arguments": "Triton, 58 arguments",
     "helion add, out given": "Helion, output given",
     "helion add": "Helion, output allocated",
+}
+
+#: Of benchmarks/adopt_helion_examples.py.
+HELION_EXAMPLES = RESULTS / "2026-11-27-adopt-helion-examples" / "examples.json"
+#: Class in it -> what the table calls it.
+SERVED_AS = {
+    "every M": "every M, from one adoption",
+    "shape by shape": "shape by shape",
+    "its launch alone": "its launch alone",
+    "Helion's": "nothing",
 }
 
 
@@ -193,6 +204,21 @@ def adopted() -> str:
     return markdown(["kernel", "", "floor", "before", "adopted", "× floor"], rows)
 
 
+def helion_examples() -> str:
+    """How the kernels of Helion's repository are served once adopted, and why those that are not for every M are not."""
+    result: dict[str, Any] = json.loads(HELION_EXAMPLES.read_text())
+    ways = [result[way] for way in ("static_shapes=False", "as written")]
+    totals = [sum(way["classes"].get(name, 0) for name in SERVED_AS) for way in ways]
+    rows = []
+    for name, shown in SERVED_AS.items():
+        counts = [way["classes"].get(name, 0) for way in ways]
+        reasons = Counter(row["reason"] for row in ways[0]["kernels"] if row["class"] == name and row["reason"])
+        why = "; ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
+        shares = [f"{count} ({count / total:.0%})" for count, total in zip(counts, totals, strict=True)]
+        rows.append([shown, *shares, "" if name == "every M" else why.replace("|", "or")])
+    return markdown(["", "`static_shapes=False`", "as written", "why, with `static_shapes=False`"], rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calls": lambda: calls("2026-11-26-h100", SIX),
     "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
@@ -202,6 +228,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "tuning": tuning,
     "adopted": adopted,
+    "adopted-helion-examples": helion_examples,
 }
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import re
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import adopted_aot
@@ -335,3 +338,18 @@ def test_the_benchmark_measures_every_path(stub):
     for kernel in (adopt.nop, adopt.nop19, adopt.nop58):
         stats = hdispatch.stats()[f"adopted {kernel.fn.__module__}.{kernel.fn.__qualname__}"]
         assert stats["misses"] == {"first call of a key": 1}
+
+
+def test_the_example_is_served_at_every_m(stub, capsys):
+    file = Path(__file__).parents[2] / "examples" / "adopt_helion.py"
+    spec = importlib.util.spec_from_file_location("adopt_helion_example", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Helion looks its source up
+    spec.loader.exec_module(module)
+    vars(module.add).pop("_hdispatch_adopted")  # it was adopted for a GPU
+    adopted(module.add)
+    module.main("cpu")
+    assert capsys.readouterr().out == "adopted, 1 key(s)\nserved    any M\n"
+    assert counts(module.add)["misses"] == {"first call of a key": 3}  # Helion's, and two of Triton's

@@ -26,6 +26,14 @@ EXAMPLE = ROOT / "docs" / "add-an-op.md"
 #: Lines of code that the example has at most, and lines of README.md.
 MOST_LINES, MOST_README_LINES = 60, 130
 
+#: Examples of docs/adopt.md, and what they say without a GPU.
+ADOPTED = {
+    "adopt": "scale is adopted; calling it needs a GPU\n",
+    "adopt_autotuned": "scale is adopted; calling it needs a GPU\n",
+    "adopt_helion": "add is adopted; calling it needs a GPU\n",
+    "adopt_vllm": "all Triton kernels are adopted; serving needs a MODEL, vLLM and a GPU\n",
+}
+
 #: Runs the example's kernel in Triton's interpreter and compares it with the reference.
 INTERPRET = """
 import torch
@@ -139,6 +147,15 @@ def test_tables_are_those_of_the_results():
     assert set(used) == set(module.TABLES)
 
 
+def test_pictures_are_those_of_the_results():
+    """After a new result: python scripts/figures.py --write."""
+    module = figures()
+    assert set(module.PICTURES) == {file.name for file in (ROOT / "docs").glob("*.svg")}
+    said = (ROOT / "docs" / "adopt.svg").read_text()
+    for _, _, times in module.adopted_rows():
+        assert all(f">{module.microseconds(times[each])}<" in said for each in ("before", "adopted"))
+
+
 @pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: file.name)
 def test_links_and_paths_lead_somewhere(file):
     text = file.read_text()
@@ -203,7 +220,7 @@ def test_concepts_before_a_first_op():
     assert len(table.strip().splitlines()) - 1 == 12
 
 
-@pytest.mark.parametrize("name", ["serve_op", "drop_in", "register_function", "adopt"])
+@pytest.mark.parametrize("name", ["serve_op", "drop_in", "register_function", *ADOPTED])
 def test_an_example_is_short_and_runs(name, examples_bundle):
     file = ROOT / "examples" / f"{name}.py"
     assert len(file.read_text().splitlines()) <= 40
@@ -214,7 +231,7 @@ def test_an_example_is_short_and_runs(name, examples_bundle):
         "serve_op": "{'hits': 3, 'empty': 0, 'fallbacks': 0, 'misses': {}}\n",
         "drop_in": "{'hits': 1, 'empty': 0, 'fallbacks': 0, 'misses': {}}\nvLLM's own kernel\n",
         "register_function": "[1.0] 1\n",
-        "adopt": "scale is adopted; calling it needs a GPU\n",
+        **ADOPTED,
     }
     assert done.stdout.endswith(said[name])
 

@@ -216,5 +216,21 @@ def test_a_helion_kernel_at_ms_never_seen():
         out, total = specialized(x, 2.5)
     torch.testing.assert_close(out, x * 2.5)
     torch.testing.assert_close(total, (x * 2.5).sum(-1))
-    counted = hdispatch.stats()["adopted adopted_helion.add"]
-    assert counted["hits"] >= 20, (counted, hdispatch.explain(adopted_helion.add))
+    for name in ("add", "flattened", "zeros"):
+        counted, said = hdispatch.stats()[f"adopted adopted_helion.{name}"], hdispatch.explain(getattr(adopted_helion, name))
+        assert counted["hits"] >= 20, (name, counted, said)
+        assert "any M" in said, (name, said)
+
+
+def test_a_helion_kernel_with_heuristics_at_ms_never_seen():
+    pytest.importorskip("helion")
+    import adopted_aot
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("its heuristics are for sm90")
+    kernel = hdispatch.adopt(adopted_aot.tuned)
+    for m in (7, 7, 16, 16, 33, 112, 113, 113, 128, 128, *random.Random(0).sample(range(2, 3000), 30)):
+        x = torch.randn(m, 64, device="cuda")
+        torch.testing.assert_close(kernel(x), x * 2)
+    counted = hdispatch.stats()["adopted adopted_aot.tuned"]
+    assert counted["hits"] >= 30, (counted, hdispatch.explain(kernel))
