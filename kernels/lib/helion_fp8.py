@@ -16,13 +16,15 @@ import os
 import helion.language as hl
 import torch
 
-from .ptx import SIGMOID, WIDEN
+from .ptx import SIGMOID, SILU, WIDEN
 
 #: Helion's interpreter runs the kernels as plain Python on the CPU, where there is nothing to release.
 INTERPRETED = os.environ.get("HELION_INTERPRET") == "1"
 
 #: Triton's source for the sigmoid of {0}; its other braces are doubled, because it is formatted.
 INLINE_SIGMOID = f'tl.inline_asm_elementwise("{{{SIGMOID}}}", "=f,f", [{{0}}], tl.float32, True, 1)'
+#: The same for the silu of {0}.
+INLINE_SILU = f'tl.inline_asm_elementwise("{{{SILU}}}", "=f,f", [{{0}}], tl.float32, True, 1)'
 #: The same for the float32 numbers of {0}, bfloat16.
 INLINE_WIDEN = f'tl.inline_asm_elementwise("{WIDEN}", "=f,=f,r", [{{0}}], tl.float32, True, 2)'
 
@@ -44,11 +46,11 @@ def widened(x: torch.Tensor) -> torch.Tensor:
     return hl.inline_triton(INLINE_WIDEN, args=(x,), output_like=wide)
 
 
-def magnitude(x: torch.Tensor) -> torch.Tensor:
-    """|x| of x float32, 0 of NaN."""
+def magnitude(x: torch.Tensor, of_nan: float = 0.0) -> torch.Tensor:
+    """|x| of x float32, `of_nan`, which is at most 0, of NaN."""
     if INTERPRETED:
-        return torch.where(x.isnan(), torch.zeros_like(x), x.abs())
-    return hl.inline_triton("tl.maximum(tl.abs({0}), 0.0)", args=(x,), output_like=x)
+        return torch.where(x.isnan(), torch.full_like(x, of_nan), x.abs())
+    return hl.inline_triton(f"tl.maximum(tl.abs({{0}}), {of_nan})", args=(x,), output_like=x)
 
 
 def at_most_448(x: torch.Tensor) -> torch.Tensor:
@@ -58,11 +60,23 @@ def at_most_448(x: torch.Tensor) -> torch.Tensor:
     return hl.inline_triton("tl.minimum({0}, 448.0)", args=(x,), output_like=x)
 
 
+def within_448(x: torch.Tensor) -> torch.Tensor:
+    """clamp(x, -448, 448) of x float32, 448 of NaN."""
+    if INTERPRETED:
+        return torch.fmax(torch.fmin(x, torch.full_like(x, 448.0)), torch.full_like(x, -448.0))
+    return hl.inline_triton("tl.maximum(tl.minimum({0}, 448.0), -448.0)", args=(x,), output_like=x)
+
+
 def silu(x: torch.Tensor) -> torch.Tensor:
     """x * (1 / (1 + exp(-x))) for x float32; see silu of triton_fp8.py."""
     if INTERPRETED:
         return x * (1.0 / (1.0 + torch.exp(x * -1.0)))
     return x * hl.inline_triton(INLINE_SIGMOID, args=(x,), output_like=x)
+
+
+def divided_silu(x: torch.Tensor) -> torch.Tensor:
+    """x / (1 + exp(-x)) for x float32; see divided_silu of triton_fp8.py."""
+    return x / (1.0 + torch.exp(x * -1.0)) if INTERPRETED else hl.inline_triton(INLINE_SILU, args=(x,), output_like=x)
 
 
 def bounded(absmax: torch.Tensor, bound: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ def multiplied(x: torch.Tensor, cache: torch.dtype) -> torch.Tensor:
 def paged_attention_decode(
     out: torch.Tensor, q: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
     sinks: torch.Tensor | None, max_seq_len: int, scale: float, softcap: float, window: int, k_scale: float, v_scale: float,
-    group: int, max_queries: int, workspace: torch.Tensor,  # noqa: ARG001 -- `check` looks at max_queries
+    group: int, max_queries: int, workspace: torch.Tensor,
 ) -> None:  # fmt: skip
     requests, queries, _, dim = q.size()
     dim = hl.specialize(dim)

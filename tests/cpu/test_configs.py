@@ -264,22 +264,22 @@ def collected(op: str, more: Path) -> tuple[list[configs.ConfigFile], list[str]]
 
 
 def test_files_that_cannot_serve_are_named_and_left_out(tmp_path):
-    for op in ("rms_norm_dynamic_per_token_quant", "rms_norm_per_block_quant", "silu_mul_fp8", "empty"):
+    for op in ("rms_norm_dynamic_per_token_quant", "reshape_and_cache_flash", "silu_mul_fp8", "empty"):
         (tmp_path / op).mkdir()
     key = {"hidden_size": 2048, "num_tokens": 4}
     first = tmp_path / "rms_norm_dynamic_per_token_quant"
     write(first, [{"key": key, "config": HELION}], "good.json")
     write(first, [{"key": {"what": 1}, "config": HELION}], "odd.json")
-    write(tmp_path / "rms_norm_per_block_quant", [{"key": {**key, "group_size": 64}, "config": HELION}], "a.json")
+    write(tmp_path / "reshape_and_cache_flash", [{"key": {}, "config": HELION}], "a.json")
     write(tmp_path / "silu_mul_fp8", [])
     files, notes = collected("rms_norm_dynamic_per_token_quant", tmp_path)
     assert {file.path.name for file in files} == {"good.json"}
     assert len(notes) == 1
     assert "left out: " in notes[0]
     assert "odd.json: entry 0 has the key {'what': 1}" in notes[0]
-    files, notes = collected("rms_norm_per_block_quant", tmp_path)
+    files, notes = collected("reshape_and_cache_flash", tmp_path)
     assert not files
-    assert "a.json: 1 of 1 entries are for helion; rms_norm_per_block_quant has kernels of triton" in notes[0]
+    assert "a.json: 1 of 1 entries are for helion; reshape_and_cache_flash has kernels of triton" in notes[0]
     found = point_configs.strangers(points.Scope(more=(tmp_path,)), op_package.find(None))
     assert found == [f"left out: {tmp_path / 'silu_mul_fp8'} is of no op here"]
 

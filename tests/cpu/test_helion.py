@@ -48,6 +48,11 @@ def test_persistent_kernels_have_a_grid_of_the_targets_sms(build):
     assert built["record"]["grid"] == [[132], [1], [1]]
 
 
+def test_a_flag_that_every_variant_accepts_is_no_parameter(build):
+    (built,) = build("ignoring", {"block_sizes": [4]})
+    assert not [param for param in built["record"]["params"] if "flag" in str(param)]
+
+
 @pytest.mark.parametrize(
     ("kernel", "config", "message"),
     [
@@ -65,6 +70,7 @@ def test_persistent_kernels_have_a_grid_of_the_targets_sms(build):
         ("on_row_stride", {"block_sizes": [4]}, "not valid for every row stride: helion would generate other code"),
         ("allocating", {"block_sizes": [4]}, r"allocates \(aten.empty_like.default\); an op that returns what it allocates"),
         ("static", {"block_sizes": [4]}, "static_shapes is True.* it takes @helion.kernel"),
+        ("looking", {"block_sizes": [4]}, "looks at flag, a flag without values; list them in the op's spec"),
         ("double", {"block_sizes": [4]}, "Not enough values for config"),
     ],
 )

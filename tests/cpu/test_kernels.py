@@ -19,13 +19,37 @@ from typing import Any
 import pytest
 import torch
 from hdispatch.opspec import OpSpec, Variant
-from hdispatch.testing.numeric import assert_no_poison, compare_fp8, compare_scale
+from hdispatch.testing.numeric import assert_no_poison, compare_fp8, compare_outputs, compare_scale
 
 OPS = (
     "dynamic_per_token_scaled_fp8_quant",
     "rms_norm_dynamic_per_token_quant",
     "silu_and_mul_dynamic_per_token_quant",
 )
+#: Those that are compared with the reference alone, and with special values in test_special_values.py.
+OTHERS = (
+    "dynamic_scaled_fp8_quant",
+    "fused_add_rms_norm",
+    "fused_qk_norm_rope",
+    "per_token_group_fp8_quant",
+    "per_token_group_fp8_quant_packed",
+    "rms_norm",
+    "rms_norm_per_block_quant",
+    "rotary_embedding",
+    "scaled_mm",
+    "scaled_mm_blockwise",
+    "silu_and_mul",
+    "silu_and_mul_per_block_quant",
+    "static_scaled_fp8_quant",
+)
+#: Their sizes, small ones: no multiple of a tile; three heads, and three groups of K and N.
+SIZES = {"K": 512, "N": 384}
+OWN_SIZES = {
+    "rms_norm": {"K": 192, "N": 3},
+    "rotary_embedding": {"K": 512, "N": 256},
+    "scaled_mm": {"K": 272, "N": 336},
+    "scaled_mm_blockwise": {"K": 384, "N": 384},
+}
 #: (M, K or N, extra elements between the rows of the input): small ones, and one size that is built.
 CASES = (*((m, 192, pad) for m in (1, 2, 3, 7, 16, 17, 33) for pad in (0, 16)), (3, 2048, 0), (3, 6144, 64))
 
@@ -48,6 +72,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
 @pytest.mark.parametrize(("op", "variant"), [(op, v.name) for op in OPS for v in spec_of(op).variants()])
 def test_kernel_agrees_with_reference_and_float64(outcomes: dict[str, list[str]], op: str, variant: str) -> None:
     assert outcomes[f"{op}/{variant}"] == []
+
+
+@pytest.mark.parametrize(("op", "variant"), [(op, v.name) for op in OTHERS for v in spec_of(op).served_variants()])
+def test_kernel_agrees_with_reference(outcomes: dict[str, list[str]], op: str, variant: str) -> None:
+    assert outcomes[f"{op}/{variant}"] == []
+
+
+def test_every_helion_kernel_is_interpreted() -> None:
+    """Here, or in test_attention.py."""
+    kernels = Path(__file__).parents[2] / "kernels"
+    assert {path.parent.name for path in kernels.glob("*/helion.py")} == {*OPS, *OTHERS, "paged_attention_decode"}
 
 
 def arguments(spec: OpSpec, variant: Variant, m: int, size: int, pad: int) -> dict[str, Any]:
@@ -132,7 +167,31 @@ def run(op: str) -> dict[str, list[str]]:
     return failures
 
 
+def run_other(op: str) -> dict[str, list[str]]:
+    """Likewise, of a sample call and its copy for the reference."""
+    spec, kernel = spec_of(op), importlib.import_module(f"hdispatch.kernels.{op}.helion").KERNEL
+    failures: dict[str, list[str]] = {}
+    for variant, m in itertools.product(spec.served_variants(), (1, 3, 17)):
+        found = failures.setdefault(f"{op}/{variant.name}", [])
+        sizes = {**OWN_SIZES.get(op, SIZES), "M": m}
+        got = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(m))
+        want = copy.deepcopy(got)
+        try:
+            kernel(*got)
+            spec.reference(*want)
+            compare_outputs(spec, variant, got, want)
+        except Exception as error:
+            found.append(f"{sizes}: {type(error).__name__}: {error}")
+    return failures
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    json.dump({key: found for op in OPS for key, found in run(op).items()}, sys.stdout)
+    json.dump(
+        {
+            **{key: found for op in OPS for key, found in run(op).items()},
+            **{k: v for op in OTHERS for k, v in run_other(op).items()},
+        },
+        sys.stdout,
+    )
     sys.stdout.write("\n")

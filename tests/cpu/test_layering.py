@@ -18,7 +18,18 @@ PACKAGE = ROOT / "python" / "hdispatch"
 CSRC = ROOT / "csrc"
 
 #: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
-TUNING = ("autotune", "collect", "compile_many", "compile_ray", "cover", "measured", "point_configs", "points", "select")
+TUNING = (
+    "autotune",
+    "collect",
+    "compare",
+    "compile_many",
+    "compile_ray",
+    "cover",
+    "measured",
+    "point_configs",
+    "points",
+    "select",
+)
 BUILD = ("hdispatch.compile", *(f"hdispatch.tune.{name}" for name in TUNING))
 LAZY = ("hdispatch.cli", "hdispatch.bench", "hdispatch.__main__", "hdispatch.adopted", *BUILD)
 VLLM = "hdispatch.integrations.vllm"

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 from hdispatch.cli.main import main
+from hdispatch.cli.tune_reports import describe_shares
 from hdispatch.compile import configs, measurements
 from hdispatch.compile.op_package import OpPackage
 from hdispatch.errors import BuildError, HdispatchError
 from hdispatch.opspec import IntArg, OpSpec, TensorArg
-from hdispatch.tune import cover, measured, select, timings
+from hdispatch.tune import compare, cover, measured, select, timings
 
 SPEC = OpSpec(
     name="toy_select",
@@ -315,6 +316,25 @@ def test_the_backend_is_named_where_it_is_not_the_first(tmp_path):
     assert [entry.get("backend") for entry in entries] == ["triton", None]
 
 
+def test_compare_says_what_a_backend_reaches_of_the_best_other():
+    others = [
+        *table(64, t=[1.0, 2.0]),
+        *table(512, t=[1.0, 4.0]),
+        *[{**each, "backend": "cutedsl"} for each in table(64, c=[3, 1])],
+    ]
+    ours = [{**each, "backend": "helion"} for each in [*table(64, h=[2.0, 1.0], slow=[9, 9]), *table(512, h=[1.0, 2.0])]]
+    packages = {"toy_select": toy_package(Path())}
+    first, second = compare.compare([*others, *ours], packages, "helion")
+    assert (first.op, first.m, first.worst, first.other, first.cells) == ("toy_select", 1, 0.5, "triton", 2)
+    assert first.share == pytest.approx(0.5**0.5)
+    assert (second.m, second.share, second.worst) == (2, pytest.approx(2**0.5), 1.0)
+    text = describe_shares([first, second])
+    assert text.splitlines()[0] == "| op | M = 1 | M = 2 |"
+    assert "0.71 (worst 0.50) of triton" in text
+    with pytest.raises(BuildError, match="no cell of the timings has a time of cutedsl"):
+        compare.compare(table(64, a=[1.0] * 4), packages, "cutedsl")
+
+
 def test_the_companion_says_what_was_measured(tmp_path):
     report = run(table(64, a=[100] * 4, b=[101] * 4), tmp_path, limit=0.05)
     companion = json.loads((tmp_path / "toy_select" / "nvidia_h200.tuned.json").read_text())
@@ -485,11 +505,11 @@ def test_the_command_writes_and_draws(tmp_path, capsys):
 
 
 def test_the_default_backend_is_the_ops_and_not_what_is_installed_here(tmp_path, monkeypatch):
-    monkeypatch.setattr("hdispatch.tune.point_configs.missing", lambda backend: backend if backend == "helion" else None)
-    timings.append(tmp_path / "t.jsonl", [{**real(4096, 0, "a", 1.0), "backend": "triton"}])
+    monkeypatch.setattr("hdispatch.tune.point_configs.missing", lambda backend: backend if backend == "triton" else None)
+    timings.append(tmp_path / "t.jsonl", [real(4096, 0, "a", 1.0)])
     assert main(["tune", "select", str(tmp_path / "t.jsonl"), "--out", str(tmp_path / "out")]) == 0
     written = tmp_path / "out" / "dynamic_per_token_scaled_fp8_quant" / "nvidia_h200.json"
-    assert json.loads(written.read_text())[0]["backend"] == "triton"
+    assert json.loads(written.read_text())[0]["backend"] == "helion"
 
 
 def test_the_command_names_the_line_and_writes_nothing(tmp_path, capsys):

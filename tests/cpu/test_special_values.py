@@ -17,15 +17,16 @@ from hdispatch.errors import ArgumentError
 from hdispatch.testing.special_values import special_rows
 
 PROGRAM = Path(__file__).parents[1] / "support" / "special_values.py"
-HELION = ("dynamic_per_token_scaled_fp8_quant", "rms_norm_dynamic_per_token_quant", "silu_and_mul_dynamic_per_token_quant")
-TRITON = (
-    *HELION,
-    "dynamic_scaled_fp8_quant",
-    "static_scaled_fp8_quant",
+OPS = (
+    "dynamic_per_token_scaled_fp8_quant",
+    "rms_norm_dynamic_per_token_quant",
+    "silu_and_mul_dynamic_per_token_quant",
     "per_token_group_fp8_quant",
-    "per_token_group_fp8_quant_packed",
     "rms_norm_per_block_quant",
     "silu_and_mul_per_block_quant",
+    "per_token_group_fp8_quant_packed",
+    "dynamic_scaled_fp8_quant",
+    "static_scaled_fp8_quant",
     "silu_and_mul",
 )
 
@@ -39,12 +40,12 @@ def failures(op: str, interpreter: str, cache: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("op", TRITON)
+@pytest.mark.parametrize("op", OPS)
 def test_triton_and_reference_are_bit_equal_to_vllm(op: str, tmp_path: Path) -> None:
     assert failures(op, "TRITON_INTERPRET", tmp_path) == []
 
 
-@pytest.mark.parametrize("op", HELION)
+@pytest.mark.parametrize("op", OPS)
 def test_helion_is_bit_equal_to_vllm(op: str, tmp_path: Path) -> None:
     assert failures(op, "HELION_INTERPRET", tmp_path) == []
 

@@ -224,7 +224,7 @@ def test_activation_is_not_rounded_to_16_bits() -> None:
 
 
 #: An op's first one is its default.
-BACKENDS = ("helion", "triton", "cutedsl")
+BACKENDS = ("triton", "helion", "cutedsl")
 
 
 #: Shapes with configs of their own that a bundle holds on request only.

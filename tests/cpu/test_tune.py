@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tarfile
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -196,9 +197,21 @@ def test_helions_own_space_and_the_command_line(tmp_path, capsys):
     assert {record["backend"] for record in found["manifest"]["records"]} == {"helion", "triton"}
 
 
+def test_the_lists_of_chosen_backends_compete_with_the_config_files():
+    """`--backends helion`: Triton's configs are those of the op's file alone."""
+    package = op_package.find(["silu_and_mul"])["silu_and_mul"]
+    scope = points.Scope(buckets=lambda _spec: [0], spread=0, radius=-1, backends=("helion",))
+    found = PointConfigs([package], scope, DESCRIBED["h200"])
+    for point in found.points:
+        counts = Counter(option.backend for option in found.by_point[point])
+        assert counts["triton"] == 1
+        assert counts["helion"] > 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--backends", "cuda"], "--backends has 'cuda'; there are triton, helion, cutedsl"),
         (["--ops", "nonsense"], "no op 'nonsense'"),
         (["--ops", "silu_and_mul", "--buckets", "3"], "'3' is no upper edge of silu_and_mul"),
         (["--ops", "silu_and_mul", "--shapes", "N=7"], "--shapes has none of silu_and_mul"),

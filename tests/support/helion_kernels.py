@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import helion
 import helion.language as hl
 import torch
 from hdispatch.compile import DESCRIBED, build_unit, record_builder, store
-from hdispatch.opspec import OpSpec, TensorArg
+from hdispatch.opspec import BoolArg, OpSpec, TensorArg
 
 
 @helion.kernel(static_shapes=False)
@@ -51,6 +52,18 @@ def static(result: torch.Tensor, input: torch.Tensor) -> None:
         result[rows, :] = input[rows, :]
 
 
+@helion.kernel(static_shapes=False)
+def ignoring(result: torch.Tensor, input: torch.Tensor, flag: None) -> None:
+    for rows in hl.tile(input.size(0)):
+        result[rows, :] = input[rows, :]
+
+
+@helion.kernel(static_shapes=False)
+def looking(result: torch.Tensor, input: torch.Tensor, flag: None) -> None:
+    for rows in hl.tile(input.size(0)):
+        result[rows, :] = input[rows, :] * (2 if flag else 1)
+
+
 SPEC = OpSpec(
     name="toy_helion",
     args=(
@@ -65,11 +78,15 @@ SPEC = OpSpec(
 )
 
 
+#: With a flag that every variant accepts.
+FLAGGED = replace(SPEC, args=(*SPEC.args, BoolArg("flag", values=None)))
+
+
 def build(kernel: str, config: dict[str, Any], buckets: list[int], cache: str) -> Any:
     """The records of a kernel, and which buckets each serves."""
     package = types.ModuleType("toy_helion")
     modules = {"toy_helion": package, "toy_helion.spec": types.ModuleType("toy_helion.spec")}
-    modules["toy_helion.spec"].SPEC = SPEC  # type: ignore[attr-defined]
+    modules["toy_helion.spec"].SPEC = FLAGGED if kernel in ("ignoring", "looking") else SPEC  # type: ignore[attr-defined]
     modules["toy_helion.helion"] = types.ModuleType("toy_helion.helion")
     modules["toy_helion.helion"].KERNEL = globals()[kernel]  # type: ignore[attr-defined]
     sys.modules.update(modules)

@@ -26,6 +26,9 @@ from numpy.typing import NDArray
 #: Small sizes; the row-wise Triton kernels run with rows that fit a block and with rows that do not. Packed scales: the five
 #: groups of a row leave three bytes of its second word.
 COLUMNS, PACKED_COLUMNS = 256, 640
+#: The Helion kernel of packed scales takes whole words.
+WHOLE_WORDS = 1024
+INTERPRETS_HELION = os.environ.get("HELION_INTERPRET") == "1"
 #: op -> configs of its Triton kernel.
 ROWS = (
     {"rows": 1, "block": 256, "loop": False, "num_warps": 1},
@@ -45,7 +48,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], ...]] = {
     "silu_and_mul": ({"block": 256, "num_warps": 1}, {"block": 64, "num_warps": 1}),
     "rms_norm_per_block_quant": ({"chunk": 256, "chunks": 1, "num_warps": 1}, {"chunk": 128, "chunks": 2, "num_warps": 1}),
 }
-HELION = ("dynamic_per_token_scaled_fp8_quant", "rms_norm_dynamic_per_token_quant", "silu_and_mul_dynamic_per_token_quant")
 #: What the ops call their codes and scales.
 OUTPUTS = ("result", "out", "output_q", "scale", "scales", "output_s", "output_s_packed")
 F32 = np.float32
@@ -111,7 +113,7 @@ def widened(rows: torch.Tensor) -> torch.Tensor:
 def arguments(spec: OpSpec, variant: Variant, scale_ub: float) -> dict[str, Any]:
     """Sample arguments by name, their inputs replaced by special rows."""
     dtype = variant.dtypes["input"]
-    columns = PACKED_COLUMNS if spec.name.endswith("packed") else COLUMNS
+    columns = (WHOLE_WORDS if INTERPRETS_HELION else PACKED_COLUMNS) if spec.name.endswith("packed") else COLUMNS
     special = special_rows(columns, dtype)
     if spec.name.startswith("silu"):
         # Every kind of gate with three kinds of up.
@@ -280,7 +282,7 @@ def equal(got: NDArray[Any], wanted: NDArray[Any], what: str) -> None:
 
 def callers(op: str) -> dict[str, Callable[[dict[str, Any]], Any]]:
     """How to run the op, by name: its Helion kernel, or its reference and its Triton kernel with each config."""
-    if os.environ.get("HELION_INTERPRET") == "1":
+    if INTERPRETS_HELION:
         kernel = importlib.import_module(f"hdispatch.kernels.{op}.helion").KERNEL
         return {"Helion": lambda args: kernel(*args.values())}
     triton_kernel = importlib.import_module(f"hdispatch.kernels.{op}.triton")

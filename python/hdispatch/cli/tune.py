@@ -14,7 +14,14 @@ from . import kernels, numbers
 from .build import build_wing
 from .text import print_json, split, timed_progress
 from .tune_options import add_farm, add_models, add_ray, add_scope, farm_of, ops_of, ray_wing, scope_of
-from .tune_reports import candidates_json, describe_candidates, describe_measuring, describe_selection, draw_curves
+from .tune_reports import (
+    candidates_json,
+    describe_candidates,
+    describe_measuring,
+    describe_selection,
+    describe_shares,
+    draw_curves,
+)
 
 if TYPE_CHECKING:
     from ..tune.collect import CandidateReport
@@ -66,6 +73,11 @@ beside it in <gpu>.tuned.json. Entries for sizes without timings are kept, and s
 chosen one by more than the noise of their times: a second run chooses the same.
 """
 
+COMPARE = """\
+Say, from timings, what one backend reaches of the best other one: for each op and M the best other backend's time over the best
+time of this one, 1 being as fast, as a geometric mean over sizes. A Markdown table.
+"""
+
 HELION = """\
 Run Helion's autotuner on the GPU that is here, for every size and bucket of the ops that have a Helion kernel, and write
 what it finds to DIR/<op>/<gpu>.json. Minutes per point; points that DIR has are skipped.
@@ -83,6 +95,7 @@ def add_parser(commands: Any) -> None:
     _add_candidates(steps.add_parser("candidates", help="collect and compile configs", description=CANDIDATES))
     _add_measure(steps.add_parser("measure", help="time candidates on the GPU", description=MEASURE))
     _add_select(steps.add_parser("select", help="timings to config files", description=SELECT))
+    _add_compare(steps.add_parser("compare", help="one backend against the best other", description=COMPARE))
     _add_helion(steps.add_parser("helion", help="Helion's autotuner, a source of candidates", description=HELION))
 
 
@@ -116,6 +129,11 @@ def _add_candidates(parser: argparse.ArgumentParser) -> None:
 
 def _add_compiling(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument("--target", metavar="GPU", default=target, help=f"h100, h200, b200, a100, native (default: {target})")
+    parser.add_argument(
+        "--backends",
+        metavar="A,B",
+        help="whose kernels' lists are asked (default: all); the present config files are taken for all of them",
+    )
     parser.add_argument("--configs", metavar="DIR", type=Path, action="append", default=[], help="more: <op>/*.json in DIR")
     parser.add_argument(
         "--radius", metavar="N", type=numbers.whole, default=1, help="steps along Helion's fragments; -1: none of it"
@@ -158,6 +176,14 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", metavar="FILE.png", type=Path, help="draw regret over number of configs (needs matplotlib)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=run_select)
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("timings", metavar="FILE", type=Path, nargs="+", help="timings; of two lines the later file's counts")
+    kernels.add_argument(parser)
+    parser.add_argument("--backend", metavar="A", default="helion", help="the backend that is compared (default: helion)")
+    parser.add_argument("--json", action="store_true", help="print the shares as JSON on stdout")
+    parser.set_defaults(run=run_compare)
 
 
 def _add_helion(parser: argparse.ArgumentParser) -> None:
@@ -309,6 +335,21 @@ def _say_step(number: int, what: str) -> None:
 
 
 # ---- helion ----
+
+
+def run_compare(arguments: argparse.Namespace) -> int:
+    """Compare, print the table."""
+    with build_wing():
+        from ..compile import op_package
+        from ..tune import compare, select, timings
+    packages = op_package.find(None, kernels.given(arguments))
+    lines = timings.read_all(arguments.timings, select.refusal(packages))
+    shares = compare.compare(lines, packages, arguments.backend)
+    if arguments.json:
+        print_json([vars(share) for share in shares])
+    else:
+        print(describe_shares(shares))
+    return 0
 
 
 def run_helion(arguments: argparse.Namespace) -> int:

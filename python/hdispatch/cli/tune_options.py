@@ -84,6 +84,7 @@ def scope_of(arguments: argparse.Namespace) -> Scope:
         radius=getattr(arguments, "radius", -1),
         spread=getattr(arguments, "spread", 0),
         calls=None if calls is None else lambda spec: calls(spec).rows,
+        backends=_chosen_backends(getattr(arguments, "backends", None)),
     )
 
 
@@ -98,6 +99,15 @@ def ops_of(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
     if not any(each.rows for each in found.values()):
         raise HdispatchError(f"the models of --models call none of {', '.join(found)}")
     return [name for name, each in found.items() if each.rows], [note for each in found.values() for note in each.notes]
+
+
+def _chosen_backends(given: str | None) -> tuple[str, ...] | None:
+    with build_wing():
+        from ..compile.versions import PACKAGES
+    names = split(given)
+    if names and (unknown := [name for name in names if name not in PACKAGES]):
+        raise HdispatchError(f"--backends has {unknown[0]!r}; there are {', '.join(PACKAGES)}")
+    return tuple(names) if names else None
 
 
 def _chosen_variants(names: Sequence[str]) -> Callable[[OpSpec], Iterable[str]]:

@@ -12,6 +12,7 @@ from .text import count, duration, size, table
 if TYPE_CHECKING:
     from ..tune.candidates import Dropped
     from ..tune.collect import CandidateReport
+    from ..tune.compare import Share
     from ..tune.measure import Report
     from ..tune.select import OpReport
 
@@ -80,6 +81,22 @@ def describe_selection(reports: Sequence[OpReport], dry_run: bool) -> str:
     notes = [f"  {r.op}: {note}" for r in reports for note in r.notes]
     written = "nothing written" if dry_run else "\n".join(f"wrote {r.path}" for r in reports)
     return "\n\n".join([table(header, lines), *(["\n".join(["notes", *notes])] if notes else []), written])
+
+
+def describe_shares(shares: Sequence[Share]) -> str:
+    """A Markdown table: ops down, M across; `worst` where sizes differ by more than 2 %."""
+    edges = sorted({share.m for share in shares})
+    cells = {(share.op, share.m): share for share in shares}
+    lines = ["| op | " + " | ".join(f"M = {m}" for m in edges) + " |", "| --- |" + " --- |" * len(edges)]
+    for op in dict.fromkeys(share.op for share in shares):
+        found = [_words_of_share(cells[op, m]) if (op, m) in cells else "" for m in edges]
+        lines.append(f"| `{op}` | " + " | ".join(found) + " |")
+    return "\n".join(lines)
+
+
+def _words_of_share(share: Share) -> str:
+    worst = f" (worst {share.worst:.2f})" if share.worst < 0.98 * share.share else ""
+    return f"{share.share:.2f}{worst} of {share.other}"
 
 
 def draw_curves(reports: Sequence[OpReport], limit: float, file: Path) -> None:

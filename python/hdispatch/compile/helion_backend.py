@@ -1,26 +1,28 @@
 """Helion: a kernel and a config become a host function, and Helion's own word on the sizes for which its code is valid.
 
 All use of Helion's private parts is in this file (checked with Helion 1.5): `_bind_isolated`, `_base_specialization_key`,
-`_specialize_extra`, `_guarded_input_facts`, and the alignment that a fake tensor is taken to have.
+`_specialize_extra`, `_guarded_input_facts`, the alignment that a fake tensor is taken to have, and whether a size fits 32 bits.
 
 Imports helion, which asks for the device: import this module after `target.install`.
 """
 
 from __future__ import annotations
 
+import ast
 import inspect
-from collections.abc import Hashable, Mapping, Sequence
+import textwrap
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import helion  # type: ignore[import-untyped]
 import torch
-from helion._compiler import compile_environment  # type: ignore[import-untyped]
+from helion._compiler import compile_environment, indexing_strategy  # type: ignore[import-untyped]
 
 from ..errors import BuildError
 from ..opspec import OpSpec
 from . import build_unit
-from .call_maker import ROW_PADDING, CallMaker
+from .call_maker import ROW_PADDING, CallMaker, Ignored
 from .expr import turns
 from .trace import HostSide
 
@@ -40,6 +42,22 @@ def _say_aligned() -> None:
 _say_aligned()
 
 
+def _say_rows_fit() -> None:
+    """No record serves more than 2**31 - 1 rows; Helion makes no TMA descriptor with 64-bit offsets where it does not know."""
+    proven = indexing_strategy._tensor_dimension_fits_int32
+
+    def answer(size: int | torch.SymInt) -> object:
+        return proven(size) or (_only_rows_vary and not isinstance(size, int))
+
+    indexing_strategy._tensor_dimension_fits_int32 = answer
+
+
+#: Whether M is the one size that the kernel at hand is not compiled for.
+_only_rows_vary = False
+
+_say_rows_fit()
+
+
 def allocates(module: ModuleType, spec: OpSpec) -> bool:
     """Whether the module's kernel allocates what the op returns."""
     kernel = getattr(module, "KERNEL", None)
@@ -54,6 +72,8 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
     Helion compiles in. `check(*args)` of the op's arguments, if the module has it, raises ValueError for calls that the kernel
     does not take: what it asks for becomes guards of the record.
     """
+    global _only_rows_vary
+    _only_rows_vary = not maker.generic()
     kernel = _configured(module, config)
     fixed = constants(module, kernel, maker.symbolic(hint, floats=False).names)
     bound = kernel._bind_isolated(arguments(module, kernel, maker, hint))
@@ -66,10 +86,12 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
         return compiled(*args, *fixed, **launcher)
 
     host.__wrapped__ = compiled  # type: ignore[attr-defined]
-    extractors = [*bound._specialize_extra(), *bound._guarded_input_facts()]
+    # Helion looks for the kernel that it is at when it asks how large a tile of a fixed size is.
+    with bound.host_function:
+        extractors = [*bound._specialize_extra(), *bound._guarded_input_facts()]
 
     def key(m: int, row_padding: int, sizes: Mapping[str, int]) -> tuple[Hashable, ...]:
-        args = (*maker.concrete(m, row_padding, sizes).args, *fixed)
+        args = (*_plain(maker.concrete(m, row_padding, sizes).args), *fixed)
         return (kernel._base_specialization_key(args), *(extract(args) for extract in extractors))
 
     wanted = key(hint, ROW_PADDING, {})
@@ -84,8 +106,24 @@ def host_side(module: ModuleType, config: Mapping[str, Any], maker: CallMaker, h
 def arguments(module: ModuleType, kernel: Any, maker: CallMaker, hint: int) -> tuple[object, ...]:
     """What a kernel is bound with: a symbolic call, but for integers and floats, of which Helion makes symbols itself."""
     call = maker.symbolic(hint, floats=False)
-    args = (arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in call.args)
+    _check_ignored(module, kernel, [name for name, arg in zip(call.names, call.args, strict=True) if isinstance(arg, Ignored)])
+    args = (arg.node.hint if isinstance(arg, torch.SymInt) else arg for arg in _plain(call.args))
     return (*args, *constants(module, kernel, call.names))
+
+
+def _plain(args: Iterable[object]) -> tuple[object, ...]:
+    """Arguments as Helion takes them: None for a flag that every variant accepts."""
+    return tuple(None if isinstance(arg, Ignored) else arg for arg in args)
+
+
+def _check_ignored(module: ModuleType, kernel: Any, flags: Sequence[str]) -> None:
+    """BuildError for a kernel that looks at a flag without values: Helion would compile in the None that stands for it."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(kernel.fn))) if flags else ast.Module([], [])
+    looked = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)} & set(flags)
+    if looked:
+        raise BuildError(
+            f"{module.__name__}.KERNEL looks at {min(looked)}, a flag without values; list them in the op's spec: BoolArg(name)"
+        )
 
 
 def constants(module: ModuleType, kernel: Any, taken: Sequence[str]) -> tuple[object, ...]:

@@ -76,9 +76,12 @@ class _Hint(NamedTuple):
 
 
 def _hints(spec: OpSpec, buckets: Sequence[int]) -> list[_Hint]:
-    """Hints to try until every bucket is served: a common M, then one within each bucket."""
+    """Hints to try until every bucket is served: a common M, then one within each bucket.
+
+    Buckets of more rows have their own ones alone: Helion makes no TMA descriptors of tiles with more rows than the hint.
+    """
     own = [_hint_in(spec, bucket) for bucket in buckets]
-    if all(hint.m == 1 for hint in own):
+    if all(hint.m == 1 for hint in own) or all(spec.ladders.bounds(bucket)[0] > HINT for bucket in buckets):
         return own
     return [*dict.fromkeys(_Hint(HINT, hint.second) for hint in own), *own]
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from ..errors import BuildError
 from .target import GpuTarget
 
-#: The Python packages that each backend generates and compiles with.
+#: The Python packages that each backend generates and compiles with. An op's default backend is its first one here; configs
+#: for Helion need not name theirs.
 PACKAGES = {
-    "helion": ("torch", "triton", "helion"),
     "triton": ("torch", "triton"),
+    "helion": ("torch", "triton", "helion"),
     "cutedsl": ("nvidia-cutlass-dsl", "nvidia-cutlass-dsl-libs-cu13", "apache-tvm-ffi"),
 }
 

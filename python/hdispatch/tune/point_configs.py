@@ -30,6 +30,11 @@ class PointConfigs:
         self.scope = scope
         #: The backends that are tuned, by op.
         self.backends = {package: backends_of(package) for package in packages}
+        #: Those of them whose kernels' lists are asked.
+        self.asked = {
+            package: [name for name in names if scope.backends is None or name in scope.backends]
+            for package, names in self.backends.items()
+        }
         #: A line of text for each file and entry that is left out.
         self.notes: list[str] = []
         self.files = {package: config_files(package, scope, target, self.notes) for package in self.backends}
@@ -77,7 +82,7 @@ class PointConfigs:
         found = self._ask(target)
         own: dict[Point, list[ConfigKey]] = {}
         for point in self.points:
-            said = [option for backend in self.backends[point.op] for option in found[point, backend] or []]
+            said = [option for backend in self.asked[point.op] for option in found[point, backend] or []]
             own[point] = _unique([*said, *self._from_files(point)])
             for backend in self.backends[point.op]:
                 self._offer(point, backend, [option for option in own[point] if option.backend == backend])
@@ -87,7 +92,7 @@ class PointConfigs:
             for backend in self.backends[point.op]:
                 if not self._open_sizes(point) <= point.op.generic[backend]:
                     continue
-                options = found[point, backend]
+                options = found.get((point, backend), [])
                 if options is None:  # a list that wants every size; generic, it has the same for all: that of the points nearby
                     options = [option for p in near for option in own[p] if option.backend == backend]
                 options = _unique([*options, *(o for o in self._from_files(point) if o.backend == backend)])
@@ -102,7 +107,7 @@ class PointConfigs:
         every = [*self.points, *self.open_points]
         groups: dict[tuple[OpPackage, str, str], list[Point]] = {}
         for point in every:
-            for backend in self.backends[point.op]:
+            for backend in self.asked[point.op]:
                 groups.setdefault((point.op, backend, point.variant), []).append(point)
         questions = [self._question(package, backend, points) for (package, backend, _), points in groups.items()]
         found: dict[tuple[Point, str], list[ConfigKey] | None] = {}

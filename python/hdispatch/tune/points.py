@@ -16,6 +16,7 @@ class Scope:
 
     variants          of an op; its typical one if None: a config is chosen for all variants alike
     shapes, buckets   of an op; all if None
+    backends          whose kernels' lists are asked; None: all. Config files are read for all of them
     calls             variants with sizes of an op, instead of `variants` and `shapes`; its rows need not name the sizes
     more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
     radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion
@@ -29,6 +30,7 @@ class Scope:
     radius: int = 1
     spread: int = 1
     calls: Callable[[OpSpec], Iterable[tuple[str, dict[str, int]]]] | None = None
+    backends: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
