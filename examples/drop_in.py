@@ -21,7 +21,7 @@ else:
     library = torch.library.Library("_C", "DEF")
     library.define("silu_and_mul(Tensor! result, Tensor input) -> ()")
     library.impl("silu_and_mul", lambda _result, _input: print("vLLM's own kernel"), "CPU")
-    DEVICE, DRIVER, OVERRIDE = "cpu", "null", lambda: Override("_C", "CPU", {"silu_and_mul": (Route("silu_and_mul"),)})
+    DEVICE, DRIVER, OVERRIDE = "cpu", "null", lambda: Override("CPU", {"silu_and_mul": (Route("silu_and_mul"),)})
 
 
 def main() -> None:

@@ -11,7 +11,6 @@ import torch
 from .test_ops import OPS, check, copy, most_rows, run_and_check, typical_case, written
 from .test_ops import make as make_at
 
-
 #: Of the arguments of a call that is made with many sets of them.
 MOST_ELEMENTS = 2**28
 
