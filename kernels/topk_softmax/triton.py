@@ -34,6 +34,8 @@ def topk_softmax(
     x = tl.load(gating_output + at, inside[:, None] & valid, other=float("-inf")).to(tl.float32)
     if is_padding is not None:
         padding = tl.load(is_padding + row, inside, other=False)
+    if bias is not None:
+        correction = tl.load(bias + column, valid, other=0.0)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # A NaN, an infinity, or minus infinities alone make every element NaN; then all are 0, as in vLLM.
@@ -46,7 +48,7 @@ def topk_softmax(
     softmax = tl.where((softmax == softmax) & (softmax < float("inf")), softmax, 0.0)
     choice = softmax
     if bias is not None:
-        choice += tl.load(bias + column, valid, other=0.0)
+        choice += correction
     # One integer that compares as (choice, lower expert) does; choices may be below 0 where there is a bias.
     rank = (choice + 0.0).to(tl.int32, bitcast=True)
     rank = tl.where(rank < 0, rank ^ 0x7FFFFFFF, rank)
