@@ -6,6 +6,7 @@ torch, Triton or hdispatch are there.
 
 from __future__ import annotations
 
+import enum
 import fcntl
 import hashlib
 import importlib.abc
@@ -31,7 +32,7 @@ _TRITON = "triton.runtime.jit"
 
 def encode(value: Any) -> Any:
     """A value as JSON: what JSON lacks becomes `{"tuple": […]}`, `{"float": "nan"}`, `{"dtype": "fp32"}`, `{"constexpr": …}`,
-    `{"function": "module:qualname:hash"}`; and what cannot be made again `{"opaque": "what it looks like"}`.
+    `{"function": "module:qualname:hash"}`, `{"enum": "module:qualname:MEMBER"}`; and what cannot be made again `{"opaque": "what it looks like"}`.
     """
     kind = type(value).__name__
     if isinstance(value, float) and not math.isfinite(value):
@@ -46,6 +47,8 @@ def encode(value: Any) -> Any:
         return {"dtype": str(value)}
     if kind == "constexpr":
         return {"constexpr": encode(value.value)}
+    if isinstance(value, enum.Enum) and value.name in type(value).__members__:
+        return {"enum": f"{type(value).__module__}:{type(value).__qualname__}:{value.name}"}
     if hasattr(value, "cache_key") and hasattr(value, "fn"):
         return {"function": f"{value.fn.__module__}:{value.fn.__qualname__}:{value.cache_key}"}
     return {"opaque": repr(value)[:200]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import shutil
@@ -19,10 +20,15 @@ from hdispatch.errors import BuildError
 from hdispatch.manifest import MANIFEST_NAME, read_bundle
 
 KERNELS = """
+import enum
 import triton
 import triton.language as tl
 
 SCALE = tl.constexpr(3)
+
+class Mode(enum.IntEnum):
+    PLAIN = 0
+    TWICE = 1
 
 @triton.jit
 def square(x):
@@ -44,6 +50,10 @@ def plain(out, x, elements, FUNCTION: tl.constexpr, DTYPE: tl.constexpr, PAIR: t
 def tuned(out, x, elements, EVEN: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     tl.store(out + at, tl.load(x + at, at < elements) + (1 if EVEN else 2), at < elements)
+
+@triton.jit
+def moded(out, x, MODE: tl.constexpr):
+    tl.store(out, tl.load(x) * 2 if MODE == 1 else tl.load(x))
 
 def nested():
     @triton.jit
@@ -68,6 +78,8 @@ def run(kernels):
                 pointer, pointer, elements, function, tl.float32, (2, 3), BLOCK=128, grid=(1,))
     made["warps"] = kernels.plain.warmup(
         pointer, pointer, 16, kernels.cube, tl.float32, (2, 3), BLOCK=128, grid=(1,), num_warps=8, num_stages=2)
+    for mode in kernels.Mode:
+        made[mode] = kernels.moded.warmup(pointer, pointer, mode, grid=(1,))
     for config in kernels.tuned.configs:
         made["tuned", config.num_warps] = kernels.tuned.fn.fn.warmup(
             pointer, pointer, 64, True, BLOCK=config.kwargs["BLOCK"], num_warps=config.num_warps, grid=(1,))
@@ -80,7 +92,7 @@ target.install(target.DESCRIBED[{gpu!r}])
 """
 
 #: The specializations of RUN.
-COUNT = 9
+COUNT = 11
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +183,7 @@ def test_a_run_with_the_bundle_compiles_nothing(project, bundle):
         + "print(recorded.stats())",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == str({"served": {"user_kernels.plain": 7, "user_kernels.tuned": 2}, "compiled": {}}) + "\n"
+    assert done.stdout == str({"served": {"user_kernels.plain": 7, "user_kernels.moded": 2, "user_kernels.tuned": 2}, "compiled": {}}) + "\n"
 
 
 def test_the_code_is_what_triton_compiles_itself(project, bundle):
@@ -233,7 +245,7 @@ def test_an_edited_kernel_is_not_served_the_old_code(project, file, bundle, tmp_
     # `square` uses the constant, and whatever is given `square`; `plain` with `cube` and `tuned` do not.
     assert (
         done.stdout
-        == str({"served": {"user_kernels.plain": 4, "user_kernels.tuned": 2}, "compiled": {"user_kernels.plain": 3}}) + "\n"
+        == str({"served": {"user_kernels.plain": 4, "user_kernels.moded": 2, "user_kernels.tuned": 2}, "compiled": {"user_kernels.plain": 3}}) + "\n"
     )
 
 
@@ -320,8 +332,15 @@ def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, t
 # ---- files ----
 
 
+class Kind(enum.Flag):
+    FIRST = 1
+    SECOND = 2
+
+
 def test_values_that_json_lacks():
     assert recorder.encode((1, [True, None], "x", float("inf"))) == {"tuple": [1, [True, None], "x", {"float": "inf"}]}
+    assert recorder.encode(Kind.SECOND) == {"enum": f"{__name__}:Kind:SECOND"}
+    assert "opaque" in recorder.encode(Kind.FIRST | Kind.SECOND)
     assert recorder.encode(object())["opaque"].startswith("<object object")
 
 

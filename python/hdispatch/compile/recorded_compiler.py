@@ -98,7 +98,24 @@ def decoded(value: Any, source: Source | None) -> Any:
     if kind == "function":
         module, name, source_hash = inner.split(":")
         return _find(module, name, source_hash, source if source is not None and source["module"] == module else None)
+    if kind == "enum":
+        return _member(*inner.split(":"), source)
     raise BuildError(f"a constant is {inner}, which a recording cannot hold")
+
+
+def _member(module: str, qualname: str, name: str, source: Source | None) -> Any:
+    """A member of an enum of a module that can be imported, or whose recorded text this is."""
+    try:
+        found: Any = _imported(module, None)
+    except Exception as error:  # whatever an import raises
+        if source is None or source["module"] != module:
+            raise BuildError(f"a constant is {qualname}.{name} of {module}: {type(error).__name__}: {error}") from error
+        found = _from_text(module, source)
+    for part in (*qualname.split("."), name):
+        if not hasattr(found, part):
+            raise BuildError(f"a constant is {qualname}.{name} of {module}, which has no {part} here")
+        found = getattr(found, part)
+    return found
 
 
 # ---- finding the kernel ----
