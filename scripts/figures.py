@@ -219,6 +219,17 @@ def helion_examples() -> str:
     return markdown(["", "`static_shapes=False`", "as written", "why, with `static_shapes=False`"], rows)
 
 
+def helion_shares() -> str:
+    """What Helion's kernels reach of the best other backend, by op and M."""
+    shares = json.loads((RESULTS / "2026-11-27-h200-helion" / "shares.json").read_text())
+    ms = sorted({each["m"] for each in shares})
+    found = {(each["op"], each["m"]): each for each in shares}
+    lines = ["| op | " + " | ".join(f"M = {m}" for m in ms) + " |", "| --- " * (len(ms) + 1) + "|"]
+    for op in sorted({each["op"] for each in shares}):
+        lines.append(f"| `{op}` | " + " | ".join(f"{found[op, m]['share']:.2f}" for m in ms) + " |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "calls": lambda: calls("2026-11-26-h100", SIX),
     "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
@@ -226,6 +237,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "serve": serve,
     "server": server,
     "kernels": kernels,
+    "helion": helion_shares,
     "tuning": tuning,
     "adopted": adopted,
     "adopted-helion-examples": helion_examples,

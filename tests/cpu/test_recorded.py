@@ -183,7 +183,10 @@ def test_a_run_with_the_bundle_compiles_nothing(project, bundle):
         + "print(recorded.stats())",
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == str({"served": {"user_kernels.plain": 7, "user_kernels.moded": 2, "user_kernels.tuned": 2}, "compiled": {}}) + "\n"
+    assert (
+        done.stdout
+        == str({"served": {"user_kernels.plain": 7, "user_kernels.moded": 2, "user_kernels.tuned": 2}, "compiled": {}}) + "\n"
+    )
 
 
 def test_the_code_is_what_triton_compiles_itself(project, bundle):
@@ -245,7 +248,13 @@ def test_an_edited_kernel_is_not_served_the_old_code(project, file, bundle, tmp_
     # `square` uses the constant, and whatever is given `square`; `plain` with `cube` and `tuned` do not.
     assert (
         done.stdout
-        == str({"served": {"user_kernels.plain": 4, "user_kernels.moded": 2, "user_kernels.tuned": 2}, "compiled": {"user_kernels.plain": 3}}) + "\n"
+        == str(
+            {
+                "served": {"user_kernels.plain": 4, "user_kernels.moded": 2, "user_kernels.tuned": 2},
+                "compiled": {"user_kernels.plain": 3},
+            }
+        )
+        + "\n"
     )
 
 

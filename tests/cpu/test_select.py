@@ -335,6 +335,16 @@ def test_compare_says_what_a_backend_reaches_of_the_best_other():
         compare.compare(table(64, a=[1.0] * 4), packages, "cutedsl")
 
 
+def test_compare_takes_others_from_the_files_beside_the_configs(tmp_path):
+    run(table(64, t=[1.0, 2.0, 4.0, 4.0]), tmp_path)
+    packages = {"toy_select": toy_package(tmp_path)}
+    ours = [{**each, "backend": "helion"} for each in table(64, h=[2.0, 2.0])]
+    first, second = compare.compare(ours, packages, "helion", tuned=True)
+    assert [(each.m, each.share, each.other) for each in (first, second)] == [(1, 0.5, "triton"), (2, 1.0, "triton")]
+    with pytest.raises(BuildError, match="no cell of the timings has a time of helion and one of another backend"):
+        compare.compare(ours, packages, "helion")
+
+
 def test_the_companion_says_what_was_measured(tmp_path):
     report = run(table(64, a=[100] * 4, b=[101] * 4), tmp_path, limit=0.05)
     companion = json.loads((tmp_path / "toy_select" / "nvidia_h200.tuned.json").read_text())

@@ -75,7 +75,8 @@ chosen one by more than the noise of their times: a second run chooses the same.
 
 COMPARE = """\
 Say, from timings, what one backend reaches of the best other one: for each op and M the best other backend's time over the best
-time of this one, 1 being as fast, as a geometric mean over sizes. A Markdown table.
+time of this one, 1 being as fast, as a geometric mean over sizes. A Markdown table. With --tuned, where the timings have no
+other backend, its time is that in <gpu>.tuned.json beside the op's configs: of another run, and maybe of older kernels.
 """
 
 HELION = """\
@@ -182,6 +183,7 @@ def _add_compare(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("timings", metavar="FILE", type=Path, nargs="+", help="timings; of two lines the later file's counts")
     kernels.add_argument(parser)
     parser.add_argument("--backend", metavar="A", default="helion", help="the backend that is compared (default: helion)")
+    parser.add_argument("--tuned", action="store_true", help="others from the files that `tune select` wrote, too")
     parser.add_argument("--json", action="store_true", help="print the shares as JSON on stdout")
     parser.set_defaults(run=run_compare)
 
@@ -344,7 +346,7 @@ def run_compare(arguments: argparse.Namespace) -> int:
         from ..tune import compare, select, timings
     packages = op_package.find(None, kernels.given(arguments))
     lines = timings.read_all(arguments.timings, select.refusal(packages))
-    shares = compare.compare(lines, packages, arguments.backend)
+    shares = compare.compare(lines, packages, arguments.backend, arguments.tuned)
     if arguments.json:
         print_json([vars(share) for share in shares])
     else:

@@ -64,18 +64,24 @@ class Measurements:
 
     def of(self, variant: str, shape: Mapping[str, int], edges: Mapping[str, int], record: Record) -> Tuned | None:
         """The times of a row's record at its bucket's upper edges; None if this variant or config was not measured."""
+        time = self._time(variant, shape, edges)
+        if time is None or (time["backend"], time["config"]) != (record["backend"], record["config"]):
+            return None
+        others = {name: us for name, us in time.get("backends", {}).items() if name != record["backend"]}
+        return {"us": time["us"], "others": others}
+
+    def by_backend(self, variant: str, shape: Mapping[str, int], edges: Mapping[str, int]) -> dict[str, float]:
+        """The time of the best config of each backend at a bucket's upper edges, in µs; empty where it was not measured."""
+        time = self._time(variant, shape, edges)
+        return {} if time is None else {time["backend"]: time["us"], **time.get("backends", {})}
+
+    def _time(self, variant: str, shape: Mapping[str, int], edges: Mapping[str, int]) -> _Time | None:
         sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | dict(edges)
         if variant not in self.variants:
             return None
         values = self.spec.variant(variant).static.items()
         fitting = [found for found in self.times.get(tuple(sorted(sizes.items())), ()) if found[0].items() <= values]
-        if not fitting:
-            return None
-        _, time = max(fitting, key=lambda found: len(found[0]))
-        if (time["backend"], time["config"]) != (record["backend"], record["config"]):
-            return None
-        others = {name: us for name, us in time.get("backends", {}).items() if name != record["backend"]}
-        return {"us": time["us"], "others": others}
+        return max(fitting, key=lambda found: len(found[0]))[1] if fitting else None
 
 
 def _is_compiled_in(arg: object) -> bool:

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ..compile.measurements import Measurements
 from ..compile.op_package import OpPackage
+from ..compile.target import short_name
 from ..errors import BuildError
 from .measured import Measured
 from .timings import Timing, unlike_cards
@@ -30,18 +32,29 @@ class Share:
     cells: int
 
 
-def compare(timings: Sequence[Timing], packages: Mapping[str, OpPackage], backend: str) -> list[Share]:
-    """The shares of `backend`, by op and M. BuildError for timings of unlike cards, or where there is nothing to compare."""
+def compare(timings: Sequence[Timing], packages: Mapping[str, OpPackage], backend: str, tuned: bool = False) -> list[Share]:
+    """The shares of `backend`, by op and M. BuildError for timings of unlike cards, or where there is nothing to compare.
+
+    tuned  where the timings have no other backend: against what the config files of this GPU were chosen by, in another run
+    """
     if cards := unlike_cards(timings):
         raise BuildError(f"the timings are of unlike cards, {' and '.join(cards)}; compare those of one at a time")
     found = []
     for op in sorted({timing["op"] for timing in timings}):
         spec = packages[op].spec
-        measured = Measured(spec, [timing for timing in timings if timing["op"] == op])
+        own = [timing for timing in timings if timing["op"] == op]
+        measured, before = (
+            Measured(spec, own),
+            Measurements(spec, packages[op].configs / f"nvidia_{short_name(own[0]['gpu'])}.json"),
+        )
         by_m: dict[int, list[tuple[float, str]]] = {}
         for slot in measured.times:
             times = measured.by_backend(slot)
             others = {name: us for name, us in times.items() if name != backend}
+            if tuned and not others:
+                variant = next(iter(measured.times[slot]))[0]
+                known = before.by_backend(variant, dict(slot[0]), spec.ladders.edges(slot[1]))
+                others = {name: us for name, us in known.items() if name != backend}
             if backend in times and others:
                 best = min(others, key=others.__getitem__)
                 by_m.setdefault(spec.ladders.edges(slot[1])["M"], []).append((others[best] / times[backend], best))
