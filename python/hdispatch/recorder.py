@@ -32,7 +32,8 @@ _TRITON = "triton.runtime.jit"
 
 def encode(value: Any) -> Any:
     """A value as JSON: what JSON lacks becomes `{"tuple": […]}`, `{"float": "nan"}`, `{"dtype": "fp32"}`, `{"constexpr": …}`,
-    `{"function": "module:qualname:hash"}`, `{"enum": "module:qualname:MEMBER"}`; and what cannot be made again `{"opaque": "what it looks like"}`.
+    `{"function": "module:qualname:hash"}`, `{"enum": "module:qualname:MEMBER"}`; and what cannot be made again
+    `{"opaque": "what it looks like"}`.
     """
     kind = type(value).__name__
     if isinstance(value, float) and not math.isfinite(value):

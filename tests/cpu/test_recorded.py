@@ -342,6 +342,8 @@ def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, t
 
 
 class Kind(enum.Flag):
+    """Two together are no member."""
+
     FIRST = 1
     SECOND = 2
 
