@@ -1,4 +1,4 @@
-"""What every test is given: the process's environment as it was, whatever a test or a compiler has written to it.
+"""What every test is given: the process's environment as it was, and its share of the CPUs where tests run side by side.
 
 Helion writes TRITON_CACHE_DIR when it compiles, and a later test would read it.
 """
@@ -10,6 +10,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+
+
+#: CPUs of this process: pytest-xdist's workers share them.
+CPUS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def pytest_configure() -> None:
+    """One thread a CPU in torch, here and in processes that tests start: those of another test's CPU wait in a busy loop."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(CPUS))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def compilers() -> Iterator[None]:
+    """One compiling process a CPU where a test does not say how many: each takes 4 s of CPU to start."""
+    try:
+        from hdispatch.compile import pool
+    except ImportError:  # an environment that serves and does not compile
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pool, "available_cpus", lambda: CPUS)
+        yield
 
 
 @contextmanager

@@ -9,11 +9,13 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <iostream>
 #include <mutex>
 #include <random>
 #include <sstream>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "check.h"
@@ -41,6 +43,31 @@ inline void failed(const char* file, int line, const std::string& what) {
   const std::lock_guard lock(mutex);
   // A broken loop must not fill the disk.
   if (++failures <= 50) std::cerr << file << ":" << line << ": " << what << std::endl;
+}
+
+// What checks do is out of line: inlined at every check, it is most of what the tests' compilation takes, above all
+// under a sanitizer.
+
+/// Where CHECK_EQ failed.
+template <typename Actual, typename Expected>
+HD_COLD void unequal(const char* file, int line, const char* what, const Actual& actual, const Expected& expected) {
+  failed(file, line, text(std::string_view(what), " is ", actual, ", expected ", expected));
+}
+
+HD_COLD inline void check_contains(const char* file, int line, const std::string& actual, std::string_view part) {
+  if (actual.find(part) == std::string::npos) failed(file, line, text("no \"", part, "\" in: ", actual));
+}
+
+HD_COLD inline void check_fault(const char* file, int line, Fault wanted, std::string_view part, const char* what,
+                                const std::function<void()>& statement) {
+  try {
+    statement();
+  } catch (const Error& error) {
+    if (error.fault() != wanted)
+      failed(file, line, text("fault ", static_cast<int>(error.fault()), ": ", std::string_view(error.what())));
+    return check_contains(file, line, error.what(), part);
+  }
+  failed(file, line, text(std::string_view(what), " did not throw"));
 }
 
 /// Runs every test; exceptions that a test lets through are failures.
@@ -88,34 +115,18 @@ class Random {
     if (!(condition)) ::hdispatch::testing::failed(__FILE__, __LINE__, #condition " does not hold"); \
   } while (0)
 
-#define CHECK_EQ(actual, expected)                                                                        \
-  do {                                                                                                    \
-    const auto actual_ = (actual);                                                                        \
-    const auto expected_ = (expected);                                                                    \
-    if (!(actual_ == expected_))                                                                          \
-      ::hdispatch::testing::failed(__FILE__, __LINE__,                                                    \
-                                   ::hdispatch::text(#actual " is ", actual_, ", expected ", expected_)); \
+#define CHECK_EQ(actual, expected)                                                                               \
+  do {                                                                                                           \
+    const auto actual_ = (actual);                                                                               \
+    const auto expected_ = (expected);                                                                           \
+    if (!(actual_ == expected_)) ::hdispatch::testing::unequal(__FILE__, __LINE__, #actual, actual_, expected_); \
   } while (0)
 
-#define CHECK_CONTAINS(actual, part)                                                                          \
-  do {                                                                                                        \
-    const std::string actual_ = (actual);                                                                     \
-    if (actual_.find(part) == std::string::npos)                                                              \
-      ::hdispatch::testing::failed(__FILE__, __LINE__, ::hdispatch::text("no \"", part, "\" in: ", actual_)); \
-  } while (0)
+#define CHECK_CONTAINS(actual, part) ::hdispatch::testing::check_contains(__FILE__, __LINE__, actual, part)
 
 /// The statement throws an Error of that fault whose message holds `part`.
-#define CHECK_FAULT(wanted, part, ...)                                                                               \
-  do {                                                                                                               \
-    bool threw_ = false;                                                                                             \
-    try {                                                                                                            \
-      __VA_ARGS__;                                                                                                   \
-    } catch (const ::hdispatch::Error& error_) {                                                                     \
-      threw_ = true;                                                                                                 \
-      if (error_.fault() != ::hdispatch::Fault::wanted)                                                              \
-        ::hdispatch::testing::failed(                                                                                \
-            __FILE__, __LINE__, ::hdispatch::text("fault ", static_cast<int>(error_.fault()), ": ", error_.what())); \
-      CHECK_CONTAINS(error_.what(), part);                                                                           \
-    }                                                                                                                \
-    if (!threw_) ::hdispatch::testing::failed(__FILE__, __LINE__, #__VA_ARGS__ " did not throw");                    \
+#define CHECK_FAULT(wanted, part, ...)                                                                                 \
+  do {                                                                                                                 \
+    const auto statement_ = [&] { __VA_ARGS__; };                                                                      \
+    ::hdispatch::testing::check_fault(__FILE__, __LINE__, ::hdispatch::Fault::wanted, part, #__VA_ARGS__, statement_); \
   } while (0)

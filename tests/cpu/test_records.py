@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import queue
 import re
 import struct
@@ -111,9 +110,7 @@ def cases(bundle) -> list[Case]:
     for _, sharing in itertools.groupby(found, key=lambda case: id(case.record)):
         waiting.put(list(sharing))
     errors: list[BaseException] = []
-    beside = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    count = max(1, min(4, pool.available_cpus() // beside))
-    threads = [threading.Thread(target=fill, args=(waiting, errors)) for _ in range(count)]
+    threads = [threading.Thread(target=fill, args=(waiting, errors)) for _ in range(min(4, pool.available_cpus()))]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -87,7 +87,7 @@ def topk_softmax(spec: OpSpec) -> Iterator[Case]:
     for variant in spec.variants():
         usual = variant.name == spec.typical_variant().name
         for experts, topk in ((128, 8), (60, 4), (512, 10), (8, 2), (8, 8), (1, 1), (17, 16)) if usual else ((128, 8), (60, 6)):
-            for m in edges(spec, 300) if usual and (experts, topk) == (8, 2) else (1, 17):
+            for m in edges(spec, 300) if usual and (experts, topk) == (8, 2) else (1, 17) if usual or experts == 60 else (1,):
                 sizes = {"M": m, "A": topk, "N": experts}
                 given = made(spec, variant, sizes)
                 exact = configs(spec, variant, {"M": m, "N": experts})
@@ -164,7 +164,7 @@ def moe_align_block_size(spec: OpSpec) -> Iterator[Case]:
                     config = few(128 if experts <= 128 else 512, 8 if experts <= 8 else 64, 32 if m < 100 else 256)
                     yield f"{experts} experts, M={m}, block {block}", variant, config, given
         for name, make in IDS.items():
-            for m, topk, experts in ((1, 8, 128), (7, 3, 8), (65, 8, 128)):
+            for m, topk, experts in ((1, 8, 128), (7, 3, 8), (65 if usual else 17, 8, 128)):
                 ids = make(m, topk, experts).to(variant.dtypes["topk_ids"])
                 placed = made(spec, variant, {"M": 1, "num_experts": experts})[-1]
                 yield f"{name}, {m} x {topk}", variant, few(128), [ids, experts, 16, *room(ids, experts, 16), placed]
