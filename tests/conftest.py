@@ -11,7 +11,6 @@ from contextlib import contextmanager
 
 import pytest
 
-
 #: CPUs of this process: pytest-xdist's workers share them.
 CPUS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 

@@ -23,8 +23,6 @@ from .workspace import MOST_ROWS, PAIRS, ROWS, cells
 
 #: A chunk that no request is longer than: no splits.
 WHOLE = 2**20
-#: Rows of Hopper's warpgroup products; fewer take the older ones, for which each warp loads K and V into registers.
-WIDE = 64
 # In elements of float32.
 _COUNTERS, _PAIRS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(PAIRS)
 _ROWS, _MOST_ROWS = tl.constexpr(ROWS), tl.constexpr(MOST_ROWS)
@@ -83,7 +81,6 @@ def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
     stages   4 and more leave an SM fewer blocks, with more bytes on their way
     chunk    tokens of a split, before split_chunk
     at_once  parts that the last block loads at once; more of them cost registers
-    rows     what the query rows are padded to: the tensor cores of Hopper read K and V of 64 from shared memory themselves
     """
     dim, longest = sizes["K"], sizes.get("max_seq_len", 2**15)
     if dim >= 256 or rows > 32:
@@ -97,8 +94,6 @@ def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
         for tile, warps, stages in tiles
         for chunk in (*(chunk for tokens, chunk in chunks.items() if tile <= tokens < longest), WHOLE)
     ]
-    if WIDE > rows >= 8 and dim <= 128:
-        shapes += [{**shape, "rows": WIDE} for shape in shapes if shape["num_warps"] == 4 and shape["tile"] >= 64]
     tile, warps, _ = tiles[0]
     more = 2 * parts_at_once(rows, dim, warps)
     return shapes + [{**shape, "at_once": more} for shape in shapes if shape["tile"] == tile and shape["chunk"] != WHOLE]

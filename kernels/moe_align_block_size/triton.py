@@ -13,6 +13,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib.triton_launch import launch_options
+from .spec import LADDER
 
 
 @triton.jit
@@ -92,6 +93,8 @@ def launch(
     config, _launcher,
 ):  # fmt: skip
     """One program per `mine` experts."""
+    if topk_ids.size(0) > LADDER[-1]:
+        raise ValueError(f"moe_align_block_size: {topk_ids.size(0)} tokens; the kernel is for up to {LADDER[-1]}")
     rows = topk_ids.size(0) * topk_ids.size(1)
     tensors = (topk_ids, sorted_token_ids, experts_ids, num_tokens_post_pad, maybe_expert_map)
     mapped = 0 if maybe_expert_map is None else maybe_expert_map.size(0)

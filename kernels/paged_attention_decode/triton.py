@@ -100,7 +100,7 @@ def launch(
     tensors = (out, q, kv_cache, block_table, seq_lens, sinks, workspace.view(torch.float32))
     rule, sizes = (scale, softcap, window, k_scale, v_scale), (queries, chunk, page, lib.page_inverse(page))
     strides = (out.stride(0), q.stride(0), q.stride(1), q.stride(2), *lib.cache_strides(kv_cache, block_table))
-    tile = {"G": group, "D": dim, "ROWS": max(16, padded, config.get("rows", 0)), "PADDED": padded}
+    tile = {"G": group, "D": dim, "ROWS": max(16, padded), "PADDED": padded}
     flags = {"CAUSAL": max_queries > 1, "SINKS": sinks is not None}
     options = lib.options(config, rows, dim)
     _launcher(paged_attention_decode, grid, *tensors, max_seq_len, *rule, *sizes, *strides, **tile, **flags, **options)

@@ -23,6 +23,7 @@ from standin import SCHEMAS, Library
 
 CPU = torch.device("cpu")
 OPS = ("topk_softmax", "moe_align_block_size", "moe_sum")
+ALIGN = "moe_align_block_size"
 
 
 def spec_of(op: str) -> OpSpec:
@@ -213,19 +214,36 @@ def door(request: pytest.FixtureRequest, bundle: hdispatch.Bundle, standin: Libr
     assert standin.calls == []
 
 
-@pytest.mark.parametrize("m", [1, 7, 8, 9, 63, 65, 513, 8191, 8193])
+@pytest.mark.parametrize("m", [1, 7, 8, 9, 63, 64, 65, 511, 512, 513, 8191, 8193])
 def test_every_bucket_is_served(door: Any, m: int) -> None:
     grids = {}
     with hdispatch.strict(), null.recording():
-        for op, sizes in (("topk_softmax", {"N": 64}), ("moe_sum", {"N": 48}), ("moe_align_block_size", {"num_experts": 100})):
+        for op, sizes in (("topk_softmax", {"N": 64}), ("moe_sum", {"N": 48}), (ALIGN, {"num_experts": 100})):
+            if op == ALIGN and m > 512:
+                continue
             door(op)(*sampled(op, M=m, A=2, **sizes))
             grids[op] = null.launches()[-1]["grid"]
-        assert len(null.launches()) == 3
+        assert len(null.launches()) == 2 + (m <= 512)
     assert grids["moe_sum"][0] == m
-    assert grids["moe_align_block_size"][0] <= 100
+    if m > 512:
+        return
+    assert grids[ALIGN][0] <= 100
     for experts in (1, 128, 129, 512, 900):
         with hdispatch.strict():
-            door("moe_align_block_size")(*sampled("moe_align_block_size", MAPPED, M=m, num_experts=experts))
+            door(ALIGN)(*sampled(ALIGN, MAPPED, M=m, num_experts=experts))
+
+
+@pytest.mark.parametrize("m", [513, 8192])
+def test_more_tokens_than_the_kernel_is_for_run_the_fallback(bundle: hdispatch.Bundle, m: int) -> None:
+    given = sampled(ALIGN, M=m, A=2, num_experts=100)
+    expected = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+    hdispatch.registry.spec(ALIGN).reference(*expected)
+    with null.recording():
+        hdispatch.registry.get(ALIGN)(*given)
+        assert not null.launches()
+    assert all(torch.equal(got, want) for got, want in zip(given[3:6], expected[3:6], strict=True))
+    with hdispatch.strict(), pytest.raises(hdispatch.MissError):
+        hdispatch.registry.get(ALIGN)(*given)
 
 
 @pytest.mark.parametrize("op", OF_ROWS)

@@ -52,6 +52,8 @@ def run(spec: OpSpec, variant: Variant, config: dict[str, Any], given: list[Any]
 
 def edges(spec: OpSpec, most: int) -> list[int]:
     """Every M at an edge of a bucket, and beside it."""
+    if spec.fallback is not None and spec.fallback.beyond_ladder:
+        most = min(most, spec.ladder[-1])
     return sorted({m for edge in spec.ladder for m in (edge - 1, edge, edge + 1) if 1 <= m <= most})
 
 

@@ -99,7 +99,8 @@ def decoded(value: Any, source: Source | None) -> Any:
         module, name, source_hash = inner.split(":")
         return _find(module, name, source_hash, source if source is not None and source["module"] == module else None)
     if kind == "enum":
-        return _member(*inner.split(":"), source)
+        module, qualname, name = inner.split(":")
+        return _member(module, qualname, name, source)
     raise BuildError(f"a constant is {inner}, which a recording cannot hold")
 
 
