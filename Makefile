@@ -46,7 +46,7 @@ wheel: setup
 	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
 
 test: setup-test core-test
-	$(PY) -m pytest tests -n 2
+	$(PY) -m pytest tests -n 2 --dist worksteal
 	$(PY) scripts/fuzz.py 60
 
 test-vllm: setup-test
