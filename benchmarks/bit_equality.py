@@ -131,8 +131,9 @@ def cases(spec: OpSpec) -> Iterator[tuple[Variant, dict[str, int]]]:
     for variant in spec.served_variants():
         if spec.name.endswith("per_block_quant") and variant.static.get("scale_ue8m0"):
             continue  # our own
+        sizes = {symbol: OPEN.get(symbol, spec.hint(symbol)) for symbol in spec.symbols() if symbol != "M"}
         for shape in [shape for shape in spec.shapes if shape] or [{}]:
-            yield variant, {symbol: shape.get(symbol, OPEN[symbol]) for symbol in spec.symbols() if symbol != "M"}
+            yield variant, {symbol: shape.get(symbol, size) for symbol, size in sizes.items()}
 
 
 def summary(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
