@@ -6,6 +6,7 @@ Twice: evaluated here in Python, and by the C++ core through the null driver.
 from __future__ import annotations
 
 import itertools
+import os
 import math
 import queue
 import re
@@ -99,7 +100,8 @@ FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8"}
 def bundle(tmp_path_factory):
     """All ops and the plain Triton example, through the user's build cache."""
     folder = tmp_path_factory.mktemp("bundle") / "h200"
-    build(None, "h200", folder, extra=["triton_example"])
+    # Minutes of compiling, the longest test by far: with every CPU, or the other tests are done long before.
+    build(None, "h200", folder, extra=["triton_example"], jobs=len(os.sched_getaffinity(0)))
     return folder
 
 
