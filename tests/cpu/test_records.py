@@ -6,8 +6,8 @@ Twice: evaluated here in Python, and by the C++ core through the null driver.
 from __future__ import annotations
 
 import itertools
-import os
 import math
+import os
 import queue
 import re
 import struct
