@@ -369,17 +369,17 @@ def test_on_ray_candidates_compile_to_the_same(tmp_path, cluster):
 
     scope = Scope(shapes=lambda spec: [spec.shapes[0]], buckets=lambda _spec: [0], spread=0)
 
-    def made(name: str, **options: Any) -> tuple[Any, int]:
+    def made(name: str, **options: Any) -> tuple[Any, Any]:
         report = collect(["silu_and_mul"], "h200", tmp_path / name, scope=scope, **options)
-        return read_candidates(tmp_path / name), report.ops["silu_and_mul"].from_cache
+        return read_candidates(tmp_path / name), report.ops["silu_and_mul"]
 
     there, _ = made("ray", cache=tmp_path / "a", compilers=RayCompilers(cluster))
     here, _ = made("here", cache=tmp_path / "b", jobs=2)
     assert there["manifest"]["records"] == here["manifest"]["records"]
     assert there["contents"] == here["contents"]
     assert not list(Path(tempfile.gettempdir()).glob("hdispatch-compile-*")), "nothing is left on the node"
-    again, cached = made("again", cache=tmp_path / "a", compilers=RayCompilers(cluster))
-    assert cached == len(here["manifest"]["records"]) + len(here["candidates"]["dropped"])
+    again, report = made("again", cache=tmp_path / "a", compilers=RayCompilers(cluster))
+    assert report.from_cache == report.units >= len(here["manifest"]["records"]), "some have equal code"
     assert again["manifest"] == there["manifest"]
 
 

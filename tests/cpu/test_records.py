@@ -27,7 +27,7 @@ from hdispatch.compile import build, pool
 from hdispatch.compile.build_unit import HINT
 from hdispatch.compile.call_maker import FLOAT_HINT, CallMaker
 from hdispatch.compile.expr import evaluate
-from hdispatch.ladders import bucket_index
+from hdispatch.ladders import Ladders, bucket_index
 from hdispatch.manifest import Manifest, Record, class_of, read_bundle
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
@@ -122,6 +122,11 @@ def cases(bundle) -> list[Case]:
     return found
 
 
+def served_ms(bucket: int, ladders: Ladders, record: Record) -> list[int]:
+    """Of MS, those of a bucket that a record serves: the last one of an op that is closed ends where its kernels do."""
+    return [m for m in MS if bucket in ladders.of_m(bucket_index(ladders.m, m)) and m <= record["m_max"]]
+
+
 def collect(manifest: Manifest) -> list[Case]:
     """Every record at every M that it serves, and for each variant and shape that it serves at one M at least."""
     found: dict[tuple, Case] = {}
@@ -132,7 +137,7 @@ def collect(manifest: Manifest) -> list[Case]:
         shape = {name: row[name] for name in ("K", "N") if row[name]}
         case = found.setdefault(key, Case(row["op"], row["variant"], shape, manifest["records"][row["record"]]))
         ladders = case.spec.ladders
-        served = [m for m in MS if row["bucket"] in ladders.of_m(bucket_index(ladders.m, m))]
+        served = served_ms(row["bucket"], ladders, case.record)
         case.ms += [m for m in served if m not in case.ms]
         if ladders.arg is not None:
             first, last = ladders.second_bounds(row["bucket"])
@@ -186,7 +191,7 @@ def test_every_row_is_covered(cases, bundle):
     ms: dict[int, set[int]] = defaultdict(set)
     for row in manifest["rows"]:
         ladders = hdispatch.registry.spec(row["op"]).ladders
-        served = [m for m in MS if row["bucket"] in ladders.of_m(bucket_index(ladders.m, m))]
+        served = served_ms(row["bucket"], ladders, manifest["records"][row["record"]])
         if served:
             rows[row["record"]].add((row["op"], row["variant"], row["K"], row["N"]))
             ms[row["record"]] |= set(served)
