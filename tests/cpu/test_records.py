@@ -27,7 +27,7 @@ from hdispatch.compile import build, pool
 from hdispatch.compile.build_unit import HINT
 from hdispatch.compile.call_maker import FLOAT_HINT, CallMaker
 from hdispatch.compile.expr import evaluate
-from hdispatch.ladders import Ladders, bucket_index
+from hdispatch.ladders import bucket_index
 from hdispatch.manifest import Manifest, Record, class_of, read_bundle
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
@@ -122,9 +122,11 @@ def cases(bundle) -> list[Case]:
     return found
 
 
-def served_ms(bucket: int, ladders: Ladders, record: Record) -> list[int]:
-    """Of MS, those of a bucket that a record serves: the last one of an op that is closed ends where its kernels do."""
-    return [m for m in MS if bucket in ladders.of_m(bucket_index(ladders.m, m)) and m <= record["m_max"]]
+def served_ms(bucket: int, spec: OpSpec) -> list[int]:
+    """Of MS, those of a bucket: all of them, but for an op that is closed, whose last bucket ends at the ladder's last edge."""
+    ladders = spec.ladders
+    last = ladders.m[-1] if spec.is_closed else max(MS)
+    return [m for m in MS if m <= last and bucket in ladders.of_m(bucket_index(ladders.m, m))]
 
 
 def collect(manifest: Manifest) -> list[Case]:
@@ -137,7 +139,7 @@ def collect(manifest: Manifest) -> list[Case]:
         shape = {name: row[name] for name in ("K", "N") if row[name]}
         case = found.setdefault(key, Case(row["op"], row["variant"], shape, manifest["records"][row["record"]]))
         ladders = case.spec.ladders
-        served = served_ms(row["bucket"], ladders, case.record)
+        served = served_ms(row["bucket"], case.spec)
         case.ms += [m for m in served if m not in case.ms]
         if ladders.arg is not None:
             first, last = ladders.second_bounds(row["bucket"])
@@ -190,8 +192,7 @@ def test_every_row_is_covered(cases, bundle):
     rows: dict[int, set[tuple]] = defaultdict(set)
     ms: dict[int, set[int]] = defaultdict(set)
     for row in manifest["rows"]:
-        ladders = hdispatch.registry.spec(row["op"]).ladders
-        served = served_ms(row["bucket"], ladders, manifest["records"][row["record"]])
+        served = served_ms(row["bucket"], hdispatch.registry.spec(row["op"]))
         if served:
             rows[row["record"]].add((row["op"], row["variant"], row["K"], row["N"]))
             ms[row["record"]] |= set(served)

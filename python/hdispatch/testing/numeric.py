@@ -204,14 +204,11 @@ def _compare_rounded(actual: torch.Tensor, expected: torch.Tensor, lost: float, 
     error = (got - want).abs_()
     rtol, _ = TOLERANCES[expected.dtype]
     # Rows and columns may have scales of their own: the largest element, some four times the root mean square where scales
-    # are large, says what is lost there; twice that is eight standard deviations. A tensor core drops bits toward zero, so sums
-    # that kept their sign lost more: simulated, up to 4.5 times `lost` of the sum itself. Twice of it is allowed besides.
+    # are large, says what is lost there; twice that is eight standard deviations.
     scale = torch.tensor(size / want.numel() ** 0.5, device=want.device)
     if own_scales:
         scale = torch.maximum(scale, torch.linalg.vector_norm(want, dim=-1, keepdim=True) / want.size(-1) ** 0.5)
-    slack = rtol * scale
-    if lost:
-        slack = slack + 2 * lost * (want.abs().max() + want.abs())
+    slack = rtol * scale + (2 * lost * float(want.abs().max()) if lost else 0.0)
     over = error > rtol * want.abs() + slack
     over |= got.isfinite() != want.isfinite()
     if over.any():

@@ -43,15 +43,13 @@ def compare(timings: Sequence[Timing], packages: Mapping[str, OpPackage], backen
     for op in sorted({timing["op"] for timing in timings}):
         spec = packages[op].spec
         own = [timing for timing in timings if timing["op"] == op]
-        measured, before = (
-            Measured(spec, own),
-            Measurements(spec, packages[op].configs / f"nvidia_{short_name(own[0]['gpu'])}.json"),
-        )
+        measured = Measured(spec, own)
+        before = Measurements(spec, packages[op].configs / f"nvidia_{short_name(own[0]['gpu'])}.json") if tuned else None
         by_m: dict[int, list[tuple[float, str]]] = {}
         for slot in measured.times:
             times = measured.by_backend(slot)
             others = {name: us for name, us in times.items() if name != backend}
-            if tuned and not others:
+            if before is not None and not others:
                 variant = next(iter(measured.times[slot]))[0]
                 known = before.by_backend(variant, dict(slot[0]), spec.ladders.edges(slot[1]))
                 others = {name: us for name, us in known.items() if name != backend}
