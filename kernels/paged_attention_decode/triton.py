@@ -23,27 +23,28 @@ def paged_attention_decode(
     out, q, kv_cache, block_table, seq_lens, sinks, workspace, max_seq_len, scale, softcap, window, k_scale, v_scale,
     queries, chunk, page, inverse, out_row, q_row, q_query, q_head, table_row, block_stride, head_stride, slot_stride,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, SINKS: tl.constexpr,
-    TILE: tl.constexpr, STAGES: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr, WARPS: tl.constexpr, AXIS: tl.constexpr, HELD: tl.constexpr,
+    AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, kv heads, requests). Of ROWS rows the first queries * G, at most PADDED, are the queries' heads in turn.
+    """Grid as kernels/lib/attention.py says. Of ROWS rows the first queries * G, at most PADDED, are the queries' heads in turn.
 
     With a window the splits begin at the first tile that a query sees.
     """
-    split = tl.program_id(0)
-    head = tl.program_id(1)
+    split = tl.program_id(AXIS)
+    head = tl.program_id(1 - AXIS)
     request = tl.program_id(2)
     length = tl.load(seq_lens + request)
     window = tl.where(window > 0, window, 1 << 30)
     first = tl.maximum(length - (queries - 1) - window, 0) // TILE * TILE
-    size = split_tokens(tl.minimum(max_seq_len, window + (queries - 1 + TILE)), chunk)
-    used = tl.minimum(tl.maximum(tl.cdiv(length - first, size), 1), tl.num_programs(0))
+    size = split_tokens(tl.minimum(max_seq_len, window + (queries - 1 + TILE)), chunk, AXIS)
+    used = tl.minimum(tl.maximum(tl.cdiv(length - first, size), 1), tl.num_programs(AXIS))
     if split >= used:
         # A block that ends without waiting would let the next kernel's wait end before the kernels before this one have.
         if PDL:
             tl.extra.cuda.gdc_wait()
         return
     begin = first + split * size
-    end = tl.where(split == tl.num_programs(0) - 1, length, tl.minimum(begin + size, length))
+    end = tl.where(split == tl.num_programs(AXIS) - 1, length, tl.minimum(begin + size, length))
     table = block_table + request.to(tl.int64) * table_row
     coming = blocks_of(table, begin + tl.arange(0, TILE), end, inverse)
 
@@ -71,11 +72,12 @@ def paged_attention_decode(
     acc = tl.zeros([ROWS, D], tl.float32)
     m, total, acc = tokens_of_split(
         x, m, total, acc, kv_cache + head.to(tl.int64) * head_stride, table, coming, begin, end, limit, window,
-        scale * k_scale * LOG2E, softcap * LOG2E, page, inverse, block_stride, slot_stride, D, TILE, STAGES, CAUSAL, True, True,
+        scale * k_scale * LOG2E, softcap * LOG2E, page, inverse, block_stride, slot_stride, D, TILE, STAGES, FORM, WARPS,
+        CAUSAL, True, True,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, total, acc, v_scale, queries, G, D, PADDED, AT_ONCE)
+    finish(out, out_row, workspace, used, m, total, acc, v_scale, queries, G, D, PADDED, HELD, AT_ONCE, AXIS)
 
 
 def launch(
@@ -96,7 +98,7 @@ def launch(
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
     rows = max_queries * group
     chunk, padded = lib.split_chunk(config["chunk"], rows), triton.next_power_of_2(rows)
-    grid = (lib.splits_of(max_seq_len, requests * kv_heads, rows, chunk), kv_heads, requests)
+    grid = lib.grid_of(config, lib.splits_of(max_seq_len, requests * kv_heads, rows, chunk), kv_heads, requests)
     tensors = (out, q, kv_cache, block_table, seq_lens, sinks, workspace.view(torch.float32))
     rule, sizes = (scale, softcap, window, k_scale, v_scale), (queries, chunk, page, lib.page_inverse(page))
     strides = (out.stride(0), q.stride(0), q.stride(1), q.stride(2), *lib.cache_strides(kv_cache, block_table))
@@ -108,4 +110,5 @@ def launch(
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    return lib.candidates(sizes, int(variant.static["group"]) * int(variant.static["max_queries"]))
+    group = int(variant.static["group"])
+    return lib.candidates(sizes, group * int(variant.static["max_queries"]), group)
