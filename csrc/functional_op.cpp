@@ -1,11 +1,8 @@
 // functional_op.cpp -- sizes of the tensors that an op returns; allocating them; the two doors.
 #include "functional_op.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/DeviceGuard.h>
 #include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -13,6 +10,7 @@
 #include <array>
 #include <cstddef>
 
+#include "empty_tensor.h"
 #include "op_arguments.h"
 #include "python_errors.h"
 #include "tensor_view.h"
@@ -116,32 +114,11 @@ c10::Device device_of(const Op& op, const Arguments& arguments) {
 
 // ---- allocating ----
 
-/// torch's allocator of a device, as torch's own tensors have it; null before torch has allocated there.
-std::array<std::atomic<c10::Allocator*>, kMaxSlots> allocators{};
-
-/// `at::empty`, without its trip through the dispatcher, 0.4 us: no mode and no subclass is here.
-at::Tensor allocate(c10::IntArrayRef sizes, c10::ScalarType type, c10::Device device) {
-  const DeviceSlot slot = slot_of(device);
-  c10::Allocator* allocator =
-      slot < kMaxSlots ? allocators[slot].load(std::memory_order_acquire) : static_cast<c10::Allocator*>(nullptr);
-  const at::Context& context = at::globalContext();
-  const bool is_filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-  if (HD_UNLIKELY(!allocator || is_filled)) {
-    at::Tensor made = at::empty(sizes, at::TensorOptions().dtype(type).device(device));
-    if (slot < kMaxSlots) allocators[slot].store(made.storage().allocator(), std::memory_order_release);
-    return made;
-  }
-  if (slot == kCpuSlot)
-    return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
-  const c10::DeviceGuard guard(device);
-  return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA), type, std::nullopt);
-}
-
 /// One returned tensor. A call that cannot be right gets one without elements: the op then says what is wrong.
 at::Tensor make_output(const Op& op, const ArgSpec& arg, const Arguments& arguments) {
   c10::SmallVector<int64_t, kMaxRank> sizes;
   if (HD_UNLIKELY(!sizes_of(op, arg, arguments, sizes))) sizes.assign(arg.dims.size(), 0);
-  at::Tensor made = allocate({sizes.data(), sizes.size()}, type_of(arg, arguments), device_of(op, arguments));
+  at::Tensor made = empty_tensor({sizes.data(), sizes.size()}, type_of(arg, arguments), device_of(op, arguments));
   if (arg.is_zeroed) made.zero_();
   return made;
 }

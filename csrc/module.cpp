@@ -1,12 +1,14 @@
 // module.cpp -- pybind11: defining ops, building tables, strict mode, stats, explain. Nothing hot.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 
 #include "adopted_door.h"
 #include "attempt.h"
 #include "bench.h"
+#include "empty_tensor.h"
 #include "from_python.h"
 #include "functional_op.h"
 #include "op_arguments.h"
@@ -335,6 +337,13 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("op"), py::arg("args"), py::arg("count"));
   m.def("bench_function", &bench_function);
+  m.def(
+      "bench_empty_ns",
+      [](const py::object& like, const std::string& stage, uint32_t count) {
+        if (!THPVariable_Check(like.ptr())) fail(Fault::kCaller, "like: no tensor");
+        return bench_empty_ns(THPVariable_Unpack(like.ptr()), stage, count);
+      },
+      py::arg("like"), py::arg("stage"), py::arg("count"));
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));
   m.def(
       "key_hash",
