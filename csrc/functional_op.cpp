@@ -151,42 +151,41 @@ bool is_for_torch(const Op& op, PyObject* const* args, size_t given) {
   return false;
 }
 
+/// The returned tensors as Python objects, owned; only as many entries as there are outputs are touched.
+struct Made {
+  PyObject* objects[kMaxArgs];
+  size_t count = 0;
+
+  ~Made() {
+    for (size_t i = 0; i < count; ++i) Py_DECREF(objects[i]);
+  }
+  /// What the call returns: the one, or a tuple. Gives them away.
+  PyObject* release() {
+    if (HD_LIKELY(count == 1)) return objects[--count];
+    PyObject* result = PyTuple_New(static_cast<Py_ssize_t>(count));
+    if (!result) return nullptr;
+    for (size_t i = 0; i < count; ++i) PyTuple_SET_ITEM(result, static_cast<Py_ssize_t>(i), objects[i]);
+    count = 0;
+    return result;
+  }
+};
+
 /// `args`: all arguments; those that are returned are there, or null.
 PyObject* call_with_outputs(const FunctionalObject* self, PyObject** args) {
   const OpObject* out = self->out;
   const Op& op = *out->op;
   const size_t count = op.args().size();
-  std::array<PyObject*, kMaxArgs> made{};
-  const auto drop = [&] {
-    for (PyObject* each : made) Py_XDECREF(each);
-  };
   const Arguments arguments{args, &tensor_in, &integer_in};
-  try {
-    for (size_t i = self->given; i < count; ++i)
-      if (!args[i]) {
-        made[i] = THPVariable_Wrap(make_output(op, op.args()[i], arguments));
-        if (!made[i]) throw python_error();
-      }
-  } catch (...) {
-    drop();
-    throw;
+  Made made;
+  for (size_t i = self->given; i < count; ++i) {
+    PyObject* object = args[i] ? Py_NewRef(args[i]) : THPVariable_Wrap(make_output(op, op.args()[i], arguments));
+    if (HD_UNLIKELY(!object)) throw python_error();
+    args[i] = made.objects[made.count++] = object;
   }
-  for (size_t i = self->given; i < count; ++i) args[i] = args[i] ? args[i] : made[i];
   PyObject* done = out->vectorcall(const_cast<PyObject*>(reinterpret_cast<const PyObject*>(out)), args, count, nullptr);
-  if (!done) {
-    drop();
-    return nullptr;
-  }
+  if (HD_UNLIKELY(!done)) return nullptr;
   Py_DECREF(done);
-  PyObject* result = nullptr;
-  if (count == self->given + 1) {
-    result = Py_NewRef(args[self->given]);
-  } else if ((result = PyTuple_New(static_cast<Py_ssize_t>(count - self->given)))) {
-    for (size_t i = self->given; i < count; ++i)
-      PyTuple_SET_ITEM(result, static_cast<Py_ssize_t>(i - self->given), Py_NewRef(args[i]));
-  }
-  drop();
-  return result;
+  return made.release();
 }
 
 PyObject* call_functional(const FunctionalObject* self, PyObject** args) {
@@ -204,16 +203,17 @@ PyObject* call_functional(const FunctionalObject* self, PyObject** args) {
 PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
   const auto* self = reinterpret_cast<const FunctionalObject*>(callable);
   const size_t positional = static_cast<size_t>(PyVectorcall_NARGS(flags));
-  std::array<PyObject*, kMaxArgs> all{};
+  PyObject* all[kMaxArgs];
   try {
     if (HD_LIKELY(positional == self->given && !keyword_names)) {
-      std::copy(args, args + positional, all.begin());
+      std::copy(args, args + positional, all);
+      std::fill(all + positional, all + self->out->op->args().size(), nullptr);
     } else {
       const std::vector<PyObject*> gathered = gather_arguments(*self->out->op, args, positional, keyword_names);
       for (size_t i = 0; i < gathered.size(); ++i)
         all[i] = i >= self->given && gathered[i] == Py_None ? nullptr : gathered[i];
     }
-    return call_functional(self, all.data());
+    return call_functional(self, all);
   } catch (...) {
     set_python_error();
     return nullptr;
