@@ -105,7 +105,9 @@ at::Tensor empty_tensor(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::S
   return made;
 }
 
-double bench_empty_ns(const at::Tensor& like, std::string_view stage, uint32_t count) {
+double bench_empty_ns(PyObject* object, std::string_view stage, uint32_t count) {
+  if (!THPVariable_Check(object)) fail(Fault::kCaller, "like is a ", Py_TYPE(object)->tp_name, "; give a tensor");
+  const at::Tensor& like = THPVariable_Unpack(object);
   const auto make = [&] { return empty_tensor(like.sizes(), like.scalar_type(), like.device()); };
   c10::Allocator* allocator = make().storage().allocator();
   const auto time = [count](const auto& once) {

@@ -6,6 +6,8 @@
 // are torch's; inference mode; filling in deterministic mode.
 #pragma once
 
+#include <Python.h>
+
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
@@ -19,6 +21,7 @@ at::Tensor empty_tensor(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::S
 
 /// ns that a stage of making a tensor like `like` takes, and of dropping it, of a C loop of `count`: "allocator", its
 /// memory alone; "tensor", with torch's tensor around it; "wrapped", with the Python object too. The GIL is held.
-double bench_empty_ns(const at::Tensor& like, std::string_view stage, uint32_t count);
+/// Throws kCaller where `like` is no tensor.
+double bench_empty_ns(PyObject* like, std::string_view stage, uint32_t count);
 
 }  // namespace hdispatch

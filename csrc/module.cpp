@@ -1,7 +1,6 @@
 // module.cpp -- pybind11: defining ops, building tables, strict mode, stats, explain. Nothing hot.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 
@@ -340,8 +339,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bench_empty_ns",
       [](const py::object& like, const std::string& stage, uint32_t count) {
-        if (!THPVariable_Check(like.ptr())) fail(Fault::kCaller, "like: no tensor");
-        return bench_empty_ns(THPVariable_Unpack(like.ptr()), stage, count);
+        return bench_empty_ns(like.ptr(), stage, count);
       },
       py::arg("like"), py::arg("stage"), py::arg("count"));
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));

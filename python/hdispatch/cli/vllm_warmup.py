@@ -84,5 +84,5 @@ if __name__ == "__main__":
         code = main(sys.argv[1:])
     except HdispatchError as refused:
         print(f"hdispatch: error: {refused}", file=sys.stderr)
-        code = 2
+        code = 1
     sys.exit(code)
