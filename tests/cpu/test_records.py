@@ -94,7 +94,7 @@ class Case:
 
 
 #: Ops whose rows are all host functions: nothing of them is traced.
-FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8", "ll_gemm_w8a16"}
+FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8"}
 
 
 @pytest.fixture(scope="module")
