@@ -93,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         type=numbers.real,
         default=150.0,
-        help="how long cells are compiled, for each (default: 150)",
+        help="how long each may compile (default: 150)",
     )
     peers.add_argument(
         "--workers", metavar="N", type=numbers.whole, help="processes that compile (default: one per CPU, at most 14)"

@@ -1,4 +1,4 @@
-"""Who takes part in the op benchmark: hdispatch, torch.compile, vLLM's _C (CUTLASS in it), _moe_C, CuteDSL and DeepGEMM, cuBLAS."""
+"""Who takes part in the op benchmark: hdispatch, torch.compile, cuBLAS, DeepGEMM, vLLM's _C (and CUTLASS), _moe_C, CuteDSL."""
 
 from __future__ import annotations
 
