@@ -1,7 +1,8 @@
 """Adopted kernels against Triton's and Helion's own launches and the bare driver call: host time per call, in one run.
 
 Kernels of TritonBench's launch latency: 0, 19 and 58 arguments; and a Helion add, M fixed, cycling and never seen before. The
-floor of each is its own cuLaunchKernelEx in a C loop. Every path in random order in every round; the ratios are of medians.
+floor of each is its own cuLaunchKernelEx in a C loop; what a result costs by itself (torch's allocator, the tensor around it,
+the Python object around that) is measured beside them. Every path in random order in every round; the ratios are of medians.
 
     python benchmarks/adopt.py [--rounds 30] [--json FILE]        needs a GPU, Triton and Helion
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -172,6 +174,13 @@ def summarize(samples: dict[Any, list[float]]) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_result(like: torch.Tensor, rounds: int, synchronize: Callable[[], object]) -> dict[str, float]:
+    """Median ns of making and dropping one result of the Helion add, by how much of it is made."""
+    synchronize()
+    stages = ("allocator", "tensor", "wrapped")
+    return {each: statistics.median(_C.bench_empty_ns(like, each, CALLS) for _ in range(rounds)) for each in stages}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,6 +190,7 @@ def main() -> None:
     made = batches("cuda", "cuda", torch.cuda.synchronize)
     with host_timer.quiet():
         samples, failed = host_timer.interleave(made, options.rounds, random.Random(0))
+        result_ns = measure_result(torch.empty(17, 64, device="cuda"), options.rounds, torch.cuda.synchronize)
     rows = summarize(samples)
     print(f"{'kernel':<24}{'path':<10}{'M':<12}{'us':>8}{'x floor':>9}{'x faster':>10}  verdict")
     for row in rows:
@@ -189,6 +199,8 @@ def main() -> None:
             f"{row['kernel']:<24}{row['path']:<10}{row['m']:<12}{row['median_ns'] / 1000:>8.2f}{row['floor_ratio']:>9.2f}"
             f"{faster:>10}  {row.get('verdict', '')}"
         )
+    for stage, ns in result_ns.items():
+        print(f"a result alone, {stage:<28}{ns / 1000:>8.2f}")
     for key, error in failed.items():
         print(f"failed: {key}: {error}")
     counted = {name: each for name, each in hdispatch.stats().items() if name.startswith("adopted ")}
@@ -196,6 +208,7 @@ def main() -> None:
         result = {
             "machine": machine.describe(),
             "rows": rows,
+            "result_ns": result_ns,
             "stats": counted,
             "failed": {str(k): str(e) for k, e in failed.items()},
         }

@@ -4,7 +4,8 @@
 
 The op squares [16, 256] in float16; its kernel is Helion's and allocates its result (tests/support/returned_square). On a GPU
 the calls are made in batches between synchronizations, as in `hdispatch bench dispatch`; on the CPU the null driver serves.
-torch's own `empty_like` and a Helion call stand beside them.
+torch's own `empty_like` and a Helion call stand beside them, and what the result costs by itself, from a C loop: torch's
+allocator alone (malloc and free), the tensor around it, the Python object around that.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 
 import hdispatch
 import torch
+from hdispatch import _C
 from hdispatch.bench.machine import describe
 from hdispatch.compile import build
 
@@ -31,6 +33,7 @@ from hdispatch.compile import build
 os.environ.setdefault("HELION_AUTOTUNE_EFFORT", "none")
 NAME = "returned_square"
 ROUNDS, CALLS = 60, 200
+STAGES = ("allocator", "tensor", "wrapped")
 
 
 def measure(paths: dict[str, Callable[[], object]], on_gpu: bool) -> dict[str, float]:
@@ -52,6 +55,11 @@ def measure(paths: dict[str, Callable[[], object]], on_gpu: bool) -> dict[str, f
             found[name].append((time.perf_counter_ns() - start) / CALLS)
     gc.enable()
     return {name: statistics.median(times) for name, times in found.items()}
+
+
+def measure_result(like: torch.Tensor) -> dict[str, float]:
+    """Median ns of making and dropping one result, by how much of it is made."""
+    return {stage: statistics.median(_C.bench_empty_ns(like, stage, CALLS) for _ in range(ROUNDS)) for stage in STAGES}
 
 
 def main() -> None:
@@ -81,12 +89,17 @@ def main() -> None:
         paths["helion"] = lambda: KERNEL(x)
     with hdispatch.strict():
         medians = measure(paths, on_gpu)
+    result = measure_result(out)
     over = medians["functional"] - medians["out-variant"]
     for name, ns in medians.items():
         print(f"{name:32} {ns:9.0f} ns")
+    for stage, ns in result.items():
+        print(f"{'a result alone, ' + stage:32} {ns:9.0f} ns")
     print(f"{'functional over out-variant':32} {over:9.0f} ns (at most 600)")
+    print(f"{'  beyond the allocator':32} {over - result['allocator']:9.0f} ns")
     if given.json:
-        given.json.write_text(json.dumps({"machine": describe(), "median_ns": medians, "over_ns": over}, indent=1) + "\n")
+        found = {"machine": describe(), "median_ns": medians, "result_ns": result, "over_ns": over}
+        given.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

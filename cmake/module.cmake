@@ -40,7 +40,7 @@ function(add_door torch_dir)
     csrc/override.cpp csrc/attempt.cpp csrc/arena.cpp csrc/bench.cpp csrc/from_python.cpp)
   set(group_2 csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp csrc/host_program.cpp
     csrc/adopted_learn.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/adopted_patch.cpp csrc/adopted_door.cpp
-    csrc/functional_op.cpp)
+    csrc/functional_op.cpp csrc/empty_tensor.cpp)
   set(group_3 csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/torch_op.cpp csrc/module.cpp)
   pybind11_add_module(${folder} ${group_1} ${group_2} ${group_3})
   set_target_properties(${folder} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)

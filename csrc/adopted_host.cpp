@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <mutex>
 
+#include "empty_tensor.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -116,11 +117,8 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
     const size_t rank = output.sizes.size();
     if (!compute_all(output.sizes, args, dims) || !compute_all(output.strides, args, dims + rank))
       return reason = "sizes of more than 64 bits", nullptr;
-    const at::TensorOptions options = THPVariable_Unpack(args[output.like])
-                                          .options()
-                                          .dtype(static_cast<c10::ScalarType>(output.scalar_type))
-                                          .requires_grad(false);
-    outputs[i] = at::empty_strided({dims, rank}, {dims + rank, rank}, options);
+    outputs[i] = empty_tensor({dims, rank}, {dims + rank, rank}, static_cast<c10::ScalarType>(output.scalar_type),
+                              THPVariable_Unpack(args[output.like]).device());
     if (output.fill) {
       const py::gil_scoped_release released;  // it is a launch of torch's, and the queue may be full
       outputs[i].fill_(*output.fill);
@@ -154,21 +152,26 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
   int64_t grid[3];
   if (!compute_all(grid_, args, grid)) return reason = "grid", nullptr;
   if (!function_->launch(*form_, objects_.data(), given, grid, reason)) return nullptr;
+  if (result_ == -2) Py_RETURN_NONE;
+  PyObject* wrapped[kMaxOutputs + kMaxViews] = {};  // borrowed: one that is listed twice is the same object twice
   const auto result = [&](int index) {
     if (index < 0) return Py_NewRef(args[-1 - index]);
-    if (static_cast<size_t>(index) < outputs_.size()) return THPVariable_Wrap(outputs[index]);
-    return THPVariable_Wrap(views[static_cast<size_t>(index) - outputs_.size()]);
+    const auto made = static_cast<size_t>(index);
+    if (wrapped[made]) return Py_NewRef(wrapped[made]);
+    // Moved, which torch knows to wrap faster.
+    wrapped[made] = THPVariable_Wrap(std::move(made < outputs_.size() ? outputs[made] : views[made - outputs_.size()]));
+    if (!wrapped[made]) throw python_error();
+    return wrapped[made];
   };
-  if (result_ == -2) Py_RETURN_NONE;
   if (result_ == 0) return result(results_[0]);
-  PyObject* listed = is_tuple_ ? PyTuple_New(static_cast<Py_ssize_t>(results_.size()))
-                               : PyList_New(static_cast<Py_ssize_t>(results_.size()));
-  if (!listed) throw python_error();
+  Owned listed{is_tuple_ ? PyTuple_New(static_cast<Py_ssize_t>(results_.size()))
+                         : PyList_New(static_cast<Py_ssize_t>(results_.size()))};
+  if (!listed.object) throw python_error();
   for (size_t i = 0; i < results_.size(); ++i) {
     PyObject* item = result(results_[i]);
-    is_tuple_ ? PyTuple_SET_ITEM(listed, i, item) : PyList_SET_ITEM(listed, i, item);
+    is_tuple_ ? PyTuple_SET_ITEM(listed.object, i, item) : PyList_SET_ITEM(listed.object, i, item);
   }
-  return listed;
+  return std::exchange(listed.object, nullptr);
 }
 
 // ---- calls ----

@@ -1,11 +1,8 @@
 // functional_op.cpp -- sizes of the tensors that an op returns; allocating them; the two doors.
 #include "functional_op.h"
 
-#include <ATen/Context.h>
-#include <ATen/EmptyTensor.h>
 #include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/DeviceGuard.h>
 #include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -13,6 +10,7 @@
 #include <array>
 #include <cstddef>
 
+#include "empty_tensor.h"
 #include "op_arguments.h"
 #include "python_errors.h"
 #include "tensor_view.h"
@@ -116,32 +114,11 @@ c10::Device device_of(const Op& op, const Arguments& arguments) {
 
 // ---- allocating ----
 
-/// torch's allocator of a device, as torch's own tensors have it; null before torch has allocated there.
-std::array<std::atomic<c10::Allocator*>, kMaxSlots> allocators{};
-
-/// `at::empty`, without its trip through the dispatcher, 0.4 us: no mode and no subclass is here.
-at::Tensor allocate(c10::IntArrayRef sizes, c10::ScalarType type, c10::Device device) {
-  const DeviceSlot slot = slot_of(device);
-  c10::Allocator* allocator =
-      slot < kMaxSlots ? allocators[slot].load(std::memory_order_acquire) : static_cast<c10::Allocator*>(nullptr);
-  const at::Context& context = at::globalContext();
-  const bool is_filled = context.deterministicAlgorithms() && context.deterministicFillUninitializedMemory();
-  if (HD_UNLIKELY(!allocator || is_filled)) {
-    at::Tensor made = at::empty(sizes, at::TensorOptions().dtype(type).device(device));
-    if (slot < kMaxSlots) allocators[slot].store(made.storage().allocator(), std::memory_order_release);
-    return made;
-  }
-  if (slot == kCpuSlot)
-    return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CPU), type, std::nullopt);
-  const c10::DeviceGuard guard(device);
-  return at::detail::empty_generic(sizes, allocator, c10::DispatchKeySet(c10::DispatchKey::CUDA), type, std::nullopt);
-}
-
 /// One returned tensor. A call that cannot be right gets one without elements: the op then says what is wrong.
 at::Tensor make_output(const Op& op, const ArgSpec& arg, const Arguments& arguments) {
   c10::SmallVector<int64_t, kMaxRank> sizes;
   if (HD_UNLIKELY(!sizes_of(op, arg, arguments, sizes))) sizes.assign(arg.dims.size(), 0);
-  at::Tensor made = allocate({sizes.data(), sizes.size()}, type_of(arg, arguments), device_of(op, arguments));
+  at::Tensor made = empty_tensor({sizes.data(), sizes.size()}, type_of(arg, arguments), device_of(op, arguments));
   if (arg.is_zeroed) made.zero_();
   return made;
 }
@@ -174,42 +151,41 @@ bool is_for_torch(const Op& op, PyObject* const* args, size_t given) {
   return false;
 }
 
+/// The returned tensors as Python objects, owned; only as many entries as there are outputs are touched.
+struct Made {
+  PyObject* objects[kMaxArgs];
+  size_t count = 0;
+
+  ~Made() {
+    for (size_t i = 0; i < count; ++i) Py_DECREF(objects[i]);
+  }
+  /// What the call returns: the one, or a tuple. Gives them away.
+  PyObject* release() {
+    if (HD_LIKELY(count == 1)) return objects[--count];
+    PyObject* result = PyTuple_New(static_cast<Py_ssize_t>(count));
+    if (!result) return nullptr;
+    for (size_t i = 0; i < count; ++i) PyTuple_SET_ITEM(result, static_cast<Py_ssize_t>(i), objects[i]);
+    count = 0;
+    return result;
+  }
+};
+
 /// `args`: all arguments; those that are returned are there, or null.
 PyObject* call_with_outputs(const FunctionalObject* self, PyObject** args) {
   const OpObject* out = self->out;
   const Op& op = *out->op;
   const size_t count = op.args().size();
-  std::array<PyObject*, kMaxArgs> made{};
-  const auto drop = [&] {
-    for (PyObject* each : made) Py_XDECREF(each);
-  };
   const Arguments arguments{args, &tensor_in, &integer_in};
-  try {
-    for (size_t i = self->given; i < count; ++i)
-      if (!args[i]) {
-        made[i] = THPVariable_Wrap(make_output(op, op.args()[i], arguments));
-        if (!made[i]) throw python_error();
-      }
-  } catch (...) {
-    drop();
-    throw;
+  Made made;
+  for (size_t i = self->given; i < count; ++i) {
+    PyObject* object = args[i] ? Py_NewRef(args[i]) : THPVariable_Wrap(make_output(op, op.args()[i], arguments));
+    if (HD_UNLIKELY(!object)) throw python_error();
+    args[i] = made.objects[made.count++] = object;
   }
-  for (size_t i = self->given; i < count; ++i) args[i] = args[i] ? args[i] : made[i];
   PyObject* done = out->vectorcall(const_cast<PyObject*>(reinterpret_cast<const PyObject*>(out)), args, count, nullptr);
-  if (!done) {
-    drop();
-    return nullptr;
-  }
+  if (HD_UNLIKELY(!done)) return nullptr;
   Py_DECREF(done);
-  PyObject* result = nullptr;
-  if (count == self->given + 1) {
-    result = Py_NewRef(args[self->given]);
-  } else if ((result = PyTuple_New(static_cast<Py_ssize_t>(count - self->given)))) {
-    for (size_t i = self->given; i < count; ++i)
-      PyTuple_SET_ITEM(result, static_cast<Py_ssize_t>(i - self->given), Py_NewRef(args[i]));
-  }
-  drop();
-  return result;
+  return made.release();
 }
 
 PyObject* call_functional(const FunctionalObject* self, PyObject** args) {
@@ -227,16 +203,17 @@ PyObject* call_functional(const FunctionalObject* self, PyObject** args) {
 PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
   const auto* self = reinterpret_cast<const FunctionalObject*>(callable);
   const size_t positional = static_cast<size_t>(PyVectorcall_NARGS(flags));
-  std::array<PyObject*, kMaxArgs> all{};
+  PyObject* all[kMaxArgs];
   try {
     if (HD_LIKELY(positional == self->given && !keyword_names)) {
-      std::copy(args, args + positional, all.begin());
+      std::copy(args, args + positional, all);
+      std::fill(all + positional, all + self->out->op->args().size(), nullptr);
     } else {
       const std::vector<PyObject*> gathered = gather_arguments(*self->out->op, args, positional, keyword_names);
       for (size_t i = 0; i < gathered.size(); ++i)
         all[i] = i >= self->given && gathered[i] == Py_None ? nullptr : gathered[i];
     }
-    return call_functional(self, all.data());
+    return call_functional(self, all);
   } catch (...) {
     set_python_error();
     return nullptr;

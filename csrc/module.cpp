@@ -7,6 +7,7 @@
 #include "adopted_door.h"
 #include "attempt.h"
 #include "bench.h"
+#include "empty_tensor.h"
 #include "from_python.h"
 #include "functional_op.h"
 #include "op_arguments.h"
@@ -335,6 +336,12 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("op"), py::arg("args"), py::arg("count"));
   m.def("bench_function", &bench_function);
+  m.def(
+      "bench_empty_ns",
+      [](const py::object& like, const std::string& stage, uint32_t count) {
+        return bench_empty_ns(like.ptr(), stage, count);
+      },
+      py::arg("like"), py::arg("stage"), py::arg("count"));
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));
   m.def(
       "key_hash",

@@ -1,6 +1,7 @@
 // tensor_view.h -- at::Tensor -> TensorView; which tensors the fast path may take; a device's current stream.
 //
-// With tensor_view.cpp the only place that reads ATen's tensors. Everything here is on the hot path and inline.
+// With tensor_view.cpp the only place that reads ATen's tensors; empty_tensor.cpp makes new ones. Everything here is on
+// the hot path and inline.
 #pragma once
 
 #include <ATen/PythonTorchFunctionTLS.h>

@@ -113,7 +113,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     kv_heads = max(1, sizes["N"] // group)
     heads = kv_heads * group
     longest = sizes.get("max_seq_len", LONGEST)
-    lengths = random_lengths(m, longest, generator)
+    lengths = random_lengths(m, longest, generator, bool(sizes.get("equal")))
     paged = random_paged(lengths, kv_heads, dim, PAGE, dtype, device, generator)
     weights = [
         random_weight(dim, dtype, device, generator) if name in variant.dtypes else None for name in ("q_weight", "k_weight")

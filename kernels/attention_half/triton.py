@@ -63,26 +63,27 @@ def attention_half(
     max_seq_len, scale, eps, chunk, page, inverse, sixteenths, out_row, qkv_row, table_row, block_stride, head_stride,
     slot_stride,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    AT_ONCE: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    FORM: tl.constexpr, WARPS: tl.constexpr, AXIS: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, kv heads, requests). The cache's tokens are split; the new one belongs to the last split that is used.
+    """Grid as kernels/lib/attention.py says. The cache's tokens are split; the new one belongs to the last split that is used.
 
     Of ROWS rows the first G are query heads, and the next one is k, which costs nothing there. sixteenths: of the rotary
     dimension, so that its rows are seen to be aligned. EARLY: all but qkv is read, and the first tile is brought to L2, before
     the wait.
     """
-    split = tl.program_id(0)
-    head = tl.program_id(1)
+    split = tl.program_id(AXIS)
+    head = tl.program_id(1 - AXIS)
     request = tl.program_id(2)
-    heads = tl.num_programs(1)
+    heads = tl.num_programs(1 - AXIS)
     half = sixteenths * 8
     if PDL and not EARLY:
         tl.extra.cuda.gdc_wait()
     old = tl.load(seq_lens + request) - 1
     position = tl.load(positions + request)
     slot = tl.load(slot_mapping + request)
-    size = split_tokens(max_seq_len - 1, chunk)
-    used = tl.minimum(tl.maximum(tl.cdiv(old, size), 1), tl.num_programs(0))
+    size = split_tokens(max_seq_len - 1, chunk, AXIS)
+    used = tl.minimum(tl.maximum(tl.cdiv(old, size), 1), tl.num_programs(AXIS))
     if split >= used:
         # A block that ends without waiting would let the next kernel's wait end before the kernels before this one have.
         if PDL and EARLY:
@@ -90,7 +91,7 @@ def attention_half(
         return
     is_last = split == used - 1
     begin = split * size
-    end = tl.where(split == tl.num_programs(0) - 1, old, tl.minimum(begin + size, old))
+    end = tl.where(split == tl.num_programs(AXIS) - 1, old, tl.minimum(begin + size, old))
     cache = kv_cache + head.to(tl.int64) * head_stride
     table = block_table + request.to(tl.int64) * table_row
     token = begin + tl.arange(0, TILE)
@@ -140,11 +141,11 @@ def attention_half(
     acc = tl.zeros([ROWS, D], tl.float32) + tl.where(is_last, v_new.to(tl.float32), 0.0)[None, :]
     m, total, acc = tokens_of_split(
         x, m, total, acc, cache, table, coming, begin, end, row, 0, scale_log2, 0.0, page, inverse, block_stride, slot_stride,
-        D, TILE, STAGES, False, False, False,
+        D, TILE, STAGES, FORM, WARPS, False, False, False,
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, total, acc, 1.0, 1, G, D, triton.next_power_of_2(G), AT_ONCE)
+    finish(out, out_row, workspace, used, m, total, acc, 1.0, 1, heads, G, D, triton.next_power_of_2(G), HELD, AT_ONCE, 1, AXIS)
 
 
 def launch(
@@ -161,7 +162,7 @@ def launch(
         raise ValueError(f"attention_half: rows of qkv are {qkv.stride(0)} elements apart; the kernel takes multiples of 16")
     sixteenths = check_rotary("attention_half", cos_sin_cache, dim)
     chunk = lib.split_chunk(config["chunk"], group)
-    grid = (lib.splits_of(max_seq_len - 1, requests * kv_heads, group, chunk), kv_heads, requests)
+    grid = lib.grid_of(config, lib.splits_of(max_seq_len - 1, requests * kv_heads, group, chunk), kv_heads, requests)
     constants = (q_weight, k_weight, cos_sin_cache, positions, slot_mapping)
     tensors = (out, qkv, *constants, kv_cache, block_table, seq_lens, workspace.view(torch.float32))
     sizes = (chunk, page, lib.page_inverse(page), sixteenths)
@@ -173,4 +174,5 @@ def launch(
 
 def candidates(sizes: dict[str, int], variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring."""
-    return lib.candidates(sizes, int(variant.static["group"]))
+    group = int(variant.static["group"])
+    return lib.candidates(sizes, group, group)

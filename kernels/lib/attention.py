@@ -1,8 +1,9 @@
 """Decode attention over a paged KV cache, split over the sequence: what the Triton kernels of the attention ops share.
 
-Grid (splits, kv heads, requests). A block has the query rows of one kv head and request, `queries * group` of them padded to
-what tensor cores take, and goes through the tokens of its split. Where a request has several splits, each leaves its sums in
-the workspace, and the block that counts itself last adds them up: one launch, nothing between blocks but that count.
+Grid (splits, kv heads, requests), or (kv heads, splits, requests): AXIS is that of the splits. A block has the query rows of
+one kv head and request, `queries * group` of them padded to what tensor cores take, or those of several kv heads, and goes
+through the tokens of its split. Where a request has several splits, each leaves its sums in the workspace, and the block that
+counts itself last adds them up: one launch, nothing between blocks but that count.
 
 A split has `split_chunk` tokens, whatever the requests beside it; more only where the workspace has fewer cells than that
 takes. The last split of the grid takes all that is left: a request longer than max_seq_len is slow, not wrong.
@@ -19,13 +20,12 @@ from hdispatch.opspec import WORKSPACE_COUNTERS
 
 from .triton_launch import launch_options
 from .triton_softmax import INTERPRETED, capped, weighted
-from .workspace import MOST_ROWS, PAIRS, ROWS, cells
+from .workspace import cells, rows_held
 
 #: A chunk that no request is longer than: no splits.
 WHOLE = 2**20
-# In elements of float32.
-_COUNTERS, _PAIRS = tl.constexpr(WORKSPACE_COUNTERS // 4), tl.constexpr(PAIRS)
-_ROWS, _MOST_ROWS = tl.constexpr(ROWS), tl.constexpr(MOST_ROWS)
+# In elements of float32: where the counters end.
+_COUNTERS = tl.constexpr(WORKSPACE_COUNTERS // 4)
 
 
 def splits_of(tokens: Any, pairs: Any, rows: int, chunk: int) -> Any:
@@ -71,39 +71,74 @@ def cache_strides(kv_cache: torch.Tensor, block_table: torch.Tensor) -> tuple[An
 
 def options(config: dict[str, Any], rows: int, dim: int) -> dict[str, Any]:
     """The constants that come from a config, and the launch options, for blocks of `rows` query rows and heads of `dim`."""
-    at_once = config.get("at_once", parts_at_once(rows, dim, config["num_warps"]))
-    return {"TILE": config["tile"], "STAGES": config["stages"], "AT_ONCE": at_once, **launch_options(config, num_stages=None)}
+    warps = config["num_warps"]
+    heads = heads_of(config)
+    form = {"FORM": config.get("form", "rows"), "WARPS": warps, "AXIS": 1 if config.get("heads_first") else 0}
+    sums = {"HELD": rows_held(rows), "AT_ONCE": config.get("at_once", parts_at_once(heads * rows, dim, warps))}
+    return {"TILE": config["tile"], "STAGES": config["stages"], **form, **sums, **launch_options(config, num_stages=None)}
 
 
-def candidates(sizes: dict[str, int], rows: int) -> list[dict[str, Any]]:
-    """Configs worth measuring, for blocks of `rows` query rows; where requests have as many blocks as the GPU holds, no splits.
+def heads_of(config: dict[str, Any]) -> int:
+    """Kv heads of a block."""
+    return int(config["num_warps"]) if config.get("form") == "heads" else 1
 
-    stages   4 and more leave an SM fewer blocks, with more bytes on their way
-    chunk    tokens of a split, before split_chunk
-    at_once  parts that the last block loads at once; more of them cost registers
+
+def grid_of(config: dict[str, Any], splits: Any, kv_heads: Any, requests: Any) -> tuple[Any, Any, Any]:
+    """The grid; with `heads_first` blocks that run at the same time read the same tokens, which lie side by side."""
+    return (kv_heads, splits, requests) if config.get("heads_first") else (splits, kv_heads, requests)
+
+
+def candidates(sizes: dict[str, int], rows: int, group: int) -> list[dict[str, Any]]:
+    """Configs worth measuring, for blocks of `rows` query rows, of queries of `group` heads.
+
+    stages       4 and more leave an SM fewer blocks, with more bytes on their way
+    chunk        tokens of a split, before split_chunk: so many that each SM gets one block of the longest requests, or several
+    form         see tokens_of_split
+    heads_first  see grid_of
+    at_once      parts that the last block loads at once; more of them cost registers
     """
-    dim, longest = sizes["K"], sizes.get("max_seq_len", 2**15)
+    dim, kv_heads = sizes["K"], max(1, sizes["N"] // group)
     if dim >= 256 or rows > 32:
-        tiles = [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 8, 2), (32, 4, 2)]
+        tiles = [(32, 4, 3, "rows"), (32, 4, 4, "rows"), (32, 8, 3, "rows"), (64, 8, 2, "rows"), (32, 4, 2, "rows")]
     else:
-        tiles = [(64, 4, 3), (64, 4, 4), (64, 4, 5), (64, 4, 2), (32, 4, 4), (128, 4, 2), (128, 8, 3), (128, 8, 4)]
-    sizes_of = {chunk: split_chunk(chunk, rows) for chunk in (32, 64, 128, 256, 512, 1024, 2048)}
-    chunks = {tokens: chunk for chunk, tokens in sizes_of.items() if 2048 * tokens > sizes["M"] * longest}
-    shapes = [
-        {"tile": tile, "num_warps": warps, "stages": stages, "chunk": chunk}
-        for tile, warps, stages in tiles
-        for chunk in (*(chunk for tokens, chunk in chunks.items() if tile <= tokens < longest), WHOLE)
-    ]
-    tile, warps, _ = tiles[0]
-    more = 2 * parts_at_once(rows, dim, warps)
-    return shapes + [{**shape, "at_once": more} for shape in shapes if shape["tile"] == tile and shape["chunk"] != WHOLE]
+        tiles = [(64, 4, 3, "rows"), (64, 4, 2, "rows"), (32, 4, 5, "rows"), (128, 4, 2, "rows"), (128, 8, 3, "rows")]
+        tiles += [(64, 4, 2, "tokens"), (64, 4, 3, "tokens"), (128, 8, 2, "tokens")]
+        tiles += [(64, 4, 3, "warps"), (64, 4, 4, "warps")] if rows <= 16 else [(64, 4, 4, "rows"), (64, 8, 3, "rows")]
+        by_heads = ((4, 3), (4, 4), (8, 3)) if rows <= 16 else ((4, 3), (4, 2))
+        tiles += [(16, warps, stages, "heads") for warps, stages in by_heads if kv_heads % warps == 0]
+    found = []
+    for tile, warps, stages, form in tiles:
+        shape = {"tile": tile, "num_warps": warps, "stages": stages, **({} if form == "rows" else {"form": form})}
+        blocks = -(-kv_heads // heads_of(shape))
+        found.append({**shape, "chunk": WHOLE})
+        for chunk in _chunks(sizes, rows, tile, kv_heads, blocks):
+            split = {**shape, "chunk": chunk}
+            found += [split, *([{**split, "heads_first": True}] if blocks > 1 else [])]
+            if shape == {"tile": 64, "num_warps": 4, "stages": 3}:
+                found.append({**split, "at_once": 2 * parts_at_once(rows, dim, warps)})
+    return found
+
+
+#: Blocks that an SM gets, on average, where all requests are the longest.
+BLOCKS_OF_AN_SM = (1, 2, 3, 4, 6, 8, 12, 16)
+#: SMs of the GPU that candidates are for: what is measured decides.
+SMS = 132
+
+
+def _chunks(sizes: dict[str, int], rows: int, tile: int, kv_heads: int, blocks: int) -> list[int]:
+    """Values of config["chunk"], whole tiles, with which the longest requests have splits, each of `blocks` blocks."""
+    longest, m = sizes.get("max_seq_len", 2**15), sizes["M"]
+    splits = {min(cells(rows) // (m * kv_heads), SMS * each // (m * blocks)) for each in BLOCKS_OF_AN_SM}
+    tokens = {-(-longest // (count * tile)) * tile for count in splits if count > 1}
+    given = {chunk: split_chunk(chunk, rows) for size in tokens for chunk in (size, size // 2)}
+    return sorted({chunk for chunk, size in given.items() if size in tokens and size < longest})
 
 
 @triton.jit
-def split_tokens(max_tokens, chunk):
+def split_tokens(max_tokens, chunk, AXIS: tl.constexpr):
     """Tokens of a split of this grid: `chunk`, or as many times that as the grid has too few splits."""
     needed = tl.cdiv(max_tokens, chunk)
-    return chunk * tl.maximum(tl.cdiv(needed, tl.num_programs(0)), 1)
+    return chunk * tl.maximum(tl.cdiv(needed, tl.num_programs(AXIS)), 1)
 
 
 @triton.jit
@@ -140,8 +175,8 @@ def prefetch(cache, place, D: tl.constexpr):
 def tokens_of_split(
     x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
     block_stride, slot_stride,
-    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr, WARPS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """(m, total, acc) after the tokens begin to end, TILE at a time.
 
@@ -151,7 +186,56 @@ def tokens_of_split(
 
     The blocks of a tile are asked for one turn before (`coming` has the first tile's): a turn's copies then depend on no load
     of their own, and the pipeline gets as deep as STAGES says.
+
+    FORM  "rows": all warps multiply matrices [rows, TILE]; "tokens": matrices [TILE, rows], whose 64 rows wgmma takes from
+          shared memory; "warps": each of the WARPS multiplies its own tokens of a tile and waits for no other one's maximum
     """
+    if FORM == "warps":
+        return _by_warps(
+            x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+            block_stride, slot_stride, D, TILE, STAGES, WARPS, CAUSAL, WINDOW, SOFTCAP,
+        )  # fmt: skip
+    elif FORM == "tokens":  # noqa: RET505 -- Triton compiles what follows a return
+        return _tokens_first(
+            x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+            block_stride, slot_stride, D, TILE, STAGES, CAUSAL, WINDOW, SOFTCAP,
+        )  # fmt: skip
+    else:
+        return _rows_first(
+            x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+            block_stride, slot_stride, D, TILE, STAGES, CAUSAL, WINDOW, SOFTCAP,
+        )  # fmt: skip
+
+
+@triton.jit
+def scores_of(
+    s, token, limit, end, window, scale_log2, softcap_log2, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """Products s of q and K as scores times log2(e), -inf of tokens that a row does not see; token and limit broadcast to s."""
+    s = s * scale_log2
+    if SOFTCAP and softcap_log2 > 0:
+        s = capped(s, softcap_log2)
+    seen = token < end
+    if CAUSAL:
+        seen = seen & (token < limit)
+    if WINDOW:
+        seen = seen & (token >= limit - window)
+    return tl.where(seen, s, float("-inf"))
+
+
+@triton.jit
+def finite(top):
+    """A maximum as it is subtracted: a row that has seen no token yet has -inf."""
+    return tl.where(top == float("-inf"), 0.0, top)
+
+
+@triton.jit
+def _rows_first(
+    x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+    block_stride, slot_stride,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
     d = tl.arange(0, D)
     for start in tl.range(begin, end, TILE, num_stages=STAGES):
         token = start + tl.arange(0, TILE)
@@ -160,18 +244,10 @@ def tokens_of_split(
         coming = blocks_of(table, token + TILE, end, inverse)
         k = tl.load(cache + place[:, None] + d[None, :], inside[:, None], other=0.0)
         v = tl.load(cache + D + place[:, None] + d[None, :], inside[:, None], other=0.0)
-        s = tl.dot(x, tl.trans(k.to(x.dtype))) * scale_log2
-        if SOFTCAP and softcap_log2 > 0:
-            s = capped(s, softcap_log2)
-        seen = inside[None, :]
-        if CAUSAL:
-            seen = seen & (token[None, :] < limit[:, None])
-        if WINDOW:
-            seen = seen & (token[None, :] >= limit[:, None] - window)
-        s = tl.where(seen, s, float("-inf"))
+        s = tl.dot(x, tl.trans(k.to(x.dtype)))
+        s = scores_of(s, token[None, :], limit[:, None], end, window, scale_log2, softcap_log2, CAUSAL, WINDOW, SOFTCAP)
         top = tl.maximum(m, tl.max(s, 1))
-        # A row that has seen no token yet has the maximum -inf.
-        safe = tl.where(top == float("-inf"), 0.0, top)
+        safe = finite(top)
         p = tl.exp2(s - safe[:, None])
         alpha = tl.exp2(m - safe)
         total = total * alpha + tl.sum(p, 1)
@@ -181,46 +257,189 @@ def tokens_of_split(
 
 
 @triton.jit
-def outputs_of(row, out_row, G: tl.constexpr, D: tl.constexpr):
+def _tokens_first(
+    x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+    block_stride, slot_stride,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Sums of weights stay as they are, one for each place in a tile, until the end: no warp waits for another one's."""
+    d = tl.arange(0, D)
+    i = tl.arange(0, TILE)
+    x = tl.trans(x)
+    acc = tl.trans(acc)
+    sums = tl.where((i == 0)[:, None], total[None, :], 0.0)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = start + i
+        inside = token < end
+        place = places_of(coming, token, page, inverse, block_stride, slot_stride)
+        coming = blocks_of(table, token + TILE, end, inverse)
+        k = tl.load(cache + place[:, None] + d[None, :], inside[:, None], other=0.0)
+        v = tl.load(cache + D + place[:, None] + d[None, :], inside[:, None], other=0.0)
+        s = tl.dot(k.to(x.dtype), x)
+        s = scores_of(s, token[:, None], limit[None, :], end, window, scale_log2, softcap_log2, CAUSAL, WINDOW, SOFTCAP)
+        top = tl.maximum(m, tl.max(s, 0))
+        safe = finite(top)
+        p = tl.exp2(s - safe[None, :])
+        alpha = tl.exp2(m - safe)
+        sums = sums * alpha[None, :] + p
+        acc = tl.dot(tl.trans(v.to(x.dtype)), p.to(x.dtype), acc * alpha[None, :])
+        m = top
+    return m, tl.sum(sums, 0), tl.trans(acc)
+
+
+@triton.jit
+def _by_warps(
+    x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+    block_stride, slot_stride,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, WARPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """Matrices of three dimensions, of which Triton gives each warp its own index of the first."""
+    ROWS: tl.constexpr = x.shape[0]
+    EACH: tl.constexpr = TILE // WARPS
+    d = tl.arange(0, D)
+    warp = tl.arange(0, WARPS)
+    i = warp[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    coming = tl.reshape(coming, (WARPS, EACH))
+    x = tl.broadcast_to(x[None], (WARPS, ROWS, D))
+    # What there is already is the first warp's.
+    first = warp == 0
+    m = tl.where(first[:, None], m[None, :], float("-inf"))
+    total = tl.where(first[:, None], total[None, :], 0.0)
+    acc = tl.where(first[:, None, None], acc[None], 0.0)
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = start + i
+        inside = (token < end)[:, :, None]
+        place = places_of(coming, token, page, inverse, block_stride, slot_stride)[:, :, None]
+        coming = blocks_of(table, token + TILE, end, inverse)
+        k = tl.load(cache + place + d[None, None, :], inside, other=0.0)
+        v = tl.load(cache + D + place + d[None, None, :], inside, other=0.0)
+        s = tl.dot(x, tl.permute(k.to(x.dtype), (0, 2, 1)))
+        s = scores_of(
+            s, token[:, None, :], limit[None, :, None], end, window, scale_log2, softcap_log2, CAUSAL, WINDOW, SOFTCAP
+        )
+        top = tl.maximum(m, tl.max(s, 2))
+        safe = finite(top)
+        p = tl.exp2(s - safe[:, :, None])
+        alpha = tl.exp2(m - safe)
+        total = total * alpha + tl.sum(p, 2)
+        acc = tl.dot(p.to(x.dtype), v.to(x.dtype), acc * alpha[:, :, None])
+        m = top
+    top = tl.max(m, 0)
+    weight = tl.exp2(m - finite(top)[None, :])
+    return top, tl.sum(total * weight, 0), _sum_of_warps(acc * weight[:, :, None], WARPS)
+
+
+@triton.jit
+def tokens_of_heads(
+    x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
+    block_stride, head_stride, slot_stride, heads,
+    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """As tokens_of_split for HEADS kv heads, `heads` of which there are: a warp for each, and no sums of several warps.
+
+    x [HEADS * rows, D], limit, m, total [HEADS * rows], acc likewise. What a token has of so many heads lies side by side.
+    """
+    ROWS: tl.constexpr = x.shape[0] // HEADS
+    d = tl.arange(0, D)
+    head = tl.arange(0, HEADS)
+    x = tl.reshape(x, (HEADS, ROWS, D))
+    limit = tl.reshape(limit, (HEADS, ROWS))
+    m, total, acc = tl.reshape(m, (HEADS, ROWS)), tl.reshape(total, (HEADS, ROWS)), tl.reshape(acc, (HEADS, ROWS, D))
+    own = head.to(tl.int64) * head_stride
+    there = (head < heads)[:, None, None]
+    for start in tl.range(begin, end, TILE, num_stages=STAGES):
+        token = start + tl.arange(0, TILE)
+        inside = there & (token < end)[None, :, None]
+        place = places_of(coming, token, page, inverse, block_stride, slot_stride)
+        at = cache + (own[:, None] + place[None, :])[:, :, None] + d[None, None, :]
+        coming = blocks_of(table, token + TILE, end, inverse)
+        k = tl.load(at, inside, other=0.0)
+        v = tl.load(at + D, inside, other=0.0)
+        s = tl.dot(x, tl.permute(k.to(x.dtype), (0, 2, 1)))
+        s = scores_of(
+            s, token[None, None, :], limit[:, :, None], end, window, scale_log2, softcap_log2, CAUSAL, WINDOW, SOFTCAP
+        )
+        top = tl.maximum(m, tl.max(s, 2))
+        safe = finite(top)
+        p = tl.exp2(s - safe[:, :, None])
+        alpha = tl.exp2(m - safe)
+        total = total * alpha + tl.sum(p, 2)
+        acc = tl.dot(p.to(x.dtype), v.to(x.dtype), acc * alpha[:, :, None])
+        m = top
+    return tl.reshape(m, (HEADS * ROWS,)), tl.reshape(total, (HEADS * ROWS,)), tl.reshape(acc, (HEADS * ROWS, D))
+
+
+@triton.jit
+def _halved(x):
+    """x [rows, D, n] as [rows, D, n / 2]: the sums of neighbours."""
+    a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
+    return a + b
+
+
+@triton.jit
+def _sum_of_warps(x, WARPS: tl.constexpr):
+    """The sum of x [WARPS, rows, D], 4 or 8 WARPS, over its first dimension: tl.sum goes through shared memory row by row."""
+    tl.static_assert(WARPS == 4 or WARPS == 8)
+    x = _halved(_halved(tl.permute(x, (1, 2, 0))))
+    if WARPS == 8:
+        x = _halved(x)
+    return tl.reshape(x, (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def rows_of_heads(COUNT: tl.constexpr, HEADS: tl.constexpr, AXIS: tl.constexpr):
+    """Of COUNT rows of a block each one's number among those of its kv head, and that head."""
+    row = tl.arange(0, COUNT)
+    head = tl.program_id(1 - AXIS) * HEADS
+    if HEADS > 1:
+        EACH: tl.constexpr = COUNT // HEADS
+        head += row // EACH
+        row = row % EACH
+    return row, head
+
+
+@triton.jit
+def outputs_of(row, head, out_row, kv_heads, G: tl.constexpr, D: tl.constexpr):
     """Where the output of a block's rows begins, queries of all G heads in turn."""
-    heads = tl.num_programs(1) * G
-    return tl.program_id(2).to(tl.int64) * out_row + (row // G * heads + tl.program_id(1) * G + row % G) * D
+    return tl.program_id(2).to(tl.int64) * out_row + (row // G * (kv_heads * G) + head * G + row % G) * D
 
 
 @triton.jit
 def finish(
-    out, out_row, workspace, used, m, total, acc, factor, queries,
-    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+    out, out_row, workspace, used, m, total, acc, factor, queries, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr,
+    HEADS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of one (request, kv head): of its only split, or of all `used` ones by the last that comes here.
+    """Writes the output of a request's HEADS kv heads: of its only split, or of all `used` ones by the last that comes here.
 
     out [requests, queries, heads, D], rows of out_row elements for a request; factor multiplies all of it. PADDED is a power
-    of two of at least queries * G.
+    of two of at least queries * G; HELD is workspace.rows_held.
     """
-    row = tl.arange(0, acc.shape[0])
+    row, head = rows_of_heads(acc.shape[0], HEADS, AXIS)
     d = tl.arange(0, D)
-    live = row < queries * G
+    live = (row < queries * G) & (head < kv_heads)
     if used == 1:
-        at = outputs_of(row, out_row, G, D)
+        at = outputs_of(row, head, out_row, kv_heads, G, D)
         y = (weighted(acc, total) * factor).to(out.dtype.element_ty)
         tl.store(out + at[:, None] + d[None, :], y, live[:, None])
     else:
         counters = workspace.to(tl.pointer_type(tl.int32))
-        # As workspace.rows_held says.
-        wanted: tl.constexpr = _PAIRS * PADDED
-        held: tl.constexpr = _ROWS if wanted < _ROWS else _MOST_ROWS if wanted > _MOST_ROWS else wanted
         tops = workspace + _COUNTERS
-        sums = tops + held
-        parts = sums + held
-        pair = tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)
-        cell = (pair * tl.num_programs(0) + tl.program_id(0)) * (queries * G) + row
+        sums = tops + HELD
+        parts = sums + HELD
+        pair = tl.program_id(2) * tl.num_programs(1 - AXIS) + tl.program_id(1 - AXIS)
+        first = (tl.program_id(2) * kv_heads + head) * tl.num_programs(AXIS)
+        cell = (first + tl.program_id(AXIS)) * (queries * G) + row
         tl.store(parts + cell[:, None] * D + d[None, :], acc, live[:, None])
         tl.store(tops + cell, m, live)
         tl.store(sums + cell, total, live)
         tl.debug_barrier()
         if tl.atomic_add(counters + pair, 1, sem="acq_rel") == used - 1:
             tl.store(counters + pair, 0)
-            combine(out, out_row, tops, sums, parts, used, factor, queries, G, D, PADDED, AT_ONCE)
+            combine(out, out_row, tops, sums, parts, used, factor, queries, kv_heads, G, D, PADDED, AT_ONCE, HEADS, AXIS)
 
 
 @triton.jit
@@ -238,22 +457,23 @@ def from_l2(at, seen):
 
 @triton.jit
 def combine(
-    out, out_row, tops, sums, parts, used, factor, queries,
-    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr,
+    out, out_row, tops, sums, parts, used, factor, queries, kv_heads,
+    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr, HEADS: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each.
+    """Adds up the splits of a request's HEADS kv heads, AT_ONCE at a time: one round trip to L2 for each.
 
     Each thread on its own, without a barrier that would hold loads up. Matrices only: sums over a cube's first dimension go
     through shared memory row by row in Triton 3.6.
     """
-    first = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0)
+    COUNT: tl.constexpr = HEADS * PADDED
+    row, head = rows_of_heads(COUNT, HEADS, AXIS)
     rows = queries * G
-    row = tl.arange(0, PADDED)
+    first = (tl.program_id(2) * kv_heads + tl.minimum(head, kv_heads - 1)) * tl.num_programs(AXIS)
     d = tl.arange(0, D)
-    live = row < rows
-    top = tl.full([PADDED], float("-inf"), tl.float32)
-    total = tl.zeros([PADDED], tl.float32)
-    acc = tl.zeros([PADDED, D], tl.float32)
+    live = (row < rows) & (head < kv_heads)
+    top = tl.full([COUNT], float("-inf"), tl.float32)
+    total = tl.zeros([COUNT], tl.float32)
+    acc = tl.zeros([COUNT, D], tl.float32)
     for start in range(0, used, AT_ONCE):
         # All loads before all sums: those would wait for the first loads, and the others behind them.
         loaded = ()
@@ -273,5 +493,5 @@ def combine(
             total = total * alpha + part_sum * weight
             acc = acc * alpha[:, None] + part * weight[:, None]
             top = higher
-    at = outputs_of(row, out_row, G, D)
+    at = outputs_of(row, head, out_row, kv_heads, G, D)
     tl.store(out + at[:, None] + d[None, :], (weighted(acc, total) * factor).to(out.dtype.element_ty), live[:, None])

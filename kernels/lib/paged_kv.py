@@ -147,6 +147,8 @@ DECODE: dict[str, Any] = {
     "ladder": (1, 2, 4, 8, 16, 32, 64, 128, 256),
     "hints": {"N": 560},  # a multiple of every group
     "measured": eight_kv_heads,
+    # Requests of one length leave nothing that a shorter one's blocks could fill: what suits the one may not suit the other.
+    "mixes": ({}, {"equal": 1}),
     "workspace": WorkspaceArg("workspace", workspace_bytes),
     "own_scales": True,
 }
@@ -212,8 +214,13 @@ def random_paged(
     return Paged(kv.transpose(1, 2), table.int().to(device), seq_lens.int().to(device), slots.to(device))
 
 
-def random_lengths(requests: int, longest: int, generator: torch.Generator) -> torch.Tensor:
-    """Lengths int64 [requests] on the CPU from 1 to `longest`, which the first one has; the second, if any, is 1."""
+def random_lengths(requests: int, longest: int, generator: torch.Generator, equal: bool = False) -> torch.Tensor:
+    """Lengths int64 [requests] on the CPU from 1 to `longest`, which the first one has; the second, if any, is 1.
+
+    equal  all are `longest` instead
+    """
+    if equal:
+        return torch.full((requests,), longest)
     lengths = torch.randint(1, longest + 1, (requests,), generator=_on_cpu(generator))
     lengths[:1] = longest
     lengths[1:2] = 1

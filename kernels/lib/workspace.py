@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-#: Pairs (request, kv head) that may have several splits at once, each with one of the workspace's counters; and splits in all.
-PAIRS = 1024
+#: Splits, of all pairs (request, kv head) together, that there is room for at least where MOST_ROWS allow it.
+SPLITS = 2048
 #: Rows, of all splits of all pairs, that there are sums for: at least, and at most.
-ROWS, MOST_ROWS = 8192, 32768
+ROWS, MOST_ROWS = 8192, 65536
 #: Elements of a head at most.
 LARGEST_HEAD = 256
 
 
 def rows_held(rows: int) -> int:
-    """Rows that there are sums for, of blocks of `rows` query rows, padded to a power of two: as many as PAIRS splits have."""
-    return min(max(ROWS, PAIRS << (rows - 1).bit_length()), MOST_ROWS)
+    """Rows that there are sums for, of blocks of `rows` query rows, padded to a power of two: as many as SPLITS have."""
+    return min(max(ROWS, SPLITS << (rows - 1).bit_length()), MOST_ROWS)
 
 
 def cells(rows: int) -> int:
     """Splits, of all pairs together, that a workspace holds for blocks of `rows` query rows."""
-    return min(PAIRS, rows_held(rows) // rows)
+    return rows_held(rows) // rows
 
 
 def size(rows: int) -> int:

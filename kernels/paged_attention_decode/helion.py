@@ -15,7 +15,7 @@ import torch
 from hdispatch.opspec import WORKSPACE_COUNTERS, Variant
 from helion.autotuner import PowerOfTwoFragment
 
-from ..lib.workspace import PAIRS, ROWS
+from ..lib.workspace import ROWS, SPLITS
 
 LOG2E = 1.4426950408889634
 
@@ -52,7 +52,7 @@ def paged_attention_decode(
     chunk = hl.register_tunable("chunk", PowerOfTwoFragment(64, 2**20, 256))
     pairs = requests * kv_heads * queries
     needed = (max_seq_len + (chunk - 1)) // chunk
-    splits = torch.sym_max(1, torch.sym_min(needed, min(PAIRS, ROWS // group) // pairs))
+    splits = torch.sym_max(1, torch.sym_min(needed, min(SPLITS, ROWS // group) // pairs))
     size = chunk * ((needed + (splits - 1)) // splits)
     counters = workspace[:WORKSPACE_COUNTERS].view(torch.int32)
     floats = workspace[WORKSPACE_COUNTERS:].view(torch.float32)

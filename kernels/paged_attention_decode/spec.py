@@ -75,7 +75,7 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     kv_heads = max(1, sizes["N"] // group)
     heads = kv_heads * group
     longest = sizes.get("max_seq_len", LONGEST)
-    lengths = random_lengths(m, longest, generator).clamp(min=queries)
+    lengths = random_lengths(m, longest, generator, bool(sizes.get("equal"))).clamp(min=queries)
     paged = random_paged(lengths, kv_heads, dim, PAGE, variant.dtypes["kv_cache"], device, generator)
     q = torch.randn(m, queries, heads, dim, generator=generator, device=generator.device).to(device=device, dtype=dtype)
     sinks = None

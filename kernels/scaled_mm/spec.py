@@ -53,8 +53,8 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [torch.full((m, n), float("nan"), dtype=dtype, device=device), a, b, *scales, bias]
 
 
-#: The powers of two, and 192: tiles of 192 rows serve 129 to 192 in one.
-LADDER = tuple(sorted([*(2**i for i in range(14)), 192]))
+#: The powers of two, and what tiles of more than 128 tokens serve in one.
+LADDER = tuple(sorted([*(2**i for i in range(14)), 144, 160, 192]))
 
 SPEC = OpSpec(
     name=NAME,

@@ -183,6 +183,8 @@ class OpSpec:
     hints                       example sizes used to trace generic symbols; `HINTS` for the others.
     measured                    variant -> sizes to measure its candidates at, of symbols that rows leave open; `hints` for the
                                 others.
+    mixes                       kinds of calls that candidates are measured with in turn: what `sizes` of a sample has besides,
+                                as ({}, {"equal": 1}); results are checked with the first one.
     vllm                        the op of vLLM's that `override_vllm_ops` lets it serve; see `VllmOp`.
     workspace                   memory of the runtime's that the kernels get; see `WorkspaceArg`.
     fallback                    what serves calls that no row does; `reference` if None. See `Fallback`.
@@ -201,6 +203,7 @@ class OpSpec:
     own_scales: bool = False
     hints: Mapping[str, int] = field(default_factory=dict)
     measured: Callable[[Variant], Mapping[str, int]] | None = None
+    mixes: tuple[Mapping[str, int], ...] = ({},)
     fallback: Fallback | None = None
     foreign_key: Callable[[dict[str, int]], dict[str, int]] | None = None
     workspace: WorkspaceArg | None = None

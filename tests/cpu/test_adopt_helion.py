@@ -178,6 +178,26 @@ def test_results_are_filled_and_views_share_memory(stub):
     assert not pairs.requires_grad
 
 
+def test_results_are_tensors_as_torch_makes_them(stub):
+    kernel, other = adopted(kernels.add), adopted(kernels.transposed)
+    warm(kernel, OPEN["add"])
+    warm(other, OPEN["transposed"])
+    for each, args in ((kernel, OPEN["add"](21)), (other, OPEN["transposed"](21))):
+        hits = counts(each)["hits"]
+        got = each(*args)
+        assert counts(each)["hits"] == hits + 1
+        want = torch.empty_strided(got.shape, got.stride(), dtype=got.dtype)
+        assert got.untyped_storage().nbytes() == want.untyped_storage().nbytes()
+        assert (got.is_contiguous(), got.requires_grad, got.is_inference()) == (want.is_contiguous(), False, False)
+        with torch.inference_mode():
+            assert each(*args).is_inference()
+        torch.use_deterministic_algorithms(True)
+        try:
+            assert each(*args).isnan().all(), "torch wants new memory filled, and no kernel ran"
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+
 def test_aot_kernels_are_served_shape_by_shape(stub):
     kernel = adopted(kernels.aot)
     for m in (7, 16, 7, 16, 7, 16):

@@ -216,6 +216,40 @@ def test_deterministic_mode_fills_what_no_kernel_wrote(loaded):
         torch.use_deterministic_algorithms(False)
 
 
+@pytest.mark.parametrize("m", [0, 1, 16])
+def test_what_is_returned_is_a_tensor_as_torch_makes_them(loaded, m):
+    x = torch.randn(m, 256).half()
+    SQUARE_OP(x)  # torch makes a device's first
+    got, want = SQUARE_OP(x), torch.empty_like(x)
+    for fact in ("shape", "dtype", "device", "layout", "requires_grad", "is_leaf", "grad_fn"):
+        assert getattr(got, fact) == getattr(want, fact)
+    assert (got.stride(), got.is_contiguous(), got.storage_offset()) == (want.stride(), True, 0)
+    assert got.untyped_storage().nbytes() == want.untyped_storage().nbytes() == 2 * got.numel()
+    assert got.data_ptr() % 64 == 0
+    assert torch.equal(copy.deepcopy(got.fill_(3)), want.fill_(3))
+    assert got.resize_(32, 256).fill_(1).sum() == 32 * 256, "its storage can grow"
+
+
+def test_dropped_results_are_freed(loaded):
+    from torch.profiler import ProfilerActivity, profile
+
+    x = torch.randn(16, 256).half()
+    SQUARE_OP(x)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        for _ in range(10):
+            SQUARE_OP(x)
+    assert sum(event.self_device_memory_usage + event.self_cpu_memory_usage for event in seen.events()) == 0
+    assert any(event.name == "[memory]" for event in seen.events())
+
+
+def test_the_cost_of_a_result_by_stage():
+    like = torch.empty(16, 256)
+    for stage in ("allocator", "tensor", "wrapped"):
+        assert 0 < hdispatch._C.bench_empty_ns(like, stage, 100) < 1e6
+    with pytest.raises(hdispatch.ArgumentError, match="stage: all; give allocator, tensor or wrapped"):
+        hdispatch._C.bench_empty_ns(like, "all", 1)
+
+
 def test_explained(loaded):
     said = hdispatch.explain(OP, *call(3, 256))
     assert "returned_rows" in said

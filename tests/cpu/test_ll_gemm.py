@@ -175,7 +175,7 @@ print(said({**group, "ways": 2}, (0,), {}))
 print(said({**group, "ways": 2, "stages": 5}, (0,), {"K": 2048}))
 print(said({**group, "stages": 1}, (0,), {"K": 2048}))
 print(said({**group, "resident": 1}, (0,), {}))
-print(said({**group, "columns": 20, "stages": 4}, (0,), {"K": 2048}))
+print(said({**group, "columns": 22, "stages": 4}, (0,), {"K": 2048}))
 print(said({**group, "columns": 24, "stages": 4, "ways": 2}, (0,), {"K": 2048}))
 """
     environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
@@ -196,8 +196,8 @@ print(said({**group, "columns": 24, "stages": 4, "ways": 2}, (0,), {"K": 2048}))
         "5 stages for 2 sets of warps; there must be more, and as many for each",
         "1 stages for 1 sets of warps; there must be more, and as many for each",
         "tokens stay in shared memory where K is compiled in",
-        "20 columns; more than 16 come in 8s, in the ring, for one way",
-        "24 columns; more than 16 come in 8s, in the ring, for one way",
+        "22 columns; more than 16 come in equal pieces, in the ring, for one way",
+        "24 columns; more than 16 come in equal pieces, in the ring, for one way",
     )
     assert [line for line, ending in zip(groups, endings, strict=True) if not line.endswith(ending)] == []
 
@@ -265,19 +265,20 @@ def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
 
 
 @needs_dsl
-def test_wide_tiles_serve_the_bucket_up_to_192(tmp_path, monkeypatch) -> None:
-    """More columns than any config of another bucket has; no more rows than they take."""
-    config = {"kernel": "warpgroup", "rows": 64, "columns": 24, "steps": 1, "stages": 6, "cluster": 2}
+@pytest.mark.parametrize(("most", "before"), [(144, 128), (160, 144), (192, 160)])
+def test_wide_tiles_serve_a_bucket_of_their_own(tmp_path, monkeypatch, most, before) -> None:
+    """More columns than any config of a lower bucket has; no more rows than they take."""
+    config = {"kernel": "warpgroup", "rows": 64, "columns": most // 8, "steps": 1, "stages": 6, "cluster": 2}
     (tmp_path / "nvidia_h200.json").write_text(json.dumps([{"key": {}, "config": config, "backend": "cutedsl"}]))
     monkeypatch.setattr(configs, "installed", lambda _: tmp_path)
-    folder, bucket = tmp_path / "bundle", hdispatch.registry.spec("scaled_mm").ladders.index(192)
+    folder, bucket = tmp_path / "bundle", hdispatch.registry.spec("scaled_mm").ladders.index(most)
     only = Selection(shapes=lambda _: [{}], variants=lambda _: ["bfloat16"], buckets=lambda _: [bucket])
     build(["scaled_mm"], "h200", folder, select=only)
     live = hdispatch.load(folder, driver="null")
-    for m in (128, 129, 191, 192, 193):
+    for m in (before, before + 1, most - 1, most, most + 1):
         args = [torch.zeros(m, 80, dtype=BF16), matrix(m, 1008, FP8), matrix(80, 1008, FP8).t()]
         found = served("scaled_mm", *args, torch.ones(m, 1), torch.ones(80), None)
-        assert (found is not None) == (128 < m <= 192), m
+        assert (found is not None) == (before < m <= most), m
     live.unload()
 
 

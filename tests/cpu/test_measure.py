@@ -166,6 +166,23 @@ def bundle(tmp_path) -> Path:
     return write_candidates(tmp_path / "cand", [toy_record(name) for name in TIMES])
 
 
+class OnCpu:
+    """A device whose tensors are on the CPU."""
+
+    torch_device = torch.device("cpu")
+
+
+def test_attention_is_measured_with_random_and_with_equal_lengths_in_turn():
+    cell = {"op": "paged_attention_decode", "variant": "bfloat16-bfloat16+group=4+max_queries=1", "K": 64, "N": 32, "M": 5}
+    subject = cell_arguments.CellArguments({**cell, "bucket": 0, "second": 128, "records": []}, OnCpu(), seed=0)
+    lengths = [arguments[4].tolist() for arguments in subject.sets]
+    assert subject.kinds == 2
+    assert len(lengths) >= 2
+    assert lengths == [lengths[0], [128] * 5] * (len(lengths) // 2)
+    assert len(set(lengths[0])) > 2
+    assert subject.checked[4].tolist() == lengths[0]
+
+
 def by_cell(path: Path) -> dict[int, dict[str, timings.Timing]]:
     found: dict[int, dict[str, timings.Timing]] = {}
     for each in timings.read(path):

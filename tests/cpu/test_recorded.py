@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import importlib.util
 import json
 import os
 import shutil
@@ -307,6 +308,31 @@ def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd,
     manifest, _ = read_bundle(tmp_path / "b")
     assert manifest["recorded"][0]["kernel"] == "__main__.plain"
     assert manifest["target"]["arch"] == "sm_80"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--vllm-warmup", "{script}"], "--vllm-warmup takes --target, one of a100, h100, h200, "),
+        (["--vllm-warmup", "{script}", "--target", "h300"], "; got h300"),
+        (["--vllm-warmup", "{script}s", "--target", "h100"], "no such file; --vllm-warmup takes a Python script"),
+        (["--target", "h100", "--", "true"], "--target is --vllm-warmup's: a command is recorded on the GPU"),
+    ],
+)
+def test_warm_ups_of_vllm_that_are_refused(tmp_path, capfd, arguments, words):
+    script = tmp_path / "register.py"
+    script.write_text("")
+    given = [each.format(script=script) for each in arguments]
+    assert main(["record", "--out", str(tmp_path / "r.jsonl"), *given]) == 1
+    assert words in capfd.readouterr().err
+
+
+@pytest.mark.skipif(getattr(importlib.util.find_spec("vllm"), "origin", None) is not None, reason="vLLM is installed")
+def test_a_warm_up_without_vllm_says_so(tmp_path, capfd):
+    (tmp_path / "register.py").write_text("")
+    given = ["--vllm-warmup", str(tmp_path / "register.py"), "--target", "h100"]
+    assert main(["record", "--out", str(tmp_path / "r.jsonl"), *given]) == 1
+    assert "--vllm-warmup needs vLLM 0.33 or later, which has a registry of warm-ups: No module" in capfd.readouterr().err
 
 
 HELION = """

@@ -93,7 +93,7 @@ class Case:
 
 
 #: Ops whose rows are all host functions: nothing of them is traced.
-FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8"}
+FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8", "ll_gemm_w8a16"}
 
 
 @pytest.fixture(scope="module")

@@ -37,7 +37,7 @@ def line(k: int, bucket: int, name: str, us: float | None, **changes: Any) -> ti
         "K": k,
         "N": 0,
         "bucket": bucket,
-        "M": SPEC.ladder[bucket],
+        "M": SPEC.ladder[bucket % len(SPEC.ladder)],
         "backend": "triton",
         "config": {"name": name},
         "generic": [],
@@ -93,6 +93,44 @@ def test_with_no_regret_everything_is_best(tmp_path):
     assert (report.kept, report.worst) == (3, 0)
     assert picks(tmp_path, {"K": 64}) == ["a", "a", "b", "c"]
     assert [entry["key"]["num_tokens"] for entry in json.loads(report.path.read_text())] == [2, 4, 8]
+
+
+LONG = replace(
+    SPEC,
+    args=(*SPEC.args, IntArg("longest", minimum=1, ladder=(16, 64, 256))),
+    shapes=({"K": 64},),
+    config_key={**SPEC.config_key, "longest": "longest"},
+    ladder=(1, 2),
+)
+
+
+def test_a_part_of_a_second_ladder_leaves_the_rest_as_it_was(tmp_path):
+    packages = {"toy_select": toy_package(tmp_path, LONG)}
+    path = tmp_path / "toy_select" / "nvidia_h200.json"
+
+    def long_line(m: int, longest: int, name: str, us: float) -> timings.Timing:
+        return line(64, LONG.ladders.index(m, longest), name, us, M=m, second=longest)
+
+    def served() -> dict[tuple[int, int], str]:
+        file = configs.read(path, LONG)
+        edges = [LONG.ladders.edges(bucket) for bucket in range(LONG.ladders.count)]
+        return {(each["M"], each["longest"]): file.pick(LONG, {"K": 64}, each).config["name"] for each in edges}
+
+    every = [(m, longest) for m in (1, 2) for longest in (16, 64, 256)]
+    select.select([long_line(m, longest, f"old {m}", 5.0) for m, longest in every], packages)
+    assert len(json.loads(path.read_text())) == 2
+    select.select([long_line(2, longest, "new", 4.0) for longest in (16, 256)], packages)
+    assert served() == {
+        **{(1, longest): "old 1" for longest in (16, 64, 256)},
+        (2, 16): "new",
+        (2, 64): "old 2",
+        (2, 256): "new",
+    }
+    times = {
+        (t["key"]["num_tokens"], t["key"]["longest"]): t["us"]
+        for t in json.loads(measurements.companion(path).read_text())["times"]
+    }
+    assert times == {**dict.fromkeys(every, 5.0), (2, 16): 4.0, (2, 256): 4.0}
 
 
 def test_configs_are_shared_across_sizes(tmp_path):

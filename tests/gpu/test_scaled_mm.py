@@ -1,7 +1,7 @@
-"""scaled_mm of 129 to 192 rows, whose kernels take three pieces of 64, the last of which ends with M.
+"""scaled_mm of 129 to 192 rows, whose kernels take two or three pieces of rows, the last of which ends with M.
 
-The candidates of a bundle that `hdispatch tune candidates --ops scaled_mm --buckets 192` made, $HDISPATCH_CANDIDATES, are
-called one by one; so compute-sanitizer can be run on kernels that no row has:
+The candidates of a bundle that `hdispatch tune candidates --ops scaled_mm --buckets 144,160,192` made, $HDISPATCH_CANDIDATES,
+are called one by one; so compute-sanitizer can be run on kernels that no row has:
 
     HDISPATCH_CANDIDATES=DIR compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_scaled_mm.py -k candidates
 """
@@ -70,8 +70,8 @@ def check(variant, sizes, m):
 
 
 @pytest.mark.parametrize(("variant", "sizes"), CASES)
-def test_rows_of_three_pieces(bundle, variant, sizes):
-    for m in (128, 129, 130, 144, 191, 192, 193):
+def test_rows_of_pieces(bundle, variant, sizes):
+    for m in (128, 129, 130, 143, 144, 145, 159, 160, 161, 191, 192, 193):
         check(variant, sizes, m)
 
 

@@ -248,6 +248,30 @@ def check_decode(before: dict[str, Any], call: Callable[[dict[str, Any]], None])
     check_output(got, want)
 
 
+#: Other ways of the same sums, and cases that each of them gets.
+FORMS: dict[str, dict[str, Any]] = {
+    "tokens first": {"form": "tokens", "tile": 64, "heads_first": True},
+    "by warps": {"form": "warps", "tile": 64},
+    "by eight warps": {"form": "warps", "tile": 128, "num_warps": 8, "heads_first": True},
+}
+HALF_IN_FORMS = ("length 1", "ragged, with and without splits", "padding", "group 7, float16", "group 16", "no norm")
+DECODE_IN_FORMS = (
+    *("length 1", "ragged, with and without splits", "padding", "fewer splits than chunks", "group 1", "window over splits"),
+    *("softcap", "sinks and a window", "3 queries of one token", "8 queries of group 8", "5 queries of group 5 in a window"),
+    "fp8, pages of 48",
+)
+for form, options in FORMS.items():
+    HALF |= {f"{name}, {form}": (HALF[name][0], {**HALF[name][1], **options}) for name in HALF_IN_FORMS}
+#: Blocks of several kv heads, of which some are not there.
+BY_HEADS: dict[str, dict[str, Any]] = {
+    "by heads": {"form": "heads", "tile": 16},
+    "by eight heads": {"form": "heads", "tile": 16, "num_warps": 8, "heads_first": True},
+}
+for form, options in {**FORMS, **BY_HEADS}.items():
+    DECODE |= {f"{name}, {form}": (DECODE[name][0], {**DECODE[name][1], **options}) for name in DECODE_IN_FORMS}
+DECODE["five kv heads by heads"] = (decode([100, 70, 0, 33], kv_heads=5), {**TILE, "chunk": 32, "form": "heads", "tile": 16})
+
+
 def sampled(op: str, variant: str, m: int, k: int, n: int = 0) -> dict[str, Any]:
     """Sample arguments by name; what is written has NaN where nothing is."""
     spec = importlib.import_module(f"hdispatch.kernels.{op}.spec").SPEC

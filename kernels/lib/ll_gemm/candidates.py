@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .configs import EXCHANGES, WIDE, columns_for, dot, split, warpgroup
+from .configs import WIDE, columns_for, dot, pieces_of, split, warpgroup
 
 #: More 16-byte vectors than this per thread do not fit registers.
 _VECTORS = 24
@@ -86,7 +86,7 @@ def _wide_warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]
     """Wide tiles of 32 rows or more: smaller ones bring more tokens than weights, and an SM takes in 64 bytes a cycle."""
     found = []
     for rows, cluster in _tiles(n, every=True):
-        given = 8 * columns // EXCHANGES * (cluster - 1) // cluster
+        given = 8 * columns // pieces_of(columns) * (cluster - 1) // cluster
         others = 512 * -(-rows // 64) * (2 + given) + 32 * columns + 2048
         for steps in (1, 2):
             turns = -(-k // (128 * steps * cluster))

@@ -7,9 +7,11 @@ from typing import Any
 #: Columns of tokens in a tile of the tensor core.
 COLUMNS = 8
 
-#: More columns than this are a wide tile of `Warpgroup`, whose tokens come PIECE at a time; in how many parts the blocks of a
-#: cluster give each other its sums.
-WIDE, PIECE, EXCHANGES = 16, 64, 3
+#: More columns than this are a wide tile of `Warpgroup`, whose tokens come in pieces of at most PIECE.
+WIDE, PIECE = 16, 80
+
+#: Columns that configs have, the least first.
+_COLUMNS = (1, 2, 4, 8, 16, 18, 20, 24)
 
 
 def split(
@@ -35,5 +37,10 @@ def warpgroup(
 
 
 def columns_for(m: int) -> int:
-    """The columns of a config that takes m tokens: 1, 2, 4, 8, 16 or 24."""
-    return next(columns for columns in (1, 2, 4, 8, 16, 24) if m <= columns * COLUMNS)
+    """The columns of a config that takes m tokens."""
+    return next(columns for columns in _COLUMNS if m <= columns * COLUMNS)
+
+
+def pieces_of(columns: int) -> int:
+    """How many pieces the tokens of a wide tile come in, and how many parts its sums are exchanged in."""
+    return -(-columns * COLUMNS // PIECE)

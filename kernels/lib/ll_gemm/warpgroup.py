@@ -13,7 +13,7 @@ from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
 from .base import Gemm
-from .configs import COLUMNS, EXCHANGES, PIECE, WIDE
+from .configs import COLUMNS, WIDE, pieces_of
 
 #: Bytes of a row in a chunk: what one TMA copy brings of it, and what its swizzle spans.
 CHUNK = 128
@@ -29,7 +29,7 @@ class Warpgroup(Gemm):
     """Blocks that stay: one warp asks for weights, as many as the ring holds, and four, eight or sixteen multiply them.
 
     rows      rows of weights in a tile: a multiple of 8, at most 128; more than 64 take eight warps for four
-    columns   8-column tiles of tokens: 8 * columns is the largest M; 1 to 16, or 24
+    columns   8-column tiles of tokens: 8 * columns is the largest M; 1 to 16, or 18, 20 or 24
     steps     chunks of 128 bytes of a row in a stage
     stages    stages of the ring
     cluster   blocks that share a tile, each with its own piece of K: 1, 2 or 4
@@ -41,9 +41,9 @@ class Warpgroup(Gemm):
     Four warps multiply 64 rows of weights. Where there are fewer, they read into the next stage, and what comes of that is
     dropped: rows do not mix. What lies past M, N and K are zeros that TMA writes, and is not read.
 
-    More than 16 columns are *wide*: tokens come in pieces of 64, the last of which end with M, as rows that are not there take
-    the copy engine longer. What is multiplied twice so is stored once. Scales of tokens are shared by a block, and the sums of
-    a cluster are given in EXCHANGES parts: shared memory is what wide tiles lack.
+    More than 16 columns are *wide*: tokens come in two or three pieces, the last of which end with M, as rows that are not
+    there take the copy engine longer. What is multiplied twice so is stored once. Scales of tokens are shared by a block, and
+    the sums of a cluster are given in as many parts: shared memory is what wide tiles lack.
     """
 
     def __init__(
@@ -62,8 +62,8 @@ class Warpgroup(Gemm):
         # taken for filled while it is not.
         if stages <= ways or stages % ways:
             raise ValueError(f"{stages} stages for {ways} sets of warps; there must be more, and as many for each")
-        if columns > WIDE and (columns * COLUMNS % PIECE or ways == 2 or resident):
-            raise ValueError(f"{columns} columns; more than {WIDE} come in {PIECE // COLUMNS}s, in the ring, for one way")
+        if columns > WIDE and (columns % pieces_of(columns) or ways == 2 or resident):
+            raise ValueError(f"{columns} columns; more than {WIDE} come in equal pieces, in the ring, for one way")
         if resident and k is None:
             raise ValueError("tokens stay in shared memory where K is compiled in")
         self.rows, self.columns, self.steps, self.stages = rows, columns, steps, stages
@@ -77,8 +77,11 @@ class Warpgroup(Gemm):
         self.sums = 4 * columns
         self.own = self.sums // cluster
         self.wide = columns > WIDE
+        self.pieces = pieces_of(columns) if self.wide else 1
+        #: Tokens of a piece.
+        self.piece = self.tokens // self.pieces
         #: In how many parts they are given, and the sums of one.
-        self.exchanges = EXCHANGES if self.wide else 1
+        self.exchanges = self.pieces
         self.given = self.own // self.exchanges
         #: Scales of tokens that are kept: of the tile's, or of those of each thread.
         self.x_kept = self.tokens if self.wide else self.takers * 2 * columns
@@ -114,7 +117,7 @@ class Warpgroup(Gemm):
     ) -> None:  # fmt: skip
         """See `Gemm`."""
         w_atom, w_tensor = self.copier(w, self.rows)
-        x_atom, x_tensor = self.copier(x, PIECE, False) if cutlass.const_expr(self.wide) else self.copier(x, self.tokens)
+        x_atom, x_tensor = self.copier(x, self.piece, False) if cutlass.const_expr(self.wide) else self.copier(x, self.tokens)
         self.kernel(out, w_atom, w_tensor, x_atom, x_tensor, x_scale, w_scale, bias).launch(
             grid=self.grid(w.shape[0]),
             block=[self.threads, 1, 1],
@@ -261,7 +264,7 @@ class Warpgroup(Gemm):
         elif cutlass.const_expr(self.wide):
             stage, turn = count % self.stages, rank * turns + count % turns
             for step in cutlass.range_constexpr(self.steps):
-                for piece in cutlass.range_constexpr(self.tokens // PIECE):
+                for piece in cutlass.range_constexpr(self.pieces):
                     place = target[piece][(None, stage * self.steps + step)]
                     cute.copy(atom, source[piece][(None, 0, turn * self.steps + step)], place, tma_bar_ptr=bell)
         else:
@@ -294,11 +297,11 @@ class Warpgroup(Gemm):
     def partition_pieces(self, atom: Any, tensor: Any, start: Any) -> Any:
         """The same of each piece of a wide tile's tokens; it reads [copied at once, 0, chunk of K]."""
         targets, sources = [], []
-        for piece in cutlass.range_constexpr(self.tokens // PIECE):
-            ring = self.chunks(PIECE, self.x_slots, self.tokens)
-            target = cute.group_modes(cute.make_tensor(start + piece * (PIECE * self.chunk), ring), 0, 2)
+        for piece in cutlass.range_constexpr(self.pieces):
+            ring = self.chunks(self.piece, self.x_slots, self.tokens)
+            target = cute.group_modes(cute.make_tensor(start + piece * (self.piece * self.chunk), ring), 0, 2)
             moved = cute.domain_offset((self.first_token(piece, tensor.shape[0]), 0), tensor)
-            source = cute.group_modes(cute.local_tile(moved, (PIECE, self.chunk), (None, None)), 0, 2)
+            source = cute.group_modes(cute.local_tile(moved, (self.piece, self.chunk), (None, None)), 0, 2)
             found = cpasync.tma_partition(atom, 0, cute.make_layout(1), target, source)
             targets.append(found[0])
             sources.append(found[1])
@@ -306,7 +309,7 @@ class Warpgroup(Gemm):
 
     def first_token(self, piece: int, m: Any) -> Any:
         """The first token of a piece of a wide tile: no piece reaches beyond M, if it has as many tokens."""
-        return cutlass.min(piece * PIECE, cutlass.max(m - PIECE, 0))
+        return cutlass.min(piece * self.piece, cutlass.max(m - self.piece, 0))
 
     @cute.jit
     def multiply_all(
@@ -360,8 +363,8 @@ class Warpgroup(Gemm):
         if cutlass.const_expr(x_scale is not None):
             if cutlass.const_expr(self.wide):
                 for column in cutlass.range(tid, self.tokens, self.takers, unroll=1):
-                    first_token = cutlass.min(column // PIECE * PIECE, cutlass.max(m - PIECE, 0))
-                    token = cutlass.min(first_token + column % PIECE, m - 1)
+                    first_token = self.first_token(column // self.piece, m)
+                    token = cutlass.min(first_token + column % self.piece, m - 1)
                     self.fetch_scale(x_scale, token, x_scales.iterator + column)
             elif way == 0:
                 for i in cutlass.range_constexpr(2 * self.columns):
@@ -502,9 +505,9 @@ class Warpgroup(Gemm):
             token, within = i // 4 * COLUMNS + tid % 4 * 2 + i % 2, row + i // 2 % 2 * 8
             if cutlass.const_expr(self.wide):
                 # Tokens of the pieces before this one are theirs to store.
-                column, piece = token, i // 4 * COLUMNS // PIECE
-                token = self.first_token(piece, m) + (column - piece * PIECE)
-                mine = token >= piece * PIECE and token < m and within < self.rows and first + within < n
+                column, piece = token, i // 4 * COLUMNS // self.piece
+                token = self.first_token(piece, m) + (column - piece * self.piece)
+                mine = token >= piece * self.piece and token < m and within < self.rows and first + within < n
             else:
                 mine = token < m and within < self.rows and first + within < n
             if cutlass.const_expr(self.cluster > 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ from their first call:
   >>> hdispatch.load("bundle")                      in the next run of serve.py
 
 A kernel is recorded where this process meets it first, also where Triton's own cache has it.
+
+With --vllm-warmup no GPU is needed: SCRIPT registers kernels with vLLM's warm-up registry, as vLLM's layers do
+(KERNEL.register_warmup(...)), and what vLLM would compile of them as it starts on a TARGET is compiled and recorded:
+
+  hdispatch record --out kernels.jsonl --vllm-warmup register.py --target h100
 """
 
 #: Runs in every Python process of the command, before anything else.
@@ -53,6 +59,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the recording, .jsonl; appended to")
+    parser.add_argument("--vllm-warmup", metavar="SCRIPT", type=Path, help="in place of a command: registers vLLM's kernels")
+    parser.add_argument("--target", metavar="NAME", help="the described GPU that --vllm-warmup compiles for, as h100")
     parser.add_argument("command", metavar="COMMAND", nargs=argparse.REMAINDER, help="-- and the command with its arguments")
     parser.set_defaults(run=run)
 
@@ -60,6 +68,10 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and say what it compiled; its exit code is ours."""
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    if arguments.vllm_warmup is not None:
+        command = [*_warm_up(arguments.vllm_warmup, arguments.target), *command]
+    elif arguments.target is not None:
+        raise HdispatchError("--target is --vllm-warmup's: a command is recorded on the GPU that it runs on")
     if not command:
         raise HdispatchError("record takes a command: hdispatch record --out FILE -- python serve.py")
     file = arguments.out.absolute()
@@ -79,3 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
         f"{file}: {count(len(found), 'specialization')} of {count(len(kernels), 'kernel')}, {len(found) - before} of them new"
     )
     return code if code >= 0 else 128 - code
+
+
+def _warm_up(script: Path, target: str | None) -> list[str]:
+    """The command that runs vLLM's warm-up of what a script registers."""
+    from ..compile.target import DESCRIBED
+
+    if target not in DESCRIBED:
+        raise HdispatchError(f"--vllm-warmup takes --target, one of {', '.join(DESCRIBED)}; got {target}")
+    if not script.is_file():
+        raise HdispatchError(f"{script}: no such file; --vllm-warmup takes a Python script that registers vLLM's kernels")
+    return [sys.executable, "-m", "hdispatch.cli.vllm_warmup", target, str(script)]

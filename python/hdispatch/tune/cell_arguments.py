@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ CHECKED_ELEMENTS = 2**26
 
 
 class CellArguments:
-    """The arguments of one cell; made from the seed, so that every candidate gets the same values."""
+    """The arguments of one cell, of each mix of its op; made from the seed, so that every candidate gets the same values."""
 
     def __init__(self, cell: Cell, device: Device, seed: int) -> None:
         self.op = registry.get(cell["op"])
@@ -35,20 +35,25 @@ class CellArguments:
             sizes[spec.second.name] = cell["second"]
         generator = torch.Generator(device.torch_device).manual_seed(seed)
 
-        def sample(m: int) -> list[Any]:
-            return spec.sample(self.variant, {**sizes, "M": m}, device.torch_device, generator)
+        def sample(m: int, mix: Mapping[str, int]) -> list[Any]:
+            return spec.sample(self.variant, {**sizes, "M": m, **mix}, device.torch_device, generator)
 
-        arguments = sample(cell["M"])
+        first, *others = spec.mixes
+        arguments = sample(cell["M"], first)
         bucket_of_m, _ = spec.ladders.split(cell["bucket"])
         elements = max((t.numel() for t in _tensors(arguments)), default=0)
         checked_m = checked_rows(spec.ladder, bucket_of_m, cell["M"], elements)
-        self.checked = arguments if checked_m == cell["M"] else sample(checked_m)
+        self.checked = arguments if checked_m == cell["M"] else sample(checked_m, first)
         self.want = copied(self.checked)
         spec.reference(*self.want)
         self.right: list[Any] | None = None
         self.bytes = sum(t.numel() * t.element_size() for t in _tensors(arguments))
         self.weight_bytes = sum(t.numel() * t.element_size() for t in _tensors(weights(spec, arguments)))
-        self.sets = [copied(arguments) for _ in range(rotation_count(self.bytes))]
+        kinds = [arguments, *(sample(cell["M"], mix) for mix in others)]
+        #: Of each kind as many; what rotates is one of every kind at least.
+        self.kinds = len(kinds)
+        turns = -(-rotation_count(self.bytes) // self.kinds)
+        self.sets = [copied(kind) for _ in range(turns) for kind in kinds]
 
     def check(self) -> None:
         """Call the published candidate once. `MismatchError` if it is not right, `MissError` if it is not launched."""

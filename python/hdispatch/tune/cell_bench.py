@@ -108,10 +108,11 @@ class Bench:
             outcome.estimate = self.device.estimate(calls)
             if outcome.estimate <= HOPELESS * best:
                 launches = max(launch_count(outcome.estimate), len(calls))
+                launches += -launches % subject.kinds  # of each kind as many, for every candidate
                 outcome.runs["graph"] = self.device.replay(calls, launches)
                 outcome.runs["stream"] = self.device.queued(serve, calls)
                 if subject.bytes <= WARM_BYTES and subject.weight_bytes <= WARM_WEIGHTS:
-                    outcome.runs["warm"] = self.device.replay(calls[:1], launches)
+                    outcome.runs["warm"] = self.device.replay(calls[: subject.kinds], launches)
         except MismatchError as error:
             outcome.status, outcome.why = "wrong", str(error)
         except torch.OutOfMemoryError:  # says nothing about the candidate

@@ -6,7 +6,7 @@ import functools
 import json
 import math
 import statistics
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -155,9 +155,10 @@ def _select_op(
         raise BuildError(f"{spec.name}: no candidate gave a right result; see the timings' lines with status wrong or refused")
     present = configs.read(path, spec) if path.exists() else configs.ConfigFile(path, ())
     variant = timings[0]["variant"]
-    choices, open_choices, notes = _assigned(measured, limit, _previous(present, spec, variant, default_backend))
+    previous = _previous(present, spec, variant, default_backend)
+    choices, open_choices, notes = _assigned(measured, limit, previous)
     chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
-    entries = _entries(spec, {**choices, **open_choices}, default_backend)
+    entries = _entries(spec, {**choices, **open_choices, **_beside_measured(spec, choices, previous)}, default_backend)
     for backend in OPTIONAL:
         before = _previous(present, spec, variant, default_backend, without=backend)
         entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit, before)
@@ -193,11 +194,21 @@ def _select_op(
     )
     if write:
         write_atomic(path, _text([*entries, *others]).encode())
-        edges = {spec.ladders.edges(bucket)["M"] for _, bucket in chosen}
         found = _companion(spec, timings, measured, chosen, report, limit)
-        found = _beside(spec, found, companion(path), arguments, edges)
+        found = _beside(spec, found, companion(path), arguments)
         write_atomic(companion(path), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return report
+
+
+def _beside_measured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], previous: Previous) -> dict[Slot, ConfigKey]:
+    """What serves the slots without timings of buckets of M that have some: a run may measure a part of a second ladder."""
+    found = {}
+    for shape, bucket in choices:
+        number, _ = spec.ladders.split(bucket)
+        for slot in ((shape, other) for other in spec.ladders.of_m(number)):
+            if slot not in choices and slot not in found and (config := previous(slot)) is not None:
+                found[slot] = config
+    return found
 
 
 def _is_unmeasured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], entry: configs.ConfigEntry) -> bool:
@@ -288,10 +299,8 @@ def _text(entries: Sequence[Mapping[str, Any]]) -> str:
     return "[\n" + ",\n".join(f"  {line}" for line in lines) + "\n]\n"
 
 
-def _beside(
-    spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[str, int], edges: Collection[int]
-) -> dict[str, Any]:
-    """A new companion with the times for other edges of M and values of compiled-in arguments that the present one has.
+def _beside(spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[str, int]) -> dict[str, Any]:
+    """A new companion with the times for other buckets and values of compiled-in arguments that the present one has.
 
     What else it says is of the typical variant's timings, where there are some.
     """
@@ -300,10 +309,16 @@ def _beside(
         return {**found, "times": times}
     present: dict[str, Any] = json.loads(path.read_bytes())
     names = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
-    m = next(name for name, symbol in spec.config_key.items() if symbol == "M")
+    ladders = {name: symbol for name, symbol in spec.config_key.items() if symbol in spec.ladders.edges(0)}
+
+    def edges(key: Mapping[str, int]) -> dict[str, int | None]:
+        return {symbol: key.get(name) for name, symbol in ladders.items()}
+
+    there = [spec.ladders.edges(bucket) for bucket in range(spec.ladders.count)]
+    measured = [edges(time["key"]) for time in times]
 
     def is_kept(key: Mapping[str, int]) -> bool:
-        return {n: v for n, v in key.items() if n in names} != arguments or key.get(m) in set(spec.ladder) - set(edges)
+        return {n: v for n, v in key.items() if n in names} != arguments or (edges(key) in there and edges(key) not in measured)
 
     kept = [time for time in present["times"] if is_kept(time["key"])]
     if not kept:
