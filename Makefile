@@ -4,6 +4,7 @@
 #   make bundle    environment, extension, the bundle of every row: all ops, sizes and dtypes
 #   make wheel     dist/*.whl with the bundle for H100 and H200 inside; if CuteDSL is installed, for CPUs such as this one alone
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
+#   make test-all  make test, and the code of every row of every op compiled, of which make test compiles each kind once
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
 #   make test-sglang the plug-in on SGLang's Python over the null driver, no GPU: downloads SGLang's wheel, 40 MB
 #   make test-wheels  one wheel for two torches, in an environment of each: downloads both with their dependencies, gigabytes
@@ -21,7 +22,7 @@ WHEEL_TORCH ?= torch==2.13.0 torch==2.14.1
 PY := $(VENV)/bin/python
 CTEST_BUILD := build/ctest
 
-.PHONY: demo bundle wheel test test-vllm test-sglang test-wheels setup setup-test lint sanitize core-test clean
+.PHONY: demo bundle wheel test test-all test-vllm test-sglang test-wheels setup setup-test lint sanitize core-test clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ wheel: setup
 test: setup-test core-test
 	$(PY) -m pytest tests -n 2 --dist worksteal
 	$(PY) scripts/fuzz.py 60
+
+test-all: test
+	HDISPATCH_TEST_WHOLE=1 $(PY) -m pytest tests/cpu/test_records.py
 
 test-vllm: setup-test
 	$(PY) scripts/fetch_vllm.py build/vllm

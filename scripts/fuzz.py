@@ -65,7 +65,7 @@ AMBIENT: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 
 
 #: Ops whose results are compared by a norm.
-GEMMS = ("scaled_mm", "scaled_mm_blockwise", "ll_gemm_bf16", "ll_gemm_fp8", "ll_gemm_w8a16")
+GEMMS = ("scaled_mm", "scaled_mm_blockwise", "ll_gemm_bf16", "ll_gemm_fp8")
 #: Integers that the references believe.
 LONGEST = ("max_seq_len", "max_seqlen_q", "max_seqlen_k")
 #: Ops whose fallback is torch's SDPA, which makes of infinite and undefined scores what its kernels differ in.

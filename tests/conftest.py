@@ -20,6 +20,15 @@ def pytest_configure() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(CPUS))
 
 
+#: Tests that take minutes: side by side with all others, or one CPU waits for them at the end.
+FIRST = ("tests/cpu/test_records.py",)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The long ones first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(FIRST))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def compilers() -> Iterator[None]:
     """One compiling process a CPU where a test does not say how many: each takes 4 s of CPU to start."""

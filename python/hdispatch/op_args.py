@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -261,6 +262,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+@functools.cache
 def parse_dim(dim: str | int) -> Dim:
     """4 -> (4, None); "M" -> (1, "M"); "2*N" -> (2, "N"); "K/128" -> (1, "K", 128); "*" -> any size."""
     if isinstance(dim, int):

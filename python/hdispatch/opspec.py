@@ -27,6 +27,7 @@ import keyword
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -348,12 +349,12 @@ class OpSpec:
         """Whether the last bucket of M ends at its edge."""
         return self.fallback is not None and self.fallback.beyond_ladder
 
-    @property
+    @cached_property
     def second(self) -> IntArg | None:
         """The integer argument with a ladder of its own, if there is one."""
         return next((arg for arg in self.args if isinstance(arg, IntArg) and arg.ladder is not None), None)
 
-    @property
+    @cached_property
     def ladders(self) -> Ladders:
         """The op's buckets."""
         second = self.second
@@ -361,16 +362,22 @@ class OpSpec:
 
     def binder(self, symbol: str) -> tuple[TensorArg, int] | None:
         """The tensor and the dimension that give a symbol its value; None if nothing carries it."""
+        return self._binders.get(symbol)
+
+    @cached_property
+    def _binders(self) -> dict[str, tuple[TensorArg, int]]:
+        """By symbol. Found once: a build asks for them for every tensor of every call that it makes up."""
+        found: dict[str, tuple[TensorArg, int]] = {}
         for accept in (lambda a: not a.optional and not a.mutated, lambda a: not a.optional, lambda _: True):
             for arg in filter(accept, self.tensors()):
-                for index, dim in enumerate(arg.dims):
-                    if parse_dim(dim).plain and parse_dim(dim).symbol == symbol and not arg.broadcast:
-                        return arg, index
-        return None
+                for index, dim in enumerate(map(parse_dim, arg.dims)):
+                    if dim.symbol is not None and dim.plain and not arg.broadcast:
+                        found.setdefault(dim.symbol, (arg, index))
+        return found
 
     def symbols(self) -> tuple[str, ...]:
         """The symbols that the op has, in the order of SYMBOLS."""
-        return tuple(symbol for symbol in SYMBOLS if self.binder(symbol) is not None)
+        return tuple(symbol for symbol in SYMBOLS if symbol in self._binders)
 
     @property
     def returned(self) -> tuple[TensorArg, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import hdispatch
@@ -126,7 +127,7 @@ def test_another_gpus_file_is_used_but_not_silently(tmp_path):
 
 
 def test_vllms_keys_of_several_sizes():
-    spec = OpSpec(**{**vars(SPEC), "config_key": {"hidden_size": "K", "groups": "N", "num_tokens": "M"}})
+    spec = replace(SPEC, config_key={"hidden_size": "K", "groups": "N", "num_tokens": "M"})
     entries = tuple(
         configs.ConfigEntry({"K": k, "N": n, "M": m}, {"at": [k, n, m]}) for k in (64, 128) for n in (1, 8) for m in (1, 4)
     )
@@ -245,7 +246,7 @@ def test_equal_rows_of_other_heads_are_no_repetition(tmp_path):
 
 def test_entries_for_a_value_of_an_argument(tmp_path):
     args = (*SPEC.args, IntArg("group_size", values=(128, 64, 32)))
-    spec = OpSpec(**{**vars(SPEC), "args": args})
+    spec = replace(SPEC, args=args)
     keys = [{"hidden_size": 64, "group_size": group, "num_tokens": 16} for group in (64, 128)]
     file = configs.read(write(tmp_path, [{"key": key, "config": {"name": key["group_size"]}} for key in keys]), spec)
     for group, picked in ((64, 64), (128, 128), (32, 64)):

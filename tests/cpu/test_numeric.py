@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hdispatch.opspec import OpSpec, TensorArg
@@ -52,7 +54,7 @@ def test_rows_may_have_scales_of_their_own():
     other[0, 0] += torch.finfo(torch.bfloat16).eps
     with pytest.raises(numeric.MismatchError, match="1 of 4096"):
         compare(spec, other, want)
-    spec = OpSpec(**{**vars(spec), "own_scales": True})
+    spec = replace(spec, own_scales=True)
     compare(spec, other, want)
     other[1, 0] += torch.finfo(torch.bfloat16).eps
     with pytest.raises(numeric.MismatchError, match="1 of 4096"):
@@ -72,7 +74,7 @@ def test_scales_may_have_a_few_outliers():
 
 def test_integers_are_equal():
     spec, want = outputs(torch.float32)
-    spec = OpSpec(**{**vars(spec), "args": (TensorArg("out", ("M", "K"), (torch.int32,), mutated=True), spec.args[1])})
+    spec = replace(spec, args=(TensorArg("out", ("M", "K"), (torch.int32,), mutated=True), spec.args[1]))
     want = want.to(torch.int32)
     compare(spec, want.clone(), want)
     with pytest.raises(numeric.MismatchError, match="out: "):

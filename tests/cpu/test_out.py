@@ -287,7 +287,23 @@ def test_there_is_a_bundle_whenever_the_writer_is_killed(tmp_path):
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert read_bundle(place)[1] == toy.files()
+    (tmp_path / ".hdispatch-notes").write_text("a file of somebody's")
+    assert any(path.is_dir() for path in tmp_path.glob(".hdispatch-*")), "no writer was killed at work"
     write(place, fill(TEXTS[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".hdispatch-notes", "out"], (
+        "killed writers' folders are removed"
+    )
+
+
+def test_the_folder_of_a_writer_at_work_stays(tmp_path):
+    def slow(folder):
+        before = set(tmp_path.glob(".hdispatch-*"))
+        write(tmp_path / "other", fill(TEXTS[0]))
+        assert before == set(tmp_path.glob(".hdispatch-*")) == {folder.parent}
+        fill(TEXTS[1])(folder)
+
+    write(tmp_path / "out", slow)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 @pytest.mark.parametrize("name", [".", "..", "here"])

@@ -6,8 +6,8 @@ Twice: evaluated here in Python, and by the C++ core through the null driver.
 from __future__ import annotations
 
 import itertools
+import json
 import math
-import os
 import queue
 import re
 import struct
@@ -23,15 +23,16 @@ import hdispatch
 import pytest
 import torch
 import triton
-from hdispatch.compile import build, pool
+from hdispatch.compile import pool
 from hdispatch.compile.build_unit import HINT
 from hdispatch.compile.call_maker import FLOAT_HINT, CallMaker
 from hdispatch.compile.expr import evaluate
 from hdispatch.ladders import bucket_index
-from hdispatch.manifest import Manifest, Record, class_of, read_bundle
+from hdispatch.manifest import LIBRARY, Manifest, Record, class_of, read_bundle
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker
+from sampled_build import build_sampled, is_stub
 from triton_example.spec import SPEC as EXAMPLE
 
 pytestmark = pytest.mark.slow
@@ -93,16 +94,15 @@ class Case:
 
 
 #: Ops whose rows are all host functions: nothing of them is traced.
-FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8", "ll_gemm_w8a16"}
+FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8"}
 
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
-    """All ops and the plain Triton example, through the user's build cache."""
-    folder = tmp_path_factory.mktemp("bundle") / "h200"
-    # Minutes of compiling, the longest test by far: with every CPU, or the other tests are done long before.
-    build(None, "h200", folder, extra=["triton_example"], jobs=len(os.sched_getaffinity(0)))
-    return folder
+    """All ops and the plain Triton example: every record, and the code of some. See `sampled_build`."""
+    folder = tmp_path_factory.mktemp("bundle")
+    build_sampled(folder / "h200", folder / "cache", ["triton_example"])
+    return folder / "h200"
 
 
 @pytest.fixture(scope="module")
@@ -203,6 +203,25 @@ def test_every_row_is_covered(cases, bundle):
         using = using_record[index]
         assert {(c.op, c.variant, c.shape.get("K", 0), c.shape.get("N", 0)) for c in using} == rows[index]
         assert {m for case in using for m in case.ms} == ms[index]
+
+
+def test_every_kind_of_code_is_compiled(bundle):
+    """Of each kernel every variant, config and shape, the first and the last bucket: of the rest, the code is a stub."""
+    manifest = read_bundle(bundle)[0]
+    stubs = {name for name in manifest["files"] if is_stub((bundle / name).read_bytes())}
+    seen: dict[bool, set[tuple]] = {True: set(), False: set()}
+    for row in manifest["rows"]:
+        record = manifest["records"][row["record"]]
+        if record["launcher"] == "cubin":
+            files = {cubin["file"] for cubin in record["cubins"].values()}
+            assert files <= stubs or not files & stubs, row
+            config = json.dumps(record["config"], sort_keys=True)
+            edge = row["bucket"] in (0, hdispatch.registry.spec(row["op"]).ladders.count - 1)
+            kinds = [row["variant"], config, *([row["bucket"]] if edge else [])]
+            seen[bool(files & stubs)] |= {(record["kernel"], kind) for kind in kinds}
+    assert seen[True] <= seen[False]
+    library = manifest["files"][LIBRARY]["size"]
+    assert library > 2**20, "of host functions too"
 
 
 def test_records_evaluated_in_python(cases):
@@ -309,9 +328,10 @@ def test_code_waits_then_reads_then_releases(bundle, tmp_path):
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     manifest, _ = read_bundle(bundle)
     names = {c["file"] for r in manifest["records"] if r["backend"] == "helion" for c in r["cubins"].values() if c["pdl"]}
-    assert names
+    cubins = {name: cubin for name in sorted(names) if not is_stub(cubin := (bundle / name).read_bytes())}
+    assert cubins
     # All in one go: the disassembler takes longer to start than to work.
-    codes = {name: machine_code((bundle / name).read_bytes()) for name in sorted(names)}
+    codes = {name: machine_code(cubin) for name, cubin in cubins.items()}
     (tmp_path / "code").write_bytes(b"".join(codes.values()))
     command = [disassembler, "--binary", "SM90a", tmp_path / "code"]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,4 +1,4 @@
-"""Selecting configs from timings: fewest configs, edges, rows for any size, the files; and the file of timings itself."""
+"""Selecting configs from timings: fewest configs, edges, rows for any size, and the files."""
 
 from __future__ import annotations
 
@@ -10,70 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hdispatch.cli.main import main
 from hdispatch.cli.tune_reports import describe_shares
 from hdispatch.compile import configs, measurements
-from hdispatch.compile.op_package import OpPackage
-from hdispatch.errors import BuildError, HdispatchError
-from hdispatch.opspec import IntArg, OpSpec, TensorArg
+from hdispatch.errors import BuildError
+from hdispatch.opspec import IntArg
 from hdispatch.tune import compare, cover, measured, select, timings
-
-SPEC = OpSpec(
-    name="toy_select",
-    args=(TensorArg("input", ("M", "K"), (torch.float32, torch.float16)),),
-    reference=lambda *_args: None,
-    sample=lambda *_args: [],
-    shapes=({"K": 64}, {"K": 512}, {}),
-    config_key={"hidden_size": "K", "num_tokens": "M"},
-    ladder=(1, 2, 4, 8),
-)
-
-
-def line(k: int, bucket: int, name: str, us: float | None, **changes: Any) -> timings.Timing:
-    content: dict[str, Any] = {
-        "op": "toy_select",
-        "variant": "float32",
-        "K": k,
-        "N": 0,
-        "bucket": bucket,
-        "M": SPEC.ladder[bucket % len(SPEC.ladder)],
-        "backend": "triton",
-        "config": {"name": name},
-        "generic": [],
-        "artifacts": [name],
-        "status": "ok",
-        "why": "",
-        **({"us": us, "q1": us, "q3": us} if us is not None else {}),
-        "rounds": 9,
-        "compile_seconds": 2.0,
-        "device_seconds": 0.5,
-        "gpu": "NVIDIA H200",
-        "versions": {"torch": "2"},
-        "time": "2026-01-01T00:00:00+00:00",
-    }
-    return {**content, **changes}  # type: ignore[typeddict-item]
-
-
-def table(k: int, **columns: list[float | None]) -> list[timings.Timing]:
-    """Lines of one K: by config its time in each bucket, None where it is not a candidate."""
-    return [line(k, bucket, name, us) for name, column in columns.items() for bucket, us in enumerate(column) if us is not None]
-
-
-def run(lines: list[timings.Timing], folder: Path, **options: Any) -> select.OpReport:
-    package = toy_package(folder, backends=options.pop("backends", ("triton",)))
-    (report,) = select.select(lines, {"toy_select": package}, **options)
-    return report
-
-
-def toy_package(folder: Path, spec: OpSpec = SPEC, backends: tuple[str, ...] = ("triton",)) -> OpPackage:
-    where = folder / "toy_select"
-    return OpPackage("toy_select", "toy_select", spec, where, backends, dict.fromkeys(backends, frozenset()), where)
-
-
-def picks(folder: Path, shape: dict[str, int]) -> list[str]:
-    file = configs.read(folder / "toy_select" / "nvidia_h200.json", SPEC)
-    return [file.pick(SPEC, shape, {"M": edge}).config["name"] for edge in SPEC.ladder]
+from toy_timings import SPEC, line, picks, run, table, toy_package
 
 
 def test_the_fewest_configs_and_their_edges(tmp_path):
@@ -242,7 +185,7 @@ def test_the_row_for_any_size_prefers_a_config_that_is_kept(tmp_path):
 
 
 def test_an_op_with_open_sizes_only_is_measured_at_a_hint(tmp_path):
-    spec = OpSpec(**{**vars(SPEC), "shapes": ({},)})
+    spec = replace(SPEC, shapes=({},))
     lines = opened(table(4096, a=[1, 1, 1, 9], b=[9, 9, 9, 1]), "a", "b")
     select.select(lines, {"toy_select": toy_package(tmp_path, spec)})
     file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
@@ -434,100 +377,6 @@ def test_the_curve_falls(tmp_path):
 def test_refused(tmp_path, lines, options, message):
     with pytest.raises(BuildError, match=message):
         run(lines, tmp_path, **options)
-
-
-# ---- the file of timings ----
-
-
-def test_lines_come_back_and_later_ones_replace(tmp_path):
-    path = tmp_path / "t.jsonl"
-    timings.append(path, [line(64, 0, "a", 1.0), line(64, 1, "a", 2.0)])
-    timings.append(path, [line(64, 0, "a", 3.0)])
-    assert [each["us"] for each in timings.read(path)] == [2.0, 3.0]
-    other = tmp_path / "u.jsonl"
-    timings.append(other, [line(64, 1, "a", 4.0)])
-    assert sorted(each["us"] for each in timings.read_all([path, other])) == [3.0, 4.0]  # type: ignore[type-var]
-
-
-def test_a_line_that_was_cut_off_is_left_out(tmp_path):
-    path = tmp_path / "t.jsonl"
-    timings.append(path, [line(64, 0, "a", 1.0)])
-    with path.open("ab") as file:
-        file.write('{"op": "µ'.encode()[:-1])
-    assert [each["us"] for each in timings.read(path)] == [1.0]
-    timings.append(path, [line(64, 1, "a", 2.0)])
-    assert [each["us"] for each in timings.read(path)] == [1.0, 2.0]
-
-
-def test_what_is_no_timing_is_named(tmp_path):
-    path = tmp_path / "t.jsonl"
-    path.write_text('{"op": 1}\n')
-    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: no timing: op is 1"):
-        timings.read(path)
-    path.write_text("# Timings\n")
-    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: no timing: it begins with '# Timings'"):
-        timings.read(path)
-    with pytest.raises(HdispatchError, match="cannot read the timings"):
-        timings.read(tmp_path / "absent")
-    with pytest.raises(HdispatchError, match="cannot write"):
-        timings.append(tmp_path / "absent" / "t.jsonl", [])
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"us": float("nan")}, "us is nan; floats are finite"),
-        ({"us": float("inf")}, "us is inf; floats are finite"),
-        ({"us": 0}, "us is 0; it takes more than 0"),
-        ({"us": -1.5}, "us is -1.5; it takes more than 0"),
-        ({"q1": -0.0}, "q1 is -0.0; it takes more than 0"),
-        ({"stream_us": -3.0}, "stream_us is -3.0"),
-        ({"warm_us": 0.0}, "warm_us is 0.0"),
-        ({"rounds": -1}, "rounds is -1; it takes 0 or more"),
-        ({"compile_seconds": -1.0}, "compile_seconds is -1.0"),
-        ({"status": "wrong"}, "its status is 'wrong', and it has a time"),
-        ({"bucket": 99}, "bucket is 99; toy_select has 4 of them"),
-        ({"bucket": -1}, "bucket is -1; it takes 0 or more"),
-        ({"bucket": 10**30}, "bucket is 1000000000000000000000000000000; integers fit 64 bits"),
-        ({"M": 3}, "M is 3; bucket 1 of toy_select is measured at its edge, 2"),
-        ({"M": 0}, "M is 0; it takes more than 0"),
-        ({"variant": "float99"}, r"variant is 'float99'; toy_select has \['float32', 'float16'\]"),
-        ({"backend": "cuda"}, r"backend is 'cuda'; toy_select has \['triton'\]"),
-        ({"op": "nonsense"}, "it is of 'nonsense', which is no op here"),
-        ({"N": 7}, "N is 7; toy_select has the sizes M, K, and 0 stands for one that it has not"),
-        ({"K": 0}, "K is 0; toy_select has the sizes"),
-        ({"K": -64}, "K is -64; it takes 0 or more"),
-        ({"generic": ["N"]}, "generic names 'N'"),
-    ],
-)
-def test_a_line_that_cannot_be_right_is_named(tmp_path, changes, message):
-    path = tmp_path / "t.jsonl"
-    bad: Any = {**line(64, 1, "a", 2.0), **changes}
-    timings.append(path, [line(64, 0, "a", 1.0), bad, line(64, 2, "a", 3.0)])
-    refused = select.refusal({"toy_select": toy_package(tmp_path)})
-    with pytest.raises(HdispatchError, match=rf"t\.jsonl:2: no timing.*: {message}"):
-        timings.read_all([path], refused)
-    with pytest.raises(BuildError):  # what is handed over without a file is looked at too
-        run([bad], tmp_path)
-
-
-def test_a_row_that_the_op_has_not_is_named(tmp_path):
-    closed = OpSpec(**{**vars(SPEC), "shapes": ({"K": 64},)})
-    path = tmp_path / "t.jsonl"
-    timings.append(path, [line(65, 0, "a", 1.0)])
-    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: .*K is 65 and N is 0; toy_select has rows for \[\{'K': 64\}\]"):
-        timings.read(path, select.refusal({"toy_select": toy_package(tmp_path, closed)}))
-
-
-def test_a_line_with_a_name_twice_or_nested_without_end_is_named(tmp_path):
-    path = tmp_path / "t.jsonl"
-    good = json.dumps(line(64, 0, "a", 1.0))
-    path.write_text(f'{good}\n{good[:-1]}, "us": 2.0}}\n')
-    with pytest.raises(HdispatchError, match=r"t\.jsonl:2: no timing: repeats the name 'us'"):
-        timings.read(path)
-    path.write_text('{"op": ' + "[" * 100_000 + "\n")
-    with pytest.raises(HdispatchError, match=r"t\.jsonl:1: no timing: is nested deeper"):
-        timings.read(path)
 
 
 # ---- the command line ----

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace as Object
 
-import hdispatch
 import pytest
 import torch
 from hdispatch.integrations.vllm import layers, schemes
@@ -52,51 +50,6 @@ def test_sums_over_ranks_are_steps_of_one_sequence(scheme, rows):
     for all_reduce in (_OneRank(), _OneRank(rows), _OneRank(rows - 1), other):
         assert all(torch.equal(each, expected) for each in run_step(bound, rows, all_reduce))
     assert _OneRank().memory.size(0) > rows  # the first one had more
-
-
-def without_bias(bound):
-    """The same layers, whose out and down products add nothing."""
-    plain = [
-        dataclasses.replace(each, out=dataclasses.replace(each.out, bias=None), down=dataclasses.replace(each.down, bias=None))
-        for each in bound.layers
-    ]
-    return dataclasses.replace(bound, layers=tuple(plain))
-
-
-@pytest.mark.parametrize("rows", [1, 4, 5])
-def test_few_rows_are_multiplied_as_they_are(monkeypatch, rows):
-    """By ll_gemm_w8a16 where a bundle has rows of it: nearer to float32 than the quantized step, and near to that."""
-    bound = without_bias(make_weights(schemes.PerTokenFp8()))
-    quantized, _ = run_step(bound, rows, None)
-    before = counts()
-    monkeypatch.setattr(schemes, "has_row", lambda op, linear: op == "ll_gemm_w8a16" and linear.bias is None)
-    plain, again = run_step(bound, rows, None)
-    assert torch.equal(plain, again)
-    calls = {op: made - before[op] for op, made in counts().items()}
-    few = rows <= bound.scheme.few_rows
-    assert calls == {
-        "ll_gemm_w8a16": 8 * few,  # products, layers, steps
-        "silu_and_mul": 4 * few,
-        "dynamic_per_token_scaled_fp8_quant": 4 * (not few),
-        "silu_and_mul_dynamic_per_token_quant": 4 * (not few),
-    }
-    difference = (plain.float() - quantized.float()).norm() / quantized.float().norm()
-    assert (0 < difference < 0.05) if few else not difference
-
-
-@pytest.mark.parametrize("change", [{"bias": torch.zeros(HIDDEN).bfloat16()}, {}])
-def test_products_with_a_bias_or_in_float16_stay_quantized(monkeypatch, change):
-    monkeypatch.setattr(schemes, "has_row", lambda *_: True)
-    linear = dataclasses.replace(without_bias(make_weights(schemes.PerTokenFp8())).layers[0].out, **change)
-    assert schemes.PerTokenFp8().takes_plain(linear, torch.bfloat16, True) == (not change)
-    assert not schemes.PerTokenFp8().takes_plain(linear, torch.float16, True)
-    assert not schemes.PerTokenFp8().takes_plain(linear, torch.bfloat16, False)
-
-
-def counts():
-    """Calls of ops that no row served."""
-    ops = "ll_gemm_w8a16", "silu_and_mul", "dynamic_per_token_scaled_fp8_quant", "silu_and_mul_dynamic_per_token_quant"
-    return {op: hdispatch.stats()[op]["fallbacks"] for op in ops}
 
 
 def test_a_step_without_rows_sums_nothing():

@@ -24,7 +24,6 @@ THEIRS = {
     "silu_and_mul_dynamic_per_token_quant": None,
     "ll_gemm_bf16": None,
     "ll_gemm_fp8": None,
-    "ll_gemm_w8a16": None,
 }
 OPS = [op for op in ALL_OPS if THEIRS.get(op, op)]
 

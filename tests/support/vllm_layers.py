@@ -106,7 +106,7 @@ def run_step(bound, rows, reduce, most=512):
     embedded = torch.randn(rows, HIDDEN, generator=torch.Generator().manual_seed(6)).bfloat16()
     found = [fused.forward(None, torch.arange(rows), embedded).clone() for _ in range(2)]
     if isinstance(reduce, _OneRank):
-        few = rows <= bound.scheme.few_rows
+        few = not bound.scheme.quantized and rows <= 32
         assert set(fused._steps) == {(attention_module.Kind.NOTHING, few, is_whole(fused, rows))}
     return found
 
@@ -181,7 +181,7 @@ def decode(bound, lengths, rows, reduce=None):
     assert hdispatch.stats()["attention_half"]["fallbacks"] - before == len(bound.layers)
     assert fused.attention.decode_reason is None
     whole = reduce is None or (isinstance(reduce, _OneRank) and is_whole(fused, rows))
-    assert set(fused._steps) == {(attention_module.Kind.HALF, rows <= bound.scheme.few_rows, whole)}
+    assert set(fused._steps) == {(attention_module.Kind.HALF, not bound.scheme.quantized and rows <= 32, whole)}
     return fused.workspace.rows, found, [layer.attention.kv_cache.clone() for layer in bound.layers]
 
 

@@ -80,13 +80,6 @@ class Gemm:
         self.launch(out, x, w, x_scale, w_scale, bias, pdl, stream)
 
     @cute.jit
-    def weights_scaled(
-        self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, w_scale: cute.Tensor, pdl: Int32, stream: Any
-    ) -> None:
-        """The host function with scales of the weights alone. pdl as in `scaled`."""
-        self.launch(out, x, w, None, w_scale, None, pdl, stream)
-
-    @cute.jit
     def plain(self, out: cute.Tensor, x: cute.Tensor, w: cute.Tensor, pdl: Int32, stream: Any) -> None:
         """The host function without scales. pdl as in `scaled`."""
         self.launch(out, x, w, None, None, None, pdl, stream)
@@ -146,27 +139,22 @@ class Gemm:
         cute.copy(atom, source, cute.make_tensor(into, one))
 
     @cute.jit
-    def load(self, row: Any, at: Int32, into: cute.Tensor, turn: Constexpr, once: Constexpr, vectors: Constexpr = 1) -> None:
-        """Loads the elements at an offset of a row, as many as a vector of `element` has, in `vectors` of 4 words each.
-
-        Zeros past the row's end. `once`: keeps them out of L1.
-        """
+    def load(self, row: Any, at: Int32, into: cute.Tensor, turn: Constexpr, once: Constexpr) -> None:
+        """Loads the vector at an offset of a row, as 4 words; zeros past the row's end. `once`: keeps it out of L1."""
         kind = ir.VectorType.get([4], Int32.mlir_type)
         start = at
         if cutlass.const_expr(self.may_pass(turn)):
             start = cutlass.min(at, self.k - self.vector)
-        for part in cutlass.range_constexpr(vectors):
-            place = row + start + part * (self.vector // vectors)
-            if cutlass.const_expr(once):
-                loaded = cute.arch.load(place, kind, level1_eviction_priority="evict_no_allocate")
-            else:
-                loaded = cute.arch.load(place, kind)
-            vector = cute.TensorSSA(loaded, (4,), Int32)
-            for word in cutlass.range_constexpr(4):
-                value = vector[word]
-                if cutlass.const_expr(self.may_pass(turn)):
-                    value = value if at < self.k else Int32(0)
-                into[4 * part + word] = value
+        if cutlass.const_expr(once):
+            loaded = cute.arch.load(row + start, kind, level1_eviction_priority="evict_no_allocate")
+        else:
+            loaded = cute.arch.load(row + start, kind)
+        vector = cute.TensorSSA(loaded, (4,), Int32)
+        for word in cutlass.range_constexpr(4):
+            value = vector[word]
+            if cutlass.const_expr(self.may_pass(turn)):
+                value = value if at < self.k else Int32(0)
+            into[word] = value
 
     @cute.jit
     def await_predecessor(self) -> None:

@@ -22,22 +22,14 @@ class Dot(Gemm):
     outputs   rows of weights per block
     tokens    the largest M; it is cheap up to 4
     warps     warps of a block
-
-    x may have wider elements than w.
     """
 
-    def __init__(
-        self, element: type[Numeric], k: int | None, outputs: int, tokens: int, warps: int, trigger: int = 2,
-        x_element: type[Numeric] | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, element: type[Numeric], k: int | None, outputs: int, tokens: int, warps: int, trigger: int = 2) -> None:
         if k is None:
             raise ValueError("the dot form takes a K that is compiled in")
         self.threads = 32 * warps
         super().__init__(element, k, 8 * VECTOR // element.width * self.threads, 1, trigger)
         self.outputs, self.tokens, self.warps = outputs, tokens, warps
-        self.x_element = x_element or element
-        #: Vectors of x beside one of w.
-        self.x_vectors = self.x_element.width // element.width
         if outputs * tokens > self.threads:
             raise ValueError(f"{outputs} outputs of {tokens} tokens are more than {self.threads} threads")
 
@@ -67,7 +59,7 @@ class Dot(Gemm):
         m, n = x.shape[0], w.shape[0]
         first_n = tile * self.outputs
         weights = cute.make_rmem_tensor((4, self.turns, self.outputs), Int32)
-        tokens = cute.make_rmem_tensor((4 * self.x_vectors, self.turns, self.tokens), Int32)
+        tokens = cute.make_rmem_tensor((4, self.turns, self.tokens), Int32)
         # Rows past the last are read as the last; what comes of them is not stored.
         for row in cutlass.range_constexpr(self.outputs):
             start = w[(cutlass.min(first_n + row, n - 1), None)].iterator
@@ -86,13 +78,13 @@ class Dot(Gemm):
         for row in cutlass.range_constexpr(self.tokens):
             start = x[(cutlass.min(row, m - 1), None)].iterator
             for turn in cutlass.range_constexpr(self.turns):
-                self.load(start, tid * self.vector + turn * self.stride, tokens[(None, turn, row)], turn, False, self.x_vectors)
+                self.load(start, tid * self.vector + turn * self.stride, tokens[(None, turn, row)], turn, False)
         acc = cute.make_rmem_tensor((self.outputs, self.tokens), Float32)
         acc.fill(0.0)
         for turn in cutlass.range_constexpr(self.turns):
-            xs = [self.values(tokens[(None, turn, row)], self.x_element) for row in range(self.tokens)]
+            xs = [self.values(tokens[(None, turn, row)]) for row in range(self.tokens)]
             for output in cutlass.range_constexpr(self.outputs):
-                ws = self.values(weights[(None, turn, output)], self.element)
+                ws = self.values(weights[(None, turn, output)])
                 for row in cutlass.range_constexpr(self.tokens):
                     for i in cutlass.range_constexpr(self.vector):
                         acc[output, row] = acc[output, row] + ws[i] * xs[row][i]
@@ -113,11 +105,9 @@ class Dot(Gemm):
                 total = total + sums[column, token, part]
             if cutlass.const_expr(w_scale is not None):
                 both = cute.make_tensor(scales, cute.make_layout(2, stride=self.threads))
-                total = total * both[0]
-                if cutlass.const_expr(x_scale is not None):
-                    total = total * both[1]
+                total = total * both[0] * both[1]
             self.put(out, token, first_n + column, total, bias)
 
-    def values(self, words: cute.Tensor, element: type[Numeric]) -> cute.TensorSSA:
+    def values(self, words: cute.Tensor) -> cute.TensorSSA:
         """A vector's elements as float32."""
-        return cute.recast_tensor(words, element).load().to(Float32)
+        return cute.recast_tensor(words, self.element).load().to(Float32)

@@ -24,10 +24,10 @@ from .split import Split
 from .warpgroup import Warpgroup
 
 
-def make(element: type[Numeric], k: int | None, config: Mapping[str, Any], **more: Any) -> Gemm:
+def make(element: type[Numeric], k: int | None, config: Mapping[str, Any]) -> Gemm:
     """The kernel that a config describes: its "kernel", "split", "dot" or "warpgroup", and that form's arguments."""
     form: type[Gemm] = {"split": Split, "dot": Dot, "warpgroup": Warpgroup}[config["kernel"]]
-    return form(element, k, **{name: value for name, value in config.items() if name != "kernel"}, **more)
+    return form(element, k, **{name: value for name, value in config.items() if name != "kernel"})
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Program:
     views: dict[str, list[int]]
 
 
-#: What ll_gemm_fp8 calls its tensors; ll_gemm_bf16 has the first three, ll_gemm_w8a16 no x_scale. A sixth is a bias.
+#: What ll_gemm_fp8 calls its tensors; ll_gemm_bf16 has the first three. A sixth is a bias.
 NAMES = ("out", "x", "w", "x_scale", "w_scale")
 
 
@@ -53,33 +53,26 @@ def program(
     config: Mapping[str, Any],
     names: tuple[str, ...] = NAMES,
     transposed: bool = False,
-    x_element: type[Numeric] | None = None,
 ) -> Program:
     """The host function of a config, for any M and N, and any K unless `sizes` has it.
 
     names       what the op calls out, x, w and the scales
     transposed  whether the op's weights are [K, N], columns contiguous
-    x_element   of x, where x is wider than the weights: a form that takes it, and no scales of x
     """
-    gemm = make(element, sizes.get("K"), config, **({} if x_element is None else {"x_element": x_element}))
+    gemm = make(element, sizes.get("K"), config)
     m, n = cute.sym_int(), cute.sym_int()
     k = sizes.get("K") or cute.sym_int(divisibility=gemm.vector)
-
-    x_vector = gemm.vector * element.width // (x_element or element).width
 
     def matrix(kind: type[Numeric], shape: tuple[Any, Any], divisor: int, align: int) -> Any:
         return make_fake_tensor(kind, shape, (cute.sym_int64(divisibility=divisor), 1), assumed_align=align)
 
     arguments = {
         names[0]: matrix(out, (m, n), 1, out.width // 8),
-        names[1]: matrix(x_element or element, (m, k), x_vector, VECTOR),
+        names[1]: matrix(element, (m, k), gemm.vector, VECTOR),
         names[2]: matrix(element, (n, k), gemm.vector, VECTOR),
     }
     host = gemm.plain
-    if x_element is not None:
-        host = gemm.weights_scaled
-        arguments[names[3]] = make_fake_tensor(Float32, (n,), (cute.sym_int64(),), assumed_align=4)
-    elif element is Float8E4M3FN:
+    if element is Float8E4M3FN:
         host = gemm.scaled
         for name, size in zip(names[3:5], (m, n), strict=True):
             arguments[name] = make_fake_tensor(Float32, (size,), (cute.sym_int64(),), assumed_align=4)
@@ -94,7 +87,6 @@ def program(
         arguments=arguments,
         largest_m=gemm.largest_m,
         shared_bytes=gemm.shared_bytes,
-        multiples=dict.fromkeys(("K", f"{names[2]}.stride({int(transposed)})"), gemm.vector)
-        | {f"{names[1]}.stride(0)": x_vector},
+        multiples=dict.fromkeys(("K", f"{names[1]}.stride(0)", f"{names[2]}.stride({int(transposed)})"), gemm.vector),
         views={names[2]: [1, 0]} if transposed else {},
     )

@@ -102,11 +102,18 @@ class CallMaker:
         return call
 
     def concrete(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> Call:
-        """A call with everything known, as `leaf_values` says."""
-        mode = FakeTensorMode()
-        values = self.leaf_values(m, row_padding, sizes)
-        args = self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT)
-        return Call(self._host_names(), args, mode, outputs=self._outputs(mode, values.__getitem__))
+        """A call with everything known, as `leaf_values` says. All configs of a variant and shape get the same one."""
+        known, asked = (tuple(sorted((given or {}).items())) for given in (self.shape, sizes))
+        key = (id(self.spec), self.variant.name, known, self.second, self.allocates, m, row_padding, asked)
+        if key not in _CONCRETE:
+            mode = FakeTensorMode()
+            values = self.leaf_values(m, row_padding, sizes)
+            args = self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT)
+            call = Call(self._host_names(), args, mode, outputs=self._outputs(mode, values.__getitem__))
+            if len(_CONCRETE) >= _MAX_CONCRETE:
+                _CONCRETE.clear()
+            _CONCRETE[key] = self.spec, call
+        return _CONCRETE[key][1]
 
     def leaf_values(self, m: int, row_padding: int = ROW_PADDING, sizes: Mapping[str, int] | None = None) -> dict[str, int]:
         """A value for every leaf: M = m; sizes that are generic as given, or as the spec hints; others as in a sample call.
@@ -279,6 +286,10 @@ class CallMaker:
 
 #: Sample calls by spec, variant and sizes, which the records of all its configs share. The spec is there to keep its id.
 _SAMPLES: dict[tuple[int, str, tuple[tuple[str, int], ...]], tuple[OpSpec, dict[str, Any]]] = {}
+
+#: Concrete calls likewise, of the units that a process had last.
+_CONCRETE: dict[tuple[object, ...], tuple[OpSpec, Call]] = {}
+_MAX_CONCRETE = 1000
 
 #: Values of the generic sizes, K, N, A and B, at which a record is checked against the host function besides the hints.
 _OTHER_SIZES = ((2048, 4096, 1, 16), (5120, 1024, 2, 1), (12288, 25600, 13, 5), (1024, 2048, 16, 3))

@@ -196,10 +196,6 @@ def _products(model: Model) -> list[Sizes]:
     return found
 
 
-def _back_to_hidden(model: Model) -> list[Sizes]:
-    return [{"K": k, "N": model.hidden} for k in (model.q, *model.dense)]
-
-
 def _router(model: Model) -> list[Sizes]:
     return [{"K": model.hidden, "N": model.experts}] if model.experts else []
 
@@ -239,7 +235,6 @@ CALLS: dict[str, Callable[[Model], list[Sizes]]] = {
     "fused_qk_norm_rope": _normalized_heads,
     "ll_gemm_bf16": _router,
     "ll_gemm_fp8": _products,
-    "ll_gemm_w8a16": _back_to_hidden,
     "moe_align_block_size": _aligned,
     "moe_sum": _summed,
     "paged_attention_decode": _head,

@@ -4,8 +4,10 @@ always a bundle: the old one or the new one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import shutil
 import tempfile
@@ -95,13 +97,13 @@ def resolve(out: Path) -> Path:
 def _scratch(out: Path, place: Path, *, make_parents: bool = False) -> Iterator[Path]:
     """A folder in the one that `place` is in, or will be in, on the same file system; gone in the end."""
     parent = place.parent
-    scratch = None
+    scratch = handle = None
     try:
         if make_parents:
             parent.mkdir(parents=True, exist_ok=True)
         while not parent.exists():
             parent = parent.parent
-        scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        scratch, handle = _made(parent)
         (scratch / place.name).mkdir()  # whether it can have that name
         if place.exists() and place.stat().st_dev != scratch.stat().st_dev:
             raise BuildError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
@@ -112,6 +114,45 @@ def _scratch(out: Path, place: Path, *, make_parents: bool = False) -> Iterator[
     finally:
         if scratch is not None:
             shutil.rmtree(scratch, ignore_errors=True)
+        if handle is not None:
+            os.close(handle)
+
+
+def _made(parent: Path) -> tuple[Path, int]:
+    """A new folder in `parent`, and a handle that locks it until it is closed or this process ends.
+
+    Folders of writers that were killed are removed first: nobody locks those. Meanwhile `parent` is locked, so that no folder
+    of another writer is seen between its making and its lock.
+    """
+    outer = os.open(parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks: then no folder can be locked, and none is removed
+            fcntl.flock(outer, fcntl.LOCK_EX)
+        for name in parent.glob(f"{_PREFIX}*"):
+            _remove_abandoned(name)
+        scratch = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        handle = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY)
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return scratch, handle
+    finally:
+        os.close(outer)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a folder of ours whose writer is gone; leaves what is locked, somebody else's, or no folder."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    try:
+        if os.fstat(handle).st_uid == os.geteuid():
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+    except OSError:  # locked: its writer works on it
+        return
+    finally:
+        os.close(handle)
 
 
 def _check_replaceable(out: Path, place: Path) -> bool:

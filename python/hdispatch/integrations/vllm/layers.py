@@ -21,7 +21,7 @@ from ...sequence import Arena, Sequence, SequenceInteger, SequenceTensor
 from . import settings
 from .all_reduce import CustomAllReduce
 from .attention import Attention, Kind
-from .schemes import FP8, Linear, Operand
+from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
 from .weights import Weights, kept_memory
 from .workspace import ROWS, Workspace, rows_within
 
@@ -86,7 +86,7 @@ class FusedLayers:
         """Hidden states [rows, hidden] after the last norm; of a decode step valid until the next one, as a graph's are."""
         metadata, slots = self._step(self._get_context())
         rows, kind = positions.size(0), self.attention.kind(metadata)
-        few = rows <= self.weights.scheme.few_rows
+        few = not self.weights.scheme.quantized and rows <= LOW_LATENCY_ROWS
         whole = self._reduce is None or self._sums_in_sequence(rows)
         sequences = self._steps.get((kind, few, whole)) or self._make_steps(kind, few, whole)
         given = self.attention.given(kind, positions, metadata, slots)
@@ -175,8 +175,7 @@ class FusedLayers:
         return total
 
     def _make_steps(self, kind: Kind, few: bool, whole: bool) -> tuple[Callable[..., None], ...]:
-        rows = min(self.workspace.rows, self.weights.scheme.few_rows) if few else self.workspace.rows
-        made = _Builder(self, kind, few=few, whole=whole, rows=rows, arena=self.workspace.arena).make()
+        made = _Builder(self, kind, few=few, whole=whole, rows=self.workspace.rows, arena=self.workspace.arena).make()
         is_replayed = whole and kind is Kind.HALF and self._still is not None
         steps = tuple(Replays(each, around=self.all_reduce) for each in made) if is_replayed else made
         self._steps[kind, few, whole] = steps
@@ -198,7 +197,7 @@ def _shard(embedding: Any, dtype: torch.dtype) -> tuple[int, ...] | None:
 class _Builder:
     """Makes the sequences of one kind of step.
 
-    few    whether for at most the scheme's `few_rows` rows alone
+    few    whether for at most LOW_LATENCY_ROWS rows alone
     whole  all layers, with sums over ranks if there are several; else each half of a layer
     rows   of the arena
     """
@@ -283,10 +282,8 @@ class _Builder:
         qkv, attended = self._temp(s, shape.qkv), self._temp(s, shape.attended)
         scheme.product(s, qkv, normed, layer.qkv, self.few)
         self.attention.add(s, self.kind, slots, n, qkv, attended)
-        operand = Operand(attended)
-        if not scheme.takes_plain(layer.out, self.weights.dtype, self.few):
-            operand = self._operand(s, shape.attended, None)
-            scheme.quantize(s, attended, operand, layer.out)
+        operand = self._operand(s, shape.attended, None) if scheme.quantized else Operand(attended)
+        scheme.quantize(s, attended, operand, layer.out)
         scheme.product(s, hidden, operand, layer.out, self.few)
 
     def _activate(self, s: Sequence, n: int, residual: SequenceTensor, total: SequenceTensor, hidden: SequenceTensor) -> None:
@@ -295,9 +292,8 @@ class _Builder:
         normed = self._norm(s, residual, total, layer.output_norm, layer.gate_up)
         gate_up = self._temp(s, 2 * shape.intermediate)
         scheme.product(s, gate_up, normed, layer.gate_up, self.few)
-        takes_plain = scheme.takes_plain(layer.down, self.weights.dtype, self.few)
-        plain = self._temp(s, shape.intermediate) if scheme.norms_in_place or takes_plain else None
-        activated = Operand(plain) if plain is not None and takes_plain else self._operand(s, shape.intermediate, plain)
+        plain = self._temp(s, shape.intermediate) if scheme.norms_in_place else None
+        activated = self._operand(s, shape.intermediate, plain)
         scheme.activate(s, gate_up, activated, layer.down)
         scheme.product(s, hidden, activated, layer.down, self.few)
 

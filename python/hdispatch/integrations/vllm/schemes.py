@@ -52,8 +52,6 @@ class Scheme:
     quantized = False
     #: Norms work in place in 16 bits before anything is quantized.
     norms_in_place = True
-    #: Most rows of steps whose products differ: those that ll_gemm_bf16 serves.
-    few_rows = 32
 
     def scale_width(self, width: int) -> int:
         """Scales of a row of `width` elements; 0: none."""
@@ -74,11 +72,6 @@ class Scheme:
         del linear
         norm_in_place(s, x, to.values, weight, epsilon, residual)
 
-    def takes_plain(self, linear: Linear, dtype: torch.dtype, few: bool) -> bool:
-        """Whether the matrix takes its input in 16 bits, as it is in `dtype`."""
-        del linear, dtype, few
-        return not self.quantized
-
     def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """The 16-bit `x` into `to`; nothing where `to` is x."""
         del s, x, to, linear
@@ -91,9 +84,9 @@ class Scheme:
     def product(self, s: Sequence, out: SequenceTensor, x: Operand, linear: Linear, few: bool) -> None:
         """`x` times the matrix, plus the bias, into `out` [M, N].
 
-        few  whether the steps have at most `few_rows` rows
+        few  whether the steps have at most LOW_LATENCY_ROWS rows
         """
-        if few and linear.bias is None and linear.weight.dtype == torch.bfloat16 and has_row("ll_gemm_bf16", linear):
+        if few and linear.bias is None and has_row("ll_gemm_bf16", linear):
             s.add(ops.ll_gemm_bf16, out, x.values, linear.weight)
         elif linear.bias is None:
             s.add_torch(torch.ops.aten.mm.out, x.values, linear.weight.t(), out=out, by_rows=True)
@@ -101,10 +94,14 @@ class Scheme:
             s.add_torch(torch.ops.aten.addmm.out, linear.bias, x.values, linear.weight.t(), out=out, by_rows=True)
 
 
+#: Most rows that `ll_gemm_bf16` serves.
+LOW_LATENCY_ROWS = 32
+
+
 def has_row(op: str, linear: Linear) -> bool:
     """Whether a bundle loaded for the matrix's device has rows of the op for exactly its sizes."""
     weight, (k, n) = linear.weight, linear.sizes
-    if not weight.is_cuda:
+    if weight.dtype != torch.bfloat16 or not weight.is_cuda:
         return False
     device = torch.cuda.current_device() if weight.device.index is None else weight.device.index
     for bundle in runtime.loaded():
@@ -128,7 +125,6 @@ class StaticFp8(Scheme):
 
     name = "fp8, one fixed scale for the inputs"
     quantized = True
-    few_rows = 0
 
     def norm(
         self,
@@ -168,9 +164,6 @@ class PerTokenFp8(Scheme):
     name = "fp8, a scale per token"
     quantized = True
     norms_in_place = False
-    #: Those that ll_gemm_w8a16 serves. It spares a launch before the out product and the search for the largest element
-    #: before the down product, and rounds less than vLLM's products of quantized inputs.
-    few_rows = 4
 
     def scale_width(self, width: int) -> int:
         """One scale a row."""
@@ -196,23 +189,14 @@ class PerTokenFp8(Scheme):
         del linear
         s.add(ops.dynamic_per_token_scaled_fp8_quant, to.values, x, to.scales, None)
 
-    def takes_plain(self, linear: Linear, dtype: torch.dtype, few: bool) -> bool:
-        """Where ll_gemm_w8a16 multiplies."""
-        return few and linear.bias is None and dtype == torch.bfloat16 and has_row("ll_gemm_w8a16", linear)
-
     def activate(self, s: Sequence, gate_up: SequenceTensor, to: Operand, linear: Linear) -> None:
-        """Activation and quantization in one kernel; the activation alone into 16 bits."""
-        if to.scales is None:
-            super().activate(s, gate_up, to, linear)
-        else:
-            s.add(ops.silu_and_mul_dynamic_per_token_quant, to.values, gate_up, to.scales, None)
+        """Activation and quantization in one kernel."""
+        del linear
+        s.add(ops.silu_and_mul_dynamic_per_token_quant, to.values, gate_up, to.scales, None)
 
     def product(self, s: Sequence, out: SequenceTensor, x: Operand, linear: Linear, few: bool) -> None:
-        """Scaled by rows and columns; by columns where the input has no scales."""
+        """Scaled by rows and columns."""
         del few
-        if x.scales is None:
-            s.add(ops.ll_gemm_w8a16, out, x.values, linear.weight.t(), linear.scale)
-            return
         s.add(ops.scaled_mm, out, x.values, linear.weight, x.scales, linear.scale, linear.bias)
 
 
@@ -221,7 +205,6 @@ class BlockFp8(Scheme):
 
     name = "fp8, blocks of 128 x 128"
     quantized = True
-    few_rows = 0
     norms_in_place = False
 
     def scale_width(self, width: int) -> int:
