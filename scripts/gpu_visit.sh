@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
-#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, attention, attention-dense,
+#   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, deepgemm, attention, attention-dense,
 #                                             dispatch, busy, bits, pdl, serve, server, vllm-tests, vllm-kernel-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
 # candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
-# for the results); for serve, server and the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports,
+# for the results), deep_gemm.tar.xz (scripts/fetch_deep_gemm.py; for deepgemm, and ops where it is there); for serve, server and the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports,
 # vllm_server.tar.xz, those that its server needs, and, for vllm-kernel-tests, vllm_tests.tar.xz, vLLM's own tests, made by
 # scripts/vllm_kernel_tests.py pack. SERVE holds the arguments of the runs of `bench serve`, separated by
 # semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest; VLLM_KERNEL_TESTS more of
 # scripts/vllm_kernel_tests.py run.
-# FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, PDL, BITS and DISPATCH are more arguments of
+# FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, DEEPGEMM, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest, BUILD of `hdispatch build`; for
 # sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
 # INSTALLED=1: the extension is installed already, by a run before; several may then run beside each other, on GPUs of their own.
@@ -33,6 +33,11 @@ if [ ! -f "$carry/vllm_C.so.xz" ] && [ -f "$carry/vllm.tar.xz" ]; then  # the sa
   vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"
 fi
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
+deep_gemm=()
+if [ -f "$carry/deep_gemm.tar.xz" ]; then
+  tar xJf "$carry/deep_gemm.tar.xz" -C "$site" &
+  deep_gemm=(--deep-gemm "$site/deep_gemm")
+fi
 [ -n "${INSTALLED:-}" ] || python3 -m pip install -q --no-build-isolation --no-deps -e . > "$out/build.log" 2>&1 ||
   { cat "$out/build.log"; exit 1; }
 wait
@@ -95,8 +100,11 @@ for step in "$@"; do
     dispatch) python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;
     tune) tune ;;
-    ops) python3 -m hdispatch bench ops --bundle "$bundle" "${vllm[@]}" --json "$out/ops.json" \
+    ops) python3 -m hdispatch bench ops --bundle "$bundle" "${vllm[@]}" "${deep_gemm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
+    deepgemm) python3 -m hdispatch bench ops --bundle "$bundle" "${vllm[@]}" "${deep_gemm[@]}" --ops scaled_mm_blockwise \
+        --ms 1,8,32,64,128,256,512,1024,4096,8192 --no-compile --no-eager --rounds 7 --compile-seconds 90 --seconds 190 \
+        --json "$out/deepgemm.json" ${DEEPGEMM:-} 2> "$out/deepgemm.err" ;;
     busy) python3 benchmarks/busy_thread.py "$bundle" "${vllm[@]}" --json "$out/busy.json" ;;
     bits) python3 benchmarks/bit_equality.py "$bundle" --vllm "$site/vllm_C.so" --json "$out/bits.json" ${BITS:-} ;;
     pdl) python3 -m hdispatch bench pdl --bundle "$bundle" --json "$out/pdl.json" ${PDL:-} ;;

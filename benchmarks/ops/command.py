@@ -25,11 +25,14 @@ Measure the GPU time of every op in a bundle over M = 1 … 8192 and the shapes 
 many launches, and all of a cell are replayed in random order in every round: median and quartiles. Then the same ops called
 from Python, from the first call of a batch to the end of its last kernel. The result is compared with the targets in
 benchmarks/targets.toml and with roofs.
+scaled_mm_blockwise is measured beside DeepGEMM too, with scales of float32 and with powers of two; what it computes is
+compared with the float32 reference before it is timed, and its kernels are compiled, by nvcc, before anything is.
 ll_gemm_bf16 and ll_gemm_fp8 are measured up to M = 32, beside torch.mm, vLLM's two low-latency GEMMs and CUTLASS.
 
   hdispatch bench ops --bundle bundle --vllm-ops PATH/_C.so --json ops.json --plot ops.png
   hdispatch bench ops --quick --no-compile --ops rms_norm,silu_and_mul
   hdispatch bench ops --ops ll_gemm_bf16,ll_gemm_fp8 --ms 1,2,4,8,16,32 --vllm-ll ll.so --vllm-ops PATH/_C.so
+  hdispatch bench ops --ops scaled_mm_blockwise --vllm-ops PATH/_C.so --deep-gemm PATH/vllm/third_party/deep_gemm
   hdispatch bench ops --make-vllm-ll SITE_PACKAGES --vllm-ll ll.so     compile vLLM's two; needs the CuteDSL and no GPU
   hdispatch bench ops --show ops.json               the report of an earlier run; needs no GPU
 """
@@ -75,6 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="measure nothing: compile the library --vllm-ll from the vLLM 0.33 in this folder, for an H200 and this CPU",
     )
+    peers.add_argument(
+        "--deep-gemm", metavar="DIR", type=Path, help="the package of DeepGEMM: vllm/third_party/deep_gemm of vLLM's wheel"
+    )
     peers.add_argument("--no-compile", action="store_true", help="leave out torch.compile")
     peers.add_argument(
         "--compile-ms",
@@ -83,7 +89,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Ms at which torch.compile takes part (default: those of the grid)",
     )
     peers.add_argument(
-        "--compile-seconds", metavar="S", type=numbers.real, default=150.0, help="how long cells are compiled (default: 150)"
+        "--compile-seconds",
+        metavar="S",
+        type=numbers.real,
+        default=150.0,
+        help="how long each may compile (default: 150)",
     )
     peers.add_argument(
         "--workers", metavar="N", type=numbers.whole, help="processes that compile (default: one per CPU, at most 14)"
@@ -152,6 +162,7 @@ def options_of(arguments: argparse.Namespace) -> run.Options:
         bundle=bundle,
         vllm_ops=arguments.vllm_ops,
         vllm_ll=arguments.vllm_ll,
+        deep_gemm=arguments.deep_gemm,
         ops=arguments.ops,
         ms=ms,
         models=arguments.models,

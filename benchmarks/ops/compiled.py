@@ -118,13 +118,14 @@ def compile_cells(
     cells: Sequence[Cell],
     processes: int,
     deadline: float,
-    lock: Path,
+    lock: Path | None,
     tick: Callable[[], None] = lambda: None,
     compile_cell: Callable[[Cell], float] | None = None,
 ) -> Compiled:
     """Compile cells in `processes` processes until `deadline` of time.monotonic; `tick` is called after each.
 
-    lock          a file; a process measures only while it holds it, because compilers choose kernels by measuring
+    lock          a file; a process measures only while it holds it, because compilers choose kernels by measuring; None:
+                  nothing is measured
     compile_cell  what a process does with a cell, and its seconds; a function of a module
     """
     done: dict[int, float] = {}
@@ -132,7 +133,8 @@ def compile_cells(
     before = multiprocessing.active_children()
     with _environment({"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "1"}):
         spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, mp_context=spawn, initializer=_take_turns, initargs=(lock,))
+        turns: dict[str, Any] = {"initializer": _take_turns, "initargs": (lock,)} if lock else {}
+        pool = ProcessPoolExecutor(processes, mp_context=spawn, **turns)
         waiting = {pool.submit(compile_cell or _compile_cell, cell): at for at, cell in enumerate(cells)}
         try:
             for future in as_completed(waiting, timeout=max(0.0, deadline - time.monotonic())):

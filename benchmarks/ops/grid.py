@@ -86,7 +86,7 @@ def _gemms(model: Model) -> Labelled:
     hidden, intermediate = model.hidden, model.intermediate
     return {
         "qkv": {"K": hidden, "N": model.qkv},
-        "out": {"K": hidden, "N": hidden},
+        "out": {"K": model.heads * model.head_dim, "N": hidden},
         "gate_up": {"K": hidden, "N": 2 * intermediate},
         "down": {"K": intermediate, "N": hidden},
     }

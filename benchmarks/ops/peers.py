@@ -1,4 +1,4 @@
-"""Who takes part in the op benchmark: hdispatch, torch.compile, vLLM's _C (CUTLASS in it), _moe_C and CuteDSL, cuBLAS."""
+"""Who takes part in the op benchmark: hdispatch, torch.compile, cuBLAS, DeepGEMM, vLLM's _C (and CUTLASS), _moe_C, CuteDSL."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ COMPILE = "torch.compile"
 TORCH_MM = "torch.mm"
 #: vLLM's two functions in CuteDSL: see `vllm_ll`.
 LL_BF16, SKINNY = "vLLM ll_bf16_gemm", "vLLM skinny_gemm"
+#: With scales of float32, and of powers of two: see `deep_gemm`.
+DEEP_GEMM, DEEP_GEMM_UE8M0 = "DeepGEMM", "DeepGEMM UE8M0"
 #: All that hdispatch is compared with, in the order of the report.
-PEERS = (COMPILE, VLLM, TORCH_MM, LL_BF16, SKINNY)
+PEERS = (COMPILE, VLLM, DEEP_GEMM, DEEP_GEMM_UE8M0, TORCH_MM, LL_BF16, SKINNY)
 
 #: vLLM's name of an op where it is another.
 VLLM_NAMES = {

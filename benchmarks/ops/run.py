@@ -1,11 +1,12 @@
 """The op benchmark: GPU time per op over the models' shapes beside its peers, and what a call takes as users feel it.
 
-In order: the machine's copy bandwidth; calls from Python; rotated cells that are compared with the roofs; the cells that
-torch.compile takes part in, which many processes have compiled before; all others.
+In order: the machine's copy bandwidth; calls from Python; what DeepGEMM compiles, by many processes; rotated cells that are
+compared with the roofs; the cells that torch.compile takes part in, which many processes have compiled before; all others.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 import time
 from collections import Counter
@@ -22,7 +23,8 @@ from hdispatch.opspec import OpSpec
 from hdispatch.testing.host_timer import WARM_CALLS, Batch, interleave, quiet, summarize
 
 from ..verdict import TARGETS
-from . import compiled, peers
+from . import compiled, deep_gemm, peers
+from .deep_gemm import DeepGemm
 from .grid import EAGER_M, EAGER_MODEL, LOW_LATENCY, MS, Cell, Mode, cells, model_names, report_order, roof_cells
 from .result import Eager, Result, cell_name
 from .timing import Binder, Failure, Measured, Timing, copy_bandwidth, make_arguments, measure, require_gpu
@@ -41,12 +43,13 @@ class Options:
 
     vllm_ops         vLLM's library behind torch.ops._C
     vllm_ll          vLLM's low-latency GEMMs, as `vllm_ll_build` makes them
+    deep_gemm        the package of DeepGEMM, a folder
     ops              names; None for all that the bundle holds
     models           in full or by size (8B); None for all
     variants         of each op those that are named here, `default` being one; the default one where it has none of them
     modes            warm, rotated: how the cells of the grid find their buffers
     compile_ms       Ms of the cells that torch.compile takes part in; () leaves it out
-    compile_seconds  how long cells may be compiled
+    compile_seconds  how long cells may be compiled, for torch.compile and for DeepGEMM
     workers          processes that compile
     seconds          no cell begins later than this after the start; None for no limit
     """
@@ -54,6 +57,7 @@ class Options:
     bundle: Path
     vllm_ops: Path | None = None
     vllm_ll: Path | None = None
+    deep_gemm: Path | None = None
     ops: tuple[str, ...] | None = None
     ms: tuple[int, ...] = MS
     models: tuple[str, ...] | None = None
@@ -86,6 +90,7 @@ class _Run:
     skipped: dict[str, str] = field(default_factory=dict)
     compile: dict[str, Any] | None = None
     vllm_ll: Library | None = None
+    deep_gemm: DeepGemm | None = None
 
     def step(self, label: str) -> None:
         self.done += 1
@@ -147,11 +152,25 @@ def _open_peers(current: _Run) -> None:
         current.vllm_ll = Library(options.vllm_ll)
     elif "ll_gemm_bf16" in names:
         current.skipped[f"{peers.LL_BF16}, {peers.SKINNY}"] = "need vLLM's kernels compiled: --vllm-ll, made by --make-vllm-ll"
+    if deep_gemm.OP in names:
+        _open_deep_gemm(current)
     missing = [] if options.ops else [op for op in LOW_LATENCY if op not in names]
     if missing:
         current.skipped[", ".join(missing)] = (
             "not in the bundle; one built with the CuteDSL has them: pip install 'hdispatch[cutedsl]', then hdispatch build"
         )
+
+
+def _open_deep_gemm(current: _Run) -> None:
+    """DeepGEMM, or why it does not take part."""
+    package, peer = current.options.deep_gemm, f"{peers.DEEP_GEMM}, {peers.DEEP_GEMM_UE8M0}"
+    if package is None:
+        current.skipped[peer] = "need the package that vLLM ships: --deep-gemm PATH/TO/vllm/third_party/deep_gemm"
+        return
+    try:
+        current.deep_gemm = DeepGemm(package)
+    except HdispatchError as error:
+        current.skipped[peer] = str(error)
 
 
 def chosen_specs(names: Sequence[str] | None, served: Sequence[str]) -> list[OpSpec]:
@@ -169,6 +188,7 @@ def _header(current: _Run, bundle: runtime.Bundle) -> dict[str, Any]:
     header |= {"ops": [spec.name for spec in current.specs], "ms": sorted(options.ms), "modes": list(options.modes)}
     header |= {"models": model_names(options.models), "vllm_ops": options.vllm_ops.name if options.vllm_ops else None}
     header |= {"vllm_ll": options.vllm_ll.name if options.vllm_ll else None}
+    header |= {"deep_gemm": current.deep_gemm.version if current.deep_gemm else None}
     header["bundle"] = {
         "target": bundle.manifest["target"]["name"],
         "rows": bundle.rows,
@@ -190,6 +210,7 @@ def _measure_all(current: _Run) -> None:
     current.steps = len(grid) + len(roofs) + len(with_compile) + (EAGER_BATCHES if options.eager else 0)
     if options.eager:
         _eager(current, [cell for cell in roofs + grid if cell["model"] == EAGER_MODEL or cell["op"] in LOW_LATENCY])
+    _compile_deep_gemm(current, [*grid, *roofs])
     _time(current, roofs)
     with compiled.caches() as folder:
         ready = _compile(current, with_compile, folder)
@@ -211,8 +232,21 @@ def _peer_binders(current: _Run) -> dict[str, Binder]:
     return binders
 
 
+def _compile_deep_gemm(current: _Run, wanted: Sequence[Cell]) -> None:
+    """What does not compile, or not in time, does where it is timed: there it fails, or takes as long before its time."""
+    if current.deep_gemm is None:
+        return
+    options = current.options
+    torch.cuda.empty_cache()
+    deadline = time.monotonic() + options.compile_seconds
+    tick = functools.partial(current.step, "compiling for DeepGEMM")
+    deep_gemm.compile_ahead(current.deep_gemm.package, wanted, options.workers, deadline, tick)
+
+
 def _time(current: _Run, wanted: Sequence[Cell], with_compile: bool = False) -> None:
     binders: dict[str, Binder] = {peers.OURS: peers.bind_ours, **_peer_binders(current)}
+    if current.deep_gemm:
+        binders |= {peers.DEEP_GEMM: current.deep_gemm.bind, peers.DEEP_GEMM_UE8M0: current.deep_gemm.bind_ue8m0}
     if current.vllm_ll:
         binders |= {peers.LL_BF16: current.vllm_ll.bind_ll_bf16, peers.SKINNY: current.vllm_ll.bind_skinny}
     for index, cell in enumerate(wanted):

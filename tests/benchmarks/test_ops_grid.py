@@ -8,6 +8,7 @@ import hdispatch
 import pytest
 import torch
 import toy
+from hdispatch.compile import models
 from hdispatch.errors import HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
 from ops_results import MEASURED, QUANT, SMALL, arguments_of, cell
@@ -61,11 +62,25 @@ def test_gemm_shapes_are_those_of_the_post():
     wanted = {
         "Qwen3-1.7B": {"qkv": (2048, 4096), "out": (2048, 2048), "gate_up": (2048, 12288), "down": (6144, 2048)},
         "Qwen3-8B": {"qkv": (4096, 6144), "out": (4096, 4096), "gate_up": (4096, 24576), "down": (12288, 4096)},
-        "Qwen3-32B": {"qkv": (5120, 10240), "out": (5120, 5120), "gate_up": (5120, 51200), "down": (25600, 5120)},
+        "Qwen3-32B": {"qkv": (5120, 10240), "out": (8192, 5120), "gate_up": (5120, 51200), "down": (25600, 5120)},
     }
     for model in MODELS:
         shapes = grid.SIZES["scaled_mm"](model)
         assert {label: (sizes["K"], sizes["N"]) for label, sizes in shapes.items()} == wanted[model.name]
+
+
+@pytest.mark.parametrize("op", grid.GEMMS)
+def test_gemm_shapes_are_what_the_models_configs_say(op):
+    """The benchmark's, and the op's own, which are tuned: heads times head_dim need not be the hidden size."""
+    spec = hdispatch.registry.spec(op)
+    wanted = [
+        [(sizes["K"], sizes["N"]) for _, sizes in models.calls_of(spec, models.find([model.name])).rows] for model in MODELS
+    ]
+    assert [[(sizes["K"], sizes["N"]) for sizes in grid.SIZES[op](model).values()] for model in MODELS] == wanted
+    assert {(shape["K"], shape["N"]) for shape in spec.shapes if shape} == {each for found in wanted for each in found}
+    measured = grid.op_shapes(spec, spec.typical_variant())
+    assert "other" not in {shape.model for shape in measured}
+    assert {(shape.label, shape.k, shape.n) for shape in measured if shape.model == "Qwen3-32B"} >= {("out", 8192, 5120)}
 
 
 def spec_with(shapes, name="toy_op", dims=("M", "K")) -> OpSpec:
