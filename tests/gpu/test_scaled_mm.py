@@ -1,7 +1,7 @@
 """scaled_mm of 129 to 192 rows, whose kernels take two or three pieces of rows, the last of which ends with M.
 
-The candidates of a bundle that `hdispatch tune candidates --ops scaled_mm --buckets 144,160,192` made, $HDISPATCH_CANDIDATES, are
-called one by one; so compute-sanitizer can be run on kernels that no row has:
+The candidates of a bundle that `hdispatch tune candidates --ops scaled_mm --buckets 144,160,192` made, $HDISPATCH_CANDIDATES,
+are called one by one; so compute-sanitizer can be run on kernels that no row has:
 
     HDISPATCH_CANDIDATES=DIR compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_scaled_mm.py -k candidates
 """
