@@ -13,8 +13,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .triton_tiles import find_tile
 
 tile_of = gluon.jit(find_tile)
-#: Waits for all threads of a group of warps. Triton 3.7 has given it its name.
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
 
 
 @gluon.jit

@@ -13,7 +13,7 @@ from hdispatch.opspec import Variant
 
 from ..lib import triton_gemm as gemm
 from ..lib import triton_tiles as tiles
-from ..lib.triton_gemm import stream
+from ..lib.triton_gemm import pair, stream
 from .pair import pair_kernel
 
 #: One record serves all K and N that are multiples of 16.
@@ -163,21 +163,10 @@ def launch(out, a, b, a_scales, b_scales, *, config, _launcher):
     if config["kernel"] == "stream":
         gemm.launch_plain(stream_kernel, call, config, _launcher, SPLIT=config["split"], **stages)
     elif config["kernel"] == "pair":
-        own = {"SPLIT": config.get("split", 1), "AHEAD": config.get("ahead", 1)}
-        gemm.launch_tiles(pair_kernel, call, config, _launcher, block_n, min(block_n, 128), **stages, **own)
+        gemm.launch_tiles(pair_kernel, call, config, _launcher, block_n, min(block_n, 128), **stages)
     else:
         slices = config["slices"]
         gemm.launch_tiles(tma_kernel, call, config, _launcher, slices * block_n, block_n, SLICES=slices, **stages)
-
-
-def pair(block_m: int, block_n: int, num_stages: int, group: int = 8, split: int = 1, ahead: int = 1) -> dict[str, Any]:
-    """See `gemm.pair`. A block takes (block_m + block_n) * 128 bytes per stage, and a group's part of out, 128 * block_n.
-
-    split  1: the groups take halves of block_m. 2: they take turns with the stages; one has block_m * block_n * 4 for sums
-    ahead  stages whose scales are on their way
-    """
-    more = {name: value for name, value in (("split", split), ("ahead", ahead)) if value != 1}
-    return gemm.pair(block_m, block_n, num_stages, group=group, **more)
 
 
 def tma(block_m: int, block_n: int, num_stages: int, slices: int = 1, **others: int) -> dict[str, Any]:
@@ -219,17 +208,8 @@ _STREAMS = {
     ),
 }
 
-#: Few tiles of 128 rows leave most of the GPU idle: these are of 64, or both groups share the K of one.
-_SPLIT_PAIRS = (
-    pair(64, 64, 12, split=2), pair(64, 64, 12, split=2, ahead=2), pair(64, 128, 7, split=2), pair(64, 32, 14, split=2),
-    pair(64, 32, 14, split=2, ahead=2),
-)
-
 _MIDDLE = (
     pair(128, 128, 6), pair(256, 64, 5), pair(128, 64, 8), pair(256, 128, 4), pair(128, 256, 4),
-    pair(128, 128, 6, ahead=2), pair(128, 128, 6, ahead=4), pair(128, 64, 8, ahead=2), pair(128, 64, 8, ahead=4),
-    pair(128, 64, 7, split=2), pair(128, 64, 7, split=2, ahead=2), pair(128, 128, 4, split=2),
-    *_SPLIT_PAIRS,
     tma(64, 128, 3, programs=264, prefetch=1024), tma(64, 64, 3, slices=2, programs=264, prefetch=1024),
     tma(64, 64, 6, programs=264, prefetch=1024), tma(128, 64, 3, programs=264, prefetch=1024),
     tma(128, 128, 4, num_warps=8, prefetch=1024),
@@ -239,8 +219,6 @@ _LARGE = (
     pair(256, 128, 4), pair(256, 128, 4, group=4), pair(256, 128, 4, group=16), pair(128, 256, 4),
     pair(128, 256, 4, group=16), pair(128, 256, 4, group=32), pair(256, 128, 3), pair(128, 256, 3, group=16),
     pair(128, 128, 6), tma(128, 128, 5, num_warps=8), tma(64, 128, 3, programs=264),
-    pair(128, 128, 6, ahead=2), pair(128, 128, 6, ahead=4), pair(128, 128, 6, group=16, ahead=2), pair(256, 128, 4, ahead=2),
-    pair(256, 128, 4, group=16, ahead=2), pair(128, 256, 4, group=16, ahead=2),
 )
 # fmt: on
 
@@ -248,11 +226,8 @@ _LARGE = (
 def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
     """Configs worth measuring, the same ones for every K. The first one is never far behind."""
     m, n = sizes["M"], sizes.get("N", 6144)
-    if m > 1024:
-        return list(_LARGE)
     if m > 256:
-        small = (pair(256, 64, 5), pair(128, 64, 8, ahead=2), pair(128, 64, 7, split=2))
-        return [*_LARGE, *small, tma(64, 128, 3, programs=264, prefetch=1024)]
+        return [*_LARGE, pair(256, 64, 5), tma(64, 128, 3, programs=264, prefetch=1024)] if m <= 1024 else list(_LARGE)
     if m > 64:
         return [*_MIDDLE, *_STREAMS[128], *_STREAMS[64][3:]]
     streams = next(found for most, found in _STREAMS.items() if m <= most)
@@ -260,6 +235,4 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     rows = (32, 128) if n > 16384 else (16, 64) if n <= 6144 else (16, 128)
     found = [c for c in streams if rows[0] <= c["block_n"] // c["split"] <= rows[1]]
     found += _DOTS.get(m, ())
-    if m > 32:
-        found += _SPLIT_PAIRS
     return found + [c for c in _THIN_TMA if rows[0] <= c["block_n"] * c["slices"] <= rows[1]]
