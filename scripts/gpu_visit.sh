@@ -7,8 +7,8 @@
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
 # candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
-# for the results), deep_gemm.tar.xz (scripts/fetch_deep_gemm.py; for deepgemm, and ops where it is there); for serve, server and the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports,
-# vllm_server.tar.xz, those that its server needs, and, for vllm-kernel-tests, vllm_tests.tar.xz, vLLM's own tests, made by
+# for the results), deep_gemm.tar.xz (scripts/fetch_deep_gemm.py; for deepgemm, and ops where it is there); for serve, server and
+# the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports, vllm_server.tar.xz, those that its server needs, and, for vllm-kernel-tests, vllm_tests.tar.xz, vLLM's own tests, made by
 # scripts/vllm_kernel_tests.py pack. SERVE holds the arguments of the runs of `bench serve`, separated by
 # semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest; VLLM_KERNEL_TESTS more of
 # scripts/vllm_kernel_tests.py run.

@@ -84,6 +84,19 @@ class HungReplay(FakeReplay):
         return super().time(replays)
 
 
+class BreakingReplay(FakeReplay):
+    """Breaks the context, as a kernel does whose fault shows only in many launches."""
+
+    def __init__(self, us: float, device: FakeDevice) -> None:
+        super().__init__(us)
+        self.device = device
+
+    def time(self, replays: int = 1) -> float:  # noqa: ARG002
+        """Fails, and all after it does."""
+        self.device.dead = True
+        raise RuntimeError("unspecified launch failure")
+
+
 def hang() -> None:
     """Waits for ever, having said in $PID_FILE who does."""
     if path := os.environ.get("PID_FILE"):
@@ -147,6 +160,8 @@ class FakeDevice(devices.Device):
         assert launches >= 64
         if self.broken.get(self.current) == "hang when timed":
             return HungReplay(TIMES[self.current])
+        if self.broken.get(self.current) == "fatal when timed":
+            return BreakingReplay(TIMES[self.current], self)
         self.replays.append(FakeReplay(TIMES[self.current] / (2 if len(calls) == 1 else 1)))
         return self.replays[-1]
 
@@ -398,7 +413,14 @@ def test_a_candidate_that_never_ends_in_a_later_cell(bundle, tmp_path, in_child)
     assert {cell["slow"]["status"] for cell in found.values()} == {"wrong"}
 
 
-@pytest.mark.parametrize(("how", "why"), [("abort", "ended with status -6"), ("fatal", "illegal memory access")])
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        ("abort", "ended with status -6"),
+        ("fatal", "illegal memory access"),
+        ("fatal when timed", "while it was timed: unspecified launch failure"),
+    ],
+)
 def test_a_candidate_that_takes_the_process_along(bundle, tmp_path, in_child, how, why):
     in_child({"near": how})
     report = measure.measure(bundle, tmp_path / "t.jsonl")

@@ -46,6 +46,21 @@ def framed(args):
     return [whole[: out.size(0), : out.size(1)], *args[1:]], whole
 
 
+def call_thrice(op, args, whole):
+    """The same bits each time, and nothing else of the memory that `framed` made is written."""
+    found = []
+    for _ in range(3):
+        whole.fill_(float("nan"))
+        with hdispatch.strict():
+            getattr(hdispatch.ops, op)(*args)
+        torch.cuda.synchronize()
+        found.append(bits(args[0]))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+    assert whole[args[0].size(0) :].isnan().all(), "rows after the last one"
+    assert whole[:, args[0].size(1) :].isnan().all(), "columns after the last one"
+
+
 def check(variant, sizes, m):
     """Against the reference; nothing else written; the same bits again. One row is NaN, and no other."""
     spec = spec_of(OP)
@@ -53,17 +68,7 @@ def check(variant, sizes, m):
     args[1].view(torch.uint8)[m - 3] = 0x7F
     wanted = copy(args)
     spec.reference(*wanted)
-    found = []
-    for _ in range(3):
-        whole.fill_(float("nan"))
-        with hdispatch.strict():
-            getattr(hdispatch.ops, OP)(*args)
-        torch.cuda.synchronize()
-        found.append(bits(args[0]))
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
-    assert whole[m:].isnan().all(), "rows after the last one"
-    assert whole[:, args[0].size(1) :].isnan().all(), "columns after the last one"
+    call_thrice(OP, args, whole)
     assert torch.equal(args[0].isnan(), wanted[0].isnan())
     kept = [row for row in range(m) if row != m - 3]
     compare_outputs(spec, spec.variant(variant), [args[0][kept], *args[1:]], [wanted[0][kept], *wanted[1:]])

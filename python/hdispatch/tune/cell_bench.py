@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import functools
 import random
 import statistics
 import time
@@ -90,10 +89,13 @@ class Bench:
                 for timeable in outcome.runs.values():
                     stack.callback(timeable.close)
                 if outcome.status == "fatal":
-                    outcomes = {index: outcome}
-                    stack.pop_all()  # nothing can be freed in a broken context
                     break
-            self._time(outcomes)
+            else:
+                self._time(outcomes)
+            broken = {index: outcome for index, outcome in outcomes.items() if outcome.status == "fatal"}
+            if broken:
+                outcomes = broken
+                stack.pop_all()  # nothing can be freed in a broken context
         seconds = (time.monotonic() - start) / max(len(outcomes), 1)
         return [
             line_of(self.bundle, cell, index, outcome, seconds, self.card, self.versions) for index, outcome in outcomes.items()
@@ -144,10 +146,16 @@ class Bench:
         )
 
     def _time(self, outcomes: Mapping[int, Outcome]) -> None:
-        """In graphs; those that are not far behind there in the other ways too."""
+        """In graphs; those that are not far behind there in the other ways too. Ends with one that breaks the context."""
+        try:
+            self._time_all(outcomes)
+        except _BrokenError as error:
+            outcomes[error.index].status, outcomes[error.index].why = "fatal", f"while it was timed: {error}"
+
+    def _time_all(self, outcomes: Mapping[int, Outcome]) -> None:
         for how in get_args(How):
             running = {
-                str(index): _Announced(outcome.runs[how], functools.partial(self.announce, index))
+                str(index): _Announced(outcome.runs[how], index, self.announce)
                 for index, outcome in outcomes.items()
                 if how in outcome.runs and (how == "graph" or len(outcome.times["graph"]) == ROUNDS)
             }
@@ -156,17 +164,31 @@ class Bench:
                 outcomes[int(name)].times[how] = times
 
 
+class _BrokenError(Exception):
+    """A candidate's launches failed while they were timed: what is measured next in this process says nothing."""
+
+    def __init__(self, index: int, error: RuntimeError) -> None:
+        super().__init__(str(error))
+        self.index = index
+
+
 @dataclass(frozen=True)
 class _Announced:
-    """Launches that say whose they are before they are made."""
+    """Launches that say whose they are: before they are made, and if they fail."""
 
     inner: Timeable
-    announce: Callable[[], None]
+    index: int
+    announce: Callable[[int], None]
 
     def time(self, replays: int = 1) -> float:
         """Microseconds per launch."""
-        self.announce()
-        return self.inner.time(replays)
+        self.announce(self.index)
+        try:
+            return self.inner.time(replays)
+        except torch.OutOfMemoryError:  # says nothing about the candidate
+            raise
+        except RuntimeError as error:
+            raise _BrokenError(self.index, error) from error
 
 
 def line_of(
