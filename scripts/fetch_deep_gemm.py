@@ -31,7 +31,11 @@ NEEDED = (
 
 def main() -> None:
     """Download, pack."""
+    if len(sys.argv) not in (2, 3):
+        sys.exit(f"{len(sys.argv) - 1} arguments; give ARCHIVE.tar.xz and, if it is there, vLLM's WHEEL")
     archive, *given = (Path(word) for word in sys.argv[1:])
+    if given and not zipfile.is_zipfile(given[0]):
+        sys.exit(f"{given[0]} is no wheel; give vLLM's, {VLLM}")
     with tempfile.TemporaryDirectory() as folder:
         if not given:
             platform = ["--no-deps", "--only-binary=:all:", "--platform", "manylinux_2_28_x86_64"]

@@ -353,6 +353,20 @@ with hdispatch.record({file!r}):
 """
 
 
+@pytest.mark.parametrize("theirs", [None, "print('theirs')\n"])
+def test_processes_start_as_they_did(tmp_path, capfd, monkeypatch, theirs):
+    """With a sitecustomize of the machine's, which runs once, and without; nothing else is said."""
+    site = tmp_path / "site"
+    site.mkdir()
+    if theirs is not None:
+        (site / "sitecustomize.py").write_text(theirs)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    assert main(["record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, "-c", "print('ours')"]) == 0
+    found = capfd.readouterr()
+    assert found.out.splitlines()[:-1] == [*(["theirs"] if theirs else []), "ours"]
+    assert found.err == ""
+
+
 def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, tmp_path):
     support = str(Path(__file__).parents[1] / "support")
     text = DESCRIBED.format(gpu="h200") + HELION.format(file=str(tmp_path / "r.jsonl"))

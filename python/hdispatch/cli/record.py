@@ -36,12 +36,13 @@ _SITECUSTOMIZE = """\
 import sys
 _folder = {folder!r}
 sys.path[:] = [each for each in sys.path if each != _folder]
-del sys.modules["sitecustomize"]
+_own = sys.modules.pop("sitecustomize")
 try:
     import sitecustomize
 except ModuleNotFoundError as error:
     if error.name != "sitecustomize":
         raise
+    sys.modules["sitecustomize"] = _own  # Python looks for it there when this file ends
 import importlib.util
 _spec = importlib.util.spec_from_file_location("_hdispatch_recorder", {recorder!r})
 _recorder = importlib.util.module_from_spec(_spec)
