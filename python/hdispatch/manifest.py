@@ -390,6 +390,8 @@ class Manifest(TypedDict):
     host: NotRequired[Host]
     #: given if the bundle was built of a recording
     recorded: NotRequired[list[Recorded]]
+    #: what those were compiled with, as in `tools`: they may have been added to a bundle that another Triton made
+    recorded_tools: NotRequired[dict[str, str]]
 
 
 class BundleFiles(NamedTuple):

@@ -87,7 +87,7 @@ def _check_triton(where: Path, manifest: Manifest) -> None:
         here = version("triton")
     except PackageNotFoundError as error:
         raise BundleError(f"{where / MANIFEST_NAME}: holds recorded Triton kernels, and triton is not installed") from error
-    built = manifest["tools"].get("triton")
+    built = manifest.get("recorded_tools", manifest["tools"]).get("triton")
     if built != here:
         raise BundleError(
             f"{where / MANIFEST_NAME}: its recorded kernels are triton {built}'s; triton {here} is installed, which has other "

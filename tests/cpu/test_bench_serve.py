@@ -162,8 +162,10 @@ def test_prompts_fit_a_prefill_and_differ():
         sizes = serve_accuracy.lengths(requests)
         assert len(set(sizes)) == requests
         assert sum(sizes) <= 4096
-    with pytest.raises(ValueError, match="at most 64"):
+    with pytest.raises(ValueError, match="do not fit a prefill of 4096 tokens"):
         serve_accuracy.lengths(128)
+    assert serve_accuracy.groups(70) == [range(32), range(32, 64), range(64, 70)]
+    assert len({tuple(serve_accuracy.prompt(number, 20)) for number in range(256)}) == 256
     tokens = serve_accuracy.sequence(3, 20, 5)
     assert tokens.tolist()[:20] == serve_accuracy.prompt(3, 20)
     assert tokens[20:].tolist() == [int(serve_accuracy.forced(torch.tensor(position))) for position in range(19, 23)]

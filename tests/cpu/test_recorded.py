@@ -222,6 +222,48 @@ def test_a_key_that_is_not_in_the_bundle_compiles_and_is_counted_or_refused(proj
     assert refused.startswith("user_kernels.plain: no recorded kernel of the bundle has the key [")
 
 
+def test_recorded_kernels_are_added_to_the_rows_of_another_bundle(project, file, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(project))
+    small = ["--ops", "rms_norm", "--shapes", "K=4096", "--variants", "bfloat16", "--target", "h200"]
+    assert main(["build", *small, "--out", str(tmp_path / "rows")]) == 0
+    base, base_files = read_bundle(tmp_path / "rows")
+    added = ["build", "--record", str(file), "--onto", str(tmp_path / "rows"), "--cache", str(project / "cache")]
+    for out in ("both", "both", "again"):  # a second time in the place of the first, then onto what has recorded kernels
+        assert main([*added, "--out", str(tmp_path / out)]) == 0
+        added[4] = str(tmp_path / "both")
+    assert f"{len(base['rows'])} rows, {COUNT} recorded kernels for h200" in capfd.readouterr().out
+    manifest, files = read_bundle(tmp_path / "both")
+    again, _ = read_bundle(tmp_path / "again")
+    assert manifest == again
+    assert {**base, "files": manifest["files"]} == {name: manifest[name] for name in base}
+    assert len(manifest["recorded"]) == COUNT
+    assert files.keys() == base_files.keys() | {entry["file"] for entry in manifest["recorded"]}
+    assert manifest["recorded_tools"]["triton"] == base["tools"]["triton"]
+
+
+def test_only_recorded_kernels_must_be_of_the_triton_that_is_here(bundle):
+    manifest, contents = read_bundle(bundle)
+    manifest["tools"] = {"triton": "1.0"}
+    assert len(recorded.table_of(bundle, manifest, contents)) == COUNT
+    manifest["recorded_tools"]["triton"] = "1.0"
+    with pytest.raises(BundleError, match=r"its recorded kernels are triton 1\.0's; triton .* is installed"):
+        recorded.table_of(bundle, manifest, contents)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--onto", "b"], "--onto takes the rows of a bundle as they are and adds recorded kernels: give --record FILE"),
+        (["--record", "r", "--onto", "b", "--ops", "rms_norm", "--target", "h100"], "it takes no --ops, --target"),
+        (["--record", "r", "--onto", "nothing"], "nothing/manifest.json: cannot be read"),
+    ],
+)
+def test_what_onto_refuses(tmp_path, capfd, arguments, words):
+    assert main(["build", *arguments, "--out", str(tmp_path / "out")]) == 1
+    assert words in capfd.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def files_of(manifest: Any) -> dict[str, str]:
     """The code of each key."""
     return {entry["key"]: entry["file"] for entry in manifest["recorded"]}
@@ -440,7 +482,7 @@ def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
         (lambda m: m["recorded"][0].update(metadata="{"), "its metadata is no JSON"),
         (lambda m: m["recorded"][0].update(metadata="{}"), "its metadata is not Triton's"),
         (lambda m: m["recorded"][0].pop("key"), "key is missing"),
-        (lambda m: m["tools"].update(triton="1.0"), "its recorded kernels are triton 1.0's"),
+        (lambda m: m["recorded_tools"].update(triton="1.0"), "its recorded kernels are triton 1.0's"),
     ],
 )
 def test_a_bundle_with_wrong_recorded_kernels_is_refused(bundle, tmp_path, change, words):

@@ -14,10 +14,11 @@ from typing import Any, TypedDict
 
 import torch
 
-#: Tokens of all prompts: all of them fit one prefill.
+#: Tokens of the prompts of a group: all of them fit one prefill.
 PROMPT_TOKENS = 4096
 SHORTEST = 5
-MOST_REQUESTS = 64
+#: Requests that run at once.
+GROUP = 32
 #: Steps past which the reference's rows are looked at: a vocabulary of 152 k takes 39 MB each 64 in float32.
 LOGIT_ROWS = 64
 
@@ -84,12 +85,17 @@ def _row_means(errors: Errors, name: str, steps: slice) -> list[float]:
 # ---- measuring ----
 
 
+def groups(requests: int) -> list[range]:
+    """Requests by number, in groups of at most GROUP that run at once."""
+    return [range(first, min(first + GROUP, requests)) for first in range(0, requests, GROUP)]
+
+
 def lengths(requests: int) -> list[int]:
-    """Tokens of each request's prompt, all different: they tell requests apart."""
+    """Tokens of the prompt of each request of a group, all different: they tell requests apart."""
     pairs = max(1, requests * (requests - 1) // 2)
     step = min(7, (PROMPT_TOKENS - SHORTEST * requests) // pairs)
     if step < 1:
-        raise ValueError(f"{requests} requests of different lengths do not fit a prefill; at most {MOST_REQUESTS}")
+        raise ValueError(f"{requests} requests of different lengths do not fit a prefill of {PROMPT_TOKENS} tokens")
     return [SHORTEST + step * request for request in range(requests)]
 
 
@@ -110,20 +116,23 @@ def sequence(request: int, length: int, steps: int) -> torch.Tensor:
 
 
 def measure(llm: Any, runner: Any, model: Any, steps: int, requests: int) -> Errors:
-    """Run `requests` requests at once, evaluate the reference, and compare."""
-    sizes = lengths(requests)
-    found = forced_logits(llm, runner, sizes, steps)
-    device = found[0].device
-    hidden = reference(model, [sequence(request, size, steps).to(device) for request, size in enumerate(sizes)])
-    relative, kl = [], []
-    for logits, rows, size in zip(found, hidden, sizes, strict=True):
-        one = [
-            _compare_logits(part, head(model, of))
-            for part, of in zip(torch.split(logits, LOGIT_ROWS), torch.split(rows[size - 1 :], LOGIT_ROWS), strict=True)
-        ]
-        relative.append([each for part, _ in one for each in part])
-        kl.append([each for _, part in one for each in part])
-    return {"relative": relative, "kl": kl}
+    """Run `requests` requests, a group after the other, evaluate the reference, and compare."""
+    errors: Errors = {"relative": [], "kl": []}
+    for numbers in groups(requests):
+        sizes = lengths(len(numbers))
+        found = forced_logits(llm, runner, sizes, steps, first=numbers.start)
+        device = found[0].device
+        hidden = reference(
+            model, [sequence(number, size, steps).to(device) for number, size in zip(numbers, sizes, strict=True)]
+        )
+        for logits, rows, size in zip(found, hidden, sizes, strict=True):
+            one = [
+                _compare_logits(part, head(model, of))
+                for part, of in zip(torch.split(logits, LOGIT_ROWS), torch.split(rows[size - 1 :], LOGIT_ROWS), strict=True)
+            ]
+            errors["relative"].append([each for part, _ in one for each in part])
+            errors["kl"].append([each for _, part in one for each in part])
+    return errors
 
 
 def _compare_logits(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[float], list[float]]:
@@ -149,11 +158,12 @@ class _Around:
 
 
 def forced_logits(
-    llm: Any, runner: Any, sizes: Sequence[int], steps: int, order: Sequence[int] | None = None
+    llm: Any, runner: Any, sizes: Sequence[int], steps: int, order: Sequence[int] | None = None, first: int = 0
 ) -> list[torch.Tensor]:
     """Logits [steps, vocabulary] of each request, all of which run at once; `sizes` are the prompts' tokens, all different.
 
     order  in which the requests are given to the engine, and so lie in its batches
+    first  number of the first request
     """
     from vllm import SamplingParams
 
@@ -176,7 +186,7 @@ def forced_logits(
     try:
         sampling = SamplingParams(max_tokens=steps, ignore_eos=True, detokenize=False, temperature=0.0)
         order = range(len(sizes)) if order is None else order
-        prompts = [{"prompt_token_ids": prompt(request, sizes[request])} for request in order]
+        prompts = [{"prompt_token_ids": prompt(first + request, sizes[request])} for request in order]
         outputs = llm.generate(prompts, sampling, use_tqdm=False)
     finally:
         runner.sampler = sampler

@@ -81,7 +81,7 @@ def add_serve_parser(kinds: Any) -> None:
     add("--layers", metavar="N", type=numbers.whole, help="fewer layers than the model has")
     add("--profile", metavar="N,N", type=numbers.sizes, default=(), help="batches whose host parts and GPU time are taken")
     add("--logits", metavar="N", type=numbers.whole, default=0, help="compare the logits of N steps with float32 (default: 0)")
-    add("--requests", metavar="N", type=numbers.whole, default=32, help="requests of --logits, at most 64 (default: 32)")
+    add("--requests", metavar="N", type=numbers.whole, default=32, help="requests of --logits, 32 at once (default: 32)")
     add("--json", metavar="FILE", type=Path, help="write the result as JSON")
     add("--plot", metavar="FILE.png", type=Path, help="draw ms by batch, to the first token, and start-up (needs matplotlib)")
     add("--logs", metavar="DIR", type=Path, help="write what each engine says to DIR/MODE.log")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import archive
+from .. import archive, embedded
 from ..errors import HdispatchError
 from ..opspec import KEY_SYMBOLS, OpSpec
 from . import kernels, numbers
@@ -32,6 +32,7 @@ of the bundle's manifest, which `hdispatch.load(DIR, sha256=…)` takes.
   hdispatch build --ops rms_norm_dynamic_per_token_quant --target h100 --out b
   hdispatch build --kernels my_kernels --out b                        ops outside of hdispatch: a folder, or a package
   hdispatch build --record kernels.jsonl --target h100 --out b        the Triton kernels that `hdispatch record` saw
+  hdispatch build --record kernels.jsonl --onto b --out both          the same, with all rows of a bundle that is there
   hdispatch build --shapes K=4096,N=12288 --variants bfloat16 --out b part of the shapes and variants
 """
 
@@ -81,6 +82,15 @@ def add_parser(commands: Any) -> None:
         default=[],
         help="the Triton kernels of a recording (hdispatch record), and no ops but those of --ops; may be given again",
     )
+    parser.add_argument(
+        "--onto",
+        metavar="BUNDLE",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        help="with --record: the bundle whose rows are taken as they are, for its GPU (default: $HDISPATCH_BUNDLE, else the "
+        "installation's own)",
+    )
     parser.add_argument("--variants", metavar="V,W", help="only these variants, e.g. bfloat16,bfloat16+residual (default: all)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=run)
@@ -96,6 +106,8 @@ def run(arguments: argparse.Namespace) -> int:
         from ..compile import Selection, build
     if arguments.shapes and arguments.models:
         raise HdispatchError("--shapes and --models both say which sizes get rows; give one of them")
+    if arguments.onto is not None:
+        return _run_onto(arguments)
     choose_shapes = _choose_shapes(parse_shapes(arguments.shapes)) if arguments.shapes else None
     if arguments.models is not None:
         choose_shapes = _with_models(split(arguments.models) or [], arguments.tensor_parallel)
@@ -117,6 +129,34 @@ def run(arguments: argparse.Namespace) -> int:
         )
     finally:
         progress.finish()
+    return _finish(arguments, report)
+
+
+def _run_onto(arguments: argparse.Namespace) -> int:
+    """Add recorded kernels to a bundle that is there."""
+    if not arguments.record:
+        raise HdispatchError("--onto takes the rows of a bundle as they are and adds recorded kernels: give --record FILE")
+    chosen = {name: getattr(arguments, name) for name in ("ops", "kernels", "shapes", "models", "variants")}
+    chosen["target"] = None if arguments.target == "auto" else arguments.target
+    if given := [f"--{name}" for name, value in chosen.items() if value]:
+        raise HdispatchError(f"--onto takes the rows of a bundle as they are, for its GPU; it takes no {', '.join(given)}")
+    with build_wing():
+        from ..compile import build_onto
+    import torch
+
+    here = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    base = arguments.onto if arguments.onto.parts else embedded.choose(here)
+    progress = Progress()
+    try:
+        report = build_onto(
+            base, arguments.record, arguments.out, jobs=arguments.jobs, cache=arguments.cache, progress=progress
+        )
+    finally:
+        progress.finish()
+    return _finish(arguments, report)
+
+
+def _finish(arguments: argparse.Namespace, report: BuildReport) -> int:
     if arguments.archive:
         archive.pack(arguments.out, arguments.archive)
     if arguments.json:

@@ -167,15 +167,15 @@ def totals(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
 def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[int]) -> str:
     """The bundle and the chosen rows as text."""
     target = manifest["target"]
-    tools = ", ".join(f"{name} {version}" for name, version in manifest["tools"].items())
     counts = {op: sum(manifest["rows"][number]["op"] == op for number in numbers) for op in manifest["ops"]}
     shared = size(target["shared_memory"])
     lines = [
         f"{folder}: every checksum holds",
         f"sha256  {sha256}",
         f"target  {target['name']}: {target['arch']}, {target['sm_count']} SMs, {shared} shared memory per block",
-        f"tools   hdispatch {manifest['hdispatch']}, {tools}",
+        f"tools   hdispatch {manifest['hdispatch']}, {_tools(manifest['tools'])}",
         *(f"op      {manifest['ops'][op]['schema']}: {count(rows, 'row')}" for op, rows in counts.items() if rows),
+        *([f"        recorded kernels: {_tools(manifest['recorded_tools'])}"] if "recorded_tools" in manifest else []),
         *(f"triton  {kernel}: {count(each, 'recorded specialization')}" for kernel, each in _recorded(manifest).items()),
         "",
         table(HEADER, [_cells(_row_facts(manifest, number)) for number in numbers], left=4),
@@ -183,6 +183,10 @@ def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[in
         describe_totals(totals(manifest, numbers)),
     ]
     return "\n".join(lines)
+
+
+def _tools(versions: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _recorded(manifest: Manifest) -> Counter[str]:

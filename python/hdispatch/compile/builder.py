@@ -9,18 +9,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ..errors import BuildError
-from ..manifest import artifacts_of
+from ..manifest import artifacts_of, read_files
 from ..opspec import OpSpec
 from . import configs, op_package, store
 from .build_unit import Built, BuiltEntry, Unit
 from .default_configs import first_candidates
-from .freeze import Entry, freeze
+from .freeze import Entry, Frozen, freeze, freeze_onto
 from .measurements import Measurements
 from .op_package import OpPackage
 from .out import check_out
 from .pool import Pool, checked_jobs
 from .recorded_kernels import RecordedKernels, build_recorded
-from .target import GpuTarget, resolve
+from .target import GpuTarget, of_manifest, resolve
 from .versions import missing, tool_versions
 
 #: The shape of a row and its bucket.
@@ -128,6 +128,37 @@ def build(
         recorded=recorded.entries,
         recorded_tools=recorded.tools,
     )
+    return _reported(report, frozen, recorded, where, start)
+
+
+def build_onto(
+    base: Path,
+    record: Sequence[Path],
+    out: Path,
+    *,
+    jobs: int | None = None,
+    cache: Path | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BuildReport:
+    """Builds the bundle `out`: all of the bundle `base`, and the Triton kernels of recordings, for the GPU that it is for.
+
+    The rows may come from elsewhere, as a wheel's do: the recorded kernels are compiled with the Triton that is installed here.
+    Other arguments and errors: see `build`. BundleError if `base` is no whole bundle.
+    """
+    start = time.monotonic()
+    count = checked_jobs(jobs)
+    check_out(out)
+    there = read_files(base)
+    gpu = of_manifest(there.manifest["target"])
+    where = store.Store(cache if cache is not None else store.default_root())
+    with Pool(gpu, where.root) as workers:
+        recorded = build_recorded(record, gpu, where, workers, count, progress)
+    frozen = freeze_onto(there, recorded.entries, recorded.tools, where, out)
+    return _reported(BuildReport(out, gpu), frozen, recorded, where, start)
+
+
+def _reported(report: BuildReport, frozen: Frozen, recorded: RecordedKernels, where: store.Store, start: float) -> BuildReport:
+    """The report of a bundle that is written."""
     report.notes += recorded.notes()
     report.recorded, report.cache_hits = len(recorded.entries), report.cache_hits + recorded.cached
     report.notes += [f"the cache file {path} was damaged and has been rebuilt" for path in where.damaged]

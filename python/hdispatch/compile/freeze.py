@@ -18,6 +18,7 @@ from ..manifest import (
     LIBRARY,
     MANIFEST_NAME,
     SCHEMA_VERSION,
+    BundleFiles,
     Cubin,
     FileEntry,
     Manifest,
@@ -108,14 +109,44 @@ def freeze(
     if LIBRARY in files:
         manifest["host"] = host.describe()
     if recorded:
-        ordered = sorted(recorded, key=lambda each: (each["kernel"], each["source_hash"], each["key"]))
-        manifest["recorded"] = [{**each, "file": _artifact(each["file"])} for each in ordered]
+        manifest["recorded"] = _recorded(recorded)
+        manifest["recorded_tools"] = dict(recorded_tools or {})
+    return _write(out, manifest, contents, beside)
+
+
+def freeze_onto(
+    base: BundleFiles, recorded: Sequence[Recorded], recorded_tools: Mapping[str, str], store: Store, out: Path
+) -> Frozen:
+    """Writes the bundle `out`: all of `base`, and recorded Triton kernels in the place of those that it has, if any.
+
+    Its rows stay what another build made, with whatever tools. `recorded`, `recorded_tools` and the errors: see `freeze`.
+    """
+    check_out(out)
+    manifest: Manifest = {**base.manifest, "recorded": _recorded(recorded), "recorded_tools": dict(recorded_tools)}
+    kept = {file for record in manifest["records"] for file in artifacts_of(record)}
+    contents = {name: data for name, data in base.contents.items() if name in kept} | _recorded_contents(recorded, store)
+    manifest["files"] = {name: {"sha256": digest(data), "size": len(data)} for name, data in sorted(contents.items())}
+    return _write(out, manifest, contents)
+
+
+def _write(
+    out: Path,
+    manifest: Manifest,
+    contents: dict[str, bytes],
+    beside: Callable[[Manifest, str], Mapping[str, bytes]] | None = None,
+) -> Frozen:
     text = manifest_text(manifest)
     sha256 = digest(text)
     contents |= {MANIFEST_NAME: text, CHECKSUM_NAME: checksum_line(text)}
     contents |= beside(manifest, sha256) if beside else {}
     write(out, lambda fresh: _fill(fresh, contents))
     return Frozen(manifest, sha256, sum(map(len, contents.values())))
+
+
+def _recorded(entries: Sequence[Recorded]) -> list[Recorded]:
+    """The recorded kernels as a manifest has them."""
+    ordered = sorted(entries, key=lambda each: (each["kernel"], each["source_hash"], each["key"]))
+    return [{**each, "file": _artifact(each["file"])} for each in ordered]
 
 
 def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:

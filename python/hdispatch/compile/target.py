@@ -95,6 +95,19 @@ def resolve(target: str | GpuTarget) -> GpuTarget:
     return DESCRIBED[target]
 
 
+def of_manifest(target: Target) -> GpuTarget:
+    """The GPU that a bundle is for: described, or the one that is here. BuildError if it is neither."""
+    known = [DESCRIBED[target["name"]]] if target["name"] in DESCRIBED else []
+    known += [present()] if torch.cuda.is_available() else []
+    for each in known:
+        if each.manifest() == target:
+            return each
+    raise BuildError(
+        f"the bundle is for {target['name']} ({target['arch']}, {target['sm_count']} SMs), which is not described and not "
+        "here; build on a machine that has one"
+    )
+
+
 def present() -> GpuTarget:
     """The first CUDA device of this process. BuildError if there is none."""
     if not torch.cuda.is_available():
