@@ -105,25 +105,30 @@ at::Tensor empty_tensor(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::S
   return made;
 }
 
-double bench_empty_ns(PyObject* object, std::string_view stage, uint32_t count) {
+double bench_empty_ns(PyObject* object, std::string_view stage, uint32_t count, PyObject* before,
+                      const std::vector<PyObject*>& args) {
   if (!THPVariable_Check(object)) fail(Fault::kCaller, "like is a ", Py_TYPE(object)->tp_name, "; give a tensor");
   const at::Tensor& like = THPVariable_Unpack(object);
   const auto make = [&] { return empty_tensor(like.sizes(), like.scalar_type(), like.device()); };
   c10::Allocator* allocator = make().storage().allocator();
-  const auto time = [count](const auto& once) {
+  const auto drop = [](PyObject* made) {
+    if (!made) throw python_error();
+    Py_DECREF(made);
+  };
+  const auto time = [&](const auto& once) {
     const auto begin = std::chrono::steady_clock::now();
-    for (uint32_t i = 0; i < count; ++i) once();
+    for (uint32_t i = 0; i < count; ++i) {
+      if (before) drop(PyObject_Vectorcall(before, args.data(), args.size(), nullptr));
+      once();
+    }
     const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - begin;
     return taken.count() / count;
   };
+  if (stage == "nothing") return time([] {});
   if (stage == "allocator") return time([&] { allocate_bytes(allocator, like.nbytes(), like.device()); });
   if (stage == "tensor") return time(make);
-  if (stage != "wrapped") fail(Fault::kCaller, "stage: ", stage, "; give allocator, tensor or wrapped");
-  return time([&] {
-    PyObject* wrapped = THPVariable_Wrap(make());
-    if (!wrapped) throw python_error();
-    Py_DECREF(wrapped);
-  });
+  if (stage == "wrapped") return time([&] { drop(THPVariable_Wrap(make())); });
+  fail(Fault::kCaller, "stage: ", stage, "; give nothing, allocator, tensor or wrapped");
 }
 
 }  // namespace hdispatch

@@ -11,6 +11,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <string_view>
+#include <vector>
 
 namespace hdispatch {
 
@@ -19,9 +20,11 @@ at::Tensor empty_tensor(c10::IntArrayRef sizes, c10::ScalarType type, c10::Devic
 /// The same with strides of the caller's, as many as sizes.
 at::Tensor empty_tensor(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::ScalarType type, c10::Device device);
 
-/// ns that a stage of making a tensor like `like` takes, and of dropping it, of a C loop of `count`: "allocator", its
-/// memory alone; "tensor", with torch's tensor around it; "wrapped", with the Python object too. The GIL is held.
-/// Throws kCaller where `like` is no tensor.
-double bench_empty_ns(PyObject* like, std::string_view stage, uint32_t count);
+/// ns of one turn of a C loop of `count`: a call of `before` (null: none) whose result is dropped, then a stage of
+/// making a tensor like `like`, and of dropping it: "nothing"; "allocator", its memory alone; "tensor", with torch's
+/// tensor around it; "wrapped", with the Python object too. After a launch the pieces cost more than in a loop of their
+/// own. The GIL is held. Throws kCaller where `like` is no tensor.
+double bench_empty_ns(PyObject* like, std::string_view stage, uint32_t count, PyObject* before = nullptr,
+                      const std::vector<PyObject*>& args = {});
 
 }  // namespace hdispatch

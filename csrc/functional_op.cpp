@@ -12,6 +12,7 @@
 
 #include "empty_tensor.h"
 #include "op_arguments.h"
+#include "profiler.h"
 #include "python_errors.h"
 #include "tensor_view.h"
 
@@ -48,46 +49,50 @@ bool declared_size(const ArgSpec& arg, const at::Tensor& tensor, uint32_t d, Int
   return true;
 }
 
-/// An argument, for what is computed of it; null if it is no tensor.
-using GetTensor = const at::Tensor* (*)(const void* arguments, size_t index);
-using GetInteger = int64_t (*)(const void* arguments, size_t index);
-
-struct Arguments {
-  const void* given;
-  GetTensor tensor;
-  GetInteger integer;
-};
-
-/// The value of a symbol: the dimension that binds it. False if that tensor cannot be as declared.
-template <typename Int>
-bool symbol_of(const Op& op, const Arguments& arguments, uint8_t symbol, Int& out) {
-  for (size_t i = 0; i < op.args().size(); ++i) {
-    const ArgSpec& arg = op.args()[i];
-    for (uint32_t d = 0; arg.is_tensor() && d < arg.dims.size(); ++d) {
-      const Dim& dim = arg.dims[d];
-      if (!dim.binds || dim.symbol != symbol) continue;
-      const at::Tensor* tensor = arguments.tensor(arguments.given, i);
-      if (!tensor || !declared_size(arg, *tensor, d, out)) return false;
-      if (dim.factor != 1) out = out / Int(dim.factor);
-      return true;
-    }
+/// The value of a returned tensor's dimension. False if the tensor that it follows cannot be as declared. `Arguments`
+/// gives what a call brought, by index: `tensor`, null if it is none, and `integer`.
+template <typename Int, typename Arguments>
+bool compute_size(const Op& op, const ReturnedDim& dim, const Arguments& arguments, Int& size) {
+  size = Int(1);
+  if (dim.argument >= 0) {
+    const auto index = static_cast<size_t>(dim.argument);
+    const at::Tensor* tensor = arguments.tensor(index);
+    if (!tensor || !declared_size(op.args()[index], *tensor, dim.dimension, size)) return false;
+    if (dim.unit != 1) size = size / Int(dim.unit);
   }
-  return false;
-}
-
-template <typename Int>
-bool sizes_of(const Op& op, const ArgSpec& arg, const Arguments& arguments, c10::SmallVector<Int, kMaxRank>& sizes) {
-  for (const Dim& dim : arg.dims) {
-    Int size(1);
-    if (dim.symbol < kSymbols && !symbol_of(op, arguments, dim.symbol, size)) return false;
-    size = size * Int(dim.factor);
-    const int64_t by =
-        dim.divisor_arg < 0 ? dim.divisor : arguments.integer(arguments.given, static_cast<size_t>(dim.divisor_arg));
-    if (by < 1) return false;
-    sizes.push_back(by == 1 ? size : (size + Int(by - 1)) / Int(by));
-  }
+  if (dim.factor != 1) size = size * Int(dim.factor);
+  const int64_t by = dim.divisor_arg < 0 ? dim.divisor : arguments.integer(static_cast<size_t>(dim.divisor_arg));
+  if (by < 1) return false;
+  if (by != 1) size = (size + Int(by - 1)) / Int(by);
   return true;
 }
+
+/// Of a call that cannot be right all are 0: the op then says what is wrong.
+template <typename Int, typename Arguments>
+void sizes_of(const Op& op, const ReturnedTensor& output, const Arguments& arguments, Int* sizes) {
+  for (size_t i = 0; i < output.dims.size(); ++i) {
+    if (HD_LIKELY(compute_size(op, output.dims[i], arguments, sizes[i]))) continue;
+    std::fill(sizes, sizes + output.dims.size(), Int(0));
+    return;
+  }
+}
+
+template <typename Arguments>
+c10::ScalarType type_of(const ReturnedTensor& output, const Arguments& arguments) {
+  const at::Tensor* source = output.dtype_of < 0 ? nullptr : arguments.tensor(static_cast<size_t>(output.dtype_of));
+  return source ? source->scalar_type() : output.dtype;
+}
+
+template <typename Arguments>
+c10::Device device_of(const FunctionalObject* self, const Arguments& arguments) {
+  for (size_t i = 0; i < self->given; ++i) {
+    if (!self->out->op->args()[i].is_tensor()) continue;
+    if (const at::Tensor* tensor = arguments.tensor(i)) return tensor->device();
+  }
+  return c10::Device(c10::DeviceType::CPU);
+}
+
+// ---- what is returned, from the declaration ----
 
 c10::ScalarType scalar_type_of(DType dtype) {
   for (size_t i = 0; i < kDTypeOf.size(); ++i)
@@ -95,47 +100,60 @@ c10::ScalarType scalar_type_of(DType dtype) {
   fail(Fault::kInternal, "no type of torch's is ", static_cast<int>(dtype));
 }
 
-c10::ScalarType type_of(const ArgSpec& arg, const Arguments& arguments) {
-  if (arg.dtype_of >= 0) {
-    const at::Tensor* source = arguments.tensor(arguments.given, static_cast<size_t>(arg.dtype_of));
-    if (source) return source->scalar_type();
+/// The dimension that gives a symbol its value, in an argument that the caller gives.
+ReturnedDim find_symbol(const Op& op, size_t given, uint8_t symbol) {
+  for (size_t i = 0; i < given; ++i) {
+    const ArgSpec& arg = op.args()[i];
+    for (uint32_t d = 0; arg.is_tensor() && d < arg.dims.size(); ++d) {
+      const Dim& dim = arg.dims[d];
+      if (dim.binds && dim.symbol == symbol)
+        return {.argument = static_cast<int>(i), .dimension = d, .unit = dim.factor};
+    }
   }
-  return scalar_type_of(arg.dtypes[0]);
+  HD_CHECK_BUNDLE(false, op.name(), ": no argument gives ", kSymbolNames[symbol], " its value");
 }
 
-c10::Device device_of(const Op& op, const Arguments& arguments) {
-  for (size_t i = 0; i < op.args().size(); ++i) {
-    if (!op.args()[i].is_tensor()) continue;
-    const at::Tensor* tensor = arguments.tensor(arguments.given, i);
-    if (tensor) return tensor->device();
+ReturnedTensor describe_output(const Op& op, size_t given, const ArgSpec& arg) {
+  const ArgSpec* typed = &arg;  // another returned tensor's dtype is that one's
+  while (typed->dtype_of >= static_cast<int>(given)) typed = &op.args()[static_cast<size_t>(typed->dtype_of)];
+  ReturnedTensor made{{}, scalar_type_of(typed->dtypes[0]), typed->dtype_of, arg.is_zeroed};
+  for (const Dim& dim : arg.dims) {
+    ReturnedDim& out =
+        made.dims.emplace_back(dim.symbol < kSymbols ? find_symbol(op, given, dim.symbol) : ReturnedDim{});
+    out.factor = dim.factor;
+    out.divisor = dim.divisor;
+    out.divisor_arg = dim.divisor_arg;
   }
-  return c10::Device(c10::DeviceType::CPU);
+  return made;
 }
 
 // ---- allocating ----
 
-/// One returned tensor. A call that cannot be right gets one without elements: the op then says what is wrong.
-at::Tensor make_output(const Op& op, const ArgSpec& arg, const Arguments& arguments) {
-  c10::SmallVector<int64_t, kMaxRank> sizes;
-  if (HD_UNLIKELY(!sizes_of(op, arg, arguments, sizes))) sizes.assign(arg.dims.size(), 0);
-  at::Tensor made = empty_tensor({sizes.data(), sizes.size()}, type_of(arg, arguments), device_of(op, arguments));
-  if (arg.is_zeroed) made.zero_();
+template <typename Arguments>
+at::Tensor make_output(const FunctionalObject* self, const ReturnedTensor& output, const Arguments& arguments) {
+  int64_t sizes[kMaxRank];
+  sizes_of(*self->out->op, output, arguments, sizes);
+  at::Tensor made = empty_tensor({sizes, output.dims.size()}, type_of(output, arguments), device_of(self, arguments));
+  if (HD_UNLIKELY(output.is_zeroed)) made.zero_();
   return made;
 }
 
 // ---- the vectorcall door ----
 
-const at::Tensor* tensor_in(const void* arguments, size_t index) {
-  PyObject* object = static_cast<PyObject* const*>(arguments)[index];
-  return object && THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
-}
+struct PythonArguments {
+  PyObject* const* given;
 
-int64_t integer_in(const void* arguments, size_t index) {
-  PyObject* object = static_cast<PyObject* const*>(arguments)[index];
-  const int64_t value = PyLong_Check(object) ? PyLong_AsLongLong(object) : 0;
-  if (value == -1 && PyErr_Occurred()) PyErr_Clear();
-  return value;
-}
+  const at::Tensor* tensor(size_t index) const {
+    PyObject* object = given[index];
+    return object && THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+  }
+  int64_t integer(size_t index) const {
+    PyObject* object = given[index];
+    const int64_t value = PyLong_Check(object) ? PyLong_AsLongLong(object) : 0;
+    if (value == -1 && PyErr_Occurred()) PyErr_Clear();
+    return value;
+  }
+};
 
 /// Whether torch has to see the call first: tensors that are not plain.
 bool is_for_torch(const Op& op, PyObject* const* args, size_t given) {
@@ -152,12 +170,16 @@ bool is_for_torch(const Op& op, PyObject* const* args, size_t given) {
 }
 
 /// The returned tensors as Python objects, owned; only as many entries as there are outputs are touched.
-struct Made {
+struct Wrapped {
   PyObject* objects[kMaxArgs];
   size_t count = 0;
 
-  ~Made() {
+  ~Wrapped() {
     for (size_t i = 0; i < count; ++i) Py_DECREF(objects[i]);
+  }
+  PyObject* add(PyObject* object) {
+    if (HD_UNLIKELY(!object)) throw python_error();
+    return objects[count++] = object;
   }
   /// What the call returns: the one, or a tuple. Gives them away.
   PyObject* release() {
@@ -170,34 +192,70 @@ struct Made {
   }
 };
 
-/// `args`: all arguments; those that are returned are there, or null.
+/// A call that gives what is otherwise returned.
 PyObject* call_with_outputs(const FunctionalObject* self, PyObject** args) {
   const OpObject* out = self->out;
-  const Op& op = *out->op;
-  const size_t count = op.args().size();
-  const Arguments arguments{args, &tensor_in, &integer_in};
-  Made made;
-  for (size_t i = self->given; i < count; ++i) {
-    PyObject* object = args[i] ? Py_NewRef(args[i]) : THPVariable_Wrap(make_output(op, op.args()[i], arguments));
-    if (HD_UNLIKELY(!object)) throw python_error();
-    args[i] = made.objects[made.count++] = object;
-  }
+  const size_t count = out->op->args().size();
+  Wrapped wrapped;
+  for (size_t i = self->given; i < count; ++i) wrapped.add(Py_NewRef(args[i]));
   PyObject* done = out->vectorcall(const_cast<PyObject*>(reinterpret_cast<const PyObject*>(out)), args, count, nullptr);
   if (HD_UNLIKELY(!done)) return nullptr;
   Py_DECREF(done);
-  return made.release();
+  return wrapped.release();
+}
+
+/// A call that is none of the usual: torch's, profiled, or wrong, which the op says.
+HD_COLD PyObject* call_otherwise(const FunctionalObject* self, PyObject** args) {
+  if (is_for_torch(*self->out->op, args, self->given))
+    return PyObject_Vectorcall(self->torch_op, args, self->given, nullptr);
+  Wrapped wrapped;
+  for (size_t i = 0; i < self->outputs->size(); ++i)
+    args[self->given + i] =
+        wrapped.add(THPVariable_Wrap(make_output(self, (*self->outputs)[i], PythonArguments{args})));
+  return call_with_outputs(self, args);
+}
+
+/// A launch that was not: the fallback writes what is returned, if it may.
+HD_COLD PyObject* call_missed(const FunctionalObject* self, PyObject** args, const Call& call, Outcome outcome,
+                              const Dispatch& found, c10::ArrayRef<at::Tensor> made) {
+  Wrapped wrapped;
+  for (size_t i = 0; i < made.size(); ++i) args[self->given + i] = wrapped.add(THPVariable_Wrap(made[i]));
+  miss(*self->out->op, call, outcome, found);
+  PyObject* done = call_fallback(self->out, args);
+  if (!done) return nullptr;
+  Py_DECREF(done);
+  fell_back(*self->out->op, outcome);
+  return wrapped.release();
+}
+
+/// Allocates, launches, and only then makes Python objects: the GPU does not wait for them.
+PyObject* call_allocating(const FunctionalObject* self, PyObject** args) {
+  const Op& op = *self->out->op;
+  Call call;  // deliberately not initialised: every entry that is read is written
+  if (HD_UNLIKELY(!no_modes() || is_profiled() || !fill_call(op, args, self->given, call)))
+    return call_otherwise(self, args);
+  c10::SmallVector<at::Tensor, 2> made;
+  for (const ReturnedTensor& output : *self->outputs) {
+    made.push_back(make_output(self, output, PythonArguments{args}));
+    view_of(made.back(), true, call.tensors[self->given + made.size() - 1]);
+  }
+  const TableReader reader;
+  Dispatch found;
+  const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found, &kGil);
+  if (HD_UNLIKELY(!is_done(outcome))) return call_missed(self, args, call, outcome, found, made);
+  Wrapped wrapped;
+  for (at::Tensor& each : made) wrapped.add(THPVariable_Wrap(std::move(each)));
+  return wrapped.release();
 }
 
 PyObject* call_functional(const FunctionalObject* self, PyObject** args) {
   const Op& op = *self->out->op;
   const bool gives_outputs = args[self->given] != nullptr;
   for (size_t i = self->given; i < op.args().size(); ++i)
-    if ((args[i] != nullptr) != gives_outputs)
+    if (HD_UNLIKELY((args[i] != nullptr) != gives_outputs))
       fail(Fault::kCaller, op.name(), ": ", op.args()[i].name, gives_outputs ? " is missing" : " is given",
            "; give all of ", "the tensors that it returns, or none: ", op.schema());
-  if (HD_UNLIKELY(!gives_outputs && is_for_torch(op, args, self->given)))
-    return PyObject_Vectorcall(self->torch_op, args, self->given, nullptr);
-  return call_with_outputs(self, args);
+  return gives_outputs ? call_with_outputs(self, args) : call_allocating(self, args);
 }
 
 PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
@@ -207,12 +265,11 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
   try {
     if (HD_LIKELY(positional == self->given && !keyword_names)) {
       std::copy(args, args + positional, all);
-      std::fill(all + positional, all + self->out->op->args().size(), nullptr);
-    } else {
-      const std::vector<PyObject*> gathered = gather_arguments(*self->out->op, args, positional, keyword_names);
-      for (size_t i = 0; i < gathered.size(); ++i)
-        all[i] = i >= self->given && gathered[i] == Py_None ? nullptr : gathered[i];
+      return call_allocating(self, all);
     }
+    const std::vector<PyObject*> gathered = gather_arguments(*self->out->op, args, positional, keyword_names);
+    for (size_t i = 0; i < gathered.size(); ++i)
+      all[i] = i >= self->given && gathered[i] == Py_None ? nullptr : gathered[i];
     return call_functional(self, all);
   } catch (...) {
     set_python_error();
@@ -222,16 +279,14 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
 
 // ---- the torch door ----
 
-const at::Tensor* tensor_on(const void* arguments, size_t index) {
-  const auto& [values, given] = *static_cast<const std::pair<const c10::IValue*, size_t>*>(arguments);
-  return index < given && values[index].isTensor() && values[index].toTensor().defined() ? &values[index].toTensor()
-                                                                                         : nullptr;
-}
+struct StackArguments {
+  const c10::IValue* values;
 
-int64_t integer_on(const void* arguments, size_t index) {
-  const auto& [values, given] = *static_cast<const std::pair<const c10::IValue*, size_t>*>(arguments);
-  return index < given && values[index].isInt() ? values[index].toInt() : 0;
-}
+  const at::Tensor* tensor(size_t index) const {
+    return values[index].isTensor() && values[index].toTensor().defined() ? &values[index].toTensor() : nullptr;
+  }
+  int64_t integer(size_t index) const { return values[index].isInt() ? values[index].toInt() : 0; }
+};
 
 /// Allocates, and goes on to the op that takes what it returns: below, which checks, refuses gradients and serves.
 class FunctionalKernel final : public c10::OperatorKernel {
@@ -240,12 +295,10 @@ class FunctionalKernel final : public c10::OperatorKernel {
       : self_(self), out_(std::move(out)), is_meta_(is_meta) {}
 
   void operator()(const c10::OperatorHandle&, c10::DispatchKeySet, torch::jit::Stack* stack) {
-    const Op& op = *self_->out->op;
-    const std::pair<const c10::IValue*, size_t> given{stack->data() + (stack->size() - self_->given), self_->given};
-    const Arguments arguments{&given, &tensor_on, &integer_on};
+    const StackArguments arguments{stack->data() + (stack->size() - self_->given)};
     std::vector<at::Tensor> made;
-    for (size_t i = self_->given; i < op.args().size(); ++i)
-      made.push_back(is_meta_ ? make_meta(op.args()[i], arguments) : make_output(op, op.args()[i], arguments));
+    for (const ReturnedTensor& output : *self_->outputs)
+      made.push_back(is_meta_ ? make_meta(output, arguments) : make_output(self_, output, arguments));
     for (const at::Tensor& each : made) stack->emplace_back(each);
     out_.callBoxed(stack);
     for (at::Tensor& each : made) stack->emplace_back(std::move(each));
@@ -253,12 +306,12 @@ class FunctionalKernel final : public c10::OperatorKernel {
 
  private:
   /// With sizes that may be symbolic, on the device of the others, which say that they are on meta here.
-  at::Tensor make_meta(const ArgSpec& arg, const Arguments& arguments) const {
-    const Op& op = *self_->out->op;
-    c10::SmallVector<c10::SymInt, kMaxRank> sizes;
-    if (!sizes_of(op, arg, arguments, sizes)) sizes.assign(arg.dims.size(), c10::SymInt(0));
-    return at::empty_symint(c10::SymIntArrayRef(sizes.data(), sizes.size()),
-                            at::TensorOptions().dtype(type_of(arg, arguments)).device(device_of(op, arguments)));
+  at::Tensor make_meta(const ReturnedTensor& output, const StackArguments& arguments) const {
+    std::array<c10::SymInt, kMaxRank> sizes;
+    sizes_of(*self_->out->op, output, arguments, sizes.data());
+    const c10::Device device = device_of(self_, arguments);
+    return at::empty_symint(c10::SymIntArrayRef(sizes.data(), output.dims.size()),
+                            at::TensorOptions().dtype(type_of(output, arguments)).device(device));
   }
 
   const FunctionalObject* self_;
@@ -326,6 +379,8 @@ FunctionalObject* make_functional(PyObject* type, const OpObject* out, const std
   self->vectorcall = vectorcall;
   self->out = out;
   self->given = given;
+  self->outputs = new std::vector<ReturnedTensor>;
+  for (size_t i = given; i < args.size(); ++i) self->outputs->push_back(describe_output(*out->op, given, args[i]));
   self->torch_op = Py_NewRef(out->torch_op);
   self->schema = PyUnicode_FromString(schema.c_str());
   if (!self->schema) throw python_error();

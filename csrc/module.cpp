@@ -338,10 +338,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("bench_function", &bench_function);
   m.def(
       "bench_empty_ns",
-      [](const py::object& like, const std::string& stage, uint32_t count) {
-        return bench_empty_ns(like.ptr(), stage, count);
+      [](const py::object& like, const std::string& stage, uint32_t count, const py::object& before,
+         const py::tuple& args) {
+        std::vector<PyObject*> given;
+        for (const auto& arg : args) given.push_back(arg.ptr());
+        return bench_empty_ns(like.ptr(), stage, count, before.is_none() ? nullptr : before.ptr(), given);
       },
-      py::arg("like"), py::arg("stage"), py::arg("count"));
+      py::arg("like"), py::arg("stage"), py::arg("count"), py::arg("before") = py::none(),
+      py::arg("args") = py::tuple());
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));
   m.def(
       "key_hash",

@@ -102,8 +102,8 @@ void take_text(const Op& op, const ArgSpec& arg, PyObject* object, Call& call, s
   call.integers[i] = arg.position(call.texts[i]);
 }
 
-HD_COLD void refuse_grad(const Op& op, PyObject* const* args) {
-  for (size_t i = 0; i < op.args().size(); ++i)
+HD_COLD void refuse_grad(const Op& op, PyObject* const* args, size_t count) {
+  for (size_t i = 0; i < count; ++i)
     if (op.args()[i].is_tensor() && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
       requires_grad(op, op.args()[i]);
 }
@@ -231,9 +231,13 @@ PyObject* get_doc(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<OpO
 
 }  // namespace
 
-bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad) {
-  const std::vector<ArgSpec>& specs = op.args();
-  for (size_t i = 0; i < specs.size(); ++i) {
+namespace {
+
+/// Inlined into both callers: their loops are of the hot path.
+__attribute__((always_inline)) inline bool read_first(const Op& op, PyObject* const* args, size_t count, Call& call,
+                                                      bool& grad) {
+  const ArgSpec* specs = op.args().data();
+  for (size_t i = 0; i < count; ++i) {
     const ArgSpec& arg = specs[i];
     PyObject* object = args[i];
     if (arg.is_tensor()) {
@@ -252,10 +256,16 @@ bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad)
   return true;
 }
 
-bool fill_call(const Op& op, PyObject* const* args, Call& call) {
+}  // namespace
+
+bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad) {
+  return read_first(op, args, op.args().size(), call, grad);
+}
+
+bool fill_call(const Op& op, PyObject* const* args, size_t count, Call& call) {
   bool grad = false;
-  if (HD_UNLIKELY(!read_arguments(op, args, call, grad))) return false;
-  if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) refuse_grad(op, args);
+  if (HD_UNLIKELY(!read_first(op, args, count, call, grad))) return false;
+  if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) refuse_grad(op, args, count);
   return true;
 }
 

@@ -60,8 +60,11 @@ void set_traced_call(PyObject* type, PyObject* function);
 /// Fills a Call from all arguments, as Python gives them; false if one of them needs the torch door. Throws kCaller for
 /// a wrong type. `grad` becomes true if a tensor requires grad.
 bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad);
-/// The same; throws kCaller for a tensor that requires grad while grad mode is on.
-bool fill_call(const Op& op, PyObject* const* args, Call& call);
+/// The same of the first `count` arguments; throws kCaller for a tensor that requires grad while grad mode is on.
+bool fill_call(const Op& op, PyObject* const* args, size_t count, Call& call);
+inline bool fill_call(const Op& op, PyObject* const* args, Call& call) {
+  return fill_call(op, args, op.args().size(), call);
+}
 
 inline bool is_done(Outcome outcome) noexcept { return outcome == Outcome::kLaunched || outcome == Outcome::kEmpty; }
 
