@@ -26,10 +26,22 @@ constexpr size_t kMaxViews = 8;
 constexpr size_t kMaxResultRank = 32;
 constexpr size_t kMaxRecords = 1 << 14;  ///< of one kernel: then it is Helion's
 
-std::vector<HostSteps> read_steps(const py::handle& listed) {
+std::vector<HostSteps> read_steps(const py::handle& listed, const HostLayout& layout) {
   std::vector<HostSteps> out;
-  for (const auto& each : listed.cast<py::list>()) out.emplace_back(each.ptr());
+  for (const auto& each : listed.cast<py::list>()) out.emplace_back(each.ptr(), layout);
   return out;
+}
+
+/// The facts that are ranges, of each integer one where one will do; what is left over stays.
+std::vector<HostRange> take_ranges(std::vector<HostSteps>& guards) {
+  std::vector<HostRange> ranges;
+  std::erase_if(guards, [&](const HostSteps& guard) {
+    const std::optional<HostRange> range = guard.as_range();
+    if (range && std::ranges::none_of(ranges, [&](HostRange& each) { return each.merge(*range); }))
+      ranges.push_back(*range);
+    return range.has_value();
+  });
+  return ranges;
 }
 
 int8_t scalar_type_of(const py::handle& dtype) {
@@ -45,34 +57,45 @@ std::optional<c10::Scalar> read_fill(const py::handle& value) {
   return PyFloat_Check(value.ptr()) ? c10::Scalar(value.cast<double>()) : c10::Scalar(value.cast<int64_t>());
 }
 
-bool compute_all(const std::vector<HostSteps>& steps, PyObject* const* args, int64_t* out) {
-  return std::ranges::all_of(steps, [&](const HostSteps& each) { return each.compute(nullptr, args, *out++); });
-}
+/// A call, as its expressions read it.
+struct HostCall {
+  PyObject* const* args;
+  const int64_t* integers;  ///< the words of its key
+
+  bool compute(const HostSteps& steps, int64_t& out) const { return steps.compute(integers, args, out); }
+  bool compute(const std::vector<HostSteps>& steps, int64_t* out) const {
+    for (const HostSteps& each : steps)
+      if (HD_UNLIKELY(!compute(each, *out++))) return false;
+    return true;
+  }
+};
 
 }  // namespace
 
-HostRecord::HostRecord(PyObject* made) : source_(Py_NewRef(made)) {
+HostRecord::HostRecord(PyObject* made, const HostLayout& layout) : source_(Py_NewRef(made)) {
   const auto said = py::reinterpret_borrow<py::dict>(made);
   is_exact_ = said["is_exact"].cast<bool>();
   if (const py::object choice = said["choice"]; !choice.is_none()) choice_ = choice.ptr();
-  guards_ = read_steps(said["guards"]);
-  grid_ = read_steps(said["grid"]);
+  guards_ = read_steps(said["guards"], layout);
+  ranges_ = take_ranges(guards_);
+  grid_ = read_steps(said["grid"], layout);
   HD_CHECK(grid_.size() == 3, grid_.size());
   for (const auto& item : said["outputs"].cast<py::list>()) {
     const auto each = item.cast<py::tuple>();
-    outputs_.push_back({read_steps(each[0]), read_steps(each[1]), scalar_type_of(each[2]), each[3].cast<uint16_t>(),
-                        read_fill(each[4])});
+    outputs_.push_back({read_steps(each[0], layout), read_steps(each[1], layout), scalar_type_of(each[2]),
+                        each[3].cast<uint16_t>(), read_fill(each[4])});
   }
   for (const auto& item : said["views"].cast<py::list>()) {
     const auto each = item.cast<py::tuple>();  // (output, sizes, strides, offset)
     const auto output = each[0].cast<size_t>();
     HD_CHECK(output < outputs_.size(), output);
-    views_.push_back({output, read_steps(each[1]), read_steps(each[2]), HostSteps(py::object(each[3]).ptr())});
+    views_.push_back({output, read_steps(each[1], layout), read_steps(each[2], layout),
+                      HostSteps(py::object(each[3]).ptr(), layout)});
   }
   for (const auto& item : said["params"].cast<py::list>()) {
     const auto each = item.cast<py::tuple>();  // (kind, index, dtype, steps, object)
     params_.push_back({static_cast<Param::Kind>(each[0].cast<int>()), each[1].cast<uint16_t>(), scalar_type_of(each[2]),
-                       HostSteps(py::object(each[3]).ptr())});
+                       HostSteps(py::object(each[3]).ptr(), layout)});
     objects_.push_back(py::object(each[4]).ptr());
   }
   for (const auto& item : said["options"].cast<py::list>()) objects_.push_back(item.ptr());
@@ -95,7 +118,7 @@ int HostRecord::traverse(visitproc visit, void* arg) const {
   return 0;
 }
 
-bool HostRecord::holds(PyObject* const* args) {
+bool HostRecord::holds(const uint64_t* words) {
   if (HD_UNLIKELY(!variant_.is_same())) {
     WatchedDict seen = variant_;
     seen.note();
@@ -103,25 +126,28 @@ bool HostRecord::holds(PyObject* const* args) {
     if (PyDict_GetItemWithError(variant_.dict, name) != run_) return false;  // tuned again, or reset
     variant_.version = seen.version;
   }
+  const auto* integers = reinterpret_cast<const int64_t*>(words);
+  for (const HostRange& each : ranges_)
+    if (HD_UNLIKELY(!each.holds(integers))) return false;
   int64_t holds = 0;
   for (const HostSteps& each : guards_)
-    if (HD_UNLIKELY(!each.compute(nullptr, args, holds) || !holds)) return false;
+    if (HD_UNLIKELY(!each.compute(integers, nullptr, holds) || !holds)) return false;
   return true;
 }
 
-PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
-  at::Tensor outputs[kMaxOutputs];
+PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const char*& reason) const {
+  const HostCall call{args, reinterpret_cast<const int64_t*>(words)};
+  c10::SmallVector<at::Tensor, 2> outputs;
   int64_t dims[2 * kMaxResultRank];
-  for (size_t i = 0; i < outputs_.size(); ++i) {
-    const Output& output = outputs_[i];
+  for (const Output& output : outputs_) {
     const size_t rank = output.sizes.size();
-    if (!compute_all(output.sizes, args, dims) || !compute_all(output.strides, args, dims + rank))
+    if (!call.compute(output.sizes, dims) || !call.compute(output.strides, dims + rank))
       return reason = "sizes of more than 64 bits", nullptr;
-    outputs[i] = empty_tensor({dims, rank}, {dims + rank, rank}, static_cast<c10::ScalarType>(output.scalar_type),
-                              THPVariable_Unpack(args[output.like]).device());
+    outputs.push_back(empty_tensor({dims, rank}, {dims + rank, rank}, static_cast<c10::ScalarType>(output.scalar_type),
+                                   THPVariable_Unpack(args[output.like]).device()));
     if (output.fill) {
       const py::gil_scoped_release released;  // it is a launch of torch's, and the queue may be full
-      outputs[i].fill_(*output.fill);
+      outputs.back().fill_(*output.fill);
     }
   }
   GivenValue given[kMaxAdoptedArguments];
@@ -130,7 +156,7 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
     given[i].kind = GivenValue::Kind::kObject;
     if (param.kind == Param::Kind::kObject) continue;
     int64_t value = 0;
-    if (!param.value.compute(nullptr, args, value)) return reason = "values of more than 64 bits", nullptr;
+    if (!call.compute(param.value, value)) return reason = "values of more than 64 bits", nullptr;
     given[i] = {GivenValue::Kind::kInteger, param.scalar_type, static_cast<uint64_t>(value)};
     if (param.kind == Param::Kind::kInteger) continue;
     given[i].kind = GivenValue::Kind::kPointer;
@@ -139,18 +165,17 @@ PyObject* HostRecord::run(PyObject* const* args, const char*& reason) const {
     c10::TensorImpl* impl = base.unsafeGetTensorImpl();
     given[i].value = HD_LIKELY(impl->numel() != 0) ? address_of(impl, true) + static_cast<uint64_t>(value) : 0;
   }
-  at::Tensor views[kMaxViews];
-  for (size_t i = 0; i < views_.size(); ++i) {
-    const View& view = views_[i];
+  c10::SmallVector<at::Tensor, 2> views;
+  for (const View& view : views_) {
     const size_t rank = view.sizes.size();
     int64_t offset = 0;
-    if (!compute_all(view.sizes, args, dims) || !compute_all(view.strides, args, dims + rank) ||
-        !view.offset.compute(nullptr, args, offset))
+    if (!call.compute(view.sizes, dims) || !call.compute(view.strides, dims + rank) ||
+        !call.compute(view.offset, offset))
       return reason = "sizes of more than 64 bits", nullptr;
-    views[i] = outputs[view.output].as_strided({dims, rank}, {dims + rank, rank}, offset);
+    views.push_back(outputs[view.output].as_strided({dims, rank}, {dims + rank, rank}, offset));
   }
   int64_t grid[3];
-  if (!compute_all(grid_, args, grid)) return reason = "grid", nullptr;
+  if (!call.compute(grid_, grid)) return reason = "grid", nullptr;
   if (!function_->launch(*form_, objects_.data(), given, grid, reason)) return nullptr;
   if (result_ == -2) Py_RETURN_NONE;
   PyObject* wrapped[kMaxOutputs + kMaxViews] = {};  // borrowed: one that is listed twice is the same object twice
@@ -237,26 +262,48 @@ const char* read_key(HostKernel& self, PyObject* const* args, size_t count, Host
   for (size_t i = 0; i < tensor_count; ++i) {
     for (const int64_t each : tensors[i]->sizes()) key.words[key.count++] = static_cast<uint64_t>(each);
     for (const int64_t each : tensors[i]->strides()) key.words[key.count++] = static_cast<uint64_t>(each);
+    key.words[key.count++] = static_cast<uint64_t>(tensors[i]->numel());
+    key.words[key.count++] = tensors[i]->is_contiguous();
   }
-  key.hash = 0;
-  for (size_t i = 0; i < key.kind; ++i) key.hash = mix_word(key.hash, key.words[i]);
-  key.kind_hash = key.hash;
-  for (size_t i = key.kind; i < key.count; ++i) key.hash = mix_word(key.hash, key.words[i]);
   return nullptr;
 }
 
+/// Where the words of a key that `read_key` has read have what is known of its tensors.
+HostLayout layout_of(PyObject* const* args, size_t count, const HostKey& key) {
+  HostLayout layout;
+  size_t first = key.kind;
+  for (size_t i = 0; i < count; ++i) {
+    HostLayout::Place& place = layout.places.emplace_back();
+    if (!THPVariable_CheckTypeExact(Py_TYPE(args[i]))) continue;
+    place = {first, static_cast<size_t>(THPVariable_Unpack(args[i]).dim()), true};
+    first += 2 * place.rank + 2;
+  }
+  return layout;
+}
+
 /// The entry that serves the call, or says why none does; null for a call that is new.
-const HostEntry* find_entry(const HostTable& table, const HostKey& key, PyObject* const* args) {
+HD_COLD const HostEntry* find_other(const HostTable& table, const HostKey& key) {
   for (const bool is_exact : {false, true}) {
     const size_t count = is_exact ? key.count : key.kind;
-    const auto [first, last] = table.equal_range(is_exact ? key.hash : key.kind_hash);
+    const auto [first, last] = table.equal_range(key.hash(is_exact));
     for (auto each = first; each != last; ++each) {
       const HostEntry& entry = *each->second;
       if (!is_exact && entry.record && entry.record->choice()) continue;  // which one, the shape's own entry says
-      if (entry.is_for(key.words, count) && (!entry.record || entry.record->holds(args))) return &entry;
+      if (entry.is_for(key.words, count) && (!entry.record || entry.record->holds(key.words))) return &entry;
     }
   }
   return nullptr;
+}
+
+/// The same, of a kernel: first the entry of the last call. Whatever record holds for a call serves it rightly.
+const HostEntry* find_entry(HostKernel& self, const HostKey& key) {
+  const HostEntry* recent = self.recent;
+  if (HD_LIKELY(recent != nullptr) && recent->is_for(key.words, recent->is_of_kind ? key.kind : key.count) &&
+      HD_LIKELY(recent->record->holds(key.words)))
+    return recent;
+  const HostEntry* found = find_other(*self.table, key);
+  self.recent = found && found->record ? found : nullptr;
+  return found;
 }
 
 HD_COLD PyObject* leave_to_helion(HostKernel& self, const std::string& reason, PyObject* args, PyObject* keywords) {
@@ -285,9 +332,8 @@ HD_COLD PyObject* leave_whole(HostKernel& self, const char* reason, PyObject* ar
 
 /// For a new shape of a kernel with a function that chooses its variant: asks it, once. The shape's entry; or null.
 HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey& key) {
-  PyObject* const* given = &PyTuple_GET_ITEM(args, 0);
   std::vector<std::shared_ptr<HostRecord>> found;  // held: Python runs
-  const auto [first, last] = self.table->equal_range(key.kind_hash);
+  const auto [first, last] = self.table->equal_range(key.hash(false));
   for (auto each = first; each != last; ++each) {
     const HostEntry& entry = *each->second;
     if (entry.record && entry.record->choice() && entry.is_for(key.words, key.kind)) found.push_back(entry.record);
@@ -298,12 +344,12 @@ HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey&
   for (const auto& record : found) {
     const int is_same = PyObject_RichCompareBool(said.object, record->choice(), Py_EQ);  // as Helion's dict compares
     if (is_same < 0) throw python_error();
-    if (!is_same || !self.state->is_same() || !record->holds(given)) continue;
+    if (!is_same || !self.state->is_same() || !record->holds(key.words)) continue;
     auto entry = std::make_unique<HostEntry>();
     entry->words.assign(key.words, key.words + key.count);
     entry->record = record;
     entry->is_chosen = true;
-    return self.table->emplace(key.hash, std::move(entry))->second.get();
+    return self.table->emplace(key.hash(true), std::move(entry))->second.get();
   }
   return nullptr;
 }
@@ -321,12 +367,14 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   if (PyUnicode_Check(said.object)) {
     entry->reason = PyUnicode_AsUTF8(said.object);
   } else {
-    entry->record = std::make_shared<HostRecord>(said.object);
+    const auto count = static_cast<size_t>(PyTuple_GET_SIZE(args));
+    entry->record = std::make_shared<HostRecord>(said.object, layout_of(&PyTuple_GET_ITEM(args, 0), count, key));
     entry->reason = py::str(py::handle(said.object)["note"]);
   }
   const bool is_exact = !entry->record || entry->record->is_exact();
   entry->words.assign(key.words, key.words + (is_exact ? key.count : key.kind));
-  self.table->emplace(is_exact ? key.hash : key.kind_hash, std::move(entry));
+  entry->is_of_kind = !is_exact;
+  self.table->emplace(key.hash(is_exact), std::move(entry));
 }
 
 }  // namespace
@@ -342,10 +390,10 @@ PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
   HostKey key;
   const char* reason = read_key(*this, given, count, key);
   if (HD_UNLIKELY(reason != nullptr)) return leave_whole(*this, reason, args, keywords);
-  const HostEntry* entry = find_entry(*table, key, given);
+  const HostEntry* entry = find_entry(*this, key);
   if (HD_UNLIKELY(!entry)) entry = choose(*this, args, key);
   if (HD_LIKELY(entry && entry->record)) {
-    PyObject* result = entry->record->run(given, reason);
+    PyObject* result = entry->record->run(given, key.words, reason);
     if (HD_UNLIKELY(!result))
       return leave_to_helion(*this, reason, args, keywords);  // its Triton kernel learns from it
     counters->hits.fetch_add(1, std::memory_order_relaxed);
@@ -383,6 +431,7 @@ int traverse_host(PyObject* object, visitproc visit, void* arg) {
 int clear_host(PyObject* object) {
   auto* self = reinterpret_cast<HostKernel*>(object);
   self->is_on = false;
+  self->recent = nullptr;
   self->table->clear();
   self->state->clear();
   self->constants->clear();
@@ -436,6 +485,7 @@ HostKernel* make_host_kernel(PyObject* kernel, const std::string& name, PyObject
   self->state = new WatchedState;
   self->counters = new OpCounters;
   self->table = new HostTable;
+  self->recent = nullptr;
   self->variants = {};
   host_kernels().push_back(self);
   PyObject_GC_Track(reinterpret_cast<PyObject*>(self));

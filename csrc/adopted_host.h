@@ -26,8 +26,9 @@ inline constexpr size_t kMaxHostArguments = 32;
 /// What a host function does. Made from what Python says; holds it.
 class HostRecord {
  public:
-  /// A dict: see hdispatch/adopted/helion_record.py. Throws python_error.
-  explicit HostRecord(PyObject* made);
+  /// A dict: see hdispatch/adopted/helion_record.py. `layout` is of the words of a call of its kind. Throws
+  /// python_error.
+  HostRecord(PyObject* made, const HostLayout& layout);
   ~HostRecord() { Py_XDECREF(source_); }
   HostRecord(const HostRecord&) = delete;
   HostRecord& operator=(const HostRecord&) = delete;
@@ -36,10 +37,10 @@ class HostRecord {
   bool is_exact() const noexcept { return is_exact_; }
   /// What Helion's function of the arguments must say of a call; null: Helion asks none. Borrowed.
   PyObject* choice() const noexcept { return choice_; }
-  /// Whether the facts hold that the record assumes, but for the choice.
-  bool holds(PyObject* const* args);
+  /// Whether the facts hold that the record assumes, but for the choice. `words` are those of the call's key.
+  bool holds(const uint64_t* words);
   /// The result of the call, new; null without a Python error and with the reason if it was not launched.
-  PyObject* run(PyObject* const* args, const char*& reason) const;
+  PyObject* run(PyObject* const* args, const uint64_t* words, const char*& reason) const;
   int traverse(visitproc visit, void* arg) const;
 
  private:
@@ -67,7 +68,8 @@ class HostRecord {
   PyObject* source_ = nullptr;  ///< the dict, which holds all objects; owned
   bool is_exact_ = false;
   PyObject* choice_ = nullptr;  ///< held by the dict
-  std::vector<HostSteps> guards_;
+  std::vector<HostRange> ranges_;
+  std::vector<HostSteps> guards_;  ///< facts that are no ranges
   std::vector<Output> outputs_;
   std::vector<HostSteps> grid_;
   std::vector<Param> params_;
@@ -82,16 +84,22 @@ class HostRecord {
   bool is_tuple_ = false;
 };
 
-/// What tells calls of one kind from others (the kinds of arguments, values that are no tensors), then the shapes.
+/// What tells calls of one kind from others (the kinds of arguments, values that are no tensors), then of each tensor
+/// its sizes, its strides, the number of its elements, whether it is contiguous.
 struct HostKey {
   static constexpr size_t kMaxRank = 8;
-  static constexpr size_t kMaxWords = 1 + kMaxHostArguments * (1 + 2 * kMaxRank);
+  static constexpr size_t kMaxWords = 1 + kMaxHostArguments * (1 + 2 * kMaxRank + 2);
 
   size_t kind;   ///< words of the kind
   size_t count;  ///< and with those of the shapes
-  uint64_t kind_hash;
-  uint64_t hash;
   uint64_t words[kMaxWords];
+
+  /// Of the kind alone, or of all. Not kept: the usual call needs neither.
+  uint64_t hash(bool is_exact) const noexcept {
+    uint64_t hash = 0;
+    for (size_t i = 0; i < (is_exact ? count : kind); ++i) hash = mix_word(hash, words[i]);
+    return hash;
+  }
 };
 
 /// One kind of call, or one shape: a record, or why there is none; and why it is of one shape only.
@@ -99,7 +107,8 @@ struct HostEntry {
   std::vector<uint64_t> words;
   std::shared_ptr<HostRecord> record;
   std::string reason;
-  bool is_chosen = false;  ///< a shape for which Helion's function has chosen a record of another entry
+  bool is_of_kind = false;  ///< of any shape of its kind
+  bool is_chosen = false;   ///< a shape for which Helion's function has chosen a record of another entry
 
   bool is_for(const uint64_t* given, size_t count) const noexcept {
     return words.size() == count && std::equal(given, given + count, words.data());
@@ -120,7 +129,8 @@ struct HostKernel {
   WatchedState* state;
   OpCounters* counters;
   HostTable* table;
-  WatchedDict variants;  ///< of Helion, whose launches are adopted; null: none was looked at
+  const HostEntry* recent;  ///< the entry of `table` that served the last call; null: none
+  WatchedDict variants;     ///< of Helion, whose launches are adopted; null: none was looked at
 
   PyObject* call(PyObject* args, PyObject* keywords);
 };

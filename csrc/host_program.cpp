@@ -4,6 +4,7 @@
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/python_variable.h>
 
+#include <algorithm>
 #include <bit>
 
 namespace hdispatch {
@@ -17,7 +18,75 @@ HostSteps::HostSteps(PyObject* listed) {
     const auto code = static_cast<Op>(op);
     depth += code <= Op::kContiguous ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
     HD_CHECK(depth >= 1 && depth <= static_cast<int>(kMaxDepth), depth);
-    steps_.push_back({code, a, b});
+    const bool is_operator = code > Op::kContiguous && code != Op::kNextPowerOf2;
+    if (is_operator && steps_.back().op == Op::kConst)
+      steps_.back() = {code, steps_.back().a, 1};
+    else
+      steps_.push_back({code, a, is_operator ? 0 : b});
+  }
+}
+
+HostSteps::HostSteps(PyObject* listed, const HostLayout& layout) : HostSteps(listed) {
+  for (Step& step : steps_) place(step, layout);
+}
+
+/// What is not there is left as it is: `compute` says so.
+void HostSteps::place(Step& step, const HostLayout& layout) const {
+  if (step.op < Op::kNumel || step.op > Op::kContiguous) return;
+  const auto object = static_cast<size_t>(step.a);
+  if (object >= layout.places.size() || !layout.places[object].is_tensor) return;
+  const auto [first, rank, is_tensor] = layout.places[object];
+  const int64_t dimension = step.b < 0 ? step.b + static_cast<int64_t>(rank) : step.b;
+  const bool is_dimension = step.op == Op::kSize || step.op == Op::kStride;
+  if (is_dimension && (dimension < 0 || dimension >= static_cast<int64_t>(rank))) return;
+  size_t at = first + (step.op == Op::kStride ? rank : 0) + static_cast<size_t>(dimension);
+  if (!is_dimension) at = first + 2 * rank + (step.op == Op::kContiguous ? 1 : 0);
+  step = {Op::kInteger, static_cast<int64_t>(at), 0};
+}
+
+bool HostRange::merge(const HostRange& other) noexcept {
+  if (other.integer != integer) return false;
+  const auto is_needed = [](const HostRange& range, int64_t value) {
+    return value != INT64_MIN && value >= range.least && value <= range.most;
+  };
+  HostRange both{integer, std::max(least, other.least), std::min(most, other.most), except};
+  if (!is_needed(both, both.except)) both.except = other.except;
+  if (!is_needed(both, both.except)) both.except = INT64_MIN;
+  if (is_needed(both, other.except) && other.except != both.except) return false;
+  *this = both;
+  return true;
+}
+
+std::optional<HostRange> HostSteps::as_range() const {
+  if (steps_.empty() || steps_[0].op != Op::kInteger || steps_.size() > 2) return std::nullopt;
+  HostRange range{static_cast<size_t>(steps_[0].a)};
+  if (steps_.size() == 1) {
+    range.except = 0;
+    return range;
+  }
+  const Step& step = steps_[1];
+  if (!step.b || step.a == INT64_MIN || step.a == INT64_MAX) return std::nullopt;
+  switch (step.op) {
+    case Op::kEq:
+      range.least = range.most = step.a;
+      return range;
+    case Op::kNe:
+      range.except = step.a;
+      return range;
+    case Op::kLt:
+      range.most = step.a - 1;
+      return range;
+    case Op::kLe:
+      range.most = step.a;
+      return range;
+    case Op::kGt:
+      range.least = step.a + 1;
+      return range;
+    case Op::kGe:
+      range.least = step.a;
+      return range;
+    default:
+      return std::nullopt;
   }
 }
 
@@ -49,7 +118,7 @@ bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects,
       value = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(value)));
       continue;
     }
-    const int64_t b = stack[--top];
+    const int64_t b = step.b ? step.a : stack[--top];
     int64_t& a = stack[top - 1];
     const int64_t left = a;
     switch (step.op) {

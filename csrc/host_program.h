@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "check.h"
@@ -30,6 +31,32 @@ struct HostValue {
   PyObject* object;  ///< borrowed from the program
 };
 
+/// Where the integers of a call have what is known of each object that is a tensor: its sizes, its strides, the number
+/// of its elements, whether it is contiguous, in this order.
+struct HostLayout {
+  struct Place {
+    size_t first = 0;
+    size_t rank = 0;
+    bool is_tensor = false;
+  };
+  std::vector<Place> places;  ///< by object
+};
+
+/// What an integer of a call must be: from `least` to `most`, but not `except`.
+struct HostRange {
+  size_t integer;
+  int64_t least = INT64_MIN;
+  int64_t most = INT64_MAX;
+  int64_t except = INT64_MIN;  ///< no size or stride; none
+
+  bool holds(const int64_t* integers) const noexcept {
+    const int64_t value = integers[integer];
+    return value >= least && value <= most && value != except;
+  }
+  /// Both, of one integer. False if it takes two.
+  bool merge(const HostRange& other) noexcept;
+};
+
 /// An integer expression in postfix order, over integers and the sizes of tensors.
 class HostSteps {
  public:
@@ -38,16 +65,21 @@ class HostSteps {
   HostSteps() = default;
   /// [(op, a, b)]. Throws python_error.
   explicit HostSteps(PyObject* listed);
+  /// The same over integers alone.
+  HostSteps(PyObject* listed, const HostLayout& layout);
 
   /// False where Python would raise, or 64 bits do not hold a value. `objects` are exact tensors where a step reads
   /// one.
   bool compute(const int64_t* integers, PyObject* const* objects, int64_t& out) const {
-    if (HD_LIKELY(steps_.size() == 1 && steps_[0].op == Op::kConst)) {
-      out = steps_[0].a;
+    if (HD_LIKELY(steps_.size() == 1 && steps_[0].op <= Op::kInteger)) {
+      out = steps_[0].op == Op::kConst ? steps_[0].a : integers[steps_[0].a];
       return true;
     }
     return compute_steps(integers, objects, out);
   }
+
+  /// For a fact: what one integer must be for it to hold; none if it is no such fact.
+  std::optional<HostRange> as_range() const;
 
  private:
   enum class Op : uint8_t {
@@ -76,10 +108,11 @@ class HostSteps {
   };
   struct Step {
     Op op;
-    int64_t a;
-    int32_t b;
+    int64_t a;  ///< a constant; which integer or object; of an operator whose right side is a constant, that one
+    int32_t b;  ///< of a size or stride the dimension; of an operator 1 where its right side is a constant
   };
 
+  void place(Step& step, const HostLayout& layout) const;
   bool compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const;
 
   std::vector<Step> steps_;

@@ -246,7 +246,7 @@ def test_the_cost_of_a_result_by_stage():
     like = torch.empty(16, 256)
     for stage in ("allocator", "tensor", "wrapped"):
         assert 0 < hdispatch._C.bench_empty_ns(like, stage, 100) < 1e6
-    with pytest.raises(hdispatch.ArgumentError, match="stage: all; give allocator, tensor or wrapped"):
+    with pytest.raises(hdispatch.ArgumentError, match="stage: all; give nothing, allocator, tensor or wrapped"):
         hdispatch._C.bench_empty_ns(like, "all", 1)
 
 
