@@ -42,7 +42,7 @@ def main() -> int:
         print(f"{name:24} {dict(counts)}")
     sums = {
         "kernels": len(made), "calls": tally.calls, "from C++": tally.served, "compared": tally.compared,
-        "refused, as Triton does": tally.refused, "wrong": len(tally.wrong),
+        "refused, as Triton does": tally.refused, "of no blocks": tally.empty, "wrong": len(tally.wrong),
     }  # fmt: skip
     print("  ".join(f"{name}: {count}" for name, count in sums.items()), f"in {time.monotonic() - began:.0f} s")
     for each in tally.wrong[:SHOWN]:

@@ -54,12 +54,12 @@ def test_random_calls_have_tritons_key_and_parameters(stub, seed):
 @pytest.mark.slow
 def test_random_calls_of_more_kernels(stub):
     made = adopted_random.kernels_of(adopted_random.ALL)
-    assert len(made) - len(adopted_random.MADE_OTHERWISE) >= 30
+    assert len(made) - len(adopted_random.TRITONS) >= 30
     tally = adopted_random.check(stub, made, random.Random(1), 20_000)
     assert not tally.wrong
     assert set(tally.by_kernel) == set(made)
     for name, of_kernel in tally.by_kernel.items():
-        assert (of_kernel["served"] > 100) == (name not in adopted_random.MADE_OTHERWISE), (name, of_kernel)
+        assert (of_kernel["served"] > 100) == (name not in adopted_random.TRITONS), (name, of_kernel)
 
 
 # ---- adopting ----

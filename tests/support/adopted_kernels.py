@@ -210,6 +210,33 @@ def named(x, y, n, s):
     pass
 
 
+@triton.jit
+def options(x, n):
+    i = tl.arange(0, 64)
+    tl.store(x + i, tl.load(x + i, i < n), i < n)  # what a cluster of blocks shares
+
+
+@triton.jit
+def fifty_eight(
+    t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14,
+    i15, i16, i17, i18, i19, i20, i21, i22, i23, i24, i25, i26, c1: tl.constexpr, c2: tl.constexpr, c3: tl.constexpr,
+    c4: tl.constexpr, c5: tl.constexpr, c6: tl.constexpr, c7: tl.constexpr, c8: tl.constexpr, c9: tl.constexpr,
+    c10: tl.constexpr, c11: tl.constexpr, c12: tl.constexpr, c13: tl.constexpr, c14: tl.constexpr, c15: tl.constexpr,
+    c16: tl.constexpr, c17: tl.constexpr, c18: tl.constexpr,
+):  # fmt: skip
+    pass
+
+
+@triton.jit
+def tuples(pair, x, n):
+    pass
+
+
+@triton.jit
+def refused(x, n, BLOCK: tl.constexpr):
+    pass
+
+
 def host_function(x: torch.Tensor) -> torch.Tensor:
     """Allocates its output, as users' wrappers do."""
     out = torch.empty_like(x)

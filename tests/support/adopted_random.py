@@ -1,21 +1,22 @@
 """Random calls of adopted Triton kernels: what C++ launches against what Triton compiles and launches for the same call.
 
 A call's result is the object that Triton's cache has for its own key of the call; what reaches the driver is bit by bit what
-Triton's launcher passes. A call that Triton refuses must be refused.
+Triton's launcher passes. A call that Triton refuses must be refused. Calls come through `kernel[grid]` and `run`; grids are
+tuples, lists, functions that are traced and callables that are not, of one to three dimensions, some without blocks.
 """
 
 from __future__ import annotations
 
-import functools
 import random
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import adopted_kernels as kernels
 import hdispatch
 import torch
+import triton
 import triton.language as tl
 import triton_stub
 from adopted_calls import OUT, X, Y, fresh, launched, wrapper
@@ -84,6 +85,45 @@ def any_tensor(kinds: random.Random, rng: random.Random) -> torch.Tensor:
     return made[0] if form == 3 else made
 
 
+class Computes:
+    """A callable that is no function: it is called each time."""
+
+    def __init__(self, grid: tuple[int, ...]) -> None:
+        self.grid = grid
+
+    def __call__(self, _meta: dict[str, Any]) -> tuple[int, ...]:
+        """What it holds."""
+        return self.grid
+
+
+def any_grid(
+    rng: random.Random, names: Sequence[str], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[Any, tuple[int, ...]]:
+    """A grid of some form, and the dimensions that it comes to."""
+    dimensions = (rng.randrange(1, 9), rng.randrange(1, 4), rng.randrange(1, 3))[: rng.randrange(1, 4)]
+    if rng.random() < 0.02:
+        dimensions = (*dimensions[:-1], 0)
+    form = rng.randrange(6)
+    if form == 0:
+        return list(dimensions), dimensions
+    if form == 1:
+        return Computes(dimensions), dimensions
+    if form == 2:
+        elements, block = rng.randrange(1, 4000), rng.choice((32, 64, 1000))
+        return (lambda _meta: (triton.cdiv(elements, block), *dimensions[1:])), (-(-elements // block), *dimensions[1:])
+    if form == 3 and "n" in names:
+        n = given(names, args, keywords, "n")
+        if type(n) is int:
+            return (lambda meta: (meta["n"] % 7 + 1, *dimensions[1:])), (n % 7 + 1, *dimensions[1:])
+    return dimensions, dimensions
+
+
+def given(names: Sequence[str], args: tuple[Any, ...], keywords: dict[str, Any], name: str) -> Any:
+    """An argument of a call by its parameter's name; None if it is not given."""
+    index = list(names).index(name)
+    return args[index] if index < len(args) else keywords.get(name)
+
+
 def integer(rng: random.Random) -> int:
     return rng.choice(INTEGERS) if rng.random() < 0.5 else rng.randrange(0, 4000)
 
@@ -148,6 +188,16 @@ def _calls(rng: random.Random, kinds: random.Random) -> dict[str, Callable[[], A
         "nineteen": lambda: ((*(a() for _ in range(5)), *(k() for _ in range(9)), pick((32, 64)), *(32 for _ in range(4))), {}),
         "mixed": lambda: ((k(), a(), f(), None, b()), {"x": a(), "m": k(), "C": pick(("x", 1))}),
         "named": lambda: ((), {"y": a(), "x": a(), "n": k(), "s": f()}),
+        "options": lambda: ((a(), k()), _options(kinds)),
+        "fifty_eight": lambda: (
+            (*(a() for _ in range(14)), *(k() for _ in range(26)), *(pick((1, 32, True, None, "s")) for _ in range(18))), {}
+        ),
+        "tuples": lambda: ((pick(((a(), k()), (k(), (f(), a())), [])), a(), k()), {}),
+        "refused": lambda: rng.choice((
+            ((X, n()), {}), ((X, n(), 32, 1), {}), ((X, 2**64, 32), {}), ((X, -(2**70), 32), {}), ((X, n(), 32), {"x": X}),
+            ((X, n()), {"BLOCK": 32, "no_such_option": 1}), (("text", n(), 32), {}), ((X, object(), 32), {}),
+            ((X, n(), [32]), {}), ((X, n(), 32), {}),
+        )),
         # Wrappers.
         "tuned": lambda: ((t(), OUT, small(rng)), {}),
         "heuristic": lambda: ((t(), OUT, small(rng)), {"BLOCK": block()}),
@@ -156,14 +206,24 @@ def _calls(rng: random.Random, kinds: random.Random) -> dict[str, Callable[[], A
     }  # fmt: skip
 
 
+def _options(kinds: random.Random) -> dict[str, Any]:
+    """Some of Triton's options, in any order."""
+    found = {
+        "num_warps": kinds.choice((1, 4, 8)), "num_stages": kinds.choice((1, 4)), "num_ctas": kinds.choice((1, 2)),
+        "launch_pdl": kinds.random() < 0.5, "launch_cooperative_grid": kinds.random() < 0.3,
+    }  # fmt: skip
+    names = kinds.sample(list(found), kinds.randrange(len(found) + 1))
+    return {name: found[name] for name in names}
+
+
 #: The kernels whose code does something, and all.
 NAMED = (
     "nop", "add", "scalars", "typed", "unspecialized", "unaligned", "optional", "cast", "strides", "function_argument",
     "captured", "pointers_last",
 )  # fmt: skip
 ALL = tuple(_calls(random.Random(), random.Random()))
-#: Their integers of other widths are left to Triton.
-MADE_OTHERWISE = ("small_integers", "unsigned")
+#: Left to Triton: integers of other widths, tuples, what it refuses.
+TRITONS = ("small_integers", "unsigned", "tuples", "refused")
 WRAPPERS = ("tuned", "heuristic", "tuned_of_two", "heuristic_of_tensors")
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -205,6 +265,7 @@ class Tally:
     served: int = 0  # launched from C++
     compared: int = 0  # parameter by parameter with Triton's own launch
     refused: int = 0  # by Triton, and by the adopted kernel
+    empty: int = 0  # grids without blocks: nothing is launched
     wrong: list[str] = field(default_factory=list)
     by_kernel: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
 
@@ -220,43 +281,94 @@ def check(stub: triton_stub.Stub, made: dict[str, Any], rng: random.Random, coun
         name = rng.choice(names)
         kind.seed(f"{name} {rng.randrange(kinds)}")
         args, keywords = makers[name]()
-        grid = (rng.randrange(1, 9), rng.randrange(1, 3))[: rng.randrange(1, 3)]
+        names_of = _function(made[name]).arg_names
+        grid, dimensions = any_grid(rng, names_of, args, keywords)
+        launch = Launch(made[name], grid, dimensions, args, keywords, by_run=rng.random() < 0.2)
         of_kernel = tally.by_kernel[name]
         tally.calls += 1
         of_kernel["calls"] += 1
         compares = number % 7 == 0 or of_kernel["served"] < 40
         try:
-            outcome = _judge(stub, made[name], name, grid, args, keywords, compares)
+            outcome = _judge(stub, launch, name, compares)
         except AssertionError as error:
-            tally.wrong.append(f"call {number}: {name}{args}{keywords} on {grid}: {error}")
+            tally.wrong.append(f"call {number}: {name}{args}{keywords} on {grid} = {dimensions}: {error}")
             hdispatch.adopt(made[name], driver="null")
             continue
         tally.served += outcome == "served"
         tally.refused += outcome == "refused"
+        tally.empty += outcome == "empty"
         tally.compared += outcome == "served" and compares
         of_kernel[outcome] += 1
     return tally
 
 
-def _judge(
-    stub: triton_stub.Stub, kernel: Any, name: str, grid: Any, args: tuple[Any, ...], keywords: dict[str, Any], compares: bool
-) -> str:
-    call = functools.partial(kernel[grid], *args, **keywords)
-    wanted = None
+@dataclass
+class Launch:
+    """One call."""
+
+    kernel: Any
+    grid: Any
+    dimensions: tuple[int, ...]
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+    by_run: bool
+
+    def __call__(self) -> Any:
+        """Makes it."""
+        if self.by_run:
+            return self.kernel.run(*self.args, grid=self.grid, warmup=False, **self.keywords)
+        return self.kernel[self.grid](*self.args, **self.keywords)
+
+
+def _function(kernel: Any) -> Any:
+    while not isinstance(kernel, triton.JITFunction):
+        kernel = kernel.fn
+    return kernel
+
+
+def _is_refused_by_triton(launch: Launch, kind: type[Exception]) -> bool:
+    hdispatch.unadopt(launch.kernel)
+    try:
+        launch()
+    except kind:
+        return True
+    finally:
+        hdispatch.adopt(launch.kernel, driver="null")
+    return False
+
+
+def _judge(stub: triton_stub.Stub, launch: Launch, name: str, compares: bool) -> str:
+    kernel, wanted = launch.kernel, None
     if name not in WRAPPERS:
         try:
-            wanted = triton_key(kernel, args, keywords)
+            wanted = triton_key(kernel, launch.args, launch.keywords)
         except Exception as error:  # Triton refuses the call
             try:
-                launched(call)
+                launched(launch)
             except type(error):
                 return "refused"
             raise AssertionError(f"Triton raises {error!r}, and the adopted kernel does not") from None
-    result, got = launched(call)
+    before = stub.launches
+    try:
+        result, got = launched(launch)
+    except AssertionError:
+        raise
+    except Exception as error:  # Triton refuses to compile it, or to launch it
+        if _is_refused_by_triton(launch, type(error)):
+            return "refused"
+        raise AssertionError(f"it raises {error!r}, and Triton does not") from None
     if wanted is not None:
         assert result is kernel.device_caches[0][0][wanted], "it is another kernel than Triton's"
+    if 0 in launch.dimensions:
+        assert got is None, "an empty grid is launched"
+        assert stub.launches == before, "an empty grid is launched by Triton"
+        return "empty"
     if got is None:
+        assert stub.launches > before, "nothing is launched"
         return "triton"
+    cluster, dimensions = got["cluster"][0], (*launch.dimensions, 1, 1)[:3]
+    assert got["grid"] == (dimensions[0] * cluster, *dimensions[1:]), "it is another grid"
+    assert stub.launches == before, "Triton launches it too"
     if compares:
-        assert compare(stub, kernel, grid, args, keywords), "it is served no more"
+        assert compare(stub, kernel, launch.grid, launch.args, launch.keywords), "it is served no more"
     return "served"
