@@ -359,6 +359,7 @@ class Recorded(TypedDict):
     kernel       the function: module and name in it, joined by a dot
     source_hash  Triton's own hash of its source and of the functions and constants that it uses
     key          what Triton keeps the compiled kernel by: types and properties of the arguments, constants, options
+    parameters   their names in the function's order
     signature, constants, attrs, options   of the compilation, as the recording has them (recording.py)
     file         its cubin
     metadata     Triton's, as its JSON: name of the entry point, num_warps, num_ctas, shared, scratch sizes, …
@@ -367,6 +368,7 @@ class Recorded(TypedDict):
     kernel: str
     source_hash: str
     key: str
+    parameters: NotRequired[list[str]]
     signature: dict[str, Any]
     constants: list[Any]
     attrs: list[Any]

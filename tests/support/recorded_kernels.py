@@ -1,4 +1,4 @@
-"""Kernels whose first calls are timed from a bundle of a recorded run: tests/gpu/test_recorded.py, benchmarks/recorded_first_call.py."""
+"""Kernels whose first calls from a bundle of a recorded run are timed: a test on a GPU, benchmarks/recorded_first_call.py."""
 
 from __future__ import annotations
 
@@ -43,17 +43,21 @@ def calls(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], bool]]
             out = torch.full_like(x, float("nan"))
             key = f"{n}{' misaligned' * offset} {dtype}".replace("torch.", "")
             grid = (triton.cdiv(n, 128),)
-            made.append((
-                f"add {key}",
-                lambda grid=grid, out=out, x=x, y=y, n=n: add[grid](out, x, y, n, BLOCK=128),
-                lambda out=out, x=x, y=y: torch.equal(out, x + y),
-            ))
+            made.append(
+                (
+                    f"add {key}",
+                    lambda grid=grid, out=out, x=x, y=y, n=n: add[grid](out, x, y, n, BLOCK=128),
+                    lambda out=out, x=x, y=y: torch.equal(out, x + y),
+                )
+            )
             twice = torch.full_like(x, float("nan"))
-            made.append((
-                f"scale {key}",
-                lambda grid=grid, out=twice, x=x, n=n: scale[grid](out, x, 2.0, n, 3, 5, BLOCK=128),
-                lambda out=twice, x=x: torch.equal(out, x * 2),
-            ))
+            made.append(
+                (
+                    f"scale {key}",
+                    lambda grid=grid, out=twice, x=x, n=n: scale[grid](out, x, 2.0, n, 3, 5, BLOCK=128),
+                    lambda out=twice, x=x: torch.equal(out, x * 2),
+                )
+            )
     return made  # fmt: skip
 
 

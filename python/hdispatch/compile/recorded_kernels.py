@@ -124,6 +124,7 @@ def _add(found: RecordedKernels, line: Specialization, made: Made) -> None:
             "kernel": name,
             "source_hash": line["source_hash"],
             "key": line["key"],
+            "parameters": [*line["signature"]],
             "signature": line["signature"],
             "constants": line["constants"],
             "attrs": line["attrs"],
