@@ -134,11 +134,13 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
 
 def _warm(device: int) -> None:
     """What Triton imports and compiles for itself in a process's first call: 40 ms, and a second where its cache is cold."""
-    importlib.import_module("triton.experimental.gluon.nvidia.hopper")
+    for module in ("triton.experimental.gluon.nvidia.hopper", "triton.tools.tensor_descriptor"):
+        importlib.import_module(module)
     if device >= 0:
         driver = importlib.import_module("triton.runtime.driver").driver.active
-        driver.get_current_target()
+        target = driver.get_current_target()
         getattr(driver, "utils", None)
+        importlib.import_module("triton.compiler").make_backend(target).parse_options({})
 
 
 def _make_launchers(device: int, table: Table) -> None:
