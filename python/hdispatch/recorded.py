@@ -8,7 +8,6 @@ have compiles as before, and is counted; in strict mode it raises `MissError`, w
 
 from __future__ import annotations
 
-import copy
 import importlib
 import json
 import os
@@ -45,8 +44,8 @@ class RecordedKernel:
 
     def compiled(self, source: Any) -> Any:
         """Triton's `CompiledKernel` of it. `source` is what Triton would compile, its `ASTSource`."""
-        kernel = copy.copy(self.prepared)
-        kernel.src = source
+        kernel = object.__new__(type(self.prepared))
+        vars(kernel).update(vars(self.prepared), src=source)
         return kernel
 
     @cached_property

@@ -352,7 +352,7 @@ def test_the_benchmark_measures_every_path(stub):
     made = adopt.batches("cpu", "null", lambda: None)
     samples, failed = host_timer.interleave(made, 2, random.Random(0))
     assert not failed
-    rows = adopt.summarize(samples)
+    rows = adopt.summarize(samples, 700.0)
     assert {row["kernel"] for row in rows} == set(adopt.TARGETS)
     assert sum("verdict" in row for row in rows) == 3 + 2 * 3
     for kernel in (adopt.nop, adopt.nop19, adopt.nop58):

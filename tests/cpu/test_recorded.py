@@ -222,6 +222,27 @@ def test_a_key_that_is_not_in_the_bundle_compiles_and_is_counted_or_refused(proj
     assert refused.startswith("user_kernels.plain: no recorded kernel of the bundle has the key [")
 
 
+def test_launchers_that_triton_compiles_are_made_by_load(bundle, monkeypatch):
+    """Triton 3.6: one for each list of types, whatever pointers point to, in the order of the function's parameters."""
+    from triton.backends.nvidia import driver as nvidia
+    from triton.runtime import driver
+
+    made = []
+    monkeypatch.setattr(nvidia, "make_launcher", None, raising=False)
+    active = types.SimpleNamespace(launcher_cls=lambda source, metadata: made.append((source, metadata)))
+    monkeypatch.setattr(driver, "_active", active)
+    manifest, contents = read_bundle(bundle)
+    table = recorded.table_of(bundle, manifest, contents)
+    recorded._make_launchers(0, table)
+    recorded._make_launchers(-1, table)
+    found = [[*source.signature.items()] for source, _ in made]
+    of_plain = ["out", "x", "elements", "FUNCTION", "DTYPE", "PAIR", "BLOCK"]
+    kinds = sorted([kind for _, kind in each] for each in found if [name for name, _ in each] == of_plain)
+    assert kinds == [["*fp32", "*fp32", kind, *["constexpr"] * 4] for kind in ("constexpr", "i32")]
+    assert len(found) == len({str(each) for each in found}) < COUNT
+    assert all(metadata.num_warps in (4, 8) for _, metadata in made)
+
+
 def test_recorded_kernels_are_added_to_the_rows_of_another_bundle(project, file, tmp_path, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(project))
     small = ["--ops", "rms_norm", "--shapes", "K=4096", "--variants", "bfloat16", "--target", "h200"]
