@@ -68,6 +68,70 @@ def test_random_calls_are_right():
     assert counts(kernel)["hits"] > 5000
 
 
+@triton.jit
+def echo(o, p, a, b, flag, f, t, y, MODE: tl.constexpr, BLOCK: tl.constexpr = 32):
+    """What the code sees of each argument: integers go to `o`, floats and what tensors hold to `p`."""
+    i = tl.arange(0, BLOCK)
+    first = tl.program_id(0) * 3 + tl.program_id(1)
+    tl.store(o + 4 * first, a)
+    tl.store(o + 4 * first + 1, b)
+    tl.store(o + 4 * first + 2, flag)
+    tl.store(o + 4 * first + 3, MODE if MODE is not None else 77)
+    tl.store(p + 64, f)
+    tl.store(p + i, tl.load(t + i).to(tl.float32))
+    if y is not None:
+        tl.store(p + 65 + i, tl.load(y + i).to(tl.float32))
+
+
+ECHOES = {
+    "plain": {},
+    "do_not_specialize": {"do_not_specialize": ["a", 3]},
+    "do_not_specialize_on_alignment": {"do_not_specialize_on_alignment": ["t", "b"]},
+    "debug": {"debug": True},
+}
+INTEGERS = (0, 1, 2, 15, 16, 17, 1024, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1, 2**40, 2**63 - 1, -16, -1)
+FLOATS = (0.0, 1.0, -0.0, 2.5, 1e-30, 1e300, float("inf"), float("nan"))
+DTYPES = (
+    torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ECHOES)
+def test_random_calls_write_what_tritons_own_write(form):
+    """Scalars at the edges of 32 and 64 bits, dtypes, alignments, strides, None, constants, options, grids: bit for bit."""
+    rng = random.Random(form)
+    ours = hdispatch.adopt(triton.jit(echo.fn, **ECHOES[form]))
+    theirs = triton.jit(echo.fn, **ECHOES[form])
+    memory = {dtype: (100 * torch.randn(4096, device="cuda")).to(dtype) for dtype in DTYPES}
+    made = [(torch.empty(64, dtype=torch.int64, device="cuda"), torch.empty(128, device="cuda")) for _ in range(2)]
+    kinds = [  # of each some values: the number of keys is the number of compilations
+        (
+            rng.choice(DTYPES),
+            rng.choice((0, 0, 1, 3)),
+            rng.choice((None, *DTYPES)),
+            rng.choice((None, 3, True)),
+            rng.choice((1, 4)),
+        )
+        for _ in range(8)
+    ]
+    for turn in range(3000):
+        dtype, offset, other, mode, warps = rng.choice(kinds)
+        a, b, flag, f = rng.choice(INTEGERS), rng.choice((1, 2, 16, 48, 7)), rng.random() < 0.5, rng.choice(FLOATS)
+        t = memory[dtype][offset + 16 * rng.randrange(9) :][:: rng.choice((1, 1, 2))]
+        y = None if other is None else memory[other][16 * rng.randrange(9) :]
+        grid = (rng.randrange(1, 5), rng.randrange(1, 4))
+        blocks = (lambda _meta, grid=grid: grid) if turn % 3 else grid
+        for kernel, (o, p) in zip((ours, theirs), made, strict=True):
+            o.fill_(-99)
+            p.fill_(float("nan"))
+            kernel[blocks](o, p, a, b, flag, f, t, y, MODE=mode, num_warps=warps)
+        said = (turn, a, b, flag, f, dtype, offset, other, mode, grid)
+        assert torch.equal(made[0][0], made[1][0]), said
+        assert torch.equal(made[0][1].view(torch.int32), made[1][1].view(torch.int32)), said
+    counted = hdispatch.stats()[f"adopted {echo.fn.__module__}.{echo.fn.__qualname__}"]
+    assert counted["hits"] > 2000, counted
+
+
 def test_launches_go_to_the_current_stream():
     add = fresh(kernels.add)
     x = torch.ones(1024, device="cuda")

@@ -77,11 +77,16 @@ class Empty(types.ModuleType):
         return made
 
 
+def absent() -> set[str]:
+    """Those of `ABSENT` that are not installed."""
+    return {name for name in ABSENT if getattr(importlib.util.find_spec(name), "loader", None) is None}
+
+
 class Finder:
     """Gives an empty module for each of `ABSENT` that is not installed, and all below it."""
 
     def __init__(self) -> None:
-        self._names = {name for name in ABSENT if importlib.util.find_spec(name) is None}
+        self._names = absent()
 
     def find_spec(self, name: str, *_: object) -> Any:
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in self._names else None
