@@ -240,7 +240,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
     "calls-h200": lambda: calls("2026-11-21-h200-2", tuple(PATHS)),
     "serve": lambda: serve("token-8b.json"),
-    "serve-1.7b": lambda: serve("token-1.7b.json"),
+    "serve-small": lambda: serve("token-1.7b.json"),
     "server": server,
     "kernels": kernels,
     "helion": helion_shares,
