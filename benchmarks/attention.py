@@ -382,6 +382,7 @@ def main() -> int:
     parser.add_argument("--vllm", default="", help="folders with vllm and what it imports, with colons")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--queries", type=int, nargs="+", default=QUERIES, choices=QUERIES, help="of each request")
+    parser.add_argument("--cells", nargs="+", default=[], metavar="CELL", help="only these: 32/8,128x1024,1 for one query each")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no cell after that")
     given = parser.parse_args()
@@ -395,7 +396,10 @@ def main() -> int:
     cells = [
         Cell(heads, kv_heads, batch, context, queries)
         for queries in given.queries for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
+        if not given.cells or f"{heads}/{kv_heads},{batch}x{context},{queries}" in given.cells
     ]  # fmt: skip
+    if len(cells) < len(given.cells):
+        parser.error(f"--cells names {len(given.cells)} cells, of which the grid has {len(cells)}")
     print(
         f"{torch.cuda.get_device_name()}, us per call, K and V from memory; ratios: best peer / hdispatch, vLLM's half / ours"
     )

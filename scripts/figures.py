@@ -49,6 +49,8 @@ SERVED = {
 SERVERS = {
     ("server-compiled", "compiled"): "`vllm serve`",
     ("server-ours", "ours"): "**`HDISPATCH=1 vllm serve --enforce-eager`**",
+    ("server-compiled-block", "compiled"): "`vllm serve`, blocks",
+    ("server-ours-block", "ours"): "**`HDISPATCH=1 vllm serve --enforce-eager`, blocks**",
 }
 #: Where both lie.
 SERVING = RESULTS / "2026-11-27-h200-serve"
@@ -101,11 +103,13 @@ def calls(folder: str, paths: tuple[str, ...]) -> str:
     return markdown(["path", "M fixed", "M cycling over 2, 3, 7, 16", "M never seen before", "× floor (fixed)"], rows)
 
 
-def serve() -> str:
-    """ms per decode step of the whole engine."""
+def serve(file: str) -> str:
+    """ms per decode step of the whole engine, of the modes that a run has."""
     rows, batches = [], ("1", "8", "32", "128")
-    result = json.loads((SERVING / "token-8b.json").read_text())
+    result = json.loads((SERVING / file).read_text())
     for mode, name in SERVED.items():
+        if mode not in result["modes"]:
+            continue
         mark = "**" if name.startswith("**") else ""
         rows.append([name, *(f"{mark}{result['modes'][mode]['batches'][batch]:.2f}{mark}" for batch in batches)])
     return markdown(["ms per decode step, batch", *batches], rows)
@@ -116,10 +120,11 @@ def server() -> str:
     rows, header = [], ["", "starts in"]
     for (file, mode), name in SERVERS.items():
         found = json.loads((SERVING / f"{file}.json").read_text())["modes"][mode]
-        header = ["", "starts in", *(f"{count} at once" for count in found["concurrency"])]
+        counts = sorted(found["concurrency"], key=int)
+        header = ["", "starts in", *(f"{count} at once" for count in counts)]
         figures = (
             f"{each['total_token_throughput']:,.0f} tokens/s, {each['median_ttft_ms']:.0f} ms, {each['median_tpot_ms']:.2f} ms"
-            for each in found["concurrency"].values()
+            for each in (found["concurrency"][count] for count in counts)
         )
         rows.append([name, f"{found['start_s']:.0f} s", *figures])
     return markdown(header, rows)
@@ -234,7 +239,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "calls": lambda: calls("2026-11-26-h100", SIX),
     "calls-h100": lambda: calls("2026-11-26-h100", tuple(path for path in PATHS if not path.startswith("helion"))),
     "calls-h200": lambda: calls("2026-11-21-h200-2", tuple(PATHS)),
-    "serve": serve,
+    "serve": lambda: serve("token-8b.json"),
+    "serve-small": lambda: serve("token-1.7b.json"),
     "server": server,
     "kernels": kernels,
     "helion": helion_shares,

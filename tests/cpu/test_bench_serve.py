@@ -173,18 +173,20 @@ def test_prompts_fit_a_prefill_and_differ():
 
 def test_what_decode_steps_of_a_mode_take(monkeypatch, tmp_path):
     monkeypatch.setenv("HDISPATCH_ATTENTION", "half")
-    for name in ("HDISPATCH_REPLAY", "HDISPATCH_RUNNER"):
+    for name in ("HDISPATCH_REPLAY", "HDISPATCH_RUNNER", "HDISPATCH_SCHEDULER"):
         monkeypatch.delenv(name, raising=False)
 
     def variables(mode):
         graphs, served = serve.MODES[mode]
         setup = EngineOptions(mode, graphs, served, "tiny-qwen3", "token", str(tmp_path), 1, 1.0, None, 0)
         found = environment(setup, tmp_path)
-        return found["HDISPATCH"], found["HDISPATCH_ATTENTION"], found.get("HDISPATCH_REPLAY"), found.get("HDISPATCH_RUNNER")
+        off = [name for name in ("HDISPATCH_REPLAY", "HDISPATCH_RUNNER", "HDISPATCH_SCHEDULER") if found.get(name) == "0"]
+        return found["HDISPATCH"], found["HDISPATCH_ATTENTION"], off
 
-    assert variables("eager") == ("0", "half", None, None)
-    assert variables("ours") == variables("ours+graph") == ("1", "half", None, None)
-    assert variables("ours-fa3") == variables("ours-fa3+graph") == ("1", "fa3", None, None)
-    assert variables("ours-launches") == ("1", "half", "0", None)
-    assert variables("ours-vllm-runner") == ("1", "half", None, "0")
+    assert variables("eager") == ("0", "half", [])
+    assert variables("ours") == variables("ours+graph") == ("1", "half", [])
+    assert variables("ours-fa3") == variables("ours-fa3+graph") == ("1", "fa3", [])
+    assert variables("ours-launches") == ("1", "half", ["HDISPATCH_REPLAY"])
+    assert variables("ours-vllm-runner") == ("1", "half", ["HDISPATCH_RUNNER"])
+    assert variables("ours-vllm-scheduler") == ("1", "half", ["HDISPATCH_SCHEDULER"])
     assert not any(mode.startswith("ours-") for mode in serve.USUAL)

@@ -240,7 +240,7 @@ def test_vllm_is_imported_by_the_plug_in_alone():
     vllm = [each for each in IMPORTS if within(each.target, ("vllm",)) and not within(each.source, LAZY)]
     assert {each.source for each in vllm} == {
         PLUGIN,
-        *(f"{VLLM}.{name}" for name in ("models", "runner", "sampling", "decode_batch")),
+        *(f"{VLLM}.{name}" for name in ("models", "runner", "scheduler", "sampling", "decode_batch")),
     }
     assert all(each.local for each in vllm if each.source == PLUGIN)
     assert {each.source for each in IMPORTS if each.target == f"{VLLM}.models"} == {PLUGIN}

@@ -44,7 +44,9 @@ def test_off_it_does_not_even_look_for_vllm(monkeypatch):
     plugin.register()
 
 
-@pytest.mark.parametrize("name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER", "HDISPATCH_METRICS_PORT"])
+@pytest.mark.parametrize(
+    "name", ["HDISPATCH_ATTENTION", "HDISPATCH_REPLAY", "HDISPATCH_RUNNER", "HDISPATCH_SCHEDULER", "HDISPATCH_METRICS_PORT"]
+)
 def test_wrong_settings_are_told_before_a_model_is_made(monkeypatch, tmp_path, fake_vllm, name):
     monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
     monkeypatch.setenv(name, "yes")
@@ -139,7 +141,15 @@ def test_doctor_without_vllm(monkeypatch):
         raise plugin.importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(plugin.importlib.metadata, "version", missing)
-    found = {"ok": False, "reason": "vLLM is not installed", "version": None, "models": [], "decode": "", "runner": ""}
+    found = {
+        "ok": False,
+        "reason": "vLLM is not installed",
+        "version": None,
+        "models": [],
+        "decode": "",
+        "runner": "",
+        "scheduler": "",
+    }
     assert plugin.examine() == found
 
 

@@ -196,7 +196,7 @@ def mixed_step(queries, lengths):
     return changed(found, more), slots, torch.tensor([at for _, at in places])
 
 
-SWITCHES = {"HDISPATCH_REPLAY": settings.replay, "HDISPATCH_RUNNER": settings.runner}
+SWITCHES = {"HDISPATCH_REPLAY": settings.replay, "HDISPATCH_RUNNER": settings.runner, "HDISPATCH_SCHEDULER": settings.scheduler}
 LONG = attention_module.GRAPH_TOKENS + 1
 
 

@@ -69,6 +69,28 @@ def play(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
     return run
 
 
+@pytest.fixture
+def schedule(environment: dict[str, str], tmp_path: Path) -> Callable[..., Answer]:
+    """Run scheduler_run.py: schedule(what=…, **parameters of that function) -> its answer and "log"."""
+
+    def run(**given: Any) -> Answer:
+        return ask("scheduler_run.py", environment, tmp_path, "tiny-qwen3", "token", given)
+
+    return run
+
+
+@pytest.fixture
+def output(environment: dict[str, str]) -> Callable[..., str]:
+    """Run Python in this folder: output(*arguments) -> all that it said."""
+
+    def run(*arguments: str) -> str:
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False)
+        return done.stdout + done.stderr
+
+    return run
+
+
 def ask(script: str, environment: dict[str, str], folder: Path, model: str, scheme: str, parameters: Any) -> Answer:
     serve_model.write_config(folder, model, scheme)
     command = [sys.executable, script, str(folder), json.dumps(parameters)]

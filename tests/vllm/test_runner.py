@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
-HERE = Path(__file__).parent
 SWAP = """
 import simulation
 simulation.start()
@@ -23,21 +20,14 @@ print("SWAPPED")
 """
 
 
-def output(environment: dict[str, str], *command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=HERE, env=environment, capture_output=True, text=True, timeout=600, check=False
-    )
-    return done.stdout + done.stderr
-
-
-def test_the_ops_do_what_vllms_kernels_do(environment: dict[str, str]) -> None:
+def test_the_ops_do_what_vllms_kernels_do(output: Callable[..., str]) -> None:
     """Bit for bit."""
-    found = output(environment, "runner_kernels.py")
+    found = output("runner_kernels.py")
     (line,) = (each for each in found.splitlines() if each.startswith("FAILURES ")) if "FAILURES " in found else (found,)
     cases, failures = json.loads(line.removeprefix("FAILURES "))
     assert len(cases) == 10
     assert failures == []
 
 
-def test_the_class_is_put_in_and_taken_out(environment: dict[str, str]) -> None:
-    assert "SWAPPED" in output(environment, "-c", SWAP)
+def test_the_class_is_put_in_and_taken_out(output: Callable[..., str]) -> None:
+    assert "SWAPPED" in output("-c", SWAP)

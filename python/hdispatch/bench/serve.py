@@ -32,6 +32,7 @@ MODES = {
     "ours+compiled": ("compiled", "layers"),
     "ours-launches": ("none", "layers-launches"),
     "ours-vllm-runner": ("none", "layers-vllm-runner"),
+    "ours-vllm-scheduler": ("none", "layers-vllm-scheduler"),
     "ours-fa3": ("none", "layers-fa3"),
     "ours-fa3+graph": ("decode", "layers-fa3"),
 }

@@ -11,7 +11,7 @@ from .serve import MODES, Result
 
 PALETTE = (
     *("#95a5a6", "#f2a33a", "#20639b", "#c0392b", "#3caea3", "#8e44ad", "#2c3e50", "#7fb3d5"),
-    *("#d4ac0d", "#a3e4d7", "#e59866"),
+    *("#d4ac0d", "#a3e4d7", "#e59866", "#7b241c"),
 )
 COLORS = dict(zip(MODES, PALETTE, strict=True))
 BARS = 0.84

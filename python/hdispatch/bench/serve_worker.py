@@ -28,7 +28,8 @@ class EngineOptions:
     mode    of `serve.MODES`
     graphs  "none", "decode" (vLLM's layers or ours captured whole, nothing compiled) or "compiled" (vLLM's default)
     served  "no", "override" (vLLM's ops), "layers" (the plug-in), "layers-launches" (without replays),
-            "layers-vllm-runner" (vLLM's model runner and sampler), "layers-fa3" (decode steps by FlashAttention 3)
+            "layers-vllm-runner" (vLLM's model runner and sampler), "layers-vllm-scheduler" (vLLM's plans of all steps),
+            "layers-fa3" (decode steps by FlashAttention 3)
     kv_gib  of KV cache
     """
 
@@ -69,6 +70,8 @@ def environment(setup: EngineOptions, caches: Path) -> dict[str, str]:
         found["HDISPATCH_REPLAY"] = "0"
     if setup.served == "layers-vllm-runner":
         found["HDISPATCH_RUNNER"] = "0"
+    if setup.served == "layers-vllm-scheduler":
+        found["HDISPATCH_SCHEDULER"] = "0"
     found.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     return found
 

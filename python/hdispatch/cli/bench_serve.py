@@ -36,6 +36,7 @@ modes:
   ours+compiled   the default configuration with the plug-in's layers
   ours-launches   ours with HDISPATCH_REPLAY=0: every kernel is launched, no step that comes again is replayed
   ours-vllm-runner  ours with HDISPATCH_RUNNER=0: vLLM's own model runner and sampler
+  ours-vllm-scheduler  ours with HDISPATCH_SCHEDULER=0: vLLM's own scheduler plans all steps
   ours-fa3        ours with HDISPATCH_ATTENTION=fa3: decode steps take FlashAttention 3, not attention_half
   ours-fa3+graph  the same in the graphs
 

@@ -178,7 +178,7 @@ def _examine_vllm(extension: bool) -> dict[str, Any]:
     """Whether `vllm serve` would be served by the plug-in."""
     if not extension:
         reason = "not looked for without the extension"
-        return {"ok": False, "reason": reason, "version": None, "models": [], "decode": "", "runner": ""}
+        return {"ok": False, "reason": reason, "version": None, "models": [], "decode": "", "runner": "", "scheduler": ""}
     from ..integrations.vllm import plugin
 
     return plugin.examine()
@@ -340,7 +340,8 @@ def _words_of_vllm(vllm: dict[str, Any]) -> str:
         return ""
     models = ", ".join(vllm["models"])
     runner = f"vLLM's own model runner: {vllm['runner']}" if vllm["runner"] else "its model runner's decode steps"
-    return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}; {runner}"
+    plans = f"vLLM's own scheduler: {vllm['scheduler']}" if vllm["scheduler"] else "its scheduler's plans of them"
+    return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}; {runner}; {plans}"
 
 
 def _words_of_sglang(sglang: dict[str, Any]) -> str:

@@ -27,11 +27,12 @@ def register() -> None:
     """Serve vLLM with hdispatch if HDISPATCH is 1; otherwise do nothing. vLLM calls this in every process, maybe twice.
 
     Overrides the `_C` ops that the launch table can serve, for every model, and registers classes of our own for the models
-    whose decoder layers we run whole (`models.ARCHITECTURES`), and our model runner for all (`runner.Runner`). The bundle,
-    HDISPATCH_BUNDLE's or the package's own, is loaded later, when the model is made: only then has a worker chosen its device.
+    whose decoder layers we run whole (`models.ARCHITECTURES`), and for all models our model runner (`runner.Runner`) and
+    scheduler (`scheduler.DecodeScheduler`). The bundle, HDISPATCH_BUNDLE's or the package's own, is loaded later, when the
+    model is made: only then has a worker chosen its device.
 
-    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION, HDISPATCH_REPLAY, HDISPATCH_RUNNER or
-    HDISPATCH_METRICS_PORT, or where HDISPATCH_BUNDLE names nothing, or is not set and the package has no bundle.
+    Raises `HdispatchError` for a wrong HDISPATCH, HDISPATCH_ATTENTION, HDISPATCH_REPLAY, HDISPATCH_RUNNER, HDISPATCH_SCHEDULER
+    or HDISPATCH_METRICS_PORT, or where HDISPATCH_BUNDLE names nothing, or is not set and the package has no bundle.
     """
     if not settings.is_on() or _OVERRIDE:
         return
@@ -43,11 +44,13 @@ def register() -> None:
     settings.attention()
     settings.replay()
     settings.runner()
+    settings.scheduler()
     settings.metrics_port()
-    from . import models, runner
+    from . import models, runner, scheduler
 
     models.register()
     runner.install()
+    scheduler.install()
     _OVERRIDE.append(override_vllm_ops())
     torch.nn.modules.module.register_module_parameter_registration_hook(_on_parameter)
 
@@ -98,20 +101,22 @@ def _unfit() -> str:
 
 
 def examine() -> dict[str, Any]:
-    """What `register` would do, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "runner"}.
+    """What `register` would do, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "runner",
+    "scheduler"}.
 
-    decode says what attention of decode steps takes: `settings.ATTENTIONS`; runner why vLLM's own model runner stays, if so.
+    decode says what attention of decode steps takes: `settings.ATTENTIONS`; runner and scheduler why vLLM's own stay, if so.
 
     Imports vLLM where it is installed and all else is as it should be, which takes seconds; registers nothing. What speaks
     against one model is known when it is made: vLLM's log says it.
     """
-    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": [], "decode": "", "runner": ""}
+    found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": [], "decode": ""}
+    found |= {"runner": "", "scheduler": ""}
     try:
         found["version"] = importlib.metadata.version("vllm")
         found["reason"] = _switched_off() or _unfit()
         if found["reason"]:
             return found
-        from . import models, runner
+        from . import models, runner, scheduler
     except importlib.metadata.PackageNotFoundError:
         return found | {"reason": "vLLM is not installed"}
     except HdispatchError as error:
@@ -119,7 +124,8 @@ def examine() -> dict[str, Any]:
     except Exception as error:  # a broken install fails in any way it likes
         return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
     decode = settings.ATTENTIONS[settings.attention()]
-    return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode, "runner": runner.objection()}
+    found |= {"runner": runner.objection(), "scheduler": scheduler.objection()}
+    return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode}
 
 
 def _switched_off() -> str:
@@ -135,5 +141,6 @@ def _switched_off() -> str:
     settings.attention()
     settings.replay()
     settings.runner()
+    settings.scheduler()
     settings.metrics_port()
     return ""

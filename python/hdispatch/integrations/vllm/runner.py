@@ -6,8 +6,6 @@ stands in for is what it was written for. Everything but plain decode steps is v
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 from typing import Any
 
 import numpy as np
@@ -42,19 +40,11 @@ REPLACED = (
 FINGERPRINT = "503e8627325515461c995a2d8af03ddb27418c6f7e9b01749b402b4205161d50"
 
 
-def fingerprint() -> str:
-    """sha256 of the sources of what is REPLACED, in the vLLM that is here."""
-    found = hashlib.sha256()
-    for each in REPLACED:
-        found.update(inspect.getsource(getattr(each, "fn", each)).encode())
-    return found.hexdigest()
-
-
 def objection() -> str:
     """Why vLLM's own runner stays; empty if ours takes its place."""
     if not settings.runner():
         return f"{settings.RUNNER} is 0"
-    if (found := fingerprint()) != FINGERPRINT:
+    if (found := support.fingerprint(REPLACED)) != FINGERPRINT:
         return f"its code is {found[:12]}, not {FINGERPRINT[:12]}, for which hdispatch's was written"
     return ""
 

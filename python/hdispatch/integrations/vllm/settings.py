@@ -1,4 +1,4 @@
-"""Environment variables of the plug-in: HDISPATCH, the switch; HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _METRICS_PORT."""
+"""Environment variables of the plug-in: HDISPATCH, the switch, HDISPATCH_ATTENTION, _REPLAY, _RUNNER, _SCHEDULER and others."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ SWITCH = switch.SWITCH
 ATTENTION = "HDISPATCH_ATTENTION"
 REPLAY = "HDISPATCH_REPLAY"
 RUNNER = "HDISPATCH_RUNNER"
+SCHEDULER = "HDISPATCH_SCHEDULER"
 METRICS_PORT = "HDISPATCH_METRICS_PORT"
 #: Value of HDISPATCH_ATTENTION -> attention of decode steps.
 ATTENTIONS = {
@@ -47,6 +48,11 @@ def replay() -> bool:
 def runner() -> bool:
     """Whether vLLM's model runner is ours in decode steps: HDISPATCH_RUNNER, 1 if not set. `HdispatchError` likewise."""
     return _flag(RUNNER, "prepare and end decode steps by one launch each", "vLLM's own model runner and sampler")
+
+
+def scheduler() -> bool:
+    """Whether plans of decode steps are ours: HDISPATCH_SCHEDULER, 1 if not set. `HdispatchError` likewise."""
+    return _flag(SCHEDULER, "plan decode steps in one short loop", "vLLM's own scheduler")
 
 
 def _flag(name: str, yes: str, no: str) -> bool:
