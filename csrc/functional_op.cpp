@@ -80,7 +80,7 @@ void sizes_of(const Op& op, const ReturnedTensor& output, const Arguments& argum
 template <typename Arguments>
 c10::ScalarType type_of(const ReturnedTensor& output, const Arguments& arguments) {
   const at::Tensor* source = output.dtype_of < 0 ? nullptr : arguments.tensor(static_cast<size_t>(output.dtype_of));
-  return source ? source->scalar_type() : output.dtype;
+  return source ? source->scalar_type() : static_cast<c10::ScalarType>(output.scalar_type);
 }
 
 template <typename Arguments>
@@ -116,7 +116,7 @@ ReturnedDim find_symbol(const Op& op, size_t given, uint8_t symbol) {
 ReturnedTensor describe_output(const Op& op, size_t given, const ArgSpec& arg) {
   const ArgSpec* typed = &arg;  // another returned tensor's dtype is that one's
   while (typed->dtype_of >= static_cast<int>(given)) typed = &op.args()[static_cast<size_t>(typed->dtype_of)];
-  ReturnedTensor made{{}, scalar_type_of(typed->dtypes[0]), typed->dtype_of, arg.is_zeroed};
+  ReturnedTensor made{{}, static_cast<int8_t>(scalar_type_of(typed->dtypes[0])), typed->dtype_of, arg.is_zeroed};
   for (const Dim& dim : arg.dims) {
     ReturnedDim& out =
         made.dims.emplace_back(dim.symbol < kSymbols ? find_symbol(op, given, dim.symbol) : ReturnedDim{});

@@ -6,7 +6,6 @@
 #pragma once
 
 #include <Python.h>
-#include <c10/core/ScalarType.h>
 
 #include <string>
 #include <vector>
@@ -29,8 +28,8 @@ struct ReturnedDim {
 /// A tensor that is returned, by the argument that takes it.
 struct ReturnedTensor {
   std::vector<ReturnedDim> dims;
-  c10::ScalarType dtype;
-  int dtype_of;  ///< or of this argument; -1: as said
+  int8_t scalar_type;  ///< as torch numbers them
+  int dtype_of;        ///< or of this argument; -1: as said
   bool is_zeroed;
 };
 
