@@ -15,6 +15,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,39 +25,15 @@ import helion
 import helion.language as hl
 import torch
 import triton
-import triton.language as tl
 from hdispatch import _C
 from hdispatch.bench import machine
 from hdispatch.testing import host_timer
 
+SUPPORT = str(Path(__file__).resolve().parents[1] / "tests" / "support")
 CALLS = 60  # of a batch: the queue of launches holds them
 #: kernel -> at most this many times the floor; all at least FASTER times as fast as Triton's own launch
 TARGETS = {"0 arguments": 1.2, "19 arguments": 1.5, "58 arguments": 2.0, "helion add": 1.3, "helion add, out given": 1.3}
 FASTER = 4.0
-
-
-@triton.jit
-def nop():
-    """Nothing, of no arguments."""
-
-
-@triton.jit
-def nop19(
-    t1, t2, t3, t4, t5, i1, i2, i3, i4, i5, i6, i7, i8, i9,
-    c1: tl.constexpr, c2: tl.constexpr, c3: tl.constexpr, c4: tl.constexpr, c5: tl.constexpr,
-):  # fmt: skip
-    """Nothing, of 5 tensors, 9 integers, 5 constants."""
-
-
-@triton.jit
-def nop58(
-    t1, t2, t3, t4, t5, t6, t7, t8, t9, t10, t11, t12, t13, t14, i1, i2, i3, i4, i5, i6, i7, i8, i9, i10, i11, i12, i13, i14,
-    i15, i16, i17, i18, i19, i20, i21, i22, i23, i24, i25, i26, c1: tl.constexpr, c2: tl.constexpr, c3: tl.constexpr,
-    c4: tl.constexpr, c5: tl.constexpr, c6: tl.constexpr, c7: tl.constexpr, c8: tl.constexpr, c9: tl.constexpr,
-    c10: tl.constexpr, c11: tl.constexpr, c12: tl.constexpr, c13: tl.constexpr, c14: tl.constexpr, c15: tl.constexpr,
-    c16: tl.constexpr, c17: tl.constexpr, c18: tl.constexpr,
-):  # fmt: skip
-    """Nothing, of 14 tensors, 26 integers, 18 constants."""
 
 
 @helion.kernel(static_shapes=False, config=helion.Config(block_sizes=[32, 32]))
@@ -77,12 +54,16 @@ def add_out(out: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
 
 
 def triton_kernels(device: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
-    """Each kernel with its arguments; integers above 1, which Triton would compile in."""
+    """Each kernel (tests/support/adopted_kernels.py) with its arguments; integers above 1, which Triton would compile in."""
+    if SUPPORT not in sys.path:
+        sys.path.insert(0, SUPPORT)
+    import adopted_kernels as kernels  # type: ignore[import-not-found]
+
     tensors = [torch.zeros(64, device=device) for _ in range(14)]
     return {
-        "0 arguments": (nop, ()),
-        "19 arguments": (nop19, (*tensors[:5], *range(2, 11), *[32] * 5)),
-        "58 arguments": (nop58, (*tensors, *range(2, 28), *[32] * 18)),
+        "0 arguments": (kernels.nop, ()),
+        "19 arguments": (kernels.nineteen, (*tensors[:5], *range(2, 11), *[32] * 5)),
+        "58 arguments": (kernels.fifty_eight, (*tensors, *range(2, 28), *[32] * 18)),
     }
 
 

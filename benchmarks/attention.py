@@ -386,6 +386,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--seconds", type=float, default=400.0, help="begin no cell after that")
     given = parser.parse_args()
+    cells = [
+        Cell(heads, kv_heads, batch, context, queries)
+        for queries in given.queries for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
+    ]  # fmt: skip
+    if given.cells:
+        named = {f"{each.heads}/{each.kv_heads},{each.batch}x{each.context},{each.queries}": each for each in cells}
+        if unknown := [name for name in given.cells if name not in named]:
+            parser.error(f"--cells: no cell {', '.join(unknown)}; the grid has {', '.join(named)}")
+        cells = [named[name] for name in dict.fromkeys(given.cells)]
     begin, order = time.monotonic(), random.Random(0)
     torch.manual_seed(0)
     hdispatch.load(given.bundle)
@@ -393,13 +402,6 @@ def main() -> int:
     for name, why in peers.missing.items():
         print(f"without {name}: {why}")
     pool = torch.empty(MOST, dtype=torch.bfloat16, device="cuda").normal_()
-    cells = [
-        Cell(heads, kv_heads, batch, context, queries)
-        for queries in given.queries for heads, kv_heads in HEADS for context in CONTEXTS for batch in BATCHES
-        if not given.cells or f"{heads}/{kv_heads},{batch}x{context},{queries}" in given.cells
-    ]  # fmt: skip
-    if len(cells) < len(given.cells):
-        parser.error(f"--cells names {len(given.cells)} cells, of which the grid has {len(cells)}")
     print(
         f"{torch.cuda.get_device_name()}, us per call, K and V from memory; ratios: best peer / hdispatch, vLLM's half / ours"
     )

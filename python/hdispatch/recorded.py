@@ -145,17 +145,18 @@ def _warm(device: int) -> None:
 def _make_launchers(device: int, table: Table) -> None:
     """Triton 3.6 compiles a launcher in C for each list of types: 130 to 300 ms, which `load` takes and not a first call.
 
-    They go into Triton's own cache, on all cores. Later versions have one launcher.
+    They go into Triton's own cache, on all cores. Later versions have one launcher. A bundle that was built before parameters
+    were in its manifest has them made in first calls.
     """
     if device < 0 or not hasattr(importlib.import_module("triton.backends.nvidia.driver"), "make_launcher"):
         return
     launcher = getattr(importlib.import_module("triton.runtime.driver").driver.active, "launcher_cls", None)
     if launcher is None:
         return
-    made = {_launcher_key(kernel.entry): kernel for kernel in table.values()}
+    made = {_launcher_key(kernel.entry): kernel for kernel in table.values() if "parameters" in kernel.entry}
 
     def make(kernel: RecordedKernel) -> None:
-        types = {name: _triton_type(kernel.entry["signature"][name]) for name in kernel.entry.get("parameters", [])}
+        types = {name: _triton_type(kernel.entry["signature"][name]) for name in kernel.entry["parameters"]}
         launcher(SimpleNamespace(signature=types, constants={}), kernel.prepared.metadata)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -165,7 +166,7 @@ def _make_launchers(device: int, table: Table) -> None:
 
 def _launcher_key(entry: Recorded) -> str:
     """What a launcher depends on: it takes pointers to anything as one type. Descriptors of tensors come in several forms."""
-    types = json.dumps([entry["signature"][name] for name in entry.get("parameters", [])])
+    types = json.dumps([entry["signature"][name] for name in entry["parameters"]])
     return re.sub(r"\*\w+", "*", types) + (entry["metadata"] if "tensordesc" in types else "")
 
 

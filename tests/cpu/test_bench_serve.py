@@ -12,6 +12,7 @@ from hdispatch.bench import serve, serve_accuracy, serve_plot
 from hdispatch.bench.serve_accuracy import compare, compare_steps
 from hdispatch.bench.serve_worker import EngineOptions, environment
 from hdispatch.cli import bench_serve
+from hdispatch.cli.main import main
 
 #: A process that answers as serve_worker does; FAULT says what goes wrong, and at which request.
 WORKER = """
@@ -169,6 +170,12 @@ def test_prompts_fit_a_prefill_and_differ():
     tokens = serve_accuracy.sequence(3, 20, 5)
     assert tokens.tolist()[:20] == serve_accuracy.prompt(3, 20)
     assert tokens[20:].tolist() == [int(serve_accuracy.forced(torch.tensor(position))) for position in range(19, 23)]
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_no_requests_are_refused(capsys, count):
+    assert main(["bench", "serve", "--logits", "4", "--requests", count]) == 1
+    assert f"--requests is {count}; it takes 1 or more" in capsys.readouterr().err
 
 
 def test_what_decode_steps_of_a_mode_take(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -239,6 +240,10 @@ def test_launchers_that_triton_compiles_are_made_by_load(bundle, monkeypatch):
     of_plain = ["out", "x", "elements", "FUNCTION", "DTYPE", "PAIR", "BLOCK"]
     kinds = sorted([kind for _, kind in each] for each in found if [name for name, _ in each] == of_plain)
     assert kinds == [["*fp32", "*fp32", kind, *["constexpr"] * 4] for kind in ("constexpr", "i32")]
+    for entry in manifest["recorded"]:  # as an older bundle has it
+        del entry["parameters"]
+    recorded._make_launchers(0, recorded.table_of(bundle, manifest, contents))
+    assert len(made) == len(found)
     assert len(found) == len({str(each) for each in found}) < COUNT
     assert all(metadata.num_warps in (4, 8) for _, metadata in made)
 
@@ -371,6 +376,29 @@ def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd,
     manifest, _ = read_bundle(tmp_path / "b")
     assert manifest["recorded"][0]["kernel"] == "__main__.plain"
     assert manifest["target"]["arch"] == "sm_80"
+
+
+def test_an_interrupted_command_is_told_of_when_it_has_ended(project, tmp_path):
+    """As a terminal interrupts: the command and the recorder."""
+    script = tmp_path / "server.py"
+    script.write_text(
+        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        + DESCRIBED.format(gpu="h100")
+        + "import torch, user_kernels\nfrom triton.runtime.jit import MockTensor\n"
+        + "p = MockTensor(torch.float32)\nuser_kernels.moded.warmup(p, p, 1, grid=(1,))\n"
+        + "try:\n    print('ready', flush=True)\n    time.sleep(100)\n"
+        + "except KeyboardInterrupt:\n    time.sleep(0.5)\n    sys.exit(3)\n"
+    )
+    recorder = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    recorder += "from hdispatch.cli.main import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-c", recorder, "record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, str(script)]
+    variables = {**os.environ, "PYTHONPATH": str(project), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables, start_new_session=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert (process.returncode, said.split(": ")[1]) == (3, "1 specialization of 1 kernel, 1 of them new\n")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ class Engine:
         if other_code:
             from hdispatch.integrations.vllm import runner
 
-            runner.FINGERPRINT = "0" * 64
+            runner.STAND_IN.fingerprint = "0" * 64
         load_general_plugins()
         if not options.get("compilation_config"):
             defaults["enforce_eager"] = True
@@ -68,6 +68,7 @@ class Engine:
             "class": type(self.model).__module__,
             "reason": getattr(self.model, "hdispatch_reason", None),
             "runner": type(self.runner).__module__,
+            "scheduler": type(self.llm.llm_engine.engine_core.engine_core.scheduler).__name__,
             "sampler": type(self.runner.sampler).__name__,
             "decode": self._decode(),
             "runner_decodes": self._runner_decodes(),

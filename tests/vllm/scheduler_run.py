@@ -35,12 +35,13 @@ def scheduler_of(folder: str, kind: type, blocks: int, caching: bool, seqs: int,
     groups = [KVCacheGroupSpec(["layer"], spec)]
     cache = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
     structured = StructuredOutputManager(config)
+    structured.accept_tokens = lambda *_: True  # no grammar is compiled here
     return kind(
         vllm_config=config, kv_cache_config=cache, structured_output_manager=structured, block_size=BLOCK, log_stats=True
     )
 
 
-def request_of(number: int, prompt: list[int], tokens: int, caching: bool, priority: int) -> Any:
+def request_of(number: int, prompt: list[int], tokens: int, caching: bool, priority: int, structured: bool = False) -> Any:
     from vllm import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -49,7 +50,7 @@ def request_of(number: int, prompt: list[int], tokens: int, caching: bool, prior
     init_none_hash(sha256)
     sampling = SamplingParams(max_tokens=tokens, temperature=0.0, detokenize=False, stop_token_ids=[5])
     sampling._eos_token_id = EOS
-    return Request(
+    made = Request(
         request_id=f"r{number}",
         prompt_token_ids=prompt,
         sampling_params=sampling,
@@ -59,6 +60,8 @@ def request_of(number: int, prompt: list[int], tokens: int, caching: bool, prior
         priority=priority,
         block_hasher=get_request_block_hasher(BLOCK, sha256) if caching else None,
     )
+    made.structured_output_request = object() if structured else None  # as one whose grammar is ready
+    return made
 
 
 def tokens_of(plan: Any, seed: int, rare: bool) -> Any:
@@ -150,7 +153,7 @@ def compare(folder: str, seed: int, steps: int, **sizes: Any) -> dict[str, Any]:
             for _ in range(pick.choice((1, 1, 2, 9))):
                 shared = pick.choice((0, 0, 40))
                 prompt = [7] * shared + [pick.randrange(10, 900) for _ in range(pick.choice((1, 5, 16, 33, 90, 300)))]
-                given = number, prompt, pick.choice((1, 2, 20, 60, 150)), caching, pick.randrange(3)
+                given = number, prompt, pick.choice((1, 2, 20, 60, 150)), caching, pick.randrange(3), pick.random() < 0.1
                 for each in pair:
                     each.add_request(request_of(*given))
                 number += 1

@@ -10,11 +10,11 @@ import simulation
 simulation.start()
 from hdispatch.integrations.vllm import runner
 from vllm.v1.worker.gpu import model_runner
-assert runner.objection() == "", runner.objection()
+assert runner.STAND_IN.objection() == "", runner.STAND_IN.objection()
 for _ in range(2):
-    runner.install()
+    runner.STAND_IN.install(runner.Runner)
     assert model_runner.GPUModelRunner is runner.Runner
-runner.uninstall()
+runner.STAND_IN.uninstall()
 assert model_runner.GPUModelRunner is runner.ORIGINAL
 print("SWAPPED")
 """

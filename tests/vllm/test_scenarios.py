@@ -76,6 +76,7 @@ def test_our_runner_takes_vllms_tokens(play: Play, more: dict[str, Any], options
     ours = play("generate", options, **given)
     theirs = play("generate", options, variables=OFF, **given)
     assert (ours["sampler"], theirs["sampler"]) == ("GreedySampler", "Sampler")
+    assert ours["scheduler"] == ("Scheduler" if options.get("async_scheduling") is False else "DecodeScheduler")
     assert tokens_of(ours) == tokens_of(theirs)
     found = ours["runner_decodes"]
     assert found["reason"] is None

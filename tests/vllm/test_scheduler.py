@@ -14,11 +14,11 @@ import simulation
 simulation.start()
 from hdispatch.integrations.vllm import scheduler
 from vllm.config import SchedulerConfig
-assert scheduler.objection() == "", scheduler.objection()
+assert scheduler.STAND_IN.objection() == "", scheduler.STAND_IN.objection()
 config = SchedulerConfig.default_factory(async_scheduling=True)
-scheduler.install()
+scheduler.STAND_IN.install(scheduler.DecodeScheduler)
 assert config.get_scheduler_cls() is scheduler.DecodeScheduler
-scheduler.uninstall()
+scheduler.STAND_IN.uninstall()
 assert config.get_scheduler_cls() is scheduler.ORIGINAL
 print("SWAPPED")
 """
@@ -37,7 +37,7 @@ print("SWAPPED")
 def test_every_plan_is_vllms(schedule: Schedule, blocks: int, caching: bool, seqs: int, policy: str, share: float) -> None:
     """Requests come, end, are aborted and preempted at random."""
     sizes: dict[str, Any] = {"blocks": blocks, "caching": caching, "seqs": seqs, "policy": policy}
-    found = schedule(what="compare", seed=blocks + seqs, steps=1500, **sizes)
+    found = schedule(what="compare", seed=blocks + seqs, steps=2500, **sizes)
     assert found["finished"] > 100
     assert found["ours"] > share * found["steps"]
     assert (found["preempted"] > 20) == (blocks < 100)

@@ -100,6 +100,8 @@ def run(arguments: argparse.Namespace) -> int:
     unknown = [mode for mode in arguments.modes if mode not in serve.MODES]
     if unknown:
         raise HdispatchError(f"no mode {', '.join(unknown)}; there are {', '.join(serve.MODES)}")
+    if arguments.requests < 1:
+        raise HdispatchError(f"--requests is {arguments.requests}; it takes 1 or more")
     bundle = default_bundle(arguments.bundle)
     if bundle is None:
         raise HdispatchError(f"no bundle is named: give --bundle DIR or set ${BUNDLE_VARIABLE}")

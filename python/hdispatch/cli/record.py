@@ -83,15 +83,25 @@ def run(arguments: argparse.Namespace) -> int:
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), recorder.VARIABLE: str(file)}
         try:
-            code = subprocess.run(command, env=environment, check=False).returncode
+            process = subprocess.Popen(command, env=environment)
         except OSError as error:
             raise HdispatchError(f"cannot run {command[0]}: {error.strerror}") from error
+        code = _wait(process)
     found = recording.read([file])[1]
     kernels = {(line["module"], line["qualname"]) for line in found}
     print(
         f"{file}: {count(len(found), 'specialization')} of {count(len(kernels), 'kernel')}, {len(found) - before} of them new"
     )
     return code if code >= 0 else 128 - code
+
+
+def _wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit code. A server is ended by an interrupt: the terminal sends it to the command too, which ends as it likes."""
+    while True:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            continue
 
 
 def _warm_up(script: Path, target: str | None) -> list[str]:

@@ -49,8 +49,8 @@ def register() -> None:
     from . import models, runner, scheduler
 
     models.register()
-    runner.install()
-    scheduler.install()
+    runner.STAND_IN.install(runner.Runner)
+    scheduler.STAND_IN.install(scheduler.DecodeScheduler)
     _OVERRIDE.append(override_vllm_ops())
     torch.nn.modules.module.register_module_parameter_registration_hook(_on_parameter)
 
@@ -124,7 +124,7 @@ def examine() -> dict[str, Any]:
     except Exception as error:  # a broken install fails in any way it likes
         return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
     decode = settings.ATTENTIONS[settings.attention()]
-    found |= {"runner": runner.objection(), "scheduler": scheduler.objection()}
+    found |= {"runner": runner.STAND_IN.objection(), "scheduler": scheduler.STAND_IN.objection()}
     return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode}
 
 

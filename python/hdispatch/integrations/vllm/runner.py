@@ -1,6 +1,6 @@
 """vLLM's V2 model runner with decode steps of our own: their inputs by one launch, their end by another, no Triton between.
 
-Needs vLLM. vLLM has no seam for its runner's class: `install` puts ours where its worker looks for it, if the code that ours
+Needs vLLM. vLLM has no seam for its runner's class: `STAND_IN` puts ours where its worker looks for it, if the code that ours
 stands in for is what it was written for. Everything but plain decode steps is vLLM's own.
 """
 
@@ -23,6 +23,7 @@ from . import settings, support
 from .attention import Kind
 from .decode_batch import DecodeBatch, DecodeBuffers
 from .sampling import GreedySampler
+from .stand_in import StandIn
 
 #: vLLM's own.
 ORIGINAL: Any = model_runner.GPUModelRunner
@@ -36,31 +37,15 @@ REPLACED = (
     *(sampler.Sampler, states.SamplingStates, async_utils.AsyncOutput, DefaultModelState.prepare_attn),
     *(attn_utils.build_attn_metadata, flash_attn.FlashAttentionMetadata, flash_attn.FlashAttentionMetadataBuilder.build),
 )
-#: sha256 of their sources in vLLM 0.33.0.
-FINGERPRINT = "503e8627325515461c995a2d8af03ddb27418c6f7e9b01749b402b4205161d50"
-
-
-def objection() -> str:
-    """Why vLLM's own runner stays; empty if ours takes its place."""
-    if not settings.runner():
-        return f"{settings.RUNNER} is 0"
-    if (found := support.fingerprint(REPLACED)) != FINGERPRINT:
-        return f"its code is {found[:12]}, not {FINGERPRINT[:12]}, for which hdispatch's was written"
-    return ""
-
-
-def install() -> None:
-    """Put `Runner` in the place of vLLM's class, or say in the log why not."""
-    reason = objection()
-    if reason:
-        settings.logger.warning("hdispatch: vLLM's own model runner stays: %s", reason)
-    else:
-        model_runner.GPUModelRunner = Runner
-
-
-def uninstall() -> None:
-    """Put vLLM's class back; runners that were made stay as they are."""
-    model_runner.GPUModelRunner = ORIGINAL
+STAND_IN = StandIn(
+    model_runner,
+    "GPUModelRunner",
+    "model runner",
+    settings.RUNNER,
+    settings.runner,
+    REPLACED,
+    "503e8627325515461c995a2d8af03ddb27418c6f7e9b01749b402b4205161d50",  # of vLLM 0.33.0
+)
 
 
 class Runner(ORIGINAL):

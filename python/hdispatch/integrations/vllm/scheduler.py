@@ -1,7 +1,7 @@
 """vLLM's scheduler, with steps of one new token for every running request planned in one short loop.
 
 Needs vLLM. At 128 requests vLLM's own plan of such a step takes one to two milliseconds, a small model on the GPU two. vLLM
-takes another class from its command line alone: `install` puts ours where its configuration looks for the usual one, if the
+takes another class from its command line alone: `STAND_IN` puts ours where its configuration looks for the usual one, if the
 code that ours stands in for is what it was written for. Every other step is vLLM's own.
 """
 
@@ -15,6 +15,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.request import Request
 
 from . import settings, support
+from .stand_in import StandIn
 
 #: vLLM's own.
 ORIGINAL: Any = async_scheduler.AsyncScheduler
@@ -27,31 +28,15 @@ REPLACED = (
     *(kv_cache_manager.KVCacheManager.allocate_slots, Blocks.get_num_blocks_to_allocate, Blocks.allocate_new_blocks),
     *(Blocks.cache_blocks, FullAttention.cache_blocks, Request, output.CachedRequestData, output.SchedulerOutput),
 )
-#: sha256 of their sources in vLLM 0.33.0.
-FINGERPRINT = "37a030bf191ee78b81f21fc08daf2b825cb889796448257a54ba16e4892caedc"
-
-
-def objection() -> str:
-    """Why vLLM's own scheduler stays; empty if ours takes its place."""
-    if not settings.scheduler():
-        return f"{settings.SCHEDULER} is 0"
-    if (found := support.fingerprint(REPLACED)) != FINGERPRINT:
-        return f"its code is {found[:12]}, not {FINGERPRINT[:12]}, for which hdispatch's was written"
-    return ""
-
-
-def install() -> None:
-    """Put `DecodeScheduler` in the place of vLLM's class, or say in the log why not."""
-    reason = objection()
-    if reason:
-        settings.logger.warning("hdispatch: vLLM's own scheduler stays: %s", reason)
-    else:
-        async_scheduler.AsyncScheduler = DecodeScheduler
-
-
-def uninstall() -> None:
-    """Put vLLM's class back; schedulers that were made stay as they are."""
-    async_scheduler.AsyncScheduler = ORIGINAL
+STAND_IN = StandIn(
+    async_scheduler,
+    "AsyncScheduler",
+    "scheduler",
+    settings.SCHEDULER,
+    settings.scheduler,
+    REPLACED,
+    "37a030bf191ee78b81f21fc08daf2b825cb889796448257a54ba16e4892caedc",  # of vLLM 0.33.0
+)
 
 
 class DecodeScheduler(ORIGINAL):

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import re
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -27,14 +24,6 @@ def require(condition: object, reason: str) -> None:
     """Raise `UnsupportedError` with `reason` unless `condition` holds."""
     if not condition:
         raise UnsupportedError(reason)
-
-
-def fingerprint(parts: Iterable[Any]) -> str:
-    """sha256 of the sources of functions, classes and Triton kernels of the vLLM that is here."""
-    found = hashlib.sha256()
-    for each in parts:
-        found.update(inspect.getsource(getattr(each, "fn", each)).encode())
-    return found.hexdigest()
 
 
 def check_config(config: Any) -> None:

@@ -1,0 +1,59 @@
+"""A class of ours in the place of one of vLLM's: put in and taken out, where vLLM's code is what ours was written for."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+from . import settings
+
+
+@dataclass
+class StandIn:
+    """What stands in for a class that vLLM lets no plug-in choose.
+
+    module, name     where vLLM looks for the class
+    what             it is, in the log's words
+    variable, is_on  the setting that leaves vLLM's own in place, and whether it asks for ours
+    parts            functions, classes and Triton kernels of vLLM's that ours replaces, calls or reads
+    fingerprint      sha256 of their sources in the vLLM that ours was written for
+    """
+
+    module: ModuleType
+    name: str
+    what: str
+    variable: str
+    is_on: Callable[[], bool]
+    parts: Sequence[Any]
+    fingerprint: str
+    original: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.original = getattr(self.module, self.name)
+
+    def objection(self) -> str:
+        """Why vLLM's own stays; empty if ours takes its place."""
+        if not self.is_on():
+            return f"{self.variable} is 0"
+        found = hashlib.sha256()
+        for each in self.parts:
+            found.update(inspect.getsource(getattr(each, "fn", each)).encode())
+        if found.hexdigest() != self.fingerprint:
+            return f"its code is {found.hexdigest()[:12]}, not {self.fingerprint[:12]}, for which hdispatch's was written"
+        return ""
+
+    def install(self, ours: type) -> None:
+        """Put ours in the place of vLLM's class, or say in the log why not."""
+        reason = self.objection()
+        if reason:
+            settings.logger.warning("hdispatch: vLLM's own %s stays: %s", self.what, reason)
+        else:
+            setattr(self.module, self.name, ours)
+
+    def uninstall(self) -> None:
+        """Put vLLM's class back; objects that were made stay as they are."""
+        setattr(self.module, self.name, self.original)
