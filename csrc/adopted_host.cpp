@@ -1,7 +1,7 @@
 // adopted_host.cpp -- reading host records, and serving calls with them.
 #include "adopted_host.h"
 
-#include <ATen/ATen.h>
+#include <ATen/core/Tensor.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>

@@ -1,8 +1,8 @@
 // functional_op.cpp -- sizes of the tensors that an op returns; allocating them; the two doors.
 #include "functional_op.h"
 
-#include <ATen/Functions.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>

@@ -65,7 +65,7 @@ class _RayPool(Pool):
         super().__init__(target, store.root)
         self._sources = {package: digest(dict(hashes)) for package, hashes in sources.items()}
         self._results = store
-        self._make = ray.remote(num_cpus=1, num_gpus=0)(Compiler)
+        self._make = ray.remote(num_cpus=1, num_gpus=0, max_concurrency=2)(Compiler)  # `close` is heard beside a `build`
         self._free: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._actors: list[Any] = []
         self._guard = threading.Lock()
@@ -109,9 +109,7 @@ class _RayPool(Pool):
         with self._guard:
             over, self._over = self._over, True
             if not over:
-                ended = []
-                while not self._free.empty():  # one that works would not answer
-                    ended.append(self._free.get_nowait().close.remote())
+                ended = [actor.close.remote() for actor in self._actors]
                 if ended:
                     ray.wait(ended, num_returns=len(ended), timeout=CLOSE_SECONDS)
                 for actor in self._actors:
@@ -155,6 +153,6 @@ class Compiler:
             raise HdispatchError(f"node {node} has other code of {package}: install the hdispatch that the run is started with")
 
     def close(self) -> None:
-        """End the process, remove what it left."""
+        """End the process, which breaks off a build, and remove the folders of both."""
         self._pool.__exit__()
         self._folder.cleanup()
