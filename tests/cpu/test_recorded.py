@@ -378,8 +378,11 @@ def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd,
     assert manifest["target"]["arch"] == "sm_80"
 
 
-def test_an_interrupted_command_is_told_of_when_it_has_ended(project, tmp_path):
-    """As a terminal interrupts: the command and the recorder."""
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 3), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)]
+)
+def test_an_ended_command_is_told_of_when_it_has_ended(project, tmp_path, number, code):
+    """A terminal interrupts the command and the recorder, a supervisor signals the recorder alone."""
     script = tmp_path / "server.py"
     script.write_text(
         "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
@@ -396,9 +399,12 @@ def test_an_interrupted_command_is_told_of_when_it_has_ended(project, tmp_path):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables, start_new_session=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
-    os.killpg(process.pid, signal.SIGINT)
+    if number == signal.SIGINT:
+        os.killpg(process.pid, number)
+    else:
+        process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert (process.returncode, said.split(": ")[1]) == (3, "1 specialization of 1 kernel, 1 of them new\n")
+    assert (process.returncode, said.split(": ")[1]) == (code, "1 specialization of 1 kernel, 1 of them new\n")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +24,8 @@ from their first call:
   hdispatch build --record kernels.jsonl --target h100 --out bundle
   >>> hdispatch.load("bundle")                      in the next run of serve.py
 
-A kernel is recorded where this process meets it first, also where Triton's own cache has it.
+A kernel is recorded where this process meets it first, also where Triton's own cache has it. SIGTERM and SIGHUP are handed on
+to COMMAND; when it has ended, what it compiled is told, and its exit code is this command's.
 
 With --vllm-warmup no GPU is needed: SCRIPT registers kernels with vLLM's warm-up registry, as vLLM's layers do
 (KERNEL.register_warmup(...)), and what vLLM would compile of them as it starts on a TARGET is compiled and recorded:
@@ -82,17 +84,38 @@ def run(arguments: argparse.Namespace) -> int:
         Path(folder, "sitecustomize.py").write_text(_SITECUSTOMIZE.format(folder=folder, recorder=recorder.__file__))
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), recorder.VARIABLE: str(file)}
-        try:
-            process = subprocess.Popen(command, env=environment)
-        except OSError as error:
-            raise HdispatchError(f"cannot run {command[0]}: {error.strerror}") from error
-        code = _wait(process)
+        code = _run(command, environment)
     found = recording.read([file])[1]
     kernels = {(line["module"], line["qualname"]) for line in found}
     print(
         f"{file}: {count(len(found), 'specialization')} of {count(len(kernels), 'kernel')}, {len(found) - before} of them new"
     )
     return code if code >= 0 else 128 - code
+
+
+def _run(command: list[str], environment: dict[str, str]) -> int:
+    """The exit code of a command. SIGTERM and SIGHUP, by which supervisors end a server, are handed on to it."""
+    processes: list[subprocess.Popen[bytes]] = []
+    early: list[int] = []
+
+    def hand_on(number: int, _frame: object) -> None:
+        """Send a signal to the command, or note it until the command runs."""
+        if processes:
+            processes[0].send_signal(number)
+        else:
+            early.append(number)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        processes.append(subprocess.Popen(command, env=environment))
+        for number in early:
+            processes[0].send_signal(number)
+        return _wait(processes[0])
+    except OSError as error:
+        raise HdispatchError(f"cannot run {command[0]}: {error.strerror}") from error
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _wait(process: subprocess.Popen[bytes]) -> int:

@@ -252,6 +252,7 @@ class Candidate:
         exprs = [assumption for assumption in self.assumptions if not any(_leaves(assumption) <= leaf for leaf in own)]
         assumed = {leaf for m_class in classes for leaf in triton_backend.assumed_strides(self.trace, m_class)}
         exprs += [[leaf, ALIGNMENT, "%", 0, "=="] for leaf in sorted(assumed)]
+        self._check_contiguous()
         exprs += [[symbol, 1, ">="] for symbol in self.maker.generic()]
         if self.side.index_bits == 32:
             if free := [*self.maker.generic(), *(arg.name for arg in self.maker.freely_strided())]:
@@ -271,6 +272,15 @@ class Candidate:
         rows = self.maker.rows(arg, m)
         return [*postfix(rows, self.trace.leaves), f"{name}.stride(0)", "*", INT32_MAX, "<="]
 
+    def _check_contiguous(self) -> None:
+        """BuildError for sizes of which no call with contiguous tensors is served: hardly a call would get the row."""
+        if self.unit.shape and self.is_refused(self.maker.leaf_values(max(2, self.hint), row_padding=0)):
+            said = ", ".join(f"{symbol}={size}" for symbol, size in self.unit.shape.items())
+            raise BuildError(
+                f"{said}: no call with contiguous tensors is served: the kernel takes rows that are multiples of 16 bytes. "
+                "Choose a config with pointer indexing, pad the sizes, or leave them to the op's fallback"
+            )
+
     def _check_paddings(self, aligned: bool) -> None:
         for padding in (*_CHECKED_PADDINGS, *(() if aligned else (7,))):
             if problem := self.objection(self.hint, padding):
@@ -285,6 +295,7 @@ class Candidate:
             first, last = ladders.bounds(bucket)
             occurring |= classes_of(max(first, low), min(last or high, high))
         classes = [m_class for m_class in M_CLASSES if m_class in occurring]
+        guards = self.guards(classes)
         early = bool(self.side.early)
         codes = {
             m_class: triton_backend.compile_class(self.trace, m_class, target, tools, store, early=early) for m_class in classes
@@ -301,7 +312,7 @@ class Candidate:
             "m_max": high,
             "grid": [postfix(size, leaves) for size in self.trace.launch.grid],
             "params": [_param(name, self.trace, codes, name in aligned and aligned[name].multiple) for name in taken],
-            "guards": self.guards(classes),
+            "guards": guards,
             "cubins": {m_class: _cubin(code, taken) for m_class, code in codes.items()},
         }
         if ladders.arg is not None:
