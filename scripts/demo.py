@@ -15,24 +15,25 @@ import sys
 import time
 from pathlib import Path
 
+from hdispatch import models
 from hdispatch.cli import main as command_line
 from hdispatch.cli.build import default_target, describe
 from hdispatch.cli.text import Progress
 from hdispatch.compile import Selection, build
-from hdispatch.opspec import OpSpec
+from hdispatch.opspec import OpSpec, Sizes
 
-#: Op -> its sizes in Qwen3-8B: hidden size 4096, intermediate 12288, 32 query and 8 key heads of 128.
-OPS: dict[str, list[dict[str, int]]] = {
-    "dynamic_per_token_scaled_fp8_quant": [{"K": 4096}],
-    "fused_add_rms_norm": [{"K": 4096}],
-    "fused_qk_norm_rope": [{"K": 4096}],
-    "rms_norm": [{"K": 4096, "N": 1}, {"K": 128}],
-    "rms_norm_dynamic_per_token_quant": [{"K": 4096}],
-    "rotary_embedding": [{"K": 4096, "N": 1024}],
-    "silu_and_mul": [{"N": 12288}],
-    "silu_and_mul_dynamic_per_token_quant": [{"N": 12288}],
-    "static_scaled_fp8_quant": [{"K": 4096}, {"K": 12288}],
-}
+OPS = (
+    "dynamic_per_token_scaled_fp8_quant",
+    "fused_add_rms_norm",
+    "fused_qk_norm_rope",
+    "rms_norm",
+    "rms_norm_dynamic_per_token_quant",
+    "rotary_embedding",
+    "silu_and_mul",
+    "silu_and_mul_dynamic_per_token_quant",
+    "static_scaled_fp8_quant",
+)
+(MODEL,) = models.named("Qwen3-8B")
 #: CPU seconds of compiling them: two processes that import the compilers, and 28 records.
 COMPILING = 21
 #: Seconds of the benchmark with 5 rounds.
@@ -43,6 +44,11 @@ def variants(spec: OpSpec) -> list[str]:
     """The variant that the model calls, and the norm with a residual."""
     names = {variant.name for variant in spec.served_variants()}
     return list(dict.fromkeys([spec.typical_variant().name, *({"bfloat16+residual"} & names)]))
+
+
+def shapes(spec: OpSpec) -> list[Sizes]:
+    """The sizes that the model calls an op with."""
+    return [sizes for _, sizes in models.calls_of(spec, [MODEL]).rows]
 
 
 def say(line: str, start: float) -> None:
@@ -67,7 +73,7 @@ def main() -> int:
             default_target(),
             options.bundle,
             cache=options.cache,
-            select=Selection(shapes=lambda spec: OPS[spec.name], variants=variants),
+            select=Selection(shapes=shapes, variants=variants),
             progress=progress,
         )
     finally:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 from hdispatch.errors import HdispatchError
-from hdispatch.opspec import OpSpec, TensorArg, Variant
+from hdispatch.models import Model, named
+from hdispatch.opspec import OpSpec, Sizes, TensorArg, Variant
 from torch import Tensor
 
 #: warm: the same buffers in every launch; rotated: buffers that together exceed twice L2.
@@ -16,124 +17,42 @@ Mode = Literal["warm", "rotated"]
 MS = tuple(2**i for i in range(14))
 
 
-@dataclass(frozen=True)
-class Model:
-    """A Qwen3 model: sizes in elements, heads of `head_dim`.
-
-    experts  of a mixture, whose `intermediate` is each one's; 0: the model is dense
-    """
-
-    name: str
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int = 128
-    experts: int = 0
-
-    @property
-    def qkv(self) -> int:
-        """Width of the row that holds q, k and v."""
-        return (self.heads + 2 * self.kv_heads) * self.head_dim
-
-
-MODELS = (
-    Model("Qwen3-1.7B", 2048, 6144, 16, 8),
-    Model("Qwen3-8B", 4096, 12288, 32, 8),
-    Model("Qwen3-32B", 5120, 25600, 64, 8),
-)
+MODELS = named("Qwen3-1.7B", "Qwen3-8B", "Qwen3-32B")
 #: Mixtures of experts, for the ops that no other model calls.
-MIXTURES = (Model("Qwen3-30B-A3B", 2048, 768, 32, 4, experts=128),)
+MIXTURES = named("Qwen3-30B-A3B")
 ALL_MODELS = (*MODELS, *MIXTURES)
 EAGER_MODEL = MODELS[1].name
 EAGER_M = 16
-
-#: label -> sizes of K and N; a size that an op does not have is not looked at.
-Labelled = dict[str, dict[str, int]]
-
-
-def _hidden(model: Model) -> Labelled:
-    return {"hidden": {"K": model.hidden, "N": 1}}
-
-
-def _normalized(model: Model) -> Labelled:
-    return _hidden(model) | {
-        "q heads": {"K": model.head_dim, "N": model.heads},
-        "k heads": {"K": model.head_dim, "N": model.kv_heads},
-    }
-
-
-def _intermediate(model: Model) -> Labelled:
-    return {"intermediate": {"N": model.intermediate, "K": model.intermediate}}
-
-
-def _quantized(model: Model) -> Labelled:
-    return {
-        "hidden": {"K": model.hidden, "N": model.hidden},
-        "intermediate": {"K": model.intermediate, "N": model.intermediate},
-    }
-
-
-def _rotary(model: Model) -> Labelled:
-    return {"q": {"K": model.heads * model.head_dim, "N": model.kv_heads * model.head_dim}}
-
-
-def _qkv(model: Model) -> Labelled:
-    return {"qkv": {"K": model.qkv, "N": model.qkv}}
-
-
-def _gemms(model: Model) -> Labelled:
-    hidden, intermediate = model.hidden, model.intermediate
-    return {
-        "qkv": {"K": hidden, "N": model.qkv},
-        "out": {"K": model.heads * model.head_dim, "N": hidden},
-        "gate_up": {"K": hidden, "N": 2 * intermediate},
-        "down": {"K": intermediate, "N": hidden},
-    }
-
-
-def _routers(_model: Model) -> Labelled:
-    """A router is another model's: its shapes are those that the op names."""
-    return {}
-
-
-def _experts(model: Model) -> Labelled:
-    return {"experts": {"N": model.experts}} if model.experts else {}
-
-
-def _summed(model: Model) -> Labelled:
-    return {"hidden": {"N": model.hidden}} if model.experts else {}
-
 
 GEMMS = ("scaled_mm", "scaled_mm_blockwise")
 #: GEMMs of a few tokens, whose peers and targets are their own. They end at M = 32, the last edge of their ladder.
 LOW_LATENCY = ("ll_gemm_bf16", "ll_gemm_fp8")
 #: Ops whose weights no server finds in L2: all their Ms are measured on rotated buffers, whatever the mode.
 ALWAYS_ROTATED = ("ll_gemm_fp8",)
-#: The ops in the order of the report, and the sizes that the models call them with.
-SIZES: dict[str, Callable[[Model], Labelled]] = {
-    "dynamic_per_token_scaled_fp8_quant": _quantized,
-    "rms_norm_dynamic_per_token_quant": _hidden,
-    "silu_and_mul_dynamic_per_token_quant": _intermediate,
-    "fused_qk_norm_rope": _qkv,
-    "per_token_group_fp8_quant": _quantized,
-    "rms_norm_per_block_quant": _hidden,
-    "silu_and_mul_per_block_quant": _intermediate,
-    "scaled_mm": _gemms,
-    "scaled_mm_blockwise": _gemms,
-    "ll_gemm_bf16": _routers,
-    "ll_gemm_fp8": _gemms,
-    "rms_norm": _normalized,
-    "fused_add_rms_norm": _hidden,
-    "silu_and_mul": _intermediate,
-    "rotary_embedding": _rotary,
-    "static_scaled_fp8_quant": _quantized,
-    "dynamic_scaled_fp8_quant": _quantized,
-    "per_token_group_fp8_quant_packed": _quantized,
-    "topk_softmax": _experts,
-    "moe_align_block_size": _experts,
-    "moe_sum": _summed,
-}
+#: The ops in the order of the report.
+OPS = (
+    "dynamic_per_token_scaled_fp8_quant",
+    "rms_norm_dynamic_per_token_quant",
+    "silu_and_mul_dynamic_per_token_quant",
+    "fused_qk_norm_rope",
+    "per_token_group_fp8_quant",
+    "rms_norm_per_block_quant",
+    "silu_and_mul_per_block_quant",
+    "scaled_mm",
+    "scaled_mm_blockwise",
+    "ll_gemm_bf16",
+    "ll_gemm_fp8",
+    "rms_norm",
+    "fused_add_rms_norm",
+    "silu_and_mul",
+    "rotary_embedding",
+    "static_scaled_fp8_quant",
+    "dynamic_scaled_fp8_quant",
+    "per_token_group_fp8_quant_packed",
+    "topk_softmax",
+    "moe_align_block_size",
+    "moe_sum",
+)
 #: The ops of mixtures of experts alone.
 OF_MIXTURES = ("topk_softmax", "moe_align_block_size", "moe_sum")
 
@@ -191,7 +110,7 @@ def op_shapes(spec: OpSpec, variant: Variant) -> list[Shape]:
     known = [(model.name, label, sizes) for model in ALL_MODELS for label, sizes in _model_shapes(spec, model)]
     if not full:
         full = [sizes for _, _, sizes in known if any(_agree(sizes, shape) for shape in spec.shapes)]
-        full = [{symbol: sizes[symbol] for symbol in needed} for sizes in full]
+        full = [{symbol: sizes[symbol] for symbol in needed} for sizes in full if needed <= sizes.keys()]
     found: dict[tuple[int, int], Shape] = {}
     for shape in full:
         k, n = (shape.get(symbol, 0) for symbol in ("K", "N"))
@@ -208,10 +127,10 @@ def _needed(spec: OpSpec, variant: Variant) -> set[str]:
     return {symbol for symbol, found in binders.items() if found and found[0].name not in variant.none}
 
 
-def _model_shapes(spec: OpSpec, model: Model) -> Iterable[tuple[str, dict[str, int]]]:
-    if spec.name not in SIZES or (model in MIXTURES and spec.name not in OF_MIXTURES):
+def _model_shapes(spec: OpSpec, model: Model) -> Iterable[tuple[str, Sizes]]:
+    if spec.calls is None or (model in MIXTURES and spec.name not in OF_MIXTURES):
         return ()
-    return SIZES[spec.name](model).items()
+    return spec.calls(model).items()
 
 
 def _agree(sizes: Mapping[str, int], shape: Mapping[str, int]) -> bool:
@@ -278,7 +197,7 @@ def _cell(spec: OpSpec, variant: Variant, shape: Shape, m: int, mode: Mode) -> C
 
 def report_order(op: str) -> int:
     """Where the op stands in a report."""
-    return list(SIZES).index(op) if op in SIZES else len(SIZES)
+    return OPS.index(op) if op in OPS else len(OPS)
 
 
 def coarse_first(ms: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import quantized, rows
 from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, upper_bound
 
 NAME = "dynamic_per_token_scaled_fp8_quant"
@@ -46,7 +47,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
+    shapes=(*rows(quantized, "hidden", "intermediate"), {}),
+    calls=quantized,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too
     vllm=VllmOp(NAME),

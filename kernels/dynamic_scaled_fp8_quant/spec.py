@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import hidden, rows
 from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, to_fp8
 
 NAME = "dynamic_scaled_fp8_quant"
@@ -47,7 +48,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
+    shapes=(*rows(hidden), {}),
+    calls=hidden,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     # Larger tensors have no kernel: see triton.py.
     ladder=(1, 2, 4, 8, 16, 32, 64),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import hidden, rows
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
 
@@ -45,7 +46,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
+    shapes=(*rows(hidden), {}),
+    calls=hidden,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     typical="bfloat16+weight",
     hints={"K": 48},  # below every block, so that configs for few columns can be traced too

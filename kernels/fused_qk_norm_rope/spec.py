@@ -9,9 +9,10 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.indices import check_indices
+from ..lib.model_sizes import qkv, rows
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
-from ..lib.rope import MODELS, check_rotary, foreign_key, random_cache, random_positions, rotated, split_heads
+from ..lib.rope import check_rotary, foreign_key, random_cache, random_positions, rotated, split_heads
 
 NAME = "fused_qk_norm_rope"
 
@@ -110,7 +111,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in MODELS), {}),
+    shapes=(*rows(qkv), {}),
+    calls=qkv,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     foreign_key=foreign_key,
     served=served,

@@ -15,6 +15,7 @@ from hdispatch.opspec import Variant, WorkspaceArg
 
 from . import workspace
 from .indices import check_indices
+from .model_sizes import head
 
 #: Elements of K and V that are gathered at once: requests take turns.
 GATHERED = 2**27
@@ -143,6 +144,7 @@ def workspace_bytes(variant: Variant) -> int:
 #: What the declarations of decode attention say alike.
 DECODE: dict[str, Any] = {
     "shapes": ({"K": 128}, {"K": 64}),
+    "calls": head,
     "config_key": {"head_dim": "K", "num_tokens": "M", "max_seq_len": "max_seq_len"},
     "ladder": (1, 2, 4, 8, 16, 32, 64, 128, 256),
     "hints": {"N": 560},  # a multiple of every group

@@ -1,26 +1,10 @@
-"""What the declarations of the fp8 matrix products share: sizes of models, sample inputs. Plain torch, on any device."""
+"""What the declarations of the fp8 matrix products share: sample inputs. Plain torch, on any device."""
 
 from __future__ import annotations
 
 import torch
 
 from .reference_fp8 import FP8, FP8_MAX
-
-#: (K, N) of qkv, out, gate_up and down of Qwen3 1.7B, 8B and 32B.
-SHAPES = (
-    (2048, 4096),
-    (2048, 2048),
-    (2048, 12288),
-    (6144, 2048),
-    (4096, 6144),
-    (4096, 4096),
-    (4096, 24576),
-    (12288, 4096),
-    (5120, 10240),
-    (8192, 5120),
-    (5120, 51200),
-    (25600, 5120),
-)
 
 
 def random_fp8(

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from hdispatch.errors import ArgumentError
 
+from .model_sizes import LISTED
+
 #: Positions in the caches of sample calls.
 SAMPLE_POSITIONS = 4096
-#: Heads of q and of k in rows of K elements, for heads of 128: those of Qwen3 1.7B, 8B and 32B.
-MODELS = {4096: (16, 8), 6144: (32, 8), 10240: (64, 8)}
+#: Heads of q and of k in rows of K elements, for heads of 128.
+_HEADS = {model.q + 2 * model.kv: (model.heads, model.kv_heads) for model in LISTED}
 
 
 def rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, is_neox: bool) -> torch.Tensor:
@@ -45,8 +47,8 @@ def random_positions(tokens: int, device: torch.device, generator: torch.Generat
 
 def split_heads(k: int, head_dim: int) -> tuple[int, int]:
     """Heads of q and of k in a row of K elements; where no model is known, about half and a quarter of them."""
-    if head_dim == 128 and k in MODELS:
-        return MODELS[k]
+    if head_dim == 128 and k in _HEADS:
+        return _HEADS[k]
     k_heads = (k // head_dim + 2) // 4
     return k // head_dim - 2 * k_heads, k_heads
 

@@ -14,6 +14,8 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, Variant
 from torch.nn.functional import scaled_dot_product_attention
 
+from .model_sizes import head
+
 #: Scores, or elements of padded sequences, that are held at once.
 HELD = 2**27
 #: Upper edges of the buckets of max_seqlen_q.
@@ -77,6 +79,7 @@ def served(variant: Variant) -> bool:
 #: What the declarations of the dense ops say alike, beside RULE_ARGS.
 DENSE: dict[str, Any] = {
     "shapes": ({"K": 128}, {"K": 64}, {"K": 256}),
+    "calls": head,
     "hints": {"N": 32},
     "own_scales": True,
     "served": served,

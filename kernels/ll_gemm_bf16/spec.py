@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from hdispatch.opspec import Fallback, OpSpec, TensorArg, Variant
 
+from ..lib.model_sizes import router
+
 NAME = "ll_gemm_bf16"
 
 #: (K, N), hidden size and experts, of the routers of DeepSeek-V3, Qwen3-235B-A22B, OLMoE and DeepSeek-V2.
@@ -59,6 +61,7 @@ SPEC = OpSpec(
     sample=sample,
     accumulation=ACCUMULATION,
     shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
+    calls=router,
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16, 32),
     fallback=Fallback(fallback, beyond_ladder=True),

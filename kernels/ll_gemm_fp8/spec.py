@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from hdispatch.opspec import Fallback, OpSpec, TensorArg, Variant
 
+from ..lib.model_sizes import QWEN3_8B, products, rows
 from ..lib.reference_fp8 import FP8, FP8_MAX
 
 NAME = "ll_gemm_fp8"
-
-#: (K, N) of qkv, out, gate_up and down of Qwen3 8B.
-SHAPES = ((4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096))
 
 
 def reference(out: torch.Tensor, x: torch.Tensor, w: torch.Tensor, x_scale: torch.Tensor, w_scale: torch.Tensor) -> None:
@@ -71,7 +69,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
+    shapes=(*rows(products, models=QWEN3_8B), {}),
+    calls=products,
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16, 32),
     fallback=Fallback(fallback, beyond_ladder=True),

@@ -8,6 +8,8 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import Fallback, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import experts_of_any_number
+
 NAME = "moe_align_block_size"
 
 INT = (torch.int32,)
@@ -118,6 +120,7 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({},),
+    calls=experts_of_any_number,
     config_key={"num_tokens": "M", "num_experts": "num_experts"},
     ladder=LADDER,
     fallback=Fallback(reference, beyond_ladder=True),

@@ -8,6 +8,8 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import summed
+
 NAME = "moe_sum"
 
 INT = (torch.int32,)
@@ -78,6 +80,7 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({"N": 2048}, {}),
+    calls=summed,
     config_key={"hidden_size": "N", "num_tokens": "M"},
     ladder=(8, 64, 512, 8192),
     hints={"N": 2048},

@@ -8,6 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import FloatArg, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import quantized, rows
 from ..lib.reference_fp8 import FP8, FP8_MAX, random_rows
 from ..lib.reference_groups import poisoned_outputs, power_of_two, scaled_groups, store_clamped
 
@@ -85,7 +86,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
+    shapes=(*rows(quantized, "hidden", "intermediate"), {}),
+    calls=quantized,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     vllm=VllmOp(NAME),
 )

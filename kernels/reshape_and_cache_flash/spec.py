@@ -8,6 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import OpSpec, StrArg, TensorArg, Variant
 
+from ..lib.model_sizes import head
 from ..lib.paged_kv import check_slots, random_slots, write
 from ..lib.reference_fp8 import FP8, random_rows
 
@@ -98,6 +99,7 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({"K": 128}, {"K": 64}),
+    calls=head,
     config_key={"head_dim": "K", "num_tokens": "M"},
     hints={"N": 8},
     served=served,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import FloatArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import norms, rows
 from ..lib.reference_fp8 import random_rows
 from ..lib.reference_norm import normalized, random_weight
 
@@ -46,7 +47,8 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     # Hidden states have one row per token, heads have any number.
-    shapes=(*({"K": k, "N": 1} for k in (2048, 4096, 5120)), *({"K": k} for k in (128, 64, 256)), {}),
+    shapes=(*rows(norms, "hidden"), *({"K": k} for k in (128, 64, 256)), {}),
+    calls=norms,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     typical="bfloat16+weight",
     # K is below every block, so that configs for few columns can be traced too.

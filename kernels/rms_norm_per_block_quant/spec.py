@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, FloatArg, Form, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import hidden, rows
 from ..lib.reference_fp8 import FP8, absmax, random_rows, upper_bound
 from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
 from ..lib.reference_norm import random_weight, summed, twice_rounded
@@ -98,7 +99,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in (2048, 4096, 5120)), {}),
+    shapes=(*rows(hidden), {}),
+    calls=hidden,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     served=served,
     # The least of the shapes: a config for rows of that size takes no longer ones.

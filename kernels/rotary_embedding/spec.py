@@ -9,6 +9,7 @@ from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
 from ..lib.indices import check_indices
+from ..lib.model_sizes import rotary, rows
 from ..lib.reference_fp8 import random_rows
 from ..lib.rope import random_cache, random_positions, rotated
 
@@ -101,7 +102,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k, "N": 1024} for k in (2048, 4096, 8192)), {}),
+    shapes=(*rows(rotary), {}),
+    calls=rotary,
     config_key={"query_size": "K", "key_size": "N", "num_tokens": "M"},
     served=served,
     typical="bfloat16-bfloat16+key+head_size=128+is_neox",

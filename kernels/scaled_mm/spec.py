@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import products, rows
 from ..lib.reference_fp8 import FP8
-from ..lib.reference_gemm import SHAPES, random_fp8, random_scales
+from ..lib.reference_gemm import random_fp8, random_scales
 
 NAME = "scaled_mm"
 
@@ -68,7 +69,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
+    shapes=(*rows(products), {}),
+    calls=products,
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=LADDER,
     accumulation=ACCUMULATION,

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import activated, rows
 from ..lib.reference_fp8 import random_rows
 
 NAME = "silu_and_mul"
@@ -43,7 +44,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
+    shapes=(*rows(activated), {}),
+    calls=activated,
     config_key={"intermediate_size": "N", "num_tokens": "M"},
     vllm=VllmOp(NAME),
 )

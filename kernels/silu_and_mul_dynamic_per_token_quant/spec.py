@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import OpSpec, TensorArg, Variant
 
+from ..lib.model_sizes import activated, rows
 from ..lib.reference_fp8 import FP8, poisoned_outputs, quantize_rows, random_rows, silu_and_mul, upper_bound
 
 NAME = "silu_and_mul_dynamic_per_token_quant"
@@ -49,7 +50,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
+    shapes=(*rows(activated), {}),
+    calls=activated,
     config_key={"intermediate_size": "N", "num_tokens": "M"},
     hints={"N": 48},  # below every block, so that configs for few columns can be traced too
 )

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import BoolArg, Form, IntArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import activated, rows
 from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, silu_and_mul, upper_bound
 from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups
 
@@ -82,7 +83,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"N": n} for n in (6144, 12288, 25600)), {}),
+    shapes=(*rows(activated), {}),
+    calls=activated,
     config_key={"intermediate_size": "N", "num_tokens": "M"},
     served=served,
     vllm=VllmOp(NAME, (Form("scales", "packed", flag="is_scale_transposed"),)),

@@ -8,6 +8,7 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import NoneArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import quantized, rows
 from ..lib.reference_fp8 import FP8, FP8_MAX, random_rows, to_fp8
 
 NAME = "static_scaled_fp8_quant"
@@ -72,7 +73,8 @@ SPEC = OpSpec(
     ),
     reference=reference,
     sample=sample,
-    shapes=(*({"K": k} for k in (2048, 4096, 5120, 6144, 12288, 25600)), {}),
+    shapes=(*rows(quantized, "hidden", "intermediate"), {}),
+    calls=quantized,
     config_key={"hidden_size": "K", "num_tokens": "M"},
     vllm=VllmOp(NAME),
 )

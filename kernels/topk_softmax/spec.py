@@ -8,6 +8,8 @@ import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.opspec import BoolArg, OpSpec, TensorArg, Variant, VllmOp
 
+from ..lib.model_sizes import experts
+
 NAME = "topk_softmax"
 
 INT, FLOAT = (torch.int32,), (torch.float32,)
@@ -98,6 +100,7 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({"N": 128}, {}),
+    calls=experts,
     config_key={"num_experts": "N", "num_tokens": "M"},
     ladder=(16, 256, 8192),
     hints={"N": 128},

@@ -28,7 +28,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -57,6 +57,9 @@ from .op_args import (
     parse_dim,
 )
 
+if TYPE_CHECKING:
+    from .models import Model
+
 __all__ = [
     "CALL_SYMBOLS",
     "HINTS",
@@ -72,6 +75,7 @@ __all__ = [
     "Layout",
     "NoneArg",
     "OpSpec",
+    "Sizes",
     "Static",
     "StrArg",
     "TensorArg",
@@ -81,6 +85,9 @@ __all__ = [
     "dtype_name",
     "parse_dim",
 ]
+
+#: Sizes of a row, as {"K": 4096}: what is left out is open.
+Sizes = dict[str, int]
 
 #: Example sizes used to trace a symbol whose value is not compiled in: distinct, and multiples of all that kernels divide by.
 HINTS = {"K": 4096, "N": 6144, "A": 7, "B": 11}
@@ -169,6 +176,9 @@ class OpSpec:
                                 or traced; elsewhere it may be missing.
     shapes                      the (K, N) combinations that get rows, as {"K": 4096}. A symbol that is left out makes rows
                                 that serve every size of it; the kernel's module then says that it is GENERIC in it.
+    calls(model) -> dict        the sizes of the rows that a model calls, by label, as {"hidden": {"K": 4096}}: what
+                                `build --models` and `tune all` make, and the names of sizes in benchmarks. None: rows that
+                                serve every size.
     ladder                      upper edges of the buckets of M, ascending; the last bucket has no upper end.
     config_key                  names in the config files' keys -> symbols, e.g. {"hidden_size": "K", "num_tokens": "M"}; and
                                 -> the argument with a second ladder, {"max_seq_len": "max_seq_len"}.
@@ -197,6 +207,7 @@ class OpSpec:
     sample: Callable[[Variant, dict[str, int], torch.device, torch.Generator], list[Any]]
     shapes: tuple[dict[str, int], ...]
     config_key: dict[str, str]
+    calls: Callable[[Model], Mapping[str, Sizes]] | None = None
     ladder: tuple[int, ...] = tuple(2**i for i in range(14))
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None

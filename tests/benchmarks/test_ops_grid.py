@@ -8,8 +8,9 @@ import hdispatch
 import pytest
 import torch
 import toy
-from hdispatch.compile import models
+from hdispatch import models
 from hdispatch.errors import HdispatchError
+from hdispatch.kernels.lib.model_sizes import products
 from hdispatch.opspec import OpSpec, TensorArg
 from ops_results import MEASURED, QUANT, SMALL, arguments_of, cell
 
@@ -65,18 +66,17 @@ def test_gemm_shapes_are_those_of_the_post():
         "Qwen3-32B": {"qkv": (5120, 10240), "out": (8192, 5120), "gate_up": (5120, 51200), "down": (25600, 5120)},
     }
     for model in MODELS:
-        shapes = grid.SIZES["scaled_mm"](model)
+        shapes = products(model)
         assert {label: (sizes["K"], sizes["N"]) for label, sizes in shapes.items()} == wanted[model.name]
 
 
 @pytest.mark.parametrize("op", grid.GEMMS)
 def test_gemm_shapes_are_what_the_models_configs_say(op):
-    """The benchmark's, and the op's own, which are tuned: heads times head_dim need not be the hidden size."""
+    """Those that have rows of their own, which are tuned: heads times head_dim need not be the hidden size."""
     spec = hdispatch.registry.spec(op)
     wanted = [
         [(sizes["K"], sizes["N"]) for _, sizes in models.calls_of(spec, models.find([model.name])).rows] for model in MODELS
     ]
-    assert [[(sizes["K"], sizes["N"]) for sizes in grid.SIZES[op](model).values()] for model in MODELS] == wanted
     assert {(shape["K"], shape["N"]) for shape in spec.shapes if shape} == {each for found in wanted for each in found}
     measured = grid.op_shapes(spec, spec.typical_variant())
     assert "other" not in {shape.model for shape in measured}
@@ -95,9 +95,16 @@ def test_shapes_that_no_model_has_are_kept_apart():
 
 
 def test_where_every_shape_is_generic_the_models_sizes_are_measured():
-    spec = spec_with(({"K": 4096}, {"K": 128}, {}), name="rms_norm", dims=("M", "N", "K"))
+    spec = replace(
+        spec_with(({"K": 4096}, {"K": 128}, {}), dims=("M", "N", "K")),
+        calls=lambda model: {
+            "hidden": {"K": model.hidden, "N": 1},
+            "q heads": {"K": 128, "N": model.heads},
+            "head": {"K": 128},
+        },
+    )
     found = {(s.label, s.k, s.n) for s in grid.op_shapes(spec, spec.variant("bfloat16")) if s.model == "Qwen3-8B"}
-    assert {("hidden", 4096, 1), ("q heads", 128, 32)} <= found
+    assert found == {("hidden", 4096, 1), ("q heads", 128, 32)}
 
 
 def test_typical_variant_is_what_vllm_calls():

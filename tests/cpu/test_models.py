@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hdispatch import registry
+from hdispatch import models, registry
 from hdispatch.cli.main import main
-from hdispatch.compile import configs, models
+from hdispatch.compile import configs
 from hdispatch.errors import HdispatchError
 from hdispatch.manifest import read_bundle
 from hdispatch.tune import measure_process, timings
@@ -140,6 +141,33 @@ def test_what_models_call_ops_with():
     ]
     assert rows("rotary_embedding", "Llama-3.2-1B") == [("bfloat16-bfloat16+key+head_size=64+is_neox", {"K": 2048, "N": 512})]
     assert rows("argmax", "Qwen3-8B", "Llama-3.1-8B") == [("bfloat16", {})]
+
+
+def test_sizes_have_labels():
+    (model,) = models.find(["Qwen3-8B"])
+    calls = registry.spec("dynamic_per_token_scaled_fp8_quant").calls
+    assert calls is not None
+    assert calls(model) == {"hidden": {"K": 4096}, "out": {"K": 4096}, "intermediate": {"K": 12288}}
+    shared = models.Model("shared", 2048, (1024, 768), 16, 8, dense=(1024, 512))
+    assert calls(shared) == {
+        "hidden": {"K": 2048},
+        "out": {"K": 2048},
+        "intermediate": {"K": 1024},
+        "intermediate 768": {"K": 768},
+    }
+    products = registry.spec("scaled_mm").calls
+    assert products is not None
+    assert list(products(shared)) == ["qkv", "out", "gate_up", "down", "gate_up 512", "down 512"]
+    assert products(shared)["down 512"] == {"K": 512, "N": 2048}
+
+
+def test_an_op_outside_of_hdispatch_says_what_models_call_it_with():
+    """As any of ours; without a word of it, the rows that serve any size."""
+    (model,) = models.find(["Qwen3-8B"])
+    spec = replace(registry.spec("silu_and_mul"), name="gelu_and_mul", shapes=({"N": 64}, {}))
+    calls = replace(spec, calls=lambda model: {"intermediate": {"N": each} for each in model.intermediate})
+    assert [sizes for _, sizes in models.calls_of(calls, [model]).rows] == [{"N": 12288}]
+    assert [sizes for _, sizes in models.calls_of(replace(spec, calls=None), [model]).rows] == [{}]
 
 
 def test_every_op_takes_what_every_model_calls_it_with():

@@ -11,7 +11,7 @@ from benchmarks.ops.grid import Cell
 QUANT = "dynamic_per_token_scaled_fp8_quant"
 SMALL = {"M": 5, "K": 1024, "N": 512}
 #: The ops that are measured, of those that are installed.
-MEASURED = [op for op in grid.SIZES if op in hdispatch.registry.names()]
+MEASURED = [op for op in grid.OPS if op in hdispatch.registry.names()]
 
 
 def arguments_of(op: str, sizes: dict[str, int] = SMALL) -> list:

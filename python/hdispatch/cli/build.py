@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import archive, embedded
+from .. import archive, embedded, models
 from ..errors import HdispatchError
 from ..opspec import KEY_SYMBOLS, OpSpec
 from . import kernels, numbers
@@ -218,8 +218,6 @@ def _choose_shapes(shapes: list[dict[str, int]]) -> Callable[[OpSpec], Iterable[
 
 def _with_models(words: list[str], shards: int) -> Callable[[OpSpec], Iterable[dict[str, int]]]:
     """An op's own shapes, and the sizes that models call it with."""
-    with build_wing():
-        from ..compile import models
     if not words:
         raise HdispatchError("--models is empty; it takes Qwen3-8B,…, or a config.json")
     found = models.find(words, shards)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from .. import models
 from ..errors import HdispatchError
 from ..opspec import OpSpec
 from . import kernels, numbers
@@ -14,7 +15,6 @@ from .build import build_wing, parse_shapes
 from .text import split
 
 if TYPE_CHECKING:
-    from ..compile.models import Calls
     from ..tune.farm import Farm
     from ..tune.points import Scope
 
@@ -140,13 +140,11 @@ def chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
     return choose
 
 
-def calls_of_models(arguments: argparse.Namespace) -> Callable[[OpSpec], Calls] | None:
+def calls_of_models(arguments: argparse.Namespace) -> Callable[[OpSpec], models.Calls] | None:
     """How the models of --models call an op; None without any."""
     words = split(getattr(arguments, "models", None))
     if words is None:
         return None
-    with build_wing():
-        from ..compile import models
     if not words:
         raise HdispatchError("--models is empty; it takes Qwen3-8B,…, or a config.json")
     found = models.find(words, arguments.tensor_parallel)

@@ -1,24 +1,26 @@
-"""Models: their sizes, by name or from a config.json, and the calls of each op that they make.
+"""Models: their sizes, by name or from a config.json, and the calls of ops that they make.
 
-For tuning and building what one model needs. Of a mixture of experts the attention, the router, the dense layers and the rows
-of an expert count; its grouped products are no op here.
+For tuning and building what one model needs; an op's declaration says what a model calls it with (`OpSpec.calls`).
+
+Of a mixture of experts the attention, the router, the dense layers and the rows of an expert count; its grouped products are
+no op here.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import HdispatchError
-from ..opspec import OpSpec, Variant
+from .errors import HdispatchError
+
+if TYPE_CHECKING:
+    from .opspec import OpSpec, Sizes, Variant
 
 #: What a config.json is called in a model's folder.
 CONFIG = "config.json"
-
-Sizes = dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,12 @@ QK_NORM = ("qwen3", "qwen3_moe")
 
 
 # ---- which models ----
+
+
+def named(*names: str) -> tuple[Model, ...]:
+    """Models of `MODELS` by name."""
+    by_name = {model.name: model for model in MODELS}
+    return tuple(by_name[name] for name in names)
 
 
 def find(words: Iterable[str], shards: int = 1) -> list[Model]:
@@ -168,93 +176,6 @@ def _size(path: Path, config: dict[str, Any], name: str) -> int:
 # ---- what they call ----
 
 
-def _norms(model: Model) -> list[Sizes]:
-    return [{"K": model.hidden, "N": 1}]
-
-
-def _heads_too(model: Model) -> list[Sizes]:
-    return [*_norms(model), *([{"K": model.head_dim}] if model.qk_norm else [])]
-
-
-def _hidden(model: Model) -> list[Sizes]:
-    return [{"K": model.hidden}]
-
-
-def _quantized(model: Model) -> list[Sizes]:
-    return [{"K": size} for size in dict.fromkeys((model.hidden, model.q, *model.intermediate))]
-
-
-def _activated(model: Model) -> list[Sizes]:
-    return [{"N": size} for size in model.intermediate]
-
-
-def _products(model: Model) -> list[Sizes]:
-    hidden = model.hidden
-    found = [{"K": hidden, "N": model.q + 2 * model.kv}, {"K": model.q, "N": hidden}]
-    for size in model.dense:
-        found += [{"K": hidden, "N": 2 * size}, {"K": size, "N": hidden}]
-    return found
-
-
-def _router(model: Model) -> list[Sizes]:
-    return [{"K": model.hidden, "N": model.experts}] if model.experts else []
-
-
-def _normalized_heads(model: Model) -> list[Sizes]:
-    return [{"K": model.q + 2 * model.kv}] if model.qk_norm else []
-
-
-def _rotated(model: Model) -> list[Sizes]:
-    return [{"K": model.q, "N": model.kv}]
-
-
-def _head(model: Model) -> list[Sizes]:
-    return [{"K": model.head_dim}]
-
-
-def _experts(model: Model) -> list[Sizes]:
-    return [{"N": model.experts}] if model.experts else []
-
-
-def _aligned(model: Model) -> list[Sizes]:
-    return [{}] if model.experts else []
-
-
-def _summed(model: Model) -> list[Sizes]:
-    return [{"N": model.hidden}] if model.experts else []
-
-
-#: The sizes of an op's calls; of ops that are not here, the rows that serve any size.
-CALLS: dict[str, Callable[[Model], list[Sizes]]] = {
-    "attention_dense": _head,
-    "attention_half": _head,
-    "attention_varlen": _head,
-    "dynamic_per_token_scaled_fp8_quant": _quantized,
-    "dynamic_scaled_fp8_quant": _hidden,
-    "fused_add_rms_norm": _hidden,
-    "fused_qk_norm_rope": _normalized_heads,
-    "ll_gemm_bf16": _router,
-    "ll_gemm_fp8": _products,
-    "moe_align_block_size": _aligned,
-    "moe_sum": _summed,
-    "paged_attention_decode": _head,
-    "per_token_group_fp8_quant": _quantized,
-    "per_token_group_fp8_quant_packed": _quantized,
-    "reshape_and_cache_flash": _head,
-    "rms_norm": _heads_too,
-    "rms_norm_dynamic_per_token_quant": _hidden,
-    "rms_norm_per_block_quant": _hidden,
-    "rotary_embedding": _rotated,
-    "scaled_mm": _products,
-    "scaled_mm_blockwise": _products,
-    "silu_and_mul": _activated,
-    "silu_and_mul_dynamic_per_token_quant": _activated,
-    "silu_and_mul_per_block_quant": _activated,
-    "static_scaled_fp8_quant": _quantized,
-    "topk_softmax": _experts,
-}
-
-
 @dataclass(frozen=True)
 class Calls:
     """An op's calls by models, each a variant's name and the sizes of a row; and why some have no row."""
@@ -271,7 +192,7 @@ def calls_of(spec: OpSpec, models: Iterable[Model]) -> Calls:
     rows: list[tuple[str, Sizes]] = []
     notes = []
     for model in models:
-        wanted = CALLS[spec.name](model) if spec.name in CALLS else [row for row in spec.shapes if not row]
+        wanted = spec.calls(model).values() if spec.calls is not None else [row for row in spec.shapes if not row]
         variant = _variant(spec, model)
         for sizes in wanted:
             if variant is None:
