@@ -19,8 +19,9 @@ from typing import Any
 
 import hdispatch
 from hdispatch.bench.machine import describe, package_version
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import BuildReport, build
-from hdispatch.manifest import LIBRARY, read_bundle
+from hdispatch.manifest import LIBRARY
 
 #: The ops that are built.
 LEAST_ROWS = 50

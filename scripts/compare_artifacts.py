@@ -18,7 +18,8 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-from hdispatch.manifest import LIBRARY, Manifest, Record, read_bundle
+from hdispatch.bundle_reader import read_bundle
+from hdispatch.manifest import LIBRARY, Manifest, Record
 
 #: e_machine of ELF files with GPU code.
 EM_CUDA = 190

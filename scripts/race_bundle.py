@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
-from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, artifacts_of, read_bundle
+from hdispatch.bundle_reader import read_bundle
+from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, artifacts_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.pdl.chains import CHAINS, make_chain

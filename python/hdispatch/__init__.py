@@ -14,6 +14,7 @@ if _problem := _extension.problem():
 
 from . import ops, registry
 from .adopted import adopt, adopting, unadopt
+from .bundle_reader import read_bundle
 from .errors import (
     ArgumentError,
     BuildError,
@@ -25,7 +26,6 @@ from .errors import (
 )
 from .functions import Key
 from .integrations.vllm import override_vllm_ops
-from .manifest import read_bundle
 from .recording import record
 from .replay import Replays
 from .runtime import Bundle, Registration, explain, load, loaded, register, registered, set_strict, stats, strict

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 
 from . import _C, adopted, embedded, functions, host, recorded, registry
+from .bundle_reader import read_files
 from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
-from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, artifacts_of, ladders_of, read_files
+from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, artifacts_of, ladders_of
 
 
 @dataclass(frozen=True)

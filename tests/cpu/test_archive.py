@@ -13,7 +13,8 @@ import hdispatch
 import pytest
 import toy
 from hdispatch import archive
-from hdispatch.manifest import MANIFEST_NAME, read_bundle
+from hdispatch.bundle_reader import read_bundle
+from hdispatch.manifest import MANIFEST_NAME
 
 ONE = "artifacts/one.cubin"
 

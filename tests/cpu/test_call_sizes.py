@@ -12,8 +12,8 @@ import torch
 from batched_matmul.spec import SPEC
 from fake_device import FakeDevice
 from hdispatch import HdispatchError
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import build, op_package
-from hdispatch.manifest import read_bundle
 from hdispatch.testing import null
 from hdispatch.tune import collect, measure, select, timings
 

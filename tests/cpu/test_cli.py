@@ -14,11 +14,12 @@ import pytest
 import torch
 import toy
 from hdispatch.bench import dispatch
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli import build, doctor, inspect, numbers, text
 from hdispatch.cli.main import main
 from hdispatch.compile import Selection, configs, store
 from hdispatch.compile import build as wing
-from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, read_bundle
+from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME
 
 OP = "rms_norm_dynamic_per_token_quant"
 

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import build
 from hdispatch.errors import BuildError
-from hdispatch.manifest import read_bundle
 
 SPEC = """
 import torch

@@ -12,10 +12,10 @@ import hdispatch
 import pytest
 import torch
 import toy
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli import inspect
 from hdispatch.compile import Selection, build
 from hdispatch.errors import BuildError
-from hdispatch.manifest import read_bundle
 from hdispatch.testing import null
 
 #: Every argument has its own memory: each begins this many bytes after the one before.

@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from hdispatch import host
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import DESCRIBED, BuildReport, Selection, available_ops, build, ffi_link
 from hdispatch.compile.freeze import Entry, freeze
 from hdispatch.compile.store import Store
 from hdispatch.errors import BuildError
-from hdispatch.manifest import CHECKSUM_NAME, LIBRARY, MANIFEST_NAME, read_bundle
+from hdispatch.manifest import CHECKSUM_NAME, LIBRARY, MANIFEST_NAME
 from hdispatch.opspec import OpSpec, TensorArg
 
 SPEC = OpSpec(

@@ -14,8 +14,8 @@ import hdispatch
 import pytest
 import torch
 from hdispatch import HdispatchError
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import build
-from hdispatch.manifest import read_bundle
 from hdispatch.opspec import OpSpec, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker

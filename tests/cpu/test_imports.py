@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import Selection, available_ops, build, op_package
 from hdispatch.compile.imports import ImportGraph
 from hdispatch.errors import BuildError
-from hdispatch.manifest import read_bundle
 from hdispatch.tune import collect
 from hdispatch.tune.points import Scope
 

@@ -14,12 +14,13 @@ import pytest
 import torch
 from fake_device import FakeDevice
 from hdispatch import _C, BundleError, HdispatchError, Key
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli.main import main
 from hdispatch.cli.tune_options import chosen_buckets
 from hdispatch.compile import build, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.ladders import Ladders
-from hdispatch.manifest import MANIFEST_NAME, read_bundle
+from hdispatch.manifest import MANIFEST_NAME
 from hdispatch.opspec import IntArg
 from hdispatch.testing import null
 from hdispatch.tune import collect, device, measure, select, timings

@@ -15,9 +15,10 @@ import hdispatch
 import pytest
 import torch
 import triton
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import Selection, build, configs
 from hdispatch.errors import BuildError
-from hdispatch.manifest import LIBRARY, read_bundle
+from hdispatch.manifest import LIBRARY
 from hdispatch.testing import null
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from hdispatch import models, registry
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli.main import main
 from hdispatch.compile import configs
 from hdispatch.errors import HdispatchError
-from hdispatch.manifest import read_bundle
 from hdispatch.tune import measure_process, timings
 
 #: The part of a config.json that says sizes.

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 import toy
+from hdispatch.bundle_reader import read_bundle, read_files
 from hdispatch.compile import build, out
 from hdispatch.compile.out import check_out, write
 from hdispatch.errors import BuildError
-from hdispatch.manifest import ARTIFACTS, CANDIDATES_NAME, CHECKSUM_NAME, MANIFEST_NAME, read_bundle, read_files
+from hdispatch.manifest import ARTIFACTS, CANDIDATES_NAME, CHECKSUM_NAME, MANIFEST_NAME
 from hdispatch.tune import collect
 
 TEXTS = [json.dumps({**toy.manifest(), "hdispatch": name}).encode() for name in ("0.1", "0.2")]

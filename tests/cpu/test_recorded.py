@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 from hdispatch import BundleError, HdispatchError, recorded, recorder, recording
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli.main import main
 from hdispatch.compile import build
 from hdispatch.errors import BuildError
-from hdispatch.manifest import MANIFEST_NAME, read_bundle
+from hdispatch.manifest import MANIFEST_NAME
 
 KERNELS = """
 import enum
@@ -518,7 +519,8 @@ def test_an_empty_recording_and_one_that_cannot_be_written(tmp_path):
 
 def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
     """A copy with another manifest, whose checksum fits."""
-    from hdispatch.manifest import CHECKSUM_NAME, checksum_line
+    from hdispatch.bundle_reader import checksum_line
+    from hdispatch.manifest import CHECKSUM_NAME
 
     shutil.copytree(bundle, out)
     manifest = json.loads((out / MANIFEST_NAME).read_text())

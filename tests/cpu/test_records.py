@@ -23,12 +23,13 @@ import hdispatch
 import pytest
 import torch
 import triton
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import pool
 from hdispatch.compile.build_unit import HINT
 from hdispatch.compile.call_maker import FLOAT_HINT, CallMaker
 from hdispatch.compile.expr import evaluate
 from hdispatch.ladders import bucket_index
-from hdispatch.manifest import LIBRARY, Manifest, Record, class_of, read_bundle
+from hdispatch.manifest import LIBRARY, Manifest, Record, class_of
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker

@@ -11,11 +11,12 @@ from typing import Any, TypedDict
 
 import pytest
 import toy
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import Selection, build, builder
 from hdispatch.compile.build_unit import Unit
 from hdispatch.compile.store import Store, canonical, default_root, digest, write_atomic
 from hdispatch.errors import BuildError
-from hdispatch.manifest import MANIFEST_NAME, read_bundle
+from hdispatch.manifest import MANIFEST_NAME
 
 
 class Value(TypedDict):

@@ -14,8 +14,9 @@ import pytest
 import tma_copy.spec
 import tma_matmul.spec
 import torch
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import build
-from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, TENSOR_MAP_TYPES, Manifest, read_bundle
+from hdispatch.manifest import CHECKSUM_NAME, MANIFEST_NAME, TENSOR_MAP_TYPES, Manifest
 from hdispatch.testing import null
 from in_worker import InWorker
 

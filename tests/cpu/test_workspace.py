@@ -16,10 +16,11 @@ import pytest
 import torch
 from counting_rows.spec import SPEC
 from hdispatch import BundleError, HdispatchError, Key
+from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli.main import main
 from hdispatch.compile import build
 from hdispatch.errors import BuildError
-from hdispatch.manifest import MANIFEST_NAME, read_bundle
+from hdispatch.manifest import MANIFEST_NAME
 from hdispatch.opspec import WorkspaceArg
 from hdispatch.testing import null
 from toy import write_text

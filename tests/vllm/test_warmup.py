@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from hdispatch import recording
-from hdispatch.manifest import read_bundle
+from hdispatch.bundle_reader import read_bundle
 
 #: vLLM's wheel without its binaries, which importing its CUDA platform asks for.
 BINARIES = """

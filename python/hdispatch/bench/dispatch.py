@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from .. import ops, registry, runtime
+from ..bundle_reader import read_bundle
 from ..errors import HdispatchError, first_line
-from ..manifest import read_bundle
 from ..opspec import OpSpec
 from ..testing.host_timer import interleave, quiet, summarize
 from . import busy, machine, paths

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .. import _build_info, embedded, manifest
+from .. import _build_info, bundle_reader, embedded
 from ..bench import busy, machine
 from ..errors import BundleError, HdispatchError
 from .text import count, print_json
@@ -159,7 +159,7 @@ def _examine_bundle(folder: Path | None, sha256: str | None, extension: bool, gp
     found: dict[str, Any] = {"ok": False, "reason": "", "folder": str(folder), "rows": None, "target": None}
     try:
         if not extension:
-            manifest.read_bundle(folder, sha256=sha256)
+            bundle_reader.read_bundle(folder, sha256=sha256)
             return found | {"reason": f"{folder} is whole, but cannot be loaded without the extension"}
         from .. import runtime
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..bundle_reader import read_files
 from ..errors import BundleError, HdispatchError
 from ..manifest import (
     MANIFEST_NAME,
@@ -22,7 +23,6 @@ from ..manifest import (
     Tuned,
     artifacts_of,
     ladders_of,
-    read_files,
 )
 from . import kernels
 from .numbers import whole

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..bundle_reader import read_files
 from ..errors import BuildError
-from ..manifest import artifacts_of, read_files
+from ..manifest import artifacts_of
 from ..opspec import OpSpec
 from . import configs, op_package, store
 from .build_unit import Built, BuiltEntry, Unit

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import host
+from ..bundle_reader import BundleFiles, checksum_line
 from ..errors import BuildError
 from ..manifest import (
     ARTIFACTS,
@@ -18,7 +19,6 @@ from ..manifest import (
     LIBRARY,
     MANIFEST_NAME,
     SCHEMA_VERSION,
-    BundleFiles,
     Cubin,
     FileEntry,
     Manifest,
@@ -27,7 +27,6 @@ from ..manifest import (
     Row,
     Tuned,
     artifacts_of,
-    checksum_line,
     class_of,
 )
 from ..opspec import OpSpec

@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..bundle_reader import checksum_line
 from ..errors import BuildError
-from ..manifest import ARTIFACTS, CANDIDATES_NAME, CHECKSUM_NAME, MANIFEST_NAME, MAX_MANIFEST, checksum_line
+from ..manifest import ARTIFACTS, CANDIDATES_NAME, CHECKSUM_NAME, MANIFEST_NAME, MAX_MANIFEST
 from ..typed_json import Mismatch, parse
 from .store import sync_folder
 

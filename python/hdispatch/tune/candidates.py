@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict, cast
 
 from .. import registry
+from ..bundle_reader import read_files
 from ..errors import BundleError
-from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, Record, artifacts_of, ladders_of, read_files
+from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, Record, artifacts_of, ladders_of
 from ..typed_json import Mismatch, check, parse
 from .timings import CellKey, ConfigKey, canonical
 
