@@ -2,7 +2,8 @@
 # One visit to a GPU machine without a network: build the extension, run the tests and the benchmarks, keep everything.
 #
 #   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, deepgemm, attention, attention-dense,
-#                                             dispatch, busy, bits, pdl, serve, server, vllm-tests, vllm-kernel-tests, load, sanitize, make
+#                                             dispatch, adopt, functional, first-call, busy, bits, pdl, serve, server, vllm-tests,
+#                                             vllm-kernel-tests, load, sanitize, make
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
@@ -99,6 +100,9 @@ for step in "$@"; do
     fuzz) python3 scripts/fuzz.py ${FUZZ:-300} --bundle "$bundle" ;;
     dispatch) python3 -m hdispatch bench dispatch --bundle "$bundle" "${vllm[@]}" --json "$out/dispatch.json" \
         --plot "$out/dispatch.png" ${DISPATCH:-} 2> "$out/dispatch.err" ;;
+    adopt) python3 benchmarks/adopt.py --json "$out/adopt.json" ;;
+    functional) python3 benchmarks/functional_op.py --json "$out/functional.json" ;;
+    first-call) python3 benchmarks/recorded_first_call.py --json "$out/first-call.json" ;;  # 9 processes: minutes
     tune) tune ;;
     ops) python3 -m hdispatch bench ops --bundle "$bundle" "${vllm[@]}" "${deep_gemm[@]}" --json "$out/ops.json" \
         --plot "$out/ops.png" ${OPS:-} 2> "$out/ops.err" ;;
