@@ -21,7 +21,7 @@ from ...sequence import Arena, Sequence, SequenceInteger, SequenceTensor
 from . import settings
 from .all_reduce import CustomAllReduce
 from .attention import Attention, Kind
-from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Operand
+from .schemes import FP8, LOW_LATENCY_ROWS, Linear, Norm, Operand
 from .weights import Weights, kept_memory
 from .workspace import ROWS, Workspace, rows_within
 
@@ -306,7 +306,7 @@ class _Builder:
             plain = self._temp(s, width)
         normed = self._operand(s, width, plain)
         x, added = (residual, None) if total is None else (total, residual)
-        scheme.norm(s, x, normed, weight, self.weights.epsilon, added, linear)
+        scheme.norm(s, x, normed, Norm(weight, self.weights.epsilon, added), linear)
         return normed
 
     # ---- slots and temporaries ----

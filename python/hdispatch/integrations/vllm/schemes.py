@@ -44,6 +44,15 @@ class Operand:
     plain: SequenceTensor | None = None
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm of a layer: its weight [K], epsilon, and the residual [M, K] that is added before, if any."""
+
+    weight: torch.Tensor
+    epsilon: float
+    residual: SequenceTensor | None
+
+
 class Scheme:
     """A way to run the parts of a layer: methods add the steps to a sequence. Subclasses name their ops."""
 
@@ -58,19 +67,10 @@ class Scheme:
         del width
         return 0
 
-    def norm(
-        self,
-        s: Sequence,
-        x: SequenceTensor,
-        to: Operand,
-        weight: torch.Tensor,
-        epsilon: float,
-        residual: SequenceTensor | None,
-        linear: Linear,
-    ) -> None:
-        """`x`, plus `residual` if given, normalized into `to`. Where norms work in place, `x` is `to.plain` if residual is."""
+    def norm(self, s: Sequence, x: SequenceTensor, to: Operand, norm: Norm, linear: Linear) -> None:
+        """`x`, plus a residual, normalized into `to`. Where norms work in place, `x` is `to.plain` if there is a residual."""
         del linear
-        norm_in_place(s, x, to.values, weight, epsilon, residual)
+        norm_in_place(s, x, to.values, norm)
 
     def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """The 16-bit `x` into `to`; nothing where `to` is x."""
@@ -110,14 +110,12 @@ def has_row(op: str, linear: Linear) -> bool:
     return False
 
 
-def norm_in_place(
-    s: Sequence, x: SequenceTensor, to: SequenceTensor, weight: torch.Tensor, epsilon: float, residual: SequenceTensor | None
-) -> None:
+def norm_in_place(s: Sequence, x: SequenceTensor, to: SequenceTensor, norm: Norm) -> None:
     """The 16-bit norm: of `x` into `to`, or with a residual in place in x."""
-    if residual is None:
-        s.add(ops.rms_norm, to, x, weight, epsilon)
+    if norm.residual is None:
+        s.add(ops.rms_norm, to, x, norm.weight, norm.epsilon)
     else:
-        s.add(ops.fused_add_rms_norm, x, residual, weight, epsilon)
+        s.add(ops.fused_add_rms_norm, x, norm.residual, norm.weight, norm.epsilon)
 
 
 class StaticFp8(Scheme):
@@ -126,20 +124,11 @@ class StaticFp8(Scheme):
     name = "fp8, one fixed scale for the inputs"
     quantized = True
 
-    def norm(
-        self,
-        s: Sequence,
-        x: SequenceTensor,
-        to: Operand,
-        weight: torch.Tensor,
-        epsilon: float,
-        residual: SequenceTensor | None,
-        linear: Linear,
-    ) -> None:
+    def norm(self, s: Sequence, x: SequenceTensor, to: Operand, norm: Norm, linear: Linear) -> None:
         """In 16 bits, then quantized."""
-        normed = x if residual is not None else to.plain
+        normed = x if norm.residual is not None else to.plain
         assert normed is not None
-        norm_in_place(s, x, normed, weight, epsilon, residual)
+        norm_in_place(s, x, normed, norm)
         self.quantize(s, normed, to, linear)
 
     def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
@@ -170,19 +159,10 @@ class PerTokenFp8(Scheme):
         del width
         return 1
 
-    def norm(
-        self,
-        s: Sequence,
-        x: SequenceTensor,
-        to: Operand,
-        weight: torch.Tensor,
-        epsilon: float,
-        residual: SequenceTensor | None,
-        linear: Linear,
-    ) -> None:
+    def norm(self, s: Sequence, x: SequenceTensor, to: Operand, norm: Norm, linear: Linear) -> None:
         """Norm and quantization in one kernel, the sum with the residual not rounded in between."""
         del linear
-        s.add(ops.rms_norm_dynamic_per_token_quant, to.values, x, weight, to.scales, epsilon, None, residual)
+        s.add(ops.rms_norm_dynamic_per_token_quant, to.values, x, norm.weight, to.scales, norm.epsilon, None, norm.residual)
 
     def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """Each row with its own scale."""
@@ -211,19 +191,11 @@ class BlockFp8(Scheme):
         """A scale for each 128 elements."""
         return -(-width // GROUP)
 
-    def norm(
-        self,
-        s: Sequence,
-        x: SequenceTensor,
-        to: Operand,
-        weight: torch.Tensor,
-        epsilon: float,
-        residual: SequenceTensor | None,
-        linear: Linear,
-    ) -> None:
+    def norm(self, s: Sequence, x: SequenceTensor, to: Operand, norm: Norm, linear: Linear) -> None:
         """Norm and quantization in one kernel, the sum with the residual not rounded in between."""
         del linear
-        s.add(ops.rms_norm_per_block_quant, to.values, x, weight, to.scales, epsilon, None, residual, GROUP, True)
+        given = (to.values, x, norm.weight, to.scales, norm.epsilon, None, norm.residual)
+        s.add(ops.rms_norm_per_block_quant, *given, GROUP, True)
 
     def quantize(self, s: Sequence, x: SequenceTensor, to: Operand, linear: Linear) -> None:
         """Each group of 128 with its own scale."""
