@@ -66,32 +66,28 @@ MODULES = {*FILES, *KERNELS, "hdispatch._C", "hdispatch._build_info", "hdispatch
 
 
 def imports_of(name: str, path: Path) -> Iterator[Import]:
-    tree = ast.parse(path.read_text())
-    local = {
-        id(node)
-        for function in ast.walk(tree)
-        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-        for node in ast.walk(function)
-    }
-    typing_only = {
-        id(node)
-        for branch in ast.walk(tree)
-        if isinstance(branch, ast.If) and ast.unparse(branch.test).endswith("TYPE_CHECKING")
-        for node in ast.walk(branch)
-    }
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    for node in ast.walk(tree):
-        if id(node) in typing_only:
-            continue
+    for node, local in statements(ast.parse(path.read_text()), local=False):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield Import(name, alias.name, id(node) in local)
+                yield Import(name, alias.name, local)
         elif isinstance(node, ast.ImportFrom):
             base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             base = ".".join(part for part in (base, node.module or "") if part)
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
-                yield Import(name, inner if inner in MODULES else base, id(node) in local)
+                yield Import(name, inner if inner in MODULES else base, local)
+
+
+def statements(parent: ast.AST, local: bool) -> Iterator[tuple[ast.AST, bool]]:
+    """Every statement below but those for type checkers, and whether it lies in a function. Expressions hold no imports."""
+    if isinstance(parent, ast.If) and ast.unparse(parent.test).endswith("TYPE_CHECKING"):
+        return
+    local = local or isinstance(parent, ast.FunctionDef | ast.AsyncFunctionDef)
+    for node in ast.iter_child_nodes(parent):
+        if isinstance(node, ast.stmt | ast.excepthandler | ast.match_case):
+            yield node, local
+            yield from statements(node, local)
 
 
 IMPORTS = [each for name, path in FILES.items() for each in imports_of(name, path)]
