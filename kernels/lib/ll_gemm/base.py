@@ -31,6 +31,10 @@ class Gemm:
 
     threads: int
     cluster = 1
+    #: Of what number of elements the row stride of out is a multiple.
+    out_vector = 1
+    #: Whether there is a scale per 128 of K, as `scaled_mm_blockwise` has them, and not one per row.
+    grouped = False
 
     def __init__(self, element: type[Numeric], k: int | None, stride: int, depth: int, trigger: int) -> None:
         self.element, self.k = element, k
@@ -58,6 +62,10 @@ class Gemm:
     def grid(self, n: Int32) -> list[Any]:
         """Blocks for n outputs."""
         raise NotImplementedError
+
+    def scale_shapes(self, m: Any, n: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """The shapes of x_scale and w_scale."""
+        return (m,), (n,)
 
     def may_pass(self, turn: int | None) -> bool:
         """Whether a turn may begin past the end of a row; None for any turn of a loop."""

@@ -1,11 +1,11 @@
-"""Configs of the low-latency GEMMs for fp8 weights that are worth measuring: what ll_gemm_fp8 and scaled_mm share. No DSL."""
+"""Configs of the low-latency GEMMs for fp8 weights that are worth measuring: what several ops share. No DSL."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from .configs import WIDE, columns_for, dot, pieces_of, split, warpgroup
+from .configs import WIDE, block_scaled, columns_for, dot, pieces_of, split, warpgroup
 
 #: More 16-byte vectors than this per thread do not fit registers.
 _VECTORS = 24
@@ -93,4 +93,34 @@ def _wide_warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]
             stages = min((_ALONE * 1024 - others) // (128 * (rows + 8 * columns) * steps), turns)
             if rows >= 32 and stages > steps:
                 found.append(warpgroup(rows, columns, steps, stages, cluster))
+    return found
+
+
+def block_scaled_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Configs of the block-scaled form that are worth measuring: a handful, for every M that a config takes."""
+    k, n, columns = sizes["K"], sizes.get("N"), columns_for(sizes["M"])
+    # With many tokens a turn of one chunk, whose tokens are halved, leaves room for more stages.
+    rings = ((2, _ALONE, 1), (2, _ALONE, 2), (2, _BESIDE, 1)) if columns <= 4 else ((1, _ALONE, 1), (2, _ALONE, 1))
+    # Of each cluster the tallest tile of four warps, and the shortest of eight. Small tiles bring more tokens than weights.
+    tiles: dict[tuple[int, bool], int] = {}
+    for rows, cluster in _tiles(n, every=columns > 4):
+        if rows <= 64:
+            tiles[cluster, False] = rows
+        elif columns <= WIDE:
+            tiles.setdefault((cluster, True), rows)
+    found = []
+    for (cluster, _), rows in tiles.items():
+        if rows < min(4 * columns, 32):
+            continue
+        groups = -(-rows // 64)
+        others = 512 * groups * 8 * columns * (cluster - 1) // cluster + 2048
+        for steps, most, ways in rings:
+            pool = 4096 * groups * columns * (ways - 1)
+            stage = (128 * (rows + 8 * columns) + 4 * (8 * columns + 20)) * steps
+            turns = -(-k // (128 * steps * cluster))
+            stages = min((most * 1024 - others - pool) // stage, turns) // ways * ways
+            fitting = stages > ways and turns % ways == 0
+            config = block_scaled(rows, columns, steps, stages, cluster, ways=ways)
+            if fitting and (groups == 1 or ways == 1) and (cluster == 1 or most == _ALONE) and config not in found:
+                found.append(config)
     return found

@@ -36,6 +36,14 @@ def warpgroup(
     return form | {"cluster": cluster, "blocks": blocks, "resident": resident, "ways": ways, "trigger": trigger}
 
 
+def block_scaled(
+    rows: int, columns: int, steps: int, stages: int, cluster: int = 1, blocks: int = 132, resident: int = 0, ways: int = 1,
+    trigger: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """A config of `BlockScaled`. Its shared memory: of `Warpgroup`, and 4 bytes * (8 * columns + 1 to 16) * steps * stages."""
+    return warpgroup(rows, columns, steps, stages, cluster, blocks, resident, ways, trigger) | {"kernel": "block_scaled"}
+
+
 def columns_for(m: int) -> int:
     """The columns of a config that takes m tokens."""
     return next(columns for columns in _COLUMNS if m <= columns * COLUMNS)

@@ -83,8 +83,11 @@ class Warpgroup(Gemm):
         #: In how many parts they are given, and the sums of one.
         self.exchanges = self.pieces
         self.given = self.own // self.exchanges
-        #: Scales of tokens that are kept: of the tile's, or of those of each thread.
+        #: Scales of tokens that are kept: of the tile's, or of those of each thread. All scales that are.
         self.x_kept = self.tokens if self.wide else self.takers * 2 * columns
+        self.kept = 2 * self.takers + self.x_kept
+        #: Arrivals that fill a stage.
+        self.arrivals = 1
         #: Sums of several chains are shorter and so more exact, and one chain need not wait for another.
         self.chains = PRODUCTS if columns <= 4 else 2 if columns <= 8 else 1
         #: Whether a row is whole chunks: then a copy brings a stage's at once.
@@ -102,9 +105,8 @@ class Warpgroup(Gemm):
     @property
     def shared_bytes(self) -> int:
         """See `Gemm`."""
-        scales = 4 * (2 * self.takers + self.x_kept)
         sums = 2 * 4 * self.takers * (self.given * (self.cluster - 1) + self.sums * (self.ways - 1))
-        return 1024 + CHUNK * self.rows * self.w_slots + self.x_bytes + scales + sums + 16 * self.stages + 16
+        return 1024 + CHUNK * self.rows * self.w_slots + self.x_bytes + 4 * self.kept + sums + 16 * self.stages + 16
 
     def grid(self, n: Int32) -> list[Any]:
         """See `Gemm`."""
@@ -182,7 +184,7 @@ class Warpgroup(Gemm):
             swizzle=swizzle,
         ).iterator
         x_ring = w_ring + self.chunk * self.rows * self.w_slots
-        scales = shared.allocate_array(Float32, 2 * self.takers + self.x_kept, byte_alignment=16)
+        scales = shared.allocate_array(Float32, self.kept, byte_alignment=16)
         pool = shared.allocate_array(Float32, max(1, 2 * self.takers * self.sums * (self.ways - 1)), byte_alignment=16)
         parts = shared.allocate_array(Int32, max(1, 2 * self.takers * self.given * (self.cluster - 1)), byte_alignment=16)
         full = shared.allocate_array(Int64, self.stages, byte_alignment=8)
@@ -194,7 +196,7 @@ class Warpgroup(Gemm):
             cpasync.prefetch_descriptor(x_atom)
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(full + stage, 1)
+                    cute.arch.mbarrier_init(full + stage, self.arrivals)
                     cute.arch.mbarrier_init(free + stage, 4 * self.groups)
                 cute.arch.mbarrier_init(arrived, 1)
                 cute.arch.mbarrier_init(arrived + 1, 1)
@@ -203,7 +205,9 @@ class Warpgroup(Gemm):
         if cutlass.const_expr(self.cluster > 1):
             cute.arch.cluster_arrive_relaxed()
         if copies:
-            self.copy_all(w_atom, w, x_atom, x, w_ring, x_ring, full, free, first, every, rank, turns, rounds)
+            self.copy_all(
+                w_atom, w, x_atom, x, x_scale, w_scale, w_ring, x_ring, scales, full, free, first, every, rank, turns, rounds
+            )
             if cutlass.const_expr(self.cluster > 1):
                 cute.arch.cluster_wait()
         else:
@@ -216,8 +220,9 @@ class Warpgroup(Gemm):
 
     @cute.jit
     def copy_all(
-        self, w_atom: cute.CopyAtom, w: cute.Tensor, x_atom: cute.CopyAtom, x: cute.Tensor, w_ring: Any, x_ring: Any,
-        full: Any, free: Any, first: Int32, every: Int32, rank: Int32, turns: Any, rounds: Int32,
+        self, w_atom: cute.CopyAtom, w: cute.Tensor, x_atom: cute.CopyAtom, x: cute.Tensor, x_scale: cute.Tensor | None,
+        w_scale: cute.Tensor | None, w_ring: Any, x_ring: Any, scales: Any, full: Any, free: Any, first: Int32, every: Int32,
+        rank: Int32, turns: Any, rounds: Int32,
     ) -> None:  # fmt: skip
         """One warp asks for everything, in the order in which it is multiplied."""
         w_to, w_from = self.partition(w_atom, w, w_ring, self.rows, self.w_slots)
@@ -232,17 +237,27 @@ class Warpgroup(Gemm):
                 self.expect(full + count, count, turns)
                 tile, turn = first + count // turns * every, count % turns
                 self.copy_stage(w_atom, w_from, w_to, full + count, tile, rank * turns + turn, Int32(count))
+                self.copy_w_scales(w_scale, scales, tile, rank * turns + turn, Int32(count))
         self.await_predecessor()
         for count in cutlass.range_constexpr(self.stages):
             if count < total:
                 self.copy_tokens(x_atom, x_from, x_to, full + count, Int32(count), rank, turns)
+                self.copy_x_scales(x_scale, scales, full + count, rank * turns + count % turns, Int32(count))
         for count in cutlass.range(self.stages, total, unroll=1):
             stage = count % self.stages
             cute.arch.mbarrier_wait(free + stage, (count // self.stages - 1) % 2)
             self.expect(full + stage, count, turns)
             tile, turn = first + count // turns * every, count % turns
             self.copy_stage(w_atom, w_from, w_to, full + stage, tile, rank * turns + turn, stage)
+            self.copy_w_scales(w_scale, scales, tile, rank * turns + turn, stage)
             self.copy_tokens(x_atom, x_from, x_to, full + stage, count, rank, turns)
+            self.copy_x_scales(x_scale, scales, full + stage, rank * turns + turn, stage)
+
+    def copy_w_scales(self, w_scale: Any, scales: Any, tile: Any, turn: Any, stage: Any) -> None:
+        """Begins to copy a turn's scales of weights into its stage, in forms that have some of each turn."""
+
+    def copy_x_scales(self, x_scale: Any, scales: Any, bell: Any, turn: Any, stage: Any) -> None:
+        """The same of tokens."""
 
     @cute.jit
     def expect(self, bell: Any, count: Any, turns: Any) -> None:
@@ -497,7 +512,7 @@ class Warpgroup(Gemm):
 
     @cute.jit
     def store(
-        self, out: cute.Tensor, acc: cute.Tensor, x_scale: Constexpr, x_scales: cute.Tensor, w_scales: cute.Tensor,
+        self, out: cute.Tensor, acc: cute.Tensor, x_scale: Constexpr, x_scales: Any, w_scales: Any,
         bias: cute.Tensor | None, tid: Int32, rank: Int32, first: Int32, row: Int32, m: Int32, n: Int32,
     ) -> None:  # fmt: skip
         """Stores the sums that this block owns."""

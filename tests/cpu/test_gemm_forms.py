@@ -1,0 +1,249 @@
+"""The CuteDSL kernels of scaled_mm_blockwise, and of scaled_mm for many rows: what is served, refused and compiled. No GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import hdispatch
+import pytest
+import torch
+import triton
+from hdispatch.compile import Selection, build, configs
+from hdispatch.kernels.lib.ll_gemm.candidates import block_scaled_candidates
+from hdispatch.kernels.lib.ll_gemm.configs import block_scaled, warpgroup
+from hdispatch.kernels.lib.reference_gemm import SHAPES
+from hdispatch.kernels.lib.tile_candidates import block_tile, block_tile_candidates, tile, tile_candidates
+from hdispatch.testing import null
+
+OP = "scaled_mm_blockwise"
+BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("nvidia_cutlass_dsl") is None,
+    reason="nvidia-cutlass-dsl is not installed: no CuteDSL kernel is compiled",
+)
+
+PROGRAM = """
+import importlib, json, sys
+from cutlass import cute
+
+op, *given = map(json.loads, sys.argv[1:])
+cutedsl = importlib.import_module(f"hdispatch.kernels.{op}.cutedsl")
+SPEC = importlib.import_module(f"hdispatch.kernels.{op}.spec").SPEC
+"""
+
+
+def in_dsl(script: str, *arguments: Any) -> Any:
+    """What a script prints last, as JSON; it runs where cutlass believes in an H200, given an op and what else it takes."""
+    given = [json.dumps(argument) for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + script, *given],
+        env=os.environ | {"CUTE_DSL_ARCH": "sm_90a"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def matrix(rows: int, columns: int, padding: int = 0) -> torch.Tensor:
+    """A matrix in fp8 that begins at a multiple of 64 bytes, with `padding` bytes after each row."""
+    flat = torch.zeros(rows * (columns + padding) + 64, dtype=torch.uint8)
+    start = flat[-flat.data_ptr() % 64 :][: rows * (columns + padding)]
+    return start.view(rows, columns + padding)[:, :columns].view(FP8)
+
+
+def bundle_of(op: str, config: dict[str, Any], buckets: list[int], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle of one config for any K and N."""
+    (folder / "nvidia_h200.json").write_text(json.dumps([{"key": {}, "config": config, "backend": "cutedsl"}]))
+    monkeypatch.setattr(configs, "installed", lambda _: folder)
+    select = Selection(shapes=lambda _: [{}], variants=lambda _: ["bfloat16"], buckets=lambda _: buckets)
+    build([op], "h200", folder / "bundle", select=select)
+    return folder / "bundle"
+
+
+def served(*args: torch.Tensor | None, op: str = OP) -> dict[str, Any] | None:
+    """The launch of a call; None if the fallback computes it."""
+    with null.recording():
+        getattr(hdispatch.ops, op)(*args)
+    launches = null.launches()
+    assert len(launches) <= 1
+    return launches[0] if launches else None
+
+
+def arguments(m: int, k: int, n: int) -> list[torch.Tensor]:
+    """The op's, a_scales column-major."""
+    groups_k, groups_n = -(-k // 128), -(-n // 128)
+    out, a, b = torch.zeros(m, n, dtype=BF16), matrix(m, k), matrix(n, k).t()
+    return [out, a, b, torch.ones(groups_k, m).t(), torch.ones(groups_n, groups_k).t()]
+
+
+def test_scales_of_any_strides_are_served(tmp_path, monkeypatch) -> None:
+    live = hdispatch.load(bundle_of(OP, block_scaled(64, 1, 2, 8), [3], tmp_path, monkeypatch), driver="null")
+    m, k, n = 7, 1008, 336
+    args = arguments(m, k, n)
+    row_major = [*args[:3], args[3].contiguous(), args[4].contiguous()]
+    sliced = [*args[:3], torch.ones(2 * m, 24)[::2, ::3], torch.ones(24, 9)[::3, ::3]]
+    for given in (args, row_major, sliced):
+        launch = served(*given)
+        assert launch
+        found = [null.ffi_argument(param) for param in launch["params"][3:5]]
+        assert [(each["shape"], each["strides"]) for each in found] == [
+            (list(scales.shape), list(scales.stride())) for scales in given[3:]
+        ]
+        weights = null.ffi_argument(launch["params"][2])
+        assert (weights["shape"], weights["strides"]) == ([n, k], [k, 1])
+    assert served(*args[:2], matrix(n, k, padding=4).t(), *args[3:]) is None, "rows of weights that are not aligned"
+    assert served(*arguments(9, k, n)) is None, "no row for so many"
+    live.unload()
+
+
+def test_tiles_are_served(tmp_path, monkeypatch) -> None:
+    """In a bucket of their own and in the last one, which has no end; rows of out that begin at multiples of 16 bytes."""
+    last = len(hdispatch.registry.spec(OP).ladder) - 1
+    live = hdispatch.load(bundle_of(OP, block_tile(128, 128, 2), [8, last], tmp_path, monkeypatch), driver="null")
+    m, k, n = 255, 144, 200
+    args = arguments(m, k, n)
+    assert served(*args)
+    assert served(*arguments(20000, k, n)), "past the ladder"
+    assert served(*arguments(300, k, n)) is None, "a bucket without a row"
+    whole = torch.zeros(m, n + 8, dtype=BF16)
+    assert served(whole[:, :n], *args[1:])
+    assert served(whole[:, 1 : n + 1], *args[1:]) is None, "an address that is not aligned"
+    assert served(torch.zeros(m, n + 1, dtype=BF16)[:, :n], *args[1:]) is None, "rows that are not"
+    live.unload()
+
+
+def test_tiles_of_scaled_mm_are_served(tmp_path, monkeypatch) -> None:
+    bucket = hdispatch.registry.spec("scaled_mm").ladders.index(512)
+    live = hdispatch.load(bundle_of("scaled_mm", tile(256, 128, 2), [bucket], tmp_path, monkeypatch), driver="null")
+    m, k, n = 500, 272, 336
+    args = [torch.zeros(m, n, dtype=BF16), matrix(m, k), matrix(n, k).t(), torch.ones(1), torch.ones(n, 1), None]
+    launch = served(*args, op="scaled_mm")
+    assert launch
+    scales = [null.ffi_argument(param) for param in launch["params"][3:5]]
+    assert [(each["shape"], each["strides"]) for each in scales] == [([m], [0]), ([n], [1])]
+    live.unload()
+
+
+REFUSED = [
+    (OP, {}, warpgroup(64, 1, 2, 8), "the warpgroup form takes scales per row, the op's are others; choose another form"),
+    (OP, {}, block_scaled(128, 24, 1, 4), "24 columns take 184 registers of a thread, which has 168; choose fewer"),
+    (OP, {}, block_scaled(20, 1, 2, 8), "a tile has 20 rows; it can have 8 to 128, in steps of 8"),
+    (OP, {"K": 4104}, block_scaled(64, 1, 2, 8), "K is 4104, no multiple of 16 elements, which are loaded at once"),
+    (OP, {}, block_tile(256, 256, stages=3), "a thread has 256 sums of a 256 x 256 tile; it can have 128"),
+    (OP, {}, block_tile(128, 192), "192 outputs, 128 at once; it can be 64, 128 or 256, and 64 or 128 at once"),
+    (OP, {}, block_tile(64, 64), "a tile is 64 x 64; it can be 64, 128 or 256 x 64 to 256, of 64 tokens x 128 or 256"),
+    (OP, {}, block_tile(128, 128, 4), "4 blocks share 'w'; 1 or 2 can share 'x' or 'w'"),
+    (OP, {}, block_tile(128, 128, stages=1), "1 stages, bands of 8; there must be 2 and 1 or more"),
+    (
+        "scaled_mm",
+        {},
+        block_scaled(64, 1, 2, 8),
+        "the block_scaled form takes scales per 128 of K, the op's are others; choose another form",
+    ),
+    ("scaled_mm", {}, block_tile(128, 128), "'block_tile'"),
+    ("scaled_mm", {}, tile(96, 128), "a tile is 96 x 128; it can be 64, 128 or 256 x 64 to 256, of 64 tokens x 128 or 256"),
+]
+
+
+@pytest.mark.parametrize("op", [OP, "scaled_mm"])
+def test_configs_are_refused(op) -> None:
+    script = """
+said = []
+for sizes, config in given[0]:
+    try:
+        cutedsl.program(SPEC.variant("bfloat16"), sizes, config)
+        said.append("compiled")
+    except (KeyError, ValueError) as error:
+        said.append(str(error))
+print(json.dumps(said))
+"""
+    cases = [(sizes, config, ending) for name, sizes, config, ending in REFUSED if name == op]
+    assert in_dsl(script, op, [case[:2] for case in cases]) == [ending for _, _, ending in cases]
+
+
+@pytest.mark.parametrize("op", [OP, "scaled_mm"])
+def test_candidates_fit(op) -> None:
+    """The GPU's shared memory, the tokens, a thread's registers; there are some for every M, few of this op, none twice."""
+    script = """
+listed = []
+for sizes in given[0]:
+    for m in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192):
+        made = cutedsl.candidates({**sizes, "M": m}, SPEC.variant("bfloat16"))
+        programs = [cutedsl.program(SPEC.variant("bfloat16"), {"K": sizes["K"]}, config) for config in made]
+        listed.append((m, [(config, program.largest_m, program.shared_bytes) for config, program in zip(made, programs)]))
+print(json.dumps(listed))
+"""
+    listed = in_dsl(script, op, [{"K": 4096}, *({"K": k, "N": n} for k, n in SHAPES)])
+    assert len(listed) == 12 * (len(SHAPES) + 1)
+    for m, found in listed:
+        assert found
+        assert all(largest >= m and shared <= 232448 for _, largest, shared in found)
+        if op == OP:
+            assert len(found) <= 14
+            assert len({json.dumps(config) for config, _, _ in found}) == len(found)
+
+
+#: Of an op, a K and a config: wgmma's products in the loop over chunks or turns, and how often it waits for some. A loop of
+#: sums over all of K comes after its first turn, and waits once more after the last.
+COMPILED = [
+    (OP, {"K": 4096}, block_scaled(64, 1, 2, 8), 8, 2),
+    (OP, {"K": 4096}, block_scaled(48, 2, 2, 12, ways=2), 8, 2),
+    (OP, {"K": 12288}, block_scaled(128, 8, 1, 6, cluster=4), 8, 2),
+    (OP, {}, block_scaled(32, 1, 1, 20), 4, 1),
+    (OP, {"K": 4096}, block_scaled(96, 16, 1, 6), 8, 2),
+    (OP, {}, block_scaled(64, 24, 1, 6, cluster=2), 8, 2),
+    (OP, {"K": 4096}, block_scaled(64, 2, 2, 9, cluster=2, resident=1), 8, 2),
+    (OP, {"K": 4096}, block_tile(64, 128, 2, "x"), 4, 1),
+    (OP, {}, block_tile(128, 128, 2), 4, 1),
+    (OP, {"K": 4096}, block_tile(128, 64), 4, 1),
+    (OP, {"K": 4096}, block_tile(128, 128, 2, at_once=64), 8, 2),
+    (OP, {"K": 4096}, block_tile(256, 128, 2), 8, 2),
+    (OP, {"K": 4096}, block_tile(256, 128, 2, at_once=64), 16, 4),
+    (OP, {"K": 4096}, block_tile(128, 256, 2, "x"), 8, 2),
+    ("scaled_mm", {"K": 4096}, tile(64, 256), 8, 2),
+    ("scaled_mm", {}, tile(128, 128, 2, "x"), 8, 2),
+    ("scaled_mm", {"K": 4096}, tile(128, 192, 2), 8, 2),
+    ("scaled_mm", {"K": 4096}, tile(256, 128, 2), 16, 2),
+]
+
+
+@pytest.mark.parametrize("op", [OP, "scaled_mm"])
+def test_products_overlap_and_sums_stay_in_registers(tmp_path, op) -> None:
+    """ptxas makes each product wait for the one before it where it cannot follow the sums."""
+    script = """
+for index, (sizes, config) in enumerate(given[1]):
+    made = cutedsl.program(SPEC.variant("bfloat16"), sizes, config)
+    options = f"--enable-tvm-ffi --keep-cubin --dump-dir={given[0]}/{index}"
+    cute.compile(made.host, *made.arguments.values(), options=options)
+print("null")
+"""
+    cases = [case for name, *case in COMPILED if name == op]
+    for index in range(len(cases)):
+        (tmp_path / str(index)).mkdir()
+    in_dsl(script, op, str(tmp_path), [case[:2] for case in cases])
+    disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    for index, (_, config, products, waits) in enumerate(cases):
+        (cubin,) = (tmp_path / str(index)).glob("*.cubin")
+        code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
+        assert len(re.findall(r"QGMMA\.", code)) == products, config
+        assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == waits, config
+        assert not re.search(r"\b(STL|LDL)\b", code), f"{config}: registers in memory"
+        # One takes registers, the other gives its own; ptxas drops both where it does not know how many there are.
+        assert len(re.findall(r"USETMAXREG", code)) == (0 if config["kernel"] == "block_scaled" else 2), config
+
+
+def test_candidates_need_no_dsl() -> None:
+    assert block_scaled_candidates({"M": 1, "K": 4096})
+    assert block_tile_candidates({"M": 32}) == tile_candidates({"M": 32}) == []
+    assert block_tile_candidates({"M": 64})
+    assert tile_candidates({"M": 64})
