@@ -47,8 +47,8 @@ wheel: setup
 	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
 
 test: setup-test core-test
-	$(PY) -m pytest tests -n 2 --dist worksteal
-	$(PY) scripts/fuzz.py 60
+	$(PY) -m pytest tests -n 3 --dist worksteal
+	$(PY) scripts/fuzz.py 30 & $(PY) scripts/fuzz.py 30 --seed 1; status=$$?; wait $$! && exit $$status
 
 test-all: test
 	HDISPATCH_TEST_WHOLE=1 $(PY) -m pytest tests/cpu/test_records.py
