@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Pack DeepGEMM as vLLM ships it, for `bench ops --deep-gemm` on a machine without a network.
 
-usage: fetch_deep_gemm.py ARCHIVE.tar.xz [WHEEL]      the package, in a folder deep_gemm; of vLLM's WHEEL, else of a download
-
+The archive has the package in a folder deep_gemm.
 Its headers, those of CUTLASS among them, are what its kernels are compiled with when they are called, by nvcc 12.9 or later.
 """
 
 from __future__ import annotations
 
+import argparse
 import subprocess
 import sys
 import tarfile
@@ -31,17 +31,19 @@ NEEDED = (
 
 def main() -> None:
     """Download, pack."""
-    if len(sys.argv) not in (2, 3):
-        sys.exit(f"{len(sys.argv) - 1} arguments; give ARCHIVE.tar.xz and, if it is there, vLLM's WHEEL")
-    archive, *given = (Path(word) for word in sys.argv[1:])
-    if given and not zipfile.is_zipfile(given[0]):
-        sys.exit(f"{given[0]} is no wheel; give vLLM's, {VLLM}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("archive", type=Path, metavar="ARCHIVE.tar.xz")
+    parser.add_argument("wheel", type=Path, metavar="WHEEL", nargs="?", help="vLLM's; else it is downloaded")
+    given = parser.parse_args()
+    archive: Path = given.archive
+    if given.wheel is not None and not zipfile.is_zipfile(given.wheel):
+        sys.exit(f"{given.wheel} is no wheel; give vLLM's, {VLLM}")
     with tempfile.TemporaryDirectory() as folder:
-        if not given:
+        if given.wheel is None:
             platform = ["--no-deps", "--only-binary=:all:", "--platform", "manylinux_2_28_x86_64"]
             pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "download"]
             subprocess.run([*pip, *platform, "-d", folder, VLLM], check=True)
-        with zipfile.ZipFile(given[0] if given else next(Path(folder).glob("vllm-*.whl"))) as wheel:
+        with zipfile.ZipFile(given.wheel or next(Path(folder).glob("vllm-*.whl"))) as wheel:
             names = [name for name in wheel.namelist() if name.startswith(PACKAGE)]
             missing = [name for name in NEEDED if PACKAGE + name not in names]
             if missing:

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Put SGLang's Python and the few small packages that its imports really use into a folder: for tests/sglang.
 
-usage: fetch_sglang.py FOLDER      FOLDER/tree and FOLDER/deps; nothing is done where they are complete
+It makes FOLDER/tree and FOLDER/deps; nothing is done where they are complete.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -22,7 +23,9 @@ PACKAGES = ["dill", "msgspec", "orjson", "pybase64"]
 
 def main() -> None:
     """Download and unpack."""
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder: Path = parser.parse_args().folder
     done = folder / "complete"
     if done.is_file() and done.read_text() == SGLANG:
         return

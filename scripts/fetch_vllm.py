@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Put vLLM's Python, without its binaries, and what it imports into a folder: for tests/vllm, which simulate its kernels.
 
-usage: fetch_vllm.py FOLDER      FOLDER/tree and FOLDER/deps; nothing is done where they are complete
+It makes FOLDER/tree and FOLDER/deps; nothing is done where they are complete.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
 import subprocess
 import sys
@@ -30,7 +31,9 @@ ALONE = ["compressed-tensors==0.17.0", "llguidance==1.7.6", "xgrammar==0.2.8"]
 
 def main() -> None:
     """Download and unpack."""
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    folder: Path = parser.parse_args().folder
     done = folder / "complete"
     if done.is_file() and done.read_text() == VLLM:
         return

@@ -1,10 +1,8 @@
-"""A bundle with nothing but what the race tests of mixed backends call, for tools that take long over every module.
-
-python scripts/race_bundle.py BUNDLE OUT
-"""
+"""A bundle with nothing but what the race tests of mixed backends call, for tools that take long over every module."""
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import sys
@@ -43,4 +41,7 @@ def main(bundle: str, out: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", metavar="BUNDLE")
+    parser.add_argument("out", metavar="OUT")
+    main(**vars(parser.parse_args()))

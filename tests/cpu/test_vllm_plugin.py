@@ -147,6 +147,7 @@ def test_doctor_without_vllm(monkeypatch):
         "version": None,
         "models": [],
         "decode": "",
+        "layers": "",
         "runner": "",
         "scheduler": "",
     }

@@ -211,9 +211,31 @@ def measure(folder: str, requests: int) -> dict[str, float]:
     return {name: median(each) for name, each in times.items()}
 
 
+def derive(folder: str) -> dict[str, Any]:
+    """Steps of a scheduler derived from vLLM's, as `--scheduler-cls` may name one: the calls of what it overrides."""
+    from hdispatch.integrations.vllm import scheduler
+    from vllm.v1.core.sched import async_scheduler
+
+    scheduler.STAND_IN.install(scheduler.DecodeScheduler)
+    calls = []
+
+    class Derived(async_scheduler.AsyncScheduler):
+        def _update_after_schedule(self, plan: Any) -> None:
+            super()._update_after_schedule(plan)
+            calls.append(plan.total_num_scheduled_tokens)
+
+    made = scheduler_of(folder, Derived, 100, False, 8, "fcfs")
+    for number in range(3):
+        made.add_request(request_of(number, [7] * 20, 30, False, 0))
+    for at in range(10):
+        plan = step(made)
+        made.update_from_output(plan, tokens_of(plan, at, rare=True))
+    return {"calls": calls, "reason": made.plan_reason}
+
+
 if __name__ == "__main__":
     simulation.start()
     what = json.loads(sys.argv[2])
-    answer = {"compare": compare, "measure": measure}[what.pop("what")](sys.argv[1], **what)
+    answer = {"compare": compare, "measure": measure, "derive": derive}[what.pop("what")](sys.argv[1], **what)
     print("ANSWER " + json.dumps(answer), flush=True)
     os._exit(0)

@@ -23,6 +23,22 @@ assert config.get_scheduler_cls() is scheduler.ORIGINAL
 print("SWAPPED")
 """
 
+ANOTHERS = """
+import simulation
+simulation.start()
+from vllm.v1.core.sched import async_scheduler
+
+class Theirs(async_scheduler.AsyncScheduler):
+    def schedule(self, throttle_prefills=False):
+        return super().schedule(throttle_prefills)
+
+async_scheduler.AsyncScheduler = Theirs
+from hdispatch.integrations.vllm import scheduler
+scheduler.STAND_IN.install(scheduler.DecodeScheduler)
+assert async_scheduler.AsyncScheduler is Theirs
+print("LEFT", scheduler.STAND_IN.objection())
+"""
+
 
 @pytest.mark.parametrize(
     ("blocks", "caching", "seqs", "policy", "share"),
@@ -50,3 +66,14 @@ def test_a_plan_of_many_requests_takes_a_fraction_of_vllms(schedule: Schedule) -
 
 def test_the_class_is_put_in_and_taken_out(output: Callable[..., str]) -> None:
     assert "SWAPPED" in output("-c", SWAP)
+
+
+def test_what_a_derived_scheduler_overrides_is_called(schedule: Schedule) -> None:
+    found = schedule(what="derive")
+    assert found["calls"] == [60] + [3] * 9
+    assert found["reason"] == "the scheduler is Derived"
+
+
+def test_anothers_scheduler_in_the_place_of_vllms_stays(output: Callable[..., str]) -> None:
+    """Where another plug-in came first."""
+    assert "LEFT there is no source of Theirs.schedule to compare" in output("-c", ANOTHERS)

@@ -178,7 +178,8 @@ def _examine_vllm(extension: bool) -> dict[str, Any]:
     """Whether `vllm serve` would be served by the plug-in."""
     if not extension:
         reason = "not looked for without the extension"
-        return {"ok": False, "reason": reason, "version": None, "models": [], "decode": "", "runner": "", "scheduler": ""}
+        found = {"ok": False, "reason": reason, "version": None, "models": [], "decode": ""}
+        return found | {"layers": "", "runner": "", "scheduler": ""}
     from ..integrations.vllm import plugin
 
     return plugin.examine()
@@ -338,10 +339,11 @@ def _words_of_host(host: dict[str, Any]) -> str:
 def _words_of_vllm(vllm: dict[str, Any]) -> str:
     if not vllm["ok"]:
         return ""
-    models = ", ".join(vllm["models"])
+    decode = f"the layers of {', '.join(vllm['models'])}; decode steps take {vllm['decode']}"
+    layers = f"vLLM's own layers: {vllm['layers']}" if vllm["layers"] else decode
     runner = f"vLLM's own model runner: {vllm['runner']}" if vllm["runner"] else "its model runner's decode steps"
     plans = f"vLLM's own scheduler: {vllm['scheduler']}" if vllm["scheduler"] else "its scheduler's plans of them"
-    return f"{vllm['version']}, its ops and the layers of {models}; decode steps take {vllm['decode']}; {runner}; {plans}"
+    return f"{vllm['version']}, its ops; {layers}; {runner}; {plans}"
 
 
 def _words_of_sglang(sglang: dict[str, Any]) -> str:

@@ -14,18 +14,39 @@ import vllm.envs as vllm_envs
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group, tensor_model_parallel_all_reduce
 from vllm.distributed.device_communicators.cuda_wrapper import CudaRTLibrary
 from vllm.forward_context import get_forward_context
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.attention import attention as attention_layer
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbedding
+from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.models import ModelRegistry, llama, qwen2, qwen3
 from vllm.utils.torch_utils import canonicalize_singleton_dim_strides
+from vllm.v1.attention.backends import flash_attn
 from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
 from . import all_reduce, runner, settings, support, weights
 from .all_reduce import CustomAllReduce
 from .attention import Attention
 from .layers import FusedLayers
+from .stand_in import difference
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+#: What a step of ours stands in for.
+REPLACED = (
+    *(each.forward for each in (llama.LlamaForCausalLM, llama.LlamaModel, llama.LlamaDecoderLayer, llama.LlamaAttention)),
+    *(each.forward for each in (qwen2.Qwen2ForCausalLM, qwen2.Qwen2Model, qwen2.Qwen2DecoderLayer, qwen2.Qwen2Attention)),
+    *(each.forward for each in (qwen3.Qwen3ForCausalLM, qwen3.Qwen3Model, qwen3.Qwen3DecoderLayer, qwen3.Qwen3Attention)),
+    *(each.forward for each in (llama.LlamaMLP, qwen2.Qwen2MLP, qwen3.Qwen3MLP, ColumnParallelLinear, RowParallelLinear)),
+    *(each.forward for each in (VocabParallelEmbedding, attention_layer.Attention, flash_attn.FlashAttentionImpl)),
+    *(flash_attn.FlashAttentionImpl.do_kv_cache_update, flash_attn.FlashAttentionMetadata),
+    *(RMSNorm.forward_cuda, SiluAndMul.forward_cuda, RotaryEmbedding.forward_cuda),
+)
+#: sha256 of their sources in vLLM 0.33.0.
+FINGERPRINT = "9aaf666c49b76dc33742578f3d5feafeeb177768280466c5a671e63b54b977c7"
 
 
 class FusedForward:
@@ -213,7 +234,16 @@ ARCHITECTURES: dict[str, type] = {
 }
 
 
+def objection() -> str:
+    """Why vLLM's own layers stay, whatever the model; empty if ours take their place."""
+    return difference(REPLACED, FINGERPRINT)
+
+
 def register() -> None:
-    """Put the classes into vLLM's registry."""
+    """Put the classes into vLLM's registry, or say in the log why not."""
+    reason = objection()
+    if reason:
+        settings.logger.warning("hdispatch: vLLM's own decoder layers stay: %s", reason)
+        return
     for name, model in ARCHITECTURES.items():
         ModelRegistry.register_model(name, model)

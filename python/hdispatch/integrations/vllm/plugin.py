@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,9 @@ from .override import Override, override_vllm_ops
 VERSION = "0.33"
 #: Where vLLM looks for plug-ins, ours among them, and the variable that may leave it out.
 GROUP, NAME, ALLOWED = "vllm.general_plugins", "hdispatch", "VLLM_PLUGINS"
+
+#: Modules of this package that take names of vLLM's, and `register` what they serve -> what stays vLLM's own without them.
+PARTS = {"models": "decoder layers stay", "runner": "model runner stays", "scheduler": "scheduler stays"}
 
 #: The override that `register` made; kept for the life of the process.
 _OVERRIDE: list[Override] = []
@@ -46,11 +51,12 @@ def register() -> None:
     settings.runner()
     settings.scheduler()
     settings.metrics_port()
-    from . import models, runner, scheduler
-
-    models.register()
-    runner.STAND_IN.install(runner.Runner)
-    scheduler.STAND_IN.install(scheduler.DecodeScheduler)
+    for name, what in PARTS.items():
+        part, reason = _import(name)
+        if part is None:
+            settings.logger.warning("hdispatch: vLLM's own %s: %s", what, reason)
+        else:
+            part.register()
     _OVERRIDE.append(override_vllm_ops())
     torch.nn.modules.module.register_module_parameter_registration_hook(_on_parameter)
 
@@ -100,32 +106,52 @@ def _unfit() -> str:
     return ""
 
 
-def examine() -> dict[str, Any]:
-    """What `register` would do, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "runner",
-    "scheduler"}.
+def _import(name: str) -> tuple[Any, str]:
+    """A module of `PARTS`, or None and why: this vLLM lacks a name that the module takes. Raises every other fault."""
+    try:
+        return importlib.import_module(f"{__package__}.{name}"), ""
+    except (ImportError, AttributeError) as error:
+        where = error.name if isinstance(error, ImportError) else _module_of(error.obj)
+        if where is None or where.partition(".")[0] != "vllm":
+            raise
+        return None, f"{type(error).__name__}: {error}"
 
-    decode says what attention of decode steps takes: `settings.ATTENTIONS`; runner and scheduler why vLLM's own stay, if so.
+
+def _module_of(found: Any) -> str | None:
+    """The name of a module, or of the module of a class."""
+    return found.__name__ if isinstance(found, ModuleType) else getattr(found, "__module__", None)
+
+
+def examine() -> dict[str, Any]:
+    """What `register` would do, for `hdispatch doctor`: {"ok", "reason", "version" of vLLM, "models", "decode", "layers",
+    "runner", "scheduler"}.
+
+    decode says what attention of decode steps takes: `settings.ATTENTIONS`; layers, runner and scheduler why vLLM's own stay.
 
     Imports vLLM where it is installed and all else is as it should be, which takes seconds; registers nothing. What speaks
     against one model is known when it is made: vLLM's log says it.
     """
     found: dict[str, Any] = {"ok": False, "reason": "", "version": None, "models": [], "decode": ""}
-    found |= {"runner": "", "scheduler": ""}
+    found |= {"layers": "", "runner": "", "scheduler": ""}
     try:
         found["version"] = importlib.metadata.version("vllm")
         found["reason"] = _switched_off() or _unfit()
         if found["reason"]:
             return found
-        from . import models, runner, scheduler
+        parts = {name: _import(name) for name in PARTS}
     except importlib.metadata.PackageNotFoundError:
         return found | {"reason": "vLLM is not installed"}
     except HdispatchError as error:
         return found | {"reason": str(error)}
     except Exception as error:  # a broken install fails in any way it likes
         return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
-    decode = settings.ATTENTIONS[settings.attention()]
-    found |= {"runner": runner.STAND_IN.objection(), "scheduler": scheduler.STAND_IN.objection()}
-    return found | {"ok": True, "models": list(models.ARCHITECTURES), "decode": decode}
+    if all(part is None for part, _ in parts.values()):
+        return found | {"reason": f"vLLM cannot be imported: {parts['models'][1]}"}
+    reasons = {name: reason if part is None else part.objection() for name, (part, reason) in parts.items()}
+    found |= {"layers": reasons["models"], "runner": reasons["runner"], "scheduler": reasons["scheduler"]}
+    if not found["layers"]:
+        found["models"] = list(parts["models"][0].ARCHITECTURES)
+    return found | {"ok": True, "decode": settings.ATTENTIONS[settings.attention()]}
 
 
 def _switched_off() -> str:

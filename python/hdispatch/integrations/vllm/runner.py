@@ -239,3 +239,13 @@ class DecodeState(DefaultModelState):
 def state_class(found: type) -> type:
     """The class of a model's state where vLLM would take `found`."""
     return DecodeState if found is DefaultModelState else found
+
+
+def objection() -> str:
+    """Why vLLM's own stays; empty if ours takes its place."""
+    return STAND_IN.objection()
+
+
+def register() -> None:
+    """Put ours in the place of vLLM's, or say in the log why not."""
+    STAND_IN.install(Runner)

@@ -19,12 +19,13 @@ from .stand_in import StandIn
 
 #: vLLM's own.
 ORIGINAL: Any = async_scheduler.AsyncScheduler
-Scheduler, Blocks = scheduler.Scheduler, single_type_kv_cache_manager.SingleTypeKVCacheManager
+Blocks = single_type_kv_cache_manager.SingleTypeKVCacheManager
 FullAttention = single_type_kv_cache_manager.FullAttentionManager
-#: Methods that ours stands in for or calls, and the classes that it reads and fills.
+#: Methods that ours stands in for or calls, and the classes that it reads and fills. Those of the class that ours is derived
+#: from, which another plug-in may have put in vLLM's place.
 REPLACED = (
-    *(Scheduler.__init__, Scheduler.schedule, Scheduler._update_after_schedule, ORIGINAL.__init__),
-    *(ORIGINAL._update_after_schedule, Scheduler._make_cached_request_data, Scheduler._get_encoder_input_updates),
+    *(scheduler.Scheduler.__init__, ORIGINAL.schedule, scheduler.Scheduler._update_after_schedule, ORIGINAL.__init__),
+    *(ORIGINAL._update_after_schedule, ORIGINAL._make_cached_request_data, ORIGINAL._get_encoder_input_updates),
     *(kv_cache_manager.KVCacheManager.allocate_slots, Blocks.get_num_blocks_to_allocate, Blocks.allocate_new_blocks),
     *(Blocks.cache_blocks, FullAttention.cache_blocks, Request, output.CachedRequestData, output.SchedulerOutput),
 )
@@ -63,6 +64,7 @@ class DecodeScheduler(ORIGINAL):
     def _check(self) -> None:
         """Raise `UnsupportedError` for what plans of ours do not know."""
         require, manager = support.require, self.kv_cache_manager
+        require(type(self) is DecodeScheduler, f"the scheduler is {type(self).__name__}")  # which may override what ours skips
         groups = manager.coordinator.single_type_managers
         require(len(groups) == 1, f"the KV cache has {len(groups)} groups")
         require(type(groups[0]) is FullAttention, f"the KV cache is a {type(groups[0]).__name__}'s")
@@ -198,3 +200,13 @@ class DecodeScheduler(ORIGINAL):
         self.finished_req_ids = set()
         self.reset_preempted_req_ids = set()
         return found
+
+
+def objection() -> str:
+    """Why vLLM's own stays; empty if ours takes its place."""
+    return STAND_IN.objection()
+
+
+def register() -> None:
+    """Put ours in the place of vLLM's, or say in the log why not."""
+    STAND_IN.install(DecodeScheduler)

@@ -12,6 +12,23 @@ from typing import Any
 from . import settings
 
 
+def difference(parts: Sequence[Any], fingerprint: str) -> str:
+    """How code of vLLM's differs from that for which ours was written; empty if it does not.
+
+    parts        functions, classes and Triton kernels
+    fingerprint  sha256 of their sources, one after the other
+    """
+    found = hashlib.sha256()
+    for each in parts:
+        try:
+            found.update(inspect.getsource(getattr(each, "fn", each)).encode())
+        except (OSError, TypeError) as error:
+            return f"there is no source of {getattr(each, '__qualname__', each)} to compare: {error}"
+    if found.hexdigest() != fingerprint:
+        return f"its code is {found.hexdigest()[:12]}, not {fingerprint[:12]}, for which hdispatch's was written"
+    return ""
+
+
 @dataclass
 class StandIn:
     """What stands in for a class that vLLM lets no plug-in choose.
@@ -39,12 +56,7 @@ class StandIn:
         """Why vLLM's own stays; empty if ours takes its place."""
         if not self.is_on():
             return f"{self.variable} is 0"
-        found = hashlib.sha256()
-        for each in self.parts:
-            found.update(inspect.getsource(getattr(each, "fn", each)).encode())
-        if found.hexdigest() != self.fingerprint:
-            return f"its code is {found.hexdigest()[:12]}, not {self.fingerprint[:12]}, for which hdispatch's was written"
-        return ""
+        return difference(self.parts, self.fingerprint)
 
     def install(self, ours: type) -> None:
         """Put ours in the place of vLLM's class, or say in the log why not."""
