@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -20,9 +20,6 @@ from .override import Override, override_vllm_ops
 VERSION = "0.33"
 #: Where vLLM looks for plug-ins, ours among them, and the variable that may leave it out.
 GROUP, NAME, ALLOWED = "vllm.general_plugins", "hdispatch", "VLLM_PLUGINS"
-
-#: Modules of this package that take names of vLLM's, and `register` what they serve -> what stays vLLM's own without them.
-PARTS = {"models": "decoder layers stay", "runner": "model runner stays", "scheduler": "scheduler stays"}
 
 #: The override that `register` made; kept for the life of the process.
 _OVERRIDE: list[Override] = []
@@ -51,8 +48,8 @@ def register() -> None:
     settings.runner()
     settings.scheduler()
     settings.metrics_port()
-    for name, what in PARTS.items():
-        part, reason = _import(name)
+    for what, load in PARTS.items():
+        part, reason = _load(load)
         if part is None:
             settings.logger.warning("hdispatch: vLLM's own %s: %s", what, reason)
         else:
@@ -106,10 +103,32 @@ def _unfit() -> str:
     return ""
 
 
-def _import(name: str) -> tuple[Any, str]:
+def _layers() -> ModuleType:
+    from . import models
+
+    return models
+
+
+def _runner() -> ModuleType:
+    from . import runner
+
+    return runner
+
+
+def _scheduler() -> ModuleType:
+    from . import scheduler
+
+    return scheduler
+
+
+#: What stays vLLM's own, in the log's words -> the module whose `register` puts ours in its place. It takes names of vLLM's.
+PARTS = {"decoder layers stay": _layers, "model runner stays": _runner, "scheduler stays": _scheduler}
+
+
+def _load(load: Callable[[], ModuleType]) -> tuple[ModuleType | None, str]:
     """A module of `PARTS`, or None and why: this vLLM lacks a name that the module takes. Raises every other fault."""
     try:
-        return importlib.import_module(f"{__package__}.{name}"), ""
+        return load(), ""
     except (ImportError, AttributeError) as error:
         where = error.name if isinstance(error, ImportError) else _module_of(error.obj)
         if where is None or where.partition(".")[0] != "vllm":
@@ -138,19 +157,19 @@ def examine() -> dict[str, Any]:
         found["reason"] = _switched_off() or _unfit()
         if found["reason"]:
             return found
-        parts = {name: _import(name) for name in PARTS}
+        parts = [_load(load) for load in PARTS.values()]
     except importlib.metadata.PackageNotFoundError:
         return found | {"reason": "vLLM is not installed"}
     except HdispatchError as error:
         return found | {"reason": str(error)}
     except Exception as error:  # a broken install fails in any way it likes
         return found | {"reason": f"vLLM cannot be imported: {type(error).__name__}: {error}"}
-    if all(part is None for part, _ in parts.values()):
-        return found | {"reason": f"vLLM cannot be imported: {parts['models'][1]}"}
-    reasons = {name: reason if part is None else part.objection() for name, (part, reason) in parts.items()}
-    found |= {"layers": reasons["models"], "runner": reasons["runner"], "scheduler": reasons["scheduler"]}
-    if not found["layers"]:
-        found["models"] = list(parts["models"][0].ARCHITECTURES)
+    if all(part is None for part, _ in parts):
+        return found | {"reason": f"vLLM cannot be imported: {parts[0][1]}"}
+    reasons = [reason if part is None else part.objection() for part, reason in parts]
+    found |= dict(zip(("layers", "runner", "scheduler"), reasons, strict=True))
+    if parts[0][0] is not None and not found["layers"]:
+        found["models"] = list(parts[0][0].ARCHITECTURES)
     return found | {"ok": True, "decode": settings.ATTENTIONS[settings.attention()]}
 
 
