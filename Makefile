@@ -47,7 +47,7 @@ wheel: setup
 	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
 
 test: setup-test core-test
-	$(PY) -m pytest tests -n 3 --dist worksteal
+	$(PY) -m pytest tests -n 2 --dist worksteal
 	$(PY) scripts/fuzz.py 30 & $(PY) scripts/fuzz.py 30 --seed 1; status=$$?; wait $$! && exit $$status
 
 test-all: test
