@@ -214,6 +214,13 @@ void define_adopted(py::module_& m) {
   m.def("patch_class", &patch_class, py::arg("type"), py::arg("adopt"));
   m.def("unpatch_class", &unpatch_class, py::arg("type"));
   m.attr("AdoptedKernel") = py::reinterpret_borrow<py::object>(adopted_type);
+  m.def(  // read alone: to see by its version that somebody put other attributes over ours
+      "class_dict",
+      [](const py::type& type) {
+        return py::reinterpret_borrow<py::dict>(reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict);
+      },
+      py::arg("type"));
+  m.attr("AdoptedMethod") = py::reinterpret_borrow<py::object>(patched_method_type);
   m.def("adopted_kernels", [] {
     py::list out;
     for (const py::object& each : adopted_objects()) out.append(each);

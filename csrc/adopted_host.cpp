@@ -2,6 +2,7 @@
 #include "adopted_host.h"
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/DefaultDtype.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
 #include <torch/csrc/Exceptions.h>
@@ -11,6 +12,7 @@
 #include <mutex>
 
 #include "empty_tensor.h"
+#include "python_errors.h"
 #include "tensor_view.h"
 
 namespace py = pybind11;
@@ -72,7 +74,7 @@ struct HostCall {
 
 }  // namespace
 
-HostRecord::HostRecord(PyObject* made, const HostLayout& layout) : source_(Py_NewRef(made)) {
+HostRecord::HostRecord(PyObject* made, const HostLayout& layout) : source_{Py_NewRef(made)} {
   const auto said = py::reinterpret_borrow<py::dict>(made);
   is_exact_ = said["is_exact"].cast<bool>();
   if (const py::object choice = said["choice"]; !choice.is_none()) choice_ = choice.ptr();
@@ -114,7 +116,7 @@ HostRecord::HostRecord(PyObject* made, const HostLayout& layout) : source_(Py_Ne
 }
 
 int HostRecord::traverse(visitproc visit, void* arg) const {
-  Py_VISIT(source_);
+  Py_VISIT(source_.object);
   return 0;
 }
 
@@ -145,10 +147,7 @@ PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const ch
       return reason = "sizes of more than 64 bits", nullptr;
     outputs.push_back(empty_tensor({dims, rank}, {dims + rank, rank}, static_cast<c10::ScalarType>(output.scalar_type),
                                    THPVariable_Unpack(args[output.like]).device()));
-    if (output.fill) {
-      const py::gil_scoped_release released;  // it is a launch of torch's, and the queue may be full
-      outputs.back().fill_(*output.fill);
-    }
+    if (output.fill) without_gil([&] { outputs.back().fill_(*output.fill); });  // a launch: the queue may be full
   }
   GivenValue given[kMaxAdoptedArguments];
   for (size_t i = 0; i < params_.size(); ++i) {
@@ -232,7 +231,8 @@ const char* read_key(HostKernel& self, PyObject* const* args, size_t count, Host
   uintptr_t storages[kMaxHostArguments];
   c10::TensorImpl* tensors[kMaxHostArguments];
   size_t tensor_count = 0;
-  key.words[0] = uint64_t{slot} << 32 | static_cast<uint32_t>(self.state->number());
+  const auto default_type = static_cast<uint64_t>(c10::get_default_dtype_as_scalartype());  // of `torch.zeros(n)`
+  key.words[0] = default_type << 48 | uint64_t{slot} << 32 | static_cast<uint32_t>(self.state->number());
   key.kind = 1;
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = args[i];

@@ -29,7 +29,6 @@ class HostRecord {
   /// A dict: see hdispatch/adopted/helion_record.py. `layout` is of the words of a call of its kind. Throws
   /// python_error.
   HostRecord(PyObject* made, const HostLayout& layout);
-  ~HostRecord() { Py_XDECREF(source_); }
   HostRecord(const HostRecord&) = delete;
   HostRecord& operator=(const HostRecord&) = delete;
 
@@ -65,7 +64,7 @@ class HostRecord {
     HostSteps value;  ///< or offset in bytes
   };
 
-  PyObject* source_ = nullptr;  ///< the dict, which holds all objects; owned
+  Owned source_;  ///< the dict, which holds all objects
   bool is_exact_ = false;
   PyObject* choice_ = nullptr;  ///< held by the dict
   std::vector<HostRange> ranges_;

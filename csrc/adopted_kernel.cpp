@@ -14,6 +14,7 @@ namespace hdispatch {
 
 AdoptedCallbacks adopted_callbacks;
 PyObject* adopted_type;
+PyObject* patched_method_type;
 
 namespace {
 
@@ -121,6 +122,17 @@ struct Calling {
   size_t keywords() const { return keyword_names ? static_cast<size_t>(PyTuple_GET_SIZE(keyword_names)) : 0; }
 };
 
+/// `run` as `kernel[grid]` finds it: bound, and the kernel's own where somebody has put one over Triton's.
+HD_COLD PyObject* find_run(const AdoptedKernel& self) {
+  PyObject* found = PyObject_GetAttrString(self.kernel, "run");
+  const bool is_bound = found && PyMethod_Check(found);
+  if (!is_bound || !Py_IS_TYPE(PyMethod_GET_FUNCTION(found), reinterpret_cast<PyTypeObject*>(patched_method_type)) ||
+      !self.is_on)
+    return found;
+  Py_DECREF(found);
+  return PyMethod_New(self.run, self.kernel);
+}
+
 /// Triton's own call: run(kernel, *args, grid=, warmup=False, **keywords).
 HD_COLD PyObject* call_triton(const Calling& calling, PyObject* grid) {
   static PyObject* const own[] = {PyUnicode_InternFromString("grid"), PyUnicode_InternFromString("warmup")};
@@ -131,6 +143,8 @@ HD_COLD PyObject* call_triton(const Calling& calling, PyObject* grid) {
     if (grid && calling.form.grid >= 0) all[1 + static_cast<size_t>(calling.form.grid)] = grid;
     return PyObject_Vectorcall(calling.self.run, all.data(), 1 + calling.positional, calling.keyword_names);
   }
+  const Owned run{find_run(calling.self)};
+  if (!run.object) return nullptr;
   all.push_back(grid ? grid : calling.grid);
   all.push_back(Py_False);
   const Owned names{PyTuple_New(static_cast<Py_ssize_t>(calling.keywords() + 2))};
@@ -139,7 +153,7 @@ HD_COLD PyObject* call_triton(const Calling& calling, PyObject* grid) {
     PyObject* name = i < calling.keywords() ? PyTuple_GET_ITEM(calling.keyword_names, i) : own[i - calling.keywords()];
     PyTuple_SET_ITEM(names.object, i, Py_NewRef(name));
   }
-  return PyObject_Vectorcall(calling.self.run, all.data(), 1 + calling.positional, names.object);
+  return PyObject_Vectorcall(run.object, all.data() + 1, calling.positional, names.object);
 }
 
 HD_COLD void count(const AdoptedKernel& self, const std::string& reason) {
@@ -150,7 +164,9 @@ HD_COLD void count(const AdoptedKernel& self, const std::string& reason) {
 
 HD_COLD PyObject* leave_to_triton(const Calling& calling, const std::string& reason, PyObject* grid = nullptr) {
   count(calling.self, reason);
-  return call_triton(calling, grid);
+  PyObject* result = call_triton(calling, grid);
+  calling.self.best_config = nullptr;  // Triton shows the one of its call
+  return result;
 }
 
 HD_COLD uint32_t number_of_state(const AdoptedKernel& self) {
@@ -336,6 +352,7 @@ PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
 
 PyObject* AdoptedKernel::call(PyObject* grid, PyObject* const* args, size_t positional, PyObject* keyword_names) {
   const Calling calling{*this, grid, args, positional, keyword_names, reader->form(positional, keyword_names, !grid)};
+  if (HD_UNLIKELY(!is_on)) return call_triton(calling, nullptr);  // of a launch that was kept
   if (HD_UNLIKELY(calling.form.is_wrong)) return leave_to_triton(calling, "arguments");
   if (calling.form.is_run) {
     if (calling.form.grid < 0) return leave_to_triton(calling, "arguments");
@@ -350,6 +367,7 @@ PyObject* AdoptedKernel::call(PyObject* grid, PyObject* const* args, size_t posi
 
 bool AdoptedKernel::launch(const CallForm& form, PyObject* const* args, const GivenValue* given,
                            const int64_t (&grid)[3], const char*& reason) {
+  if (HD_UNLIKELY(!is_on)) return reason = "its Triton kernel was given back", false;
   reason = objection(*this);
   if (HD_UNLIKELY(reason != nullptr)) return false;
   AdoptedCall call;

@@ -77,6 +77,7 @@ struct AdoptedKernel {
 DeviceSlot adopted_slot(bool is_null);
 
 extern PyObject* adopted_type;
+extern PyObject* patched_method_type;  ///< of our attributes on Triton's classes (adopted_patch.h)
 
 /// For the device that torch has current; 1 where the process sees one GPU.
 void set_adopted_device_count(int count);

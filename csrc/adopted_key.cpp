@@ -22,6 +22,7 @@ constexpr size_t kMaxForms = 64;        ///< of one kernel: keywords in ever new
 constexpr uint64_t kTagInteger = 1;
 constexpr uint64_t kTagNumbered = 2;
 constexpr uint64_t kTagSingleton = 3;
+constexpr uint64_t kTagFloat = 7;  // 4 to 6 are those of host kernels (adopted_host.cpp)
 constexpr int64_t kMaxExactInteger = int64_t{1} << 60;
 
 constexpr uint16_t code_of(ArgumentClass kind, uint64_t facts = 0) noexcept {
@@ -165,8 +166,8 @@ const CallForm& KeyReader::form(size_t positional, PyObject* keyword_names, bool
     if (HD_UNLIKELY(i > 0)) std::swap(forms_[i], forms_[i - 1]);
     return *each;
   }
-  static const CallForm too_many{.is_wrong = true};
-  if (forms_.size() == kMaxForms) return too_many;
+  static const CallForm too_many{.is_wrong = true}, too_many_of_run{.is_run = true, .is_wrong = true};
+  if (forms_.size() == kMaxForms) return is_run ? too_many_of_run : too_many;
   forms_.push_back(new CallForm(make_form(positional, keyword_names, is_run)));
   return *forms_.back();
 }
@@ -180,6 +181,14 @@ bool KeyReader::exact_word(PyObject* object, uint64_t& word) {
     const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
     if (HD_LIKELY(!overflow && value < kMaxExactInteger && value >= -kMaxExactInteger)) {
       word = static_cast<uint64_t>(value) << 3 | kTagInteger;
+      return true;
+    }
+  }
+  // Equal floats that are not the same: 0.0 and -0.0; and NaN, which equals nothing. All of them end in zeros.
+  if (Py_TYPE(object) == &PyFloat_Type) {
+    const auto bits = std::bit_cast<uint64_t>(PyFloat_AS_DOUBLE(object));
+    if ((bits & 7) == 0) {
+      word = bits | kTagFloat;
       return true;
     }
   }

@@ -107,7 +107,7 @@ class ConstantTable {
   ConstantTable& operator=(const ConstantTable&) = delete;
 
   /// The number of a value, from 1; 0 for one that cannot be hashed, or one too many. Equal values of one type have
-  /// one number.
+  /// one number, as Triton's own cache has one key for them.
   uint32_t number(PyObject* value);
   int traverse(visitproc visit, void* arg) const;
   void clear() noexcept;

@@ -19,7 +19,6 @@ namespace hdispatch {
 namespace {
 
 PyObject* launch_type;
-PyObject* method_type;
 PyObject* entry_name;  ///< of an adopted kernel in its kernel's dict
 
 // ---- finding ----
@@ -53,6 +52,7 @@ PyObject* guarded(const Call& call) {
 
 // ---- kernel[grid] ----
 
+/// What it holds may hold it: an object that keeps a launch whose grid is one of its methods.
 struct AdoptedLaunch {
   PyObject_HEAD vectorcallfunc vectorcall;
   PyObject* kernel;
@@ -71,6 +71,7 @@ PyObject* call_launch(PyObject* callable, PyObject* const* args, size_t flags, P
 }
 
 void drop_launch(PyObject* object) {
+  PyObject_GC_UnTrack(object);
   auto* self = reinterpret_cast<AdoptedLaunch*>(object);
   Py_CLEAR(self->grid);
   Py_DECREF(reinterpret_cast<PyObject*>(self->adopted));
@@ -80,8 +81,18 @@ void drop_launch(PyObject* object) {
     return;
   }
   PyTypeObject* type = Py_TYPE(object);
-  PyObject_Free(object);
+  PyObject_GC_Del(object);
   Py_DECREF(type);
+}
+
+/// There is none that clears one: whatever leads back to a launch was made after it, and can be cleared.
+int traverse_launch(PyObject* object, visitproc visit, void* arg) {
+  const auto* self = reinterpret_cast<const AdoptedLaunch*>(object);
+  Py_VISIT(Py_TYPE(object));
+  Py_VISIT(self->kernel);
+  Py_VISIT(reinterpret_cast<PyObject*>(self->adopted));
+  Py_VISIT(self->grid);
+  return 0;
 }
 
 PyObject* make_launch(PyObject* kernel, AdoptedKernel* adopted, PyObject* grid) {
@@ -90,7 +101,7 @@ PyObject* make_launch(PyObject* kernel, AdoptedKernel* adopted, PyObject* grid) 
     made = spare_launches[--spare_count];
     Py_SET_REFCNT(reinterpret_cast<PyObject*>(made), 1);
   } else {
-    made = PyObject_New(AdoptedLaunch, reinterpret_cast<PyTypeObject*>(launch_type));
+    made = PyObject_GC_New(AdoptedLaunch, reinterpret_cast<PyTypeObject*>(launch_type));
     if (!made) return nullptr;
   }
   made->vectorcall = call_launch;
@@ -98,6 +109,7 @@ PyObject* make_launch(PyObject* kernel, AdoptedKernel* adopted, PyObject* grid) 
   Py_INCREF(reinterpret_cast<PyObject*>(adopted));
   made->adopted = adopted;
   made->grid = Py_NewRef(grid);
+  PyObject_GC_Track(reinterpret_cast<PyObject*>(made));
   return reinterpret_cast<PyObject*>(made);
 }
 
@@ -156,6 +168,7 @@ PyObject* call_run(PyObject* callable, PyObject* const* args, size_t flags, PyOb
   return guarded([&]() -> PyObject* {
     AdoptedKernel* adopted = find_or_adopt(patch, args[0]);
     if (HD_UNLIKELY(!adopted)) return PyObject_Vectorcall(patch.run, args, flags, keyword_names);
+    const Owned held{Py_NewRef(reinterpret_cast<PyObject*>(adopted))};
     return adopted->call(nullptr, args + 1, positional - 1, keyword_names);
   });
 }
@@ -173,7 +186,7 @@ PyObject* subscript(PyObject* kernel, PyObject* grid) {
 }
 
 PyObject* make_method(Patch* patch, vectorcallfunc call) {
-  auto* made = PyObject_New(AdoptedMethod, reinterpret_cast<PyTypeObject*>(method_type));
+  auto* made = PyObject_New(AdoptedMethod, reinterpret_cast<PyTypeObject*>(patched_method_type));
   if (!made) throw python_error();
   made->vectorcall = call;
   made->patch = patch;
@@ -240,7 +253,8 @@ void patch_host_class(const py::object& type) {
   Patch* patch = find_patch(type);
   auto* wanted = patch->type;
   const auto dict = py::reinterpret_borrow<py::dict>(wanted->tp_dict);
-  if (dict.contains("__call__") && reinterpret_cast<PyObject*>(Py_TYPE(dict["__call__"].ptr())) == method_type) return;
+  if (dict.contains("__call__") && reinterpret_cast<PyObject*>(Py_TYPE(dict["__call__"].ptr())) == patched_method_type)
+    return;
   patch->run = py::object(type.attr("__call__")).release().ptr();
   type.attr("__call__") = py::reinterpret_steal<py::object>(make_method(patch, call_host_method));
   wanted->tp_call = call_host;  // until somebody else assigns the class's __call__
@@ -249,7 +263,7 @@ void patch_host_class(const py::object& type) {
 void unpatch_host_class(const py::object& type) {
   const Patch* patch = find_patch(type);
   const auto dict = py::reinterpret_borrow<py::dict>(patch->type->tp_dict);
-  if (!patch->run || reinterpret_cast<PyObject*>(Py_TYPE(dict["__call__"].ptr())) != method_type) return;
+  if (!patch->run || reinterpret_cast<PyObject*>(Py_TYPE(dict["__call__"].ptr())) != patched_method_type) return;
   type.attr("__call__") = py::handle(patch->run);
 }
 
@@ -259,7 +273,7 @@ void patch_class(const py::object& type, const py::object& adopt) {
   auto* wanted = patch->type;
   Py_XSETREF(patch->adopt, adopt.is_none() ? nullptr : adopt.inc_ref().ptr());
   const auto dict = py::reinterpret_borrow<py::dict>(wanted->tp_dict);
-  if (dict.contains("run") && reinterpret_cast<PyObject*>(Py_TYPE(dict["run"].ptr())) == method_type) return;
+  if (dict.contains("run") && reinterpret_cast<PyObject*>(Py_TYPE(dict["run"].ptr())) == patched_method_type) return;
   patch->getitem = py::object(type.attr("__getitem__")).release().ptr();
   patch->run = py::object(type.attr("run")).release().ptr();
   patch->own_getitem = dict.contains("__getitem__");
@@ -277,7 +291,8 @@ bool unpatch_class(const py::object& type) {
     Py_CLEAR(each->adopt);
     const auto dict = py::reinterpret_borrow<py::dict>(wanted->tp_dict);
     for (const char* name : {"__getitem__", "run"})
-      if (!dict.contains(name) || reinterpret_cast<PyObject*>(Py_TYPE(dict[name].ptr())) != method_type) return false;
+      if (!dict.contains(name) || reinterpret_cast<PyObject*>(Py_TYPE(dict[name].ptr())) != patched_method_type)
+        return false;
     restore(type, "__getitem__", each->own_getitem ? each->getitem : nullptr);
     restore(type, "run", each->own_run ? each->run : nullptr);
   }
@@ -294,6 +309,7 @@ void make_patch_types() {
       {nullptr, 0, 0, 0, nullptr}};
   PyType_Slot launch_slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
                                 {Py_tp_members, launch_members},
+                                {Py_tp_traverse, reinterpret_cast<void*>(&traverse_launch)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(&drop_launch)},
                                 {0, nullptr}};
   PyType_Slot method_slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
@@ -301,12 +317,13 @@ void make_patch_types() {
                                 {Py_tp_descr_get, reinterpret_cast<void*>(&bind_method)},
                                 {0, nullptr}};
   constexpr unsigned kFlags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION | Py_TPFLAGS_HAVE_VECTORCALL;
-  PyType_Spec launch = {"hdispatch._C.AdoptedLaunch", sizeof(AdoptedLaunch), 0, kFlags, launch_slots};
+  PyType_Spec launch = {"hdispatch._C.AdoptedLaunch", sizeof(AdoptedLaunch), 0,
+                        static_cast<unsigned>(kFlags | Py_TPFLAGS_HAVE_GC), launch_slots};
   PyType_Spec method = {"hdispatch._C.AdoptedMethod", sizeof(AdoptedMethod), 0,
                         static_cast<unsigned>(kFlags | Py_TPFLAGS_METHOD_DESCRIPTOR), method_slots};
   launch_type = PyType_FromSpec(&launch);
-  method_type = PyType_FromSpec(&method);
-  if (!launch_type || !method_type) throw py::error_already_set();
+  patched_method_type = PyType_FromSpec(&method);
+  if (!launch_type || !patched_method_type) throw py::error_already_set();
   entry_name = PyUnicode_InternFromString("_hdispatch_adopted");
 }
 

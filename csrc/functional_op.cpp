@@ -3,6 +3,7 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <cxxabi.h>
 #include <structmember.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
@@ -134,7 +135,11 @@ at::Tensor make_output(const FunctionalObject* self, const ReturnedTensor& outpu
   int64_t sizes[kMaxRank];
   sizes_of(*self->out->op, output, arguments, sizes);
   at::Tensor made = empty_tensor({sizes, output.dims.size()}, type_of(output, arguments), device_of(self, arguments));
-  if (HD_UNLIKELY(output.is_zeroed)) made.zero_();
+  if (HD_LIKELY(!output.is_zeroed)) return made;
+  if (PyGILState_Check())
+    without_gil([&] { made.zero_(); });  // a launch: the queue may be full
+  else
+    made.zero_();
   return made;
 }
 
@@ -271,6 +276,8 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
     for (size_t i = 0; i < gathered.size(); ++i)
       all[i] = i >= self->given && gathered[i] == Py_None ? nullptr : gathered[i];
     return call_functional(self, all);
+  } catch (abi::__forced_unwind&) {
+    throw;
   } catch (...) {
     set_python_error();
     return nullptr;

@@ -14,7 +14,6 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <exception>
 #include <list>
 
 #include "overlap.h"
@@ -291,22 +290,14 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   };
   size_t failed = 0;
   LaunchResult result{};
-  std::exception_ptr error;
-  PyThreadState* const state = PyEval_SaveThread();
-  try {
+  without_gil([&] {
     const std::lock_guard lock(*plan.turn);
     const std::optional<LaunchContext> context =
         plan.launches.table() ? std::optional<LaunchContext>(std::in_place, *plan.launches.table()) : std::nullopt;
     std::optional<ProfiledSteps> profiled;
     if (HD_UNLIKELY(is_profiled())) profiled.emplace(sequence_, plan.launches.runs());
     result = plan.launches.launch(foreign, failed, profiled ? &*profiled : nullptr);
-  } catch (abi::__forced_unwind&) {
-    throw;
-  } catch (...) {
-    error = std::current_exception();
-  }
-  PyEval_RestoreThread(state);
-  if (error) std::rethrow_exception(error);
+  });
   if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) plan.launches.raise(result, failed);
 }
 
@@ -411,10 +402,7 @@ void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue>
 /// Every step as a call of its own.
 HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObject* const* args) {
   std::unique_lock turn(*plan.turn, std::try_to_lock);
-  if (!turn) {
-    const py::gil_scoped_release released;
-    turn.lock();
-  }
+  if (!turn) without_gil([&] { turn.lock(); });
   const SequenceInputs inputs = this->inputs(given, plan);
   const std::vector<at::Tensor> slots = tensors(args);
   const std::vector<SequenceRun> runs = sequence_.order(given.m);
@@ -422,7 +410,7 @@ HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObj
   for (const SequenceRun& run : runs) {
     const DoorStep& step = steps_[run.step];
     if (!step.op) {
-      call_foreign(run, make_stack(run, plan, inputs), plan, inputs, slots, results);
+      without_gil([&] { call_foreign(run, make_stack(run, plan, inputs), plan, inputs, slots, results); });
       continue;
     }
     std::vector<py::object> made;

@@ -8,6 +8,7 @@ import pickle
 import random
 import threading
 import weakref
+from typing import Any
 
 import adopted_kernels as kernels
 import adopted_random
@@ -146,6 +147,48 @@ def test_a_kept_launch_stays_one(add):
     launch = add[(4,)]
     for _ in range(3):
         assert launched(lambda: launch(*ADD, BLOCK=256))[1] is not None
+
+
+def test_a_kept_launch_is_given_back_with_its_kernel(add, stub):
+    launch, before = add[(4,)], stub.launches
+    hdispatch.unadopt(add)
+    assert launched(lambda: launch(*ADD, BLOCK=256))[1] is None
+    assert stub.launches == before + 1
+    hdispatch.adopt(add)
+    assert launched(lambda: launch(*ADD, BLOCK=256))[1] is not None
+
+
+def test_what_keeps_a_launch_that_leads_back_to_it_is_freed(add):
+    class Layer:
+        def __init__(self) -> None:
+            self.launch = add[self.grid]
+
+        def grid(self, _meta: dict[str, Any]) -> tuple[int]:
+            return (4,)
+
+    layer = Layer()
+    for _ in range(2):
+        layer.launch(*ADD, BLOCK=256)
+    gone = weakref.ref(layer)
+    del layer
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_block_leaves_what_is_adopted_in_it(stub):
+    kernel = fresh(kernels.add)
+    with hdispatch.adopting(driver="null"):
+        served(kernel, *ADD, BLOCK=256)
+        hdispatch.adopt(kernel, driver="null")
+    assert served(kernel, *ADD, BLOCK=256)
+    hdispatch.adopt(driver="null")
+    other = fresh(kernels.add)
+    served(other, *ADD, BLOCK=256)
+    hdispatch.unadopt()
+    hdispatch.adopt(other, driver="null")
+    with hdispatch.adopting(driver="null"):
+        pass
+    assert served(other, *ADD, BLOCK=256)
 
 
 def test_copies_of_a_kernel_are_kernels_of_their_own(add):

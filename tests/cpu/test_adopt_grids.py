@@ -153,6 +153,21 @@ def test_an_autotuned_kernel_is_served_by_its_key(stub):
     assert misses(tuned)["autotuner's choices taken back"] == 1
 
 
+def test_an_autotuner_shows_the_choice_of_the_last_call(stub):
+    times = {17: [1.0, 2.0], 1000: [2.0, 1.0]}  # of BLOCK=64 and 128
+    left = [time for each in times.values() for time in each]
+    tuned = wrapper(kernels.tuned)
+    tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [left.pop(0)] * 3)[1]
+    hdispatch.adopt(tuned, driver="null")
+    for turn, n in enumerate((17, 17, 1000, 17, 1000)):  # the one that Triton chose comes between two of ours
+        result, got = launched(lambda n=n: tuned[(1,)](X, OUT, n))
+        assert (got is None) == (turn in (0, 2))
+        assert tuned.best_config is tuned.cache[(n, "torch.float32", "torch.float32")]
+        assert tuned.best_config.kwargs["BLOCK"] == {17: 64, 1000: 128}[n]
+        assert result.metadata.num_warps == tuned.best_config.num_warps
+    assert not left
+
+
 def test_heuristics_follow_their_arguments(stub):
     kernel = hdispatch.adopt(wrapper(kernels.heuristic), driver="null")
     for turn in range(2):

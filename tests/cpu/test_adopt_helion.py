@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import random
 import re
+import struct
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -335,6 +338,96 @@ def test_other_dtypes_and_ranks_are_kinds_of_their_own(stub):
     assert got.dtype == torch.float16
     assert same(stub, kernel, tuple(each.half() for each in OPEN["add"](99)))
     assert same(stub, kernel, OPEN["add"](99))
+
+
+def test_floats_that_are_equal_and_not_the_same(stub):
+    kernel = adopted(kernels.specialized)
+    seen = {}
+    for scale in (0.0, -0.0, float("nan"), float("-inf"), 2.5):
+        warm(kernel, lambda m, scale=scale: (torch.zeros(m, 64), scale))
+        _, launches = launched(lambda scale=scale: kernel(torch.zeros(99, 64), scale))
+        assert len(launches) == 1, scale
+        seen[repr(scale)] = [param for param in launches[0]["params"] if param == struct.pack("f", scale)]
+    assert all(len(each) == 1 for each in seen.values()), seen
+    hits = counts(kernel)["hits"]
+    kernel(torch.zeros(99, 64), math.inf - math.inf)  # another NaN
+    assert counts(kernel)["hits"] == hits + (struct.pack("d", math.inf - math.inf) == struct.pack("d", math.nan))
+
+
+def test_another_default_dtype_is_a_kind_of_its_own(stub):
+    kernel = adopted(kernels.filled)
+    warm(kernel, OPEN["filled"])
+    x = torch.zeros(99, 64)
+    assert kernel(x)[0].dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert kernel(x)[0].dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert same(stub, kernel, (x,))
+
+
+def test_two_threads_note_launches_in_turn(stub):
+    """A launch of a thread that another one's recorder has replaced would be made: what is in place would be done twice."""
+    kernel = adopted(kernels.in_place)
+    kernel(torch.zeros(7, 48))
+    host = next(iter(kernel._bound_kernels.values()))._run
+    noted: list[Any] = []
+
+    def note() -> None:
+        with helion_record._recording(host) as launch:
+            host(torch.zeros(7, 48))
+        noted.append(launch.kernel)
+
+    before = stub.launches
+    other = threading.Thread(target=note)
+    with helion_record._recording(host) as launch:
+        other.start()
+        other.join(0.1)
+        host(torch.zeros(7, 48))
+    other.join()
+    assert stub.launches == before
+    assert noted == [launch.kernel] == helion_record._functions(host)
+
+
+def test_unadopting_a_kernel_gives_its_launches_back(stub):
+    kernel = adopted(kernels.add)
+    warm(kernel, OPEN["add"])
+    hdispatch.unadopt(kernel)
+    hits = hdispatch.stats()
+    assert launched(lambda: kernel(*OPEN["add"](7)))[1] == []
+    assert hdispatch.stats() == hits
+    hdispatch.adopt(kernel)
+    assert same(stub, kernel, OPEN["add"](99))
+
+
+def test_adopted_again_it_learns_as_before(stub):
+    kernel = adopted(kernels.add)
+    for _ in range(2):
+        kernel(*OPEN["add"](7))
+    hdispatch.unadopt()
+    hdispatch.adopt(kernel)
+    assert len(launched(lambda: kernel(*OPEN["add"](7)))[1]) == 1
+    make = lambda: tuple(each[:, 1:] for each in (torch.zeros(7, 65), torch.zeros(7, 65)))  # noqa: E731  not aligned
+    for _ in range(3):
+        kernel(*make())
+    assert len(launched(lambda: kernel(*make()))[1]) == 1
+
+
+@pytest.mark.parametrize("name", ["on_another_device", "with_grad"])
+def test_results_that_torch_makes_otherwise_are_helions(stub, name):
+    kernel = adopted(getattr(kernels, name))
+    for m in (7, 7, 9):
+        kernel(torch.zeros(m, 64))
+    assert counts(kernel)["hits"] == 0
+    assert any(each.startswith("host function: it allocates") for each in counts(kernel)["misses"]), counts(kernel)
+
+
+def test_pinned_memory_and_large_fills_are_refused(stub):
+    with helion_record._Outputs(), pytest.raises(helion_record._Refused, match="pinned"):
+        torch.empty(1, pin_memory=True)
+    with helion_record._Outputs(), pytest.raises(helion_record._Refused, match=f"fills with {2**63}, which 64 bits"):
+        torch.full([1], 2**63, dtype=torch.uint64)
 
 
 def test_unadopt_gives_the_call_back(stub):

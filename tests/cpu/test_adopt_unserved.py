@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from typing import Any
+
 import adopted_kernels as kernels
 import hdispatch
 import pytest
@@ -117,6 +121,68 @@ def test_a_refusal_of_the_driver_is_tritons_to_raise(add, stub):
     with stub.refusing(), pytest.raises(RuntimeError, match="stub refuses"):
         add[(4,)](X, Y, OUT, 1000, BLOCK=128)
     assert not served(add, X, Y, OUT, 1000, BLOCK=128)  # what was not launched is no row
+
+
+def test_more_forms_of_keywords_than_are_kept_are_tritons(stub):
+    kernel = hdispatch.adopt(fresh(kernels.add), driver="null")
+    given = dict(zip(["x", "y", "o", "n", "BLOCK"], (*ADD, 256), strict=True))
+    before = stub.launches
+    orders = list(itertools.permutations(given))
+    for order in orders:
+        ordered = {name: given[name] for name in order}
+        assert kernel.run(grid=(4,), warmup=False, **ordered) is kernel[(4,)](**ordered)
+    assert stub.launches - before + counts(kernel)["hits"] == 2 * len(orders) == 240
+    assert misses(kernel)["arguments"] == 240 - 64
+
+
+# ---- somebody else's `run` ----
+
+
+def calls_of(plain: Callable[..., Any]) -> tuple[list[Any], Callable[..., Any]]:
+    """`run` with a note of each call's `n`."""
+    seen: list[Any] = []
+
+    def run(*args: Any, **keywords: Any) -> Any:
+        seen.append(args[-1])
+        return plain(*args, **keywords)
+
+    return seen, run
+
+
+def test_a_run_put_over_tritons_gets_the_launches_of_its_kernel(add):
+    seen, add.run = calls_of(add.run)
+    assert not served(add, *ADD, BLOCK=256)
+    del add.run
+    assert served(add, *ADD, BLOCK=256)
+    assert seen == [1000]
+
+
+def test_a_run_put_over_that_of_the_class_gets_all_launches(add, monkeypatch):
+    launch = add[(4,)]
+    seen, run = calls_of(triton.JITFunction.run)
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    assert not served(add, *ADD, BLOCK=256)
+    assert launched(lambda: launch(*ADD, BLOCK=256))[1] is None
+    assert seen == [1000, 1000]
+    assert "run was replaced" in misses(add)
+    monkeypatch.undo()
+    assert served(add, *ADD, BLOCK=256)
+
+
+def test_a_class_with_a_run_of_its_own_stays_tritons(stub):
+    seen = []
+
+    class Noting(triton.JITFunction):
+        def run(self, *args: Any, **keywords: Any) -> Any:
+            seen.append(args[3])
+            return super().run(*args, **keywords)
+
+    for adopt in (hdispatch.adopt, lambda _kernel, driver: hdispatch.adopt(driver=driver)):
+        kernel = Noting(kernels.add.fn)
+        adopt(kernel, driver="null")
+        for n in (1, 2, 2):
+            assert not served(kernel, X, Y, OUT, n, BLOCK=256)
+    assert seen == [1, 2, 2] * 2
 
 
 def test_compile_time_values_without_a_hash_are_tritons(stub):

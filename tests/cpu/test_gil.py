@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import hdispatch
@@ -17,6 +21,7 @@ from standin import TOY, Library
 
 SECONDS = 0.5
 TICK = 0.005
+SOURCE = f"#include <unistd.h>\nvoid nap() {{ usleep({int(SECONDS * 1e6)}); }}"
 
 OURS: dict[str, Callable[..., None]] = {
     "hdispatch.ops": hdispatch.ops.toy,
@@ -29,8 +34,7 @@ OURS: dict[str, Callable[..., None]] = {
 def nap() -> Any:
     """A TVM-FFI function that blocks, as cuLaunchKernelEx does when the launch queue is full."""
     cpp = pytest.importorskip("tvm_ffi.cpp", reason="needs apache-tvm-ffi: pip install 'hdispatch[ffi]'")
-    source = f"#include <unistd.h>\nvoid nap() {{ usleep({int(SECONDS * 1e6)}); }}"
-    return cpp.load_inline("hdispatch_test_gil", cpp_sources=source, functions=["nap"]).nap
+    return cpp.load_inline("hdispatch_test_gil", cpp_sources=SOURCE, functions=["nap"]).nap
 
 
 @pytest.fixture(autouse=True)
@@ -89,3 +93,44 @@ def test_two_threads_launch_at_once():
     for thread in threads:
         thread.join()
     assert time.perf_counter() - begin < 1.6 * SECONDS
+
+
+#: A daemon thread is in a launch that blocks while the interpreter ends: it asks for the GIL back and is unwound from there.
+ENDS = """
+import sys, threading, time, torch, hdispatch
+import {module} as module
+from tvm_ffi import cpp
+if (spec := getattr(module, "SPEC", None)) and spec.name not in hdispatch.registry.names():
+    hdispatch.registry.define(spec)
+nap = cpp.load_inline("hdispatch_test_gil", cpp_sources={source!r}, functions=["nap"]).nap
+hdispatch.register({name!r}, hdispatch.Key({variant!r}), nap, args=[], stream="none", driver="null")
+op, args = hdispatch.ops.{name}, {args}
+threading.Thread(target=lambda: [op(*args) for _ in range(100)], daemon=True).start()
+class Slow:
+    def __del__(self, sleep=time.sleep):
+        sleep(2 * {seconds})  # the thread asks meanwhile
+slow = Slow()
+time.sleep({seconds} / 2)
+assert hdispatch.stats()[{name!r}]["hits"] == 0
+print("ends", flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "variant", "args"),
+    [
+        ("toy", "toy", "bfloat16", "module.arguments()"),
+        ("returned_square", "returned_square.spec", "any", "[torch.zeros(4, 256, dtype=torch.float16)]"),
+    ],
+)
+def test_the_interpreter_ends_while_a_launch_blocks(nap, name, module, variant, args):
+    program = ENDS.format(name=name, module=module, variant=variant, args=args, source=SOURCE, seconds=SECONDS)
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONPATH": str(Path(toy.__file__).parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "ends\n"), done.stderr

@@ -157,3 +157,20 @@ def transposed(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             sums = torch.addmm(sums, x[rows, inner], w[inner, columns])
         out[rows, columns] = sums
     return out
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def on_another_device(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.empty_like(x)
+    seed = torch.empty([1], device="meta")
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] + 1
+    return out, seed
+
+
+@helion.kernel(static_shapes=False, config=CONFIG_2D)
+def with_grad(x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x, requires_grad=True)
+    for tile in hl.tile(x.size()):
+        out[tile] = x[tile] + 1
+    return out

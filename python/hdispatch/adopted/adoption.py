@@ -54,6 +54,7 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
         else:
             for each in _kernels_of(kernel):
                 _adopt_one(each, driver)
+                _lazy.pop(id(each), None)
     return kernel
 
 
@@ -66,9 +67,10 @@ def unadopt(kernel: Any = None) -> None:
     with _lock:
         if kernel is not None:
             for each in _kernels_of(kernel):
-                _switch(each, on=False)
+                _give_back(each)
             return
         _all = None
+        _lazy.clear()
         for adopted in _C.adopted_kernels():
             _C.switch_adopted(adopted, False)
         if _is_set_up:
@@ -123,7 +125,7 @@ class adopting:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for each in self._undo:
-            _stop_all() if each is None else _switch(each, on=False)
+            _stop_all() if each is None else _give_back(each)
         self._undo.clear()
 
 
@@ -212,6 +214,7 @@ def _adopt_helion(kernel: Any, driver: Driver) -> None:
         )
         _helion_is_set_up = True
     if _switch(kernel, on=True):
+        helion_record.adopt_launches(kernel, _inner(kernel))
         return
     name = helion_record.name_of(kernel)
     vars(kernel)[triton_kernel.ENTRY] = _C.make_host_kernel(kernel=kernel, name=name, is_null=driver == "null")
@@ -227,6 +230,7 @@ def _inner(kernel: Any) -> Callable[[Any], Any]:
     def make(function: Any) -> Any:
         with _lock:
             _adopt_one(function, driver)
+            _lazy.pop(id(function), None)
         return _entry(function)
 
     return make
@@ -250,6 +254,18 @@ def _switch(kernel: Any, *, on: bool) -> bool:
     if made is not None:
         _C.switch_adopted(made, on)
     return made is not None
+
+
+def _give_back(kernel: Any) -> None:
+    """Switches an entry off; of a Helion kernel also those of its launches, but where all kernels are adopted."""
+    with _lock:
+        was_on = _is_adopted(kernel)
+        _switch(kernel, on=False)
+        if was_on and _is_helion(kernel) and _all is None:
+            from . import helion_record
+
+            for function in helion_record.launched_by(kernel):
+                _switch(function, on=False)
 
 
 def _is_adopted(kernel: Any) -> bool:

@@ -33,7 +33,7 @@ from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
 
 from ..compile import expr
 from ..errors import BuildError
-from .host_program import Op, Steps
+from .host_program import INT64, Op, Steps
 from .triton_state import State, number_of
 
 MAX_OUTPUTS = 8  # csrc/adopted_host.cpp, and the same number of views of them
@@ -110,11 +110,16 @@ def _described(error: Exception) -> str:
 
 def adopt_launches(kernel: Any, adopt: Callable[[Any], Any]) -> dict[Any, Any]:
     """Adopts the launches of all variants that Helion has made, and returns the dict that it keeps them in."""
+    for function in launched_by(kernel):
+        adopt(function)
     variants: dict[Any, Any] = kernel._bound_kernels
-    for bound in list(variants.values()):
-        for function in _functions(bound._run) if bound._run is not None else ():
-            adopt(function)
     return variants
+
+
+def launched_by(kernel: Any) -> list[Any]:
+    """The Triton kernels that the variants may launch which Helion has made."""
+    hosts = [bound._run for bound in list(kernel._bound_kernels.values())]
+    return [function for host in hosts if host is not None for function in _functions(host)]
 
 
 def _has_known_key(kernel: Any) -> bool:
@@ -200,6 +205,10 @@ def _functions(host: Callable[..., Any]) -> list[Any]:
     return [value for value in inspect.unwrap(host).__globals__.values() if isinstance(value, JITFunction)]
 
 
+#: Held while launches are noted: another thread's recorder of the same kernel would take this one's place.
+_one_records = threading.RLock()
+
+
 class _Launch:
     """What `JITFunction.run` was called with, in place of the launch."""
 
@@ -217,7 +226,7 @@ def _recording(host: Callable[..., Any]) -> Iterator[_Launch]:
     def recorder(kernel: Any) -> Callable[..., None]:
         def run(*args: Any, **keywords: Any) -> Any:
             if threading.get_ident() != mine:
-                return type(kernel).run(kernel, *args, **keywords)
+                return replaced.get(id(kernel), types.MethodType(type(kernel).run, kernel))(*args, **keywords)
             if launch.kernel is not None:
                 raise _Refused("it launches more than one kernel")
             launch.kernel, launch.args, launch.keywords = kernel, args, keywords
@@ -225,13 +234,17 @@ def _recording(host: Callable[..., Any]) -> Iterator[_Launch]:
 
         return run
 
-    for kernel in kernels:
-        vars(kernel)["run"] = recorder(kernel)
-    try:
-        yield launch
-    finally:
+    with _one_records:
+        replaced = {id(kernel): vars(kernel)["run"] for kernel in kernels if "run" in vars(kernel)}
         for kernel in kernels:
-            vars(kernel).pop("run", None)
+            vars(kernel)["run"] = recorder(kernel)
+        try:
+            yield launch
+        finally:
+            for kernel in kernels:
+                vars(kernel).pop("run", None)
+                if id(kernel) in replaced:
+                    vars(kernel)["run"] = replaced[id(kernel)]
     if launch.kernel is None:
         raise _Refused("it launches no kernel")
 
@@ -268,6 +281,10 @@ class _Outputs(TorchDispatchMode):  # type: ignore[no-untyped-call]
             fill = args[_FILLS_WITH[factory]] if factory in _FILLS_WITH else _FILLS.get(factory)
             if not isinstance(fill, (int, float, type(None))):
                 raise _Refused(f"it fills with a {type(fill).__name__}")
+            if isinstance(fill, int) and fill not in INT64:
+                raise _Refused(f"it fills with {fill}, which 64 bits do not hold")
+            if (kwargs or {}).get("pin_memory"):
+                raise _Refused("it allocates pinned memory")
             self.made.append(_Output(func(*args, **(kwargs or {})), fill))
             return self.made[-1].tensor
         of_numbers = func.namespace == "prim" or name.startswith("aten.sym_") or factory in _OF_DTYPES
@@ -399,6 +416,9 @@ def _describe(
     tensors = [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor)]
     if not tensors:
         raise _Refused("it takes no tensor")
+    for each in made:
+        if each.tensor.device != args[tensors[0]].device or each.tensor.layout is not torch.strided:
+            raise _Refused(f"it allocates a {each.tensor.layout} tensor on {each.tensor.device}")
     if len(made) > MAX_OUTPUTS:
         raise _Refused(f"it allocates more than {MAX_OUTPUTS} tensors")
 
@@ -467,6 +487,8 @@ def _returned(
     value: Any, made: list[_Output], views: list[tuple[int, torch.Tensor]], given: Sequence[Any], tensors: list[int]
 ) -> int:
     """The index of what is returned: an output, after these a view of one (which is noted), or -1 - that of an argument."""
+    if isinstance(value, torch.Tensor) and value.requires_grad and all(value is not given[index] for index in tensors):
+        raise _Refused("it allocates a tensor that requires grad")
     for index, tensor in enumerate(each.tensor for each in made):  # torch may have made another object of it
         if isinstance(value, torch.Tensor) and value.untyped_storage()._cdata == tensor.untyped_storage()._cdata:
             if value.dtype != tensor.dtype or value.is_conj() or value.is_neg():

@@ -51,6 +51,8 @@ class Parts:
 def parts_of(kernel: Any) -> Parts | str:
     """The parts of a kernel, or why its calls stay Triton's (what is inside it may be served all the same)."""
     if isinstance(kernel, JITFunction):
+        if type(kernel).run is not JITFunction.run:
+            return f"a class of its own kind, {type(kernel).__name__}, with a run of its own"
         return Parts(kernel) if len(kernel.params) <= MAX_PARAMETERS else f"more than {MAX_PARAMETERS} parameters"
     heuristics: list[tuple[str, Any]] = []
     inner = kernel

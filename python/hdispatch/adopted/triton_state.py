@@ -13,6 +13,9 @@ from typing import Any
 from triton import knobs  # type: ignore[import-untyped]
 from triton.language import constexpr, dtype  # type: ignore[import-untyped]
 
+from .. import _C
+from .triton_kernel import CLASSES
+
 #: (number, reason, dicts, hooks, globals): as csrc/adopted_kernel.h, WatchedState::set. A negative number: nothing is served.
 State = tuple[int, str, list[dict[str, Any]], list[list[Any]], list[tuple[dict[str, Any], str, object, bool]]]
 
@@ -32,9 +35,12 @@ def number_of(token: object) -> int:
 
 
 def process_state() -> State:
-    """What all kernels depend on: the knobs that Triton reads on each launch, and the launch hooks."""
+    """What all kernels depend on: the knobs that Triton reads on each launch, the launch hooks, and Triton's classes."""
     runtime, compilation = knobs.runtime, knobs.compilation
-    dicts = [vars(runtime), vars(compilation)]
+    classes = [_C.class_dict(each) for each in CLASSES]
+    dicts = [vars(runtime), vars(compilation), *classes]
+    if any(type(each.get("run")) is not _C.AdoptedMethod for each in classes):
+        return -1, "run was replaced", dicts, [], []
     chains = [runtime.launch_enter_hook, runtime.launch_exit_hook]
     if any(type(chain).__name__ != "HookChain" for chain in chains):
         return -1, "launch hook", dicts, [], []
