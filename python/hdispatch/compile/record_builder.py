@@ -241,10 +241,12 @@ class Candidate:
 
     def is_refused(self, sizes: Mapping[str, int]) -> bool:
         """Whether a guard about anything but M fails for these leaves, or a TMA descriptor cannot be."""
+        failed = (_leaves(guard) - {"M"} and not evaluate(guard, sizes) for guard in self.assumptions)
+        return any(failed) or self._has_odd_descriptor(sizes)
+
+    def _has_odd_descriptor(self, sizes: Mapping[str, int]) -> bool:
         launch = self.trace.launch.at({symbol: sizes[leaf] for symbol, leaf in self.trace.leaves.items()})
-        return any(_leaves(guard) - {"M"} and not evaluate(guard, sizes) for guard in self.assumptions) or any(
-            isinstance(arg, Descriptor) and arg.odd_strides() for arg in launch.args.values()
-        )
+        return any(isinstance(arg, Descriptor) and arg.odd_strides() for arg in launch.args.values())
 
     def guards(self, classes: Sequence[MClass]) -> list[Guard]:
         """The facts that a call is tested for; what is about M alone, or the second integer alone, is in its interval."""
@@ -252,13 +254,13 @@ class Candidate:
         exprs = [assumption for assumption in self.assumptions if not any(_leaves(assumption) <= leaf for leaf in own)]
         assumed = {leaf for m_class in classes for leaf in triton_backend.assumed_strides(self.trace, m_class)}
         exprs += [[leaf, ALIGNMENT, "%", 0, "=="] for leaf in sorted(assumed)]
-        self._check_contiguous()
         exprs += [[symbol, 1, ">="] for symbol in self.maker.generic()]
         if self.side.index_bits == 32:
             if free := [*self.maker.generic(), *(arg.name for arg in self.maker.freely_strided())]:
                 raise BuildError(f"{free[0]} is known per call only, which takes 64-bit offsets; INDEX_BITS is 32")
             exprs += [self._int32_guard(arg.name) for arg in self.maker.row_strided()]
         self._check_paddings(all(f"{arg.name}.stride(0)" in assumed for arg in self.maker.row_strided()))
+        self._check_contiguous()
         for other in self.maker.other_sizes():
             for m in (1, 2, 16, 33):
                 if self.interval[0] <= m <= self.interval[1] and (problem := self.objection(m, 0, other)):
@@ -274,10 +276,10 @@ class Candidate:
 
     def _check_contiguous(self) -> None:
         """BuildError for sizes of which no call with contiguous tensors is served: hardly a call would get the row."""
-        if self.unit.shape and self.is_refused(self.maker.leaf_values(max(2, self.hint), row_padding=0)):
+        if self.unit.shape and self._has_odd_descriptor(self.maker.leaf_values(max(2, self.hint), row_padding=0)):
             said = ", ".join(f"{symbol}={size}" for symbol, size in self.unit.shape.items())
             raise BuildError(
-                f"{said}: no call with contiguous tensors is served: the kernel takes rows that are multiples of 16 bytes. "
+                f"{said}: no call with contiguous tensors is served: TMA takes rows that are multiples of 16 bytes. "
                 "Choose a config with pointer indexing, pad the sizes, or leave them to the op's fallback"
             )
 
