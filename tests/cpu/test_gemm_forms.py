@@ -18,7 +18,7 @@ import triton
 from hdispatch.compile import Selection, build, configs
 from hdispatch.kernels.lib.ll_gemm.candidates import block_scaled_candidates
 from hdispatch.kernels.lib.ll_gemm.configs import block_scaled, warpgroup
-from hdispatch.kernels.lib.reference_gemm import SHAPES
+from hdispatch.kernels.lib.model_sizes import products, rows
 from hdispatch.kernels.lib.tile_candidates import block_tile, block_tile_candidates, tile, tile_candidates
 from hdispatch.testing import null
 
@@ -183,8 +183,9 @@ for sizes in given[0]:
         listed.append((m, [(config, program.largest_m, program.shared_bytes) for config, program in zip(made, programs)]))
 print(json.dumps(listed))
 """
-    listed = in_dsl(script, op, [{"K": 4096}, *({"K": k, "N": n} for k, n in SHAPES)])
-    assert len(listed) == 12 * (len(SHAPES) + 1)
+    sizes = rows(products)
+    listed = in_dsl(script, op, [{"K": 4096}, *sizes])
+    assert len(listed) == 12 * (len(sizes) + 1)
     for m, found in listed:
         assert found
         assert all(largest >= m and shared <= 232448 for _, largest, shared in found)
@@ -232,10 +233,10 @@ print("null")
         (tmp_path / str(index)).mkdir()
     in_dsl(script, op, str(tmp_path), [case[:2] for case in cases])
     disassembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    for index, (_, config, products, waits) in enumerate(cases):
+    for index, (_, config, wgmmas, waits) in enumerate(cases):
         (cubin,) = (tmp_path / str(index)).glob("*.cubin")
         code = subprocess.run([disassembler, "-c", cubin], capture_output=True, text=True, check=True).stdout
-        assert len(re.findall(r"QGMMA\.", code)) == products, config
+        assert len(re.findall(r"QGMMA\.", code)) == wgmmas, config
         assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == waits, config
         assert not re.search(r"\b(STL|LDL)\b", code), f"{config}: registers in memory"
         # One takes registers, the other gives its own; ptxas drops both where it does not know how many there are.
