@@ -145,7 +145,7 @@ def attention_half(
     )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, total, acc, 1.0, 1, heads, G, D, triton.next_power_of_2(G), HELD, AT_ONCE, 1, AXIS)
+    finish(out, out_row, workspace, used, m, total, acc, 1.0, 1, heads, G, D, triton.next_power_of_2(G), HELD, AT_ONCE, AXIS)
 
 
 def launch(

@@ -1,9 +1,9 @@
 """Decode attention over a paged KV cache, split over the sequence: what the Triton kernels of the attention ops share.
 
 Grid (splits, kv heads, requests), or (kv heads, splits, requests): AXIS is that of the splits. A block has the query rows of
-one kv head and request, `queries * group` of them padded to what tensor cores take, or those of several kv heads, and goes
-through the tokens of its split. Where a request has several splits, each leaves its sums in the workspace, and the block that
-counts itself last adds them up: one launch, nothing between blocks but that count.
+one kv head and request, `queries * group` of them padded to what tensor cores take, and goes through the tokens of its split.
+Where a request has several splits, each leaves its sums in the workspace, and the block that counts itself last adds them up:
+one launch, nothing between blocks but that count.
 
 A split has `split_chunk` tokens, whatever the requests beside it; more only where the workspace has fewer cells than that
 takes. The last split of the grid takes all that is left: a request longer than max_seq_len is slow, not wrong.
@@ -22,6 +22,8 @@ from .triton_launch import launch_options
 from .triton_softmax import INTERPRETED, capped, weighted
 from .workspace import cells, rows_held
 
+#: How a block multiplies: see tokens_of_split.
+FORMS = ("rows", "tokens", "warps")
 #: A chunk that no request is longer than: no splits.
 WHOLE = 2**20
 # In elements of float32: where the counters end.
@@ -71,16 +73,12 @@ def cache_strides(kv_cache: torch.Tensor, block_table: torch.Tensor) -> tuple[An
 
 def options(config: dict[str, Any], rows: int, dim: int) -> dict[str, Any]:
     """The constants that come from a config, and the launch options, for blocks of `rows` query rows and heads of `dim`."""
-    warps = config["num_warps"]
-    heads = heads_of(config)
-    form = {"FORM": config.get("form", "rows"), "WARPS": warps, "AXIS": 1 if config.get("heads_first") else 0}
-    sums = {"HELD": rows_held(rows), "AT_ONCE": config.get("at_once", parts_at_once(heads * rows, dim, warps))}
-    return {"TILE": config["tile"], "STAGES": config["stages"], **form, **sums, **launch_options(config, num_stages=None)}
-
-
-def heads_of(config: dict[str, Any]) -> int:
-    """Kv heads of a block."""
-    return int(config["num_warps"]) if config.get("form") == "heads" else 1
+    warps, form = config["num_warps"], config.get("form", "rows")
+    if form not in FORMS:
+        raise ValueError(f"the form of {config} is none of {', '.join(FORMS)}; tune the op again, or name one of them")
+    shape = {"FORM": form, "WARPS": warps, "AXIS": 1 if config.get("heads_first") else 0}
+    sums = {"HELD": rows_held(rows), "AT_ONCE": config.get("at_once", parts_at_once(rows, dim, warps))}
+    return {"TILE": config["tile"], "STAGES": config["stages"], **shape, **sums, **launch_options(config, num_stages=None)}
 
 
 def grid_of(config: dict[str, Any], splits: Any, kv_heads: Any, requests: Any) -> tuple[Any, Any, Any]:
@@ -104,16 +102,13 @@ def candidates(sizes: dict[str, int], rows: int, group: int) -> list[dict[str, A
         tiles = [(64, 4, 3, "rows"), (64, 4, 2, "rows"), (32, 4, 5, "rows"), (128, 4, 2, "rows"), (128, 8, 3, "rows")]
         tiles += [(64, 4, 2, "tokens"), (64, 4, 3, "tokens"), (128, 8, 2, "tokens")]
         tiles += [(64, 4, 3, "warps"), (64, 4, 4, "warps")] if rows <= 16 else [(64, 4, 4, "rows"), (64, 8, 3, "rows")]
-        by_heads = ((4, 3), (4, 4), (8, 3)) if rows <= 16 else ((4, 3), (4, 2))
-        tiles += [(16, warps, stages, "heads") for warps, stages in by_heads if kv_heads % warps == 0]
     found = []
     for tile, warps, stages, form in tiles:
         shape = {"tile": tile, "num_warps": warps, "stages": stages, **({} if form == "rows" else {"form": form})}
-        blocks = -(-kv_heads // heads_of(shape))
         found.append({**shape, "chunk": WHOLE})
-        for chunk in _chunks(sizes, rows, tile, kv_heads, blocks):
+        for chunk in _chunks(sizes, rows, tile, kv_heads):
             split = {**shape, "chunk": chunk}
-            found += [split, *([{**split, "heads_first": True}] if blocks > 1 else [])]
+            found += [split, *([{**split, "heads_first": True}] if kv_heads > 1 else [])]
             if shape == {"tile": 64, "num_warps": 4, "stages": 3}:
                 found.append({**split, "at_once": 2 * parts_at_once(rows, dim, warps)})
     return found
@@ -125,10 +120,10 @@ BLOCKS_OF_AN_SM = (1, 2, 3, 4, 6, 8, 12, 16)
 SMS = 132
 
 
-def _chunks(sizes: dict[str, int], rows: int, tile: int, kv_heads: int, blocks: int) -> list[int]:
-    """Values of config["chunk"], whole tiles, with which the longest requests have splits, each of `blocks` blocks."""
-    longest, m = sizes.get("max_seq_len", 2**15), sizes["M"]
-    splits = {min(cells(rows) // (m * kv_heads), SMS * each // (m * blocks)) for each in BLOCKS_OF_AN_SM}
+def _chunks(sizes: dict[str, int], rows: int, tile: int, kv_heads: int) -> list[int]:
+    """Values of config["chunk"], whole tiles, with which the longest requests have 2 splits or more."""
+    longest, pairs = sizes.get("max_seq_len", 2**15), sizes["M"] * kv_heads
+    splits = {min(cells(rows) // pairs, SMS * blocks // pairs) for blocks in BLOCKS_OF_AN_SM}
     tokens = {-(-longest // (count * tile)) * tile for count in splits if count > 1}
     given = {chunk: split_chunk(chunk, rows) for size in tokens for chunk in (size, size // 2)}
     return sorted({chunk for chunk, size in given.items() if size in tokens and size < longest})
@@ -332,47 +327,6 @@ def _by_warps(
 
 
 @triton.jit
-def tokens_of_heads(
-    x, m, total, acc, cache, table, coming, begin, end, limit, window, scale_log2, softcap_log2, page, inverse,
-    block_stride, head_stride, slot_stride, heads,
-    D: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, HEADS: tl.constexpr, CAUSAL: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-):  # fmt: skip
-    """As tokens_of_split for HEADS kv heads, `heads` of which there are: a warp for each, and no sums of several warps.
-
-    x [HEADS * rows, D], limit, m, total [HEADS * rows], acc likewise. What a token has of so many heads lies side by side.
-    """
-    ROWS: tl.constexpr = x.shape[0] // HEADS
-    d = tl.arange(0, D)
-    head = tl.arange(0, HEADS)
-    x = tl.reshape(x, (HEADS, ROWS, D))
-    limit = tl.reshape(limit, (HEADS, ROWS))
-    m, total, acc = tl.reshape(m, (HEADS, ROWS)), tl.reshape(total, (HEADS, ROWS)), tl.reshape(acc, (HEADS, ROWS, D))
-    own = head.to(tl.int64) * head_stride
-    there = (head < heads)[:, None, None]
-    for start in tl.range(begin, end, TILE, num_stages=STAGES):
-        token = start + tl.arange(0, TILE)
-        inside = there & (token < end)[None, :, None]
-        place = places_of(coming, token, page, inverse, block_stride, slot_stride)
-        at = cache + (own[:, None] + place[None, :])[:, :, None] + d[None, None, :]
-        coming = blocks_of(table, token + TILE, end, inverse)
-        k = tl.load(at, inside, other=0.0)
-        v = tl.load(at + D, inside, other=0.0)
-        s = tl.dot(x, tl.permute(k.to(x.dtype), (0, 2, 1)))
-        s = scores_of(
-            s, token[None, None, :], limit[:, :, None], end, window, scale_log2, softcap_log2, CAUSAL, WINDOW, SOFTCAP
-        )
-        top = tl.maximum(m, tl.max(s, 2))
-        safe = finite(top)
-        p = tl.exp2(s - safe[:, :, None])
-        alpha = tl.exp2(m - safe)
-        total = total * alpha + tl.sum(p, 2)
-        acc = tl.dot(p.to(x.dtype), v.to(x.dtype), acc * alpha[:, :, None])
-        m = top
-    return tl.reshape(m, (HEADS * ROWS,)), tl.reshape(total, (HEADS * ROWS,)), tl.reshape(acc, (HEADS * ROWS, D))
-
-
-@triton.jit
 def _halved(x):
     """x [rows, D, n] as [rows, D, n / 2]: the sums of neighbours."""
     a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2] // 2, 2)))
@@ -390,18 +344,6 @@ def _sum_of_warps(x, WARPS: tl.constexpr):
 
 
 @triton.jit
-def rows_of_heads(COUNT: tl.constexpr, HEADS: tl.constexpr, AXIS: tl.constexpr):
-    """Of COUNT rows of a block each one's number among those of its kv head, and that head."""
-    row = tl.arange(0, COUNT)
-    head = tl.program_id(1 - AXIS) * HEADS
-    if HEADS > 1:
-        EACH: tl.constexpr = COUNT // HEADS
-        head += row // EACH
-        row = row % EACH
-    return row, head
-
-
-@triton.jit
 def outputs_of(row, head, out_row, kv_heads, G: tl.constexpr, D: tl.constexpr):
     """Where the output of a block's rows begins, queries of all G heads in turn."""
     return tl.program_id(2).to(tl.int64) * out_row + (row // G * (kv_heads * G) + head * G + row % G) * D
@@ -411,15 +353,17 @@ def outputs_of(row, head, out_row, kv_heads, G: tl.constexpr, D: tl.constexpr):
 def finish(
     out, out_row, workspace, used, m, total, acc, factor, queries, kv_heads,
     G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, HELD: tl.constexpr, AT_ONCE: tl.constexpr,
-    HEADS: tl.constexpr, AXIS: tl.constexpr,
+    AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the output of a request's HEADS kv heads: of its only split, or of all `used` ones by the last that comes here.
+    """Writes the output of one (request, kv head): of its only split, or of all `used` ones by the last that comes here.
 
     out [requests, queries, heads, D], rows of out_row elements for a request; factor multiplies all of it. PADDED is a power
     of two of at least queries * G; HELD is workspace.rows_held.
     """
-    row, head = rows_of_heads(acc.shape[0], HEADS, AXIS)
+    row = tl.arange(0, acc.shape[0])
+    head = tl.program_id(1 - AXIS)
     d = tl.arange(0, D)
+    # No block has a head that is not there, but without the test rows would have machine code that was not measured.
     live = (row < queries * G) & (head < kv_heads)
     if used == 1:
         at = outputs_of(row, head, out_row, kv_heads, G, D)
@@ -439,7 +383,7 @@ def finish(
         tl.debug_barrier()
         if tl.atomic_add(counters + pair, 1, sem="acq_rel") == used - 1:
             tl.store(counters + pair, 0)
-            combine(out, out_row, tops, sums, parts, used, factor, queries, kv_heads, G, D, PADDED, AT_ONCE, HEADS, AXIS)
+            combine(out, out_row, tops, sums, parts, used, factor, queries, kv_heads, G, D, PADDED, AT_ONCE, AXIS)
 
 
 @triton.jit
@@ -458,22 +402,22 @@ def from_l2(at, seen):
 @triton.jit
 def combine(
     out, out_row, tops, sums, parts, used, factor, queries, kv_heads,
-    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr, HEADS: tl.constexpr, AXIS: tl.constexpr,
+    G: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, AT_ONCE: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the splits of a request's HEADS kv heads, AT_ONCE at a time: one round trip to L2 for each.
+    """Adds up the splits of one (request, kv head), AT_ONCE at a time: one round trip to L2 for each.
 
     Each thread on its own, without a barrier that would hold loads up. Matrices only: sums over a cube's first dimension go
     through shared memory row by row in Triton 3.6.
     """
-    COUNT: tl.constexpr = HEADS * PADDED
-    row, head = rows_of_heads(COUNT, HEADS, AXIS)
+    row = tl.arange(0, PADDED)
+    head = tl.program_id(1 - AXIS)
     rows = queries * G
     first = (tl.program_id(2) * kv_heads + tl.minimum(head, kv_heads - 1)) * tl.num_programs(AXIS)
     d = tl.arange(0, D)
     live = (row < rows) & (head < kv_heads)
-    top = tl.full([COUNT], float("-inf"), tl.float32)
-    total = tl.zeros([COUNT], tl.float32)
-    acc = tl.zeros([COUNT, D], tl.float32)
+    top = tl.full([PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED], tl.float32)
+    acc = tl.zeros([PADDED, D], tl.float32)
     for start in range(0, used, AT_ONCE):
         # All loads before all sums: those would wait for the first loads, and the others behind them.
         loaded = ()

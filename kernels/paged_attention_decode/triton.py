@@ -10,7 +10,7 @@ import triton.language as tl
 from hdispatch.opspec import Variant
 
 from ..lib import attention as lib
-from ..lib.attention import blocks_of, finish, rows_of_heads, split_tokens, tokens_of_heads, tokens_of_split
+from ..lib.attention import blocks_of, finish, split_tokens, tokens_of_split
 from ..lib.triton_softmax import INTERPRETED, LOG2E
 
 GENERIC = ("N",)
@@ -25,10 +25,10 @@ def paged_attention_decode(
     slot_stride,
     G: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, SINKS: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr, WARPS: tl.constexpr, AXIS: tl.constexpr, HELD: tl.constexpr,
-    HEADS: tl.constexpr, AT_ONCE: tl.constexpr, PDL: tl.constexpr,
+    AT_ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Grid as kernels/lib/attention.py says. Of a kv head's ROWS rows the first queries * G, at most PADDED, are the queries'
-    heads in turn.
+    """Grid as kernels/lib/attention.py says. Of ROWS rows the first queries * G, at most PADDED, are the queries' heads in
+    turn.
 
     With a window the splits begin at the first tile that a query sees.
     """
@@ -49,14 +49,15 @@ def paged_attention_decode(
     table = block_table + request.to(tl.int64) * table_row
     coming = blocks_of(table, begin + tl.arange(0, TILE), end, inverse)
 
-    COUNT: tl.constexpr = HEADS * ROWS
-    row, head = rows_of_heads(COUNT, HEADS, AXIS)
+    row = tl.arange(0, ROWS)
+    head = tl.program_id(1 - AXIS)
     d = tl.arange(0, D)
+    # Of the head it is always true: see `finish`.
     live = (row < queries * G) & (head < kv_heads)
-    m = tl.full([COUNT], float("-inf"), tl.float32)
-    total = tl.zeros([COUNT], tl.float32)
+    m = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
     if SINKS and split == 0:
-        m = tl.load(sinks + tl.minimum(head, kv_heads - 1) * G + row % G).to(tl.float32) * LOG2E
+        m = tl.load(sinks + head * G + row % G).to(tl.float32) * LOG2E
         total += 1.0
     if PDL:
         tl.extra.cuda.gdc_wait()
@@ -71,22 +72,15 @@ def paged_attention_decode(
         x = x.to(tl.float32)
     # A row sees the tokens up to its query's own.
     limit = length - queries + 1 + row // G
-    acc = tl.zeros([COUNT, D], tl.float32)
-    first_head = tl.program_id(1 - AXIS) * HEADS
-    cache = kv_cache + first_head.to(tl.int64) * head_stride
-    if HEADS > 1:
-        m, total, acc = tokens_of_heads(
-            x, m, total, acc, cache, table, coming, begin, end, limit, window, scale * k_scale * LOG2E, softcap * LOG2E, page,
-            inverse, block_stride, head_stride, slot_stride, kv_heads - first_head, D, TILE, STAGES, HEADS, CAUSAL, True, True,
-        )  # fmt: skip
-    else:
-        m, total, acc = tokens_of_split(
-            x, m, total, acc, cache, table, coming, begin, end, limit, window, scale * k_scale * LOG2E, softcap * LOG2E, page,
-            inverse, block_stride, slot_stride, D, TILE, STAGES, FORM, WARPS, CAUSAL, True, True,
-        )  # fmt: skip
+    acc = tl.zeros([ROWS, D], tl.float32)
+    m, total, acc = tokens_of_split(
+        x, m, total, acc, kv_cache + head.to(tl.int64) * head_stride, table, coming, begin, end, limit, window,
+        scale * k_scale * LOG2E, softcap * LOG2E, page, inverse, block_stride, slot_stride, D, TILE, STAGES, FORM, WARPS,
+        CAUSAL, True, True,
+    )  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    finish(out, out_row, workspace, used, m, total, acc, v_scale, queries, kv_heads, G, D, PADDED, HELD, AT_ONCE, HEADS, AXIS)
+    finish(out, out_row, workspace, used, m, total, acc, v_scale, queries, kv_heads, G, D, PADDED, HELD, AT_ONCE, AXIS)
 
 
 def launch(
@@ -107,14 +101,11 @@ def launch(
         raise ValueError(f"paged_attention_decode: heads of q have the stride {q.stride(3)}; the kernel takes 1")
     rows = max_queries * group
     chunk, padded = lib.split_chunk(config["chunk"], rows), triton.next_power_of_2(rows)
-    heads_at_once = lib.heads_of(config)
-    blocks = (kv_heads + (heads_at_once - 1)) // heads_at_once
-    splits = lib.splits_of(max_seq_len, requests * blocks * heads_at_once, rows, chunk)
-    grid = lib.grid_of(config, splits, blocks, requests)
+    grid = lib.grid_of(config, lib.splits_of(max_seq_len, requests * kv_heads, rows, chunk), kv_heads, requests)
     tensors = (out, q, kv_cache, block_table, seq_lens, sinks, workspace.view(torch.float32))
     rule, sizes = (scale, softcap, window, k_scale, v_scale), (queries, kv_heads, chunk, page, lib.page_inverse(page))
     strides = (out.stride(0), q.stride(0), q.stride(1), q.stride(2), *lib.cache_strides(kv_cache, block_table))
-    tile = {"G": group, "D": dim, "ROWS": max(16, padded), "PADDED": padded, "HEADS": heads_at_once}
+    tile = {"G": group, "D": dim, "ROWS": max(16, padded), "PADDED": padded}
     flags = {"CAUSAL": max_queries > 1, "SINKS": sinks is not None}
     options = lib.options(config, rows, dim)
     _launcher(paged_attention_decode, grid, *tensors, max_seq_len, *rule, *sizes, *strides, **tile, **flags, **options)

@@ -17,7 +17,7 @@ import hdispatch
 import pytest
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.kernels.lib import paged_kv
+from hdispatch.kernels.lib import attention, paged_kv
 from hdispatch.kernels.lib.paged_kv import Rule, attend, random_lengths, random_paged, random_slots, write
 from hdispatch.kernels.lib.workspace import LARGEST_HEAD, SPLITS, cells, rows_held, size
 from hdispatch.opspec import WORKSPACE_COUNTERS
@@ -52,6 +52,12 @@ def test_helions_kernel_agrees_with_the_reference() -> None:
 
 def test_kernels_agree_with_the_references(outcomes: dict[str, str | None]) -> None:
     assert {name: why for name, why in outcomes.items() if why} == {}
+
+
+@pytest.mark.parametrize("form", ["heads", "", None])
+def test_a_form_that_is_none_is_refused(form: str | None) -> None:
+    with pytest.raises(ValueError, match="is none of rows, tokens, warps"):
+        attention.options({"tile": 64, "num_warps": 4, "stages": 2, "chunk": 64, "form": form}, 4, 128)
 
 
 def test_every_op_was_interpreted(outcomes: dict[str, str | None]) -> None:

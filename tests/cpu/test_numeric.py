@@ -79,3 +79,34 @@ def test_integers_are_equal():
     compare(spec, want.clone(), want)
     with pytest.raises(numeric.MismatchError, match="out: "):
         compare(spec, want + 1, want)
+
+
+def tensor_core(a: torch.Tensor, b: torch.Tensor, bits: int) -> torch.Tensor:
+    """a @ b, 32 products at a time, keeping `bits` after the binary point of the largest of these and the sum so far."""
+    total = torch.zeros(a.size(0), b.size(1))
+    for k in range(0, a.size(1), 32):
+        products = a[:, k : k + 32, None] * b[None, k : k + 32]
+        largest = torch.maximum(products.abs().amax(1), total.abs())
+        unit = torch.exp2(torch.frexp(largest)[1] - 1.0 - bits)
+        total = ((products / unit[:, None]).trunc().sum(1) + (total / unit).trunc()) * unit
+    return total
+
+
+def test_large_sums_may_lose_more_in_a_tensor_core():
+    k, count = 25600, 32
+    spec, _ = outputs(torch.float16)
+    args = (TensorArg("out", ("M", "N"), (torch.float16,), mutated=True), TensorArg("x", ("M", "K"), (torch.bfloat16,)))
+    spec = replace(spec, args=args, accumulation=2.6e-5)
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(k, count, generator=generator) for _ in range(2))
+    a[:, :12] += 5 / k**0.5 * b[:, :12]  # 12 sums, some five times as large as sums are
+    a, b = ((100 * x).to(torch.float8_e4m3fn).float() for x in (a.t(), b))
+    exact, hopper, coarser = ((found / 1e6).half() for found in (a @ b, tensor_core(a, b, 13), tensor_core(a, b, 12)))
+    assert float(((hopper - exact).abs() / exact.abs()).flatten()[:: count + 1][:12].max()) > 0.01
+    wrong = exact.clone()
+    wrong[20, 3] += 0.02 * exact.abs().max()
+    variant = spec.variants()[0]
+    numeric.compare_outputs(spec, variant, [hopper, a], [exact, a])
+    for bad, why in ((coarser, "norm is 0.00"), (wrong, "out: 1 of 1024 elements")):
+        with pytest.raises(numeric.MismatchError, match=why):
+            numeric.compare_outputs(spec, variant, [bad, a], [exact, a])

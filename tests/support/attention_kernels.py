@@ -262,14 +262,7 @@ DECODE_IN_FORMS = (
 )
 for form, options in FORMS.items():
     HALF |= {f"{name}, {form}": (HALF[name][0], {**HALF[name][1], **options}) for name in HALF_IN_FORMS}
-#: Blocks of several kv heads, of which some are not there.
-BY_HEADS: dict[str, dict[str, Any]] = {
-    "by heads": {"form": "heads", "tile": 16},
-    "by eight heads": {"form": "heads", "tile": 16, "num_warps": 8, "heads_first": True},
-}
-for form, options in {**FORMS, **BY_HEADS}.items():
     DECODE |= {f"{name}, {form}": (DECODE[name][0], {**DECODE[name][1], **options}) for name in DECODE_IN_FORMS}
-DECODE["five kv heads by heads"] = (decode([100, 70, 0, 33], kv_heads=5), {**TILE, "chunk": 32, "form": "heads", "tile": 16})
 
 
 def sampled(op: str, variant: str, m: int, k: int, n: int = 0) -> dict[str, Any]:

@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import archive, embedded, models
+from .. import archive, embedded
 from ..errors import HdispatchError
 from ..opspec import KEY_SYMBOLS, OpSpec
-from . import kernels, numbers
+from . import kernels, models, numbers
 from .text import Progress, count, print_json, size, split
 
 if TYPE_CHECKING:
     from ..compile import BuildReport
+    from ..models import Calls
 
 #: In --shapes: the rows that serve every size.
 ANY = "any"
@@ -66,14 +67,7 @@ def add_parser(commands: Any) -> None:
         metavar="K=4096,…",
         help="only these sizes, each for the ops that have it (K=…:N=… for both; any: rows of every size; default: all)",
     )
-    parser.add_argument(
-        "--models",
-        metavar="A,B",
-        help="rows for the sizes that these models call the ops with, too: Qwen3-8B, …, or a config.json, or its folder",
-    )
-    parser.add_argument(
-        "--tensor-parallel", metavar="N", type=numbers.whole, default=1, help="of models: one of N GPUs' part (default: 1)"
-    )
+    models.add_arguments(parser, "rows for the sizes that these models call the ops with, too")
     parser.add_argument(
         "--record",
         metavar="FILE",
@@ -109,8 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.onto is not None:
         return _run_onto(arguments)
     choose_shapes = _choose_shapes(parse_shapes(arguments.shapes)) if arguments.shapes else None
-    if arguments.models is not None:
-        choose_shapes = _with_models(split(arguments.models) or [], arguments.tensor_parallel)
+    calls = models.chosen_calls(arguments)
+    if calls is not None:
+        choose_shapes = _with_models(calls)
     variants = split(arguments.variants)
     select = Selection(shapes=choose_shapes, variants=_choose_variants(variants) if variants else None)
     ops = kernels.chosen_ops(arguments)
@@ -216,14 +211,11 @@ def _choose_shapes(shapes: list[dict[str, int]]) -> Callable[[OpSpec], Iterable[
     return choose
 
 
-def _with_models(words: list[str], shards: int) -> Callable[[OpSpec], Iterable[dict[str, int]]]:
+def _with_models(calls: Callable[[OpSpec], Calls]) -> Callable[[OpSpec], Iterable[dict[str, int]]]:
     """An op's own shapes, and the sizes that models call it with."""
-    if not words:
-        raise HdispatchError("--models is empty; it takes Qwen3-8B,…, or a config.json")
-    found = models.find(words, shards)
 
     def choose(spec: OpSpec) -> list[dict[str, int]]:
-        called = [sizes for _, sizes in models.calls_of(spec, found).rows]
+        called = [sizes for _, sizes in calls(spec).rows]
         # The rows that serve any size come last.
         own = [shape for shape in spec.shapes if shape]
         return [*own, *(sizes for sizes in called if sizes and sizes not in own), *(s for s in spec.shapes if not s)]

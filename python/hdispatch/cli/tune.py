@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import archive
 from ..errors import HdispatchError
-from . import kernels, numbers
+from . import kernels, models, numbers
 from .build import build_wing
 from .text import print_json, split, timed_progress
-from .tune_options import add_farm, add_models, add_ray, add_scope, farm_of, ops_of, ray_wing, scope_of
+from .tune_options import add_farm, add_ray, add_scope, farm_of, ops_of, ray_wing, scope_of
 from .tune_reports import (
     candidates_json,
     describe_candidates,
@@ -102,7 +102,7 @@ def add_parser(commands: Any) -> None:
 
 def _add_all(parser: argparse.ArgumentParser) -> None:
     add_scope(parser)
-    add_models(parser)
+    models.add_arguments(parser)
     _add_compiling(parser, target="native")
     add_farm(parser, "compile on the CPUs and measure on the GPUs")
     parser.add_argument(
@@ -119,7 +119,7 @@ def _add_all(parser: argparse.ArgumentParser) -> None:
 
 def _add_candidates(parser: argparse.ArgumentParser) -> None:
     add_scope(parser)
-    add_models(parser)
+    models.add_arguments(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="folder of the candidate bundle")
     parser.add_argument("--archive", metavar="FILE", type=Path, help="pack it into a .tar.xz too")
     _add_compiling(parser, target="h200")

@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from .. import models
 from ..errors import HdispatchError
 from ..opspec import OpSpec
-from . import kernels, numbers
+from . import kernels, models, numbers
 from .build import build_wing, parse_shapes
 from .text import split
 
@@ -29,18 +28,6 @@ def add_scope(parser: argparse.ArgumentParser) -> None:
         "--buckets",
         metavar="1,16,…",
         help="only the buckets of M with these upper edges; every op must have them (default: all)",
-    )
-
-
-def add_models(parser: argparse.ArgumentParser) -> None:
-    """Declare --models and --tensor-parallel."""
-    parser.add_argument(
-        "--models",
-        metavar="A,B",
-        help="the sizes that these models call the ops with: Qwen3-8B, …, or a config.json, or a model's folder",
-    )
-    parser.add_argument(
-        "--tensor-parallel", metavar="N", type=numbers.whole, default=1, help="of models: one of N GPUs' part (default: 1)"
     )
 
 
@@ -73,7 +60,7 @@ def scope_of(arguments: argparse.Namespace) -> Scope:
 
     variants, edges = split(arguments.variants), split(arguments.buckets)
     shapes = parse_shapes(arguments.shapes) if arguments.shapes else None
-    calls = calls_of_models(arguments)
+    calls = models.chosen_calls(arguments)
     if calls is not None and (shapes or variants):
         raise HdispatchError("--models says which sizes and variants are meant: leave out --shapes and --variants")
     return Scope(
@@ -92,7 +79,7 @@ def ops_of(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str]]:
     """The ops of --ops, of which --models leaves those that its models call; and a line of text for each call without a row."""
     with build_wing():
         from ..compile import op_package
-    ops, calls = kernels.chosen_ops(arguments), calls_of_models(arguments)
+    ops, calls = kernels.chosen_ops(arguments), models.chosen_calls(arguments)
     if calls is None:
         return ops, []
     found = {name: calls(package.spec) for name, package in op_package.find(ops, kernels.given(arguments)).items()}
@@ -138,17 +125,6 @@ def chosen_buckets(edges: Sequence[str]) -> Callable[[OpSpec], Iterable[int]]:
         return [bucket for edge in edges for bucket in spec.ladders.of_m(known.index(edge))]
 
     return choose
-
-
-def calls_of_models(arguments: argparse.Namespace) -> Callable[[OpSpec], models.Calls] | None:
-    """How the models of --models call an op; None without any."""
-    words = split(getattr(arguments, "models", None))
-    if words is None:
-        return None
-    if not words:
-        raise HdispatchError("--models is empty; it takes Qwen3-8B,…, or a config.json")
-    found = models.find(words, arguments.tensor_parallel)
-    return lambda spec: models.calls_of(spec, found)
 
 
 def farm_of(arguments: argparse.Namespace) -> Farm:

@@ -8,33 +8,21 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from .. import registry
 from ..bundle_reader import read_files
 from ..errors import BundleError
 from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, Record, artifacts_of, ladders_of
 from ..typed_json import Mismatch, check, parse
-from .timings import CellKey, ConfigKey, canonical
+from .timings import CellHead, CellKey, ConfigKey, canonical
 
 CANDIDATES_VERSION = 1
 
 
-class Cell(TypedDict):
-    """The unit that a config is chosen for: an op's variant at sizes and a bucket. Records compete for it, by their index.
+class Cell(CellHead):
+    """A cell, and the records that compete for it, by their index."""
 
-    K, N   the sizes that are measured; 0 for one that the op has not
-    M      the upper edge of the bucket: where it is measured
-    second likewise of the second ladder's integer, if the op has one
-    """
-
-    op: str
-    variant: str
-    K: int
-    N: int
-    bucket: int
-    M: int
-    second: NotRequired[int]
     records: list[int]
 
 

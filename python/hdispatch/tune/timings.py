@@ -49,10 +49,26 @@ class ConfigKey(NamedTuple):
     config: str
 
 
-class Timing(TypedDict):
+class CellHead(TypedDict):
+    """A cell, the unit that a config is chosen for: an op's variant at sizes and a bucket.
+
+    K, N    the sizes that are measured; 0 for one that the op has not
+    M       the upper edge of the bucket: where it is measured
+    second  likewise of the second ladder's integer, if the op has one
+    """
+
+    op: str
+    variant: str
+    K: int
+    N: int
+    bucket: int
+    M: int
+    second: NotRequired[int]
+
+
+class Timing(CellHead):
     """One line: a candidate in a cell. Times are µs per launch in a replayed graph; absent where it was not timed.
 
-    M, second       where it was timed, the bucket's edges; second for an op with a second ladder
     generic         sizes that are not compiled into the candidate's code
     artifacts       SHA-256 of the candidate's cubins
     why             what is wrong with it, if its status is not ok
@@ -65,13 +81,6 @@ class Timing(TypedDict):
     gpu, card       the card's name; the card, which lines of earlier versions have not
     """
 
-    op: str
-    variant: str
-    K: int
-    N: int
-    bucket: int
-    M: int
-    second: NotRequired[int]
     backend: str
     config: dict[str, Any]
     generic: list[str]
