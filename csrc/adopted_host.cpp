@@ -27,6 +27,9 @@ constexpr size_t kMaxOutputs = 8;
 constexpr size_t kMaxViews = 8;
 constexpr size_t kMaxResultRank = 32;
 constexpr size_t kMaxRecords = 1 << 14;  ///< of one kernel: then it is Helion's
+/// Learning an entry takes 10 ms: a kernel whose calls bring another number each time (a seed) is not to pay that
+/// always.
+constexpr size_t kMaxLonely = 256;
 
 std::vector<HostSteps> read_steps(const py::handle& listed, const HostLayout& layout) {
   std::vector<HostSteps> out;
@@ -348,7 +351,7 @@ HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey&
     auto entry = std::make_unique<HostEntry>();
     entry->words.assign(key.words, key.words + key.count);
     entry->record = record;
-    entry->is_chosen = true;
+    entry->is_chosen = entry->has_come_again = true;
     return self.table->emplace(key.hash(true), std::move(entry))->second.get();
   }
   return nullptr;
@@ -374,6 +377,7 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   const bool is_exact = !entry->record || entry->record->is_exact();
   entry->words.assign(key.words, key.words + (is_exact ? key.count : key.kind));
   entry->is_of_kind = !is_exact;
+  ++self.lonely;
   self.table->emplace(key.hash(is_exact), std::move(entry));
 }
 
@@ -392,6 +396,10 @@ PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
   if (HD_UNLIKELY(reason != nullptr)) return leave_whole(*this, reason, args, keywords);
   const HostEntry* entry = find_entry(*this, key);
   if (HD_UNLIKELY(!entry)) entry = choose(*this, args, key);
+  if (HD_UNLIKELY(entry && !entry->has_come_again)) {
+    entry->has_come_again = true;
+    --lonely;
+  }
   if (HD_LIKELY(entry && entry->record)) {
     PyObject* result = entry->record->run(given, key.words, reason);
     if (HD_UNLIKELY(!result))
@@ -400,7 +408,8 @@ PyObject* HostKernel::call(PyObject* args, PyObject* keywords) {
     return result;
   }
   if (entry) return leave_to_helion(*this, entry->reason, args, keywords);
-  if (table->size() >= kMaxRecords) return leave_to_helion(*this, "more keys than are kept", args, keywords);
+  if (table->size() >= kMaxRecords) return leave_whole(*this, "more keys than are kept", args, keywords);
+  if (lonely >= kMaxLonely) return leave_whole(*this, "keys that do not come again", args, keywords);
   Owned result{leave_to_helion(*this, "first call of a key", args, keywords)};
   if (!result.object) return nullptr;
   refresh_host(*this);  // the call wrote to what is watched
@@ -486,6 +495,7 @@ HostKernel* make_host_kernel(PyObject* kernel, const std::string& name, PyObject
   self->counters = new OpCounters;
   self->table = new HostTable;
   self->recent = nullptr;
+  self->lonely = 0;
   self->variants = {};
   host_kernels().push_back(self);
   PyObject_GC_Track(reinterpret_cast<PyObject*>(self));

@@ -106,8 +106,9 @@ struct HostEntry {
   std::vector<uint64_t> words;
   std::shared_ptr<HostRecord> record;
   std::string reason;
-  bool is_of_kind = false;  ///< of any shape of its kind
-  bool is_chosen = false;   ///< a shape for which Helion's function has chosen a record of another entry
+  bool is_of_kind = false;              ///< of any shape of its kind
+  bool is_chosen = false;               ///< a shape for which Helion's function has chosen a record of another entry
+  mutable bool has_come_again = false;  ///< a call has found it
 
   bool is_for(const uint64_t* given, size_t count) const noexcept {
     return words.size() == count && std::equal(given, given + count, words.data());
@@ -129,6 +130,7 @@ struct HostKernel {
   OpCounters* counters;
   HostTable* table;
   const HostEntry* recent;  ///< the entry of `table` that served the last call; null: none
+  size_t lonely;            ///< entries of `table` that have not come again
   WatchedDict variants;     ///< of Helion, whose launches are adopted; null: none was looked at
 
   PyObject* call(PyObject* args, PyObject* keywords);

@@ -41,8 +41,8 @@ void set_python_error() noexcept {
     error.restore();
   } catch (pybind11::error_already_set& error) {
     error.restore();
-  } catch (const c10::Error& error) {
-    set_error(PyExc_RuntimeError, error.what_without_backtrace());
+  } catch (const c10::Error&) {  // torch's own, by kind: OutOfMemoryError, IndexError, …
+    torch::translate_exception_to_python(std::current_exception());
   } catch (const std::exception& error) {
     set_error(error_classes[static_cast<size_t>(Fault::kInternal)], error.what());
   }

@@ -354,6 +354,22 @@ def test_floats_that_are_equal_and_not_the_same(stub):
     assert counts(kernel)["hits"] == hits + (struct.pack("d", math.inf - math.inf) == struct.pack("d", math.nan))
 
 
+def test_keys_that_do_not_come_again_are_learnt_no_more(stub, monkeypatch):
+    kernel = adopted(helion.kernel(kernels.specialized.fn, static_shapes=False, config=kernels.CONFIG_1D))
+    x = torch.zeros(7, 64)
+    with monkeypatch.context() as patched:
+        patched.setattr(helion_record, "record", lambda *_args: "no record")
+        for seed in range(300):
+            kernel(x, seed / 7)
+    assert counts(kernel)["misses"] == {"first call of a key": 256, "keys that do not come again": 44}
+    assert len(launched(lambda: kernel(x, 299 / 7))[1]) == 1  # the launch is served all the same
+    kernel(x, 1 / 7)  # one comes again: there is room for another
+    for _ in range(2):
+        kernel(x, 299 / 7)
+    assert counts(kernel)["misses"]["no record"] == 1
+    assert counts(kernel)["hits"] == 1
+
+
 def test_another_default_dtype_is_a_kind_of_its_own(stub):
     kernel = adopted(kernels.filled)
     warm(kernel, OPEN["filled"])
