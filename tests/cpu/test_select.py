@@ -204,7 +204,7 @@ def test_entries_of_other_sizes_stay(tmp_path):
     report = run(table(64, a=[1] * 4), tmp_path)
     assert json.loads(path.read_text())[1:] == old[1:]
     assert report.entries == 3
-    assert any("2 entries for sizes, buckets of M or arguments without timings are kept" in note for note in report.notes)
+    assert any("2 entries for sizes or arguments without timings are kept" in note for note in report.notes)
     assert any("no measured config is generic in ['K']" in note for note in report.notes)
     run(opened(table(64, a=[1] * 4), "a"), tmp_path)
     names = [entry["config"]["name"] for entry in json.loads(path.read_text())]
@@ -214,11 +214,48 @@ def test_entries_of_other_sizes_stay(tmp_path):
 def test_entries_of_other_edges_of_m_stay(tmp_path):
     run(table(64, a=[1, 1, 9, 9], b=[9, 9, 1, 1]), tmp_path)
     assert picks(tmp_path, {"K": 64}) == ["a", "a", "b", "b"]
+    # b was written for M = 8 alone, and served M = 4 too; a was written for M = 2, and served M = 1.
     run([line(64, 3, "c", 1.0)], tmp_path)
-    # b was written for M = 8, whose timings are new; M = 4 has no entry of its own, and takes the next one's.
-    assert picks(tmp_path, {"K": 64}) == ["a", "a", "c", "c"]
+    assert picks(tmp_path, {"K": 64}) == ["a", "a", "b", "c"]
     run([line(64, 0, "d", 1.0)], tmp_path)
-    assert picks(tmp_path, {"K": 64}) == ["d", "a", "c", "c"]
+    assert picks(tmp_path, {"K": 64}) == ["d", "a", "b", "c"]
+    run([line(64, 1, "e", 1.0)], tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["d", "e", "b", "c"]
+
+
+def test_edges_that_were_not_measured_keep_what_served_them_from_other_sizes(tmp_path):
+    run(table(512, a=[1, 1, 9, 9], b=[9, 9, 1, 1]), tmp_path)
+    run([line(64, 2, "c", 1.0)], tmp_path)
+    assert picks(tmp_path, {"K": 64}) == ["a", "a", "c", "b"]
+    assert picks(tmp_path, {"K": 512}) == ["a", "a", "b", "b"]
+
+
+def test_edges_that_were_not_measured_keep_their_stand_ins(tmp_path):
+    backends = ("triton", "cutedsl")
+    path = tmp_path / "toy_select" / "nvidia_h200.json"
+
+    def served(*installed: str) -> list[str]:
+        file = configs.read(path, SPEC).available(installed, "triton")
+        return [file.pick(SPEC, {"K": 64}, {"M": edge}).config["name"] for edge in SPEC.ladder]
+
+    fast = [line(64, bucket, "fast", 50.0, backend="cutedsl") for bucket in range(4)]
+    run(table(64, a=[90, 90, 95, 95], b=[95, 95, 90, 90]) + fast, tmp_path, backends=backends)
+    assert (served(*backends), served("triton")) == (["fast"] * 4, ["a", "a", "b", "b"])
+    run([line(64, 1, "c", 40.0)], tmp_path, backends=backends)
+    assert (served(*backends), served("triton")) == (["fast", "c", "fast", "fast"], ["a", "c", "b", "b"])
+    run([line(64, 3, "faster", 30.0, backend="cutedsl")], tmp_path, backends=backends)  # of Triton's nothing was measured
+    assert (served(*backends), served("triton")) == (["fast", "c", "fast", "faster"], ["a", "c", "b", "b"])
+
+
+def test_times_of_other_sizes_stay(tmp_path):
+    run(table(64, a=[1.0] * 4) + table(512, a=[2.0] * 4), tmp_path)
+    report = run([line(64, 3, "c", 0.5)], tmp_path)
+    times = json.loads(report.path.with_suffix(".tuned.json").read_text())["times"]
+    assert {(time["key"]["hidden_size"], time["key"]["num_tokens"]): time["us"] for time in times} == {
+        **{(64, m): 1.0 for m in (1, 2, 4)},
+        (64, 8): 0.5,
+        **{(512, m): 2.0 for m in SPEC.ladder},
+    }
 
 
 def test_timings_of_other_compiled_in_integers_make_entries_of_their_own(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import statistics
@@ -158,22 +159,21 @@ def _select_op(
     previous = _previous(present, spec, variant, default_backend)
     choices, open_choices, notes = _assigned(measured, limit, previous)
     chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
-    entries = _entries(spec, {**choices, **open_choices, **_beside_measured(spec, choices, previous)}, default_backend)
+    every = _with_unmeasured(spec, {**choices, **open_choices}, previous)
+    entries = _entries(spec, every, default_backend)
     for backend in OPTIONAL:
         before = _previous(present, spec, variant, default_backend, without=backend)
-        entries += _stand_ins(spec, timings, {**choices, **open_choices}, default_backend, backend, limit, before)
+        entries += _stand_ins(spec, timings, every, default_backend, backend, limit, before)
     for entry in entries:
         entry["key"] |= arguments
     shapes = [
         {spec.config_key[k]: v for k, v in e["key"].items() if spec.config_key.get(k) in KEY_SYMBOLS[1:]} for e in entries
     ]
     # The default is the row for any size.
-    replaced = [
-        e for e in present.entries if e.shape in shapes and e.arguments == arguments and not _is_unmeasured(spec, choices, e)
-    ]
+    replaced = [e for e in present.entries if e.shape in shapes and e.arguments == arguments]
     others = [entry.raw for entry in present.entries if entry not in replaced]
     if others:
-        notes.append(f"{len(others)} entries for sizes, buckets of M or arguments without timings are kept as they were")
+        notes.append(f"{len(others)} entries for sizes or arguments without timings are kept as they were")
     regrets = [choice.regret for choice in chosen.values()]
     used = {*choices.values(), *open_choices.values()}
     report = OpReport(
@@ -200,22 +200,11 @@ def _select_op(
     return report
 
 
-def _beside_measured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], previous: Previous) -> dict[Slot, ConfigKey]:
-    """What serves the slots without timings of buckets of M that have some: a run may measure a part of a second ladder."""
-    found = {}
-    for shape, bucket in choices:
-        number, _ = spec.ladders.split(bucket)
-        for slot in ((shape, other) for other in spec.ladders.of_m(number)):
-            if slot not in choices and slot not in found and (config := previous(slot)) is not None:
-                found[slot] = config
-    return found
-
-
-def _is_unmeasured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], entry: configs.ConfigEntry) -> bool:
-    """Whether an entry is for an edge of M of whose shape no bucket was measured."""
-    shape = tuple(sorted(entry.shape.items()))
-    measured = {spec.ladders.edges(bucket)["M"] for found, bucket in choices if found == shape}
-    return bool(measured) and entry.sizes.get("M") in set(spec.ladder) - measured
+def _with_unmeasured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], previous: Previous) -> dict[Slot, ConfigKey]:
+    """Choices, and what served the other buckets of their shapes: a run may measure a part, and an entry serves several."""
+    slots = ((shape, bucket) for shape in {shape for shape, _ in choices} for bucket in range(spec.ladders.count))
+    kept = {slot: config for slot in slots if slot not in choices and (config := previous(slot)) is not None}
+    return {**choices, **kept}
 
 
 def _assigned(
@@ -238,7 +227,8 @@ def _previous(
         if not file.entries:
             return None
         entry = file.pick(spec, dict(slot[0]), spec.ladders.edges(slot[1]), spec.variant(variant))
-        return ConfigKey(entry.backend or default_backend, canonical(entry.config))
+        backend = entry.backend or default_backend
+        return ConfigKey(backend, canonical(entry.config)) if backend != without else None
 
     return serves
 
@@ -254,11 +244,13 @@ def _stand_ins(
 ) -> list[dict[str, Any]]:
     """Entries for the sizes that have configs of a backend, made without it: for where it is not installed."""
     shapes = {slot[0] for slot, config in choices.items() if config.backend == absent}
-    measured = Measured(spec, [timing for timing in timings if timing["backend"] != absent])
-    if not shapes or not measured.regrets:
+    if not shapes:
         return []
-    others, open_others, _ = _assigned(measured, limit, previous)
+    measured = Measured(spec, [timing for timing in timings if timing["backend"] != absent])
+    others, open_others, _ = _assigned(measured, limit, previous) if measured.regrets else ({}, {}, [])
+    slots = [slot for slot in choices if slot[0] in shapes]
     found = {slot: config for slot, config in {**others, **open_others}.items() if slot[0] in shapes}
+    found |= {slot: config for slot in slots if slot not in found and (config := previous(slot)) is not None}
     return [{"key": e.pop("key"), "without": absent, **e} for e in _entries(spec, found, default_backend)]
 
 
@@ -274,7 +266,7 @@ def _entries(spec: OpSpec, choices: Mapping[Slot, ConfigKey], default_backend: s
     """Entries of the config file: of neighbouring buckets with one config the last one's edge serves them all."""
     entries = []
     slots = sorted(choices, key=lambda slot: (not slot[0], slot))  # the row for any size last
-    for slot, following in zip(slots, [*slots[1:], None], strict=True):
+    for slot, following in itertools.zip_longest(slots, slots[1:]):
         config = choices[slot]
         if following is not None and choices[following] == config and _serves_too(spec, following, slot):
             continue
@@ -308,19 +300,14 @@ def _beside(spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[
     if not path.is_file():
         return {**found, "times": times}
     present: dict[str, Any] = json.loads(path.read_bytes())
-    names = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
-    ladders = {name: symbol for name, symbol in spec.config_key.items() if symbol in spec.ladders.edges(0)}
-
-    def edges(key: Mapping[str, int]) -> dict[str, int | None]:
-        return {symbol: key.get(name) for name, symbol in ladders.items()}
-
     there = [spec.ladders.edges(bucket) for bucket in range(spec.ladders.count)]
-    measured = [edges(time["key"]) for time in times]
-
-    def is_kept(key: Mapping[str, int]) -> bool:
-        return {n: v for n, v in key.items() if n in names} != arguments or (edges(key) in there and edges(key) not in measured)
-
-    kept = [time for time in present["times"] if is_kept(time["key"])]
+    ladders = {name: symbol for name, symbol in spec.config_key.items() if symbol in there[0]}
+    measured = [time["key"] for time in times]
+    kept = [
+        time
+        for time in present["times"]
+        if time["key"] not in measured and {symbol: time["key"].get(name) for name, symbol in ladders.items()} in there
+    ]
     if not kept:
         return {**found, "times": times}
     variants = sorted({*present["variants"], *found["variants"]})
