@@ -129,7 +129,7 @@ bool HostRecord::holds(const uint64_t* words) {
     seen.note();
     static PyObject* const name = PyUnicode_InternFromString("_run");
     if (PyDict_GetItemWithError(variant_.dict, name) != run_) return false;  // tuned again, or reset
-    variant_.version = seen.version;
+    variant_ = seen;
   }
   const auto* integers = reinterpret_cast<const int64_t*>(words);
   for (const HostRange& each : ranges_)
@@ -328,8 +328,9 @@ HD_COLD PyObject* leave_whole(HostKernel& self, const char* reason, PyObject* ar
   if (seen.dict) seen.note();  // before: Python runs
   const Owned dict{PyObject_CallOneArg(adopted_callbacks.host_launches, self.kernel)};
   if (!dict.object) throw python_error();
-  self.variants.version = dict.object == seen.dict ? seen.version : 0;  // 0 is no dict's: it is looked at once more
-  Py_XSETREF(self.variants.dict, Py_NewRef(dict.object));
+  const Owned former{self.variants.dict};
+  self.variants = dict.object == seen.dict ? seen : WatchedDict{};  // not noted: it is looked at once more
+  self.variants.dict = Py_NewRef(dict.object);
   return std::exchange(result.object, nullptr);
 }
 

@@ -1,22 +1,60 @@
 // adopted_state.cpp -- reading states from Python, and comparing captured globals.
 #include "adopted_state.h"
 
+#include <torch/csrc/Exceptions.h>
+
 #include <algorithm>
+#include <unordered_map>
 
 namespace hdispatch {
 
-bool WatchedDict::is_same() const noexcept {
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag == version;
-#pragma GCC diagnostic pop
+#if PY_VERSION_HEX < 0x030C0000
+namespace {
+
+const uint64_t* writes_of(PyObject* dict) {
+  return &reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;  // changes with each write
 }
 
-void WatchedDict::note() noexcept {
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wdeprecated-declarations"
-  version = reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#pragma GCC diagnostic pop
+}  // namespace
+#else
+namespace {
+
+/// The writes to each dict that was ever noted and lives. Guarded by the GIL, and never freed: dicts end after statics.
+std::unordered_map<PyObject*, std::unique_ptr<uint64_t>>& all_writes() {
+  static auto* const all = new std::unordered_map<PyObject*, std::unique_ptr<uint64_t>>;
+  return *all;
+}
+
+/// CPython calls it before it writes to a watched dict, or frees it. An identical value is no write.
+int before_write(PyDict_WatchEvent event, PyObject* dict, PyObject*, PyObject*) {
+  const auto found = all_writes().find(dict);
+  if (found == all_writes().end()) return 0;
+  ++*found->second;
+  if (event == PyDict_EVENT_DEALLOCATED)
+    all_writes().erase(found);  // what owns the dict is gone, with all that point here
+  return 0;
+}
+
+const uint64_t* writes_of(PyObject* dict) {
+  static int watcher = -1;
+  if (watcher < 0) watcher = PyDict_AddWatcher(before_write);
+  if (watcher < 0) throw python_error();  // CPython has eight
+  std::unique_ptr<uint64_t>& writes = all_writes()[dict];
+  if (!writes) {
+    writes = std::make_unique<uint64_t>(0);
+    if (PyDict_Watch(watcher, dict) != 0) throw python_error();
+  }
+  return writes.get();
+}
+
+}  // namespace
+#endif
+
+bool WatchedDict::is_same() const noexcept { return writes != nullptr && *writes == noted; }
+
+void WatchedDict::note() {
+  writes = writes_of(dict);
+  noted = *writes;
 }
 
 void WatchedState::clear() noexcept {
@@ -74,7 +112,7 @@ bool WatchedState::set(PyObject* given) {
     std::vector<Scope>& scopes = made.scopes_->listed;
     auto scope = std::ranges::find_if(scopes, [dict](const Scope& each) { return each.watched.dict == dict; });
     if (scope == scopes.end()) {
-      scopes.push_back({{Py_NewRef(dict)}, {}, false});  // its version 0 is no dict's: compared at the next call
+      scopes.push_back({{Py_NewRef(dict)}, {}, false});  // not noted: compared at the next call
       scope = scopes.end() - 1;
     }
     scope->globals.push_back({Py_NewRef(name), Py_NewRef(value), nullptr, is_mutable != 0});
@@ -106,7 +144,7 @@ HD_COLD bool WatchedState::compare_globals() {
       if (differs != 0) return false;
       Py_XSETREF(each.identity, Py_NewRef(now));
     }
-    scope.watched.version = seen.version;
+    scope.watched = seen;
   }
   return true;
 }

@@ -1,7 +1,7 @@
 // adopted_state.h -- what compiled Triton code depends on beside a call's arguments, and whether it still holds.
 //
-// Triton's knobs, hooks, captured globals, the function's source: none of it is asked for per call. Dicts say by their
-// version whether somebody has written to them, and only then Python is asked what holds now (adopted_kernel.h).
+// Triton's knobs, hooks, captured globals, the function's source: none of it is asked for per call. Of dicts it is
+// known whether somebody has written to them, and only then Python is asked what holds now (adopted_kernel.h).
 #pragma once
 
 #include <Python.h>
@@ -21,13 +21,16 @@ struct Owned {
   ~Owned() { Py_XDECREF(object); }
 };
 
-/// Whether a dict has been written to.
+/// Whether a dict has been written to since `note`. A copy does not own the dict, and ends before the one that does.
+///
+/// CPython 3.11 marks each write in the dict; from 3.12 on it tells those who watch the dict.
 struct WatchedDict {
-  PyObject* dict = nullptr;  ///< owned
-  uint64_t version = 0;
+  PyObject* dict = nullptr;          ///< owned
+  const uint64_t* writes = nullptr;  ///< how often somebody has written to the dict; null: as written to since
+  uint64_t noted = 0;
 
   bool is_same() const noexcept;
-  void note() noexcept;
+  void note();
 };
 
 /// What must hold for rows to be what Triton would launch. Made from what Python says.
@@ -51,7 +54,7 @@ class WatchedState {
     return true;
   }
   /// No captured global has another value. May run Python.
-  bool has_its_globals() noexcept {
+  bool has_its_globals() {
     if (HD_LIKELY(!scopes_)) return true;
     for (const Scope& each : scopes_->listed)
       if (HD_UNLIKELY(!each.watched.is_same()) || HD_UNLIKELY(each.is_mutable)) return compare_globals();

@@ -30,10 +30,20 @@ def grow(children):
 @given(st.recursive(leaf, grow, max_leaves=8), st.integers(1, 70000), st.integers(1, 70000))
 def test_postfix_computes_what_sympy_does(value, m, stride):
     tokens = postfix(value, LEAVES)
-    expected = at(value, {M: m, STRIDE: stride})
+    expected = int(value.xreplace({M: sympy.Integer(m), STRIDE: sympy.Integer(stride)}))
+    assert at(value, {M: m, STRIDE: stride}) == expected
+    assert at(at(value, {M: m}), {STRIDE: stride}) == expected
     assert evaluate(tokens, {"M": m, "input.stride(0)": stride}) == expected
     text = render(tokens).replace("input.stride(0)", "s")
     assert eval(text, {"min": min, "max": max, "M": m, "s": stride}) == expected
+
+
+def test_values_that_no_postfix_list_computes():
+    assert at(M // 1 > STRIDE, {M: 3, STRIDE: 2}) == 1
+    assert at(FloorDiv(M, STRIDE), {M: 7, STRIDE: 2}) == 3
+    assert at(M * STRIDE, {M: 2**62, STRIDE: 4}) == 2**64  # more than the core computes
+    assert at(IntTrueDiv(M, 2), {M: 3}) == 1.5
+    assert at(FloorDiv(M, STRIDE), {M: 6}) == FloorDiv(6, STRIDE)
 
 
 def test_numbers_that_sympy_has_not_evaluated():

@@ -1,4 +1,5 @@
-"""A build of every row that compiles the kernels of some units: each op's, backend's, variant's, config's and shape's at least.
+"""A build of every row that compiles the kernels of some units: each op's, backend's, variant's and shape's at least, and of
+configs each form, with each of its numbers at its smallest and its largest.
 
 The others' records are built too, all but the code: a record's grid, parameters, guards and intervals come from tracing, and
 of the code it has what Triton decides before it compiles. That is asked of Triton, and the artifact is a stub. Where a
@@ -60,7 +61,8 @@ def name(unit: Unit) -> str:
 
 def cover(units: Sequence[Unit]) -> list[Unit]:
     """Few units with everything that occurs in any: in each step the one that has most of what is left."""
-    occurring = [set(kinds(unit)) for unit in units]
+    ends = ends_of(units)
+    occurring = [set(kinds(unit, ends)) for unit in units]
     left = set().union(*occurring)
     chosen = []
     while left:
@@ -70,12 +72,50 @@ def cover(units: Sequence[Unit]) -> list[Unit]:
     return chosen
 
 
-def kinds(unit: Unit) -> Iterable[tuple[object, ...]]:
+#: (package, backend, form of a config, name of a number) -> its smallest and its largest value.
+Ends = Mapping[tuple[object, ...], tuple[float, float]]
+
+
+def ends_of(units: Sequence[Unit]) -> Ends:
+    """The ends of the numbers in the units' configs."""
+    found: dict[tuple[object, ...], set[float]] = {}
+    for unit in units:
+        for name, number in numbers(unit.config):
+            found.setdefault((unit.package, unit.backend, form(unit.config), name), set()).add(number)
+    return {key: (min(values), max(values)) for key, values in found.items()}
+
+
+def numbers(config: Any, path: str = "") -> Iterable[tuple[str, float]]:
+    """The numbers in a config, by where they stand."""
+    if isinstance(config, (dict, list)):
+        for name, value in config.items() if isinstance(config, dict) else enumerate(config):
+            yield from numbers(value, f"{path}/{name}")
+    elif isinstance(config, (int, float)) and not isinstance(config, bool):
+        yield path, config
+
+
+def form(config: Any) -> str:
+    """A config without its numbers' values."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without(inner) for name, inner in value.items()}
+        if isinstance(value, list):
+            return [without(inner) for inner in value]
+        return "number" if type(value) in (int, float) else value
+
+    return json.dumps(without(config), sort_keys=True)
+
+
+def kinds(unit: Unit, ends: Ends) -> Iterable[tuple[object, ...]]:
     """What compiles of a unit that may differ between units of one kernel source: each is compiled once at least."""
     spec = build_unit.load_spec(unit.package)
     source = unit.package, unit.backend
     yield *source, "variant", unit.variant
-    yield *source, "config", json.dumps(unit.config, sort_keys=True)
+    yield *source, "form", form(unit.config)
+    for at, number in numbers(unit.config):
+        if number in ends[*source, form(unit.config), at]:
+            yield *source, "number", form(unit.config), at, number
     yield *source, "shape", json.dumps(unit.shape, sort_keys=True)
     for bucket in {0, spec.ladders.count - 1} & set(unit.buckets):
         yield *source, "bucket", bucket

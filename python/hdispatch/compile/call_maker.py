@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +107,7 @@ class CallMaker:
         known, asked = (tuple(sorted((given or {}).items())) for given in (self.shape, sizes))
         key = (id(self.spec), self.variant.name, known, self.second, self.allocates, m, row_padding, asked)
         if key not in _CONCRETE:
-            mode = FakeTensorMode()
+            mode = _concrete_mode()
             values = self.leaf_values(m, row_padding, sizes)
             args = self._args(mode, values.__getitem__, lambda _name: FLOAT_HINT)
             call = Call(self._host_names(), args, mode, outputs=self._outputs(mode, values.__getitem__))
@@ -249,8 +250,7 @@ class CallMaker:
         if self.spec.workspace is None:
             return ()
         size = self.spec.workspace_bytes(self.variant)
-        with mode:
-            return (torch.empty(size, dtype=torch.uint8, device="cuda") if size else None,)
+        return (_empty(mode, self.spec.workspace.name, torch.uint8, [size], [1]) if size else None,)
 
     def _args(self, mode: FakeTensorMode, leaf: Callable[[str], Any], real: Callable[[str], Any]) -> tuple[object, ...]:
         def value(arg: Arg) -> object:
@@ -280,8 +280,7 @@ class CallMaker:
             strides[0] = 1
         for index in arg.free_strides():
             strides[index] = leaf(f"{arg.name}.stride({index})")
-        with mode:
-            return torch.empty_strided(sizes, strides, dtype=self.variant.dtypes[arg.name], device="cuda")
+        return _empty(mode, arg.name, self.variant.dtypes[arg.name], sizes, strides)
 
 
 #: Sample calls by spec, variant and sizes, which the records of all its configs share. The spec is there to keep its id.
@@ -291,8 +290,34 @@ _SAMPLES: dict[tuple[int, str, tuple[tuple[str, int], ...]], tuple[OpSpec, dict[
 _CONCRETE: dict[tuple[object, ...], tuple[OpSpec, Call]] = {}
 _MAX_CONCRETE = 1000
 
+#: Tensors of concrete calls by argument, dtype, sizes and strides: most are the same for every M, and making one takes longer
+#: than all else. An argument has one of its own, for a trace tells arguments apart by their storage.
+_TENSORS: dict[tuple[object, ...], torch.Tensor] = {}
+_MAX_TENSORS = 20_000
+
+
+@functools.cache
+def _concrete_mode() -> FakeTensorMode:
+    """The mode of all concrete calls. Made when it is first asked for: after the target is installed."""
+    return FakeTensorMode()
+
+
 #: Values of the generic sizes, K, N, A and B, at which a record is checked against the host function besides the hints.
 _OTHER_SIZES = ((2048, 4096, 1, 16), (5120, 1024, 2, 1), (12288, 25600, 13, 5), (1024, 2048, 16, 3))
+
+
+def _empty(mode: FakeTensorMode, name: str, dtype: torch.dtype, sizes: Sequence[Any], strides: Sequence[Any]) -> torch.Tensor:
+    """A fake tensor for an argument; of a concrete call's the one that was made before."""
+    key = (name, dtype, *sizes, None, *strides)
+    if mode is _concrete_mode() and key in _TENSORS:
+        return _TENSORS[key]
+    with mode:
+        made = torch.empty_strided(sizes, strides, dtype=dtype, device="cuda")
+    if mode is _concrete_mode():
+        if len(_TENSORS) >= _MAX_TENSORS:
+            _TENSORS.clear()
+        _TENSORS[key] = made
+    return made
 
 
 def _free_strides(arg: TensorArg, dims: Sequence[int], row_padding: int) -> dict[int, int]:
