@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 from adopted_calls import ADD, OUT, X, Y, counts, fresh, launched, misses, served
+from hdispatch.errors import HdispatchError
 from triton import knobs
 
 pytest_plugins = ("adopted_fixtures",)
@@ -35,6 +37,12 @@ def test_launch_hooks_get_their_calls(add, stub):
     assert served(add, *ADD, BLOCK=256)
     assert seen == ["add", "exit"]
     assert misses(add)["launch hook"] == 2
+
+
+def test_a_python_that_does_not_tell_of_writes_is_refused(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 13, 0, "final", 0))
+    with pytest.raises(HdispatchError, match="adopt takes 3"):
+        hdispatch.adopt(kernels.add)
 
 
 def test_pre_run_hooks_get_their_calls(add):

@@ -42,10 +42,15 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     A key is what Triton itself specializes on. The first call of one is Triton's own, and so is every call that is unusual:
     `hdispatch.stats()` counts them by reason. A decorator goes on top of Triton's.
 
-    HdispatchError for what is no kernel and names none.
+    HdispatchError for what is no kernel and names none, and on Python 3.13.0.
     """
     if driver not in ("cuda", "null"):
         raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
+    if sys.version_info[:3] == (3, 13, 0):
+        raise HdispatchError(
+            "Python is 3.13.0, which does not tell of writes to attributes (CPython issue 125608): a hook or another `run` would "
+            "be missed. adopt takes 3.13.1 or newer"
+        )
     with _lock:
         if kernel is None:
             _start_all(driver)
