@@ -6,7 +6,6 @@ Twice: evaluated here in Python, and by the C++ core through the null driver.
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import queue
 import re
@@ -33,7 +32,7 @@ from hdispatch.manifest import LIBRARY, Manifest, Record, class_of
 from hdispatch.opspec import BoolArg, FloatArg, IntArg, NoneArg, OpSpec, StrArg, TensorArg
 from hdispatch.testing import null
 from in_worker import InWorker
-from sampled_build import build_sampled, is_stub
+from sampled_build import build_sampled, form, is_stub, traits
 from triton_example.spec import SPEC as EXAMPLE
 
 pytestmark = pytest.mark.slow
@@ -207,7 +206,7 @@ def test_every_row_is_covered(cases, bundle):
 
 
 def test_every_kind_of_code_is_compiled(bundle):
-    """Of each kernel every variant, config and shape, the first and the last bucket: of the rest, the code is a stub."""
+    """Of each kernel every trait of variants, form of config and edge of buckets: of the rest, the code is a stub."""
     manifest = read_bundle(bundle)[0]
     stubs = {name for name in manifest["files"] if is_stub((bundle / name).read_bytes())}
     seen: dict[bool, set[tuple]] = {True: set(), False: set()}
@@ -216,9 +215,9 @@ def test_every_kind_of_code_is_compiled(bundle):
         if record["launcher"] == "cubin":
             files = {cubin["file"] for cubin in record["cubins"].values()}
             assert files <= stubs or not files & stubs, row
-            config = json.dumps(record["config"], sort_keys=True)
-            edge = row["bucket"] in (0, hdispatch.registry.spec(row["op"]).ladders.count - 1)
-            kinds = [row["variant"], config, *([row["bucket"]] if edge else [])]
+            spec = hdispatch.registry.spec(row["op"])
+            edge = row["bucket"] in (0, spec.ladders.count - 1)
+            kinds = [form(record["config"]), *traits(spec.variant(row["variant"])), *([row["bucket"]] if edge else [])]
             seen[bool(files & stubs)] |= {(record["kernel"], kind) for kind in kinds}
     assert seen[True] <= seen[False]
     library = manifest["files"][LIBRARY]["size"]

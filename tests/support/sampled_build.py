@@ -1,5 +1,5 @@
-"""A build of every row that compiles the kernels of some units: each op's, backend's, variant's and shape's at least, and of
-configs each form, with each of its numbers at its smallest and its largest.
+"""A build of every row that compiles the kernels of some units: of each op and backend every shape, every dtype of an argument,
+absent argument and compiled-in value, and every form of config with its numbers at both ends.
 
 The others' records are built too, all but the code: a record's grid, parameters, guards and intervals come from tracing, and
 of the code it has what Triton decides before it compiles. That is asked of Triton, and the artifact is a stub. Where a
@@ -23,6 +23,7 @@ import pytest
 from hdispatch.compile import BuildReport, build, build_unit, builder, ffi_link, pool, store, worker
 from hdispatch.compile.build_unit import Unit
 from hdispatch.compile.store import Store
+from hdispatch.opspec import Variant
 
 #: Set to 1, every unit is compiled: `make test-all`.
 WHOLE = "HDISPATCH_TEST_WHOLE"
@@ -107,11 +108,19 @@ def form(config: Any) -> str:
     return json.dumps(without(config), sort_keys=True)
 
 
+def traits(variant: Variant) -> Iterable[tuple[object, ...]]:
+    """What a variant is made of: dtypes, what is absent, what is compiled in."""
+    yield from (("dtype", name, str(dtype)) for name, dtype in variant.dtypes.items())
+    yield from (("none", name) for name in variant.none)
+    yield from (("static", name, value) for name, value in variant.static.items())
+
+
 def kinds(unit: Unit, ends: Ends) -> Iterable[tuple[object, ...]]:
     """What compiles of a unit that may differ between units of one kernel source: each is compiled once at least."""
     spec = build_unit.load_spec(unit.package)
     source = unit.package, unit.backend
-    yield *source, "variant", unit.variant
+    for trait in traits(spec.variant(unit.variant)):
+        yield *source, *trait
     yield *source, "form", form(unit.config)
     for at, number in numbers(unit.config):
         if number in ends[*source, form(unit.config), at]:

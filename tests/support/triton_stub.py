@@ -35,6 +35,7 @@ int cuDeviceGetAttribute(int* v, int a, int d) {
 int cuDevicePrimaryCtxRetain(void** c, int d) { *c = (void*)0x1000; return 0; }
 int cuCtxGetCurrent(void** c) { *c = (void*)0x1000; return 0; }
 int cuCtxSetCurrent(void* c) { return 0; }
+int cuCtxGetDevice(int* d) { *d = 0; return 0; }
 int cuCtxGetLimit(size_t* v, int l) { *v = 0; return 0; }
 int cuCtxSetLimit(int l, size_t v) { return 0; }
 int cuModuleLoadData(void** m, const void* i) { *m = (void*)0x2000; return 0; }

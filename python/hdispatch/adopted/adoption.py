@@ -48,8 +48,8 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
         raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
     if sys.version_info[:3] == (3, 13, 0):
         raise HdispatchError(
-            "Python is 3.13.0, which does not tell of writes to attributes (CPython issue 125608): a hook or another `run` would "
-            "be missed. adopt takes 3.13.1 or newer"
+            "Python is 3.13.0, which does not tell of writes to attributes (CPython issue 125608): a hook or another `run` "
+            "would be missed. adopt takes 3.13.1 or newer"
         )
     with _lock:
         if kernel is None:

@@ -7,7 +7,6 @@ what leaves 64 bits or divides by zero.
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -244,8 +243,8 @@ def at(value: Value, values: Mapping[sympy.Symbol, int]) -> Value:
     if isinstance(value, int):
         return value
     tokens, leaves = _whole(value)
-    if tokens is not None and leaves <= values.keys():
-        return _computed(tokens, values)
+    if tokens is not None and leaves <= values.keys() and (computed := _computed(tokens, values)) is not None:
+        return computed
     replaced = value.xreplace({symbol: sympy.Integer(number) for symbol, number in values.items()})
     if replaced in (sympy.true, sympy.false):
         return int(replaced is sympy.true)
@@ -258,28 +257,31 @@ def at(value: Value, values: Mapping[sympy.Symbol, int]) -> Value:
 
 @functools.lru_cache(maxsize=10_000)
 def _whole(value: sympy.Basic) -> tuple[list[Any] | None, frozenset[sympy.Symbol]]:
-    """The value as a postfix list whose leaves are its symbols, and these; None where it may divide by zero.
+    """The value as a postfix list whose leaves are its symbols, and these; None for what is not integer arithmetic.
 
     A build asks for the same value at many sizes, and sympy takes 0.4 ms each time.
     """
     symbols = frozenset(value.free_symbols)
     named = {symbol.name: symbol for symbol in symbols}
+    if named.keys() & OPERATORS.keys():
+        return None, symbols
     try:
         tokens = postfix(value, {symbol: name for name, symbol in named.items()})
-    except BuildError:  # not integer arithmetic: sympy's alone
+    except BuildError:
         return None, symbols
-    divides = any(token in ("//", "%") and not isinstance(by, int) for by, token in itertools.pairwise(tokens))
-    return None if divides or named.keys() & OPERATORS.keys() else [named.get(token, token) for token in tokens], symbols
+    return [named.get(token, token) for token in tokens], symbols
 
 
-def _computed(tokens: Sequence[Any], values: Mapping[sympy.Symbol, int]) -> int:
-    """A postfix list's value, of any number of bits."""
+def _computed(tokens: Sequence[Any], values: Mapping[sympy.Symbol, int]) -> int | None:
+    """A postfix list's value, of any number of bits; None where it divides by zero, which sympy has a value for."""
     stack: list[int] = []
     for token in tokens:
         if isinstance(token, int):
             stack.append(token)
         elif isinstance(token, str):
             right, left = stack.pop(), stack.pop()
+            if right == 0 and token in ("//", "%"):
+                return None
             stack.append(OPERATORS[token](left, right))
         else:
             stack.append(values[token])

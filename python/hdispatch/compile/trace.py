@@ -8,6 +8,7 @@ with a concrete M to check the record.
 from __future__ import annotations
 
 import builtins
+import functools
 import inspect
 import math
 import sys
@@ -164,6 +165,11 @@ def _with_outputs(launch: Launch, names: Mapping[str, str]) -> Launch:
     return replace(launch, args={name: named(arg) for name, arg in launch.args.items()})
 
 
+@functools.lru_cache(maxsize=256)
+def _signature(function: Callable[..., object]) -> inspect.Signature:
+    return inspect.signature(function)
+
+
 class _Recorder:
     """The `_launcher` that a host function gets: notes the launch down."""
 
@@ -186,7 +192,7 @@ class _Recorder:
                 "state kept between launches cannot be part of a record"
             )
         own = [param.name for param in kernel.params]
-        bound = inspect.signature(kernel.fn).bind(*args, **{name: kwargs.pop(name) for name in own if name in kwargs})
+        bound = _signature(kernel.fn).bind(*args, **{name: kwargs.pop(name) for name in own if name in kwargs})
         bound.apply_defaults()
         fixed = {param.name for param in kernel.params if getattr(param, "is_constexpr", False)}
         described = {name: self.describe(name, bound.arguments[name], name in fixed) for name in own}
@@ -334,7 +340,7 @@ def _host_globals(host: Callable[..., object]) -> Iterator[None]:
     """While the host function runs, `min` and `max` stay symbolic, and TMA descriptors keep what they are made of."""
     symbolic = {"min": _symbolic(builtins.min, torch.sym_min), "max": _symbolic(builtins.max, torch.sym_max)}
     saved: list[tuple[dict[str, Any], dict[str, object], set[str]]] = []
-    for scope in _scopes(_function(host).__globals__):
+    for scope in _scopes(_function(host)):
         descriptors = [name for name, value in scope.items() if getattr(value, "__name__", "") == "TensorDescriptor"]
         swapped: dict[str, object] = {**symbolic, **dict.fromkeys(descriptors, TensorDescriptor)}
         saved.append((scope, {name: scope[name] for name in swapped if name in scope}, set(swapped)))
@@ -348,8 +354,10 @@ def _host_globals(host: Callable[..., object]) -> Iterator[None]:
             scope.update(former)
 
 
-def _scopes(own: dict[str, Any]) -> list[dict[str, Any]]:
+@functools.lru_cache(maxsize=64)  # a build traces the same host functions at many sizes
+def _scopes(host: types.FunctionType) -> list[dict[str, Any]]:
     """The globals of a host function's module, and of those modules that it takes from beside its package: `..lib`, say."""
+    own = host.__globals__
     parts = str(own.get("__name__", "")).split(".")
     beside = ".".join(parts[:-2]) + "."
     found, todo = {id(own): own}, [own] if len(parts) > 2 else []
