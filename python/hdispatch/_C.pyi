@@ -90,7 +90,7 @@ def make_adopted(
     may_lack: bool,
     heuristics: list[tuple[str, Any]],
     tuner: object,
-    tuner_cache: dict[Any, Any] | None,
+    refusal: str,
 ) -> AdoptedKernel: ...
 
 @final

@@ -126,6 +126,15 @@ def _defaults(parts: Parts) -> dict[str, object]:
     return {each.name: each.default for each in parts.function.params if each.default is not inspect.Parameter.empty}
 
 
-def name_of(function: Any) -> str:
-    """`module.qualname` of the Python function behind a kernel."""
-    return f"{function.fn.__module__}.{function.fn.__qualname__}"
+def name_of(kernel: Any) -> str:
+    """`module.qualname` of the Python function behind a kernel, within whatever wraps it."""
+    function = kernel
+    while isinstance(function, CLASSES):
+        function = function.fn
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def inner_of(kernel: Any) -> Any:
+    """The kernel inside a wrapper whose own calls stay Triton's; None where there is none."""
+    inner = getattr(kernel, "fn", None)
+    return inner if isinstance(inner, CLASSES) and isinstance(parts_of(kernel), str) else None
