@@ -145,7 +145,7 @@ class Override:
 def override_op(
     name: str,
     cuda: bool,
-    routes: list[tuple[Op, list[tuple[str, str, str | None]]]],
+    routes: list[tuple[Op, list[tuple[str, str, str | None]], tuple[str, ...], str | None]],
     given: int,
     required: int,
 ) -> Override | None: ...
