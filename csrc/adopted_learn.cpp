@@ -54,7 +54,7 @@ HD_COLD std::string make_row(const AdoptedKernel& self, const AdoptedCall& call,
   code.releases = field<bool>(said, "releases");
   for (const auto& [argument, type] : field<std::vector<std::pair<size_t, std::string>>>(said, "params")) {
     AdoptedParam param{static_cast<uint16_t>(argument)};
-    if (argument >= self.reader->parameters().size() || !make_param(type, call.codes[argument], param))
+    if (argument >= call.value_count || !make_param(type, call.codes[argument], param))
       return text("argument of type ", type, " is made otherwise");
     code.params.push_back(param);
   }

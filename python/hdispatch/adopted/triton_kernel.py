@@ -99,12 +99,16 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
     if compiled.src.fn is not parts.function and compiled.src.fn.cache_key != parts.function.cache_key:
         return "code of another function"  # of one that this one is no copy of
     names = [each.name for each in parts.function.params]
-    params = []
+    params, behind = [], len(names)  # items of tuples have their values behind those of parameters, in order
     for name, kind in compiled.src.signature.items():
-        if not isinstance(kind, str):
-            return "tuple"
-        if kind != "constexpr":
-            params.append((names.index(name), kind))
+        if isinstance(kind, str):
+            each = [(names.index(name), kind)]
+        elif all(isinstance(item, str) for item in kind):
+            each = list(enumerate(kind, behind))
+            behind += len(kind)
+        else:
+            return "tuple in a tuple"
+        params += [(index, item) for index, item in each if item != "constexpr"]
     constants = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
     config = None if parts.tuner is None else parts.tuner.best_config
     return {
