@@ -80,8 +80,10 @@ int AdoptedTuner::traverse(visitproc visit, void* arg) const {
 }
 
 void AdoptedTuner::clear() noexcept {
-  Py_CLEAR(attributes_.dict);
-  Py_CLEAR(cache_.dict);
+  for (WatchedDict* each : {&attributes_, &cache_}) {
+    Py_CLEAR(each->dict);
+    *each = {};
+  }
   Py_CLEAR(known_);
   Py_CLEAR(configurations_);
   shown_ = nullptr;
