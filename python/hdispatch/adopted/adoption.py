@@ -266,7 +266,7 @@ def _inner(kernel: Any) -> Callable[[Any], Any]:
         with _lock:
             _adopt_one(function, driver)
             _lazy.pop(id(function), None)
-        return _entry(function)
+        return None if isinstance(vars(function)[triton_kernel.PARTS], str) else _entry(function)
 
     return make
 
