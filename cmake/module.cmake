@@ -38,8 +38,8 @@ function(add_door torch_dir)
   # are together does not change their code, which is optimized across all of them when the module is linked.
   set(group_1 csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/op_arguments.cpp csrc/op_call.cpp
     csrc/override.cpp csrc/attempt.cpp csrc/arena.cpp csrc/bench.cpp csrc/from_python.cpp)
-  set(group_2 csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp csrc/host_program.cpp
-    csrc/adopted_learn.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/adopted_patch.cpp csrc/adopted_door.cpp
+  set(group_2 csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp csrc/adopted_tuner.cpp
+    csrc/host_program.cpp csrc/adopted_learn.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/adopted_patch.cpp csrc/adopted_door.cpp
     csrc/functional_op.cpp csrc/empty_tensor.cpp)
   set(group_3 csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/torch_op.cpp csrc/module.cpp)
   pybind11_add_module(${folder} ${group_1} ${group_2} ${group_3})

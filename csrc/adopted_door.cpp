@@ -28,13 +28,14 @@ int traverse_adopted(PyObject* object, visitproc visit, void* arg) {
   const auto* self = reinterpret_cast<AdoptedKernel*>(object);
   Py_VISIT(Py_TYPE(object));
   Py_VISIT(self->run);
-  Py_VISIT(self->tuner_cache);
   for (const AdoptedHeuristic& each : *self->heuristics) Py_VISIT(each.function);
-  for (const auto& entry : self->table->entries()) {
-    Py_VISIT(entry->compiled);
-    Py_VISIT(entry->constants);
-    Py_VISIT(entry->config);
-  }
+  for (const auto* entries : {&self->table->entries(), &self->table->replaced()})
+    for (const auto& entry : *entries) {
+      Py_VISIT(entry->compiled);
+      Py_VISIT(entry->constants);
+      Py_VISIT(entry->config);
+    }
+  if (const int stopped = self->tuner ? self->tuner->traverse(visit, arg) : 0) return stopped;
   if (const int stopped = self->reader->traverse(visit, arg)) return stopped;
   if (const int stopped = self->programs->traverse(visit, arg)) return stopped;
   return self->state->traverse(visit, arg);
@@ -43,12 +44,11 @@ int traverse_adopted(PyObject* object, visitproc visit, void* arg) {
 int clear_adopted(PyObject* object) {
   auto* self = reinterpret_cast<AdoptedKernel*>(object);
   self->is_on = false;
-  self->best_config = nullptr;
+  if (self->tuner) self->tuner->clear();
   self->table->clear();
   self->state->clear();
   self->reader->clear();
   self->programs->clear();
-  Py_CLEAR(self->tuner_cache);
   for (AdoptedHeuristic& each : *self->heuristics) {
     Py_CLEAR(each.function);
     Py_CLEAR(each.name);
@@ -70,6 +70,8 @@ void drop_adopted(PyObject* object) {
   delete self->programs;
   delete self->heuristics;
   delete self->counters;
+  delete self->tuner;
+  delete self->refusal;
   PyTypeObject* type = Py_TYPE(object);
   PyObject_GC_Del(object);
   Py_DECREF(type);
@@ -106,10 +108,10 @@ bool& is_on(const py::object& object) {
 }
 
 /// `parameters`: (name, has default, default, is_constexpr, specialize, align, is_exact). `heuristics`: (name,
-/// function).
+/// function). `refusal`: why every call stays Triton's, or "".
 py::object make_adopted(const py::object& kernel, const std::string& name, const py::list& parameters, bool is_null,
                         bool may_lack, const py::list& heuristics, const py::object& tuner,
-                        const py::object& tuner_cache) {
+                        const std::string& refusal) {
   std::vector<AdoptedParameter> made;
   for (const auto& item : parameters) {
     const auto each = item.cast<py::tuple>();
@@ -128,6 +130,7 @@ py::object make_adopted(const py::object& kernel, const std::string& name, const
       if (PyUnicode_Compare(made[i].name, py::object(each[0]).ptr()) == 0) index = static_cast<int>(i);
     computed.push_back({index, py::object(each[0]).inc_ref().ptr(), py::object(each[1]).inc_ref().ptr()});
   }
+  auto watched = tuner.is_none() ? nullptr : std::make_unique<AdoptedTuner>(tuner.ptr());
   auto* self = PyObject_GC_New(AdoptedKernel, reinterpret_cast<PyTypeObject*>(adopted_type));
   if (!self) throw py::error_already_set();
   self->kernel = kernel.ptr();
@@ -142,9 +145,8 @@ py::object make_adopted(const py::object& kernel, const std::string& name, const
   self->programs = new HostPrograms;
   self->heuristics = new std::vector<AdoptedHeuristic>(std::move(computed));
   self->counters = new OpCounters;
-  self->tuner = tuner.is_none() ? nullptr : tuner.ptr();
-  self->tuner_cache = tuner_cache.is_none() ? nullptr : tuner_cache.inc_ref().ptr();
-  self->best_config = nullptr;
+  self->tuner = watched.release();
+  self->refusal = refusal.empty() ? nullptr : new std::string(refusal);
   alive().push_back(self);
   PyObject_GC_Track(reinterpret_cast<PyObject*>(self));
   return py::reinterpret_steal<py::object>(reinterpret_cast<PyObject*>(self));
@@ -189,7 +191,7 @@ void define_adopted(py::module_& m) {
       py::arg("process_state"), py::arg("kernel_state"), py::arg("learn"), py::arg("trace"), py::arg("constexpr_type"),
       py::arg("function_type"), py::arg("device_count"));
   m.def("make_adopted", &make_adopted, py::arg("kernel"), py::arg("name"), py::arg("parameters"), py::arg("is_null"),
-        py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("tuner_cache"));
+        py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("refusal"));
   m.def(
       "set_host_callbacks",
       [](const py::object& state, const py::object& record, const py::object& choice, const py::object& launches) {

@@ -165,18 +165,30 @@ HD_COLD void count(const AdoptedKernel& self, const std::string& reason) {
 HD_COLD PyObject* leave_to_triton(const Calling& calling, const std::string& reason, PyObject* grid = nullptr) {
   count(calling.self, reason);
   PyObject* result = call_triton(calling, grid);
-  calling.self.best_config = nullptr;  // Triton shows the one of its call
+  if (calling.self.tuner) calling.self.tuner->forget_shown();  // Triton shows the one of its call
   return result;
+}
+
+/// A call of a kernel that is not served, counted once: a `run` of its class's own may lead to Triton's, which is ours.
+HD_COLD PyObject* leave_refused(const Calling& calling) {
+  thread_local const AdoptedKernel* under_way = nullptr;
+  struct Inside {
+    const AdoptedKernel* outer;
+    ~Inside() { under_way = outer; }
+  };
+  const Inside inside{std::exchange(under_way, &calling.self)};
+  if (inside.outer == &calling.self) return call_triton(calling, nullptr);
+  return leave_to_triton(calling, *calling.self.refusal);
 }
 
 HD_COLD uint32_t number_of_state(const AdoptedKernel& self) {
   return static_cast<uint32_t>(process_state().number()) << 16 | static_cast<uint32_t>(self.state->number());
 }
 
-/// The first call of a key.
+/// A call of a key that no row has with the choices that hold.
 HD_COLD PyObject* call_and_learn(const Calling& calling, AdoptedCall& call, const ComputedArguments* computed,
-                                 DeviceSlot slot) {
-  PyObject* compiled = leave_to_triton(calling, "first call of a key");
+                                 DeviceSlot slot, const char* why, uint32_t choices) {
+  PyObject* compiled = leave_to_triton(calling, why);
   if (!compiled) return nullptr;
   Owned result{compiled};
   // The first call of all computes what the code depends on.
@@ -188,7 +200,7 @@ HD_COLD PyObject* call_and_learn(const Calling& calling, AdoptedCall& call, cons
       calling.self.reader->read(calling.form, calling.args, computed, slot, number_of_state(calling.self), call,
                                 reason))
     learn(calling.self, call, {slot == kCpuSlot ? &null_driver() : &cuda_driver(), slot, nullptr, device_count == 1},
-          compiled);
+          compiled, choices);
   return std::exchange(result.object, nullptr);
 }
 
@@ -209,6 +221,16 @@ inline const char* objection(AdoptedKernel& self) {
   }
   if (HD_UNLIKELY(!no_modes())) return "torch mode";
   return nullptr;
+}
+
+constexpr const char* kTakenBack = "autotuner's choices taken back";
+
+/// The choices that hold now; 0 for a kernel without an autotuner. With `reason` set nothing is served.
+inline uint32_t choices_of(const AdoptedKernel& self, const char*& reason) {
+  if (HD_LIKELY(!self.tuner)) return 0;
+  const uint32_t choices = self.tuner->choices();
+  if (HD_UNLIKELY(!self.tuner->has_its_configurations())) reason = "autotuner's configurations replaced";
+  return choices;
 }
 
 /// Triton's own argument of a heuristic: what was given, by name, and what heuristics before it gave.
@@ -290,10 +312,7 @@ PyObject* launch(AdoptedKernel& self, const AdoptedEntry& entry, AdoptedCall& ca
   }
   if (HD_UNLIKELY(result != kCudaSuccess)) return nullptr;
   self.counters->hits.fetch_add(1, std::memory_order_relaxed);
-  if (HD_UNLIKELY(entry.config != self.best_config)) {
-    if (PyObject_SetAttrString(self.tuner, "best_config", entry.config) != 0) raise();
-    self.best_config = entry.config;
-  }
+  if (HD_UNLIKELY(entry.config != nullptr)) self.tuner->show(entry.config);
   return Py_NewRef(entry.compiled);
 }
 
@@ -321,16 +340,17 @@ PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
   const DeviceSlot slot = adopted_slot(self.is_null);
   AdoptedCall call;
   const char* reason = nullptr;
+  const uint32_t choices = choices_of(self, reason);
+  if (HD_UNLIKELY(reason != nullptr)) return leave_to_triton(calling, reason);
   if (HD_UNLIKELY(!self.reader->read(calling.form, calling.args, computed, slot, number_of_state(self), call, reason)))
     return leave_to_triton(calling, reason);
   const AdoptedEntry* entry = self.table->find(call);
   if (HD_UNLIKELY(!entry)) {
     if (self.table->is_full()) return leave_to_triton(calling, "more keys than are kept");
-    return call_and_learn(calling, call, computed, slot);
+    return call_and_learn(calling, call, computed, slot, "first call of a key", choices);
   }
+  if (HD_UNLIKELY(entry->choices != choices)) return call_and_learn(calling, call, computed, slot, kTakenBack, choices);
   if (HD_UNLIKELY(!entry->row)) return leave_to_triton(calling, entry->reason);
-  if (HD_UNLIKELY(self.tuner_cache != nullptr) && HD_UNLIKELY(PyDict_GET_SIZE(self.tuner_cache) < entry->tuned))
-    return leave_to_triton(calling, "autotuner's choices taken back");
   Owned evaluated;
   std::array<uint32_t, 3> blocks;
   switch (find_grid(calling, call, *entry, blocks, evaluated)) {
@@ -353,6 +373,7 @@ PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
 PyObject* AdoptedKernel::call(PyObject* grid, PyObject* const* args, size_t positional, PyObject* keyword_names) {
   const Calling calling{*this, grid, args, positional, keyword_names, reader->form(positional, keyword_names, !grid)};
   if (HD_UNLIKELY(!is_on)) return call_triton(calling, nullptr);  // of a launch that was kept
+  if (HD_UNLIKELY(refusal != nullptr)) return leave_refused(calling);
   if (HD_UNLIKELY(calling.form.is_wrong)) return leave_to_triton(calling, "arguments");
   if (calling.form.is_run) {
     if (calling.form.grid < 0) return leave_to_triton(calling, "arguments");
@@ -368,14 +389,18 @@ PyObject* AdoptedKernel::call(PyObject* grid, PyObject* const* args, size_t posi
 bool AdoptedKernel::launch(const CallForm& form, PyObject* const* args, const GivenValue* given,
                            const int64_t (&grid)[3], const char*& reason) {
   if (HD_UNLIKELY(!is_on)) return reason = "its Triton kernel was given back", false;
+  if (HD_UNLIKELY(refusal != nullptr)) return reason = refusal->c_str(), false;
   reason = objection(*this);
   if (HD_UNLIKELY(reason != nullptr)) return false;
   AdoptedCall call;
+  const uint32_t choices = choices_of(*this, reason);
+  if (HD_UNLIKELY(reason != nullptr)) return false;
   if (HD_UNLIKELY(
           !reader->read(form, args, nullptr, adopted_slot(is_null), number_of_state(*this), call, reason, given)))
     return false;
   const AdoptedEntry* entry = table->find(call);
   if (HD_UNLIKELY(!entry)) return reason = "first call of a key", false;
+  if (HD_UNLIKELY(entry->choices != choices)) return reason = kTakenBack, false;
   if (HD_UNLIKELY(!entry->row)) return reason = entry->reason.c_str(), false;
   HostValue values[3];
   for (size_t i = 0; i < 3; ++i) values[i] = {HostValue::Kind::kInteger, grid[i], nullptr};
@@ -394,7 +419,7 @@ double AdoptedKernel::bench_ns(PyObject* const* args, size_t count, const std::a
                                uint32_t launches) {
   const DeviceSlot slot = adopted_slot(is_null);
   AdoptedCall call;
-  const char* reason = objection(*this);
+  const char* reason = refusal ? refusal->c_str() : objection(*this);
   const CallForm& form = reader->form(count, nullptr, false);
   const bool has_key = !reason && reader->read(form, args, nullptr, slot, number_of_state(*this), call, reason);
   const AdoptedEntry* entry = has_key ? table->find(call) : nullptr;

@@ -20,6 +20,7 @@
 #include "adopted_key.h"
 #include "adopted_state.h"
 #include "adopted_table.h"
+#include "adopted_tuner.h"
 #include "host_program.h"
 #include "op.h"
 
@@ -57,9 +58,8 @@ struct AdoptedKernel {
   AdoptedTable* table;
   std::vector<AdoptedHeuristic>* heuristics;
   HostPrograms* programs;
-  PyObject* tuner;        ///< the autotuner, whose `best_config` is kept up; borrowed; null without one
-  PyObject* tuner_cache;  ///< its choices by key, a dict; owned
-  PyObject* best_config;  ///< that it shows; borrowed from an entry
+  AdoptedTuner* tuner;         ///< null without one
+  const std::string* refusal;  ///< why every call stays Triton's; null for kernels that are served
   OpCounters* counters;
 
   /// Serves a call, or has Triton serve it. `grid` of `run` is among its keywords, and null here.

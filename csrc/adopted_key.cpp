@@ -174,6 +174,17 @@ const CallForm& KeyReader::form(size_t positional, PyObject* keyword_names, bool
 
 // ---- arguments ----
 
+namespace {
+
+bool has_tensors(PyObject* object) {
+  if (!PyTuple_Check(object)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i)
+    if (THPVariable_Check(PyTuple_GET_ITEM(object, i)) || has_tensors(PyTuple_GET_ITEM(object, i))) return true;
+  return false;
+}
+
+}  // namespace
+
 /// A value that is compiled in, told from every other.
 bool KeyReader::exact_word(PyObject* object, uint64_t& word) {
   if (Py_TYPE(object) == &PyLong_Type) {
@@ -196,7 +207,7 @@ bool KeyReader::exact_word(PyObject* object, uint64_t& word) {
     word = (object == Py_None ? 0u : object == Py_True ? 1u : 2u) << 3 | kTagSingleton;
     return true;
   }
-  if (HD_UNLIKELY(THPVariable_Check(object))) return false;  // it would be held for ever
+  if (HD_UNLIKELY(THPVariable_Check(object)) || HD_UNLIKELY(has_tensors(object))) return false;  // held for ever
   const uint32_t number = constants_.number(object);
   word = uint64_t{number} << 3 | kTagNumbered;
   return number != 0;
@@ -270,6 +281,23 @@ bool KeyReader::classify(const AdoptedParameter& parameter, PyObject* object, De
   return false;
 }
 
+/// Items are told apart by all that any parameter is: `do_not_specialize` may make a row more of them, never a wrong
+/// one.
+HD_COLD bool KeyReader::read_tuple(PyObject* tuple, DeviceSlot slot, AdoptedCall& call, uint16_t& code,
+                                   const char*& reason) {
+  static const AdoptedParameter item{};
+  const auto size = static_cast<size_t>(PyTuple_GET_SIZE(tuple));
+  if (size > kMaxAdoptedArguments - call.value_count) return reason = "tuple", false;
+  code = code_of(ArgumentClass::kTuple, size << 4);
+  for (size_t i = 0; i < size; ++i) {
+    const size_t at = call.value_count++;
+    if (!classify(item, PyTuple_GET_ITEM(tuple, static_cast<Py_ssize_t>(i)), slot, call.codes[at], call.values[at],
+                  reason))
+      return false;
+  }
+  return true;
+}
+
 bool KeyReader::read(const CallForm& form, PyObject* const* args, const ComputedArguments* computed, DeviceSlot slot,
                      uint32_t state, AdoptedCall& call, const char*& reason, const GivenValue* given) {
   size_t count = 1;
@@ -279,6 +307,12 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
   size_t code_words = 0;
   call.words[0] = uint64_t{form.option_set} << 48 | uint64_t{slot} << 32 | state;
   const size_t parameters = parameters_.size();
+  call.value_count = parameters;
+  const auto pack = [&](uint16_t code) {
+    packed |= uint64_t{code} << shift;
+    shift += 16;
+    if (shift == 64) codes[code_words++] = packed, packed = 0, shift = 0;
+  };
   for (size_t i = 0; i < parameters; ++i) {
     const AdoptedParameter& parameter = parameters_[i];
     PyObject* object = HD_LIKELY(form.sources[i] >= 0) ? args[form.sources[i]] : parameter.fallback;
@@ -300,9 +334,7 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
       call.values[i] = given[i].value;
       code = is_pointer ? code_of_pointer(parameter, given[i].value, given[i].scalar_type)
                         : code_of_integer(parameter, number);
-      packed |= uint64_t{code} << shift;
-      shift += 16;
-      if (shift == 64) codes[code_words++] = packed, packed = 0, shift = 0;
+      pack(code);
       continue;
     }
     if (parameter.is_constexpr || parameter.is_exact) {
@@ -312,12 +344,12 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
       if (object) code = code_of(ArgumentClass::kConstant);
     }
     if (parameter.is_constexpr) continue;
-    if (HD_LIKELY(object != nullptr) && HD_UNLIKELY(!classify(parameter, object, slot, code, call.values[i], reason)))
+    if (HD_LIKELY(object != nullptr) && HD_UNLIKELY(!classify(parameter, object, slot, code, call.values[i], reason)) &&
+        (!PyTuple_CheckExact(object) || !read_tuple(object, slot, call, code, reason)))
       return false;
-    packed |= uint64_t{code} << shift;
-    shift += 16;
-    if (shift == 64) codes[code_words++] = packed, packed = 0, shift = 0;
+    pack(code);
   }
+  for (size_t i = parameters; HD_UNLIKELY(i < call.value_count); ++i) pack(call.codes[i]);
   if (shift) codes[code_words++] = packed;
   for (const uint16_t option : form.options)
     if (HD_UNLIKELY(!exact_word(args[option], call.words[count++])))

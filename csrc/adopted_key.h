@@ -4,10 +4,10 @@
 // that is 1, that is a multiple of 16, that needs more than 32 bits; a float, a bool, None; another value of a
 // constexpr or an option. A key here tells all of these apart, and some that Triton does not (the order of options,
 // True and 1 as constexprs): each costs a row more, never a wrong one. Where a value is of a kind whose specialization
-// is not written here (tuples, descriptors, subclasses of tensors), the call has no key and is Triton's.
+// is not written here (tuples in tuples, descriptors, subclasses of tensors), the call has no key and is Triton's.
 //
 // The order of words: options, state, device; one word of each exact parameter (constexprs, and what an autotuner's key
-// names); one of each option; 16 bits of each other parameter.
+// names); one of each option; 16 bits of each other parameter, then of each item of those that are tuples.
 #pragma once
 
 #include <Python.h>
@@ -54,6 +54,7 @@ enum class ArgumentClass : uint8_t {
   kFloat,
   kBool,
   kConstant,  ///< a value that the code has compiled in, where a value of run time might have been
+  kTuple,     ///< its items are values of their own; beside it comes how many
 };
 
 constexpr ArgumentClass class_of_code(uint16_t code) noexcept { return static_cast<ArgumentClass>(code & 15); }
@@ -90,9 +91,10 @@ struct AdoptedCall {
   uint64_t words[kMaxKeyWords];
   size_t count;
   uint64_t hash;
-  uint64_t values[kMaxAdoptedArguments];    ///< addresses, integers, bits of doubles; by parameter
-  uint16_t codes[kMaxAdoptedArguments];     ///< by parameter; of exact ones too
-  PyObject* objects[kMaxAdoptedArguments];  ///< borrowed; null: absent
+  size_t value_count;                       ///< parameters, and items of tuples behind them, in order
+  uint64_t values[kMaxAdoptedArguments];    ///< addresses, integers, bits of doubles
+  uint16_t codes[kMaxAdoptedArguments];     ///< of each value; of exact parameters too
+  PyObject* objects[kMaxAdoptedArguments];  ///< by parameter; borrowed; null: absent
 };
 
 /// The compile-time values that calls brought, each with a number. Bounded: a kernel that is called with ever new ones
@@ -153,6 +155,7 @@ class KeyReader {
   CallForm make_form(size_t positional, PyObject* keyword_names, bool is_run);
   bool classify(const AdoptedParameter& parameter, PyObject* object, DeviceSlot slot, uint16_t& code, uint64_t& value,
                 const char*& reason);
+  bool read_tuple(PyObject* tuple, DeviceSlot slot, AdoptedCall& call, uint16_t& code, const char*& reason);
 
   std::vector<AdoptedParameter> parameters_;
   bool may_lack_;

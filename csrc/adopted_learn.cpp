@@ -54,7 +54,7 @@ HD_COLD std::string make_row(const AdoptedKernel& self, const AdoptedCall& call,
   code.releases = field<bool>(said, "releases");
   for (const auto& [argument, type] : field<std::vector<std::pair<size_t, std::string>>>(said, "params")) {
     AdoptedParam param{static_cast<uint16_t>(argument)};
-    if (argument >= self.reader->parameters().size() || !make_param(type, call.codes[argument], param))
+    if (argument >= call.value_count || !make_param(type, call.codes[argument], param))
       return text("argument of type ", type, " is made otherwise");
     code.params.push_back(param);
   }
@@ -65,8 +65,11 @@ HD_COLD std::string make_row(const AdoptedKernel& self, const AdoptedCall& call,
 
 }  // namespace
 
-HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled) {
-  if (compiled == Py_None || self.table->is_full() || self.table->find(call)) return;
+HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled,
+                   uint32_t choices) {
+  if (compiled == Py_None) return;
+  const AdoptedEntry* former = self.table->find(call);
+  if (former ? former->choices == choices : self.table->is_full()) return;
   const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.learn, self.kernel, compiled, nullptr)};
   if (!said.object) throw python_error();
   auto entry = std::make_unique<AdoptedEntry>();
@@ -86,8 +89,8 @@ HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPla
     entry->config = Py_XNewRef(PyDict_GetItemString(said.object, "config"));
   }
   entry->compiled = Py_NewRef(compiled);
-  entry->tuned = self.tuner_cache ? PyDict_GET_SIZE(self.tuner_cache) : 0;
-  if (!self.table->find(call)) self.table->insert(std::move(entry));
+  entry->choices = choices;
+  self.table->put(std::move(entry));
 }
 
 }  // namespace hdispatch

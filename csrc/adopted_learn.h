@@ -5,8 +5,9 @@
 
 namespace hdispatch {
 
-/// Adds the entry of a call's key, if there is none: a row, or the reason why its calls stay Triton's. `compiled` is
-/// what Triton's launch returned; its context is current.
-void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled);
+/// Adds the entry of a call's key, if there is none of these choices (AdoptedTuner): a row, or the reason why its calls
+/// stay Triton's. `compiled` is what Triton's launch returned; its context is current.
+void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled,
+           uint32_t choices);
 
 }  // namespace hdispatch

@@ -26,21 +26,44 @@ void AdoptedTable::rehash(size_t slots) {
   }
 }
 
-const AdoptedEntry* AdoptedTable::insert(std::unique_ptr<AdoptedEntry> entry) {
-  entries_.push_back(std::move(entry));
-  const AdoptedEntry* made = entries_.back().get();
-  if (2 * entries_.size() >= slots_.size()) {
-    rehash(std::max<size_t>(16, 2 * slots_.size()));
-    return made;
+void AdoptedTable::put(std::unique_ptr<AdoptedEntry> entry) {
+  if (2 * entries_.size() + 2 >= slots_.size()) rehash(std::max<size_t>(16, 2 * slots_.size()));
+  const auto has_its_key = [&](const AdoptedEntry& each) {
+    return each.hash == entry->hash && each.words == entry->words;
+  };
+  size_t slot = entry->hash & (slots_.size() - 1);
+  while (slots_[slot] && !has_its_key(*slots_[slot])) slot = (slot + 1) & (slots_.size() - 1);
+  AdoptedEntry* former = slots_[slot];
+  if (!former) {
+    slots_[slot] = entry.get();
+    entries_.push_back(std::move(entry));
+    return;
   }
-  size_t slot = made->hash & (slots_.size() - 1);
-  while (slots_[slot]) slot = (slot + 1) & (slots_.size() - 1);
-  return slots_[slot] = made;
+  if (former->choices == entry->choices) return;
+  // Tuned again and again, a key has no more entries than there are configurations.
+  const auto is_like = [&](const AdoptedEntry& each) {
+    return has_its_key(each) && each.compiled == entry->compiled && each.config == entry->config;
+  };
+  if (is_like(*former)) {
+    former->choices = entry->choices;
+    return;
+  }
+  const auto place = std::ranges::find_if(entries_, [&](const auto& each) { return each.get() == former; });
+  const auto again = std::ranges::find_if(replaced_, [&](const auto& each) { return is_like(*each); });
+  if (again != replaced_.end()) {
+    (*again)->choices = entry->choices;
+    std::swap(*place, *again);
+  } else {
+    std::swap(*place, entry);
+    replaced_.push_back(std::move(entry));
+  }
+  slots_[slot] = place->get();
 }
 
 void AdoptedTable::clear() noexcept {
   slots_.clear();
   entries_.clear();
+  replaced_.clear();
 }
 
 }  // namespace hdispatch

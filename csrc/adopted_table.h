@@ -22,7 +22,7 @@ struct AdoptedEntry {
   PyObject* compiled = nullptr;   ///< what the call returns; owned
   PyObject* constants = nullptr;  ///< dict by parameter names: what callable grids read beside the arguments; owned
   PyObject* config = nullptr;     ///< of an autotuner's; owned
-  Py_ssize_t tuned = 0;           ///< keys that the autotuner had chosen for by then
+  uint32_t choices = 0;           ///< of the autotuner's (AdoptedTuner::choices) when Triton made the call
 
   ~AdoptedEntry() {
     Py_XDECREF(compiled);
@@ -36,17 +36,20 @@ class AdoptedTable {
   static constexpr size_t kMax = 1 << 16;
 
   const AdoptedEntry* find(const AdoptedCall& call) const noexcept;
-  /// The entry that has the key from now on: the one that had it already, if there is one.
-  const AdoptedEntry* insert(std::unique_ptr<AdoptedEntry> entry);
+  /// From now on the entry has its key, in the place of one of other choices; one of the same choices stays.
+  void put(std::unique_ptr<AdoptedEntry> entry);
   bool is_full() const noexcept { return entries_.size() >= kMax; }
   const std::vector<std::unique_ptr<AdoptedEntry>>& entries() const noexcept { return entries_; }
+  /// Entries whose keys others have by now; a call may be in one.
+  const std::vector<std::unique_ptr<AdoptedEntry>>& replaced() const noexcept { return replaced_; }
   void clear() noexcept;
 
  private:
   void rehash(size_t slots);
 
   std::vector<std::unique_ptr<AdoptedEntry>> entries_;
-  std::vector<const AdoptedEntry*> slots_;
+  std::vector<std::unique_ptr<AdoptedEntry>> replaced_;
+  std::vector<AdoptedEntry*> slots_;
 };
 
 }  // namespace hdispatch

@@ -58,10 +58,13 @@ int find_arg(const Op& op, const std::optional<std::string>& name) {
   fail(Fault::kInternal, op.name(), " has no argument ", *name);
 }
 
-/// (op, [(argument, form, flag or None)])
+/// (op, [(argument, form, flag or None)], [argument], the argument that has the rows of those, or None)
 Route to_route(const py::handle& given) {
-  const auto [op, rules] = given.cast<std::pair<py::object, py::list>>();
+  const auto [op, rules, padded, rows] =
+      given.cast<std::tuple<py::object, py::list, std::vector<std::string>, std::optional<std::string>>>();
   Route route{as_op(op).op, {}};
+  for (const std::string& each : padded) route.padded.push_back(static_cast<uint8_t>(find_arg(*route.op, each)));
+  if (rows) route.rows = static_cast<uint8_t>(find_arg(*route.op, rows));
   for (const auto& item : rules) {
     const auto [arg, form, flag] = item.cast<std::tuple<std::string, std::string, std::optional<std::string>>>();
     const auto* found = std::find(std::begin(kFormNames), std::end(kFormNames), form);

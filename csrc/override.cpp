@@ -50,6 +50,16 @@ int misfit(const Route& route, const Call& call) noexcept {
   return -1;
 }
 
+/// Leaves out the rows that the overridden kernel does not read.
+void cut_padding(const Route& route, Call& call) noexcept {
+  const TensorView& rows = call.tensors[route.rows];
+  for (const uint8_t arg : route.padded) {
+    TensorView& view = call.tensors[arg];
+    const bool are_there = view.dtype != DType::kNone && rows.dtype != DType::kNone && view.rank && rows.rank;
+    if (are_there && view.sizes[0] > rows.sizes[0]) view.sizes[0] = rows.sizes[0];
+  }
+}
+
 /// What torch says of our kernels when it lists an op's.
 constexpr const char* kOurs = "hdispatch";
 
@@ -151,6 +161,7 @@ Outcome Override::try_route(const Route& route, const c10::IValue* values, Found
     return Outcome::kBadCall;
   }
   fill_call(*route.op, values, std::min(count, given_), found.call);
+  cut_padding(route, found.call);
   if (const int arg = misfit(route, found.call); HD_UNLIKELY(arg >= 0)) {
     found.reason = route.op->args()[static_cast<size_t>(arg)].name + ": strides that the overridden op does not read";
     return Outcome::kBadCall;
@@ -243,6 +254,7 @@ bool Override::serve(PyObject* const* args, size_t count) const {
     bool grad = false;
     if (HD_UNLIKELY(!read_arguments(op, full, call, grad))) return false;
     if (HD_UNLIKELY(grad) && c10::GradMode::is_enabled()) return false;
+    cut_padding(routes_[r], call);
     if (HD_UNLIKELY(misfit(routes_[r], call) >= 0)) continue;
     const TensorView& written = call.tensors[op.mutated().front()];
     if (HD_UNLIKELY(written.dtype == DType::kNone || (written.slot == kCpuSlot) == cuda_)) return false;

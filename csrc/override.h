@@ -40,6 +40,8 @@ struct FormRule {
 struct Route {
   const Op* op = nullptr;
   std::vector<FormRule> rules;
+  std::vector<uint8_t> padded;  ///< tensors that may have more rows than `rows`, which the overridden kernel leaves
+  uint8_t rows = 0;             ///< the tensor that has the call's rows, where others are padded
 };
 
 /// Never freed: a call may be in it, on any thread, until the process ends.

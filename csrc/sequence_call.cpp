@@ -96,11 +96,18 @@ class SequenceDoor {
         written_(std::move(written)),
         arena_(std::move(arena)),
         counters_(counters_of(sequence_.name())) {
+    for (size_t i = 0; i < sequence_.slots().size(); ++i)
+      if (sequence_.slots()[i].is_written) written_slots_.push_back(i);
     has_foreign_ = std::any_of(steps_.begin(), steps_.end(), [](const DoorStep& step) { return !step.op; });
   }
 
   void call(PyObject* const* args);
   std::string explain(PyObject* const* args);
+  /// A call that a CUDA graph of this sequence made: what it wrote has been written to, and it is a hit.
+  void note_replay(PyObject* const* args) const {
+    bump_versions(args);
+    counters_.hits.fetch_add(1, std::memory_order_relaxed);
+  }
   const Sequence& sequence() const noexcept { return sequence_; }
 
  private:
@@ -141,6 +148,7 @@ class SequenceDoor {
   std::vector<DoorStep> steps_;
   std::vector<at::Tensor> constants_;  ///< whatever their owners do, this memory stays
   std::vector<at::Tensor> written_;    ///< constants that are written, as they were given
+  std::vector<size_t> written_slots_;
   std::shared_ptr<Arena> arena_;
   OpCounters& counters_;
   bool has_foreign_ = false;
@@ -302,9 +310,8 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
 }
 
 void SequenceDoor::bump_versions(PyObject* const* args) const {
-  const std::vector<SequenceSlot>& slots = sequence_.slots();
-  for (size_t i = 0; i < slots.size(); ++i)
-    if (slots[i].is_written && args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
+  for (const size_t i : written_slots_)
+    if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
   for (const at::Tensor& each : written_) bump_version(each);
 }
 
@@ -490,6 +497,39 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
   Py_RETURN_NONE;
 }
 
+/// A method's body, which may throw.
+template <typename Body>
+PyObject* method(PyObject* self, const Body& body) {
+  try {
+    return body(*reinterpret_cast<SequenceObject*>(self)->door);
+  } catch (abi::__forced_unwind&) {
+    throw;
+  } catch (...) {
+    set_python_error();
+    return nullptr;
+  }
+}
+
+PyObject* note_replay(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return method(self, [&](const SequenceDoor& door) {
+    if (HD_LIKELY(static_cast<size_t>(count) == door.sequence().slots().size()))
+      door.note_replay(args);
+    else
+      door.note_replay(gather(door.sequence(), args, static_cast<size_t>(count), nullptr).data());
+    return Py_NewRef(Py_None);
+  });
+}
+
+PyObject* order_slots(PyObject* self, PyObject* const* args, Py_ssize_t count, PyObject* keyword_names) {
+  return method(self, [&](const SequenceDoor& door) {
+    const auto all = gather(door.sequence(), args, static_cast<size_t>(count), keyword_names);
+    PyObject* made = PyTuple_New(static_cast<Py_ssize_t>(all.size()));
+    for (size_t i = 0; made && i < all.size(); ++i)
+      PyTuple_SET_ITEM(made, static_cast<Py_ssize_t>(i), Py_NewRef(all[i]));
+    return made;
+  });
+}
+
 void deallocate(PyObject* self) {
   PyTypeObject* type = Py_TYPE(self);
   delete reinterpret_cast<SequenceObject*>(self)->door;
@@ -549,6 +589,12 @@ PyObject* make_sequence_type() {
   static PyMemberDef members[] = {
       {"__vectorcalloffset__", T_PYSSIZET, offsetof(SequenceObject, vectorcall), READONLY, nullptr},
       {nullptr, 0, 0, 0, nullptr}};
+  static PyMethodDef methods[] = {
+      {"note_replay", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&note_replay)), METH_FASTCALL,
+       "A CUDA graph of this sequence has made a call with these slots: count it, and what it has written."},
+      {"order_slots", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&order_slots)),
+       METH_FASTCALL | METH_KEYWORDS, "All slots of a call in order, given by position or name."},
+      {nullptr, nullptr, 0, nullptr}};
   static PyGetSetDef getset[] = {
       {"name", get_name, nullptr, "The sequence's name.", nullptr},
       {"arena_bytes", get_arena_bytes, nullptr, "Bytes of temporaries, for max_rows rows.", nullptr},
@@ -557,6 +603,7 @@ PyObject* make_sequence_type() {
                                 {Py_tp_repr, reinterpret_cast<void*>(&repr)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(&deallocate)},
                                 {Py_tp_members, members},
+                                {Py_tp_methods, methods},
                                 {Py_tp_getset, getset},
                                 {0, nullptr}};
   static PyType_Spec spec = {"hdispatch._C.Sequence", sizeof(SequenceObject), 0,

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from hdispatch.errors import ArgumentError
-from hdispatch.opspec import OpSpec, StrArg, TensorArg, Variant
+from hdispatch.opspec import OpSpec, StrArg, TensorArg, Variant, VllmOp
 
 from ..lib.model_sizes import head
 from ..lib.paged_kv import check_slots, random_slots, write
@@ -104,4 +104,6 @@ SPEC = OpSpec(
     hints={"N": 8},
     served=served,
     typical="bfloat16-bfloat16+kv_cache_dtype=auto",
+    # vLLM pads key and value, and not the slots.
+    vllm=VllmOp(NAME, namespace="_C_cache_ops", padded=("key", "value"), rows="slot_mapping"),
 )

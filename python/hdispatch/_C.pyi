@@ -41,6 +41,8 @@ class Sequence:
     @property
     def arena_bytes(self) -> int: ...
     def __call__(self, *slots: object, **by_name: object) -> None: ...
+    def note_replay(self, *slots: object) -> None: ...
+    def order_slots(self, *slots: object, **by_name: object) -> tuple[Any, ...]: ...
 
 class Arena:
     """Memory of temporaries of sequences: one allocation of torch's per device and stream, made when one first runs there.
@@ -90,7 +92,7 @@ def make_adopted(
     may_lack: bool,
     heuristics: list[tuple[str, Any]],
     tuner: object,
-    tuner_cache: dict[Any, Any] | None,
+    refusal: str,
 ) -> AdoptedKernel: ...
 
 @final
@@ -143,7 +145,7 @@ class Override:
 def override_op(
     name: str,
     cuda: bool,
-    routes: list[tuple[Op, list[tuple[str, str, str | None]]]],
+    routes: list[tuple[Op, list[tuple[str, str, str | None]], tuple[str, ...], str | None]],
     given: int,
     required: int,
 ) -> Override | None: ...

@@ -143,11 +143,15 @@ class VllmOp:
     """An op of vLLM's, `torch.ops.<namespace>.<op>`, whose calls an op serves: the same arguments in the same order.
 
     The last argument may be in one of the two only. Several ops may serve one: the first, by name, that takes a call.
+
+    padded  names of tensors that may have more rows than the tensor `rows`: vLLM's kernel leaves the rest
     """
 
     op: str
     forms: tuple[Form, ...] = ()
     namespace: str = "_C"
+    padded: tuple[str, ...] = ()
+    rows: str | None = None
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ class Replays:
 
     A call that the launch table did not serve is never captured, nor one under a capture of somebody else's, which gets the
     launches themselves, or under a dispatch mode of torch's. A graph holds the kernels that it was made of, also those of a
-    bundle that is unloaded since; it is not replayed then. `stats` counts the launches of a capture, and no replays.
+    bundle that is unloaded since; it is not replayed then. `stats` counts a replayed call as a hit of the sequence, as one that
+    was launched; the ops of its steps count what was launched or captured.
     """
 
     def __init__(self, sequence: _C.Sequence, *, most: int = MOST, around: Captures | None = None) -> None:
@@ -64,9 +65,11 @@ class Replays:
         self._seen: OrderedDict[Hashable, bool] = OrderedDict()  # whether its last call was served
         self._streams: dict[int, torch.cuda.Stream] = {}
 
-    def __call__(self, *slots: Any) -> None:
-        """Run the sequence on the current stream of its tensors' device."""
-        device = next((slot.device for slot in slots if isinstance(slot, torch.Tensor)), None)
+    def __call__(self, *slots: Any, **by_name: Any) -> None:
+        """Run the sequence on the current stream of its tensors' device. Slots may be given by name, as to the sequence."""
+        if by_name:
+            slots = self.sequence.order_slots(*slots, **by_name)
+        device = _device_of(slots)
         if device is None or device.type != "cuda":
             self.sequence(*slots)
             return
@@ -78,9 +81,10 @@ class Replays:
             self.sequence(*slots)
             return
         stream = torch.cuda.current_stream(device)
-        key = (stream.cuda_stream, _C.table_generation(device.index), *map(_identity, slots))
+        key = _key(stream, slots)
         self._calls += 1
         graph = self._graphs.get(key)
+        is_new = graph is None
         if graph is None:
             if not self._seen.get(key) or not self._may_capture(stream):
                 self._call(key, slots)
@@ -91,6 +95,28 @@ class Replays:
         self.replays += 1
         graph.used = self._calls
         graph.graph.replay()
+        if not is_new:  # the capture's call has been noted
+            self.sequence.note_replay(*slots)
+
+    def explain(self, *slots: Any) -> str:
+        """What becomes of a call with these slots, and what the sequence says of it. Nothing is launched."""
+        device = _device_of(slots)
+        if device is None or device.type != "cuda":
+            what = f"launched: on {device or 'no device'} nothing is captured"
+        else:
+            with torch.cuda.device(device):
+                key = _key(torch.cuda.current_stream(device), slots)
+            if key in self._graphs:
+                what = "replayed: it has a graph"
+            elif self._seen.get(key):
+                what = "captured, then replayed: it has come twice"
+            else:
+                before = "its last one was its first, or not served" if key in self._seen else "this is its first one"
+                what = f"launched: the call after two that were served is captured, and {before}"
+        counted = (
+            f"{self.replays} calls replayed, {self.captures} captured, {len(self._graphs)} of at most {self.most} graphs kept"
+        )
+        return f"{what} ({counted})\n{_C.explain(self.sequence, *slots)}"
 
     def _may_capture(self, stream: torch.cuda.Stream) -> bool:
         return (self._around is None or self._around.may_begin()) and self._make_room(stream)
@@ -145,6 +171,15 @@ class Replays:
 def _is_watched() -> bool:
     """Whether launches are to be made one by one: for somebody's capture, or a mode that wants to see every op."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing()
+
+
+def _device_of(slots: tuple[Any, ...]) -> torch.device | None:
+    return next((slot.device for slot in slots if isinstance(slot, torch.Tensor)), None)
+
+
+def _key(stream: torch.cuda.Stream, slots: tuple[Any, ...]) -> Hashable:
+    """What a graph is of: a stream, a launch table, and the slots' memory and values."""
+    return stream.cuda_stream, _C.table_generation(stream.device.index), *map(_identity, slots)
 
 
 def _identity(slot: Any) -> Hashable:

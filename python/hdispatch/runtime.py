@@ -21,6 +21,7 @@ from .errors import BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
 from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, artifacts_of, ladders_of
+from .replay import Replays
 
 
 @dataclass(frozen=True)
@@ -389,9 +390,9 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, Any]]:
 
     hits are launches; empty are calls with M = 0; every miss has a reason ("no table", "no row", "guard: …") and, unless
     strict mode raised, a fallback. Sequences come behind by their names: hits are calls that were launched as a whole, misses
-    name the op of the step, and a fallback is a call whose steps were made one by one. Then adopted kernels, as
-    "adopted module.name": hits are launches from C++, empty those of an empty grid, and a fallback is a call that Triton made.
-    `reset` starts again from zero after reading.
+    name the op of the step, and a fallback is a call whose steps were made one by one; a replay (`Replays`) is a hit. Then
+    adopted kernels, as "adopted module.name": hits are launches from C++, empty those of an empty grid, and a fallback is a
+    call that Triton made. `reset` starts again from zero after reading.
     """
     found = {name: _C.stats(registry.get(name)) for name in registry.names()} | _C.sequence_stats() | _adopted_stats()
     if reset:
@@ -417,11 +418,14 @@ def _adopted_stats() -> dict[str, dict[str, Any]]:
 def explain(op: Any, *args: object) -> str:
     """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
 
-    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does. Of an adopted kernel, alone: a
-    line for each key that has come, and why the ones that are not served are not.
+    Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does; of `Replays` likewise, and
+    what becomes of the call. Of an adopted kernel, or of code whose kernels are adopted, alone: a line for each key that has
+    come, and why the ones that are not served are not.
     """
     if isinstance(op, _C.FunctionalOp):
         return _C.explain(op.out, *args, *_results(op, args))
+    if isinstance(op, Replays):
+        return op.explain(*args)
     if not isinstance(op, (_C.Op, _C.Sequence)) and (learnt := adopted.explain(op)) is not None:
         return learnt
     return _C.explain(op, *args)

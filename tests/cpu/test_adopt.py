@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import pickle
 import random
 import threading
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import adopted_kernels as kernels
 import adopted_random
@@ -61,6 +62,36 @@ def test_random_calls_of_more_kernels(stub):
     assert set(tally.by_kernel) == set(made)
     for name, of_kernel in tally.by_kernel.items():
         assert (of_kernel["served"] > 100) == (name not in adopted_random.TRITONS), (name, of_kernel)
+
+
+def test_tuples_are_values_of_their_own(stub):
+    kernel = hdispatch.adopt(fresh(kernels.tuples), driver="null")
+    grid = lambda meta: (meta["pair"][1],)  # noqa: E731
+
+    def call(*pair):
+        return launched(lambda: kernel[grid](pair, OUT, 7))
+
+    for turn in range(2):
+        for pair in ((X, 5), (X[1:], 5), (X, 16), (X, 1), (X.to(torch.int32), 5), (X, 32), (X, 5, 2.0, None)):
+            result, got = call(*pair)
+            assert (got is not None) == (turn == 1 or pair[1] == 32), pair
+            if got is not None:
+                assert got["grid"] == (pair[1], 1, 1)
+                addresses = [pair[0].data_ptr().to_bytes(8, "little"), OUT.data_ptr().to_bytes(8, "little")]
+                assert [each for each in got["params"] if each in addresses] == addresses
+            assert result is call(*pair)[0]
+    assert call(Y, 5)[1]["params"][0] == Y.data_ptr().to_bytes(8, "little")
+    assert set(misses(kernel)) == {"first call of a key"}
+
+    class Pair(NamedTuple):
+        x: torch.Tensor
+        n: int
+
+    for odd, reason in (((X, 5, (1, 2)), "tuple"), (Pair(X, 5), "tuple"), ((X, 5, *range(250)), "tuple")):
+        before = misses(kernel).get(reason, 0)
+        with contextlib.suppress(Exception):  # Triton may refuse it
+            kernel[(1,)](odd, OUT, 7)
+        assert misses(kernel)[reason] == before + 1
 
 
 # ---- adopting ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import adopted_kernels as kernels
@@ -151,6 +152,61 @@ def test_an_autotuned_kernel_is_served_by_its_key(stub):
     _, got = launched(lambda: tuned[grid](X, OUT, 1000))
     assert got is None
     assert misses(tuned)["autotuner's choices taken back"] == 1
+
+
+@pytest.mark.parametrize("way", ["cleared", "popped", "set", "another dict"])
+def test_an_autotuner_that_is_tuned_anew_launches_what_it_chose_last(stub, way):
+    times = iter([1.0, 2.0, 1.0, 2.0, 2.0, 1.0])  # of BLOCK=64 and 128, for 17, for 1000, for 17 again
+    tuned = wrapper(kernels.tuned)
+    tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [next(times)] * 3)[1]
+    hdispatch.adopt(tuned, driver="null")
+    call = lambda n: launched(lambda: tuned[(1,)](X, OUT, n))  # noqa: E731
+    for n in (17, 1000, 17, 1000):
+        _, got = call(n)
+    assert got["block"] == (64, 1, 1)
+    key = (17, "torch.float32", "torch.float32")
+    if way == "cleared":
+        tuned.cache.clear()
+    elif way == "popped":
+        del tuned.cache[key]
+    elif way == "set":
+        tuned.cache[key] = tuned.configs[1]
+    else:
+        tuned.cache = {}
+    for turn in range(3):
+        result, got = call(17)
+        assert (got is None) == (turn == 0)
+        assert result.metadata.num_warps == 4
+        assert tuned.best_config is tuned.cache[key] is tuned.configs[1]
+    assert got["block"] == (128, 1, 1)
+    assert misses(tuned)["autotuner's choices taken back"] == 1
+    assert len(hdispatch.explain(tuned).splitlines()) == 3
+
+
+def test_an_autotuner_that_is_tuned_again_and_again_keeps_no_more_rows_than_configurations(stub):
+    tuned = wrapper(kernels.tuned)
+    hdispatch.adopt(tuned, driver="null")
+    launched(lambda: tuned[(1,)](X, OUT, 17))
+    key = (17, "torch.float32", "torch.float32")
+    for turn in range(8):
+        tuned.cache[key] = tuned.configs[turn % 2]
+        assert launched(lambda: tuned[(1,)](X, OUT, 17))[1] is None or turn == 0
+        _, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+        assert got["block"] == ((64, 128)[turn % 2], 1, 1)
+    entry = tuned.__dict__["_hdispatch_adopted"]
+    assert sum(type(each) is triton.Config for each in gc.get_referents(entry)) == 2
+
+
+def test_an_autotuner_whose_configurations_are_replaced_is_tritons(stub):
+    tuned = hdispatch.adopt(wrapper(kernels.tuned), driver="null")
+    for _ in range(2):
+        _, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+    assert got is not None
+    tuned.configs = [triton.Config({"BLOCK": 32}, num_warps=1)]
+    result, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+    assert got is None
+    assert result.metadata.num_warps == 1
+    assert misses(tuned)["autotuner's configurations replaced"] == 1
 
 
 def test_an_autotuner_shows_the_choice_of_the_last_call(stub):

@@ -186,11 +186,51 @@ def test_a_class_with_a_run_of_its_own_stays_tritons(stub):
             return super().run(*args, **keywords)
 
     for adopt in (hdispatch.adopt, lambda _kernel, driver: hdispatch.adopt(driver=driver)):
+        hdispatch.stats(reset=True)
         kernel = Noting(kernels.add.fn)
         adopt(kernel, driver="null")
         for n in (1, 2, 2):
             assert not served(kernel, X, Y, OUT, n, BLOCK=256)
-    assert seen == [1, 2, 2] * 2
+        why = "a class of its own kind, Noting, with a run of its own"
+        assert counts(kernel) == {"hits": 0, "empty": 0, "fallbacks": 3, "misses": {why: 3}}
+        assert hdispatch.explain(kernel) == f"adopted\nTriton's  every call: {why}"
+        kernel.run(X, Y, OUT, 3, grid=(4,), warmup=False, BLOCK=256)
+        assert misses(kernel) == {why: 4}
+        hdispatch.unadopt(kernel)
+    assert seen == [1, 2, 2, 3] * 2
+
+
+def test_an_autotuner_with_a_pre_hook_stays_tritons_and_its_kernel_is_served(stub):
+    hooked: list[int] = []
+    configs = [triton.Config({"BLOCK": 64}, pre_hook=lambda given: hooked.append(given["n"]))]
+    tuned = triton.autotune(configs, key=["n"])(fresh(kernels.tuned.fn))
+    assert hdispatch.explain(tuned) == "not adopted"
+    hdispatch.adopt(tuned, driver="null")
+    assert not served(tuned, X, OUT, 17)
+    assert served(tuned, X, OUT, 17)
+    assert hooked == [17, 17]
+    why = "a configuration with a pre_hook"
+    assert misses(tuned) == {why: 2, "first call of a key": 1}
+    first, second, third, *rest = hdispatch.explain(tuned).splitlines()
+    assert (first, second, third) == ("adopted", f"Triton's  every call: {why}", "the kernel inside:")
+    assert rest[0] == "  adopted, 1 key(s)"
+    assert rest[1].startswith("  served    block ")
+    hdispatch.unadopt(tuned)
+    assert not served(tuned, X, OUT, 17)
+    assert hdispatch.explain(tuned).startswith("adopted before")
+    assert misses(tuned) == {why: 2, "first call of a key": 1}
+
+
+def test_a_block_gives_back_what_is_inside_a_wrapper_that_stays_tritons(stub):
+    tuned = triton.autotune([triton.Config({"BLOCK": 64}, pre_hook=lambda _given: None)], key=["n"])(fresh(kernels.tuned.fn))
+    with hdispatch.adopting(tuned, driver="null"):
+        served(tuned, X, OUT, 17)
+        assert served(tuned, X, OUT, 17)
+    assert not served(tuned, X, OUT, 17)
+    hdispatch.adopt(tuned.fn, driver="null")
+    with hdispatch.adopting(tuned, driver="null"):
+        assert served(tuned, X, OUT, 17)
+    assert served(tuned, X, OUT, 17)  # as before the block
 
 
 def test_compile_time_values_without_a_hash_are_tritons(stub):

@@ -359,7 +359,7 @@ def test_the_core_includes_neither_python_nor_torch():
 
 
 #: What adopted kernels are made of.
-ADOPTED = tuple(f"adopted_{part}" for part in ("key", "state", "table", "kernel", "learn", "host", "patch", "door"))
+ADOPTED = tuple(f"adopted_{part}" for part in ("key", "state", "table", "tuner", "kernel", "learn", "host", "patch", "door"))
 #: The doors, what they share, and what those of sequences and adopted kernels are made of.
 DOORS = (
     *("op_call", "torch_op", "override", "attempt", "op_arguments", "python_errors", "profiler"),

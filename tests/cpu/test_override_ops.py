@@ -157,7 +157,7 @@ def test_every_op_of_vllm_gets_its_own_arguments_back(standin, name, bundle):
     for route in vllm.ROUTES[name]:
         spec = hdispatch.registry.spec(route.op)
         variant = next(v for v in spec.variants() if all(value is not True for value in v.static.values()))
-        sizes = {"M": 4, "K": 1024, "N": 1024}
+        sizes = {"M": 4, "K": 1024, "N": 2 if name == "reshape_and_cache_flash" else 1024}  # its caches have N heads
         args = spec.sample(variant, sizes, torch.device("cpu"), torch.Generator().manual_seed(0))
         packet = getattr(standin.ops, name)
         args = args[: len(packet.default._schema.arguments)]

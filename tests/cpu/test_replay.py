@@ -2,11 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import hdispatch
+import pytest
 import torch
+from hdispatch import Sequence, replay
 from hdispatch.replay import _identity as identity
 from hdispatch.replay import _is_watched as is_watched
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Graph:
+    """A CUDA graph that holds nothing: a capture's call runs here, and a replay does not."""
+
+    def capture_begin(self, capture_error_mode: str) -> None:
+        """As torch's."""
+        assert capture_error_mode == "thread_local"
+
+    def capture_end(self) -> None:
+        """As torch's."""
+
+    def replay(self) -> None:
+        """As torch's."""
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replays take tensors of the CPU for those of a GPU."""
+    stream = SimpleNamespace(cuda_stream=0, device=torch.device("cuda", 0), synchronize=lambda: None)
+    monkeypatch.setattr(replay, "_device_of", lambda _slots: stream.device)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_: stream)
+    for name in ("stream", "device"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+
+def doubling(name: str) -> hdispatch.Replays:
+    """x -> 2 * x, which no table has to serve."""
+    sequence = Sequence(name)
+    x = sequence.slot("x", ("M", 4), torch.float32)
+    out = sequence.slot("out", ("M", 4), torch.float32, written=True)
+    sequence.add_torch(torch.ops.aten.mul.Scalar_out, x, 2, out=out)
+    return hdispatch.Replays(sequence.freeze())
 
 
 def test_tensors_of_a_cpu_are_never_captured():
@@ -42,3 +84,91 @@ def test_modes_see_the_launches(monkeypatch):
     assert not is_watched()
     with Mode():
         assert is_watched()
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_replay_bumps_the_versions_of_what_it_writes():
+    replays = doubling("versions")
+    x, out, other = (torch.ones(2, 4) for _ in range(3))
+    for turn in range(6):
+        before = [each._version for each in (x, out, other)]
+        replays(x, out)
+        assert [each._version for each in (x, out, other)] == [before[0], before[1] + 1, before[2]], turn
+    assert (replays.captures, replays.replays) == (1, 4)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_gradient_of_what_a_replay_has_overwritten_is_refused():
+    replays = doubling("gradient")
+    x, out = torch.ones(2, 4), torch.ones(2, 4)
+    weight = torch.ones(2, 4, requires_grad=True)
+    for _ in range(4):
+        replays(x, out)
+    loss = (weight * out).sum()  # saves out
+    replays(x, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    with torch.inference_mode():
+        made = torch.ones(2, 4)
+    for _ in range(4):
+        replays(x, made)  # has no version, and needs none
+    assert replays.captures == 2
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_replayed_calls_are_counted_as_calls_of_the_sequence():
+    replays = doubling("counted")
+    hdispatch.stats(reset=True)
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    for calls in range(1, 8):
+        replays(x, out)
+        assert hdispatch.stats()["counted"] == {"hits": calls, "empty": 0, "fallbacks": 0, "misses": {}}
+    assert (replays.captures, replays.replays) == (1, 5)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_replays_are_in_the_metrics():
+    metrics = pytest.importorskip("hdispatch.metrics", reason="needs prometheus_client")
+    replays = doubling("measured")
+    hdispatch.stats(reset=True)
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    for _ in range(5):
+        replays(x, out)
+    (hits,) = (each for each in metrics.RuntimeCollector().collect() if each.name == "hdispatch_hits")
+    assert [each.value for each in hits.samples if each.labels["op"] == "measured"] == [5]
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_slots_are_given_by_name_too():
+    replays = doubling("named")
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    for _ in range(2):
+        replays(x, out=out)
+        replays(out=out, x=x)
+    assert (replays.captures, replays.replays) == (1, 2)
+    assert torch.equal(out, 2 * x)
+    for wrong, message in (({"out": out}, 'slot "x" is missing'), ({"x": x, "nosuch": 3}, 'no slot "nosuch"')):
+        with pytest.raises(hdispatch.ArgumentError, match=message):
+            replays(**wrong)
+
+
+def test_slots_by_name_on_a_cpu():
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    replays = doubling("named on a cpu")
+    replays(out=out, x=x)
+    assert torch.equal(out, 2 * x)
+    assert "nothing is captured" in hdispatch.explain(replays, x, out)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_explain_says_what_becomes_of_a_call():
+    replays = doubling("explained")
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    found = []
+    for _ in range(4):
+        found.append(hdispatch.explain(replays, x, out))
+        replays(x, out)
+    assert [each.split(" ")[0].rstrip(":,") for each in found] == ["launched", "launched", "captured", "replayed"]
+    assert "1 captured, 1 of at most 128 graphs kept" in found[3]
+    for each in found:
+        assert each.partition("\n")[2] == hdispatch.explain(replays.sequence, x, out)

@@ -198,6 +198,9 @@ class _Step:
         op(handle, shared, out, 0, 0)
         self.hits += self.is_served
 
+    def note_replay(self, *_slots) -> None:
+        self.hits += 1
+
     def run(self, x, out) -> None:
         slots = (*(each.as_subclass(OnGpu) for each in (x, out, self.sums.memory[: x.size(0)])), self.sums.handle())
         try:

@@ -46,6 +46,19 @@ def test_a_call_that_comes_again_is_replayed(layers: Layers, m: int) -> None:
     assert (replays.captures, replays.replays) == (1, 4)
 
 
+def test_a_replay_is_a_call_of_the_sequence_that_writes(layers: Layers) -> None:
+    replays = hdispatch.Replays(layers.sequence("written"))
+    residual, positions = layers.inputs(4)
+    hdispatch.stats(reset=True)
+    for calls in range(1, 7):
+        before = residual._version, positions._version
+        replays(residual, positions)
+        assert (residual._version, positions._version) == (before[0] + 1, before[1])
+        assert hdispatch.stats()["written"] == {"hits": calls, "empty": 0, "fallbacks": 0, "misses": {}}
+    assert (replays.captures, replays.replays) == (1, 4)
+    assert hdispatch.explain(replays, residual, positions).startswith("replayed: it has a graph")
+
+
 def test_other_memory_other_sizes_and_other_streams_are_other_calls(layers: Layers) -> None:
     sequence = layers.sequence("others")
     replays = hdispatch.Replays(sequence)

@@ -233,6 +233,11 @@ def tuples(pair, x, n):
 
 
 @triton.jit
+def unspecialized_tuples(n, some, other):
+    pass
+
+
+@triton.jit
 def refused(x, n, BLOCK: tl.constexpr):
     pass
 

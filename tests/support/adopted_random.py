@@ -50,7 +50,7 @@ def as_null(launch: triton_stub.Launch) -> dict[str, Any]:
 def compare(stub: triton_stub.Stub, kernel: Any, grid: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     """Makes a call, which is launched as Triton launches it. Whether C++ launched it; the first call of a key is Triton's."""
     result, got = launched(lambda: kernel[grid](*args, **keywords))
-    stub.expect([kind for kind in result.src.signature.values() if kind != "constexpr"])
+    stub.expect([kind for kind in _flat(result.src.signature.values()) if kind != "constexpr"])
     hdispatch.unadopt(kernel)
     before = stub.launches
     wanted = kernel[grid](*args, **keywords)
@@ -192,7 +192,8 @@ def _calls(rng: random.Random, kinds: random.Random) -> dict[str, Callable[[], A
         "fifty_eight": lambda: (
             (*(a() for _ in range(14)), *(k() for _ in range(26)), *(pick((1, 32, True, None, "s")) for _ in range(18))), {}
         ),
-        "tuples": lambda: ((pick(((a(), k()), (k(), (f(), a())), [])), a(), k()), {}),
+        "tuples": lambda: ((pick(((a(), k()), (k(), f(), None, b(), a(), k()), (), (k(), (f(), a())), [])), a(), k()), {}),
+        "unspecialized_tuples": lambda: ((k(), (a(), k(), a())), {"other": (k(),)}),
         "refused": lambda: rng.choice((
             ((X, n()), {}), ((X, n(), 32, 1), {}), ((X, 2**64, 32), {}), ((X, -(2**70), 32), {}), ((X, n(), 32), {"x": X}),
             ((X, n()), {"BLOCK": 32, "no_such_option": 1}), (("text", n(), 32), {}), ((X, object(), 32), {}),
@@ -204,6 +205,12 @@ def _calls(rng: random.Random, kinds: random.Random) -> dict[str, Callable[[], A
         "tuned_of_two": lambda: ((t(), OUT, small(rng), rng.choice((1, 16, 48))), {}),
         "heuristic_of_tensors": lambda: ((a(), a(), k()), {}),
     }  # fmt: skip
+
+
+def _flat(kinds: Iterable[Any]) -> Iterable[str]:
+    """Types of a signature, those of tuples' items in their places."""
+    for kind in kinds:
+        yield from [kind] if isinstance(kind, str) else _flat(kind)
 
 
 def _options(kinds: random.Random) -> dict[str, Any]:
@@ -222,13 +229,14 @@ NAMED = (
     "captured", "pointers_last",
 )  # fmt: skip
 ALL = tuple(_calls(random.Random(), random.Random()))
-#: Left to Triton: integers of other widths, tuples, what it refuses.
-TRITONS = ("small_integers", "unsigned", "tuples", "refused")
+#: Left to Triton: integers of other widths, what it refuses.
+TRITONS = ("small_integers", "unsigned", "refused")
 WRAPPERS = ("tuned", "heuristic", "tuned_of_two", "heuristic_of_tensors")
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "unspecialized": {"do_not_specialize": ["n", "m"]},
     "unaligned": {"do_not_specialize_on_alignment": ["n", "x"]},
+    "unspecialized_tuples": {"do_not_specialize": ["other"], "do_not_specialize_on_alignment": ["some"]},
     "by_index": {"do_not_specialize": [1, 3]},
     "no_alignment": {"do_not_specialize_on_alignment": [0, 2]},
     "debugged": {"debug": True},

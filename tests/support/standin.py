@@ -42,6 +42,8 @@ bool renormalize, Tensor? bias, Tensor? is_padding) -> ()
 moe_sum(Tensor input, Tensor! output, Tensor? topk_ids=None, Tensor? expert_map=None) -> ()
 moe_align_block_size(Tensor topk_ids, int num_experts, int block_size, Tensor! sorted_token_ids, Tensor! experts_ids, \
 Tensor! num_tokens_post_pad, Tensor? maybe_expert_map, Tensor(a!)? scatter_idx=None) -> ()
+reshape_and_cache_flash(Tensor key, Tensor value, Tensor! key_cache, Tensor! value_cache, Tensor slot_mapping, \
+str kv_cache_dtype, Tensor k_scale, Tensor v_scale) -> ()
 """.strip().splitlines()
 
 #: The toy's arguments as another library may have them: no default for the last but one.

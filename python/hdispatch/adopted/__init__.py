@@ -2,6 +2,7 @@
 
 triton_state.py    what a compiled kernel depends on beside a call's arguments: knobs, hooks, captured globals
 triton_kernel.py   a Triton kernel, autotuned or with heuristics: its parameters, and what Triton compiled as a row
+host_code.py       functions, methods, modules and what else launches kernels: which ones they name
 host_program.py    callable grids and heuristics as integer expressions
 helion_record.py   what a Helion kernel's host function does, as data
 adoption.py        adopt and unadopt, for one kernel or for all of the process

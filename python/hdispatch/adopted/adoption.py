@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
-import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, TypeVar, overload
 
@@ -15,6 +13,7 @@ import torch
 
 from .. import _C
 from ..errors import HdispatchError
+from . import host_code
 
 Driver = Literal["cuda", "null"]
 Kernel = TypeVar("Kernel")
@@ -34,9 +33,11 @@ def adopt(kernel: None = None, *, driver: Driver = "cuda") -> None: ...
 def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     """Launch a kernel from C++ after its first call of each key. Returns it: nothing else in the caller's code changes.
 
-    kernel   of `@triton.jit`, with `@triton.autotune` and `@triton.heuristics` or without; or of `@helion.kernel`; or a
-             Python function, whose Triton kernels are then adopted, those that it and the functions it calls name. None:
-             all Triton kernels of the process, also those that are yet to come, and those that Helion launches
+    kernel   of `@triton.jit`, with `@triton.autotune` and `@triton.heuristics` or without; or of `@helion.kernel`; or
+             Python code, whose kernels are then adopted, those that it and the code of its module that it calls name: a
+             function, a method, a `torch.nn.Module`, a `torch.autograd.Function` or its `apply`, a `functools.partial`, a
+             class, an object that can be called. None: all Triton kernels of the process, also those that are yet to
+             come, and those that Helion launches
     driver   "null": serve tensors of the CPU and launch nothing (see `hdispatch.testing.null`), for tests
 
     A key is what Triton itself specializes on. The first call of one is Triton's own, and so is every call that is unusual:
@@ -54,12 +55,9 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     with _lock:
         if kernel is None:
             _start_all(driver)
-        elif _is_helion(kernel):
-            _adopt_helion(kernel, driver)
         else:
             for each in _kernels_of(kernel):
-                _adopt_one(each, driver)
-                _lazy.pop(id(each), None)
+                _adopt_this(each, driver)
     return kernel
 
 
@@ -89,21 +87,50 @@ def unadopt(kernel: Any = None) -> None:
             _C.unpatch_host_class(helion.Kernel)
 
 
-def explain(kernel: Any) -> str | None:
-    """What has been learnt of an adopted kernel, a line a key; None for what is none."""
-    made = _entry(kernel) if hasattr(kernel, "__dict__") else None
-    if made is None:
+def explain(given: Any) -> str | None:
+    """What has been learnt of a kernel, a line a key, or of each that an object's code names; None where there is none."""
+    if _is_interpreted(given):
+        return "not adopted: TRITON_INTERPRET=1 runs it on the CPU"
+    if "triton" not in sys.modules:
         return None
+    if _is_kernel(given):
+        return "\n".join(_learnt(given))
+    lines = []
+    for each in host_code.kernels_named_by(given, _is_kernel) or ():
+        lines += [f"{_name_of_kernel(each)}:", *(f"  {line}" for line in _learnt(each))]
+    return "\n".join(lines) or None
+
+
+def _learnt(kernel: Any) -> list[str]:
+    from . import triton_kernel
+
+    made = _entry(kernel)
+    if made is None:
+        return ["not adopted yet: its next call is, as all are" if _all else "not adopted"]
     state = "adopted" if _C.adopted_is_on(made) else "adopted before"
     if isinstance(made, _C.HostKernel):
         keys = _C.host_keys(made)
         shapes = [f"served    calls of one shape: {reason}" for served, exact, reason in keys if served and exact]
         every = ["served    any M" for served, exact, _ in keys if served and not exact]
         helion = [f"Helion's  {reason}" for served, _, reason in keys if not served]
-        return "\n".join([f"{state}, {len(keys)} key(s)", *every, *shapes, *helion])
+        return [f"{state}, {len(keys)} key(s)", *every, *shapes, *helion]
+    if isinstance(reason := vars(kernel)[triton_kernel.PARTS], str):
+        inner = triton_kernel.inner_of(kernel)
+        inside = [] if inner is None else ["the kernel inside:", *(f"  {line}" for line in _learnt(inner))]
+        return [state, f"Triton's  every call: {reason}", *inside]
     rows = [what for _, what, _ in _C.adopted_keys(made)]
     lines = [("served    " if what.startswith("block ") else "Triton's  ") + what for what in rows]
-    return "\n".join([f"{state}, {len(rows)} key(s)", *lines])
+    return [f"{state}, {len(rows)} key(s)", *lines]
+
+
+def _name_of_kernel(kernel: Any) -> str:
+    from . import triton_kernel
+
+    if not _is_helion(kernel):
+        return triton_kernel.name_of(kernel)
+    from . import helion_record
+
+    return helion_record.name_of(kernel)
 
 
 class adopting:
@@ -124,7 +151,7 @@ class adopting:
                 self._undo.append(None)
             for each in (kernel for given in self._kernels for kernel in _kernels_of(given)):
                 if not _is_adopted(each):
-                    adopt(each, driver=self._driver)
+                    _adopt_this(each, self._driver)
                     self._undo.append(each)
         return self
 
@@ -162,6 +189,14 @@ def _set_up() -> None:
     _is_set_up = True
 
 
+def _adopt_this(kernel: Any, driver: Driver) -> None:
+    if _is_helion(kernel):
+        _adopt_helion(kernel, driver)
+    else:
+        _adopt_one(kernel, driver)
+        _lazy.pop(id(kernel), None)
+
+
 def _adopt_one(kernel: Any, driver: Driver) -> None:
     """Makes a kernel's entry, or switches the one that it has on again."""
     from . import triton_kernel
@@ -172,22 +207,22 @@ def _adopt_one(kernel: Any, driver: Driver) -> None:
     if _switch(kernel, on=True):
         return
     parts = triton_kernel.parts_of(kernel)
-    if isinstance(parts, str):  # Triton's wrapper goes on; what is inside is served
-        inner = getattr(kernel, "fn", None)
-        if isinstance(inner, triton_kernel.CLASSES):
-            _adopt_one(inner, driver)
-        return
-    parts.is_null = driver == "null"
-    made = _C.make_adopted(
-        kernel=kernel,
-        name=triton_kernel.name_of(parts.function),
-        parameters=triton_kernel.parameters_of(parts),
-        is_null=parts.is_null,
-        may_lack=parts.lacks,
-        heuristics=parts.heuristics,
-        tuner=parts.tuner,
-        tuner_cache=None if parts.tuner is None else parts.tuner.cache,
-    )
+    if isinstance(parts, str):  # its calls are counted, and stay Triton's
+        nothing: dict[str, Any] = {"parameters": [], "may_lack": False, "heuristics": [], "tuner": None}
+        name = triton_kernel.name_of(kernel)
+        made = _C.make_adopted(kernel=kernel, name=name, is_null=driver == "null", refusal=parts, **nothing)
+    else:
+        parts.is_null = driver == "null"
+        made = _C.make_adopted(
+            kernel=kernel,
+            name=triton_kernel.name_of(parts.function),
+            parameters=triton_kernel.parameters_of(parts),
+            is_null=parts.is_null,
+            may_lack=parts.lacks,
+            heuristics=parts.heuristics,
+            tuner=parts.tuner,
+            refusal="",
+        )
     vars(kernel)[triton_kernel.PARTS] = parts
     vars(kernel)[triton_kernel.ENTRY] = made
 
@@ -236,7 +271,7 @@ def _inner(kernel: Any) -> Callable[[Any], Any]:
         with _lock:
             _adopt_one(function, driver)
             _lazy.pop(id(function), None)
-        return _entry(function)
+        return None if isinstance(vars(function)[triton_kernel.PARTS], str) else _entry(function)
 
     return make
 
@@ -316,46 +351,40 @@ def _adopt_lazily(kernel: Any) -> None:
 
 
 def _kernels_of(given: Any) -> list[Any]:
-    """The Triton kernel that is given, or those that a Python function names, itself and through functions that it names."""
+    """The kernel that is given, or those that an object's code names; behind a wrapper that is Triton's also the one inside."""
     from . import triton_kernel
 
-    if isinstance(given, triton_kernel.CLASSES) or _is_helion(given):
-        return [given]
-    function = inspect.unwrap(given) if callable(given) else given
-    if type(given).__name__ == "InterpretedFunction":
-        return []  # TRITON_INTERPRET=1: it runs on the CPU, and nothing is launched
-    if not isinstance(function, types.FunctionType):
+    if _is_interpreted(given):
+        return []  # it runs on the CPU, and nothing is launched
+    found = host_code.kernels_named_by(given, _is_kernel)
+    if found is None:
         raise HdispatchError(
             f"{given!r} is a {type(given).__name__}; hdispatch.adopt takes a kernel of @triton.jit, @triton.autotune or "
-            "@triton.heuristics or @helion.kernel, or a Python function that launches some"
+            "@triton.heuristics or @helion.kernel, or Python code that launches some: a function, a method, a "
+            "torch.nn.Module, a torch.autograd.Function, a functools.partial, a class, an object that can be called"
         )
-    found = list({id(each): each for each in _named(function, triton_kernel.CLASSES, set())}.values())
     if not found:
         raise HdispatchError(
-            f"{function.__module__}.{function.__qualname__} names no Triton kernel: adopt the kernels themselves, or all with "
-            "hdispatch.adopt()"
+            f"{_name_of(given)} names no Triton kernel: adopt the kernels themselves, or all with hdispatch.adopt()"
         )
+    for each in found:  # it grows
+        inner = None if _is_helion(each) else triton_kernel.inner_of(each)
+        if inner is not None and all(inner is not other for other in found):
+            found.append(inner)
     return found
 
 
-def _named(function: types.FunctionType, wanted: tuple[type, ...], seen: set[types.FunctionType]) -> Iterator[Any]:
-    if function in seen:
-        return
-    seen.add(function)
-    names = set(_names(function.__code__))
-    scope = {**function.__globals__, **inspect.getclosurevars(function).nonlocals}
-    values = [scope[name] for name in names if name in scope]
-    for module in [value for value in values if isinstance(value, types.ModuleType)]:
-        values += [vars(module)[name] for name in names if name in vars(module)]
-    for value in values:
-        if isinstance(value, wanted):
-            yield value
-        elif isinstance(value, types.FunctionType) and value.__module__ == function.__module__:
-            yield from _named(value, wanted, seen)
+def _is_kernel(given: Any) -> bool:
+    from . import triton_kernel
+
+    return isinstance(given, triton_kernel.CLASSES) or _is_helion(given)
 
 
-def _names(code: types.CodeType) -> Iterator[str]:
-    yield from (*code.co_names, *code.co_freevars)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _names(constant)
+def _is_interpreted(given: Any) -> bool:
+    """Whether it is a Triton kernel under TRITON_INTERPRET=1."""
+    return type(given).__name__ == "InterpretedFunction" and type(given).__module__.startswith("triton.")
+
+
+def _name_of(given: Any) -> str:
+    named = given if hasattr(given, "__qualname__") else type(given)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -99,12 +99,16 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
     if compiled.src.fn is not parts.function and compiled.src.fn.cache_key != parts.function.cache_key:
         return "code of another function"  # of one that this one is no copy of
     names = [each.name for each in parts.function.params]
-    params = []
+    params, behind = [], len(names)  # items of tuples have their values behind those of parameters, in order
     for name, kind in compiled.src.signature.items():
-        if not isinstance(kind, str):
-            return "tuple"
-        if kind != "constexpr":
-            params.append((names.index(name), kind))
+        if isinstance(kind, str):
+            each = [(names.index(name), kind)]
+        elif all(isinstance(item, str) for item in kind):
+            each = list(enumerate(kind, behind))
+            behind += len(kind)
+        else:
+            return "tuple in a tuple"
+        params += [(index, item) for index, item in each if item != "constexpr"]
     constants = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
     config = None if parts.tuner is None else parts.tuner.best_config
     return {
@@ -126,6 +130,15 @@ def _defaults(parts: Parts) -> dict[str, object]:
     return {each.name: each.default for each in parts.function.params if each.default is not inspect.Parameter.empty}
 
 
-def name_of(function: Any) -> str:
-    """`module.qualname` of the Python function behind a kernel."""
-    return f"{function.fn.__module__}.{function.fn.__qualname__}"
+def name_of(kernel: Any) -> str:
+    """`module.qualname` of the Python function behind a kernel, within whatever wraps it."""
+    function = kernel
+    while isinstance(function, CLASSES):
+        function = function.fn
+    return f"{function.__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
+def inner_of(kernel: Any) -> Any:
+    """The kernel inside a wrapper whose own calls stay Triton's; None where there is none."""
+    inner = getattr(kernel, "fn", None)
+    return inner if isinstance(inner, CLASSES) and isinstance(parts_of(kernel), str) else None

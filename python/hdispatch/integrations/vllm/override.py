@@ -1,4 +1,4 @@
-"""The drop-in for vLLM: its CUDA ops, `torch.ops._C.<op>` and `torch.ops._moe_C.<op>`, served from the launch table.
+"""The drop-in for vLLM: its CUDA ops, `torch.ops._C.<op>`, `_moe_C` and `_C_cache_ops`, served from the launch table.
 
 `override_vllm_ops` puts one C++ kernel over each op's CUDA kernel in torch's dispatcher, so that every caller is served:
 eager code, code that Inductor compiled, graph capture, C++. What the table does not serve runs vLLM's own kernel and is
@@ -26,18 +26,22 @@ class Route:
     """An op of ours that serves calls of vLLM's: the same arguments in the same order; the last may be in one of them only.
 
     namespace  of vLLM's op in torch.ops
+    padded, rows  as in `VllmOp`
     """
 
     op: str
     forms: tuple[Form, ...] = ()
     namespace: str = "_C"
+    padded: tuple[str, ...] = ()
+    rows: str | None = None
 
 
 def _routes() -> dict[str, tuple[Route, ...]]:
     found: dict[str, tuple[Route, ...]] = {}
     for name in sorted(registry.names()):
         if (served := registry.spec(name).vllm) is not None:
-            found[served.op] = (*found.get(served.op, ()), Route(name, served.forms, served.namespace))
+            route = Route(name, served.forms, served.namespace, served.padded, served.rows)
+            found[served.op] = (*found.get(served.op, ()), route)
     return found
 
 
@@ -196,10 +200,14 @@ def _resume(taken: _Taken, packet: Any, routes: Sequence[Route]) -> bool:
 
 def _make_kernel(key: tuple[str, str, str], packet: Any, routes: Sequence[Route]) -> _C.Override | None:
     arguments = packet.default._schema.arguments
+    made = []
+    for route in routes:
+        forms: list[tuple[str, str, str | None]] = [(form.arg, form.form, form.flag) for form in route.forms]
+        made.append((registry.get(route.op), forms, route.padded, route.rows))
     return _C.override_op(
         "::".join(key[:2]),
         key[2] == "CUDA",
-        [(registry.get(route.op), [(form.arg, form.form, form.flag) for form in route.forms]) for route in routes],
+        made,
         len(arguments),
         sum(not argument.has_default_value() for argument in arguments),
     )

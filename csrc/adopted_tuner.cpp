@@ -1,0 +1,92 @@
+// adopted_tuner.cpp -- comparing an autotuner's choices with those that were known.
+#include "adopted_tuner.h"
+
+#include <torch/csrc/Exceptions.h>
+
+#include <utility>
+
+namespace hdispatch {
+namespace {
+
+/// An attribute that is a dict, or a list; owned. Throws a Python error.
+PyObject* attribute(PyObject* object, const char* name, bool is_dict) {
+  PyObject* found = PyObject_GetAttrString(object, name);
+  if (!found) throw python_error();
+  if (is_dict ? PyDict_Check(found) : PyList_Check(found)) return found;
+  PyErr_Format(PyExc_TypeError, "hdispatch: an adopted autotuner's %s is a %s; Triton's is a %s", name,
+               Py_TYPE(found)->tp_name, is_dict ? "dict" : "list");
+  Py_DECREF(found);
+  throw python_error();
+}
+
+/// Whether a dict has all that a copy of it had. May run Python, which may write to the dict.
+bool has_all(PyObject* dict, PyObject* known) {
+  const Owned held{Py_NewRef(known)};
+  PyObject *key = nullptr, *value = nullptr;
+  for (Py_ssize_t at = 0; PyDict_Next(known, &at, &key, &value);) {
+    PyObject* found = PyDict_GetItemWithError(dict, key);
+    if (!found && PyErr_Occurred()) throw python_error();
+    if (found != value) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+AdoptedTuner::AdoptedTuner(PyObject* tuner) : tuner_(tuner) {
+  attributes_.dict = PyObject_GenericGetDict(tuner, nullptr);
+  if (!attributes_.dict) throw python_error();
+  cache_.dict = attribute(tuner, "cache", true);
+  configurations_ = attribute(tuner, "configs", false);
+  count_ = PyList_GET_SIZE(configurations_);
+  attributes_.note();
+  cache_.note();
+  known_ = PyDict_Copy(cache_.dict);
+  if (!known_) throw python_error();
+}
+
+HD_COLD void AdoptedTuner::look() {
+  attributes_.note();  // first: what is written meanwhile is looked at again
+  const Owned cache{attribute(tuner_, "cache", true)}, configurations{attribute(tuner_, "configs", false)};
+  has_its_list_ = configurations.object == configurations_;
+  if (cache.object == cache_.dict && cache_.is_same()) return;
+  if (cache.object != cache_.dict) {
+    PyObject* former = cache_.dict;
+    cache_.dict = Py_NewRef(cache.object);
+    cache_.note();
+    Py_DECREF(former);
+  } else {
+    cache_.note();
+  }
+  PyObject* known = PyDict_Copy(cache.object);
+  if (!known) throw python_error();
+  const Owned former{std::exchange(known_, known)};
+  if (!has_all(known, former.object)) ++number_;
+}
+
+HD_COLD void AdoptedTuner::show_other(PyObject* config) {
+  const bool was_same = attributes_.is_same();
+  if (PyObject_SetAttrString(tuner_, "best_config", config) != 0) throw python_error();
+  if (was_same) attributes_.note();  // nobody else has written
+  shown_ = config;
+}
+
+int AdoptedTuner::traverse(visitproc visit, void* arg) const {
+  Py_VISIT(attributes_.dict);
+  Py_VISIT(cache_.dict);
+  Py_VISIT(known_);
+  Py_VISIT(configurations_);
+  return 0;
+}
+
+void AdoptedTuner::clear() noexcept {
+  for (WatchedDict* each : {&attributes_, &cache_}) {
+    Py_CLEAR(each->dict);
+    *each = {};
+  }
+  Py_CLEAR(known_);
+  Py_CLEAR(configurations_);
+  shown_ = nullptr;
+}
+
+}  // namespace hdispatch

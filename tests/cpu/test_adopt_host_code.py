@@ -1,0 +1,69 @@
+"""Adopting code that launches Triton kernels: which kernels it names, and giving them back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hdispatch
+import host_code
+import pytest
+import torch
+from adopted_calls import X, launched
+from hdispatch.adopted import adoption
+
+pytest_plugins = ("adopted_fixtures",)
+pytestmark = pytest.mark.usefixtures("left_alone")
+
+
+def adopted_by(given: Any) -> set[str]:
+    """Names of the kernels that are adopted."""
+    return {each.fn.__name__ for each in adoption._kernels_of(given) if adoption._is_adopted(each)}
+
+
+@pytest.mark.parametrize("case", host_code.CASES)
+def test_the_kernels_that_code_names_are_adopted_and_given_back(stub, case):
+    given, names = host_code.CASES[case]
+    assert adopted_by(given) == set()
+    assert hdispatch.adopt(given, driver="null") is given
+    assert adopted_by(given) == names
+    found = hdispatch.explain(given).splitlines()
+    assert {line.rpartition(".")[2] for line in found if not line.startswith(" ")} == {f"{name}:" for name in names}
+    assert {line.split(",")[0] for line in found if line.startswith("  ")} >= {"  adopted"}
+    hdispatch.unadopt(given)
+    assert adopted_by(given) == set()
+    with hdispatch.adopting(given, driver="null"):
+        assert adopted_by(given) == names
+    assert adopted_by(given) == set()
+
+
+def test_calls_through_an_autograd_function_are_served(stub):
+    hdispatch.adopt(host_code.Scale.apply, driver="null")
+    x = X.double().requires_grad_()  # no other test does
+    for turn in range(2):
+        out, got = launched(lambda: host_code.Scale.apply(x))
+        assert (got is not None) == (turn == 1)
+        _, got = launched(lambda out=out: out.sum().backward())
+        assert (got is not None) == (turn == 1)
+
+
+def test_a_function_that_names_itself_before_it_is_there_is_looked_into():
+    @hdispatch.adopt
+    def recursive(n: int) -> None:
+        host_code.add[(1,)](n)
+        recursive(n - 1)
+
+    assert adopted_by(recursive) == {"add"}
+
+
+@pytest.mark.parametrize("given", [torch.nn.Linear(4, 4), object(), str, torch.autograd.Function, len])
+def test_code_without_kernels_is_refused(given):
+    with pytest.raises(hdispatch.HdispatchError, match="kernel"):
+        hdispatch.adopt(given)
+
+
+def test_kernels_that_are_not_adopted_say_so(stub):
+    assert hdispatch.explain(host_code.launch).endswith(".add:\n  not adopted") or "adopted before" in hdispatch.explain(
+        host_code.launch
+    )
+    with pytest.raises(TypeError, match="hdispatch op"):
+        hdispatch.explain(len)
