@@ -258,6 +258,78 @@ def test_times_of_other_sizes_stay(tmp_path):
     }
 
 
+def test_an_entry_for_arguments_goes_before_finer_edges_of_others(tmp_path):
+    spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
+    packages = {"toy_select": toy_package(tmp_path, spec)}
+    usual = [line(64, at, name, 1.0, variant="float32+group=4") for at, name in enumerate("abcd")]
+    select.select([*usual, *(line(64, at, "e", 1.0, variant="float32+group=8") for at in range(4))], packages)
+    file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
+    for group, names in ((4, "abcd"), (8, "eeee")):
+        variant = spec.variant(f"float32+group={group}")
+        assert "".join(file.pick(spec, {"K": 64}, {"M": m}, variant).config["name"] for m in SPEC.ladder) == names
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def test_a_new_cards_file_begins_from_what_served_it(tmp_path):
+    """All sizes, buckets, arguments and stand-ins of the file that it was served by; no times of that card."""
+    backends = ("triton", "cutedsl")
+    fast = [line(512, bucket, "fast", 50.0, backend="cutedsl") for bucket in range(4)]
+    run(table(64, a=[1, 1, 9, 9], b=[9, 9, 1, 1]) + table(512, c=[90] * 4) + fast, tmp_path, backends=backends)
+    before = json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text())
+    # Slower than b by less than the noise of the other card's choice: what another card chose is not kept for that.
+    report = run(noisy([line(64, 0, name, us, gpu=H100) for name, us in (("x", 100), ("a", 100.1))], 0.1), tmp_path)
+    assert report.path.name == "nvidia_h100.json"
+    assert picks(tmp_path, {"K": 64}, "h100") == ["x", "a", "b", "b"]
+    file = configs.read(report.path, SPEC)
+    for installed, name in ((backends, "fast"), (("triton",), "c")):
+        there = file.available(installed, "triton")
+        assert [there.pick(SPEC, {"K": 512}, {"M": edge}).config["name"] for edge in SPEC.ladder] == [name] * 4
+    assert json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text()) == before
+    times = json.loads(measurements.companion(report.path).read_text())["times"]
+    assert [(time["key"], time["us"]) for time in times] == [({"hidden_size": 64, "num_tokens": 1}, 100)]
+    assert (
+        f"{report.path} is new: what was not measured is as in {tmp_path / 'toy_select' / 'nvidia_h200.json'}"
+        in report.notes[0]
+    )
+    assert not any("is new" in note for note in run([line(64, 1, "y", 1.0, gpu=H100)], tmp_path).notes)
+    assert picks(tmp_path, {"K": 64}, "h100") == ["x", "y", "b", "b"]
+
+
+def test_a_new_cards_file_has_the_entries_of_other_arguments(tmp_path):
+    spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
+    packages = {"toy_select": toy_package(tmp_path, spec)}
+
+    def of(group: int, name: str, **changes: Any) -> list[timings.Timing]:
+        return [line(64, at, name, 1.0, variant=f"float32+group={group}", **changes) for at in range(4)]
+
+    select.select([*of(4, "a"), *of(8, "b")], packages)
+    new = [each for group in (4, 8) for each in of(group, f"x{group}", gpu=H100)[:1]]
+    for lines, expected in ((new[:1], ["x4", "a", "b", "b"]), (new, ["x4", "a", "x8", "b"])):
+        path = select.select(lines, packages)[0].path
+        file, m1, m8 = configs.read(path, spec), {"M": 1}, {"M": 8}
+        wanted = [(group, edges) for group in (4, 8) for edges in (m1, m8)]
+        found = [file.pick(spec, {"K": 64}, edges, spec.variant(f"float32+group={g}")) for g, edges in wanted]
+        assert [entry.config["name"] for entry in found] == expected
+        path.unlink()
+
+
+def test_a_file_elsewhere_begins_from_the_ops_own(tmp_path):
+    """With `--out`: the file of the card there, else what the op's own configs serve it with, the same card's times too."""
+    run(table(64, a=[1, 2, 3, 4]) + table(512, b=[5.0] * 4), tmp_path)
+    out = tmp_path / "out"
+    report = run([line(64, 0, "x", 0.5)], tmp_path, out=out)
+    assert report.path == out / "toy_select" / "nvidia_h200.json"
+    assert (picks(out, {"K": 64}), picks(out, {"K": 512})) == (["x", "a", "a", "a"], ["b"] * 4)
+    assert len(json.loads(measurements.companion(report.path).read_text())["times"]) == 8
+    assert picks(tmp_path, {"K": 64}) == ["a"] * 4
+    run([line(64, 0, "y", 0.5, gpu=H100)], tmp_path, out=out)
+    assert (picks(out, {"K": 64}, "h100"), picks(out, {"K": 512}, "h100")) == (["y", "a", "a", "a"], ["b"] * 4)
+    run(table(64, z=[1.0] * 4), tmp_path, out=out)
+    assert (picks(out, {"K": 64}), picks(out, {"K": 512})) == (["z"] * 4, ["b"] * 4)
+
+
 def test_timings_of_other_compiled_in_integers_make_entries_of_their_own(tmp_path):
     """Entries and times for them stand beside those of the typical variant, and serve their variants alone."""
     args = (*SPEC.args, IntArg("group", values=(4, 8, 2), minimum=1))

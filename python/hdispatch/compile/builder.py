@@ -225,13 +225,12 @@ def _units_of(
     package: OpPackage, file: configs.ConfigFile, variant: str, shapes: Sequence[dict[str, int]], buckets: Sequence[int]
 ) -> Iterator[Unit]:
     """The units of a variant. Of rows with the same sizes, as of shapes that differ in an open one, the first counts."""
-    spec = package.spec
-    fitting = file.for_variant(spec.variant(variant)).without_arguments()
+    spec, of = package.spec, package.spec.variant(variant)
     units: dict[bytes, Unit] = {}
     taken: set[Row] = set()
     for shape in shapes:
         for bucket in buckets:
-            entry = fitting.pick(spec, shape, spec.ladders.edges(bucket))
+            entry = file.pick(spec, shape, spec.ladders.edges(bucket), of)
             backend = entry.backend or package.backends[0]
             generic = () if backend == configs.NO_ROW else package.generic[backend]
             known = {symbol: size for symbol, size in shape.items() if symbol not in generic}

@@ -20,8 +20,8 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,15 +93,11 @@ class ConfigFile:
     def for_variant(self, variant: Variant) -> ConfigFile:
         """The file without the entries that are for other values of compiled-in arguments; if that leaves none, with them.
 
-        Those for this variant's values come first, so that of entries for the same sizes one of them is picked.
+        Those for this variant's values come first: where they reach a bucket, one of them is picked.
         """
         kept = [e for e in self.entries if all(variant.static.get(name) == value for name, value in e.arguments.items())]
         kept.sort(key=lambda entry: -len(entry.arguments))
         return ConfigFile(self.path, tuple(kept) or self.entries)
-
-    def without_arguments(self) -> ConfigFile:
-        """The file with entries that serve every variant: of one that `for_variant` gave."""
-        return ConfigFile(self.path, tuple(replace(entry, arguments={}) for entry in self.entries))
 
     def require_backends(self, backends: Collection[str]) -> None:
         """BuildError, naming the entry, if one is for a backend that is not among the op's, or stands in for such a one."""
@@ -117,32 +113,44 @@ class ConfigFile:
 
         For a shape with all its sizes: among the entries with sizes the ones with the nearest ones (earlier names of
         `config_key` first, and the earlier entry of two equally near). For a shape that leaves sizes out: the entries that
-        leave out the same. Among those the smallest M of at least the edge, or else the largest; then likewise the second
-        ladder's integer. Where there are none: the default, and of a file without one any entry. BuildError if the file has no
-        entry.
+        leave out the same. Of these the ones that name the most of the variant's arguments and reach the edges. Among those the
+        smallest M of at least the edge, or else the largest; then likewise the second ladder's integer. Where there are none:
+        the default, and of a file without one any entry. BuildError if the file has no entry.
         """
         if not self.entries:
             raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
-        if any(entry.arguments for entry in self.entries):
-            return self.for_variant(variant or spec.typical_variant()).without_arguments().pick(spec, shape, edges)
+        entries = self.entries
+        if any(entry.arguments for entry in entries):
+            entries = self.for_variant(variant or spec.typical_variant()).entries
         symbols = [symbol for symbol in spec.config_key.values() if symbol in KEY_SYMBOLS[1:]]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
-        like = [e for e in self.entries if e.sizes and set(e.shape) == set(given)]
-        default = next((entry for entry in self.entries if not entry.sizes), None)
+        like = [e for e in entries if e.sizes and set(e.shape) == set(given)]
+        default = next((entry for entry in entries if not entry.sizes), None)
         if not like:
-            return default or self.pick(spec, self._complete(symbols), edges)
+            return default or self.pick(spec, _complete(entries, symbols), edges, variant)
         nearest = min((e.sizes for e in like), key=lambda sizes: [abs(sizes[s] - shape[s]) for s in given])
-        same = [entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)]
+        same = _most_arguments([entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)], edges)
         for name, edge in edges.items():
             same = _at_edge(same, name, edge)
         return same[0]
 
-    def _complete(self, symbols: list[str]) -> dict[str, int]:
-        """The sizes of the entry that has the largest ones."""
-        return max(
-            ({s: e.sizes[s] for s in symbols if s in e.sizes} for e in self.entries), key=lambda sizes: [*sizes.values()]
-        )
+
+def _complete(entries: Iterable[ConfigEntry], symbols: list[str]) -> dict[str, int]:
+    """The sizes of the entry that has the largest ones."""
+    return max(({s: e.sizes[s] for s in symbols if s in e.sizes} for e in entries), key=lambda sizes: [*sizes.values()])
+
+
+def _most_arguments(entries: list[ConfigEntry], edges: Mapping[str, int]) -> list[ConfigEntry]:
+    """Of a variant's entries for one shape those that name the most arguments and reach a bucket's edges; else all.
+
+    One entry serves the buckets up to its edge, so others' edges between must not come before it.
+    """
+    for arguments in sorted((entry.arguments for entry in entries), key=len, reverse=True):
+        found = [entry for entry in entries if entry.arguments == arguments]
+        if any(all(entry.sizes.get(name, edge) >= edge for name, edge in edges.items()) for entry in found):
+            return found
+    return entries
 
 
 def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEntry]:
@@ -266,11 +274,16 @@ def _check_config(place: str, config: object) -> None:
 
 def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None] | None:
     """The op's file for a GPU in a folder, and a note if it is another GPU's; None if the folder has neither."""
-    for name in (target.config_file, FALLBACK):
-        if (path := folder / name).is_file():
-            note = f"{spec.name}: no configs for {target.name}, using {path}" if name != target.config_file else None
-            return read(path, spec), note
-    return None
+    if (path := find_file([folder], target.config_file)) is None:
+        return None
+    note = f"{spec.name}: no configs for {target.name}, using {path}" if path.name != target.config_file else None
+    return read(path, spec), note
+
+
+def find_file(folders: Iterable[Path], name: str) -> Path | None:
+    """The first of folders' files of a card, by the file's name; else of `FALLBACK`; None if none has either."""
+    paths = [folder / each for each in (name, FALLBACK) for folder in folders]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def installed(op: str) -> Path:
