@@ -20,7 +20,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -272,15 +272,15 @@ def _check_config(place: str, config: object) -> None:
         raise BuildError(f"{place} has an integer of {config.bit_length()} bits in its config; they fit 64")
 
 
-def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None] | None:
-    """The op's file for a GPU in a folder, and a note if it is another GPU's; None if the folder has neither."""
-    if (path := find_file([folder], target.config_file)) is None:
+def find(spec: OpSpec, target: GpuTarget, *folders: Path) -> tuple[ConfigFile, str | None] | None:
+    """The op's file for a GPU in the first folder with one, and a note if it is another GPU's; None if there is neither."""
+    if (path := find_file(folders, target.config_file)) is None:
         return None
     note = f"{spec.name}: no configs for {target.name}, using {path}" if path.name != target.config_file else None
     return read(path, spec), note
 
 
-def find_file(folders: Iterable[Path], name: str) -> Path | None:
+def find_file(folders: Sequence[Path], name: str) -> Path | None:
     """The first of folders' files of a card, by the file's name; else of `FALLBACK`; None if none has either."""
     paths = [folder / each for each in (name, FALLBACK) for folder in folders]
     return next((path for path in paths if path.is_file()), None)
