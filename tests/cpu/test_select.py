@@ -13,9 +13,10 @@ import pytest
 from hdispatch.cli.main import main
 from hdispatch.cli.tune_reports import describe_shares
 from hdispatch.compile import configs, measurements
+from hdispatch.compile.target import DESCRIBED
 from hdispatch.errors import BuildError
-from hdispatch.opspec import IntArg
-from hdispatch.tune import compare, cover, measured, select, timings
+from hdispatch.opspec import BoolArg, IntArg, TensorArg
+from hdispatch.tune import compare, cover, measured, point_configs, points, select, timings
 from toy_timings import SPEC, line, picks, run, table, toy_package
 
 
@@ -258,6 +259,47 @@ def test_times_of_other_sizes_stay(tmp_path):
     }
 
 
+def test_stand_ins_for_arguments_leave_the_other_entries(tmp_path):
+    spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
+    packages = {"toy_select": toy_package(tmp_path, spec, ("triton", "cutedsl"))}
+    usual = [line(64, at, "a", 1.0, variant="float32+group=4") for at in range(4)]
+    wide = [line(64, at, "b", 2.0, variant="float32+group=8") for at in range(4)]
+    fast = [line(64, at, "fast", 1.0, variant="float32+group=8", backend="cutedsl") for at in range(4)]
+    select.select([*usual, *wide, *fast], packages)
+    file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
+    for installed, expected in ((("triton",), ["a", "b"]), (("triton", "cutedsl"), ["a", "fast"])):
+        there = file.available(installed, "triton")
+        found = [there.pick(spec, {"K": 64}, {"M": 2}, spec.variant(f"float32+group={group}")) for group in (4, 8)]
+        assert [entry.config["name"] for entry in found] == expected
+
+
+def test_timings_of_a_variant_without_a_tensor_make_entries_of_their_own(tmp_path):
+    """As Llama's of attention, after Qwen3's with norms: neither replaces the other's, in either order."""
+    weight = TensorArg("weight", ("K",), "input", optional=True)
+    args = (*SPEC.args, weight, BoolArg("flag"))
+    spec = replace(SPEC, args=args, shapes=({"K": 64},), typical="float32+weight+flag")
+    packages = {"toy_select": toy_package(tmp_path, spec)}
+    path = tmp_path / "toy_select" / "nvidia_h200.json"
+    runs = {
+        "float32+weight+flag": ("a", {}),
+        "float32+flag": ("b", {"weight": 0}),
+        "float32+weight": ("c", {"flag": 0}),
+        "float32": ("d", {"weight": 0, "flag": 0}),
+    }
+    for order in itertools.permutations(runs):
+        for variant in (*order, order[0]):
+            lines = [line(64, at, runs[variant][0], 1.0 + at, variant=variant) for at in range(4)]
+            select.select([*lines, *(line(64, at, "slow", 9.0, variant=variant) for at in range(4))], packages)
+        file, times = configs.read(path, spec), measurements.Measurements(spec, path)
+        for variant, (name, arguments) in runs.items():
+            picked = [file.pick(spec, {"K": 64}, {"M": m}, spec.variant(variant)) for m in SPEC.ladder]
+            assert [(each.config["name"], each.arguments) for each in picked] == [(name, arguments)] * 4
+            found = times.of(variant, {"K": 64}, {"M": 2}, {"backend": "triton", "config": {"name": name}})
+            assert found is not None
+        path.unlink()
+        measurements.companion(path).unlink()
+
+
 def test_an_entry_for_arguments_goes_before_finer_edges_of_others(tmp_path):
     spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
     packages = {"toy_select": toy_package(tmp_path, spec)}
@@ -295,6 +337,16 @@ def test_a_new_cards_file_begins_from_what_served_it(tmp_path):
     )
     assert not any("is new" in note for note in run([line(64, 1, "y", 1.0, gpu=H100)], tmp_path).notes)
     assert picks(tmp_path, {"K": 64}, "h100") == ["x", "y", "b", "b"]
+
+
+def test_what_serves_a_new_card_is_among_its_candidates(tmp_path):
+    run(table(64, a=[1, 1, 9, 9], b=[9, 9, 1, 1]), tmp_path)
+    for name, expected in (("h100", {"a", "b"}), ("h200", {"a", "b"})):
+        files = point_configs.config_files(toy_package(tmp_path), points.Scope(), DESCRIBED[name], [])
+        assert {entry.config["name"] for file in files for entry in file.entries} == expected
+    run([line(64, bucket, "x", 1.0, gpu=H100) for bucket in range(4)], tmp_path)
+    (file,) = point_configs.config_files(toy_package(tmp_path), points.Scope(), DESCRIBED["h100"], [])
+    assert {entry.config["name"] for entry in file.entries} == {"x"}
 
 
 def test_a_new_cards_file_has_the_entries_of_other_arguments(tmp_path):

@@ -239,7 +239,7 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     symbols = set(spec.config_key.values()) - {"M"}
     #: Variants that have entries of their own.
     served, own = spec.served_variants(), [entry.arguments for entry in file.entries if entry.arguments]
-    special = [variant for variant in served if any(each.items() <= variant.static.items() for each in own)]
+    special = [v for v in served if any(all(configs.argument_of(v, n) == x for n, x in each.items()) for each in own)]
     picked = [*default]
     first, *others = (name for name in BACKENDS if name in backends)
     for installed in ([first, *others], [name for name in (first, *others) if name not in OPTIONAL]):

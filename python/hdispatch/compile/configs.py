@@ -7,8 +7,9 @@ the op's kernels the config is for, if not the first. `"without": "cutedsl"` mar
 others where that backend is not installed. `"backend": "fallback"`, with the config {}, says that no row serves those buckets:
 their calls run the op's fallback, which is faster there.
 
-A key may also name integer arguments that are compiled in (`group_size`): such an entry is for the variants with that value,
-and before others for the same sizes.
+A key may also name arguments that tell variants apart: integers and flags that are compiled in (`group_size`), and tensors that
+may be absent (`"q_weight": 0` where it is, 1 where it is not). Such an entry is for the variants with that value, and before
+others for the same sizes.
 
 vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves and what the op's `foreign_key`
 knows. Before 0.33 a file was an object of configs by keys in one string, `hidden_size_4096_num_tokens_16`. Their configs are
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..opspec import KEY_SYMBOLS, IntArg, OpSpec, Variant
+from ..opspec import KEY_SYMBOLS, BoolArg, IntArg, OpSpec, Variant
 from ..typed_json import Mismatch, parse
 from .target import GpuTarget
 from .versions import PACKAGES
@@ -51,7 +52,7 @@ class ConfigEntry:
     second ladder they may have the name of its integer too.
 
     backend is that of the kernel that the config is for, None for the op's first one; without, if given, the backend that
-    has to be absent for the entry to count. arguments: values of compiled-in arguments that the entry is for, none for all
+    has to be absent for the entry to count. arguments: values, as `argument_of` gives them, that the entry is for, none for all
     of them. label: what errors call it, "entry 3"; raw: the entry as the file has it.
     """
 
@@ -85,9 +86,9 @@ class ConfigFile:
         """
         backends = {*backends, NO_ROW}
         stand_ins = [e for e in self.entries if e.without and e.without not in backends and (e.backend or first) in backends]
-        replaced = [entry.shape for entry in stand_ins]
+        replaced = [(entry.shape, entry.arguments) for entry in stand_ins]
         usual = [entry for entry in self.entries if not entry.without]
-        kept = [e for e in usual if (e.backend or first) in backends and e.shape not in replaced]
+        kept = [e for e in usual if (e.backend or first) in backends and (e.shape, e.arguments) not in replaced]
         return ConfigFile(self.path, tuple(stand_ins + kept) or tuple(usual))
 
     def for_variant(self, variant: Variant) -> ConfigFile:
@@ -95,7 +96,7 @@ class ConfigFile:
 
         Those for this variant's values come first: where they reach a bucket, one of them is picked.
         """
-        kept = [e for e in self.entries if all(variant.static.get(name) == value for name, value in e.arguments.items())]
+        kept = [e for e in self.entries if all(argument_of(variant, name) == value for name, value in e.arguments.items())]
         kept.sort(key=lambda entry: -len(entry.arguments))
         return ConfigFile(self.path, tuple(kept) or self.entries)
 
@@ -134,6 +135,19 @@ class ConfigFile:
         for name, edge in edges.items():
             same = _at_edge(same, name, edge)
         return same[0]
+
+
+def key_arguments(spec: OpSpec) -> list[str]:
+    """The arguments that keys may name: those whose values tell variants apart, but for dtypes."""
+    names = [arg.name for arg in spec.args if isinstance(arg, IntArg | BoolArg) and arg.values is not None]
+    return names + [arg.name for arg in spec.tensors() if arg.optional]
+
+
+def argument_of(variant: Variant, name: str) -> int | None:
+    """A variant's value of such an argument: of a tensor 1, or 0 where it is absent. None for an integer that is absent."""
+    if name in variant.static:
+        return int(variant.static[name])
+    return 1 if name in variant.dtypes else 0 if name in variant.none else None
 
 
 def _complete(entries: Iterable[ConfigEntry], symbols: list[str]) -> dict[str, int]:
@@ -238,7 +252,7 @@ def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str
     expected = sorted(spec.config_key)
     if not isinstance(key, (dict, str)):
         raise BuildError(f"{place} has the key {key!r:.80}; it takes an object with {expected}, or {{}} for the default")
-    arguments = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
+    arguments = set(key_arguments(spec))
     meant = _meant(key)
     if spec.foreign_key is not None and all(_is_size(size) for size in meant.values()):
         meant = spec.foreign_key(meant)
@@ -249,7 +263,7 @@ def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str
             "or {} for the default"
         )
     for name, size in meant.items():
-        if not _is_size(size):
+        if not _is_size(size) and not (name in arguments and type(size) is int and size == 0):
             raise BuildError(f"{place} has {name} {size!r:.80}; it takes an integer of at least 1 and at most {LARGEST_SIZE}")
     sizes = {known[name]: size for name, size in meant.items() if name in known}
     if len(sizes) < sum(name in known for name in meant):

@@ -19,7 +19,7 @@ from ..compile.store import write_atomic
 from ..compile.target import short_name
 from ..compile.versions import OPTIONAL
 from ..errors import BuildError
-from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured, Previous
 from .timings import ConfigKey, Refusal, Timing, canonical, cell_key, config_key, fault, unlike_cards
@@ -67,10 +67,10 @@ def select(
     limit      the regret that is allowed, 0.02 being 2 %
 
     Entries of a file for sizes, or for edges of M, that the timings do not have are kept; a file that is not there yet begins
-    from the one that served the card until now, which may be another card's. Timings of variants whose compiled-in
-    integers are not the typical variant's make entries for those alone, beside the others. Where configs of an optional backend
-    were chosen, the best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend,
-    bucket or size that there is not, for an op without one right candidate, or a limit that is negative.
+    from the one that served the card until now, which may be another card's. Timings of variants whose compiled-in values, or
+    absent tensors, are not the typical variant's make entries for those alone, beside the others. Where configs of an
+    optional backend were chosen, the best without it are written too. BuildError for timings of several GPUs, or of an op,
+    variant, backend, bucket or size that there is not, for an op without one right candidate, or a limit that is negative.
 
     A config that the file has for a slot stays where the limit allows it and it is slower than the best choice by no more than
     the noise, the range between the quartiles of the two: so runs that differ by noise alone choose alike.
@@ -110,10 +110,10 @@ def _served_until_now(package: OpPackage, name: str) -> configs.ConfigFile | Non
 
 
 def _arguments(spec: OpSpec, variant: str) -> tuple[tuple[str, int], ...]:
-    """The integers of a variant that are compiled in and not those of the typical one."""
-    static, usual = spec.variant(variant).static, spec.typical_variant().static
-    names = [arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None]
-    return tuple((name, int(static[name])) for name in names if name in static and static[name] != usual.get(name))
+    """What a key says of a variant: the arguments that are not as the typical one has them."""
+    this, usual = spec.variant(variant), spec.typical_variant()
+    values = [(name, configs.argument_of(this, name)) for name in configs.key_arguments(spec)]
+    return tuple((name, value) for name, value in values if value is not None and value != configs.argument_of(usual, name))
 
 
 def refusal(packages: Mapping[str, OpPackage]) -> Refusal:
