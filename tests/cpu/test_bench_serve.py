@@ -189,7 +189,7 @@ def test_logits_of_several_ranks_are_refused_before_anything_starts(capsys):
 def timed(model="qwen3-8b", scheme="token", ranks=1, **modes):
     """A made-up result: modes with underscores for pluses, each with its batches, prefills and seconds of the start."""
     made = {
-        name.replace("_", "+"): {"batches": batches, "prefills": prefills, "started": {"import_s": 1.0, "init_s": start - 1.0}}
+        name.replace("_", "+"): {"batches": batches, "prefills": prefills, "started": {"import_s": 10.0, "init_s": start}}
         for name, (batches, prefills, start) in modes.items()
     }
     return {"model": model, "scheme": scheme, "ranks": ranks, "modes": made, "failed": {}}
