@@ -284,8 +284,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("reset_sequence_stats", [] {
     for (const auto& [name, counters] : sequence_counters()) reset_stats(*counters);
   });
-  m.def("explain", [](const py::object& op, const py::args& args) {
-    if (Py_TYPE(op.ptr()) == reinterpret_cast<PyTypeObject*>(sequence_type)) return explain_sequence(op.ptr(), args);
+  m.def("explain", [](const py::object& op, const py::args& args, const py::kwargs& by_name) {
+    if (Py_TYPE(op.ptr()) == reinterpret_cast<PyTypeObject*>(sequence_type))
+      return explain_sequence(op.ptr(), args, by_name);
+    if (!by_name.empty())
+      fail(Fault::kCaller, "explain takes keywords of ops and sequences, not of ", std::string(py::repr(op)));
     Call call;
     fill(as_op(op), args, call);
     const TableReader reader;

@@ -572,11 +572,17 @@ PyObject* make_sequence(PyObject* type, const std::string& name, const py::list&
   return reinterpret_cast<PyObject*>(self);
 }
 
-std::string explain_sequence(PyObject* sequence, const py::args& args) {
+std::string explain_sequence(PyObject* sequence, const py::args& args, const py::kwargs& by_name) {
   SequenceDoor& door = *reinterpret_cast<SequenceObject*>(sequence)->door;
   std::vector<PyObject*> given;
   for (const auto& arg : args) given.push_back(arg.ptr());
-  return door.explain(gather(door.sequence(), given.data(), given.size(), nullptr).data());
+  py::tuple names(by_name.size());
+  size_t named = 0;
+  for (const auto& [name, value] : by_name) {
+    given.push_back(value.ptr());
+    names[named++] = name;
+  }
+  return door.explain(gather(door.sequence(), given.data(), args.size(), names.ptr()).data());
 }
 
 std::map<std::string, OpCounters*> sequence_counters() {

@@ -28,7 +28,7 @@ PyObject* make_sequence(PyObject* type, const std::string& name, const pybind11:
                         std::shared_ptr<Arena> arena, const OpObject& (*as_op)(const pybind11::handle&));
 
 /// Describes a call, one line a step, without launching it.
-std::string explain_sequence(PyObject* sequence, const pybind11::args& args);
+std::string explain_sequence(PyObject* sequence, const pybind11::args& args, const pybind11::kwargs& by_name);
 
 /// name -> counters of all sequences that were made; sequences of one name share them.
 std::map<std::string, OpCounters*> sequence_counters();

@@ -3,7 +3,7 @@
 #
 #   scripts/gpu_visit.sh CARRY OUT STEP…      steps: build, gpu-tests, cpu-tests, fuzz, tune, ops, deepgemm, attention, attention-dense,
 #                                             dispatch, adopt, functional, first-call, busy, bits, pdl, serve, server, vllm-tests,
-#                                             vllm-kernel-tests, load, sanitize, make
+#                                             vllm-kernel-tests, load, sanitize, make, regress
 #
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
@@ -16,6 +16,8 @@
 # FUZZ is the seconds and more arguments of scripts/fuzz.py; TUNE, OPS, DEEPGEMM, PDL, BITS and DISPATCH are more arguments of
 # `hdispatch tune measure`, of benchmarks/bit_equality.py and of the benchmarks, TESTS of pytest, BUILD of `hdispatch build`; for
 # sanitize see scripts/sanitize.sh. LIMIT is the seconds that vllm-tests may take: what failed by then is shown.
+# regress compares what the visit measured by then with the newest committed results of the same card; REGRESS holds more arguments
+# of benchmarks/regress.py, as --partial where OPS measured a part, REGRESS_LIMIT the seconds for each file.
 # INSTALLED=1: the extension is installed already, by a run before; several may then run beside each other, on GPUs of their own.
 # OUT receives logs and results; the end of each log is printed.
 set -uo pipefail
@@ -87,6 +89,18 @@ tune() {
   done
 }
 
+# Every result of this visit against the newest one of the same card that is committed.
+regress() {
+  local result bad=0 found=0
+  for result in "$out"/{ops,deepgemm,attention,attention_dense,dispatch,functional,server}.json "$out"/serve-*.json; do
+    [ -f "$result" ] || continue
+    found=1
+    timeout "${REGRESS_LIMIT:-120}" python3 benchmarks/regress.py --newest benchmarks/results "$result" ${REGRESS:-} || bad=1
+  done
+  [ $found = 1 ] || echo "skipped: this visit has no result yet; name regress after the steps that measure"
+  return $bad
+}
+
 status=0
 for step in "$@"; do
   case $step in
@@ -119,6 +133,7 @@ for step in "$@"; do
         -q -n 6 --tb=short --durations=20 ;;  # an engine a test: each takes 40 s of one core, and 10 GB of the GPU
     vllm-kernel-tests) vllm_kernel_tests ;;
     sanitize) scripts/sanitize.sh ;;
+    regress) regress ;;
     load) python3 benchmarks/load_rows.py "$bundle" --rows 1000 --json "$out/load_rows.json" ;;
     make) env -u HDISPATCH_BUNDLE make demo test VENV="$(python3 -c 'import sys; print(sys.prefix)')" DEMO_BUNDLE="$site/demo-bundle" ;;
     *) echo "no step $step" >&2; false ;;

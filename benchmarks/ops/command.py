@@ -27,6 +27,7 @@ from Python, from the first call of a batch to the end of its last kernel. The r
 benchmarks/targets.toml and with roofs.
 scaled_mm_blockwise is measured beside DeepGEMM too, with scales of float32 and with powers of two; what it computes is
 compared with the float32 reference before it is timed, and its kernels are compiled, by nvcc, before anything is.
+scaled_mm is measured beside torch._scaled_mm too, with scales per row, in bfloat16.
 ll_gemm_bf16 and ll_gemm_fp8 are measured up to M = 32, beside torch.mm, vLLM's two low-latency GEMMs and CUTLASS.
 
   hdispatch bench ops --bundle bundle --vllm-ops PATH/_C.so --json ops.json --plot ops.png

@@ -23,12 +23,14 @@ VLLM = "torch.ops._C"
 COMPILE = "torch.compile"
 #: cuBLAS.
 TORCH_MM = "torch.mm"
+#: cuBLAS, or CUTLASS, as torch chooses, of fp8 matrices with a scale per row and column.
+TORCH_SCALED_MM = "torch._scaled_mm"
 #: vLLM's two functions in CuteDSL: see `vllm_ll`.
 LL_BF16, SKINNY = "vLLM ll_bf16_gemm", "vLLM skinny_gemm"
 #: With scales of float32, and of powers of two: see `deep_gemm`.
 DEEP_GEMM, DEEP_GEMM_UE8M0 = "DeepGEMM", "DeepGEMM UE8M0"
 #: All that hdispatch is compared with, in the order of the report.
-PEERS = (COMPILE, VLLM, DEEP_GEMM, DEEP_GEMM_UE8M0, TORCH_MM, LL_BF16, SKINNY)
+PEERS = (COMPILE, VLLM, DEEP_GEMM, DEEP_GEMM_UE8M0, TORCH_MM, TORCH_SCALED_MM, LL_BF16, SKINNY)
 
 #: vLLM's name of an op where it is another.
 VLLM_NAMES = {
@@ -78,6 +80,21 @@ def bind_torch_mm(op: str, arguments: Sequence[Any]) -> Bound | None:
     out, x, w = arguments
     wider = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
     return functools.partial(torch.mm, out=out, **wider), (x, w.t())
+
+
+def bind_torch_scaled_mm(op: str, arguments: Sequence[Any]) -> Bound | None:
+    """`torch._scaled_mm` with a scale per row [M, 1] and per column [1, N]; torch multiplies so to bfloat16 only.
+
+    Sums are added as fast as they are in our kernels. K and N are multiples of 16 there.
+    """
+    if op != "scaled_mm":
+        return None
+    out, a, b, a_scales, b_scales, bias = arguments
+    if out.dtype != torch.bfloat16 or a.size(1) % 16 or b.size(1) % 16:
+        return None
+    scales = a_scales.reshape(-1, 1).expand(a.size(0), 1), b_scales.reshape(1, -1).expand(1, b.size(1))
+    given = (a, b, *(each.contiguous() for each in scales))
+    return functools.partial(torch._scaled_mm, bias=bias, out_dtype=out.dtype, use_fast_accum=True, out=out), given
 
 
 def bind_ours(op: str, arguments: Sequence[Any]) -> Bound:

@@ -245,6 +245,7 @@ def _compile_deep_gemm(current: _Run, wanted: Sequence[Cell]) -> None:
 
 def _time(current: _Run, wanted: Sequence[Cell], with_compile: bool = False) -> None:
     binders: dict[str, Binder] = {peers.OURS: peers.bind_ours, **_peer_binders(current)}
+    binders[peers.TORCH_SCALED_MM] = peers.bind_torch_scaled_mm
     if current.deep_gemm:
         binders |= {peers.DEEP_GEMM: current.deep_gemm.bind, peers.DEEP_GEMM_UE8M0: current.deep_gemm.bind_ue8m0}
     if current.vllm_ll:

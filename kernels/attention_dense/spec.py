@@ -28,14 +28,14 @@ def reference(
     """The op in torch, forward only.
 
     out      [M, N, queries, K], dtype of q, written
-    q        bfloat16 or float16 [M, N, queries, K], last dimension contiguous: M sequences, N heads
+    q        bfloat16, float16 or float32 [M, N, queries, K], last dimension contiguous: M sequences, N heads
     k, v     [M, kv heads, keys, K], dtype of q, last dimension contiguous; N is a multiple of kv heads, and each of them is
              that of N / kv heads heads of q in turn
     max_seqlen_q
              picks the config; queries, where nothing else is wanted
     scale    factor of q k^T
     softcap  c > 0: scores s become c * tanh(s / c); 0: they stay
-    window   w > 0, with causal: a query sees the newest w keys up to its own; 0: all of them
+    window   w > 0: a query sees no key that is w or more behind its own; 0: all of them
     causal   whether a query sees no key behind its own; the last query's own is the last key
     limits   whether softcap and window count; without it both are 0
 
@@ -71,7 +71,7 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("out", ("M", "N", "*", "K"), "q", mutated=True, layout="any", multiple=16),
-        TensorArg("q", ("M", "N", "*", "K"), (torch.bfloat16, torch.float16), layout="any", multiple=16),
+        TensorArg("q", ("M", "N", "*", "K"), sdpa.DTYPES, layout="any", multiple=16),
         TensorArg("k", ("M", "*", "*", "K"), "q", layout="any", multiple=16),
         TensorArg("v", ("M", "*", "*", "K"), "q", layout="any", multiple=16),
         IntArg("max_seqlen_q", minimum=1, ladder=sdpa.LENGTHS),

@@ -31,7 +31,7 @@ def reference(
     """The op in torch, forward only.
 
     out      [M, N, K], dtype of q, written; rows behind the last sequence stay as they are
-    q        bfloat16 or float16 [M, N, K], last dimension contiguous: M tokens of all sequences, N heads
+    q        bfloat16, float16 or float32 [M, N, K], last dimension contiguous: M tokens of all sequences, N heads
     k, v     [keys, kv heads, K], dtype of q, last dimension contiguous; N is a multiple of kv heads, and each of them is that
              of N / kv heads heads of q in turn
     cu_seqlens_q, cu_seqlens_k
@@ -41,7 +41,7 @@ def reference(
              at least the most queries and keys of a sequence
     scale    factor of q k^T
     softcap  c > 0: scores s become c * tanh(s / c); 0: they stay
-    window   w > 0, with causal: a query sees the newest w keys up to its own; 0: all of them
+    window   w > 0: a query sees no key that is w or more behind its own; 0: all of them
     causal   whether a query sees no key behind its own; a sequence's last query's own is its last key
     limits   whether softcap and window count; without it both are 0
 
@@ -88,7 +88,7 @@ SPEC = OpSpec(
     name=NAME,
     args=(
         TensorArg("out", ("M", "N", "K"), "q", mutated=True, layout="any", multiple=16),
-        TensorArg("q", ("M", "N", "K"), (torch.bfloat16, torch.float16), layout="any", multiple=16),
+        TensorArg("q", ("M", "N", "K"), sdpa.DTYPES, layout="any", multiple=16),
         TensorArg("k", ("*", "*", "K"), "q", layout="any", multiple=16),
         TensorArg("v", ("*", "*", "K"), "q", layout="any", multiple=16),
         TensorArg("cu_seqlens_q", ("*",), (torch.int32,)),

@@ -18,6 +18,8 @@ from .model_sizes import head
 
 #: Scores, or elements of padded sequences, that are held at once.
 HELD = 2**27
+#: Of q, k and v. No kernel takes float32: torch's SDPA serves it.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: Upper edges of the buckets of max_seqlen_q.
 LENGTHS = (1, 16, 128, 512, 1024, 2048, 4096, 8192, 16384)
 #: Queries of a sample call, unless it is asked for, and query heads per kv head.
@@ -42,11 +44,9 @@ class Rule(NamedTuple):
 
 
 def checked_rule(op: str, scale: float, softcap: float, window: int, causal: bool, limits: bool) -> Rule:
-    """The ops' last arguments. ArgumentError for a softcap or window without `limits`, or a window without `causal`."""
+    """The ops' last arguments. ArgumentError for a softcap or window without `limits`."""
     if not limits and (softcap or window):
         raise ArgumentError(f"{op}: softcap is {softcap} and window {window}; without limits both are 0")
-    if window and not causal:
-        raise ArgumentError(f"{op}: window is {window}; without causal it is 0")
     return Rule(scale, softcap, window, causal)
 
 
@@ -72,7 +72,9 @@ def sample_rule(variant: Variant, dim: int, longest: int) -> tuple[float, float,
 
 
 def served(variant: Variant) -> bool:
-    """What models have: a softcap and windows with causal, in bfloat16."""
+    """What models have: 16 bits, and a softcap and windows with causal, in bfloat16."""
+    if variant.dtypes["q"] == torch.float32:
+        return False
     return not variant.static["limits"] or (bool(variant.static["causal"]) and variant.dtypes["q"] == torch.bfloat16)
 
 

@@ -88,6 +88,8 @@ MODELS = (
     _dense("Llama-3.3-70B", 8192, 28672, 64, 8, qk_norm=False),
     Model("Mixtral-8x7B", 4096, (14336,), 32, 8, experts=8, qk_norm=False),
 )
+#: What a config.json has whose heads are compressed (MLA), as DeepSeek-V3's: its sizes of q, k and v are not heads * head_dim.
+COMPRESSED = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
 #: Model types of config.json that normalize q and k.
 QK_NORM = ("qwen3", "qwen3_moe")
 
@@ -122,7 +124,10 @@ def _one(word: str) -> Model:
 
 
 def read(path: Path) -> Model:
-    """The model of a config.json, as transformers writes them. `HdispatchError` if a size is missing or none."""
+    """The model of a config.json, as transformers writes them.
+
+    `HdispatchError` if a size is missing or none, if sizes do not fit each other, or for heads that are compressed.
+    """
     try:
         config = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -131,7 +136,22 @@ def read(path: Path) -> Model:
         config = config["text_config"]
     if not isinstance(config, dict):
         raise HdispatchError(f"{path} holds a JSON {type(config).__name__}; it takes a model's config, an object")
+    if compressed := next((name for name in COMPRESSED if config.get(name)), None):
+        raise HdispatchError(
+            f"{path}: {compressed} is {config[compressed]!r}: its heads are compressed (MLA), which no op here serves; it "
+            f"takes a model of plain heads, with none of {', '.join(COMPRESSED)}"
+        )
     hidden, heads = (_size(path, config, name) for name in ("hidden_size", "num_attention_heads"))
+    kv_heads = _first(path, config, ("num_key_value_heads",)) or heads
+    if heads % kv_heads:
+        raise HdispatchError(
+            f"{path}: num_attention_heads is {heads}; it takes a multiple of num_key_value_heads, which is {kv_heads}"
+        )
+    head_dim = _first(path, config, ("head_dim",))
+    if not head_dim and hidden % heads:
+        raise HdispatchError(
+            f"{path}: hidden_size is {hidden}; without head_dim it takes a multiple of num_attention_heads, which is {heads}"
+        )
     experts = _first(path, config, ("num_experts", "num_local_experts", "n_routed_experts"))
     expert = _first(path, config, ("moe_intermediate_size",)) if experts else 0
     shared = _first(path, config, ("shared_expert_intermediate_size",)) if experts else 0
@@ -144,8 +164,8 @@ def read(path: Path) -> Model:
         hidden=hidden,
         intermediate=tuple(dict.fromkeys(each)),
         heads=heads,
-        kv_heads=_first(path, config, ("num_key_value_heads",)) or heads,
-        head_dim=_first(path, config, ("head_dim",)) or hidden // heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim or hidden // heads,
         dense=tuple(dict.fromkeys(dense)),
         experts=experts,
         qk_norm=config.get("model_type") in QK_NORM,
@@ -196,7 +216,7 @@ def calls_of(spec: OpSpec, models: Iterable[Model]) -> Calls:
         variant = _variant(spec, model)
         for sizes in wanted:
             if variant is None:
-                notes.append(f"{spec.name}: left out for {model.name}: no variant has {_integers(spec, model)}")
+                notes.append(f"{spec.name}: left out for {model.name}: {_why_no_variant(spec, model)}")
             elif not any(row.items() <= sizes.items() for row in spec.shapes):
                 notes.append(f"{spec.name}: left out for {model.name}: it has rows for {list(spec.shapes)}, not for {sizes}")
             else:
@@ -212,14 +232,29 @@ def _integers(spec: OpSpec, model: Model) -> dict[str, int]:
 
 def _variant(spec: OpSpec, model: Model) -> Variant | None:
     """The served variant that is the typical one but for what the model says; None if there is none."""
+    return _among(spec.served_variants(), spec, model)
+
+
+def _why_no_variant(spec: OpSpec, model: Model) -> str:
+    """What of a model's call an op's variants lack: a value, or a row in bundles that do not ask for it."""
+    if (there := _among(spec.variants(), spec, model)) is not None:
+        return f"its variant {there.name} is not served; `hdispatch build --ops {spec.name} --variants {there.name}` builds it"
+    values = {arg.name: arg.values for arg in spec.static_args()}
+    wrong = [(name, value) for name, value in _integers(spec, model).items() if value not in (values[name] or ())]
+    if wrong:
+        return " and ".join(f"{name} is {value}; its variants have {list(values[name] or ())}" for name, value in wrong)
+    norms = "with" if model.qk_norm else "without"
+    return f"no variant {norms} norms of q and k has {_integers(spec, model)}"
+
+
+def _among(variants: Iterable[Variant], spec: OpSpec, model: Model) -> Variant | None:
+    """Of variants the one that is an op's typical one but for what the model says; None if there is none."""
     usual = spec.typical_variant()
     static = {**usual.static, **_integers(spec, model)}
     none = usual.none - {"q_weight", "k_weight"}
     if not model.qk_norm:
         none |= {arg.name for arg in spec.tensors() if arg.optional and arg.name in ("q_weight", "k_weight")}
-    return next(
-        (v for v in spec.served_variants() if v.static == static and v.none == none and _dtypes(v) == _dtypes(usual)), None
-    )
+    return next((v for v in variants if v.static == static and v.none == none and _dtypes(v) == _dtypes(usual)), None)
 
 
 def _dtypes(variant: Variant) -> dict[str, Any]:

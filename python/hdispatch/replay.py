@@ -98,8 +98,10 @@ class Replays:
         if not is_new:  # the capture's call has been noted
             self.sequence.note_replay(*slots)
 
-    def explain(self, *slots: Any) -> str:
+    def explain(self, *slots: Any, **by_name: Any) -> str:
         """What becomes of a call with these slots, and what the sequence says of it. Nothing is launched."""
+        if by_name:
+            slots = self.sequence.order_slots(*slots, **by_name)
         device = _device_of(slots)
         if device is None or device.type != "cuda":
             what = f"launched: on {device or 'no device'} nothing is captured"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from . import _C, adopted, embedded, functions, host, recorded, registry
 from .bundle_reader import read_files
-from .errors import BundleError, HdispatchError
+from .errors import ArgumentError, BundleError, HdispatchError
 from .functions import Function, Key, Stream
 from .ladders import Ladders
 from .manifest import MANIFEST_NAME, FfiArg, Guard, Manifest, artifacts_of, ladders_of
@@ -415,20 +416,36 @@ def _adopted_stats() -> dict[str, dict[str, Any]]:
     return found
 
 
-def explain(op: Any, *args: object) -> str:
+def explain(op: Any, /, *args: object, **by_name: object) -> str:
     """One call in words, step by step, without launching it: variant, sizes, bucket, key, row, guards, grid.
 
+    Arguments are given as the call takes them, by name too.
     Of a frozen sequence, with its slots: a line a step, the row that serves it or why none does; of `Replays` likewise, and
     what becomes of the call. Of an adopted kernel, or of code whose kernels are adopted, alone: a line for each key that has
     come, and why the ones that are not served are not.
     """
+    if by_name and isinstance(op, (_C.Op, _C.FunctionalOp)):
+        args, by_name = _in_order(op, args, by_name), {}
     if isinstance(op, _C.FunctionalOp):
         return _C.explain(op.out, *args, *_results(op, args))
     if isinstance(op, Replays):
-        return op.explain(*args)
+        return op.explain(*args, **by_name)
     if not isinstance(op, (_C.Op, _C.Sequence)) and (learnt := adopted.explain(op)) is not None:
         return learnt
-    return _C.explain(op, *args)
+    return _C.explain(op, *args, **by_name)
+
+
+def _in_order(op: _C.Op | _C.FunctionalOp, args: Sequence[object], by_name: Mapping[str, object]) -> tuple[object, ...]:
+    """The arguments of a call, with those that have a default and are left out; results only where they are given."""
+    try:
+        bound = inspect.signature(op).bind(*args, **by_name)
+    except TypeError as error:
+        raise ArgumentError(f"{op.name}: {error}; it takes {inspect.signature(op)}") from error
+    returned = registry.spec(op.name).returned if isinstance(op, _C.FunctionalOp) else ()
+    given = bound.arguments.keys()
+    bound.apply_defaults()
+    left = {arg.name for arg in returned} - given
+    return tuple(value for name, value in bound.arguments.items() if name not in left)
 
 
 def _results(op: _C.FunctionalOp, args: Sequence[object]) -> list[torch.Tensor]:

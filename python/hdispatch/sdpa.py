@@ -14,6 +14,8 @@ from .runtime import loaded
 
 #: The backend for calls that no row serves.
 FALLBACK = "scaled_dot_product_attention"
+#: Of q, k and v.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 #: GPUs before this compute capability have no asynchronous copies, which the kernels are made of.
 OLDEST = (8, 0)
 
@@ -38,13 +40,13 @@ def attention(
 ) -> torch.Tensor:
     """softmax(q k^T * scale) v, forward only, in the layout of torch's scaled_dot_product_attention or packed; returns out.
 
-    q        bfloat16 or float16 [sequences, heads, queries, head_dim]; with cu_seqlens [tokens, heads, head_dim]
+    q        bfloat16, float16 or float32 [sequences, heads, queries, head_dim]; with cu_seqlens [tokens, heads, head_dim]
     k, v     [sequences, kv heads, keys, head_dim], dtype of q; with cu_seqlens [tokens, kv heads, head_dim]. heads is a
              multiple of kv heads
     causal   a query sees no key behind its own; the last query's own is the last key (SDPA's `is_causal` where there are as
              many keys as queries)
     scale    factor of q k^T; default 1 / sqrt(head_dim)
-    window   w > 0, with causal: a query sees the newest w keys up to its own
+    window   w > 0: a query sees no key that is w or more behind its own; with causal these are the newest w
     softcap  c > 0: scores s become c * tanh(s / c)
     cu_seqlens_q, cu_seqlens_k
              int32 [packed sequences + 1] on q's device: where each begins, and the number of tokens; cu_seqlens_k is
@@ -54,12 +56,14 @@ def attention(
              max_seqlen_q where it is left out
     out      where to write; default a new tensor like q
 
-    Served from the launch table where it has a row (head_dim 64, 128, 256; `select_attention` says which), else by torch's
-    SDPA, counted in `stats()` under attention_dense and attention_varlen. Never waits for the GPU. A query that sees no key
+    Served from the launch table where it has a row (head_dim 64, 128, 256 of 16 bits; `select_attention` says which), else by
+    torch's SDPA, as float32 and a window without causal are: counted in `stats()` under attention_dense and attention_varlen.
+    Never waits for the GPU. A query that sees no key
     gives zeros. ArgumentError for wrong shapes and dtypes, and for tensors of which a gradient is asked for.
     """
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise ArgumentError("attention: q, k or v requires a gradient; the op has none: call it under torch.no_grad()")
+    _check(("q", q), ("k", k), ("v", v), rank=3 if cu_seqlens_q is not None else 4)
     out = torch.empty_like(q) if out is None else out
     factor = 1 / math.sqrt(max(1, q.size(-1))) if scale is None else scale
     rule = (factor, softcap, window, causal, bool(softcap or window))
@@ -74,6 +78,18 @@ def attention(
     longest = max_seqlen_q if max_seqlen_k is None else max_seqlen_k
     _VARLEN(out, q, k, v, cu_seqlens_q, starts_k, max(1, max_seqlen_q), max(1, longest), *rule)
     return out
+
+
+def _check(*tensors: tuple[str, torch.Tensor], rank: int) -> None:
+    """ArgumentError, in this function's words, for tensors that are of no attention at all."""
+    dims = "[tokens, heads, head_dim]" if rank == 3 else "[sequences, heads, tokens, head_dim]"
+    for name, tensor in tensors:
+        if tensor.dim() != rank:
+            how = "with" if rank == 3 else "without"
+            raise ArgumentError(f"attention: {name} is {list(tensor.shape)}; expected {dims} {how} cu_seqlens_q")
+        if tensor.dtype not in DTYPES:
+            expected = ", ".join(map(dtype_name, DTYPES))
+            raise ArgumentError(f"attention: {name} is {str(tensor.dtype).removeprefix('torch.')}; expected one of {expected}")
 
 
 class AttentionChoice(NamedTuple):
@@ -96,7 +112,7 @@ def select_attention(
     *,
     num_sequences: int = 1,
     dtype: torch.dtype = torch.bfloat16,
-    causal: bool = True,
+    causal: bool = False,
     limits: bool = False,
     packed: bool = False,
 ) -> AttentionChoice:
@@ -105,6 +121,7 @@ def select_attention(
     seq_len        queries of the longest sequence
     capability     compute capability of the GPU; default that of the loaded bundle
     num_sequences  sequences of a batch; packed: tokens of all of them
+    causal         as in the call, whose default it has
     limits         whether a window or a softcap is asked for
     packed         whether sequences are packed, with cu_seqlens
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import lzma
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -38,10 +39,82 @@ def test_a_slower_cell_is_found(tmp_path, median, spread, status):
 
 
 def test_other_paths_and_unmatched_cells_are_not_judged(tmp_path):
-    old, new = [row(1, 10.0), row(1, 1.0, path="peer"), row(4, 1.0)], [row(1, 10.0), row(1, 9.0, path="peer")]
+    old, new = [row(1, 10.0), row(1, 1.0, path="peer")], [row(1, 10.0), row(1, 9.0, path="peer"), row(4, 1.0)]
     code, text = compare(tmp_path, old, new, "--paths", "hdispatch")
     assert code == 0
-    assert "0 of 1 cells slower; 1 only in the old file, 0 in the new" in text
+    assert "0 of 1 cells slower; 0 only in the old file, 1 in the new" in text
+
+
+def test_lost_cells_fail_unless_they_are_named(tmp_path):
+    old = [row(m, 10.0) for m in range(1, 577)]
+    for new, options, status in (
+        (old[:3], (), 1),
+        (old[:3], ("--partial",), 0),
+        (old[1:], ("--gone", "op=a,m=1"), 0),
+        (old[2:], ("--gone", "op=a,m=1"), 1),
+        (old[2:], ("--gone", "m=1", "--gone", "m=2"), 0),
+        (old[1:], ("--gone", "op=b"), 1),
+    ):
+        code, text = compare(tmp_path, old, new, *options)
+        assert code == status, text
+        assert ("lost  m " in text) == bool(status)
+    assert "lost  566 more" not in text
+    assert "lost  563 more; --gone FIELD=VALUE" in compare(tmp_path, old, old[:3])[1]
+    assert compare(tmp_path, old, old, "--gone", "m")[0] == 2
+
+
+def test_with_the_newest_of_the_same_card(tmp_path):
+    def write(name: str, gpu: str, date: str, rows: list[dict[str, object]]) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({"machine": {"gpu": gpu, "date": date}, "timings": rows}))
+        return path
+
+    write("results/a.json", "H200", "2026-01-01", [row(1, 5.0)])
+    write("results/b.json", "H200", "2026-01-02", [row(1, 10.0)])
+    write("results/c.json", "H100", "2026-01-03", [row(1, 5.0)])
+    write("results/d.json", "H200", "2026-01-04", [row(9, 5.0)])
+    (tmp_path / "results" / "e.json").write_text("{")
+    for gpu, us, status, said in (
+        ("H200", 10.0, 0, "b.json"),
+        ("H200", 11.0, 1, "b.json"),
+        ("H100", 10.0, 1, "c.json"),
+        ("B200", 10.0, 0, "skipped: no result in"),
+    ):
+        new = write("new.json", gpu, "2026-02-01", [row(1, us)])
+        command = [sys.executable, str(SCRIPT), "--newest", str(tmp_path / "results"), str(new)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert (done.returncode, said in done.stdout) == (status, True), done.stdout
+
+
+def test_the_step_of_a_visit(tmp_path):
+    """Without a result it says so; one that is as the newest of its card passes, and with a cell slower it does not."""
+    out, python = tmp_path / "out", tmp_path / "bin"
+    out.mkdir()
+    python.mkdir()
+    (python / "python3").symlink_to(sys.executable)
+    path = f"{python}:{os.environ['PATH']}"
+
+    def visit() -> tuple[int, str]:
+        command = [str(SCRIPT.parents[1] / "scripts" / "gpu_visit.sh"), str(tmp_path), str(out), "regress"]
+        environment = {**os.environ, "INSTALLED": "1", "PATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        return done.returncode, done.stdout + done.stderr
+
+    assert visit()[0] == 0
+    assert "skipped: this visit has no result yet" in visit()[1]
+    content = json.loads((RESULTS / "2026-11-27-h200-serve" / "token-8b.json").read_text())
+    content["machine"]["date"] = "2027-01-01"
+    (out / "serve-1.json").write_text(json.dumps(content))
+    code, text = visit()
+    assert "cells slower" in text
+    content["modes"] = {
+        mode: {**found, "batches": {n: ms * 4 for n, ms in found["batches"].items()}}
+        for mode, found in content["modes"].items()
+    }
+    (out / "serve-1.json").write_text(json.dumps(content))
+    code, text = visit()
+    assert (code, "step regress FAILED" in text, "slower  4.0" in text) == (1, True, True), text
 
 
 def test_nothing_to_compare_is_not_a_pass(tmp_path):
@@ -55,6 +128,8 @@ OK = '{"op": "a", "median_us": 1, "q1_us": 1, "q3_us": 1}'
     "content",
     [
         None,
+        '{"modes": {"ours": {"batches": {"1": "x"}}}}',
+        '{"median_ns": {"functional": -1}}',
         "{",
         "[1]",
         "{}",
@@ -100,6 +175,33 @@ def test_results_of_unlike_gpus_are_not_compared(tmp_path):
 
 
 RESULTS = SCRIPT.with_name("results")
+
+
+@pytest.mark.parametrize(
+    ("name", "cells", "slower"),
+    [
+        ("2026-11-27-h200-serve/token-8b.json", 32, ("modes", "ours", "batches", "8")),
+        ("2026-11-27-h200-serve/server-ours.json", 9, ("modes", "ours", "concurrency", "8", "median_tpot_ms")),
+        ("2026-11-27-h200-adopt/functional.json", 5, ("median_ns", "functional")),
+    ],
+)
+def test_results_of_engines_servers_and_functional_ops(tmp_path, name, cells, slower):
+    content = json.loads((RESULTS / name).read_text())
+    place = content
+    for word in slower[:-1]:
+        place = place[word]
+    for change, status in ((1.0, 0), (1.04, 0), (1.06, 1), (None, 1)):
+        value = place[slower[-1]]
+        place[slower[-1]] = value * change if change else None
+        if change is None and "median_ns" in content:
+            del place[slower[-1]]
+        (tmp_path / "new.json").write_text(json.dumps(content))
+        command = [sys.executable, str(SCRIPT), str(RESULTS / name), str(tmp_path / "new.json")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == status, done.stdout + done.stderr
+        lost = change is None
+        assert f"{int(status and not lost)} of {cells - lost} cells slower; {int(lost)} only in the old file" in done.stdout
+        place[slower[-1]] = value
 
 
 @pytest.mark.parametrize(

@@ -180,11 +180,10 @@ REFUSED: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = {
     "sequences": ((Q, K[:1], V[:1]), {}),
     "head_dim": ((Q, K[..., :32], V), {}),
     "dtype": ((Q, K.half(), V), {}),
-    "float32": ((Q.float(), K.float(), V.float()), {}),
+    "float64": ((Q.double(), K.double(), V.double()), {}),
     "out": ((Q, K, V), {"out": Q.new_zeros(2, 4, 8, 64)}),
     "overlap": ((Q, K, V), {"out": Q}),
     "rank": ((P, P, P), {}),
-    "window without causal": ((Q, K, V), {"window": 3}),
     "negative window": ((Q, K, V), {"window": -3, "causal": True}),
     "negative scale": ((Q, K, V), {"scale": -1.0}),
     "lengths without starts": ((P, P, P), {"max_seqlen_q": 9}),
@@ -204,6 +203,44 @@ def test_what_is_refused(name: str) -> None:
     args, given = REFUSED[name]
     with pytest.raises(ArgumentError):
         hdispatch.attention(*args, **given)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rank", [0, 1, 2, 5])
+def test_what_is_no_attention_is_refused_in_the_functions_words(rank: int, packed: bool) -> None:
+    odd = torch.zeros([2] * rank, dtype=torch.bfloat16)
+    given: dict[str, Any] = {"cu_seqlens_q": STARTS, "max_seqlen_q": 9} if packed else {}
+    right = (P, P, P) if packed else (Q, K, V)
+    expected = r"\[tokens, heads, head_dim\] with" if packed else r"\[sequences, heads, tokens, head_dim\] without"
+    for at, name in enumerate("qkv"):
+        args = [*right[:at], odd, *right[at + 1 :]]
+        with pytest.raises(ArgumentError, match=rf"attention: {name} is \[.*\]; expected {expected} cu_seqlens_q"):
+            hdispatch.attention(*args, **given)
+    wide = [each.double() for each in right]
+    with pytest.raises(ArgumentError, match="attention: q is float64; expected one of bfloat16, float16, float32"):
+        hdispatch.attention(*wide, **given)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 3, 20])
+def test_float32_and_windows_without_causal_are_torchs(window: int, causal: bool) -> None:
+    """Against scores that are masked by hand, dense and packed."""
+    at = torch.arange(9)
+    mask = (at[None] > at[:, None] - window) | (window == 0)
+    mask &= (at[None] <= at[:, None]) | (not causal)
+    for dtype in (torch.bfloat16, torch.float32):
+        q, k, v = (each.to(dtype) for each in (Q, K, V))
+        y, z = (each.repeat_interleave(2, 1).float() for each in (k, v))
+        scores = (q.float() @ y.transpose(-1, -2) / 8).masked_fill(~mask, float("-inf"))
+        want = scores.softmax(-1) @ z
+        tolerance = 1e-5 if dtype == torch.float32 else TOLERANCE
+        got = hdispatch.attention(q, k, v, window=window, causal=causal)
+        assert got.dtype == dtype
+        assert (got.float() - want).abs().max() <= tolerance
+        rows = [each.transpose(1, 2).flatten(0, 1) for each in (q, k, v)]
+        starts = torch.tensor([0, 9, 18], dtype=torch.int32)
+        packed = hdispatch.attention(*rows, window=window, causal=causal, cu_seqlens_q=starts, max_seqlen_q=9)
+        assert (packed.unflatten(0, (2, 9)).transpose(1, 2).float() - want).abs().max() <= tolerance
 
 
 def test_no_gradient_is_asked_for_without_grad() -> None:
@@ -296,16 +333,17 @@ def test_without_a_bundle_torch_serves() -> None:
 @pytest.mark.parametrize("packed", [False, True])
 def test_the_selector_says_what_the_table_has(packed: bool) -> None:
     for seq_len, rows in ((1, 16), (16, 16), (17, 128), (100_000, 128)):
-        found = hdispatch.select_attention(64, seq_len, packed=packed)
+        found = hdispatch.select_attention(64, seq_len, causal=True, packed=packed)
         assert (found.kernel, found.config["block_m"]) == ("triton", rows)
-        assert hdispatch.select_attention(64, seq_len, (9, 0), packed=packed) == found
+        assert hdispatch.select_attention(64, seq_len, (9, 0), causal=True, packed=packed) == found
     for capability, why in (((7, 5), "8.0 and newer"), ((8, 0), "is for 9.0"), ((10, 0), "is for 9.0")):
-        found = hdispatch.select_attention(64, 512, capability, packed=packed)
+        found = hdispatch.select_attention(64, 512, capability, causal=True, packed=packed)
         assert found.kernel == FALLBACK
         assert why in found.why
     for other in ({"dtype": torch.float16}, {"causal": False}, {"limits": True}, {"dtype": torch.float32}):
-        assert hdispatch.select_attention(64, 512, packed=packed, **other).kernel == FALLBACK
-    assert "no row" in hdispatch.select_attention(96, 512, packed=packed).why
+        assert hdispatch.select_attention(64, 512, packed=packed, **{"causal": True} | other).kernel == FALLBACK
+    assert hdispatch.select_attention(64, 512, packed=packed).kernel == FALLBACK, "as a call without causal"
+    assert "no row" in hdispatch.select_attention(96, 512, causal=True, packed=packed).why
 
 
 def test_buckets_that_a_config_file_leaves_to_the_fallback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -325,8 +363,8 @@ def test_buckets_that_a_config_file_leaves_to_the_fallback(monkeypatch: pytest.M
     assert report.rows == 3 * 2
     loaded = hdispatch.load(tmp_path / "bundle", driver="null")
     try:
-        assert hdispatch.select_attention(64, 16).kernel == "triton"
-        assert hdispatch.select_attention(64, 17).kernel == FALLBACK
+        assert hdispatch.select_attention(64, 16, causal=True).kernel == "triton"
+        assert hdispatch.select_attention(64, 17, causal=True).kernel == FALLBACK
         q = randn(1, 2, 17, 64)
         want = torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
         assert torch.equal(hdispatch.attention(q, q.clone(), q.clone(), causal=True), want)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from hdispatch import HdispatchError
-from hdispatch.bench import serve, serve_accuracy, serve_plot
+from hdispatch.bench import serve, serve_accuracy, serve_plot, serve_targets
 from hdispatch.bench.serve_accuracy import compare, compare_steps
 from hdispatch.bench.serve_worker import EngineOptions, environment
 from hdispatch.cli import bench_serve
@@ -176,6 +176,89 @@ def test_prompts_fit_a_prefill_and_differ():
 def test_no_requests_are_refused(capsys, count):
     assert main(["bench", "serve", "--logits", "4", "--requests", count]) == 1
     assert f"--requests is {count}; it takes 1 or more" in capsys.readouterr().err
+
+
+def test_logits_of_several_ranks_are_refused_before_anything_starts(capsys):
+    assert main(["bench", "serve", "--ranks", "2", "--logits", "64"]) == 1
+    assert "--logits 64 with --ranks 2: logits are compared on one rank; leave one out" in capsys.readouterr().err
+
+
+# ---- targets ----
+
+
+def timed(model="qwen3-8b", scheme="token", ranks=1, **modes):
+    """A made-up result: modes with underscores for pluses, each with its batches, prefills and seconds of the start."""
+    made = {
+        name.replace("_", "+"): {"batches": batches, "prefills": prefills, "started": {"import_s": 10.0, "init_s": start}}
+        for name, (batches, prefills, start) in modes.items()
+    }
+    return {"model": model, "scheme": scheme, "ranks": ranks, "modes": made, "failed": {}}
+
+
+BATCHES = ("1", "8", "32", "128")
+
+
+def every(ms):
+    return dict.fromkeys(BATCHES, ms)
+
+
+@pytest.mark.parametrize(
+    ("result", "bounds"),
+    [
+        (timed(ours=(every(1.0), {}, 9), graph=(every(1.0), {}, 9)), [0.70, 0.70, 0.75, 0.85]),
+        (timed(scheme="block", ours=(every(1.0), {}, 9), graph=(every(1.0), {}, 9)), [0.75, 0.72, 0.72, 0.85]),
+        (timed("qwen3-1.7b", ours=(every(1.0), {}, 9), graph=(every(1.0), {}, 9)), [0.95, 1.0, 1.0, 1.0]),
+        (timed("qwen3-1.7b", "block", ours=(every(1.0), {}, 9), graph=(every(1.0), {}, 9)), []),
+        (timed(ranks=2, ours=({"1": 1.0, "16": 1.0}, {}, 9), graph=(every(1.0), {}, 9)), [0.90]),
+        (timed(ours=(every(1.0), {}, 1), compiled=(every(1.0), {}, 6)), [0.85, 0.88, 0.90, 0.92, 6.0]),
+        (timed("qwen3-1.7b", ours=(every(1.0), {}, 1), compiled=(every(1.0), {}, 6)), [1.0, 0.85, 0.85, 0.75, 6.0]),
+        (timed(ours=(every(1.0), {"1x128": 1.0}, 9), eager=(every(8.0), {"1x128": 1.0}, 9)), [8.0, 8.0, 8.0, 0.30]),
+        (timed(ours=({}, {"1x128": 1.0}, 9), graph=({}, {"1x128": 1.0}, 9)), [0.20]),
+        (timed(ours_graph=(every(1.0), {}, 9), graph=(every(1.0), {}, 9)), [0.79, 0.79, 0.79, 0.87]),
+        (timed(ours_graph=(every(1.0), {}, 9), compiled=(every(1.0), {}, 9)), [1.0] * 4),
+        (timed("tiny-qwen3", ours=({"3": 1.0, "4": 1.0, "7": 1.0, "129": 1.0, "128": 1.0}, {}, 9)), [1.1, 1.1]),
+        (timed("tiny-qwen3", ours=(every(1.0), {}, 9), eager=(every(1.0), {}, 9)), []),
+    ],
+)
+def test_ratios_are_judged_where_both_have_the_cell(result, bounds):
+    """The bounds are those that were asked for; at them a ratio passes, and beyond them it misses."""
+    targets = serve_targets.load()
+    assert [each.bound for each in serve_targets.judge(result, targets)] == bounds
+    for each in serve_targets.judge(result, targets):
+        assert each.met == (each.ratio >= each.bound if each.at_least else each.ratio <= each.bound)
+        assert each.ratio in (1.0, 6.0, 8.0)
+
+
+@pytest.mark.parametrize(("ms", "met"), [(0.69, True), (0.70, True), (0.71, False), (math.nan, False)])
+def test_a_ratio_that_misses_is_said(ms, met):
+    result = timed(ours=({"1": ms}, {}, 9), graph=({"1": 1.0}, {}, 9))
+    (judged,) = serve_targets.judge(result, serve_targets.load())
+    assert judged.met == met
+    assert str(judged) == f"ours over graph, batch 1 is {ms:.3f}; at most 0.7"
+
+
+@pytest.mark.parametrize(("options", "status"), [([], 0), (["--check"], 1), (["--check", "--layers", "2"], 0)])
+def test_the_command_judges_ratios(monkeypatch, tmp_path, capsys, options, status):
+    finished = {
+        "started": {"import_s": 1, "init_s": 1, "weights_bytes": 1, "kv_bytes": 1, "device_bytes": 2, "allocated_bytes": 2}
+    }
+    modes = {
+        name: {**finished, "batches": {"1": ms}, "prefills": {}, "profiles": {}, "logits": None, "finished": {}}
+        for name, ms in (("ours", 0.9), ("graph", 1.0))
+    }
+    result = {"model": "qwen3-8b", "scheme": "token", "ranks": 1, "modes": modes, "failed": {}, "machine": {"gpu": "none"}}
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
+    monkeypatch.setattr(serve, "measure", lambda *_: result)
+    assert main(["bench", "serve", "--bundle", str(tmp_path), *options]) == status
+    said = capsys.readouterr().out
+    assert ("not as it should be: ours over graph, batch 1 is 0.900; at most 0.7" in said) == ("--layers" not in options)
+
+
+def test_without_a_checkout_no_ratio_is_judged(tmp_path):
+    assert serve_targets.load(tmp_path / "targets.toml") is None
+    (tmp_path / "targets.toml").write_text("[ops]")
+    with pytest.raises(HdispatchError, match=r"cannot read the targets in .*targets.toml: KeyError\('serve'\)"):
+        serve_targets.load(tmp_path / "targets.toml")
 
 
 def test_what_decode_steps_of_a_mode_take(monkeypatch, tmp_path):

@@ -7,12 +7,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import hdispatch
 import pytest
 import torch
 import toy
+from hdispatch import kernel_packages
 from hdispatch.bench import dispatch
 from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli import build, doctor, inspect, numbers, text
@@ -351,11 +353,23 @@ def test_doctor_as_json(capsys, toy_bundle, monkeypatch):
     monkeypatch.setenv(doctor.BUNDLE_VARIABLE, str(toy_bundle))
     assert main(["doctor", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"versions", "extension", "driver", "gpu", "backends", "bundle", "vllm", "sglang", "host", "serving"}
+    assert set(found) == {
+        "versions",
+        "extension",
+        "driver",
+        "gpu",
+        "backends",
+        "bundle",
+        "vllm",
+        "sglang",
+        "adopt",
+        "host",
+        "serving",
+    }
     assert found["vllm"]["ok"] or found["vllm"]["reason"]
     assert found["sglang"]["ok"] or found["sglang"]["reason"]
     assert found["versions"]["torch"] == torch.__version__
-    assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs", "tvm_ffi", "linker"}
+    assert set(found["backends"]) == {"helion", "triton", "ptxas", "configs", "kernels", "tvm_ffi", "linker"}
     assert all(part["ok"] or part["reason"] for part in found["backends"].values())
     assert found["backends"]["triton"]["ok"]
     assert found["bundle"]["rows"] == 20
@@ -384,6 +398,45 @@ def test_doctor_says_why_a_backend_does_not_work(monkeypatch, version, reason):
     found = doctor._examined(doctor.BACKENDS["helion"])
     assert not found["ok"]
     assert reason in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "told"),
+    [
+        ({"triton": "3.6.0", "helion": "1.5.0"}, "ok: triton 3.6.0, helion 1.5.0; checked with triton 3.6, 3.7 and helion 1.5"),
+        ({"triton": "3.7.1"}, "ok: triton 3.7.1; checked with triton 3.6, 3.7 and helion 1.5"),
+        ({"triton": "3.8.0"}, "no: triton 3.8.0 is installed; hdispatch.adopt was checked with triton 3.6, 3.7 and helion 1.5"),
+        ({"triton": "3.6.0", "helion": "1.6.0"}, "no: helion 1.6.0 is installed; hdispatch.adopt was checked with"),
+        ({}, "no: Triton is not installed; hdispatch.adopt was checked with triton 3.6, 3.7"),
+    ],
+)
+def test_doctor_says_what_adopt_was_checked_with(monkeypatch, versions, told):
+    found = doctor.examine(None)
+    monkeypatch.setattr(doctor.machine, "package_version", versions.get)
+    assert f"adopt      {told}" in doctor.describe(found | {"adopt": doctor._examined(doctor._check_adopt)})
+
+
+def test_what_adopt_was_checked_with_is_what_its_modules_say():
+    folder = Path(hdispatch.__file__).parent / "adopted"
+    said = {
+        name: re.findall(rf"checked with {name.title()} ([0-9.]+(?: and [0-9.]+)*)", text)
+        for name in doctor.ADOPTED
+        for text in [" ".join(" ".join(path.read_text().split()) for path in folder.glob("*.py"))]
+    }
+    assert {name: {tuple(each.rstrip(".").split(" and ")) for each in found} for name, found in said.items()} == {
+        name: {versions} for name, versions in doctor.ADOPTED.items()
+    }
+
+
+def test_doctor_names_a_broken_entry_point(monkeypatch):
+    """Every build of all ops fails on it."""
+    broken = EntryPoint("mine", "nowhere_kernels.ops", kernel_packages.GROUP)
+    monkeypatch.setattr(kernel_packages, "entry_points", lambda group: [broken] if group == kernel_packages.GROUP else [])
+    found = doctor.examine(None)
+    assert not found["backends"]["kernels"]["ok"]
+    assert "names 'nowhere_kernels.ops' in the entry points 'hdispatch.kernels' (mine)" in doctor.describe(found)
+    monkeypatch.setattr(kernel_packages, "entry_points", lambda **_: [])
+    assert re.fullmatch(r"[0-9]+ ops of hdispatch", doctor.examine(None)["backends"]["kernels"]["found"])
 
 
 def test_doctor_says_how_an_import_failed(monkeypatch):

@@ -256,6 +256,13 @@ def test_explained(loaded):
     assert "M=3" in said.replace(" ", "")
     assert hdispatch.explain(OP, *call(3, 256), torch.empty(3, 256), torch.empty(4, dtype=torch.int32)) == said
     assert hdispatch.stats()["returned_rows"]["hits"] == 0
+    names = list(inspect.signature(OP).parameters)
+    results = torch.empty(3, 256), torch.empty(4, dtype=torch.int32)
+    by_name = dict(zip(names, (*call(3, 256), *results), strict=True))
+    for given in (dict(list(by_name.items())[: len(call(3, 256))]), by_name):
+        assert hdispatch.explain(OP, **given) == said
+        first = names[0]
+        assert hdispatch.explain(OP, given[first], **{name: each for name, each in given.items() if name != first}) == said
 
 
 def test_in_a_sequence_it_takes_what_it_returns(loaded):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import hdispatch
 import pytest
 import torch
@@ -131,6 +133,15 @@ def test_explain():
         'driver "null"',
     ):
         assert part in text
+    values = toy.arguments(18, 512)
+    by_name = dict(zip(inspect.signature(op).parameters, values, strict=True))
+    assert explain(op, **by_name) == explain(op, *values)
+    first, *others = by_name
+    assert explain(op, values[0], **{name: by_name[name] for name in others}) == explain(op, *values)
+    with pytest.raises(hdispatch.ArgumentError, match="toy: got an unexpected keyword argument 'nonsense'; it takes"):
+        explain(op, *values, nonsense=1)
+    with pytest.raises(hdispatch.ArgumentError, match=f"toy: missing a required argument: '{first}'"):
+        explain(op, **{name: by_name[name] for name in others})
     assert "nothing to launch: M is 0" in explain(op, *toy.arguments(0))
     assert "nearest rows" in explain(op, *toy.arguments(4, 513))
     assert "FAILS" in explain(op, *replaced(INPUT, torch.zeros(4, 72, dtype=torch.bfloat16)[:, :64]))

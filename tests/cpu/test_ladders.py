@@ -328,6 +328,32 @@ def test_a_border_within_a_bucket_is_refused(config_folder, cache, tmp_path):
         build_with(config_folder, cache, tmp_path / "bundle", {"chunk": 64, "far": 300})
 
 
+def test_configs_of_a_folder_come_before_the_ops_own(config_folder, cache, tmp_path):
+    """A card's file in either, then another card's; times are those beside the file that was taken."""
+    write_configs(config_folder, [{"key": {}, "config": {"chunk": 64}}])
+    tuned, out = tmp_path / "tuned", tmp_path / "bundle"
+
+    def chunks(target: str = "h200") -> set[int]:
+        build([NAME], target, out, cache=cache, extra=["two_ladders"], more_configs=tuned)
+        return {record["config"]["chunk"] for record in read_bundle(out)[0]["records"]}
+
+    (tuned / "another").mkdir(parents=True)
+    with pytest.raises(BuildError, match=rf"{tuned} has configs of none of the ops {NAME}: it takes .*/<op>/nvidia_h200.json"):
+        chunks()
+    (tuned / NAME).mkdir()
+    write_configs(tuned / NAME, [{"key": {}, "config": {"chunk": 128}}])
+    edges = SPEC.ladders.edges(0)
+    key = {"width": 64, "rows": edges["M"], "longest": edges["longest"]}
+    time = {"key": key, "backend": "triton", "config": {"chunk": 128}, "us": 3.5}
+    content = {"variants": [SPEC.typical_variant().name], "times": [time]}
+    (tuned / NAME / "nvidia_h200.tuned.json").write_text(json.dumps(content))
+    assert chunks() == {128}
+    assert [row["tuned"]["us"] for row in read_bundle(out)[0]["rows"] if "tuned" in row] == [3.5]
+    assert chunks("h100") == {128}
+    (config_folder / "nvidia_h100.json").write_text(json.dumps([{"key": {}, "config": {"chunk": 256}}]))
+    assert chunks("h100") == {256}, "what is of the card goes before what is of another"
+
+
 def test_a_config_that_serves_no_long_ones_is_refused(config_folder, cache, tmp_path):
     with pytest.raises((BuildError, RuntimeError), match="too long for this config"):
         build_with(config_folder, cache, tmp_path / "bundle", {"chunk": 64, "most": 512})

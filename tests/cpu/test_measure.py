@@ -24,7 +24,7 @@ from hdispatch.errors import BundleError, HdispatchError
 from hdispatch.manifest import CANDIDATES_NAME, MANIFEST_NAME
 from hdispatch.tune import cell_arguments, cell_bench, farm, measure, measure_process, timings
 from hdispatch.tune import device as devices
-from hdispatch.tune.candidates import read_candidates
+from hdispatch.tune.candidates import of_present, read_candidates
 from hdispatch.tune.card import Card
 
 #: config -> µs
@@ -301,6 +301,26 @@ def test_other_code_is_measured_again(bundle, tmp_path):
     shutil.rmtree(bundle)
     write_candidates(bundle, [record, toy_record("near")])
     assert measure.measure(bundle, out, device=FakeDevice()).measured == 2
+
+
+def test_lines_of_other_code_configs_and_sizes_are_none_of_the_present_candidates(bundle, tmp_path):
+    """A config that no longer compiles, code that changed, and a size that is not measured; and what was wrong elsewhere."""
+    out = tmp_path / "t.jsonl"
+    measure.measure(bundle, out, device=FakeDevice())
+    assert len(of_present(read_candidates(bundle), timings.read(out))) == 10
+    record = toy_record("fast")
+    record["cubins"] = {name: {**cubin, "file": record["cubins"]["other"]["file"]} for name, cubin in record["cubins"].items()}
+    shutil.rmtree(bundle)
+    cell = {"op": "toy", "variant": "bfloat16", "K": 64, "N": 0, "records": [0, 1, 2], "bucket": 2, "M": 4}
+    write_candidates(bundle, [record, toy_record("near"), toy_record("slow")], [cell])  # type: ignore[list-item]
+    found = of_present(read_candidates(bundle), timings.read(out))
+    assert [(line["config"]["name"], line["bucket"]) for line in found] == [("near", 2), ("slow", 2)]
+    wrong = [dict(line) for line in timings.read(out) if line["config"]["name"] == "near" and line["bucket"] == 4]
+    for line in wrong:
+        line.pop("us")
+        line["status"] = "wrong"
+    found = of_present(read_candidates(bundle), [*timings.read(out), *wrong])  # type: ignore[list-item]
+    assert [line["config"]["name"] for line in found] == ["slow"]
 
 
 def test_what_is_wrong_is_told_and_never_timed(bundle, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ from typing import Any
 import pytest
 from hdispatch import models, registry
 from hdispatch.bundle_reader import read_bundle
-from hdispatch.cli.main import main
+from hdispatch.cli import tune
+from hdispatch.cli.main import main, parser
 from hdispatch.compile import configs
 from hdispatch.errors import HdispatchError
 from hdispatch.tune import measure_process, timings
@@ -59,6 +62,18 @@ def test_a_config_says_what_the_name_does(tmp_path, config, name):
         assert models.find([word]) == models.find([name])
 
 
+DEEPSEEK_V3 = {
+    "model_type": "deepseek_v3",
+    "hidden_size": 7168,
+    "intermediate_size": 18432,
+    "moe_intermediate_size": 2048,
+    "n_routed_experts": 256,
+    "first_k_dense_replace": 3,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "q_lora_rank": 1536,
+    "qk_rope_head_dim": 64,
+}
 SMALL = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "model_type": "llama"}
 
 
@@ -86,6 +101,16 @@ def test_what_a_config_leaves_out_and_adds(tmp_path, config, sizes):
         ({**QWEN3_8B, "head_dim": "128"}, "head_dim is '128'"),
         ({**QWEN3_8B, "intermediate_size": 1.5}, "intermediate_size is 1.5"),
         ({**QWEN3_8B, "hidden_size": True}, "hidden_size is True"),
+        (
+            {**SMALL, "hidden_size": 4096, "num_attention_heads": 30},
+            "hidden_size is 4096; without head_dim it takes a multiple of num_attention_heads, which is 30",
+        ),
+        (
+            {**QWEN3_8B, "num_attention_heads": 30},
+            "num_attention_heads is 30; it takes a multiple of num_key_value_heads, which is 8",
+        ),
+        (DEEPSEEK_V3, r"q_lora_rank is 1536: its heads are compressed \(MLA\), .* with none of kv_lora_rank, q_lora_rank"),
+        ({**DEEPSEEK_V3, "q_lora_rank": None, "kv_lora_rank": 512}, "kv_lora_rank is 512"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path, config, message):
@@ -171,11 +196,17 @@ def test_every_op_takes_what_every_model_calls_it_with():
     for name in registry.names():
         spec = registry.spec(name)
         calls = models.calls_of(spec, models.MODELS)
-        assert {note.partition(" for ")[2] for note in calls.notes} <= {
-            "Qwen3-235B-A22B: no variant has {'group': 16}",
-            "Llama-3.2-3B: no variant has {'group': 3}",
-            "Qwen3-14B: no variant has {'group': 5}",
-        }
+        for note in calls.notes:
+            model, _, why = note.partition(" for ")[2].partition(": ")
+            wanted = {
+                "Qwen3-235B-A22B": r"its variant (\S+group=16\S*) is not served; `.* --variants \1` builds it",
+                "Llama-3.2-3B": r"group is 3; its variants have \[4, 8, 2, 1, 5, 7, 16\]",
+                "Qwen3-14B": r"its variant (\S+group=5\S*) is not served; `.* --variants \1` builds it",
+            }[model]
+            named = re.fullmatch(wanted, why)
+            assert named, why
+            if named.groups():
+                assert named[1] in {each.name for each in spec.variants()} - {each.name for each in spec.served_variants()}
         for variant, sizes in calls.rows:
             assert variant in {each.name for each in spec.served_variants()}
             assert set(sizes) <= set(spec.symbols())
@@ -185,7 +216,7 @@ def test_sizes_without_a_row_are_told():
     odd = models.Model("odd", 960, (2560,), 15, 5, head_dim=80)
     calls = models.calls_of(registry.spec("paged_attention_decode"), [odd])
     assert calls.rows == []
-    assert calls.notes == ["paged_attention_decode: left out for odd: no variant has {'group': 3}"]
+    assert calls.notes == ["paged_attention_decode: left out for odd: group is 3; its variants have [4, 8, 2, 1, 5, 7, 16]"]
     calls = models.calls_of(registry.spec("reshape_and_cache_flash"), [odd])
     assert "it has rows for [{'K': 128}, {'K': 64}], not for {'K': 80}" in calls.notes[0]
 
@@ -201,6 +232,12 @@ from hdispatch.tune import measure_worker
 us_of = lambda rows: 10.0 + abs(rows.record["config"]["num_warps"] - 4)
 measure_worker.main(lambda folder, manifest, index: fake_device.FakeDevice(us_of))
 """
+
+
+def warps(file: configs.ConfigFile) -> dict[int, int]:
+    """By the edges of the buckets that were measured."""
+    spec = registry.spec("silu_and_mul")
+    return {m: file.pick(spec, {"N": 1536}, {"M": m}).config["num_warps"] for m in (1, 32)}
 
 
 @pytest.mark.slow
@@ -219,20 +256,48 @@ def test_a_model_is_tuned_and_built_in_a_command_each(tmp_path, monkeypatch, cap
         "step 3 of 3: configs are selected",
     ]
     assert "2 cells measured" in said.out
-    assert f"next: hdispatch build --models {path} --out bundle" in said.out
+    places = f"--configs {tmp_path / 'configs'} --cache {tmp_path / 'cache'}"
+    assert f"next: hdispatch build --models {path} --target h200 {places} --out bundle\n" in said.out
     found = configs.read(tmp_path / "configs" / "silu_and_mul" / "nvidia_h200.json", registry.spec("silu_and_mul"))
-    assert {entry.shape["N"] for entry in found.entries} == {1536}
-    assert {entry.config["num_warps"] for entry in found.entries} == {4}
+    assert warps(found) == {1: 4, 32: 4}
+    own = configs.read(configs.installed("silu_and_mul") / "nvidia_h200.json", registry.spec("silu_and_mul"))
+    assert [entry for entry in found.entries if entry.shape.get("N") != 1536] == list(own.entries)
     assert not (tmp_path / "configs" / "ll_gemm_bf16").exists(), "no router is called"
     lines = timings.read(tmp_path / "work" / "timings.jsonl")
     assert {line["status"] for line in lines} == {"ok"}
     assert main(command) == 0
     assert "0 cells measured" in capsys.readouterr().out, "the same command goes on where it was"
 
+    lines = (tmp_path / "work" / "timings.jsonl").read_text().splitlines()
+    faster = {**json.loads(lines[0]), "config": {"num_warps": 32}, "us": 0.1}  # of a kernel that there is no more
+    (tmp_path / "work" / "timings.jsonl").write_text("\n".join([*lines, json.dumps(faster)]) + "\n")
+    assert main(command) == 0
+    assert "timings.jsonl: 1 line left out: of other sizes, or of configs or kernels that are none" in capsys.readouterr().out
+    found = configs.read(tmp_path / "configs" / "silu_and_mul" / "nvidia_h200.json", registry.spec("silu_and_mul"))
+    assert warps(found) == {1: 4, 32: 4}
+
     build = ["build", "--ops", "silu_and_mul", "--variants", "bfloat16", "--target", "h200", "--models", str(path)]
-    assert main([*build, "--out", str(tmp_path / "bundle"), "--cache", str(tmp_path / "cache")]) == 0
+    build += ["--configs", str(tmp_path / "configs"), "--cache", str(tmp_path / "cache")]
+    assert main([*build, "--out", str(tmp_path / "bundle")]) == 0
     manifest, _ = read_bundle(tmp_path / "bundle")
     assert {1536, 12288, 0} <= {row["N"] for row in manifest["rows"]}
+    assert any("tuned" in row for row in manifest["rows"] if row["N"] == 1536)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([], "--out bundle"),
+        (["--models", "Qwen3-8B", "--tensor-parallel", "4"], "--models Qwen3-8B --tensor-parallel 4 --out bundle"),
+        (["--target", "h100", "--ray", "--ops", "rms_norm"], "--target h100 --out bundle"),
+        (["--out", "my configs"], "--configs 'my configs' --out bundle"),
+        (["--kernels", "a", "--kernels", "b", "--ops", "c,d"], "--kernels a --kernels b --ops c,d --out bundle"),
+    ],
+)
+def test_the_whole_command_for_the_bundle_is_told(given, words):
+    command = tune._build_command(parser().parse_args(["tune", "all", *given]))
+    assert command == f"hdispatch build {words}"
+    parser().parse_args(shlex.split(command)[1:])
 
 
 @pytest.mark.parametrize(

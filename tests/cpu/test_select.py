@@ -13,9 +13,10 @@ import pytest
 from hdispatch.cli.main import main
 from hdispatch.cli.tune_reports import describe_shares
 from hdispatch.compile import configs, measurements
+from hdispatch.compile.target import DESCRIBED
 from hdispatch.errors import BuildError
-from hdispatch.opspec import IntArg
-from hdispatch.tune import compare, cover, measured, select, timings
+from hdispatch.opspec import BoolArg, IntArg, TensorArg
+from hdispatch.tune import compare, cover, measured, point_configs, points, select, timings
 from toy_timings import SPEC, line, picks, run, table, toy_package
 
 
@@ -256,6 +257,129 @@ def test_times_of_other_sizes_stay(tmp_path):
         (64, 8): 0.5,
         **{(512, m): 2.0 for m in SPEC.ladder},
     }
+
+
+def test_stand_ins_for_arguments_leave_the_other_entries(tmp_path):
+    spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
+    packages = {"toy_select": toy_package(tmp_path, spec, ("triton", "cutedsl"))}
+    usual = [line(64, at, "a", 1.0, variant="float32+group=4") for at in range(4)]
+    wide = [line(64, at, "b", 2.0, variant="float32+group=8") for at in range(4)]
+    fast = [line(64, at, "fast", 1.0, variant="float32+group=8", backend="cutedsl") for at in range(4)]
+    select.select([*usual, *wide, *fast], packages)
+    file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
+    for installed, expected in ((("triton",), ["a", "b"]), (("triton", "cutedsl"), ["a", "fast"])):
+        there = file.available(installed, "triton")
+        found = [there.pick(spec, {"K": 64}, {"M": 2}, spec.variant(f"float32+group={group}")) for group in (4, 8)]
+        assert [entry.config["name"] for entry in found] == expected
+
+
+def test_timings_of_a_variant_without_a_tensor_make_entries_of_their_own(tmp_path):
+    """As Llama's of attention, after Qwen3's with norms: neither replaces the other's, in either order."""
+    weight = TensorArg("weight", ("K",), "input", optional=True)
+    args = (*SPEC.args, weight, BoolArg("flag"))
+    spec = replace(SPEC, args=args, shapes=({"K": 64},), typical="float32+weight+flag")
+    packages = {"toy_select": toy_package(tmp_path, spec)}
+    path = tmp_path / "toy_select" / "nvidia_h200.json"
+    runs = {
+        "float32+weight+flag": ("a", {}),
+        "float32+flag": ("b", {"weight": 0}),
+        "float32+weight": ("c", {"flag": 0}),
+        "float32": ("d", {"weight": 0, "flag": 0}),
+    }
+    for order in itertools.permutations(runs):
+        for variant in (*order, order[0]):
+            lines = [line(64, at, runs[variant][0], 1.0 + at, variant=variant) for at in range(4)]
+            select.select([*lines, *(line(64, at, "slow", 9.0, variant=variant) for at in range(4))], packages)
+        file, times = configs.read(path, spec), measurements.Measurements(spec, path)
+        for variant, (name, arguments) in runs.items():
+            picked = [file.pick(spec, {"K": 64}, {"M": m}, spec.variant(variant)) for m in SPEC.ladder]
+            assert [(each.config["name"], each.arguments) for each in picked] == [(name, arguments)] * 4
+            found = times.of(variant, {"K": 64}, {"M": 2}, {"backend": "triton", "config": {"name": name}})
+            assert found is not None
+        path.unlink()
+        measurements.companion(path).unlink()
+
+
+def test_an_entry_for_arguments_goes_before_finer_edges_of_others(tmp_path):
+    spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
+    packages = {"toy_select": toy_package(tmp_path, spec)}
+    usual = [line(64, at, name, 1.0, variant="float32+group=4") for at, name in enumerate("abcd")]
+    select.select([*usual, *(line(64, at, "e", 1.0, variant="float32+group=8") for at in range(4))], packages)
+    file = configs.read(tmp_path / "toy_select" / "nvidia_h200.json", spec)
+    for group, names in ((4, "abcd"), (8, "eeee")):
+        variant = spec.variant(f"float32+group={group}")
+        assert "".join(file.pick(spec, {"K": 64}, {"M": m}, variant).config["name"] for m in SPEC.ladder) == names
+
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def test_a_new_cards_file_begins_from_what_served_it(tmp_path):
+    """All sizes, buckets, arguments and stand-ins of the file that it was served by; no times of that card."""
+    backends = ("triton", "cutedsl")
+    fast = [line(512, bucket, "fast", 50.0, backend="cutedsl") for bucket in range(4)]
+    run(table(64, a=[1, 1, 9, 9], b=[9, 9, 1, 1]) + table(512, c=[90] * 4) + fast, tmp_path, backends=backends)
+    before = json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text())
+    # Slower than b by less than the noise of the other card's choice: what another card chose is not kept for that.
+    report = run(noisy([line(64, 0, name, us, gpu=H100) for name, us in (("x", 100), ("a", 100.1))], 0.1), tmp_path)
+    assert report.path.name == "nvidia_h100.json"
+    assert picks(tmp_path, {"K": 64}, "h100") == ["x", "a", "b", "b"]
+    file = configs.read(report.path, SPEC)
+    for installed, name in ((backends, "fast"), (("triton",), "c")):
+        there = file.available(installed, "triton")
+        assert [there.pick(SPEC, {"K": 512}, {"M": edge}).config["name"] for edge in SPEC.ladder] == [name] * 4
+    assert json.loads((tmp_path / "toy_select" / "nvidia_h200.json").read_text()) == before
+    times = json.loads(measurements.companion(report.path).read_text())["times"]
+    assert [(time["key"], time["us"]) for time in times] == [({"hidden_size": 64, "num_tokens": 1}, 100)]
+    assert (
+        f"{report.path} is new: what was not measured is as in {tmp_path / 'toy_select' / 'nvidia_h200.json'}"
+        in report.notes[0]
+    )
+    assert not any("is new" in note for note in run([line(64, 1, "y", 1.0, gpu=H100)], tmp_path).notes)
+    assert picks(tmp_path, {"K": 64}, "h100") == ["x", "y", "b", "b"]
+
+
+def test_what_serves_a_new_card_is_among_its_candidates(tmp_path):
+    run(table(64, a=[1, 1, 9, 9], b=[9, 9, 1, 1]), tmp_path)
+    for name, expected in (("h100", {"a", "b"}), ("h200", {"a", "b"})):
+        files = point_configs.config_files(toy_package(tmp_path), points.Scope(), DESCRIBED[name], [])
+        assert {entry.config["name"] for file in files for entry in file.entries} == expected
+    run([line(64, bucket, "x", 1.0, gpu=H100) for bucket in range(4)], tmp_path)
+    (file,) = point_configs.config_files(toy_package(tmp_path), points.Scope(), DESCRIBED["h100"], [])
+    assert {entry.config["name"] for entry in file.entries} == {"x"}
+
+
+def test_a_new_cards_file_has_the_entries_of_other_arguments(tmp_path):
+    spec = replace(SPEC, args=(*SPEC.args, IntArg("group", values=(4, 8), minimum=1)), typical="float32+group=4")
+    packages = {"toy_select": toy_package(tmp_path, spec)}
+
+    def of(group: int, name: str, **changes: Any) -> list[timings.Timing]:
+        return [line(64, at, name, 1.0, variant=f"float32+group={group}", **changes) for at in range(4)]
+
+    select.select([*of(4, "a"), *of(8, "b")], packages)
+    new = [each for group in (4, 8) for each in of(group, f"x{group}", gpu=H100)[:1]]
+    for lines, expected in ((new[:1], ["x4", "a", "b", "b"]), (new, ["x4", "a", "x8", "b"])):
+        path = select.select(lines, packages)[0].path
+        file, m1, m8 = configs.read(path, spec), {"M": 1}, {"M": 8}
+        wanted = [(group, edges) for group in (4, 8) for edges in (m1, m8)]
+        found = [file.pick(spec, {"K": 64}, edges, spec.variant(f"float32+group={g}")) for g, edges in wanted]
+        assert [entry.config["name"] for entry in found] == expected
+        path.unlink()
+
+
+def test_a_file_elsewhere_begins_from_the_ops_own(tmp_path):
+    """With `--out`: the file of the card there, else what the op's own configs serve it with, the same card's times too."""
+    run(table(64, a=[1, 2, 3, 4]) + table(512, b=[5.0] * 4), tmp_path)
+    out = tmp_path / "out"
+    report = run([line(64, 0, "x", 0.5)], tmp_path, out=out)
+    assert report.path == out / "toy_select" / "nvidia_h200.json"
+    assert (picks(out, {"K": 64}), picks(out, {"K": 512})) == (["x", "a", "a", "a"], ["b"] * 4)
+    assert len(json.loads(measurements.companion(report.path).read_text())["times"]) == 8
+    assert picks(tmp_path, {"K": 64}) == ["a"] * 4
+    run([line(64, 0, "y", 0.5, gpu=H100)], tmp_path, out=out)
+    assert (picks(out, {"K": 64}, "h100"), picks(out, {"K": 512}, "h100")) == (["y", "a", "a", "a"], ["b"] * 4)
+    run(table(64, z=[1.0] * 4), tmp_path, out=out)
+    assert (picks(out, {"K": 64}), picks(out, {"K": 512})) == (["z"] * 4, ["b"] * 4)
 
 
 def test_timings_of_other_compiled_in_integers_make_entries_of_their_own(tmp_path):

@@ -110,6 +110,11 @@ def test_chunks(served):
     assert "in chunks of at most 4" in explained
     assert "aten::cumsum: foreign" in explained
     assert "rows 6..9" in explained
+    assert hdispatch.explain(sequence, out=poisoned(9, K), x=random(9, K)) == explained
+    assert hdispatch.explain(sequence, random(9, K), out=poisoned(9, K)) == explained
+    for given, said in (({"x": random(9, K)}, 'slot "out" is missing'), ({"y": random(9, K)}, 'has no slot "y"')):
+        with pytest.raises(ArgumentError, match=said):
+            hdispatch.explain(sequence, **given)
     hdispatch.registered()[0].unregister()  # in chunks one by one
     m = 9
     given, result = random(m, K), poisoned(m, K)

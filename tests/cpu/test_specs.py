@@ -6,7 +6,6 @@ import importlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,7 +239,7 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
     symbols = set(spec.config_key.values()) - {"M"}
     #: Variants that have entries of their own.
     served, own = spec.served_variants(), [entry.arguments for entry in file.entries if entry.arguments]
-    special = [variant for variant in served if any(each.items() <= variant.static.items() for each in own)]
+    special = [v for v in served if any(all(configs.argument_of(v, n) == x for n, x in each.items()) for each in own)]
     picked = [*default]
     first, *others = (name for name in BACKENDS if name in backends)
     for installed in ([first, *others], [name for name in (first, *others) if name not in OPTIONAL]):
@@ -250,10 +249,7 @@ def test_configs_serve_every_shape_and_each_serves_some_bucket(op: str) -> None:
             for edges in map(spec.ladders.edges, range(spec.ladders.count)):
                 entry, edge = part.pick(spec, shape, edges), edges["M"]
                 picked.append(entry)
-                for variant in special:
-                    own = part.for_variant(variant)
-                    at = own.without_arguments().pick(spec, shape, edges)
-                    picked += [entry for entry in own.entries if replace(entry, arguments={}) == at][:1]
+                picked += [part.pick(spec, shape, edges, variant) for variant in special]
                 if not default:
                     assert entry.shape == sizes, f"{file.path}: {shape} is served by the config of another shape: {entry}"
                     assert op in SMALL or entry.sizes["M"] >= edge, f"{file.path}: no config is for {shape} and M = {edge}"

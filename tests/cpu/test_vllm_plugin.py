@@ -8,6 +8,7 @@ from types import SimpleNamespace as Object
 import pytest
 import torch
 from hdispatch import HdispatchError
+from hdispatch.cli import doctor
 from hdispatch.integrations.vllm import plugin, settings
 
 # ---- switches ----
@@ -134,6 +135,24 @@ def test_doctor_says_why_vllm_would_not_be_served(monkeypatch, tmp_path, fake_vl
     assert reason() == "VLLM_PLUGINS is 'another', which leaves hdispatch out"
     monkeypatch.setattr(plugin.importlib.metadata, "entry_points", lambda **_: [])
     assert "no entry point in vllm.general_plugins" in reason()
+
+
+@pytest.mark.parametrize(
+    ("capability", "layers"), [((9, 0), ""), ((10, 0), "has compute capability 10.0; FlashAttention 3"), (None, "")]
+)
+def test_doctor_looks_at_the_gpu_for_the_layers(monkeypatch, tmp_path, fake_vllm, capability, layers):
+    """Elsewhere than on Hopper every model is refused when it is made."""
+    part = Object(ARCHITECTURES={"Qwen3ForCausalLM": None}, objection=str)
+    monkeypatch.setattr(plugin, "PARTS", {name: lambda: part for name in plugin.PARTS})
+    monkeypatch.setenv("HDISPATCH_BUNDLE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA B200")
+    found = plugin.examine()
+    assert found["ok"], found["reason"]
+    assert layers in found["layers"]
+    assert found["models"] == ([] if layers else ["Qwen3ForCausalLM"])
+    assert ("vLLM's own layers: NVIDIA B200" in doctor._words_of_vllm(found)) == bool(layers)
 
 
 def test_doctor_without_vllm(monkeypatch):

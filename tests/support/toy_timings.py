@@ -63,6 +63,6 @@ def toy_package(folder: Path, spec: OpSpec = SPEC, backends: tuple[str, ...] = (
     return OpPackage("toy_select", "toy_select", spec, where, backends, dict.fromkeys(backends, frozenset()), where)
 
 
-def picks(folder: Path, shape: dict[str, int]) -> list[str]:
-    file = configs.read(folder / "toy_select" / "nvidia_h200.json", SPEC)
+def picks(folder: Path, shape: dict[str, int], gpu: str = "h200") -> list[str]:
+    file = configs.read(folder / "toy_select" / f"nvidia_{gpu}.json", SPEC)
     return [file.pick(SPEC, shape, {"M": edge}).config["name"] for edge in SPEC.ladder]

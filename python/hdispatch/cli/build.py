@@ -34,6 +34,7 @@ of the bundle's manifest, which `hdispatch.load(DIR, sha256=…)` takes.
   hdispatch build --kernels my_kernels --out b                        ops outside of hdispatch: a folder, or a package
   hdispatch build --record kernels.jsonl --target h100 --out b        the Triton kernels that `hdispatch record` saw
   hdispatch build --record kernels.jsonl --onto b --out both          the same, with all rows of a bundle that is there
+  hdispatch build --configs tuned --out b                             configs that `hdispatch tune all --out tuned` wrote
   hdispatch build --shapes K=4096,N=12288 --variants bfloat16 --out b part of the shapes and variants
 """
 
@@ -85,6 +86,9 @@ def add_parser(commands: Any) -> None:
         help="with --record: the bundle whose rows are taken as they are, for its GPU (default: $HDISPATCH_BUNDLE, else the "
         "installation's own)",
     )
+    parser.add_argument(
+        "--configs", metavar="DIR", type=Path, help="take <op>/<gpu>.json in DIR, where there is one, before the ops' own"
+    )
     parser.add_argument("--variants", metavar="V,W", help="only these variants, e.g. bfloat16,bfloat16+residual (default: all)")
     parser.add_argument("--json", action="store_true", help="print the report as JSON on stdout")
     parser.set_defaults(run=run)
@@ -120,6 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
             select=select,
             extra=kernels.given(arguments),
             record=arguments.record,
+            more_configs=arguments.configs,
             progress=progress,
         )
     finally:
@@ -131,7 +136,7 @@ def _run_onto(arguments: argparse.Namespace) -> int:
     """Add recorded kernels to a bundle that is there."""
     if not arguments.record:
         raise HdispatchError("--onto takes the rows of a bundle as they are and adds recorded kernels: give --record FILE")
-    chosen = {name: getattr(arguments, name) for name in ("ops", "kernels", "shapes", "models", "variants")}
+    chosen = {name: getattr(arguments, name) for name in ("ops", "kernels", "shapes", "models", "configs", "variants")}
     chosen["target"] = None if arguments.target == "auto" else arguments.target
     if given := [f"--{name}" for name, value in chosen.items() if value]:
         raise HdispatchError(f"--onto takes the rows of a bundle as they are, for its GPU; it takes no {', '.join(given)}")

@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from .. import _build_info, bundle_reader, embedded
+from .. import _build_info, bundle_reader, embedded, kernel_packages
 from ..bench import busy, machine
 from ..errors import BundleError, HdispatchError
 from .text import count, print_json
 
+#: The releases that `hdispatch.adopt` was checked with, which uses private parts of them; the first one it needs.
+ADOPTED = {"triton": ("3.6", "3.7"), "helion": ("1.5",)}
 #: Names the bundle that doctor and bench take when none is given.
 BUNDLE_VARIABLE = embedded.VARIABLE
 NO_BUNDLE = (
@@ -111,6 +113,7 @@ def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -
         "bundle": served,
         "vllm": _examine_vllm(extension["ok"]),
         "sglang": _examine_sglang(extension["ok"]),
+        "adopt": _examined(_check_adopt),
         "host": _examine_host(),
         "serving": {"ok": not problems, "reason": "; ".join(problems)},
     }
@@ -266,6 +269,33 @@ def _satisfies(version: str, wanted: str) -> bool:
     return SpecifierSet(wanted).contains(version, prereleases=True)
 
 
+def _check_adopt() -> str:
+    """The releases whose kernels `hdispatch.adopt` takes over, beside those that it was checked with."""
+    checked = " and ".join(f"{name} {', '.join(ADOPTED[name])}" for name in ADOPTED)
+    found = {name: machine.package_version(name) for name in ADOPTED}
+    if found["triton"] is None:
+        raise HdispatchError(f"Triton is not installed; hdispatch.adopt was checked with {checked}")
+    others = [f"{name} {here}" for name, here in found.items() if here and _minor(here) not in ADOPTED[name]]
+    if others:
+        raise HdispatchError(f"{' and '.join(others)} is installed; hdispatch.adopt was checked with {checked}")
+    return f"{', '.join(f'{name} {here}' for name, here in found.items() if here)}; checked with {checked}"
+
+
+def _minor(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _check_kernels() -> str:
+    """The ops that builds know without an option: our own, and those that installed distributions name."""
+    from ..compile import build_unit, op_package
+
+    foreign = kernel_packages.installed()
+    for package in foreign:
+        build_unit.load_spec(package)
+    others = f", {', '.join(foreign)}" if foreign else ""
+    return f"{count(len(op_package.available_ops()), 'op')} of hdispatch{others}"
+
+
 def _check_ptxas() -> str:
     """The assembler that Triton would use for the GPU here, else for an H200."""
     from ..compile import target, versions
@@ -292,6 +322,7 @@ BACKENDS: dict[str, Callable[[], str]] = {
     "triton": _check_triton,
     "ptxas": _check_ptxas,
     "configs": _check_configs,
+    "kernels": _check_kernels,
     "tvm_ffi": _check_tvm_ffi,
     "linker": _check_link,
 }
@@ -315,6 +346,7 @@ def describe(found: dict[str, Any]) -> str:
         f"  host       {_verdict(found['host'], _words_of_host(found['host']))}",
         f"  vLLM       {_verdict(found['vllm'], _words_of_vllm(found['vllm']))}",
         f"  SGLang     {_verdict(found['sglang'], _words_of_sglang(found['sglang']))}",
+        f"  adopt      {_verdict(found['adopt'], found['adopt']['found'])}",
     ]
     lines += ["building", *(f"  {name:10} {_verdict(each, each['found'])}" for name, each in found["backends"].items())]
     lines.append(

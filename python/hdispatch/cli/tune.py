@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from .. import archive
 from ..errors import HdispatchError
 from . import kernels, models, numbers
 from .build import build_wing
-from .text import print_json, split, timed_progress
+from .text import count, print_json, split, timed_progress
 from .tune_options import add_farm, add_ray, add_scope, farm_of, ops_of, ray_wing, scope_of
 from .tune_reports import (
     candidates_json,
@@ -62,8 +63,8 @@ cell on one of them; what a lost one was at is measured again, and cards unlike 
 
 ALL = """\
 Candidates, measure, select, one after the other: the configs of all ops, or of what the models call, for the GPU that is here
-(or, with --target, those of the farm). The same command again goes on where it was stopped. `hdispatch build --models` then
-makes the bundle.
+(or, with --target, those of the farm). The same command again goes on where it was stopped; what was measured of other kernels
+and configs than the present ones is not chosen from. The command that is printed at the end makes the bundle.
 """
 
 SELECT = """\
@@ -309,6 +310,7 @@ def run_all(arguments: argparse.Namespace) -> int:
     with build_wing():
         from ..compile import op_package
         from ..tune import select, timings
+    from ..tune.candidates import of_present, read_candidates
     from ..tune.measure import Options
 
     candidates, out = arguments.work / "candidates", arguments.work / "timings.jsonl"
@@ -319,17 +321,34 @@ def run_all(arguments: argparse.Namespace) -> int:
     print(describe_measuring(report, out))
     _say_step(3, "configs are selected")
     packages = op_package.find(None, kernels.given(arguments))
-    lines = timings.read(out, select.refusal(packages))
+    every = timings.read(out)
+    lines = of_present(read_candidates(candidates), every)
+    if len(lines) < len(every):
+        others = count(len(every) - len(lines), "line")
+        print(f"{out}: {others} left out: of other sizes, or of configs or kernels that are none of the present candidates")
     print(describe_selection(select.select(lines, packages, arguments.out, limit=arguments.regret), dry_run=False))
-    same = [f"{name} {value}" for name in ("--models", "--kernels") for value in _given(arguments, name)]
-    print(f"next: {' '.join(['hdispatch build', *same, '--out bundle'])}")
+    print(f"next: {_build_command(arguments)}")
     return 0
 
 
-def _given(arguments: argparse.Namespace, name: str) -> list[str]:
-    """The values of an option, as they were given."""
-    value = getattr(arguments, name.lstrip("-"))
-    return [value] if isinstance(value, str) else list(value or ())
+def _build_command(arguments: argparse.Namespace) -> str:
+    """The command that builds a bundle with what was chosen."""
+    words = ["hdispatch", "build"]
+    if arguments.models:
+        words += ["--models", arguments.models]
+    if arguments.tensor_parallel != 1:
+        words += ["--tensor-parallel", str(arguments.tensor_parallel)]
+    for each in arguments.kernels:
+        words += ["--kernels", each]
+    if arguments.kernels and arguments.ops:  # without --kernels all ops are built, of which those of --ops are some
+        words += ["--ops", arguments.ops]
+    if arguments.target != "native":
+        words += ["--target", arguments.target]
+    if arguments.out:
+        words += ["--configs", str(arguments.out)]
+    if arguments.cache:
+        words += ["--cache", str(arguments.cache)]
+    return shlex.join([*words, "--out", "bundle"])
 
 
 def _say_step(number: int, what: str) -> None:

@@ -80,6 +80,7 @@ def build(
     select: Selection | None = None,
     extra: Sequence[str] = (),
     record: Sequence[Path] = (),
+    more_configs: Path | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BuildReport:
     """Builds the bundle `out` of ops for a GPU.
@@ -91,6 +92,7 @@ def build(
     extra     folders and dotted packages outside of hdispatch: ops, each with spec.py, helion.py or triton.py, and, once
               tuned, configs/<gpu>.json; or packages of ops. Those of installed distributions are known without
     record    recordings (recording.py), whose Triton kernels go into the bundle too; what cannot be built is in the notes
+    more_configs  a folder whose <op>/<gpu>.json, as `tune select` writes them, come before the ops' own
     progress  called with units done, units in all and the name of the last one, or what runs
 
     BuildError, and no bundle, if anything cannot be built.
@@ -106,8 +108,17 @@ def build(
         packages = _buildable(packages, report.notes)
     chosen = select or Selection()
     names = {package.package: name for name, package in packages.items()}
+    folders = {name: _config_folders(package, more_configs) for name, package in packages.items()}
+    if more_configs is not None and not any(configs.find_file(found[:1], gpu.config_file) for found in folders.values()):
+        raise BuildError(
+            f"{more_configs} has configs of none of the ops {', '.join(packages) or '(none is built)'}: it takes "
+            f"{more_configs}/<op>/{gpu.config_file}, as `hdispatch tune --out` writes them"
+        )
     with Pool(gpu, where.root) as workers:
-        files = {name: _config_file(package, gpu, workers, report.notes, progress) for name, package in packages.items()}
+        files = {
+            name: _config_file(package, gpu, folders[name], workers, report.notes, progress)
+            for name, package in packages.items()
+        }
         units = [unit for name, package in packages.items() for unit in _units(package, files[name], chosen, report.notes)]
         without = {key for unit in units if unit.backend == configs.NO_ROW for key in _keys(names[unit.package], unit)}
         units = [unit for unit in units if unit.backend != configs.NO_ROW]
@@ -120,7 +131,7 @@ def build(
     specs = {name: package.spec for name, package in packages.items()}
     frozen = freeze(
         specs,
-        _with_times(entries, packages, gpu),
+        _with_times(entries, packages, files, gpu),
         gpu,
         where,
         out,
@@ -188,15 +199,21 @@ def _buildable(packages: Mapping[str, OpPackage], notes: list[str]) -> dict[str,
     return found
 
 
+def _config_folders(package: OpPackage, more: Path | None) -> list[Path]:
+    """Where an op's config files are looked for, in order."""
+    return [*([more / package.name] if more is not None else []), package.configs]
+
+
 def _config_file(
     package: OpPackage,
     target: GpuTarget,
+    folders: Sequence[Path],
     workers: Pool,
     notes: list[str],
     progress: Callable[[int, int, str], None] | None,
 ) -> configs.ConfigFile:
     """The op's config file, or one of its kernel's first candidates; a note if it is not the target's own."""
-    found = configs.find(package.spec, target, package.configs)
+    found = configs.find(package.spec, target, *folders)
     if found is None:
         if progress:
             progress(0, 1, f"{package.name} has no configs: asking its {package.backends[0]} kernel for candidates")
@@ -225,13 +242,12 @@ def _units_of(
     package: OpPackage, file: configs.ConfigFile, variant: str, shapes: Sequence[dict[str, int]], buckets: Sequence[int]
 ) -> Iterator[Unit]:
     """The units of a variant. Of rows with the same sizes, as of shapes that differ in an open one, the first counts."""
-    spec = package.spec
-    fitting = file.for_variant(spec.variant(variant)).without_arguments()
+    spec, of = package.spec, package.spec.variant(variant)
     units: dict[bytes, Unit] = {}
     taken: set[Row] = set()
     for shape in shapes:
         for bucket in buckets:
-            entry = fitting.pick(spec, shape, spec.ladders.edges(bucket))
+            entry = file.pick(spec, shape, spec.ladders.edges(bucket), of)
             backend = entry.backend or package.backends[0]
             generic = () if backend == configs.NO_ROW else package.generic[backend]
             known = {symbol: size for symbol, size in shape.items() if symbol not in generic}
@@ -306,9 +322,13 @@ def _built(
     return records
 
 
-def _with_times(entries: Sequence[Entry], packages: Mapping[str, OpPackage], target: GpuTarget) -> list[Entry]:
-    """The entries with the times that tuning measured on this kind of GPU."""
-    found = {name: Measurements(package.spec, package.configs / target.config_file) for name, package in packages.items()}
+def _with_times(
+    entries: Sequence[Entry], packages: Mapping[str, OpPackage], files: Mapping[str, configs.ConfigFile], target: GpuTarget
+) -> list[Entry]:
+    """The entries with the times that tuning measured on this kind of GPU, of the configs that were taken."""
+    found = {
+        name: Measurements(package.spec, files[name].path.parent / target.config_file) for name, package in packages.items()
+    }
 
     def with_times(entry: Entry) -> Entry:
         measurements, ladders = found[entry.op], packages[entry.op].spec.ladders

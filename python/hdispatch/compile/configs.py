@@ -7,8 +7,9 @@ the op's kernels the config is for, if not the first. `"without": "cutedsl"` mar
 others where that backend is not installed. `"backend": "fallback"`, with the config {}, says that no row serves those buckets:
 their calls run the op's fallback, which is faster there.
 
-A key may also name integer arguments that are compiled in (`group_size`): such an entry is for the variants with that value,
-and before others for the same sizes.
+A key may also name arguments that tell variants apart: integers and flags that are compiled in (`group_size`), and tensors that
+may be absent (`"q_weight": 0` where it is, 1 where it is not). Such an entry is for the variants with that value, and before
+others for the same sizes.
 
 vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves and what the op's `foreign_key`
 knows. Before 0.33 a file was an object of configs by keys in one string, `hidden_size_4096_num_tokens_16`. Their configs are
@@ -20,13 +21,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import BuildError
-from ..opspec import KEY_SYMBOLS, IntArg, OpSpec, Variant
+from ..opspec import KEY_SYMBOLS, BoolArg, IntArg, OpSpec, Variant
 from ..typed_json import Mismatch, parse
 from .target import GpuTarget
 from .versions import PACKAGES
@@ -51,7 +52,7 @@ class ConfigEntry:
     second ladder they may have the name of its integer too.
 
     backend is that of the kernel that the config is for, None for the op's first one; without, if given, the backend that
-    has to be absent for the entry to count. arguments: values of compiled-in arguments that the entry is for, none for all
+    has to be absent for the entry to count. arguments: values, as `argument_of` gives them, that the entry is for, none for all
     of them. label: what errors call it, "entry 3"; raw: the entry as the file has it.
     """
 
@@ -85,23 +86,19 @@ class ConfigFile:
         """
         backends = {*backends, NO_ROW}
         stand_ins = [e for e in self.entries if e.without and e.without not in backends and (e.backend or first) in backends]
-        replaced = [entry.shape for entry in stand_ins]
+        replaced = [(entry.shape, entry.arguments) for entry in stand_ins]
         usual = [entry for entry in self.entries if not entry.without]
-        kept = [e for e in usual if (e.backend or first) in backends and e.shape not in replaced]
+        kept = [e for e in usual if (e.backend or first) in backends and (e.shape, e.arguments) not in replaced]
         return ConfigFile(self.path, tuple(stand_ins + kept) or tuple(usual))
 
     def for_variant(self, variant: Variant) -> ConfigFile:
         """The file without the entries that are for other values of compiled-in arguments; if that leaves none, with them.
 
-        Those for this variant's values come first, so that of entries for the same sizes one of them is picked.
+        Those for this variant's values come first: where they reach a bucket, one of them is picked.
         """
-        kept = [e for e in self.entries if all(variant.static.get(name) == value for name, value in e.arguments.items())]
+        kept = [e for e in self.entries if all(argument_of(variant, name) == value for name, value in e.arguments.items())]
         kept.sort(key=lambda entry: -len(entry.arguments))
         return ConfigFile(self.path, tuple(kept) or self.entries)
-
-    def without_arguments(self) -> ConfigFile:
-        """The file with entries that serve every variant: of one that `for_variant` gave."""
-        return ConfigFile(self.path, tuple(replace(entry, arguments={}) for entry in self.entries))
 
     def require_backends(self, backends: Collection[str]) -> None:
         """BuildError, naming the entry, if one is for a backend that is not among the op's, or stands in for such a one."""
@@ -117,32 +114,57 @@ class ConfigFile:
 
         For a shape with all its sizes: among the entries with sizes the ones with the nearest ones (earlier names of
         `config_key` first, and the earlier entry of two equally near). For a shape that leaves sizes out: the entries that
-        leave out the same. Among those the smallest M of at least the edge, or else the largest; then likewise the second
-        ladder's integer. Where there are none: the default, and of a file without one any entry. BuildError if the file has no
-        entry.
+        leave out the same. Of these the ones that name the most of the variant's arguments and reach the edges. Among those the
+        smallest M of at least the edge, or else the largest; then likewise the second ladder's integer. Where there are none:
+        the default, and of a file without one any entry. BuildError if the file has no entry.
         """
         if not self.entries:
             raise BuildError(f"{self.path} has no entry; add one with the key {{}} to serve every shape")
-        if any(entry.arguments for entry in self.entries):
-            return self.for_variant(variant or spec.typical_variant()).without_arguments().pick(spec, shape, edges)
+        entries = self.entries
+        if any(entry.arguments for entry in entries):
+            entries = self.for_variant(variant or spec.typical_variant()).entries
         symbols = [symbol for symbol in spec.config_key.values() if symbol in KEY_SYMBOLS[1:]]
         given = [symbol for symbol in symbols if symbol in shape]
         # Sizes that a file's keys never name are served by all of its entries.
-        like = [e for e in self.entries if e.sizes and set(e.shape) == set(given)]
-        default = next((entry for entry in self.entries if not entry.sizes), None)
+        like = [e for e in entries if e.sizes and set(e.shape) == set(given)]
+        default = next((entry for entry in entries if not entry.sizes), None)
         if not like:
-            return default or self.pick(spec, self._complete(symbols), edges)
+            return default or self.pick(spec, _complete(entries, symbols), edges, variant)
         nearest = min((e.sizes for e in like), key=lambda sizes: [abs(sizes[s] - shape[s]) for s in given])
-        same = [entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)]
+        same = _most_arguments([entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)], edges)
         for name, edge in edges.items():
             same = _at_edge(same, name, edge)
         return same[0]
 
-    def _complete(self, symbols: list[str]) -> dict[str, int]:
-        """The sizes of the entry that has the largest ones."""
-        return max(
-            ({s: e.sizes[s] for s in symbols if s in e.sizes} for e in self.entries), key=lambda sizes: [*sizes.values()]
-        )
+
+def key_arguments(spec: OpSpec) -> list[str]:
+    """The arguments that keys may name: those whose values tell variants apart, but for dtypes."""
+    names = [arg.name for arg in spec.args if isinstance(arg, IntArg | BoolArg) and arg.values is not None]
+    return names + [arg.name for arg in spec.tensors() if arg.optional]
+
+
+def argument_of(variant: Variant, name: str) -> int | None:
+    """A variant's value of such an argument: of a tensor 1, or 0 where it is absent. None for an integer that is absent."""
+    if name in variant.static:
+        return int(variant.static[name])
+    return 1 if name in variant.dtypes else 0 if name in variant.none else None
+
+
+def _complete(entries: Iterable[ConfigEntry], symbols: list[str]) -> dict[str, int]:
+    """The sizes of the entry that has the largest ones."""
+    return max(({s: e.sizes[s] for s in symbols if s in e.sizes} for e in entries), key=lambda sizes: [*sizes.values()])
+
+
+def _most_arguments(entries: list[ConfigEntry], edges: Mapping[str, int]) -> list[ConfigEntry]:
+    """Of a variant's entries for one shape those that name the most arguments and reach a bucket's edges; else all.
+
+    One entry serves the buckets up to its edge, so others' edges between must not come before it.
+    """
+    for arguments in sorted((entry.arguments for entry in entries), key=len, reverse=True):
+        found = [entry for entry in entries if entry.arguments == arguments]
+        if any(all(entry.sizes.get(name, edge) >= edge for name, edge in edges.items()) for entry in found):
+            return found
+    return entries
 
 
 def _at_edge(entries: list[ConfigEntry], name: str, edge: int) -> list[ConfigEntry]:
@@ -230,7 +252,7 @@ def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str
     expected = sorted(spec.config_key)
     if not isinstance(key, (dict, str)):
         raise BuildError(f"{place} has the key {key!r:.80}; it takes an object with {expected}, or {{}} for the default")
-    arguments = {arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None}
+    arguments = set(key_arguments(spec))
     meant = _meant(key)
     if spec.foreign_key is not None and all(_is_size(size) for size in meant.values()):
         meant = spec.foreign_key(meant)
@@ -241,7 +263,7 @@ def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str
             "or {} for the default"
         )
     for name, size in meant.items():
-        if not _is_size(size):
+        if not _is_size(size) and not (name in arguments and type(size) is int and size == 0):
             raise BuildError(f"{place} has {name} {size!r:.80}; it takes an integer of at least 1 and at most {LARGEST_SIZE}")
     sizes = {known[name]: size for name, size in meant.items() if name in known}
     if len(sizes) < sum(name in known for name in meant):
@@ -264,13 +286,18 @@ def _check_config(place: str, config: object) -> None:
         raise BuildError(f"{place} has an integer of {config.bit_length()} bits in its config; they fit 64")
 
 
-def find(spec: OpSpec, target: GpuTarget, folder: Path) -> tuple[ConfigFile, str | None] | None:
-    """The op's file for a GPU in a folder, and a note if it is another GPU's; None if the folder has neither."""
-    for name in (target.config_file, FALLBACK):
-        if (path := folder / name).is_file():
-            note = f"{spec.name}: no configs for {target.name}, using {path}" if name != target.config_file else None
-            return read(path, spec), note
-    return None
+def find(spec: OpSpec, target: GpuTarget, *folders: Path) -> tuple[ConfigFile, str | None] | None:
+    """The op's file for a GPU in the first folder with one, and a note if it is another GPU's; None if there is neither."""
+    if (path := find_file(folders, target.config_file)) is None:
+        return None
+    note = f"{spec.name}: no configs for {target.name}, using {path}" if path.name != target.config_file else None
+    return read(path, spec), note
+
+
+def find_file(folders: Sequence[Path], name: str) -> Path | None:
+    """The first of folders' files of a card, by the file's name; else of `FALLBACK`; None if none has either."""
+    paths = [folder / each for each in (name, FALLBACK) for folder in folders]
+    return next((path for path in paths if path.is_file()), None)
 
 
 def installed(op: str) -> Path:

@@ -11,8 +11,9 @@ from typing import Any, NotRequired, TypedDict
 
 from ..errors import BuildError
 from ..manifest import Record, Tuned
-from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from ..typed_json import Mismatch, check, parse
+from .configs import argument_of, key_arguments
 
 
 def companion(path: Path) -> Path:
@@ -45,7 +46,7 @@ class Measurements:
         self.spec = spec
         self.named = set(spec.config_key.values()) & set(KEY_SYMBOLS) - {"M"}
         self.variants: frozenset[str] = frozenset()
-        #: By sizes; each with the values of compiled-in arguments that it is for.
+        #: By sizes; each with the values of arguments that it is for.
         self.times: dict[tuple[tuple[str, int], ...], list[tuple[dict[str, int], _Time]]] = {}
         if not (file := companion(path)).is_file():
             return
@@ -55,8 +56,8 @@ class Measurements:
             self.variants = frozenset(data["variants"])
             for time in data["times"]:
                 known = {spec.config_key.get(name, name): size for name, size in time["key"].items()}
-                static = {arg.name: known.pop(arg.name) for arg in spec.args if _is_compiled_in(arg) and arg.name in known}
-                self.times.setdefault(tuple(sorted(known.items())), []).append((static, time))
+                arguments = {name: known.pop(name) for name in key_arguments(spec) if name in known}
+                self.times.setdefault(tuple(sorted(known.items())), []).append((arguments, time))
         except (OSError, ValueError, Mismatch) as error:
             raise BuildError(
                 f"cannot read the measurements in {file}: {str(error).lstrip('.')}; select once more, or remove it"
@@ -79,10 +80,7 @@ class Measurements:
         sizes = {symbol: size for symbol, size in shape.items() if symbol in self.named} | dict(edges)
         if variant not in self.variants:
             return None
-        values = self.spec.variant(variant).static.items()
-        fitting = [found for found in self.times.get(tuple(sorted(sizes.items())), ()) if found[0].items() <= values]
+        chosen = self.spec.variant(variant)
+        values = {name: argument_of(chosen, name) for name in key_arguments(self.spec)}
+        fitting = [found for found in self.times.get(tuple(sorted(sizes.items())), ()) if found[0].items() <= values.items()]
         return max(fitting, key=lambda found: len(found[0]))[1] if fitting else None
-
-
-def _is_compiled_in(arg: object) -> bool:
-    return isinstance(arg, IntArg) and arg.values is not None

@@ -7,6 +7,7 @@ first candidate of each cell. `candidates.json` adds the others. It names the ma
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -15,7 +16,7 @@ from ..bundle_reader import read_files
 from ..errors import BundleError
 from ..manifest import CANDIDATES_NAME, MANIFEST_NAME, Manifest, Record, artifacts_of, ladders_of
 from ..typed_json import Mismatch, check, parse
-from .timings import CellHead, CellKey, ConfigKey, canonical
+from .timings import BROKE, CellHead, CellKey, ConfigKey, Timing, canonical, cell_key, config_key
 
 CANDIDATES_VERSION = 1
 
@@ -98,6 +99,32 @@ def check_ops(folder: Path, bundle: CandidateBundle) -> None:
     """Refuse a bundle whose ops are not the installed ones."""
     for name, entry in bundle["manifest"]["ops"].items():
         registry.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
+
+
+def of_present(bundle: CandidateBundle, timings: Iterable[Timing]) -> list[Timing]:
+    """The lines that are of a bundle's candidates: of their cell, config and code, and right wherever that code was checked.
+
+    Others are of kernels as they were, or of configs that no longer compile: no build makes what they measured.
+    """
+    records, manifest = bundle["manifest"]["records"], bundle["manifest"]
+    present = {
+        (cell_key_of(cell), config_key_of(records[index])): code_of(manifest, records[index])
+        for cell in bundle["candidates"]["cells"]
+        for index in cell["records"]
+    }
+    lines = list(timings)
+    wrong = {identity(line) for line in lines if line["status"] in ("wrong", *BROKE)}
+    return [
+        line
+        for line in lines
+        if present.get((cell_key(line), config_key(line))) == line["artifacts"]
+        and not (line["status"] == "ok" and identity(line) in wrong)
+    ]
+
+
+def identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
+    """Identifies a candidate wherever it competes: its op, config and code."""
+    return timing["op"], config_key(timing), tuple(timing["artifacts"])
 
 
 def cell_key_of(cell: Cell) -> CellKey:

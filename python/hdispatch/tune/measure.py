@@ -20,7 +20,7 @@ from typing import Any
 from .. import _C, registry
 from ..errors import HdispatchError
 from . import timings
-from .candidates import CandidateBundle, Cell, cell_key_of, check_ops, code_of, config_key_of, read_candidates
+from .candidates import CandidateBundle, Cell, cell_key_of, check_ops, code_of, config_key_of, identity, read_candidates
 from .card import Card, words
 from .cell_bench import Bench, Outcome, line_of
 from .device import Device
@@ -171,7 +171,7 @@ class _Run:
         self.bundle = bundle
         self.out = out
         self.known = known
-        self.broke = {_identity(line) for line in known.values() if line["status"] in BROKE}
+        self.broke = {identity(line) for line in known.values() if line["status"] in BROKE}
         self.report = Report()
         self.changed = threading.Condition()
         self.progress = progress
@@ -285,7 +285,7 @@ class _Run:
             found = worker.measure(at, skip)
             if isinstance(found, Lost):
                 found = [self._lost(worker, cell, found)]
-            broke = {_identity(timing) for timing in found if timing["status"] in BROKE}
+            broke = {identity(timing) for timing in found if timing["status"] in BROKE}
             with self.changed:
                 timings.append(self.out, found)
                 self.report.failures += [_failure(timing) for timing in found if timing["status"] != "ok"]
@@ -315,11 +315,6 @@ class _Run:
         record = self.bundle["manifest"]["records"][index]
         line = self.known.get((cell_key_of(cell), config_key_of(record)))
         return line is not None and line["artifacts"] == code_of(self.bundle["manifest"], record)
-
-
-def _identity(timing: Timing) -> tuple[str, ConfigKey, tuple[str, ...]]:
-    """Identifies a candidate wherever it competes: its op, config and code."""
-    return timing["op"], timings.config_key(timing), tuple(timing["artifacts"])
 
 
 def _card(worker: Worker) -> Card:

@@ -178,10 +178,10 @@ def backends_of(package: OpPackage) -> list[str]:
 
 
 def config_files(package: OpPackage, scope: Scope, target: GpuTarget, notes: list[str]) -> list[configs.ConfigFile]:
-    """The op's own file, which has to be right, and those of further folders, of which the others are left out and noted."""
+    """The file that serves the card now, which has to be right, and those of further folders, of which others are left out."""
     spec, there = package.spec, package.backends
     files = []
-    if (own := package.configs / target.config_file).is_file():
+    if (own := configs.find_file([package.configs], target.config_file)) is not None:
         files.append(configs.read(own, spec))
         files[0].require_backends(there)
     for path in (path for folder in scope.more for path in sorted((folder / spec.name).glob("*.json"))):

@@ -19,7 +19,7 @@ from ..compile.store import write_atomic
 from ..compile.target import short_name
 from ..compile.versions import OPTIONAL
 from ..errors import BuildError
-from ..opspec import KEY_SYMBOLS, IntArg, OpSpec
+from ..opspec import KEY_SYMBOLS, OpSpec
 from .cover import Slot, assign, cover, curve
 from .measured import Choice, Measured, Previous
 from .timings import ConfigKey, Refusal, Timing, canonical, cell_key, config_key, fault, unlike_cards
@@ -66,10 +66,11 @@ def select(
     out        the folder is `<out>/<op>`; None: the op's own folder of configs
     limit      the regret that is allowed, 0.02 being 2 %
 
-    Entries of a file for sizes, or for edges of M, that the timings do not have are kept. Timings of variants whose compiled-in
-    integers are not the typical variant's make entries for those alone, beside the others. Where configs of an optional backend
-    were chosen, the best without it are written too. BuildError for timings of several GPUs, or of an op, variant, backend,
-    bucket or size that there is not, for an op without one right candidate, or a limit that is negative.
+    Entries of a file for sizes, or for edges of M, that the timings do not have are kept; a file that is not there yet begins
+    from the one that served the card until now, which may be another card's. Timings of variants whose compiled-in values, or
+    absent tensors, are not the typical variant's make entries for those alone, beside the others. Where configs of an
+    optional backend were chosen, the best without it are written too. BuildError for timings of several GPUs, or of an op,
+    variant, backend, bucket or size that there is not, for an op without one right candidate, or a limit that is negative.
 
     A config that the file has for a slot stays where the limit allows it and it is slower than the best choice by no more than
     the noise, the range between the quartiles of the two: so runs that differ by noise alone choose alike.
@@ -92,17 +93,27 @@ def select(
         own = [timing for timing in timings if timing["op"] == op]
         package = packages[op]
         path = (out / op if out else package.configs) / f"nvidia_{short_name(gpus[0])}.json"
+        began = None if path.exists() else _served_until_now(package, path.name)
+        notes = [f"{path} is new: what was not measured is as in {began.path}, which served it until now"] if began else []
         for arguments in sorted({_arguments(package.spec, timing["variant"]) for timing in own}):
             group = [timing for timing in own if _arguments(package.spec, timing["variant"]) == arguments]
-            reports.append(_select_op(package.spec, group, path, package.backends[0], limit, write, dict(arguments)))
+            reports.append(_select_op(package, group, path, began, limit, write, dict(arguments)))
+            reports[-1].notes[:0] = notes
+            notes = []
     return reports
 
 
+def _served_until_now(package: OpPackage, name: str) -> configs.ConfigFile | None:
+    """The file of the op's own configs that a build takes for the card of a file's name; None if there is none."""
+    found = configs.find_file([package.configs], name)
+    return configs.read(found, package.spec) if found else None
+
+
 def _arguments(spec: OpSpec, variant: str) -> tuple[tuple[str, int], ...]:
-    """The integers of a variant that are compiled in and not those of the typical one."""
-    static, usual = spec.variant(variant).static, spec.typical_variant().static
-    names = [arg.name for arg in spec.args if isinstance(arg, IntArg) and arg.values is not None]
-    return tuple((name, int(static[name])) for name in names if name in static and static[name] != usual.get(name))
+    """What a key says of a variant: the arguments that are not as the typical one has them."""
+    this, usual = spec.variant(variant), spec.typical_variant()
+    values = [(name, configs.argument_of(this, name)) for name in configs.key_arguments(spec)]
+    return tuple((name, value) for name, value in values if value is not None and value != configs.argument_of(usual, name))
 
 
 def refusal(packages: Mapping[str, OpPackage]) -> Refusal:
@@ -143,27 +154,30 @@ def _refused_sizes(spec: OpSpec, timing: Timing) -> str | None:
 
 
 def _select_op(
-    spec: OpSpec,
+    package: OpPackage,
     timings: Sequence[Timing],
     path: Path,
-    default_backend: str,
+    began: configs.ConfigFile | None,
     limit: float,
     write: bool,
     arguments: dict[str, int],
 ) -> OpReport:
+    """`began`: the file that a new one begins from, whose configs no choice is kept for: they were chosen elsewhere."""
+    spec, default_backend = package.spec, package.backends[0]
     measured = Measured(spec, timings)
     if not measured.regrets:
         raise BuildError(f"{spec.name}: no candidate gave a right result; see the timings' lines with status wrong or refused")
-    present = configs.read(path, spec) if path.exists() else configs.ConfigFile(path, ())
+    present = configs.read(path, spec) if path.exists() else began or configs.ConfigFile(path, ())
     variant = timings[0]["variant"]
     previous = _previous(present, spec, variant, default_backend)
-    choices, open_choices, notes = _assigned(measured, limit, previous)
+    choices, open_choices, notes = _assigned(measured, limit, previous if began is None else _nothing)
     chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
     every = _with_unmeasured(spec, {**choices, **open_choices}, previous)
     entries = _entries(spec, every, default_backend)
     for backend in OPTIONAL:
         before = _previous(present, spec, variant, default_backend, without=backend)
-        entries += _stand_ins(spec, timings, every, default_backend, backend, limit, before)
+        keep = before if began is None else _nothing
+        entries += _stand_ins(spec, timings, every, default_backend, backend, limit, before, keep)
     for entry in entries:
         entry["key"] |= arguments
     shapes = [
@@ -195,7 +209,9 @@ def _select_op(
     if write:
         write_atomic(path, _text([*entries, *others]).encode())
         found = _companion(spec, timings, measured, chosen, report, limit)
-        found = _beside(spec, found, companion(path), arguments)
+        # Times of another card are none of this one's.
+        same_card = began is not None and began.path.name == path.name and not companion(path).exists()
+        found = _beside(spec, found, companion(began.path if began is not None and same_card else path), arguments)
         write_atomic(companion(path), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return report
 
@@ -214,6 +230,11 @@ def _assigned(
     kept = cover(measured.regrets, limit)
     chosen = measured.keep(assign(measured.regrets, kept, limit), previous, limit)
     return chosen, *measured.open_rows(sorted(set(chosen.values())), limit)
+
+
+def _nothing(_slot: Slot) -> ConfigKey | None:
+    """The `Previous` of a file that keeps no choice."""
+    return None
 
 
 def _previous(
@@ -241,13 +262,14 @@ def _stand_ins(
     absent: str,
     limit: float,
     previous: Previous,
+    keep: Previous,
 ) -> list[dict[str, Any]]:
     """Entries for the sizes that have configs of a backend, made without it: for where it is not installed."""
     shapes = {slot[0] for slot, config in choices.items() if config.backend == absent}
     if not shapes:
         return []
     measured = Measured(spec, [timing for timing in timings if timing["backend"] != absent])
-    others, open_others, _ = _assigned(measured, limit, previous) if measured.regrets else ({}, {}, [])
+    others, open_others, _ = _assigned(measured, limit, keep) if measured.regrets else ({}, {}, [])
     slots = [slot for slot in choices if slot[0] in shapes]
     found = {slot: config for slot, config in {**others, **open_others}.items() if slot[0] in shapes}
     found |= {slot: config for slot in slots if slot not in found and (config := previous(slot)) is not None}

@@ -13,7 +13,7 @@ import torch
 
 from ... import embedded
 from ...errors import HdispatchError
-from . import settings
+from . import settings, support
 from .override import Override, override_vllm_ops
 
 #: The release of vLLM whose layers and ops these are.
@@ -168,6 +168,7 @@ def examine() -> dict[str, Any]:
         return found | {"reason": f"vLLM cannot be imported: {parts[0][1]}"}
     reasons = [reason if part is None else part.objection() for part, reason in parts]
     found |= dict(zip(("layers", "runner", "scheduler"), reasons, strict=True))
+    found["layers"] = found["layers"] or support.gpu_objection()
     if parts[0][0] is not None and not found["layers"]:
         found["models"] = list(parts[0][0].ARCHITECTURES)
     return found | {"ok": True, "decode": settings.ATTENTIONS[settings.attention()]}

@@ -16,6 +16,10 @@ DTYPES = (torch.bfloat16, torch.float16)
 HEAD_SIZES = (64, 128, 256)
 
 
+#: The compute capability, its first number, for which vLLM takes FlashAttention 3.
+HOPPER = 9
+
+
 class UnsupportedError(Exception):
     """Why a model's layers take vLLM's own path. Never leaves the plug-in."""
 
@@ -40,6 +44,17 @@ def check_config(config: Any) -> None:
     require(not getattr(config.cache_config, "kv_sharing_fast_prefill", False), "kv_sharing_fast_prefill is on")
     dtype = config.model_config.dtype
     require(dtype in DTYPES, f"the model's dtype is {dtype}; expected bfloat16 or float16")
+
+
+def gpu_objection() -> str:
+    """Why no layer can be served on the GPU that is here, whatever the model; empty if one can, or there is no GPU."""
+    if not torch.cuda.is_available():
+        return ""
+    major, minor = torch.cuda.get_device_capability()
+    if major == HOPPER:
+        return ""
+    name = torch.cuda.get_device_name()
+    return f"{name} has compute capability {major}.{minor}; FlashAttention 3, which they need, takes {HOPPER}.0"
 
 
 def check_attention(attention: Any) -> None:
