@@ -17,8 +17,10 @@ HostSteps::HostSteps(PyObject* listed) {
     if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw python_error();
     const auto code = static_cast<Op>(op);
     depth += code <= Op::kContiguous ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
+    // `compute_steps` has a stack of that depth and does not look.
     HD_CHECK(depth >= 1 && depth <= static_cast<int>(kMaxDepth), depth);
     const bool is_operator = code > Op::kContiguous && code != Op::kNextPowerOf2;
+    // `x op constant` is one step and not two: most grids and facts are of such.
     if (is_operator && steps_.back().op == Op::kConst)
       steps_.back() = {code, steps_.back().a, 1};
     else
@@ -52,6 +54,7 @@ bool HostRange::merge(const HostRange& other) noexcept {
   HostRange both{integer, std::max(least, other.least), std::min(most, other.most), except};
   if (!is_needed(both, both.except)) both.except = other.except;
   if (!is_needed(both, both.except)) both.except = INT64_MIN;
+  // A range leaves out one value: two that both matter need two ranges.
   if (is_needed(both, other.except) && other.except != both.except) return false;
   *this = both;
   return true;
@@ -65,6 +68,7 @@ std::optional<HostRange> HostSteps::as_range() const {
     return range;
   }
   const Step& step = steps_[1];
+  // `a - 1` and `a + 1` below stay within 64 bits.
   if (!step.b || step.a == INT64_MIN || step.a == INT64_MAX) return std::nullopt;
   switch (step.op) {
     case Op::kEq:
@@ -247,6 +251,7 @@ bool HostProgram::run(const HostInputs& inputs, HostValue* out) const {
     }
     if (!object) return false;
     if (source.guard == Guard::kInteger) {
+      // Exactly an int: of a bool or a subclass an operator may make something else.
       if (Py_TYPE(object) != &PyLong_Type) return false;
       int overflow = 0;
       integer = PyLong_AsLongLongAndOverflow(object, &overflow);
@@ -282,6 +287,7 @@ HD_COLD const HostProgram* HostPrograms::add(Known& known, PyObject* function, P
                                              PyObject* arguments) {
   if (!arguments) throw python_error();
   ++known.attempts;
+  // Counted before: a trace that throws is not tried for ever.
   PyObject* made = PyObject_CallFunctionObjArgs(trace, kernel, function, arguments, nullptr);
   Py_DECREF(arguments);
   if (!made) throw python_error();
