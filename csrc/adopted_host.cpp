@@ -37,7 +37,7 @@ std::vector<HostSteps> read_steps(const py::handle& listed, const HostLayout& la
   return out;
 }
 
-/// The facts that are ranges, of each integer one where one will do; what is left over stays.
+/// Takes the facts that are ranges out of `guards`, merged to one range per integer where that is possible.
 std::vector<HostRange> take_ranges(std::vector<HostSteps>& guards) {
   std::vector<HostRange> ranges;
   std::erase_if(guards, [&](const HostSteps& guard) {

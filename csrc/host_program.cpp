@@ -94,6 +94,59 @@ std::optional<HostRange> HostSteps::as_range() const {
   }
 }
 
+/// Inlined: an operator is a switch in the loop over steps, not a call.
+__attribute__((always_inline)) inline bool HostSteps::apply(Op op, int64_t left, int64_t right, int64_t& out) noexcept {
+  switch (op) {
+    case Op::kAdd:
+      if (__builtin_add_overflow(left, right, &out)) return false;
+      break;
+    case Op::kSub:
+      if (__builtin_sub_overflow(left, right, &out)) return false;
+      break;
+    case Op::kMul:
+      if (__builtin_mul_overflow(left, right, &out)) return false;
+      break;
+    case Op::kDiv:
+    case Op::kMod: {  // rounded down; by zero Python raises
+      if (right == 0 || (left == INT64_MIN && right == -1)) return false;
+      const int64_t rest = left % right;
+      const bool down = rest != 0 && (rest < 0) != (right < 0);
+      out = op == Op::kDiv ? left / right - down : down ? rest + right : rest;
+      break;
+    }
+    case Op::kMin:
+      out = right < left ? right : left;
+      break;
+    case Op::kMax:
+      out = right > left ? right : left;
+      break;
+    case Op::kEq:
+      out = left == right;
+      break;
+    case Op::kNe:
+      out = left != right;
+      break;
+    case Op::kLt:
+      out = left < right;
+      break;
+    case Op::kLe:
+      out = left <= right;
+      break;
+    case Op::kGt:
+      out = left > right;
+      break;
+    case Op::kGe:
+      out = left >= right;
+      break;
+    case Op::kAnd:
+      out = left && right;
+      break;
+    default:
+      out = left || right;
+  }
+  return true;
+}
+
 bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const {
   int64_t stack[kMaxDepth];
   size_t top = 0;
@@ -122,57 +175,9 @@ bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects,
       value = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(value)));
       continue;
     }
-    const int64_t b = step.b ? step.a : stack[--top];
-    int64_t& a = stack[top - 1];
-    const int64_t left = a;
-    switch (step.op) {
-      case Op::kAdd:
-        if (__builtin_add_overflow(left, b, &a)) return false;
-        break;
-      case Op::kSub:
-        if (__builtin_sub_overflow(left, b, &a)) return false;
-        break;
-      case Op::kMul:
-        if (__builtin_mul_overflow(left, b, &a)) return false;
-        break;
-      case Op::kDiv:
-      case Op::kMod: {  // rounded down; by zero Python raises
-        if (b == 0 || (left == INT64_MIN && b == -1)) return false;
-        const int64_t rest = left % b;
-        const bool down = rest != 0 && (rest < 0) != (b < 0);
-        a = step.op == Op::kDiv ? left / b - down : down ? rest + b : rest;
-        break;
-      }
-      case Op::kMin:
-        a = b < left ? b : left;
-        break;
-      case Op::kMax:
-        a = b > left ? b : left;
-        break;
-      case Op::kEq:
-        a = left == b;
-        break;
-      case Op::kNe:
-        a = left != b;
-        break;
-      case Op::kLt:
-        a = left < b;
-        break;
-      case Op::kLe:
-        a = left <= b;
-        break;
-      case Op::kGt:
-        a = left > b;
-        break;
-      case Op::kGe:
-        a = left >= b;
-        break;
-      case Op::kAnd:
-        a = left && b;
-        break;
-      default:
-        a = left || b;
-    }
+    const int64_t right = step.b ? step.a : stack[--top];
+    const int64_t left = stack[top - 1];
+    if (!apply(step.op, left, right, stack[top - 1])) return false;
   }
   out = stack[0];
   return true;

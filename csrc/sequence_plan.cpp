@@ -8,7 +8,7 @@
 namespace hdispatch {
 namespace {
 
-/// The slot of each tensor argument; -1 of what is none, as the op's workspace after the arguments.
+/// The slot of each tensor argument; -1 for any other argument, and for the workspace after them.
 std::array<int, kMaxArgs + 1> slots_of(const SequenceStep& step) {
   std::array<int, kMaxArgs + 1> slots;
   slots.fill(-1);
@@ -228,7 +228,7 @@ void SequencePlan::set_ranges(const Launch& launch, const Call& call) {
     if (call.tensors[output.arg].dtype != DType::kNone) *range++ = Launcher::written(output, call.tensors[output.arg]);
 }
 
-/// What must be known of all: addresses of parameters, and whose writes somebody asks for.
+/// Needs all launches: where their parameters lie, and which launch's writes a later one looks up.
 void SequencePlan::finish() {
   params_.resize(values_.size());
   for (size_t i = 0; i < values_.size(); ++i) params_[i] = &values_[i];
@@ -325,7 +325,7 @@ bool SequencePlan::resolve_again(Launch& launch, const SequenceInputs& inputs, M
   }
   const Launcher& launcher = *miss.found.row->launcher;
   const RecordHead& head = launcher.head();
-  // Who is asked for what it writes was settled for the row that was there.
+  // `finish` decided for the earlier row which launches note their writes.
   if (&launcher != launch.launcher && (head.early.size() != launch.launcher->head().early.size() ||
                                        launcher.only_launches() != launch.launcher->only_launches()))
     return false;

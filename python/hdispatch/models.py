@@ -211,7 +211,7 @@ def _integers(spec: OpSpec, model: Model) -> dict[str, int]:
 
 
 def _variant(spec: OpSpec, model: Model) -> Variant | None:
-    """The served variant that is the typical one but for what the model says; None if there is none."""
+    """The typical variant with the model's values put in; None if the op does not serve it."""
     usual = spec.typical_variant()
     static = {**usual.static, **_integers(spec, model)}
     none = usual.none - {"q_weight", "k_weight"}

@@ -1,4 +1,4 @@
-"""Holding parsed JSON against TypedDict declarations, so that a declaration is also the check; and parsing it, losing nothing.
+"""Checks parsed JSON against TypedDict declarations, so that a declaration is also the check; parses JSON without any loss.
 
 Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits, floats are finite. A field that
 is not declared is left alone: newer writers may add optional ones. No string holds NUL: what takes it as C's would read a
@@ -158,7 +158,7 @@ def _literal(choices: tuple[object, ...]) -> Checker:
 
 
 def _tag(kinds: tuple[Any, ...]) -> tuple[str, dict[str, Any]] | None:
-    """The field that tells TypedDicts apart, a Literal of one value in each, and which value is whose."""
+    """The field that tells TypedDicts apart, a Literal of one value in each, and the TypedDict of each value."""
     if not all(is_typeddict(kind) for kind in kinds):
         return None
     hints = [get_type_hints(kind) for kind in kinds]

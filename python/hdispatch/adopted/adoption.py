@@ -42,7 +42,7 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     A key is what Triton itself specializes on. The first call of one is Triton's own, and so is every call that is unusual:
     `hdispatch.stats()` counts them by reason. A decorator goes on top of Triton's.
 
-    HdispatchError for what is no kernel and names none.
+    HdispatchError if `kernel` is not a kernel and names none.
     """
     if driver not in ("cuda", "null"):
         raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
@@ -85,7 +85,7 @@ def unadopt(kernel: Any = None) -> None:
 
 
 def explain(kernel: Any) -> str | None:
-    """What has been learnt of an adopted kernel, a line a key; None for what is none."""
+    """What has been learnt of an adopted kernel, a line per key; None if the kernel is not adopted."""
     made = _entry(kernel) if hasattr(kernel, "__dict__") else None
     if made is None:
         return None
@@ -257,7 +257,7 @@ def _switch(kernel: Any, *, on: bool) -> bool:
 
 
 def _give_back(kernel: Any) -> None:
-    """Switches an entry off; of a Helion kernel also those of its launches, but where all kernels are adopted."""
+    """Switches an entry off, and a Helion kernel's launches with it unless all kernels are adopted."""
     with _lock:
         was_on = _is_adopted(kernel)
         _switch(kernel, on=False)

@@ -105,7 +105,7 @@ class _Run:
         self.progress(self.done, self.steps, label)
 
     def finish(self) -> None:
-        """Sort the rows, and name what failed: a path, or one way of M of a path of which others ran."""
+        """Sort the rows, and name each failure: a path, or one way in which M goes where other ways of that path ran."""
         self.rows.sort(key=lambda row: ORDER.index(row["path"]))
         ran = {row["path"] for row in self.rows}
         for (path, m), reason in self.failed.items():

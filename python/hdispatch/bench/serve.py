@@ -1,6 +1,6 @@
 """vLLM's real engine in several modes on one model with random weights: processes, rounds, the result.
 
-Each mode is a process of its own (`serve_worker`). Those of one group live at the same time, and every round times each batch
+Each mode runs in its own process (`serve_worker`). Those of one group live at the same time, and every round times each batch
 in each of them in turn, so that a machine that slows down slows down all.
 """
 

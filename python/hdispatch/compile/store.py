@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class _Entry(TypedDict):
-    """The whole of an entry: what it is for, and what was made."""
+    """A whole entry: its kind and key, and the result."""
 
     kind: str
     key: str

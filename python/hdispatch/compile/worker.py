@@ -1,4 +1,4 @@
-"""The process that generates and compiles: it believes that the target GPU is present, and so is used for nothing else.
+"""The process that generates and compiles. It simulates the target GPU, and is therefore used for nothing else.
 
 Speaks JSON, one object per line (see `hdispatch.child`): first what `Setup` holds, then requests, each answered by one object.
 
