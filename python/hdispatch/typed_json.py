@@ -32,6 +32,11 @@ class _Repeated:
     name: str
 
 
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values have equal texts. ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def parse(text: str | bytes) -> Any:
     """The value of a JSON text. `Mismatch` for a name that an object repeats and for deep nesting; ValueError for no JSON."""
     try:

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import helion  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
 import torch
 import triton  # type: ignore[import-untyped]
@@ -518,11 +517,6 @@ def _steps(value: Any, leaves: dict[sympy.Symbol, str], known: dict[str, Steps] 
             index, dimension = token.split(".")
             found.append((Op.SIZE, int(index), int(dimension)))
     return found
-
-
-def is_kernel(value: object) -> bool:
-    """Whether it is a Helion kernel."""
-    return isinstance(value, helion.Kernel)
 
 
 def name_of(kernel: Any) -> str:

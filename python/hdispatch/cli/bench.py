@@ -143,7 +143,7 @@ def run_dispatch(arguments: argparse.Namespace) -> int:
     kernels.define(arguments)
     if arguments.plot:
         plot.require()
-    options = dispatch.Options(
+    options = dispatch.DispatchOptions(
         op=arguments.op,
         bundle=default_bundle(arguments.bundle),
         m=arguments.m,
