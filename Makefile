@@ -1,4 +1,4 @@
-# The two commands of the README, and what a developer runs.
+# What README.md has under "Try it without a GPU", and what a developer runs.
 #
 #   make demo      environment, extension, a bundle of nine ops of one model, then the dispatch microbenchmark: minutes
 #   make bundle    environment, extension, the bundle of every row: all ops, sizes and dtypes
@@ -42,7 +42,7 @@ bundle: setup
 
 wheel: setup
 	mkdir -p build/embedded
-	$(PY) -m hdispatch build --target h200 --out build/embedded/sm_90a --archive build/embedded/sm_90a.tar.xz 
+	$(PY) -m hdispatch build --target h200 --out build/embedded/sm_90a --archive build/embedded/sm_90a.tar.xz
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist \
 	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
 

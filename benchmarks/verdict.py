@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hdispatch.bench.results import write_text
 from hdispatch.cli.text import machine_lines, table
 from hdispatch.errors import HdispatchError
 
@@ -82,10 +83,7 @@ def not_run(lines: Sequence[str]) -> str:
 def write_json(result: Mapping[str, Any], file: Path) -> None:
     """Write a result, a line for each entry of its lists."""
     parts = [f"{json.dumps(name)}: {_entries(value)}" for name, value in result.items()]
-    try:
-        file.write_text("{" + ",\n".join(parts) + "}\n", encoding="utf-8")
-    except OSError as error:
-        raise HdispatchError(f"cannot write {file}: {error.strerror}") from error
+    write_text("{" + ",\n".join(parts) + "}\n", file)
 
 
 def _entries(value: object) -> str:

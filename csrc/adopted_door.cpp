@@ -173,10 +173,10 @@ std::pair<const std::string*, OpCounters*> adopted_counters(const py::object& ad
   return {as_adopted(adopted).name, as_adopted(adopted).counters};
 }
 
-void define_adopted(py::module_& m) {
-  make_adopted_type();
-  make_host_kernel_type();
-  make_patch_types();
+namespace {
+
+/// What C++ asks Python for when a key is new; kept for ever.
+void define_callbacks(py::module_& m) {
   m.def(
       "set_adopted_callbacks",
       [](const py::object& process_state, const py::object& kernel_state, const py::object& learn,
@@ -190,8 +190,6 @@ void define_adopted(py::module_& m) {
       },
       py::arg("process_state"), py::arg("kernel_state"), py::arg("learn"), py::arg("trace"), py::arg("constexpr_type"),
       py::arg("function_type"), py::arg("device_count"));
-  m.def("make_adopted", &make_adopted, py::arg("kernel"), py::arg("name"), py::arg("parameters"), py::arg("is_null"),
-        py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("refusal"));
   m.def(
       "set_host_callbacks",
       [](const py::object& state, const py::object& record, const py::object& choice, const py::object& launches) {
@@ -201,6 +199,12 @@ void define_adopted(py::module_& m) {
         adopted_callbacks.host_launches = launches.inc_ref().ptr();
       },
       py::arg("state"), py::arg("record"), py::arg("choice"), py::arg("launches"));
+}
+
+/// Adopted kernels: making them, switching them, which there are.
+void define_kernels(py::module_& m) {
+  m.def("make_adopted", &make_adopted, py::arg("kernel"), py::arg("name"), py::arg("parameters"), py::arg("is_null"),
+        py::arg("may_lack"), py::arg("heuristics"), py::arg("tuner"), py::arg("refusal"));
   m.def(
       "make_host_kernel",
       [](const py::object& kernel, const std::string& name, bool is_null) {
@@ -210,19 +214,8 @@ void define_adopted(py::module_& m) {
             reinterpret_cast<PyObject*>(make_host_kernel(kernel.ptr(), name, call, is_null)));
       },
       py::arg("kernel"), py::arg("name"), py::arg("is_null"));
-  m.def("patch_host_class", &patch_host_class, py::arg("type"));
-  m.def("unpatch_host_class", &unpatch_host_class, py::arg("type"));
   m.attr("HostKernel") = py::reinterpret_borrow<py::object>(host_kernel_type);
-  m.def("patch_class", &patch_class, py::arg("type"), py::arg("adopt"));
-  m.def("unpatch_class", &unpatch_class, py::arg("type"));
   m.attr("AdoptedKernel") = py::reinterpret_borrow<py::object>(adopted_type);
-  m.def(  // read alone: to see by its version that somebody put other attributes over ours
-      "class_dict",
-      [](const py::type& type) {
-        return py::reinterpret_borrow<py::dict>(reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict);
-      },
-      py::arg("type"));
-  m.attr("AdoptedMethod") = py::reinterpret_borrow<py::object>(patched_method_type);
   m.def("adopted_kernels", [] {
     py::list out;
     for (const py::object& each : adopted_objects()) out.append(each);
@@ -240,6 +233,25 @@ void define_adopted(py::module_& m) {
       },
       py::arg("adopted"), py::arg("kernel"));
   m.def("adopted_is_on", [](const py::object& adopted) { return is_on(adopted); }, py::arg("adopted"));
+}
+
+/// Attributes of ours on other people's classes.
+void define_patches(py::module_& m) {
+  m.def("patch_host_class", &patch_host_class, py::arg("type"));
+  m.def("unpatch_host_class", &unpatch_host_class, py::arg("type"));
+  m.def("patch_class", &patch_class, py::arg("type"), py::arg("adopt"));
+  m.def("unpatch_class", &unpatch_class, py::arg("type"));
+  m.def(  // read alone: to see by its version that somebody put other attributes over ours
+      "class_dict",
+      [](const py::type& type) {
+        return py::reinterpret_borrow<py::dict>(reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict);
+      },
+      py::arg("type"));
+  m.attr("AdoptedMethod") = py::reinterpret_borrow<py::object>(patched_method_type);
+}
+
+/// What a kernel knows of its calls, and what one costs.
+void define_keys(py::module_& m) {
   m.def(
       "bench_adopted_ns",
       [](const py::object& object, const py::tuple& args, const std::array<uint32_t, 3>& grid, uint32_t count) {
@@ -274,6 +286,18 @@ void define_adopted(py::module_& m) {
         return out;
       },
       py::arg("adopted"));
+}
+
+}  // namespace
+
+void define_adopted(py::module_& m) {
+  make_adopted_type();
+  make_host_kernel_type();
+  make_patch_types();
+  define_callbacks(m);
+  define_kernels(m);
+  define_patches(m);
+  define_keys(m);
 }
 
 }  // namespace hdispatch

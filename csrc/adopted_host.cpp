@@ -37,7 +37,7 @@ std::vector<HostSteps> read_steps(const py::handle& listed, const HostLayout& la
   return out;
 }
 
-/// The facts that are ranges, of each integer one where one will do; what is left over stays.
+/// Takes the facts that are ranges out of `guards`, merged to one range per integer where that is possible.
 std::vector<HostRange> take_ranges(std::vector<HostSteps>& guards) {
   std::vector<HostRange> ranges;
   std::erase_if(guards, [&](const HostSteps& guard) {
@@ -104,6 +104,7 @@ HostRecord::HostRecord(PyObject* made, const HostLayout& layout) : source_{Py_Ne
     objects_.push_back(py::object(each[4]).ptr());
   }
   for (const auto& item : said["options"].cast<py::list>()) objects_.push_back(item.ptr());
+  // `run` has arrays of as many on its stack.
   HD_CHECK(outputs_.size() <= kMaxOutputs && views_.size() <= kMaxViews, outputs_.size(), " and ", views_.size());
   const py::object function = said["function"];
   HD_CHECK(reinterpret_cast<PyObject*>(Py_TYPE(function.ptr())) == adopted_type, "the function is not adopted");
@@ -125,6 +126,7 @@ int HostRecord::traverse(visitproc visit, void* arg) const {
 
 bool HostRecord::holds(const uint64_t* words) {
   if (HD_UNLIKELY(!variant_.is_same())) {
+    // Noted before it is read: a change in between then shows at the next call.
     WatchedDict seen = variant_;
     seen.note();
     static PyObject* const name = PyUnicode_InternFromString("_run");
@@ -132,6 +134,7 @@ bool HostRecord::holds(const uint64_t* words) {
     variant_ = seen;
   }
   const auto* integers = reinterpret_cast<const int64_t*>(words);
+  // Ranges first: two comparisons each, and what most calls of another shape fail.
   for (const HostRange& each : ranges_)
     if (HD_UNLIKELY(!each.holds(integers))) return false;
   int64_t holds = 0;
@@ -142,6 +145,7 @@ bool HostRecord::holds(const uint64_t* words) {
 
 PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const char*& reason) const {
   const HostCall call{args, reinterpret_cast<const int64_t*>(words)};
+  // Kept until the launch: where it is refused they are freed, and Helion makes its own.
   c10::SmallVector<at::Tensor, 2> outputs;
   int64_t dims[2 * kMaxResultRank];
   for (const Output& output : outputs_) {
@@ -167,6 +171,7 @@ PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const ch
     c10::TensorImpl* impl = base.unsafeGetTensorImpl();
     given[i].value = HD_LIKELY(impl->numel() != 0) ? address_of(impl, true) + static_cast<uint64_t>(value) : 0;
   }
+  // Before the launch: a view that throws leaves nothing launched.
   c10::SmallVector<at::Tensor, 2> views;
   for (const View& view : views_) {
     const size_t rank = view.sizes.size();
@@ -250,17 +255,21 @@ const char* read_key(HostKernel& self, PyObject* const* args, size_t count, Host
     }
     c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
     if (HD_UNLIKELY(!is_plain(impl->key_set()))) return "tensor that torch has to handle";
+    // Its code was compiled for the current device, where it is launched.
     if (HD_UNLIKELY(slot_of(impl->device()) != slot)) return "tensor on another device";
     if (HD_UNLIKELY(impl->sizes().size() > HostKey::kMaxRank)) return "tensor of more than 8 dimensions";
     const uintptr_t storage = storage_of(impl, false);
     for (size_t k = 0; k < tensor_count; ++k)
+      // A record was made of arguments that are apart: what one writes, another would read.
       if (HD_UNLIKELY(storages[k] == storage && storage)) return "arguments that share memory";
     storages[tensor_count] = storage;
     tensors[tensor_count++] = impl;
+    // Triton compiles another kernel where an address is a multiple of 16.
     const uint64_t residue = impl->numel() ? address_of(impl, false) & 15 : 0;
     word = static_cast<uint64_t>(c10::typeMetaToScalarType(impl->dtype())) << 24 |
            static_cast<uint64_t>(impl->sizes().size()) << 12 | residue << 3 | kTagTensor;
   }
+  // Behind the kind, so that one array serves to compare either with or without shapes.
   key.count = key.kind;
   for (size_t i = 0; i < tensor_count; ++i) {
     for (const int64_t each : tensors[i]->sizes()) key.words[key.count++] = static_cast<uint64_t>(each);
@@ -286,6 +295,7 @@ HostLayout layout_of(PyObject* const* args, size_t count, const HostKey& key) {
 
 /// The entry that serves the call, or says why none does; null for a call that is new.
 HD_COLD const HostEntry* find_other(const HostTable& table, const HostKey& key) {
+  // A record for all shapes first: there are few, and most calls have one.
   for (const bool is_exact : {false, true}) {
     const size_t count = is_exact ? key.count : key.kind;
     const auto [first, last] = table.equal_range(key.hash(is_exact));
@@ -315,6 +325,7 @@ HD_COLD PyObject* leave_to_helion(HostKernel& self, const std::string& reason, P
     const std::lock_guard lock(OpCounters::mutex);
     ++self.counters->misses[reason];
   }
+  // The lock is released: Helion's Python may fork, or call another adopted kernel.
   std::vector<PyObject*> all{self.kernel};
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(args); ++i) all.push_back(PyTuple_GET_ITEM(args, i));
   return PyObject_VectorcallDict(self.call_function, all.data(), all.size(), keywords);
@@ -378,6 +389,7 @@ HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   const bool is_exact = !entry->record || entry->record->is_exact();
   entry->words.assign(key.words, key.words + (is_exact ? key.count : key.kind));
   entry->is_of_kind = !is_exact;
+  // Until a call finds it.
   ++self.lonely;
   self.table->emplace(key.hash(is_exact), std::move(entry));
 }

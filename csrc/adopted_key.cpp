@@ -298,21 +298,56 @@ HD_COLD bool KeyReader::read_tuple(PyObject* tuple, DeviceSlot slot, AdoptedCall
   return true;
 }
 
+namespace {
+
+/// Four codes a word.
+struct CodeWords {
+  uint64_t words[kMaxAdoptedArguments / 4 + 1];
+  size_t count = 0;
+  uint64_t packed = 0;
+  uint32_t shift = 0;
+
+  void add(uint16_t code) noexcept {
+    packed |= uint64_t{code} << shift;
+    shift += 16;
+    if (shift == 64) flush();
+  }
+  void flush() noexcept {
+    words[count++] = packed;
+    packed = 0;
+    shift = 0;
+  }
+};
+
+}  // namespace
+
+/// A value that a host record has computed: no Python object is made of it.
+bool KeyReader::read_given(size_t index, const GivenValue& given, AdoptedCall& call, size_t& count,
+                           const char*& reason) const {
+  const AdoptedParameter& parameter = parameters_[index];
+  const bool is_pointer = given.kind == GivenValue::Kind::kPointer;
+  const auto number = static_cast<int64_t>(given.value);
+  if (HD_UNLIKELY(parameter.is_exact || (parameter.is_constexpr && is_pointer)))
+    return reason = "compile-time value", false;
+  if (parameter.is_constexpr) {
+    if (number >= kMaxExactInteger || number < -kMaxExactInteger) return reason = "compile-time value", false;
+    call.words[count++] = word_of_integer(number);
+    call.codes[index] = code_of(ArgumentClass::kConstant);
+    return true;
+  }
+  call.values[index] = given.value;
+  call.codes[index] =
+      is_pointer ? code_of_pointer(parameter, given.value, given.scalar_type) : code_of_integer(parameter, number);
+  return true;
+}
+
 bool KeyReader::read(const CallForm& form, PyObject* const* args, const ComputedArguments* computed, DeviceSlot slot,
                      uint32_t state, AdoptedCall& call, const char*& reason, const GivenValue* given) {
   size_t count = 1;
-  uint64_t packed = 0;
-  uint32_t shift = 0;
-  uint64_t codes[kMaxAdoptedArguments / 4 + 1];
-  size_t code_words = 0;
+  CodeWords codes;
   call.words[0] = uint64_t{form.option_set} << 48 | uint64_t{slot} << 32 | state;
   const size_t parameters = parameters_.size();
   call.value_count = parameters;
-  const auto pack = [&](uint16_t code) {
-    packed |= uint64_t{code} << shift;
-    shift += 16;
-    if (shift == 64) codes[code_words++] = packed, packed = 0, shift = 0;
-  };
   for (size_t i = 0; i < parameters; ++i) {
     const AdoptedParameter& parameter = parameters_[i];
     PyObject* object = HD_LIKELY(form.sources[i] >= 0) ? args[form.sources[i]] : parameter.fallback;
@@ -321,20 +356,8 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
     call.values[i] = 0;
     uint16_t& code = call.codes[i] = code_of(ArgumentClass::kAbsent);
     if (HD_UNLIKELY(given) && given[i].kind != GivenValue::Kind::kObject) {
-      const bool is_pointer = given[i].kind == GivenValue::Kind::kPointer;
-      const auto number = static_cast<int64_t>(given[i].value);
-      if (HD_UNLIKELY(parameter.is_exact || (parameter.is_constexpr && is_pointer)))
-        return reason = "compile-time value", false;
-      if (parameter.is_constexpr) {
-        if (number >= kMaxExactInteger || number < -kMaxExactInteger) return reason = "compile-time value", false;
-        call.words[count++] = word_of_integer(number);
-        code = code_of(ArgumentClass::kConstant);
-        continue;
-      }
-      call.values[i] = given[i].value;
-      code = is_pointer ? code_of_pointer(parameter, given[i].value, given[i].scalar_type)
-                        : code_of_integer(parameter, number);
-      pack(code);
+      if (HD_UNLIKELY(!read_given(i, given[i], call, count, reason))) return false;
+      if (!parameter.is_constexpr) codes.add(code);
       continue;
     }
     if (parameter.is_constexpr || parameter.is_exact) {
@@ -347,18 +370,18 @@ bool KeyReader::read(const CallForm& form, PyObject* const* args, const Computed
     if (HD_LIKELY(object != nullptr) && HD_UNLIKELY(!classify(parameter, object, slot, code, call.values[i], reason)) &&
         (!PyTuple_CheckExact(object) || !read_tuple(object, slot, call, code, reason)))
       return false;
-    pack(code);
+    codes.add(code);
   }
-  for (size_t i = parameters; HD_UNLIKELY(i < call.value_count); ++i) pack(call.codes[i]);
-  if (shift) codes[code_words++] = packed;
+  for (size_t i = parameters; HD_UNLIKELY(i < call.value_count); ++i) codes.add(call.codes[i]);
+  if (codes.shift) codes.flush();
   for (const uint16_t option : form.options)
     if (HD_UNLIKELY(!exact_word(args[option], call.words[count++])))
       return reason = "option that cannot be hashed, or one of too many", false;
   for (size_t i = 0; computed && i < computed->options.size(); ++i)
     if (HD_UNLIKELY(!exact_word(computed->options[i], call.words[count++])))
       return reason = "option that cannot be hashed, or one of too many", false;
-  std::copy(codes, codes + code_words, call.words + count);
-  count += code_words;
+  std::copy(codes.words, codes.words + codes.count, call.words + count);
+  count += codes.count;
   uint64_t hash = 0;
   for (size_t i = 0; i < count; ++i) hash = mix_word(hash, call.words[i]);
   call.hash = hash;

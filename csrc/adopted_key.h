@@ -153,6 +153,7 @@ class KeyReader {
 
  private:
   CallForm make_form(size_t positional, PyObject* keyword_names, bool is_run);
+  bool read_given(size_t index, const GivenValue& given, AdoptedCall& call, size_t& count, const char*& reason) const;
   bool classify(const AdoptedParameter& parameter, PyObject* object, DeviceSlot slot, uint16_t& code, uint64_t& value,
                 const char*& reason);
   bool read_tuple(PyObject* tuple, DeviceSlot slot, AdoptedCall& call, uint16_t& code, const char*& reason);

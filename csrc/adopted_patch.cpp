@@ -23,7 +23,7 @@ PyObject* entry_name;  ///< of an adopted kernel in its kernel's dict
 
 // ---- finding ----
 
-/// What stands for a kernel, borrowed; null if it has nothing that serves.
+/// The object that serves a kernel, borrowed; null if none does.
 template <typename Adopted>
 Adopted* find_entry(PyObject* kernel, PyObject* type) {
   PyObject* dict = PyObject_GenericGetDict(kernel, nullptr);

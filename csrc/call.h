@@ -1,6 +1,7 @@
 // call.h -- one call as the core sees it: tensors as pointers, sizes and strides; scalars; the sizes M, K, N.
 //
-// A door fills a `Call` on its stack; nothing in it is owned. The core reads it and writes only `sizes`.
+// A door fills a `Call` on its stack; nothing in it is owned. The core reads it; Op::bind writes `sizes`, and makes the
+// views what the declaration says.
 #pragma once
 
 #include <array>

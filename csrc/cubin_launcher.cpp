@@ -15,6 +15,7 @@ constexpr uint32_t kPortableCluster = 8;
 constexpr uint32_t kSharedWithoutOptIn = 48 * 1024;
 
 uint64_t float_bits(ParamKind kind, double value) noexcept {
+  // The driver copies as many low bytes as the parameter has.
   if (kind == ParamKind::kF64) return std::bit_cast<uint64_t>(value);
   return std::bit_cast<uint32_t>(static_cast<float>(value));
 }
@@ -40,6 +41,7 @@ CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunc
     : record_(std::move(record)), driver_(driver), launch_(driver.launch) {
   HD_CHECK_BUNDLE(record_.params.size() + kHiddenPointers <= kMaxParams, record_.kernel, ": ", record_.params.size(),
                   " parameters; a record takes at most ", kMaxParams - kHiddenPointers);
+  // `record_` stays where it is from here on: the head, and what `add_param` makes, point into it.
   set_head(record_);
   for (const Param& param : record_.params)
     HD_CHECK_BUNDLE(std::has_single_bit(param.align), record_.kernel, ": alignment ", param.align,
@@ -50,7 +52,7 @@ CubinLauncher::CubinLauncher(Record record, const Driver& driver, const FindFunc
                           : nullptr);
   bool any = false;
   for (uint32_t i = 0; i < kMClasses; ++i) {
-    if (record_.cubins[i].file.empty()) continue;
+    if (record_.cubins[i].file.empty()) continue;  // without a block size, by which `fill` knows it
     any = true;
     prepare(record_.cubins[i], codes_[i], driver, find_function, pdl);
   }
@@ -141,11 +143,14 @@ void CubinLauncher::prepare(const Cubin& cubin, Code& code, const Driver& driver
     attribute(kAttributeClusterSchedulingPolicy).value.flag = 1;  // spread, as Triton asks for
   }
   const std::string what = text(record_.kernel, " (", cubin.file, ")");
+  // Loading lazily, on the first launch, would fail under graph capture.
   if (driver.function_load) HD_DRIVER(driver, driver.function_load(code.function), "cuFuncLoad", what);
+  // Without being asked the driver gives 48 KiB and refuses a launch that takes more.
   if (cubin.shared_bytes > kSharedWithoutOptIn)
     HD_DRIVER(driver,
               driver.function_set(code.function, kFunctionMaxDynamicSharedBytes, static_cast<int>(cubin.shared_bytes)),
               "cuFuncSetAttribute(MAX_DYNAMIC_SHARED_SIZE_BYTES)", what);
+  // More than 8 blocks a cluster are refused unless the driver is told that the code is not portable.
   if (cluster > kPortableCluster)
     HD_DRIVER(driver, driver.function_set(code.function, kFunctionNonPortableCluster, 1),
               "cuFuncSetAttribute(NON_PORTABLE_CLUSTER_SIZE_ALLOWED)", what);
@@ -168,6 +173,7 @@ void CubinLauncher::check_params(const Driver& driver, const Code& code, const C
     }
     HD_CHECK_BUNDLE(result == kCudaSuccess, cubin.file, ": the code has ", i, " parameters; its record has ", count,
                     "; rebuild the bundle");
+    // A parameter of another size moves all behind it: the kernel would read pointers that are none.
     HD_CHECK_BUNDLE(bytes == param_bytes[i], cubin.file, ": parameter ", i, " of the code has ", bytes,
                     " bytes; its record says ", param_bytes[i], "; rebuild the bundle");
   }
@@ -235,6 +241,7 @@ LaunchResult CubinLauncher::fill(const Call& call, CUstream stream, Block& block
     if (made.status != LaunchStatus::kLaunched) return made;
   }
   // 3. grid
+  // A copy per call: threads launch one record at once, each on its stream.
   block.config = code.config;
   block.config.stream = stream;
   block.function = code.function;

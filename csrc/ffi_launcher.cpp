@@ -56,6 +56,7 @@ FfiLauncher::FfiLauncher(FfiRecord record, const FfiFunction& function, DeviceSl
     : record_(std::move(record)),
       function_([&] {
         FfiFunction made = function;
+        // A function that launches on TVM FFI's current stream is told it around the call; on the CPU there is none.
         if (record_.env_stream && slot != kCpuSlot && !made.set_stream) made.set_stream = find_set_stream();
         if (!record_.env_stream || slot == kCpuSlot) made.set_stream = nullptr;
         return made;
@@ -68,6 +69,7 @@ FfiLauncher::FfiLauncher(FfiRecord record, const FfiFunction& function, DeviceSl
                   " arguments; a function takes at most ", kMaxFfiArgs);
   start_.resize(record_.args.size());
   for (uint32_t i = 0; i < record_.args.size(); ++i) add(i, pdl);
+  // `fill` writes into arrays of a block on the stack without asking.
   HD_CHECK_BUNDLE(tensors_.size() <= kMaxTensors, record_.kernel, ": ", tensors_.size(),
                   " tensors; a function takes at most ", kMaxTensors);
   HD_CHECK_BUNDLE(record_.early.empty() || !record_.pdl || pdl_ >= 0, record_.kernel,
@@ -115,6 +117,7 @@ void FfiLauncher::add(uint32_t index, bool pdl) {
     case FfiArgKind::kPdl:
       HD_CHECK_BUNDLE(pdl_ < 0, record_.kernel, ": arguments ", pdl_, " and ", index, " are both the PDL flag");
       pdl_ = static_cast<int>(index);
+      // A launch that would be a race clears it in its own block (`leave_out_pdl`).
       start = of_integer(ffi::kTypeInt, pdl && record_.pdl);
       return;
   }
@@ -126,6 +129,7 @@ LaunchResult FfiLauncher::fill(const Call& call, CUstream stream, Block& block) 
   const int32_t failed = record_.failed_guard(call);
   if (HD_UNLIKELY(failed >= 0)) return {LaunchStatus::kGuard, failed};
   const size_t count = start_.size();
+  // All at once, constants too: one loop without branches, then only what differs is put in.
   for (size_t i = 0; i < count; ++i) block.args[i] = start_[i];
   ffi::Tensor* tensor = block.tensors;
   for (const TensorPlan& plan : tensors_) {
@@ -139,6 +143,7 @@ LaunchResult FfiLauncher::fill(const Call& call, CUstream stream, Block& block) 
                const_cast<int64_t*>(view.sizes),
                const_cast<int64_t*>(view.strides),
                0};
+    // Some dimensions in another order: the arrays of the call cannot be pointed at.
     if (HD_UNLIKELY(!plan.dims.empty())) {
       const auto at = tensor - block.tensors;
       tensor->rank = static_cast<int32_t>(plan.dims.size());
@@ -176,6 +181,7 @@ int FfiLauncher::invoke(const Block& block, CUstream stream) const noexcept {
   } else {
     answer = function_.call(function_.self, block.args, count, &result);
   }
+  // An object comes with a reference that is ours to drop.
   if (HD_UNLIKELY(result.type >= ffi::kTypeObjectBegin)) drop_result(result);
   return answer;
 }
@@ -242,6 +248,7 @@ std::string FfiLauncher::explain(const Call& call, LaunchResult& result) const {
 }
 
 void FfiLauncher::raise(const LaunchResult& result, const std::string& what) const {
+  // Taken from the thread, so that a later caller does not find it.
   const FfiError error = take_error(function_);
   // The CUDA driver's and runtime's errors, as CuteDSL's runtime and our shim name them.
   const Fault fault = error.kind.starts_with("CUDA") ? Fault::kDriver : Fault::kFunction;
@@ -278,6 +285,7 @@ int null_function(void* self, const ffi::Any* args, int32_t count, ffi::Any*) {
     }
     const auto& tensor = *static_cast<const ffi::Tensor*>(args[i].pointer);
     const auto rank = static_cast<size_t>(tensor.rank);
+    // Without its pointers to shape and strides, which lie on a stack: what they point to follows.
     put(bytes, &tensor, offsetof(ffi::Tensor, shape));
     put(bytes, tensor.shape, rank * sizeof(int64_t));
     put(bytes, tensor.strides, rank * sizeof(int64_t));

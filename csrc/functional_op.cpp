@@ -209,7 +209,7 @@ PyObject* call_with_outputs(const FunctionalObject* self, PyObject** args) {
   return wrapped.release();
 }
 
-/// A call that is none of the usual: torch's, profiled, or wrong, which the op says.
+/// Any other call: one for torch, one under a profiler, or a wrong one, which the op refuses.
 HD_COLD PyObject* call_otherwise(const FunctionalObject* self, PyObject** args) {
   if (is_for_torch(*self->out->op, args, self->given))
     return PyObject_Vectorcall(self->torch_op, args, self->given, nullptr);
@@ -220,7 +220,7 @@ HD_COLD PyObject* call_otherwise(const FunctionalObject* self, PyObject** args) 
   return call_with_outputs(self, args);
 }
 
-/// A launch that was not: the fallback writes what is returned, if it may.
+/// After a miss: the fallback writes the results, unless strict mode forbids it.
 HD_COLD PyObject* call_missed(const FunctionalObject* self, PyObject** args, const Call& call, Outcome outcome,
                               const Dispatch& found, c10::ArrayRef<at::Tensor> made) {
   Wrapped wrapped;

@@ -17,8 +17,10 @@ HostSteps::HostSteps(PyObject* listed) {
     if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw python_error();
     const auto code = static_cast<Op>(op);
     depth += code <= Op::kContiguous ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
+    // `compute_steps` has a stack of that depth and does not look.
     HD_CHECK(depth >= 1 && depth <= static_cast<int>(kMaxDepth), depth);
     const bool is_operator = code > Op::kContiguous && code != Op::kNextPowerOf2;
+    // `x op constant` is one step and not two: most grids and facts are of such.
     if (is_operator && steps_.back().op == Op::kConst)
       steps_.back() = {code, steps_.back().a, 1};
     else
@@ -52,6 +54,7 @@ bool HostRange::merge(const HostRange& other) noexcept {
   HostRange both{integer, std::max(least, other.least), std::min(most, other.most), except};
   if (!is_needed(both, both.except)) both.except = other.except;
   if (!is_needed(both, both.except)) both.except = INT64_MIN;
+  // A range leaves out one value: two that both matter need two ranges.
   if (is_needed(both, other.except) && other.except != both.except) return false;
   *this = both;
   return true;
@@ -65,6 +68,7 @@ std::optional<HostRange> HostSteps::as_range() const {
     return range;
   }
   const Step& step = steps_[1];
+  // `a - 1` and `a + 1` below stay within 64 bits.
   if (!step.b || step.a == INT64_MIN || step.a == INT64_MAX) return std::nullopt;
   switch (step.op) {
     case Op::kEq:
@@ -88,6 +92,59 @@ std::optional<HostRange> HostSteps::as_range() const {
     default:
       return std::nullopt;
   }
+}
+
+/// Inlined: an operator is a switch in the loop over steps, not a call.
+__attribute__((always_inline)) inline bool HostSteps::apply(Op op, int64_t left, int64_t right, int64_t& out) noexcept {
+  switch (op) {
+    case Op::kAdd:
+      if (__builtin_add_overflow(left, right, &out)) return false;
+      break;
+    case Op::kSub:
+      if (__builtin_sub_overflow(left, right, &out)) return false;
+      break;
+    case Op::kMul:
+      if (__builtin_mul_overflow(left, right, &out)) return false;
+      break;
+    case Op::kDiv:
+    case Op::kMod: {  // rounded down; by zero Python raises
+      if (right == 0 || (left == INT64_MIN && right == -1)) return false;
+      const int64_t rest = left % right;
+      const bool down = rest != 0 && (rest < 0) != (right < 0);
+      out = op == Op::kDiv ? left / right - down : down ? rest + right : rest;
+      break;
+    }
+    case Op::kMin:
+      out = right < left ? right : left;
+      break;
+    case Op::kMax:
+      out = right > left ? right : left;
+      break;
+    case Op::kEq:
+      out = left == right;
+      break;
+    case Op::kNe:
+      out = left != right;
+      break;
+    case Op::kLt:
+      out = left < right;
+      break;
+    case Op::kLe:
+      out = left <= right;
+      break;
+    case Op::kGt:
+      out = left > right;
+      break;
+    case Op::kGe:
+      out = left >= right;
+      break;
+    case Op::kAnd:
+      out = left && right;
+      break;
+    default:
+      out = left || right;
+  }
+  return true;
 }
 
 bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const {
@@ -118,57 +175,9 @@ bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects,
       value = static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(value)));
       continue;
     }
-    const int64_t b = step.b ? step.a : stack[--top];
-    int64_t& a = stack[top - 1];
-    const int64_t left = a;
-    switch (step.op) {
-      case Op::kAdd:
-        if (__builtin_add_overflow(left, b, &a)) return false;
-        break;
-      case Op::kSub:
-        if (__builtin_sub_overflow(left, b, &a)) return false;
-        break;
-      case Op::kMul:
-        if (__builtin_mul_overflow(left, b, &a)) return false;
-        break;
-      case Op::kDiv:
-      case Op::kMod: {  // rounded down; by zero Python raises
-        if (b == 0 || (left == INT64_MIN && b == -1)) return false;
-        const int64_t rest = left % b;
-        const bool down = rest != 0 && (rest < 0) != (b < 0);
-        a = step.op == Op::kDiv ? left / b - down : down ? rest + b : rest;
-        break;
-      }
-      case Op::kMin:
-        a = b < left ? b : left;
-        break;
-      case Op::kMax:
-        a = b > left ? b : left;
-        break;
-      case Op::kEq:
-        a = left == b;
-        break;
-      case Op::kNe:
-        a = left != b;
-        break;
-      case Op::kLt:
-        a = left < b;
-        break;
-      case Op::kLe:
-        a = left <= b;
-        break;
-      case Op::kGt:
-        a = left > b;
-        break;
-      case Op::kGe:
-        a = left >= b;
-        break;
-      case Op::kAnd:
-        a = left && b;
-        break;
-      default:
-        a = left || b;
-    }
+    const int64_t right = step.b ? step.a : stack[--top];
+    const int64_t left = stack[top - 1];
+    if (!apply(step.op, left, right, stack[top - 1])) return false;
   }
   out = stack[0];
   return true;
@@ -247,6 +256,7 @@ bool HostProgram::run(const HostInputs& inputs, HostValue* out) const {
     }
     if (!object) return false;
     if (source.guard == Guard::kInteger) {
+      // Exactly an int: of a bool or a subclass an operator may make something else.
       if (Py_TYPE(object) != &PyLong_Type) return false;
       int overflow = 0;
       integer = PyLong_AsLongLongAndOverflow(object, &overflow);
@@ -282,6 +292,7 @@ HD_COLD const HostProgram* HostPrograms::add(Known& known, PyObject* function, P
                                              PyObject* arguments) {
   if (!arguments) throw python_error();
   ++known.attempts;
+  // Counted before: a trace that throws is not tried for ever.
   PyObject* made = PyObject_CallFunctionObjArgs(trace, kernel, function, arguments, nullptr);
   Py_DECREF(arguments);
   if (!made) throw python_error();

@@ -113,6 +113,8 @@ class HostSteps {
   };
 
   void place(Step& step, const HostLayout& layout) const;
+  /// An operator of two sides. False where Python would raise, or 64 bits do not hold the value.
+  static bool apply(Op op, int64_t left, int64_t right, int64_t& out) noexcept;
   bool compute_steps(const int64_t* integers, PyObject* const* objects, int64_t& out) const;
 
   std::vector<Step> steps_;

@@ -39,6 +39,7 @@ LaunchTable::LaunchTable(std::vector<Row> rows) : rows_(std::move(rows)) {
   // At most half full: linear probes then end within two slots on average, hit or miss.
   const uint64_t capacity = std::bit_ceil(std::max<uint64_t>(2 * rows_.size(), 8));
   mask_ = capacity - 1;
+  // The upper bits of the hash: a product's lower ones depend on the keys' lower ones alone.
   shift_ = 64 - std::countr_zero(capacity);
   slots_.reset(make_slots(capacity));
   std::uninitialized_fill_n(slots_.get(), capacity, Row{kEmpty, nullptr, 0});

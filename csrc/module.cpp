@@ -137,20 +137,10 @@ py::dict to_dict(const NullLaunch& launch) {
   return out;
 }
 
-}  // namespace
-}  // namespace hdispatch
+// ---- the module, section by section ----
 
-PYBIND11_MODULE(_C, m) {
-  using namespace hdispatch;
-  m.doc() = "The C++ core and its doors. Private: use the hdispatch package.";
-  load_error_classes();
-  py::register_exception_translator([](std::exception_ptr pointer) {
-    try {
-      if (pointer) std::rethrow_exception(pointer);
-    } catch (const Error&) {
-      set_python_error();
-    }
-  });
+/// The types of ops, functional ops and sequences; kept for ever, as ops are.
+void define_types(py::module_& m) {
   op_type = make_op_type();
   if (!op_type) throw py::error_already_set();
   m.attr("Op") = py::reinterpret_borrow<py::object>(op_type);
@@ -160,6 +150,9 @@ PYBIND11_MODULE(_C, m) {
   sequence_type = make_sequence_type();
   if (!sequence_type) throw py::error_already_set();
   m.attr("Sequence") = py::reinterpret_borrow<py::object>(sequence_type);
+}
+
+void define_sequences(py::module_& m) {
   py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena")
       .def(py::init(&make_arena), py::arg("memory") = py::none())
       .def_property_readonly("nbytes", &Arena::bytes);
@@ -171,8 +164,9 @@ PYBIND11_MODULE(_C, m) {
             make_sequence(sequence_type, name, slots, temps, steps, max_rows, arena, &as_op));
       },
       py::arg("name"), py::arg("slots"), py::arg("temps"), py::arg("steps"), py::arg("max_rows"), py::arg("arena"));
+}
 
-  define_adopted(m);
+void define_ops(py::module_& m) {
   m.def("define_op", &define_op, py::arg("name"), py::arg("schema"), py::arg("args"), py::arg("variants"),
         py::arg("fallback"), py::arg("doc"), py::arg("signature"), py::arg("workspace") = "",
         py::arg("workspace_bytes") = std::vector<uint64_t>{});
@@ -184,6 +178,9 @@ PYBIND11_MODULE(_C, m) {
         set_traced_call(functional_type, function.ptr());
       },
       py::arg("function"));
+}
+
+void define_overrides(py::module_& m) {
   py::class_<Override, std::unique_ptr<Override, py::nodelete>>(m, "Override")
       .def("undo", &Override::undo)
       .def("resume", &Override::resume)
@@ -199,6 +196,10 @@ PYBIND11_MODULE(_C, m) {
       "make_attempt",
       [](const py::object& op) { return py::reinterpret_steal<py::object>(make_attempt(*as_op(op).op)); },
       py::arg("op"));
+}
+
+/// Building a table; the GIL is free while code is loaded.
+void define_table_builder(py::module_& m) {
   py::class_<DeviceTable, std::shared_ptr<DeviceTable>>(m, "Table");
   py::class_<TableBuilder>(m, "TableBuilder")
       .def(py::init<int, int, bool, bool>(), py::arg("device"), py::arg("device_count"), py::arg("pdl"),
@@ -254,10 +255,24 @@ PYBIND11_MODULE(_C, m) {
           py::arg("op"), py::arg("variant"), py::arg("k"), py::arg("n"), py::arg("bucket"), py::arg("record"))
       .def("finish", [](TableBuilder& self) { return std::const_pointer_cast<DeviceTable>(self.finish()); })
       .def("publish", &TableBuilder::publish);
+}
+
+void define_tables(py::module_& m) {
   m.def("publish", [](const std::shared_ptr<DeviceTable>& table) { Runtime::get().publish(table); }, py::arg("table"));
   m.def(
       "withdraw", [](int device) { Runtime::get().withdraw(static_cast<DeviceSlot>(device + 1)); }, py::arg("device"));
+  m.def(
+      "table_generation",
+      [](int device) -> uint64_t {
+        const TableReader reader;
+        const DeviceTable* table = Runtime::get().table(static_cast<DeviceSlot>(device + 1));
+        return table ? table->generation : 0;
+      },
+      py::arg("device"));
+}
 
+/// Strict mode, statistics, and calls in words.
+void define_counters(py::module_& m) {
   m.def("set_strict", [](bool on) { strict_mode.on = on; }, py::arg("on"));
   m.def("is_strict", [] { return strict_mode.on.load(); });
   m.def("add_strict_blocks", [](int64_t count) { strict_mode.blocks += count; }, py::arg("count"));
@@ -294,15 +309,9 @@ PYBIND11_MODULE(_C, m) {
     const TableReader reader;
     return Runtime::get().explain(*as_op(op).op, call);
   });
+}
 
-  m.def(
-      "table_generation",
-      [](int device) -> uint64_t {
-        const TableReader reader;
-        const DeviceTable* table = Runtime::get().table(static_cast<DeviceSlot>(device + 1));
-        return table ? table->generation : 0;
-      },
-      py::arg("device"));
+void define_drivers(py::module_& m) {
   m.def("driver_missing", &cuda_driver_missing);
   m.def("null_record", &null_record, py::arg("on"));
   m.def("null_launches", [] {
@@ -310,7 +319,9 @@ PYBIND11_MODULE(_C, m) {
     for (const NullLaunch& launch : null_launches()) out.append(to_dict(launch));
     return out;
   });
+}
 
+void define_benchmarks(py::module_& m) {
   m.def(
       "bench_launch_ns",
       [](const py::object& op, const py::tuple& args, uint32_t count, bool pdl) {
@@ -353,6 +364,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("like"), py::arg("stage"), py::arg("count"), py::arg("before") = py::none(),
       py::arg("args") = py::tuple());
   m.def("bench_probe_ns", &bench_probe_ns, py::arg("rows"), py::arg("count"));
+}
+
+/// What tests and the build wing compare with their own.
+void define_keys(py::module_& m) {
   m.def(
       "key_hash",
       [](uint16_t op, uint16_t variant, uint32_t k, uint32_t n, uint16_t bucket) {
@@ -362,4 +377,31 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "bucket", [](const std::vector<int64_t>& edges, int64_t m_size) { return Ladder(edges).bucket(m_size); },
       py::arg("edges"), py::arg("m"));
+}
+
+}  // namespace
+}  // namespace hdispatch
+
+PYBIND11_MODULE(_C, m) {
+  using namespace hdispatch;
+  m.doc() = "The C++ core and its doors. Private: use the hdispatch package.";
+  load_error_classes();
+  py::register_exception_translator([](std::exception_ptr pointer) {
+    try {
+      if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error&) {
+      set_python_error();
+    }
+  });
+  define_types(m);
+  define_sequences(m);
+  define_adopted(m);
+  define_ops(m);
+  define_overrides(m);
+  define_table_builder(m);
+  define_tables(m);
+  define_counters(m);
+  define_drivers(m);
+  define_benchmarks(m);
+  define_keys(m);
 }

@@ -172,10 +172,6 @@ class Op {
     view.rank = 1;
     view.dtype = bytes ? DType::kUInt8 : DType::kNone;
   }
-  /// The name of what a record takes: an argument, or the workspace.
-  const std::string& tensor_name(uint32_t index) const noexcept {
-    return index < args_.size() ? args_[index].name : workspace_;
-  }
 
   /// The integer argument that has a ladder beside M's; -1 for none.
   int second() const noexcept { return second_; }

@@ -22,6 +22,7 @@ namespace hdispatch {
 StrictMode strict_mode;
 
 bool StrictMode::holds() const {
+  // No GIL where no block is open: the torch door's callers hold none.
   if (!blocks.load(std::memory_order_relaxed)) return on.load(std::memory_order_relaxed);
   const pybind11::gil_scoped_acquire gil;
   return pybind11::handle(query)().cast<bool>();
@@ -34,6 +35,7 @@ namespace {
 /// 0: a plain tensor, put into `call`; 1: needs the torch door.
 inline int take_tensor(PyObject* object, const ArgSpec& arg, TensorView& view, bool& grad) {
   if (HD_UNLIKELY(!THPVariable_CheckTypeExact(Py_TYPE(object)))) {
+    // After the check of the type, which is what nearly every argument passes.
     if (object == Py_None) {
       view.dtype = DType::kNone;
       return 0;
@@ -44,6 +46,7 @@ inline int take_tensor(PyObject* object, const ArgSpec& arg, TensorView& view, b
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // A tensor on any device but CPU and CUDA (meta, …) has a key that is not plain.
   if (HD_UNLIKELY(!is_plain(impl->key_set()))) return 1;
+  // Collected, not tested: whether grad mode is on is asked once, and only if some tensor requires grad.
   grad |= impl->requires_grad();
   view_of(tensor, arg.is_mutated, view);
   return 0;
@@ -51,6 +54,7 @@ inline int take_tensor(PyObject* object, const ArgSpec& arg, TensorView& view, b
 
 HD_COLD double take_number(const Op& op, const ArgSpec& arg, PyObject* object) {
   if (PyLong_Check(object) && !PyBool_Check(object)) {
+    // As torch takes ints for floats.
     const double value = PyLong_AsDouble(object);
     if (value == -1.0 && PyErr_Occurred()) {
       PyErr_Clear();
@@ -132,6 +136,7 @@ __attribute__((always_inline)) inline PyObject* serve(const OpObject* self, PyOb
     return result;
   }
   for (const uint8_t i : op.mutated())
+    // Autograd cannot see what a kernel writes; torch's in-place ops count it too.
     if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
   Py_RETURN_NONE;
 }
@@ -174,7 +179,9 @@ PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, Py
   const auto* self = reinterpret_cast<const OpObject*>(callable);
   const size_t positional = static_cast<size_t>(PyVectorcall_NARGS(flags));
   try {
+    // All by position: the caller's own array is read, nothing is copied.
     if (HD_LIKELY(positional == self->op->args().size() && !keyword_names)) return call_op(self, args);
+    // The temporary lives until call_op has returned.
     return call_op(self, gather_arguments(*self->op, args, positional, keyword_names).data());
   } catch (abi::__forced_unwind&) {
     throw;
@@ -199,6 +206,7 @@ PyObject* pick(PyObject* callable, PyObject* const* args, Py_ssize_t count) {
   }
   const Runtime& runtime = Runtime::get();
   const TableReader reader;
+  // The first device that has rows of the op: it is told no tensor, which would say which.
   for (DeviceSlot slot = 0; slot < kMaxSlots; ++slot) {
     const DeviceTable* table = runtime.table(slot);
     const OpRows* rows = table ? table->rows_of(op) : nullptr;
@@ -276,7 +284,9 @@ HD_COLD void requires_grad(const Op& op, const ArgSpec& arg) {
 }
 
 HD_COLD void miss(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  // M is 0, and the fallback writes what has no rows: nothing is missing from the table, strict mode or not.
   if (outcome == Outcome::kEmptyOutput) return;
+  // Both throw in any mode: a fallback would hide the caller's mistake, or launch after an error of the GPU's.
   if (outcome == Outcome::kBadCall) op.complain(call);
   if (outcome == Outcome::kRefused && is_failure(found.result.status)) Runtime::raise_failure(op, call, found);
   count_miss(op, reason_of(op, call, outcome, found), [&] { return Runtime::describe(op, call, outcome, found); });
@@ -296,6 +306,7 @@ HD_COLD PyObject* call_fallback(const OpObject* self, PyObject* const* args) {
 }
 
 std::string reason_of(const Op& op, const Call& call, Outcome outcome, const Dispatch& found) {
+  // With the argument's name, not its value: one count for an argument, however many values come.
   const std::string reason = Runtime::reason(outcome, found);
   return outcome == Outcome::kUnserved ? reason + ": " + op.unserved_argument(call) : reason;
 }
@@ -303,6 +314,7 @@ std::string reason_of(const Op& op, const Call& call, Outcome outcome, const Dis
 void count_miss(const Op& op, const std::string& reason, const std::function<std::string()>& describe) {
   OpCounters& counters = op.counters();
   {
+    // Released before strict mode is asked, which may take the GIL: nobody does that with a ForkMutex held.
     const std::lock_guard lock(OpCounters::mutex);
     ++counters.misses[reason];
   }

@@ -1,12 +1,11 @@
-// op_call.h -- the doors of an op: a Python object with a vectorcall slot, and the same op in torch's dispatcher.
+// op_call.h -- the door of an op from Python, an object with a vectorcall slot; and what all doors do about a miss.
 //
-//   hdispatch.ops.<op>          OpObject. Exact torch.Tensor or Parameter, no modes, no subclass: the fast path.
-//                               Anything else goes to the torch door.
-//   torch.ops.hdispatch.<op>    one generic boxed kernel for every op, on CPU, CUDA, Meta and Autograd keys:
-//   torch_op.h.
+//   hdispatch.ops.<op>          OpObject, here: the fast path, of plain CPU and CUDA tensors, no modes.
+//                               A call with any other tensor goes to the torch door.
+//   torch.ops.hdispatch.<op>    torch_op.h: boxed kernels, the same three classes for every op.
 //
-// Both fill a `Call` and end in `serve`: Runtime::dispatch and, on a miss, the op's fallback or, in strict mode, an
-// error.
+// Each fills a `Call` and asks Runtime::dispatch; on a miss both run the op's fallback or, in strict mode, throw.
+// An op that returns tensors has doors of its own around these: functional_op.h.
 #pragma once
 
 #include <Python.h>

@@ -23,6 +23,7 @@ std::string print_dim(const Dim& dim, const std::vector<ArgSpec>& args) {
 namespace {
 
 // What messages print, put into words only when they are wanted.
+/// Views into the call: they do not outlive the `say` that they are given to.
 struct Dims {
   const ArgSpec& arg;
   const std::vector<ArgSpec>& args;
@@ -170,6 +171,7 @@ std::string Op::memory_fault(const Call& call, const Say& say) const {
   for (const uint8_t i : mutated_)
     for (const TensorRule& rule : tensors_) {
       const uint8_t j = rule.arg;
+      // Of two that are both written the first is named.
       if (i == j || (rule.is_mutated && j < i) || !has_elements(j) || !has_elements(i)) continue;
       const TensorView &view = call.tensors[i], &other = call.tensors[j];
       if (HD_LIKELY(view.storage != other.storage)) continue;
@@ -184,6 +186,7 @@ std::string Op::memory_fault(const Call& call, const Say& say) const {
 /// The first rule that a call breaks, as `say(arg, kind, parts…)` puts it.
 template <typename Say>
 std::string Op::first_fault(Call call, const Say& say) const {
+  // On a copy of the call: views are reshaped on the way.
   if (std::string found = memory_fault(call, say); !found.empty()) return found;
   for (const Reshape& item : reshapes_)  // the argument that gives M, which others are merged by
     if (item.arg == first_ && call.tensors[first_].dtype != DType::kNone && call.tensors[first_].rank != item.rank)
@@ -198,17 +201,20 @@ std::string Op::first_fault(Call call, const Say& say) const {
       if (!arg.is_optional) return say(arg, "None", "is None; it takes a tensor ", dims);
       continue;
     }
+    // Before their combination, which variant_fault looks at: a dtype that no variant has there is this one's fault.
     if (std::find(arg.dtypes.begin(), arg.dtypes.end(), view.dtype) == arg.dtypes.end()) {
       std::string accepted;
       for (const DType dtype : arg.dtypes)
         accepted += (accepted.empty() ? "" : " or ") + std::string(hdispatch::name(dtype));
       return say(arg, "dtype", "has dtype ", hdispatch::name(view.dtype), "; it takes ", accepted);
     }
+    // As `bind_tensors` does: what it lets pass is no fault.
     if (view.rank == 0 && rule.is_one_element) {
       view.rank = 1;
       view.sizes[0] = view.strides[0] = 1;
     }
     if (view.rank != rule.rank) {
+      // Kept, because a reshape that fails may have changed the view: the message has the sizes that were given.
       const TensorView given = view;
       const auto item = std::find_if(reshapes_.begin(), reshapes_.end(),
                                      [&](const Reshape& reshape) { return reshape.arg == rule.arg; });
@@ -283,6 +289,7 @@ std::string Op::size_fault(Call& call, const Say& say) const {
       return say(args_[check.arg], "size", "has size(", int{check.dimension}, ") = ", size, "; it takes a multiple of ",
                  check.factor);
   }
+  // What it refuses has been reported above; from here on messages may name the sizes.
   HD_CHECK(bind_symbols(call), name_, ": the sizes of a call that breaks no rule cannot be read");
   for (const Check& check : checks_) {
     const TensorView& view = call.tensors[check.arg];
@@ -307,6 +314,7 @@ std::string Op::variant_fault(const Call& call, const Say& say) const {
                  std::isinf(rule.minimum) ? "" : text(" of at least ", rule.minimum));
   Signature signature;
   for (const TensorRule& rule : tensors_) signature.set(rule.arg, static_cast<uint64_t>(call.tensors[rule.arg].dtype));
+  // It cannot fail: floats are tested above, integers in size_fault.
   bind_scalars(call, signature);
   if (std::find(signatures_.begin(), signatures_.end(), signature) == signatures_.end()) {
     std::string got;
@@ -337,6 +345,7 @@ const ArgSpec& Op::odd_one(const Signature& signature) const {
       else if (!differs)
         differs = &args_[rule.arg];
     }
+    // The first variant of those that are equally near: one call always gets one answer.
     if (!differs || same <= most) continue;
     most = same;
     odd = differs;

@@ -31,11 +31,13 @@ uintptr_t round_up(uintptr_t bytes) noexcept {
   return (bytes + Sequence::kAlignment - 1) / Sequence::kAlignment * Sequence::kAlignment;
 }
 
+/// Of what a view's strides count.
 int64_t item_bytes(const TensorView& view) noexcept { return kDTypeBytes[static_cast<size_t>(view.dtype)]; }
 
 }  // namespace
 
 bool narrow(TensorView& view, uint32_t dimension, int64_t start, int64_t length) noexcept {
+  // Not `start + length > size`: integers of a caller might overflow there.
   if (dimension >= view.rank || start < 0 || length < 0 || start > view.sizes[dimension] - length) return false;
   view.data += static_cast<uintptr_t>(start * view.strides[dimension] * item_bytes(view));
   view.sizes[dimension] = length;
@@ -89,6 +91,7 @@ Sequence::Sequence(std::string name, std::vector<SequenceSlot> slots, std::vecto
       steps_(std::move(steps)),
       max_rows_(max_rows) {
   const std::string where = text("sequence ", name_, ": ");
+  // Described once, called often: what can be said without sizes is checked here.
   if (steps_.empty()) fail(Fault::kCaller, where, "it has no step");
   if (max_rows_ < 1 || max_rows_ > kMaxRows)
     fail(Fault::kCaller, where, "max_rows is ", max_rows_, "; it takes 1 to ", kMaxRows);
@@ -103,6 +106,7 @@ Sequence::Sequence(std::string name, std::vector<SequenceSlot> slots, std::vecto
       fail(Fault::kCaller, where, "temporary ", i, " has rank ", temps_[i].dims.size(), "; it takes 1 to ", kMaxRank);
   for (uint32_t i = 0; i < steps_.size(); ++i) check_step(i);
   for (uint32_t i = 0; i < steps_.size(); ++i) {
+    // Runs of steps by rows go together: a call in chunks makes each chunk through a whole run.
     if (!groups_.empty() && steps_[i].by_rows && steps_[groups_.back().first].by_rows)
       ++groups_.back().second;
     else
@@ -127,6 +131,7 @@ void Sequence::check_step(uint32_t step) const {
            " has no declared dims; an op's argument and a view need them");
     if (!steps_[step].by_rows) continue;
     const auto has_rows = [](const RowDim& dim) { return dim.per_row > 0; };
+    // 2*M + 1 cannot be cut: the chunks' parts would not add up to the whole.
     const auto plain = [](const RowDim& dim) { return dim.per_row > 0 && dim.constant == 0; };
     const auto count = std::count_if(dims.begin(), dims.end(), has_rows);
     if (count > 1 || count != std::count_if(dims.begin(), dims.end(), plain))
@@ -145,6 +150,7 @@ void Sequence::find_lives() {
         if (!tensor.is_temp) continue;
         Life& life = lives_[tensor.index];
         Life& whole = whole_lives_[tensor.index];
+        // A step that needs all rows needs them in one place; so does what an earlier run of steps has left.
         if (!steps_[step].by_rows || (life.first != ~0u && life.first < first)) is_whole_[tensor.index] = true;
         life = {std::min(life.first, step), step};
         whole = {std::min(whole.first, first), past - 1};
@@ -156,6 +162,7 @@ uintptr_t Sequence::bytes_of(uint32_t temp, int64_t m) const {
   bool is_too_large = false;
   for (const RowDim& dim : temps_[temp].dims) {
     int64_t size = 0;
+    // Without a branch for each: the message is the same.
     is_too_large |= __builtin_mul_overflow(dim.per_row, m, &size) ||
                     __builtin_add_overflow(size, dim.constant, &size) ||
                     __builtin_mul_overflow(count, std::max<int64_t>(size, 0), &count);
@@ -211,6 +218,7 @@ uintptr_t Sequence::whole_bytes(int64_t m) const {
 std::vector<uintptr_t> Sequence::addresses(int64_t m, uintptr_t arena, uintptr_t whole) const {
   std::vector<uintptr_t> found = offsets_;
   for (uintptr_t& each : found) each += arena;
+  // What is whole lies in the arena too where no call is cut.
   if (!is_chunked(m)) return found;
   std::vector<uintptr_t> offsets;
   arrange_whole(m, offsets);
@@ -239,6 +247,7 @@ int64_t Sequence::check(const TensorView* views) const {
            print(slot.dims));
     for (size_t d = 0; d < slot.dims.size() && m < 0; ++d) {
       const RowDim& dim = slot.dims[d];
+      // The first dimension that gives a whole M settles it; all are compared with it below.
       if (dim.any || !dim.per_row || (view.sizes[d] - dim.constant) % dim.per_row) continue;
       m = (view.sizes[d] - dim.constant) / dim.per_row;
       if (HD_UNLIKELY(m < 0))

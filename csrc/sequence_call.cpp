@@ -39,6 +39,7 @@ c10::ScalarType scalar_type(DType dtype) {
 
 /// A tensor over memory that another one has, at the view's address.
 at::Tensor tensor_at(const at::Tensor& memory, const TensorView& view) {
+  // A plan outlives the call: a tensor made in inference mode could not be used outside of it.
   const c10::InferenceMode normal(false);
   const c10::TensorImpl* owner = memory.unsafeGetTensorImpl();
   const auto type = view.dtype == DType::kOther ? memory.scalar_type() : scalar_type(view.dtype);
@@ -173,6 +174,7 @@ void SequenceDoor::read(PyObject* const* args, Given& given) const {
   const auto where = [&](size_t i) { return text("sequence ", sequence_.name(), ": slot ", slots[i].name, " "); };
   for (size_t i = 0; i < slots.size(); ++i) {
     PyObject* object = args[i];
+    // Of tensors too: a plan compares the integers of all slots.
     given.integers[i] = 0;
     if (!slots[i].is_tensor) {
       if (HD_UNLIKELY(!PyLong_Check(object)))
@@ -196,6 +198,7 @@ void SequenceDoor::read(PyObject* const* args, Given& given) const {
       fail(Fault::kCaller, where(i), "requires grad and grad mode is on; a sequence has no backward: call it under ",
            "torch.no_grad() or pass .detach()");
     view_of(tensor, slots[i].is_written, view);
+    // A slot without dims may be on the CPU, as a foreign step's are.
     if (given.device == kNoSlot && slots[i].has_shape) given.device = view.slot;
   }
   given.m = sequence_.check(given.views.data());
@@ -223,6 +226,7 @@ HD_COLD void SequenceDoor::check_chunks(const Given& given) const {
 void SequenceDoor::call(PyObject* const* args) {
   Given given;
   read(args, given);
+  // Before anything is launched or counted.
   if (HD_UNLIKELY(sequence_.is_chunked(given.m))) check_chunks(given);
   const TableReader reader;
   if (HD_UNLIKELY(given.m == 0 || !no_modes())) {  // there is nothing to resolve, or modes want to see every op
@@ -263,12 +267,14 @@ std::unique_ptr<SequenceDoor::Plan> SequenceDoor::take_plan(const Given& given, 
     Plan& each = **at;
     if (each.m != given.m || each.lane != lane) continue;
     const SequencePlan::Update update = each.launches.update(inputs(given, each), miss);
+    // Another plan of this M may have the layout, or the storages, of this call.
     if (update == SequencePlan::Update::kOther) continue;
     std::unique_ptr<Plan> taken = std::move(*at);
     plans_.erase(at);
     is_served = update == SequencePlan::Update::kReady;
     return taken;
   }
+  // Plans of a table that serves no more would never be taken again, and hold the arena's memory.
   const DeviceTable* table = Runtime::get().table(given.device);
   const uint64_t generation = table ? table->generation : 0;
   plans_.remove_if(
@@ -285,6 +291,7 @@ std::unique_ptr<SequenceDoor::Plan> SequenceDoor::take_plan(const Given& given, 
 /// One in chunks has memory of its call alone.
 void SequenceDoor::keep(std::unique_ptr<Plan> plan) {
   if (sequence_.is_chunked(plan->m)) return;
+  // Only here, after the launches: a call that threw has dropped its plan.
   plans_.push_front(std::move(plan));
   if (plans_.size() > kPlans) plans_.pop_back();
 }
@@ -299,6 +306,7 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
   size_t failed = 0;
   LaunchResult result{};
   without_gil([&] {
+    // The lane's temporaries are one call's at a time; the GIL is free for whoever has the turn.
     const std::lock_guard lock(*plan.turn);
     const std::optional<LaunchContext> context =
         plan.launches.table() ? std::optional<LaunchContext>(std::in_place, *plan.launches.table()) : std::nullopt;
@@ -397,6 +405,7 @@ void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue>
                                 : c10::IValue(value);
     }
   }
+  // As torch's own ops call each other: nothing of a sequence is recorded for a backward.
   const at::AutoDispatchBelowADInplaceOrView below;
   try {
     step.foreign->callBoxed(stack);
@@ -408,6 +417,7 @@ void SequenceDoor::call_foreign(const SequenceRun& run, std::vector<c10::IValue>
 
 /// Every step as a call of its own.
 HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObject* const* args) {
+  // With the GIL if the turn is free, without it if another thread, which may need it, has the turn.
   std::unique_lock turn(*plan.turn, std::try_to_lock);
   if (!turn) without_gil([&] { turn.lock(); });
   const SequenceInputs inputs = this->inputs(given, plan);

@@ -8,7 +8,7 @@
 namespace hdispatch {
 namespace {
 
-/// The slot of each tensor argument; -1 of what is none, as the op's workspace after the arguments.
+/// The slot of each tensor argument; -1 for any other argument, and for the workspace after them.
 std::array<int, kMaxArgs + 1> slots_of(const SequenceStep& step) {
   std::array<int, kMaxArgs + 1> slots;
   slots.fill(-1);
@@ -29,6 +29,7 @@ bool is_same_layout(const TensorView& a, const TensorView& b) noexcept {
 
 void SequencePlan::begin(const SequenceInputs& inputs, CUstream stream) {
   const size_t slots = sequence_.slots().size();
+  // Also what an attempt that met two tables has left.
   is_ready_ = is_mixed_ = false;
   table_ = nullptr;
   generation_ = 0;
@@ -37,6 +38,7 @@ void SequencePlan::begin(const SequenceInputs& inputs, CUstream stream) {
   temps_.assign(inputs.temps, inputs.temps + sequence_.temps().size());
   slots_.assign(inputs.slots, inputs.slots + slots);
   integers_.assign(inputs.integers, inputs.integers + slots);
+  // Chunks of one step are launches of their own.
   runs_ = sequence_.order(m_);
   fixed_.clear();
   launches_.clear();
@@ -55,11 +57,13 @@ void SequencePlan::begin(const SequenceInputs& inputs, CUstream stream) {
       if (step.op->args()[i].is_tensor() && step.call.tensors[i].dtype != DType::kNone)
         fixed_.push_back(step.call.tensors[i].storage);
   }
+  // Sorted for `is_alone`, which every call that moves a slot asks.
   std::sort(fixed_.begin(), fixed_.end());
   fixed_.erase(std::unique(fixed_.begin(), fixed_.end()), fixed_.end());
 }
 
 bool SequencePlan::resolve(const SequenceInputs& inputs, CUstream stream, Miss& miss, const CallerLock* lock) {
+  // For workspaces that have to be made: the GPU is waited for without the caller's lock.
   lock_ = lock;
   do {  // again where another table has been published in between
     begin(inputs, stream);
@@ -104,10 +108,12 @@ bool SequencePlan::resolve_run(uint32_t index, const SequenceInputs& inputs, Mis
     empty_.push_back(step.op);
     return true;
   }
+  // Rows of two tables would be patched and checked as of one.
   is_mixed_ |= table_ && miss.found.table != table_;
   table_ = miss.found.table;
   generation_ = table_->generation;
   if (step.op->workspace() >= 0) {
+    // The block may have to be allocated, which needs the device's context.
     const LaunchContext context(*table_);
     Runtime::give_workspace(*step.op, call, miss.found, stream_, lock_, false);
   }
@@ -180,6 +186,7 @@ void SequencePlan::keep_values(Launch& launch, const CubinLauncher& launcher, co
   launcher.each_address(call.sizes[kM], [&](uint32_t value, uint32_t arg, uint64_t mask) {
     if (slots[arg] < 0) return;
     SlotUse& use = uses_[static_cast<size_t>(slots[arg])];
+    // A later address is as good as this one where it has the same bits under the masks.
     use.mask |= mask;
     use.addresses.push_back({launch.value + value, block.values[value] - slots_[static_cast<size_t>(slots[arg])].data});
   });
@@ -194,8 +201,10 @@ void SequencePlan::add_ranges(Launch& launch, const Call& call) {
   launch.early = static_cast<uint32_t>(head.early.size());
   for (const Output& output : head.outputs)
     if (call.tensors[output.arg].dtype != DType::kNone) ++launch.outputs;
+  // Present outputs alone: what is None has no range, and a layout with it is another plan.
   ranges_.resize(ranges_.size() + launch.early + launch.outputs);
   set_ranges(launch, call);
+  // Its ranges are computed again with its call; others are moved by the slot's address.
   if (launch.kept) return;
   const std::array<int, kMaxArgs + 1> slots = slots_of(sequence_.steps()[runs_[launch.run].step]);
   uint32_t at = launch.ranges;
@@ -219,7 +228,7 @@ void SequencePlan::set_ranges(const Launch& launch, const Call& call) {
     if (call.tensors[output.arg].dtype != DType::kNone) *range++ = Launcher::written(output, call.tensors[output.arg]);
 }
 
-/// What must be known of all: addresses of parameters, and whose writes somebody asks for.
+/// Needs all launches: where their parameters lie, and which launch's writes a later one looks up.
 void SequencePlan::finish() {
   params_.resize(values_.size());
   for (size_t i = 0; i < values_.size(); ++i) params_[i] = &values_[i];
@@ -255,6 +264,7 @@ void SequencePlan::move(size_t slot, const TensorView& view) noexcept {
   for (const AddressPatch& patch : use.addresses) values_[patch.value] = view.data + patch.offset;
   for (const RangePatch& patch : use.ranges)
     ranges_[patch.range] = {view.data + patch.lowest, view.data + patch.highest};
+  // What reads more of a slot than its address is filled again, by `update`, once all slots are in.
   for (const uint32_t at : use.kept) launches_[at].is_stale = true;
   slots_[slot].data = view.data;
   slots_[slot].storage = view.storage;
@@ -266,6 +276,7 @@ SequencePlan::Update SequencePlan::update(const SequenceInputs& inputs, Miss& mi
     const DeviceTable* table = Runtime::get().table(inputs.device);
     if (!table || table->generation != generation_) return Update::kOther;
   }
+  // Addresses of temporaries are not patched: they change only where the arena has grown.
   if (!std::equal(temps_.begin(), temps_.end(), inputs.temps)) return Update::kOther;
   bool is_stale = false;
   for (size_t i = 0; i < slots_.size(); ++i) {
@@ -314,7 +325,7 @@ bool SequencePlan::resolve_again(Launch& launch, const SequenceInputs& inputs, M
   }
   const Launcher& launcher = *miss.found.row->launcher;
   const RecordHead& head = launcher.head();
-  // Who is asked for what it writes was settled for the row that was there.
+  // `finish` decided for the earlier row which launches note their writes.
   if (&launcher != launch.launcher && (head.early.size() != launch.launcher->head().early.size() ||
                                        launcher.only_launches() != launch.launcher->only_launches()))
     return false;
@@ -331,12 +342,14 @@ inline void SequencePlan::note(PendingWrites& pending, const Launch& launch, boo
 }
 
 LaunchResult SequencePlan::launch(const Foreign& foreign, size_t& failed, Observer* observer) {
+  // Read once: the compiler cannot know that a launch leaves it as it is.
   const LaunchFn make = table_ ? table_->driver->launch : nullptr;
   PendingWrites* pending = nullptr;
   for (Launch& each : launches_) {
     if (HD_UNLIKELY(observer != nullptr)) observer->begin(each.run);
     if (HD_UNLIKELY(each.kind == Kind::kForeign)) {
       pending = nullptr;
+      // The set is this thread's until it asks for the next one, which a foreign step may do.
       foreign(each.run);
       if (HD_UNLIKELY(observer != nullptr)) observer->end();
       continue;
@@ -365,6 +378,7 @@ LaunchResult SequencePlan::launch(const Foreign& foreign, size_t& failed, Observ
       if (!function.only_launches() && pending) pending = &PendingWrites::of(static_cast<int>(table_->slot), stream_);
     }
     if (HD_UNLIKELY(result.status != LaunchStatus::kLaunched)) {
+      // Some launches were made and not noted: from here on everything may be written.
       if (pending) pending->forget();
       failed = static_cast<size_t>(&each - launches_.data());
       return result;

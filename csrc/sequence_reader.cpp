@@ -90,6 +90,7 @@ class StepReader {
     const auto kind = given[0].cast<std::string>();
     if (kind == "value") {
       arg.object = given[1];
+      // Converted once, here: the dispatcher's stack takes no Python objects.
       if (!step.op) arg.value = torch::jit::toIValue(given[1], door.foreign->schema().arguments()[at].real_type());
       keep(arg, given[2].cast<bool>());
       return arg;
@@ -99,6 +100,7 @@ class StepReader {
       arg.kind = SequenceArgument::Kind::kInteger;
       step.integers.push_back({at, arg.index});
       if (step.op) return arg;
+      // A slot gives an int; the dispatcher does not make a flag or a float of it.
       const std::string type = door.foreign->schema().arguments()[at].type()->str();
       arg.is_flag = type.starts_with("bool");
       arg.is_float = type.starts_with("float");
@@ -128,6 +130,7 @@ class StepReader {
     const py::int_ zero(0);
     for (size_t i = 0; i < door.args.size(); ++i) {
       const SequenceArgument& arg = door.args[i];
+      // What each call gives is absent here, or 0: `make_call` puts it in.
       objects.push_back(arg.kind == SequenceArgument::Kind::kValue     ? arg.object.ptr()
                         : arg.kind == SequenceArgument::Kind::kInteger ? zero_of(step.op->args()[i], zero)
                                                                        : Py_None);

@@ -19,6 +19,7 @@ bool membarrier(int command) noexcept { return syscall(__NR_membarrier, command,
 }  // namespace
 
 const bool TableReader::has_barrier_ = [] {
+  // A reader that was in a table as another thread forked would keep it for ever in the child.
   pthread_atfork(nullptr, nullptr, [] { forget_others(); });
   return membarrier(MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED) && membarrier(MEMBARRIER_CMD_PRIVATE_EXPEDITED);
 }();
@@ -40,6 +41,7 @@ HD_COLD TableReader::Thread& TableReader::join() noexcept {
     bool is_used = false;
     if (thread->is_used.compare_exchange_strong(is_used, true, std::memory_order_acq_rel)) return *(mine_ = thread);
   }
+  // Never freed: `left` walks the list while threads come and go.
   auto* made = new Thread;
   made->next = threads_.load(std::memory_order_relaxed);
   while (!threads_.compare_exchange_weak(made->next, made, std::memory_order_acq_rel)) {
@@ -56,6 +58,7 @@ uint64_t TableReader::advance() noexcept {
 }
 
 bool TableReader::left(uint64_t epoch) noexcept {
+  // `advance` could not have a barrier.
   if (epoch == UINT64_MAX) return false;
   for (const Thread* thread = threads_.load(std::memory_order_acquire); thread; thread = thread->next) {
     const uint64_t entered = thread->entered.load(std::memory_order_seq_cst);

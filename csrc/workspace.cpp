@@ -39,7 +39,7 @@ std::vector<Block>& outgrown() {
   return *made;
 }
 
-/// Relaxed, so that what is no part of this thread's or another's capture does not end it; until the end of the scope.
+/// Relaxes this thread's capture mode until the end of the scope: an allocation would break a capture otherwise.
 class RelaxedCapture {
  public:
   explicit RelaxedCapture(const Driver& driver) : driver_(driver) {

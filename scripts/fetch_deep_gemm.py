@@ -18,7 +18,6 @@ from pathlib import Path
 from fetch_vllm import VLLM
 
 PACKAGE = "vllm/third_party/deep_gemm/"
-HEADERS = ("include/cutlass/arch/barrier.h", "include/cute/tensor.hpp")
 #: Headers that the kernels include must be there: without them nothing can be compiled.
 NEEDED = (
     "__init__.py",

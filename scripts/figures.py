@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,12 @@ SERVERS = {
     ("server-compiled-block", "compiled"): "`vllm serve`, blocks",
     ("server-ours-block", "ours"): "**`HDISPATCH=1 vllm serve --enforce-eager`, blocks**",
 }
-#: Where both lie.
+#: The same with n-gram speculation.
+SPECULATING = {
+    ("server-ngram", "compiled+ngram"): "`vllm serve`",
+    ("server-ngram", "ours+ngram"): "**`HDISPATCH=1 vllm serve --enforce-eager`**",
+}
+#: Where all three lie.
 SERVING = RESULTS / "2026-11-27-h200-serve"
 
 #: Of benchmarks/adopt.py.
@@ -115,10 +121,21 @@ def serve(file: str) -> str:
     return markdown(["ms per decode step, batch", *batches], rows)
 
 
-def server() -> str:
+def serve_memory() -> str:
+    """GB that an engine of the table of steps takes beside weights and KV cache."""
+    rows = []
+    for mode, name in SERVED.items():
+        run = json.loads((SERVING / "token-8b.json").read_text())["modes"][mode]
+        started, reserved = run["started"], run["finished"]["reserved_bytes"]
+        beside = (figure - started["weights_bytes"] - started["kv_bytes"] for figure in (started["device_bytes"], reserved))
+        rows.append([name, *(f"{figure / 1e9:.2f}" for figure in beside)])
+    return markdown(["GB beside weights and KV cache", "of the GPU, started", "reserved by torch, after the steps"], rows)
+
+
+def server(runs: dict[tuple[str, str], str]) -> str:
     """Tokens per second, first token and time per token of the real server, by requests at once; seconds to start."""
     rows, header = [], ["", "starts in"]
-    for (file, mode), name in SERVERS.items():
+    for (file, mode), name in runs.items():
         found = json.loads((SERVING / f"{file}.json").read_text())["modes"][mode]
         counts = sorted(found["concurrency"], key=int)
         header = ["", "starts in", *(f"{count} at once" for count in counts)]
@@ -168,6 +185,51 @@ def kernels() -> str:
         )
     worst = "worst cell against vLLM's"
     return markdown(["op", "× torch.compile", "× vLLM's kernel", worst, "share of the roof, M = 8192", "eager, × vLLM's"], rows)
+
+
+def speedups(file: Path, modes: tuple[str, ...]) -> Iterator[tuple[dict[str, Any], float]]:
+    """A peer's timing, and its time over ours, for every cell of a run of `bench ops` that has both."""
+    with lzma.open(file, "rt") if file.suffix == ".xz" else file.open() as text:
+        timings: list[dict[str, Any]] = json.load(text)["timings"]
+    parts = ("op", "variant", "K", "N", "m", "mode")
+    ours = {tuple(each[part] for part in parts): each["median_us"] for each in timings if each["path"] == "hdispatch"}
+    for each in timings:
+        cell = tuple(each[part] for part in parts)
+        if each["path"] != "hdispatch" and each["mode"] in modes and cell in ours:
+            yield each, each["median_us"] / ours[cell]
+
+
+def mean_and_worst(found: list[tuple[dict[str, Any], float]]) -> list[str]:
+    """The geometric mean of peers' times over ours, and the cell where ours does worst."""
+    mean = math.exp(sum(math.log(ratio) for _, ratio in found) / len(found))
+    cell, worst = min(found, key=lambda each: each[1])
+    return [f"{mean:.2f}", f"{worst:.2f} ({cell['model'].removeprefix('Qwen3-')} {cell['label']} M={cell['m']})"]
+
+
+def kernels_equal() -> str:
+    """What equality with vLLM's kernels to the bit costs, by op, and how the kernels do beside vLLM's since."""
+    folder, found = RESULTS / "2026-11-26-h100", defaultdict(list)
+    for each, ratio in speedups(folder / "ops-after.json.xz", ("warm",)):
+        if each["path"] == "torch.ops._C":
+            found[each["op"]].append((each, ratio))
+    rows = []
+    for line in (folder / "ops-before-after.txt").read_text().splitlines()[1:]:
+        op, path, _cells, mean, worst, *_where = line.split()
+        if path == "hdispatch":
+            rows.append([f"`{op}`", mean, worst, *(mean_and_worst(found[op]) if op in found else ["–", "–"])])
+    return markdown(["op", "time after / before, mean", "worst", "× vLLM's kernel, after", "worst cell"], rows)
+
+
+def deep_gemm() -> str:
+    """How scaled_mm_blockwise does beside DeepGEMM and vLLM's CUTLASS kernel, by rows."""
+    timings = list(speedups(RESULTS / "2026-11-27-h200-deepgemm" / "deepgemm.json", ("warm",)))
+    rows = []
+    for m in (*sorted({each["m"] for each, _ in timings}), None):
+        cells = ["**all**" if m is None else str(m)]
+        for peer in ("DeepGEMM", "torch.ops._C"):
+            cells += mean_and_worst([found for found in timings if found[0]["path"] == peer and m in (None, found[0]["m"])])
+        rows.append(cells)
+    return markdown(["M", "× DeepGEMM, mean", "worst cell", "× vLLM's CUTLASS, mean", "worst cell"], rows)
 
 
 def tuning() -> str:
@@ -241,8 +303,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "calls-h200": lambda: calls("2026-11-21-h200-2", tuple(PATHS)),
     "serve": lambda: serve("token-8b.json"),
     "serve-small": lambda: serve("token-1.7b.json"),
-    "server": server,
+    "serve-memory": serve_memory,
+    "server": lambda: server(SERVERS),
+    "server-ngram": lambda: server(SPECULATING),
     "kernels": kernels,
+    "kernels-equal": kernels_equal,
+    "deepgemm": deep_gemm,
     "helion": helion_shares,
     "tuning": tuning,
     "adopted": adopted,

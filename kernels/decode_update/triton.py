@@ -53,5 +53,5 @@ def launch(
 
 
 def candidates(_sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """The one config: a warp's worth of requests."""
+    """The one config: as many requests as a warp has threads."""
     return [{"block": 32, "num_warps": 1}]

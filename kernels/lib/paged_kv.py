@@ -196,7 +196,7 @@ def random_paged(
 ) -> Paged:
     """Requests of the given lengths (int64 on the CPU, at least 1), blocks in random order, each token's heads side by side.
 
-    Past `most` elements, or those of SAMPLED, the requests share blocks, but for the one of their newest token.
+    Beyond `most` elements, or those of SAMPLED, requests share all blocks but the one of their newest token.
     """
     if most is None:
         most = SAMPLED if device.type == "cpu" else SAMPLED_ON_GPU

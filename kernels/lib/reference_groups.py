@@ -7,6 +7,7 @@ reference_fp8.py.
 from __future__ import annotations
 
 import torch
+from hdispatch.opspec import Variant
 
 from .reference_fp8 import FP8, FP8_MAX, MIN_SCALE, absmax, to_fp8
 
@@ -70,3 +71,8 @@ def poisoned_outputs(rows: int, columns: int, group_size: int, device: torch.dev
     """A result [rows, columns] in fp8 and a float32 scale per group, row-major, every element NaN."""
     result = torch.full((rows, columns), 0x7F, dtype=torch.uint8, device=device).view(FP8)
     return result, torch.full((rows, -(-columns // group_size)), float("nan"), device=device)
+
+
+def not_ub_and_ue8m0(variant: Variant) -> bool:
+    """`served` of ops that take both scale_ub and scale_ue8m0: all variants but those with both."""
+    return "scale_ub" in variant.none or not variant.static["scale_ue8m0"]

@@ -275,7 +275,7 @@ class TileGemm(Gemm):
 
     @cute.jit
     def expect(self, bell: Any) -> None:
-        """Says how many bytes a stage is to have: what this block asks for, and what the other one sends."""
+        """Announces how many bytes a stage will receive: those that this block loads, and those that the other one sends."""
         with cute.arch.elect_one():
             cute.arch.mbarrier_arrive_and_expect_tx(bell, CHUNK * (self.tile_m + self.tile_n))
 

@@ -9,7 +9,15 @@ from hdispatch.opspec import BoolArg, FloatArg, Form, IntArg, OpSpec, TensorArg,
 
 from ..lib.model_sizes import hidden, rows
 from ..lib.reference_fp8 import FP8, absmax, random_rows, upper_bound
-from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups, times_inverse
+from ..lib.reference_groups import (
+    absmax_scale,
+    bounded_scale,
+    not_ub_and_ue8m0,
+    poisoned_outputs,
+    split_groups,
+    store_groups,
+    times_inverse,
+)
 from ..lib.reference_norm import random_weight, summed, twice_rounded
 
 NAME = "rms_norm_per_block_quant"
@@ -78,11 +86,6 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [result, x, weight, scale, epsilon, scale_ub, residual, size, False, ue8m0]
 
 
-def served(variant: Variant) -> bool:
-    """All but scale_ub together with scale_ue8m0."""
-    return "scale_ub" in variant.none or not variant.static["scale_ue8m0"]
-
-
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -102,7 +105,7 @@ SPEC = OpSpec(
     shapes=(*rows(hidden), {}),
     calls=hidden,
     config_key={"hidden_size": "K", "num_tokens": "M"},
-    served=served,
+    served=not_ub_and_ue8m0,
     # The least of the shapes: a config for rows of that size takes no longer ones.
     hints={"K": 2048},
     vllm=VllmOp(NAME, (Form("scale", "columns", flag="is_scale_transposed"),)),

@@ -9,7 +9,7 @@ from hdispatch.opspec import BoolArg, Form, IntArg, OpSpec, TensorArg, Variant, 
 
 from ..lib.model_sizes import activated, rows
 from ..lib.reference_fp8 import FP8, FP8_MAX, absmax, random_rows, silu_and_mul, upper_bound
-from ..lib.reference_groups import absmax_scale, bounded_scale, poisoned_outputs, split_groups, store_groups
+from ..lib.reference_groups import absmax_scale, bounded_scale, not_ub_and_ue8m0, poisoned_outputs, split_groups, store_groups
 
 NAME = "silu_and_mul_per_block_quant"
 
@@ -65,11 +65,6 @@ def sample(variant: Variant, sizes: dict[str, int], device: torch.device, genera
     return [out, x, scales, size, scale_ub, False, bool(variant.static["scale_ue8m0"])]
 
 
-def served(variant: Variant) -> bool:
-    """All but scale_ub together with scale_ue8m0."""
-    return "scale_ub" in variant.none or not variant.static["scale_ue8m0"]
-
-
 SPEC = OpSpec(
     name=NAME,
     args=(
@@ -86,6 +81,6 @@ SPEC = OpSpec(
     shapes=(*rows(activated), {}),
     calls=activated,
     config_key={"intermediate_size": "N", "num_tokens": "M"},
-    served=served,
+    served=not_ub_and_ue8m0,
     vllm=VllmOp(NAME, (Form("scales", "packed", flag="is_scale_transposed"),)),
 )

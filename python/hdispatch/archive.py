@@ -34,8 +34,8 @@ def check_file(file: Path) -> None:
 def pack(folder: Path, file: Path, top: str = "") -> None:
     """Write a bundle's folder to an archive, the manifest first. `HdispatchError` if the file cannot be written.
 
-    The bytes depend on the names and contents alone, so equal bundles make equal archives. Another process may write the same
-    file: it is then the one's or the other's.
+    The bytes depend on the names and contents alone, so equal bundles make equal archives. Where two processes write the same
+    file, it is whole, and one of the two.
 
     top  folder of the archive that holds all of it; "": none
     """

@@ -1,4 +1,4 @@
-"""A process of ours that speaks JSON, an object per line: started, fed, listened to with a deadline, and gone when told.
+"""A worker process that exchanges one JSON object per line: start, send, receive with a timeout, kill.
 
 It calls `begin` first, which gives it the stream for its answers; whatever else it and its libraries print goes to standard
 error, which is kept for when it ends unasked.

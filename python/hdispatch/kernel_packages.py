@@ -94,7 +94,7 @@ def _children(folder: Path) -> list[Path]:
 
 
 def folders_of(package: str) -> list[Path]:
-    """Where a package's files are; its parents are imported. `HdispatchError` if it is no package that can be imported."""
+    """Where a package's files are; its parents are imported. `HdispatchError` if it cannot be imported as a package."""
     try:
         found = importlib.util.find_spec(package)
     except ImportError as error:

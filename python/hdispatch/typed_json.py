@@ -1,4 +1,4 @@
-"""Holding parsed JSON against TypedDict declarations, so that a declaration is also the check; and parsing it, losing nothing.
+"""Checks parsed JSON against TypedDict declarations, so that a declaration is also the check; parses JSON without any loss.
 
 Exact: `true` is no integer, 1.0 is no integer, an integer is a float; integers fit 64 bits, floats are finite. A field that
 is not declared is left alone: newer writers may add optional ones. No string holds NUL: what takes it as C's would read a
@@ -30,6 +30,11 @@ class _Repeated:
     """Stands for an object that has a name twice: Python would keep the last and say nothing."""
 
     name: str
+
+
+def canonical(value: object) -> str:
+    """JSON with sorted keys and no spaces: equal values have equal texts. ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def parse(text: str | bytes) -> Any:
@@ -158,7 +163,7 @@ def _literal(choices: tuple[object, ...]) -> Checker:
 
 
 def _tag(kinds: tuple[Any, ...]) -> tuple[str, dict[str, Any]] | None:
-    """The field that tells TypedDicts apart, a Literal of one value in each, and which value is whose."""
+    """The field that tells TypedDicts apart, a Literal of one value in each, and the TypedDict of each value."""
     if not all(is_typeddict(kind) for kind in kinds):
         return None
     hints = [get_type_hints(kind) for kind in kinds]

@@ -123,7 +123,7 @@ TEST(a_size_of_an_absent_tensor_is_0) {
     CHECK_EQ(call.sizes[kK], 64);
     CHECK_EQ(call.sizes[kN], 8);
     call = given;
-    call.tensors[2] = contiguous(1, kF32, {64}, where);  // held against the absent one, which gives 0
+    call.tensors[2] = contiguous(1, kF32, {64}, where);  // compared with the absent one, which gives 0
     CHECK_CONTAINS(complaint(call, op), "bias has size(0) = 64; it takes 0 ([K] with K = 0)");
     call = given;
     call.tensors[1].dtype = DType::kNone;

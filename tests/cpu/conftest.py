@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from vllm_layers import simulated_ops
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The toy op's bundle; a module may have another one."""
-    return toy.write(tmp_path_factory.mktemp("toy"))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The toy op's bundle, or what the module's `WRITE` writes; a module may also have a fixture of its own."""
+    write: Callable[[Path], Path] = getattr(request.module, "WRITE", toy.write)
+    return write(tmp_path_factory.mktemp("bundle"))
 
 
 @pytest.fixture

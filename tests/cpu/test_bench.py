@@ -28,9 +28,9 @@ def toy_bundle(tmp_path) -> Path:
     return toy.write(tmp_path / "toy")
 
 
-def options(bundle: Path | None = None, **changes) -> dispatch.Options:
+def options(bundle: Path | None = None, **changes) -> dispatch.DispatchOptions:
     given = {"op": "toy", "bundle": bundle, "hidden": 64, "rounds": 3, "calls": 20, "loads": 1, "largest": 200, "device": "cpu"}
-    return dispatch.Options(**given | changes)
+    return dispatch.DispatchOptions(**given | changes)
 
 
 def cells(result) -> dict[tuple[str, str], dict]:

@@ -48,7 +48,7 @@ for n, line in enumerate(sys.stdin):
 
 def measure(tmp_path, fault, at, limit_s=20.0):
     command = (sys.executable, "-c", WORKER.replace("FAULT", repr((fault, at))))
-    options = serve.Options(
+    options = serve.ServeOptions(
         "tiny-qwen3", "token", ("eager", "ours"), tmp_path, (1, 4), 2, 2, steps=3, logs=tmp_path, limit_s=limit_s
     )
     return serve.measure(options, {"gpu": "none"}, lambda *_: None, command)

@@ -336,6 +336,17 @@ def test_the_first_line_of_a_file_says_what_it_is_for():
         assert re.match(rf"// {re.escape(name)} -- \S.{{10,}}", (CSRC / name).read_text()), name
 
 
+def test_the_map_names_every_file():
+    text = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    named = set(re.findall(r"\w+", text))
+    headers = {path.stem for path in CSRC.glob("*.h")}
+    files = headers | {path.stem for path in CSRC.glob("*.cpp") if not path.stem.startswith(tuple(headers))}
+    modules = {name.split(".")[-1] for name in FILES if name.split(".")[1:2] in ([], ["compile"], ["tune"])}
+    modules |= {path.stem for path in PACKAGE.glob("*.py")}
+    missing = sorted(each for each in files | modules - {"hdispatch", "__init__", "__main__"} if each not in named)
+    assert not missing, f"docs/architecture.md: the map lacks {', '.join(missing)}"
+
+
 def core_files() -> set[str]:
     """The sources of hdispatch_core as CMake has them, and every header of ours that they reach."""
     text = (ROOT / "CMakeLists.txt").read_text()

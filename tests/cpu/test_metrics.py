@@ -42,16 +42,6 @@ def scrape() -> Iterator[object]:
     thread.join()
 
 
-@pytest.fixture
-def bundle(tmp_path) -> Iterator[hdispatch.Bundle]:
-    toy.write(tmp_path)
-    loaded = hdispatch.load(tmp_path, driver="null")
-    hdispatch.stats(reset=True)
-    yield loaded
-    loaded.unload()
-    hdispatch.stats(reset=True)
-
-
 def test_calls(scrape, bundle):
     op = (("op", "toy"),)
     assert scrape("hdispatch_hits_total")[op] == 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import hdispatch
 import pytest
 import torch
 import toy
 from hdispatch.integrations.vllm import ROUTES
 from standin import SCHEMAS, TOY, Library, counts, write_bundle
+
+#: What writes the bundle in `folder` (conftest.py).
+WRITE = write_bundle
 
 pytestmark = pytest.mark.usefixtures("bundle")
 
@@ -20,11 +21,6 @@ DOORS = {
     "torch.ops": lambda name: getattr(torch.ops.hdispatch, name),
     "torch.ops default": lambda name: getattr(torch.ops.hdispatch, name).default,
 }
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("memory"))
 
 
 @pytest.fixture(params=DOORS)

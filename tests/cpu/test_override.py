@@ -18,15 +18,13 @@ from standin import DOORS, TOY, Library, counts, hits, missed, write_bundle
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+#: What writes the bundle in `folder` (conftest.py).
+WRITE = write_bundle
+
 pytestmark = [
     pytest.mark.usefixtures("bundle"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("override"))
 
 
 @pytest.fixture

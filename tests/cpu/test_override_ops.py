@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import hdispatch
 import pytest
@@ -13,15 +12,13 @@ from hdispatch.integrations import vllm
 from hdispatch.integrations.vllm import Form, Override, Route
 from standin import DOORS, SCHEMAS, TOY, TOY_ROUTE, Library, counts, hits, missed, write_bundle
 
+#: What writes the bundle in `folder` (conftest.py).
+WRITE = write_bundle
+
 pytestmark = [
     pytest.mark.usefixtures("bundle"),
     pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning"),  # torch's own
 ]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("override"))
 
 
 # ---- libraries that are loaded later ----

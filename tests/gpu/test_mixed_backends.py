@@ -95,7 +95,7 @@ def chain_in_arena(name, m):
 
 
 def one_at_a_time(chain, arena, start):
-    """What the arena holds after each call had the device for itself; every call is held against its reference."""
+    """The arena after calls that each had the device to themselves, every one compared with its reference."""
     arena.poison(0)
     chain.restart(start)
     for number, step in enumerate(chain.steps):

@@ -23,8 +23,8 @@ class Gemm:
     depth    turns whose copies are under way while one is multiplied
     trigger  when the next kernel may begin: 0 at once, 1 when the one before this has ended, 2 when all is loaded
 
-    At once lets the one after the next begin too, and so on: weights of several are on their way, but in a long row of such
-    kernels blocks crowd on some SMs, by chance. Between kernels that wait before they release, 0 and 1 are the same.
+    With 0 the kernels after the next may start too, so that several prefetch their weights; but in long chains their blocks can
+    pile up on some SMs. Between kernels that wait before they release, 0 and 1 are the same.
 
     Rows of x and w begin at multiples of 16 bytes, and K is a multiple of 16 bytes.
     """

@@ -7,6 +7,9 @@ from typing import Any
 
 from .configs import WIDE, block_scaled, columns_for, dot, pieces_of, split, warpgroup
 
+#: The most rows of a scaled_mm op for which these compete; with more the tile form's are alone.
+FEW_ROWS = 192
+
 #: More 16-byte vectors than this per thread do not fit registers.
 _VECTORS = 24
 

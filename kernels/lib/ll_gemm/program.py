@@ -1,4 +1,4 @@
-"""The CuteDSL kernels of ll_gemm_bf16 and ll_gemm_fp8: few tokens times a matrix of weights, as fast as the weights stream.
+"""The CuteDSL kernels of the ll_gemm and scaled_mm ops: few tokens times a matrix of weights, as fast as the weights stream.
 
 Four forms. `Split` multiplies in the tensor core and cuts K over the warps of a block and the blocks of a cluster; `Dot` gives
 a block a few outputs and all of K, multiplies in the ordinary cores and serves the fewest tokens. In these two a thread copies
@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cutlass import Float8E4M3FN, Float32, Int32, Numeric, cute
+import torch
+from cutlass import BFloat16, Float8E4M3FN, Float16, Float32, Int32, Numeric, cute
 from cutlass.cute.runtime import make_fake_stream, make_fake_tensor
+from hdispatch.opspec import Variant
 
 from .base import VECTOR, Gemm
 from .block_scaled import BlockScaled
@@ -107,3 +109,20 @@ def program(
         multiples=multiples,
         views={names[2]: [1, 0]} if transposed else {},
     )
+
+
+def scaled_program(
+    variant: Variant,
+    sizes: Mapping[str, int],
+    config: Mapping[str, Any],
+    forms: Mapping[str, type[Gemm]],
+    grouped: bool = False,
+) -> Program:
+    """The host function of a scaled_mm op: a [M, K] and b [K, N] in fp8, scales of both, and a bias where the variant has one.
+
+    forms    those of this op alone, beside FORMS
+    grouped  whether scales are per 128 of K
+    """
+    out = Float16 if variant.dtypes["out"] == torch.float16 else BFloat16
+    names = ("out", "a", "b", "a_scales", "b_scales", *(("bias",) if "bias" in variant.dtypes else ()))
+    return program(Float8E4M3FN, out, sizes, config, names, transposed=True, forms={**FORMS, **forms}, grouped=grouped)

@@ -58,8 +58,7 @@ class Warpgroup(Gemm):
             raise ValueError(f"{cluster} blocks cannot share a tile; 1, 2 and 4 can")
         if ways not in (1, 2) or (ways == 2 and (self.turns is None or self.turns % 2)):
             raise ValueError(f"{self.turns} turns for {ways} sets of warps; it can be 1, or 2 where there are as many for each")
-        # A set of warps keeps a stage while it waits for the next, and one that is now its own, now the other's would be
-        # taken for filled while it is not.
+        # Each set of warps must own fixed stages: a stage that changed its owner would look full while it is empty.
         if stages <= ways or stages % ways:
             raise ValueError(f"{stages} stages for {ways} sets of warps; there must be more, and as many for each")
         if columns > WIDE and (columns % pieces_of(columns) or ways == 2 or resident):
@@ -261,7 +260,7 @@ class Warpgroup(Gemm):
 
     @cute.jit
     def expect(self, bell: Any, count: Any, turns: Any) -> None:
-        """Says how many bytes a stage is to have."""
+        """Announces how many bytes a stage will receive."""
         weights = CHUNK * self.rows * self.steps
         tokens = CHUNK * self.tokens * self.steps
         with cute.arch.elect_one():
@@ -472,8 +471,7 @@ class Warpgroup(Gemm):
     def share(self, acc: cute.Tensor, parts: Any, arrived: Any, tid: Int32, rank: Int32, round: Int32) -> None:
         """Gives each sum to the block that owns it, and adds what is given to this one to its own.
 
-        Two buffers in turn: who writes the next sums cannot be two exchanges ahead of who still reads, as it has waited for
-        what that one gives after it has read.
+        Two buffers alternate: a block waits for its peers' sums, so it cannot overwrite a buffer that a peer still reads.
         """
         for part in cutlass.range_constexpr(self.exchanges):
             count = round

@@ -43,7 +43,7 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
     A key is what Triton itself specializes on. The first call of one is Triton's own, and so is every call that is unusual:
     `hdispatch.stats()` counts them by reason. A decorator goes on top of Triton's.
 
-    HdispatchError for what is no kernel and names none, and on Python 3.13.0.
+    HdispatchError if `kernel` is not a kernel and names none, and on Python 3.13.0.
     """
     if driver not in ("cuda", "null"):
         raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
@@ -297,7 +297,7 @@ def _switch(kernel: Any, *, on: bool) -> bool:
 
 
 def _give_back(kernel: Any) -> None:
-    """Switches an entry off; of a Helion kernel also those of its launches, but where all kernels are adopted."""
+    """Switches an entry off, and a Helion kernel's launches with it unless all kernels are adopted."""
     with _lock:
         was_on = _is_adopted(kernel)
         _switch(kernel, on=False)

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import helion  # type: ignore[import-untyped]
 import sympy  # type: ignore[import-untyped]
 import torch
 import triton  # type: ignore[import-untyped]
@@ -102,7 +101,7 @@ def record(kernel: Any, args: tuple[Any, ...], adopt: Callable[[Any], Any]) -> s
 
 
 def _described(error: Exception) -> str:
-    """What an error says, and where it was raised: on another machine that is all there is to see."""
+    """An error's message, and where it was raised: a report from another machine has nothing else."""
     said = f"{type(error).__name__}: {error}".splitlines()[0]
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{said} ({Path(frame.filename).name}:{frame.lineno}, {frame.name})"
@@ -334,7 +333,7 @@ class _WithPowers:
 def _with_powers(
     host: Callable[..., Any], env: ShapeEnv, leaves: dict[sympy.Symbol, str], powers: dict[str, Steps]
 ) -> Callable[..., Any]:
-    """The host function with a `next_power_of_2` of open sizes: a leaf of its own, whose steps `powers` keeps by name.
+    """Runs the host function with `next_power_of_2` of open sizes as leaves; `powers` gets the steps of each by name.
 
     Triton's is a chain of shifts and ors, which are no expressions here.
     """
@@ -518,11 +517,6 @@ def _steps(value: Any, leaves: dict[sympy.Symbol, str], known: dict[str, Steps] 
             index, dimension = token.split(".")
             found.append((Op.SIZE, int(index), int(dimension)))
     return found
-
-
-def is_kernel(value: object) -> bool:
-    """Whether it is a Helion kernel."""
-    return isinstance(value, helion.Kernel)
 
 
 def name_of(kernel: Any) -> str:

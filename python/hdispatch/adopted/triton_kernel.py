@@ -85,7 +85,7 @@ def parameters_of(parts: Parts) -> list[tuple[str, bool, object, bool, bool, boo
 
 
 def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
-    """The row that launches what Triton compiled; or why Triton is to go on doing it; "" where it is not known yet."""
+    """The row that launches what Triton compiled; or the reason why Triton keeps launching it; "" if that is not known yet."""
     if type(compiled) is not CompiledKernel:
         return "" if "Future" in type(compiled).__name__ else f"result of type {type(compiled).__name__}"
     metadata = compiled.metadata

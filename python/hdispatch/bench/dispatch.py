@@ -64,7 +64,7 @@ ORDER = (*SHIPPED, "hdispatch.ops-nopdl", *TABLE, *LOADS)
 
 
 @dataclass(frozen=True)
-class Options:
+class DispatchOptions:
     """Choice of what a run measures. `bundle` is None if there is none; `no_bundle` says why.
 
     hidden   K (or N) of the calls; None for 4096, or else the first shape of the bundle or the op
@@ -105,14 +105,14 @@ class _Run:
         self.progress(self.done, self.steps, label)
 
     def finish(self) -> None:
-        """Sort the rows, and name what failed: a path, or one way of M of a path of which others ran."""
+        """Sort the rows, and name each failure: a path, or one way in which M goes where other ways of that path ran."""
         self.rows.sort(key=lambda row: ORDER.index(row["path"]))
         ran = {row["path"] for row in self.rows}
         for (path, m), reason in self.failed.items():
             self.skipped[f"{path} ({m})" if path in ran else path] = reason
 
 
-def run(options: Options, progress: Progress = lambda _done, _steps, _label: None) -> Result:
+def run(options: DispatchOptions, progress: Progress = lambda _done, _steps, _label: None) -> Result:
     """Measure. Bundles that the process has loaded for the device and for the null driver are replaced, then unloaded."""
     subject = _subject(options)
     phases = (TABLE, SHIPPED, WITHOUT_PDL) if subject.gpu else (TABLE, SHIPPED)
@@ -145,7 +145,7 @@ def run(options: Options, progress: Progress = lambda _done, _steps, _label: Non
 # ---- setting up ----
 
 
-def _subject(options: Options) -> Subject:
+def _subject(options: DispatchOptions) -> Subject:
     spec = registry.spec(options.op)
     if options.rounds < 1 or options.calls < 1:
         raise HdispatchError(f"rounds is {options.rounds} and calls {options.calls}; each is at least 1")
@@ -220,7 +220,7 @@ def _device(name: str | None) -> tuple[torch.device | None, str]:
 # ---- loading ----
 
 
-def _load_all(current: _Run, options: Options) -> dict[str, Any]:
+def _load_all(current: _Run, options: DispatchOptions) -> dict[str, Any]:
     """Load the bundle for the null driver and the GPU, timing both; facts of the bundle for the header."""
     subject = current.subject
     drivers = {"null": LOADS[0]} | ({"cuda": LOADS[1]} if subject.gpu else {})
@@ -236,7 +236,7 @@ def _load_all(current: _Run, options: Options) -> dict[str, Any]:
     return _read_row(subject) if "null" not in subject.no_bundle else {}
 
 
-def _load(current: _Run, options: Options, driver: str, path: str) -> None:
+def _load(current: _Run, options: DispatchOptions, driver: str, path: str) -> None:
     subject, samples = current.subject, []
     assert options.bundle is not None
     device = subject.gpu.device if subject.gpu and driver == "cuda" else None
@@ -287,7 +287,7 @@ def _unload(subject: Subject) -> None:
 # ---- measuring ----
 
 
-def _phase_without_pdl(current: _Run, options: Options) -> None:
+def _phase_without_pdl(current: _Run, options: DispatchOptions) -> None:
     subject = current.subject
     if subject.gpu is None or options.bundle is None or "cuda" in subject.no_bundle:
         current.skipped["hdispatch.ops-nopdl"] = subject.no_gpu or subject.no_bundle["cuda"]

@@ -123,7 +123,12 @@ def _measured(target: Criterion, cells: dict[Cell, PathTime]) -> float | None:
 
 def write_json(result: Result, file: Path) -> None:
     """Write a result."""
+    write_text(json.dumps(result, indent=1) + "\n", file)
+
+
+def write_text(text: str, file: Path) -> None:
+    """Write a file; `HdispatchError` if it cannot be written."""
     try:
-        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        file.write_text(text, encoding="utf-8")
     except OSError as error:
         raise HdispatchError(f"cannot write {file}: {error.strerror}") from error

@@ -1,6 +1,6 @@
 """vLLM's real engine in several modes on one model with random weights: processes, rounds, the result.
 
-Each mode is a process of its own (`serve_worker`). Those of one group live at the same time, and every round times each batch
+Each mode runs in its own process (`serve_worker`). Those of one group live at the same time, and every round times each batch
 in each of them in turn, so that a machine that slows down slows down all.
 """
 
@@ -55,7 +55,7 @@ class Mode(TypedDict):
     finished: dict[str, Any]
 
 
-class Result(TypedDict):
+class ServeResult(TypedDict):
     """A run, as `--json` writes it. `failed` says why a mode has no figures."""
 
     machine: dict[str, Any]
@@ -67,7 +67,7 @@ class Result(TypedDict):
 
 
 @dataclass(frozen=True)
-class Options:
+class ServeOptions:
     """Choice of what a run measures.
 
     together  modes whose engines live at the same time; their memory must fit the GPU
@@ -98,15 +98,15 @@ class Options:
 
 
 #: Hears what begins, and the result so far.
-Tick = Callable[[str, "Result"], None]
+Tick = Callable[[str, "ServeResult"], None]
 
 #: Command line of an engine's process.
 COMMAND = (sys.executable, "-m", "hdispatch.bench.serve_worker")
 
 
-def measure(options: Options, machine: dict[str, Any], tick: Tick, command: Sequence[str] = COMMAND) -> Result:
+def measure(options: ServeOptions, machine: dict[str, Any], tick: Tick, command: Sequence[str] = COMMAND) -> ServeResult:
     """All modes, in groups."""
-    result: Result = {
+    result: ServeResult = {
         "machine": machine,
         "model": options.model,
         "scheme": options.scheme,
@@ -122,7 +122,7 @@ def measure(options: Options, machine: dict[str, Any], tick: Tick, command: Sequ
     return result
 
 
-def _finish(engines: Mapping[str, Process], result: Result) -> None:
+def _finish(engines: Mapping[str, Process], result: ServeResult) -> None:
     for mode, engine in engines.items():
         try:
             result["modes"][mode]["finished"] = engine.ask({"do": "finish"})
@@ -132,7 +132,7 @@ def _finish(engines: Mapping[str, Process], result: Result) -> None:
 
 @contextmanager
 def _group(
-    options: Options, modes: Sequence[str], result: Result, tick: Tick, command: Sequence[str]
+    options: ServeOptions, modes: Sequence[str], result: ServeResult, tick: Tick, command: Sequence[str]
 ) -> Iterator[dict[str, Process]]:
     """The processes of some modes that started. They start one after the other: vLLM measures free memory meanwhile."""
     with ExitStack() as stack:
@@ -174,7 +174,7 @@ class _Question:
     keep: Callable[[Mode, list[dict[str, Any]]], None]
 
 
-def _plan(options: Options) -> Iterator[_Question]:
+def _plan(options: ServeOptions) -> Iterator[_Question]:
     for batch in options.batches:
         yield _Question(f"batch {batch}", {"do": "decode", "batch": batch}, options.rounds, _keep_median("batches", str(batch)))
     for requests, tokens in options.prefills:
@@ -208,7 +208,7 @@ def _keep_logits(mode: Mode, answers: list[dict[str, Any]]) -> None:
     mode["logits"] = answers[0]
 
 
-def _ask_all(engines: dict[str, Process], what: _Question, result: Result, tick: Tick) -> None:
+def _ask_all(engines: dict[str, Process], what: _Question, result: ServeResult, tick: Tick) -> None:
     """Every engine in turn, once to warm up and then `times` rounds; with `times` 0 once. One that ends is out."""
     tick(what.label, result)
     answers: dict[str, list[dict[str, Any]]] = {mode: [] for mode in engines}

@@ -55,7 +55,7 @@ def average(errors: Errors, name: str, steps: slice = slice(None)) -> float:
 
 
 def compare(ours: Errors, theirs: Errors, name: str, steps: slice = slice(None)) -> Ratio:
-    """How `average` of ours and theirs compare, on the same requests."""
+    """Compares `average` of ours with that of theirs, on the same requests."""
     power = _power(name)
     a, b = (_row_means(each, name, steps) for each in (ours, theirs))
     mean_a, mean_b = statistics.fmean(a), statistics.fmean(b)
@@ -145,7 +145,7 @@ def _compare_logits(found: torch.Tensor, expected: torch.Tensor) -> tuple[list[f
 
 
 class _Around:
-    """vLLM's sampler, whose calls `call` makes."""
+    """Stands for vLLM's sampler: each of its calls goes to `call`."""
 
     def __init__(self, sampler: Any, call: Any) -> None:
         self._sampler, self._call = sampler, call
@@ -160,7 +160,7 @@ class _Around:
 def forced_logits(
     llm: Any, runner: Any, sizes: Sequence[int], steps: int, order: Sequence[int] | None = None, first: int = 0
 ) -> list[torch.Tensor]:
-    """Logits [steps, vocabulary] of each request, all of which run at once; `sizes` are the prompts' tokens, all different.
+    """Logits [steps, vocabulary] of each request. All requests run at once; `sizes` are their prompts' lengths, all different.
 
     order  in which the requests are given to the engine, and so lie in its batches
     first  number of the first request

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import HdispatchError
 from . import plot
-from .serve import MODES, Result
+from .serve import MODES, ServeResult
 
 PALETTE = (
     *("#95a5a6", "#f2a33a", "#20639b", "#c0392b", "#3caea3", "#8e44ad", "#2c3e50", "#7fb3d5"),
@@ -17,7 +17,7 @@ COLORS = dict(zip(MODES, PALETTE, strict=True))
 BARS = 0.84
 
 
-def draw(result: Result, file: Path) -> None:
+def draw(result: ServeResult, file: Path) -> None:
     """Write the picture, in the format that the file's suffix says."""
     plot.require()
     from matplotlib.figure import Figure

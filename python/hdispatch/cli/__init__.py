@@ -1,1 +1,1 @@
-"""The command line: `hdispatch build | inspect | doctor | bench | tune`. Each module declares its arguments and runs them."""
+"""The command line: `hdispatch build | inspect | doctor | bench | tune | record`. Each module declares and runs its own."""

@@ -143,7 +143,7 @@ def run_dispatch(arguments: argparse.Namespace) -> int:
     kernels.define(arguments)
     if arguments.plot:
         plot.require()
-    options = dispatch.Options(
+    options = dispatch.DispatchOptions(
         op=arguments.op,
         bundle=default_bundle(arguments.bundle),
         m=arguments.m,
@@ -179,7 +179,7 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _build_small(options: Any, extra: list[str], folder: Path) -> Any:
-    """Options with a bundle of the one variant and shape that is measured, or with the reason why there is none."""
+    """Options with a bundle of the variant and shape to measure, or with the reason why there is no bundle."""
     from .. import registry
     from ..bench import dispatch
 
@@ -218,7 +218,7 @@ def describe(result: Any) -> str:
 
 
 def describe_machine(machine: dict[str, Any]) -> str:
-    """The header: what the figures are worth nothing without."""
+    """The header: the conditions under which the figures hold."""
     sizes = ", ".join(f"{symbol}={machine[symbol]}" for symbol in ("K", "N") if symbol in machine)
     core = f"on core {machine['pinned_to_core']}" if machine["pinned_to_core"] is not None else "not pinned"
     return "\n".join(
@@ -231,7 +231,7 @@ def describe_machine(machine: dict[str, Any]) -> str:
 
 
 def describe_rows(rows: list[Any], own: str) -> str:
-    """The table of what was measured; `own` is the op whose name need not be repeated."""
+    """The table of measured times; rows of the op `own` do not repeat its name."""
     lines = [
         [
             row["path"],

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise HdispatchError("vLLM is not installed; bench serve measures it")
     if arguments.plot:
         plot.require()
-    options = serve.Options(
+    options = serve.ServeOptions(
         arguments.model,
         arguments.scheme,
         arguments.modes,

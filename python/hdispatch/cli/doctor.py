@@ -198,7 +198,7 @@ def _examine_sglang(extension: bool) -> dict[str, Any]:
 
 
 def _examine_host() -> dict[str, Any]:
-    """Whether times measured now would be worth something."""
+    """Whether this machine is idle enough to measure times now."""
     ns = busy.empty_call_ns()
     busy_now = busy.is_busy(ns)
     return {"ok": not busy_now, "reason": busy.describe(ns) if busy_now else "", "empty_call_ns": round(ns, 1)}

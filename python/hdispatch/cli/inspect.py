@@ -364,7 +364,7 @@ def _words_of_cubin(m_class: str, cubin: Cubin, record: CubinRecord, manifest: M
 
 
 def words_of(expr: Expr) -> str:
-    """A postfix expression as people write it: ["M", 15, "+", 16, "//"] -> (M + 15) // 16. BundleError for one that is none."""
+    """A postfix expression as people write it: ["M", 15, "+", 16, "//"] -> (M + 15) // 16. BundleError for anything else."""
     stack: list[str] = []
     try:
         for token in expr:

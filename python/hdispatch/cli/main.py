@@ -16,7 +16,7 @@ from . import bench, build, doctor, inspect, record, tune
 TRACEBACK_VARIABLE = "HDISPATCH_TRACEBACK"
 
 DESCRIPTION = """\
-Launch compiled Helion and Triton kernels from a frozen C++ table, with no Python per launch.
+Launch compiled Helion, Triton and CuteDSL kernels from a frozen C++ table, with no Python per launch.
 
 A build turns kernels and their tuned configs into a bundle, on any machine; serving loads the bundle:
 
@@ -45,7 +45,8 @@ words:
   bundle    the folder that serving loads: a manifest and compiled kernels
 
 exit codes: 0 done; 1 an error, in one line on stderr; 2 a wrong command line; 130 interrupted.
-HDISPATCH_TRACEBACK=1 shows where an error came from. HDISPATCH_BUNDLE is the default bundle: of load, doctor and bench.
+HDISPATCH_TRACEBACK=1 shows where an error came from. HDISPATCH_BUNDLE is the default bundle: of load,
+doctor, bench and the plug-ins for vLLM and SGLang, which HDISPATCH=1 switches on.
 """
 
 

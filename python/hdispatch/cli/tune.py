@@ -134,7 +134,7 @@ def _add_compiling(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument(
         "--backends",
         metavar="A,B",
-        help="whose kernels' lists are asked (default: all); the present config files are taken for all of them",
+        help="backends whose candidate lists are measured (default: all); existing configs of all backends are measured too",
     )
     parser.add_argument("--configs", metavar="DIR", type=Path, action="append", default=[], help="more: <op>/*.json in DIR")
     parser.add_argument(

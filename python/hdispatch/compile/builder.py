@@ -155,7 +155,7 @@ def build_onto(
     """Builds the bundle `out`: all of the bundle `base`, and the Triton kernels of recordings, for the GPU that it is for.
 
     The rows may come from elsewhere, as a wheel's do: the recorded kernels are compiled with the Triton that is installed here.
-    Other arguments and errors: see `build`. BundleError if `base` is no whole bundle.
+    Other arguments and errors: see `build`. BundleError if `base` is not a whole bundle.
     """
     start = time.monotonic()
     count = checked_jobs(jobs)

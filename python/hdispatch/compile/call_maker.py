@@ -155,7 +155,7 @@ class CallMaker:
         return [arg for arg in self.spec.tensors() if arg.name not in self.variant.none]
 
     def row_strided(self) -> list[TensorArg]:
-        """The present arguments whose row stride is free and no other."""
+        """The present arguments that have a free row stride and no other free stride."""
         return [arg for arg in self.present() if arg.layout == "rows" and len(arg.dims) > 1]
 
     def freely_strided(self) -> list[TensorArg]:

@@ -1,4 +1,4 @@
-"""The configs that a kernel's author and its DSL think worth measuring, asked in a process that believes in the target GPU.
+"""The configs to measure that a kernel and its DSL propose, asked in a process that simulates the target GPU.
 
 A kernel's module may have `candidates(sizes, variant)`, a hand-written list. A Helion kernel also has a config space of its
 own, made of fragments: its default, the seeds that its compiler proposes, and the neighbours of both along the fragments.
@@ -79,7 +79,7 @@ def answer(question: Question) -> list[list[Config] | None]:
 
 
 def _listed(question: Question, module: ModuleType, point: Mapping[str, int]) -> list[Config] | None:
-    """The hand-written list; empty if there is none, None if it wants a size that the point leaves out."""
+    """The hand-written list; empty without one, None if it needs a size that the point leaves open."""
     listed = getattr(module, "candidates", None)
     if listed is None:
         return []

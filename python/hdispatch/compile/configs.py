@@ -276,7 +276,7 @@ def _is_size(size: object) -> bool:
 
 
 def _check_config(place: str, config: object) -> None:
-    """Refuse numbers that are none, or that no kernel could be given."""
+    """Refuse NaN and infinities, and numbers too large for any kernel."""
     if isinstance(config, (dict, list)):
         for inner in config.values() if isinstance(config, dict) else config:
             _check_config(place, inner)

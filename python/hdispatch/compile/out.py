@@ -32,8 +32,8 @@ _PREFIX = ".hdispatch-"
 def check_out(out: Path) -> None:
     """BuildError unless a bundle can be written to `out`.
 
-    It is absent, an empty folder, or a bundle of ours with nothing beside it; a link is followed. Tried are writing beside
-    it and, where there is a bundle, exchanging two folders there.
+    It must be absent, an empty folder, or a bundle of ours with no other file in it; a link is followed. This tries to write
+    beside it and, where there is a bundle, to exchange two folders there.
     """
     place = resolve(out)
     here = Path.cwd()
@@ -251,7 +251,7 @@ def _raise(error: OSError) -> None:
 
 
 def _exchange(one: Path, other: Path, out: Path) -> None:
-    """Each of two folders gets the other's name, in one step. BuildError where the file system cannot."""
+    """Exchanges the names of two folders, in one step. BuildError where the file system cannot."""
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "renameat2"):
         raise BuildError(f"{out} cannot be replaced: this libc has no renameat2; remove it, or name another folder")

@@ -19,7 +19,7 @@ from ..errors import BuildError
 from .build_unit import Built, Unit
 from .target import GpuTarget
 from .versions import ptxas, ptxas_variable
-from .worker import Setup
+from .worker import Settings
 
 #: Settings of the caller that would change the code that is generated, or where it is cached.
 _FOREIGN = (
@@ -81,7 +81,7 @@ class Pool:
     """
 
     def __init__(self, target: GpuTarget, store: Path) -> None:
-        self._setup = Setup(target.to_json(), str(store), [path for path in sys.path if path])
+        self._settings = Settings(target.to_json(), str(store), [path for path in sys.path if path])
         self._scratch = tempfile.TemporaryDirectory(prefix="hdispatch-build-", ignore_cleanup_errors=True)
         self._target = target
         self._idle: queue.SimpleQueue[Child] = queue.SimpleQueue()
@@ -131,7 +131,7 @@ class Pool:
             worker = Child(_COMMAND, environment(Path(self._scratch.name), self._target))
             self._all.append(worker)
         with contextlib.suppress(WorkerGone):  # it ended at once: the request that follows says so
-            worker.send(asdict(self._setup))
+            worker.send(asdict(self._settings))
         return worker
 
     def kill(self) -> None:

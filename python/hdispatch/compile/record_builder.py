@@ -205,10 +205,10 @@ class Candidate:
     def objection(
         self, m: int, row_padding: int = ROW_PADDING, other: Mapping[str, int] | None = None, second: int | None = None
     ) -> str | None:
-        """Why the traced launch is not what should happen at this M (and `other` generic sizes); None if it is.
+        """Why the traced launch is wrong at this M (and `other` generic sizes); None if it is right.
 
-        `second` is a value of the integer that has a ladder; None: the one that the code was generated for. Calls that a
-        guard of the record refuses are none of its business.
+        `second` is a value of the integer that has a ladder; None: the one that the code was generated for. A call that a
+        guard of the record refuses is not checked.
         """
         values = dict(other or {})
         if second is not None and self.maker.spec.second is not None:

@@ -39,7 +39,7 @@ _folder = tempfile.TemporaryDirectory(prefix="hdispatch-recorded-")
 
 
 def compile_recorded(lines: list[Specialization], sources: Mapping[str, Source], target: GpuTarget, store: Store) -> list[Made]:
-    """The result of each; a problem of one is none of the others'."""
+    """The result of each; a problem with one does not stop the others."""
     return [_made_of(line, sources.get(line["module_sha256"]), target, store) for line in lines]
 
 

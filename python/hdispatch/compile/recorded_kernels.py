@@ -22,7 +22,7 @@ _AT_ONCE = 8
 
 
 class Made(TypedDict):
-    """One specialization: the SHA-256 of its cubin and Triton's metadata as JSON; or why there is none, and else ""."""
+    """One specialization: the SHA-256 of its cubin and Triton's metadata as JSON; or the reason for none, else ""."""
 
     file: str
     metadata: str

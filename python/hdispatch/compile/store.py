@@ -9,13 +9,13 @@ missing, so that it is built and written again, and is listed in `damaged`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar, cast
 
+from .. import typed_json
 from ..errors import BuildError
 from ..typed_json import Mismatch, check, parse
 
@@ -23,7 +23,7 @@ Value = TypeVar("Value")
 
 
 class _Entry(TypedDict):
-    """The whole of an entry: what it is for, and what was made."""
+    """A whole entry: its kind and key, and the result."""
 
     kind: str
     key: str
@@ -37,8 +37,8 @@ def digest(value: object) -> str:
 
 
 def canonical(value: object) -> bytes:
-    """JSON with sorted keys and no spaces: equal values have equal bytes."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+    """The bytes of `typed_json.canonical`."""
+    return typed_json.canonical(value).encode()
 
 
 def default_root() -> Path:

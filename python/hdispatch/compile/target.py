@@ -1,4 +1,4 @@
-"""A GPU described without being there, the GPU that is there, and a process made to believe in either.
+"""The description of a GPU, from a table or read from the GPU that is here; and a process that simulates it.
 
 Code generation asks torch and Triton for the device: capability, SM count, shared memory. `install` answers for them, so
 that a worker generates and compiles for any target on any machine, and the same on a machine that has a GPU.

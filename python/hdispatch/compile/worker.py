@@ -1,6 +1,6 @@
-"""The process that generates and compiles: it believes that the target GPU is present, and so is used for nothing else.
+"""The process that generates and compiles. It simulates the target GPU, and is therefore used for nothing else.
 
-Speaks JSON, one object per line (see `hdispatch.child`): first what `Setup` holds, then requests, each answered by one object.
+It reads and writes JSON, an object per line (see `hdispatch.child`): first `Settings`, then requests, each with one answer.
 
     {"unit": …, "tools": …}   a `Unit` to build   -> {"built": [...]}
     {"question": …}           a `Question`        -> {"configs": [...]}
@@ -27,7 +27,7 @@ from .store import Store
 
 
 @dataclass(frozen=True)
-class Setup:
+class Settings:
     """Shared by every request of one process: the target, the build cache's folder, and further folders of modules."""
 
     target: dict[str, Any]
@@ -38,11 +38,11 @@ class Setup:
 def main() -> None:
     """Answer requests from standard input until it ends."""
     answers = child.begin()
-    setup = Setup(**json.loads(sys.stdin.readline()))
-    sys.path += [path for path in setup.paths if path not in sys.path]
-    target = targets.GpuTarget(**setup.target)
+    settings = Settings(**json.loads(sys.stdin.readline()))
+    sys.path += [path for path in settings.paths if path not in sys.path]
+    target = targets.GpuTarget(**settings.target)
     targets.install(target)
-    store = Store(Path(setup.store))
+    store = Store(Path(settings.store))
     for line in sys.stdin:
         child.answer(answers, _answer(json.loads(line), target, store))
 

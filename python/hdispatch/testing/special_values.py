@@ -8,7 +8,7 @@ from ..errors import ArgumentError
 
 
 def special_rows(columns: int, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> torch.Tensor:
-    """Rows [rows, columns] in bfloat16 or float16, of which each holds special numbers.
+    """Rows [rows, columns] in bfloat16 or float16; each row holds special numbers.
 
     Every one of them stands among normal numbers, at a place that `seed` chooses, and fills a row alone. At least two
     columns, else `ArgumentError`.

@@ -86,7 +86,7 @@ def _tensors(arguments: Sequence[Any]) -> Iterator[torch.Tensor]:
 
 
 def copied(arguments: Sequence[Any]) -> list[Any]:
-    """The same values in other memory, with the same strides."""
+    """The same values in other memory; of tensors without gaps also the same strides."""
     return [value.clone() if isinstance(value, torch.Tensor) else value for value in arguments]
 
 

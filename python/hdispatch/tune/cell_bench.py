@@ -78,7 +78,7 @@ class Bench:
         self.announce = announce
 
     def measure(self, cell: Cell, skip: set[int], seed: int) -> list[Timing]:
-        """A line for each candidate but those to skip. If one breaks the context, its line alone: the others say nothing."""
+        """A line for each candidate that is not skipped. If one breaks the context, its line alone: no other was measured."""
         start = time.monotonic()
         outcomes = {index: Outcome() for index in cell["records"] if index not in skip}
         with strict(), contextlib.ExitStack() as stack:
@@ -174,7 +174,7 @@ class _BrokenError(Exception):
 
 @dataclass(frozen=True)
 class _Announced:
-    """Launches that say whose they are: before they are made, and if they fail."""
+    """Launches that name their candidate before they are made, and if they fail."""
 
     inner: Timeable
     index: int

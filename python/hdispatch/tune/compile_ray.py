@@ -32,7 +32,7 @@ CLOSE_SECONDS = 30.0
 
 
 class Answer(TypedDict):
-    """An actor's: records and their files by SHA-256, or why there are none; `lost`: the process ended, another time may do."""
+    """An actor's answer: records and their files by SHA-256, or the reason for none; `lost`: the process ended, try again."""
 
     built: list[Built]
     files: dict[str, bytes]

@@ -27,7 +27,7 @@ def fitting(found: Mapping[ConfigKey, float], limit: float) -> list[ConfigKey]:
 
 
 def cover(regrets: Regrets, limit: float) -> list[ConfigKey]:
-    """Few configs of which one fits each slot: each the one that fits most slots left, then swapped for less regret."""
+    """Few configs such that one fits each slot: greedily the one that fits most slots left, then swapped for less regret."""
     fits = {slot: frozenset(fitting(found, limit)) for slot, found in regrets.items()}
     left, chosen = dict(fits), []
     while left:

@@ -80,7 +80,7 @@ class Device:
         return Replay(calls, launches)
 
     def queued(self, serve: Serve, calls: Sequence[Call]) -> Timeable:
-        """Launches made one by one, while what `serve` is for is served."""
+        """Launches made one by one, while the row of `serve` is served."""
         return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), serve)
 
     def card(self) -> Card:

@@ -120,7 +120,7 @@ class LocalFarm:
 
 
 def current_device() -> int:
-    """The index of the CUDA device that is measured on if nothing else is said. `HdispatchError` if there is none."""
+    """The index of the CUDA device that is measured on by default. `HdispatchError` if there is none."""
     if not torch.cuda.is_available():
         raise HdispatchError(
             f"candidates are measured on a GPU, and there is none here ({_C.driver_missing() or 'torch sees none'}); "

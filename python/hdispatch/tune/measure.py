@@ -97,10 +97,10 @@ def measure(
     say       called with a line of text about each worker when they have started
 
     A candidate that breaks its process or takes longer than the timeout is noted in `out` as fatal or timeout and is not tried
-    again, here or in a later run; the rest goes on. So it does without a worker that is lost, whose cell is measured again.
+    again, here or in a later run; the rest is measured. The cell of a worker that is lost is measured again by another.
     Raises `BundleError` for a bundle that cannot be read or is for other ops than the installed ones, `HdispatchError` for one
-    that is for another GPU, if `out` holds another card's timings or cannot be written, if every worker is lost, and if what
-    is no candidate's fails.
+    that is for another GPU, if `out` holds another card's timings or cannot be written, if every worker is lost, and for a
+    failure that is not a candidate's.
     """
     chosen = options or Options()
     bundle = read_candidates(folder)

@@ -46,7 +46,7 @@ class Lost:
 
 
 class WorkerLost(HdispatchError):
-    """What measured is gone, and no candidate is to blame: another can measure the cell."""
+    """The worker is gone, and no candidate caused it: another worker can measure the cell."""
 
 
 class MeasureProcess:

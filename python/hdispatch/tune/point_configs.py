@@ -30,7 +30,7 @@ class PointConfigs:
         self.scope = scope
         #: The backends that are tuned, by op.
         self.backends = {package: backends_of(package) for package in packages}
-        #: Those of them whose kernels' lists are asked.
+        #: Those of them whose candidate lists are measured.
         self.asked = {
             package: [name for name in names if scope.backends is None or name in scope.backends]
             for package, names in self.backends.items()
@@ -178,7 +178,8 @@ def backends_of(package: OpPackage) -> list[str]:
 
 
 def config_files(package: OpPackage, scope: Scope, target: GpuTarget, notes: list[str]) -> list[configs.ConfigFile]:
-    """The file that serves the card now, which has to be right, and those of further folders, of which others are left out."""
+    """The file that serves the card now, which must be valid, and those of further folders; an invalid one of those is noted and
+    left out."""
     spec, there = package.spec, package.backends
     files = []
     if (own := configs.find_file([package.configs], target.config_file)) is not None:

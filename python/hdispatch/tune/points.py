@@ -16,7 +16,7 @@ class Scope:
 
     variants          of an op; its typical one if None: a config is chosen for all variants alike
     shapes, buckets   of an op; all if None
-    backends          whose kernels' lists are asked; None: all. Config files are read for all of them
+    backends          whose candidate lists are measured; None: all. Existing configs of all backends are measured too
     calls             variants with sizes of an op, instead of `variants` and `shapes`; its rows need not name the sizes
     more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
     radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion

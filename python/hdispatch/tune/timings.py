@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict, cast
 
+from .. import typed_json
 from ..errors import HdispatchError
 from ..typed_json import Mismatch, check, parse
 from .card import Card, alike, words
@@ -103,7 +104,7 @@ class Timing(CellHead):
 
 def canonical(config: dict[str, Any]) -> str:
     """A config as text: equal configs have equal texts."""
-    return json.dumps(config, sort_keys=True, separators=(",", ":"))
+    return typed_json.canonical(config)
 
 
 def cell_key(timing: Timing) -> CellKey:

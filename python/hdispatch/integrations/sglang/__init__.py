@@ -3,6 +3,6 @@
 SGLang itself is imported by `plugin.register` alone.
 """
 
-from .functions import FUNCTIONS, Call, Function
+from .functions import FUNCTIONS, Function, OpCall
 
-__all__ = ["FUNCTIONS", "Call", "Function"]
+__all__ = ["FUNCTIONS", "Function", "OpCall"]

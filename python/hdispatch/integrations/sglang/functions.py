@@ -22,7 +22,7 @@ GROUP_EPS, FP8_MAX = 1e-10, 448.0
 BLOCK = [128, 128]
 
 
-class Call(NamedTuple):
+class OpCall(NamedTuple):
     """A call of SGLang's as a call of our op: its arguments, and what SGLang's function returns after it."""
 
     arguments: tuple[Any, ...]
@@ -41,7 +41,7 @@ class Function:
 
     target: str
     op: str
-    call: Callable[..., Call | None]
+    call: Callable[..., OpCall | None]
     kernel: str = ""
 
     @property
@@ -89,9 +89,9 @@ def _rmsnorm(
     eps: float = 1e-6,
     out: torch.Tensor | None = None,
     enable_pdl: bool | None = None,  # noqa: ARG001
-) -> Call:
+) -> OpCall:
     result = torch.empty_like(input) if out is None else out
-    return Call((result, input, weight, eps), result)
+    return OpCall((result, input, weight, eps), result)
 
 
 def _fused_add_rmsnorm(
@@ -100,8 +100,8 @@ def _fused_add_rmsnorm(
     weight: torch.Tensor,
     eps: float = 1e-6,
     enable_pdl: bool | None = None,  # noqa: ARG001
-) -> Call:
-    return Call((input, residual, weight, eps), None)
+) -> OpCall:
+    return OpCall((input, residual, weight, eps), None)
 
 
 def _silu_and_mul(
@@ -113,15 +113,15 @@ def _silu_and_mul(
     sorted_token_ids: torch.Tensor | None = None,
     num_tokens_post_padded: torch.Tensor | None = None,  # noqa: ARG001
     num_valid_tokens: int = 0,  # noqa: ARG001
-) -> Call | None:
+) -> OpCall | None:
     if expert_ids is not None or sorted_token_ids is not None:  # rows of experts that are elsewhere are left out
         return None
     result = input.new_empty(*input.shape[:-1], input.shape[-1] // 2) if out is None else out
-    return Call((result, input), result)
+    return OpCall((result, input), result)
 
 
-def _sgl_per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> Call:
-    return Call((output_q, input, output_s, None), None)
+def _sgl_per_token_quant_fp8(input: torch.Tensor, output_q: torch.Tensor, output_s: torch.Tensor) -> OpCall:
+    return OpCall((output_q, input, output_s, None), None)
 
 
 def _per_token_group_quant(
@@ -140,13 +140,13 @@ def _per_token_group_quant(
     num_tokens_post_padded: torch.Tensor | None = None,  # noqa: ARG001
     num_valid_tokens: int = 0,  # noqa: ARG001
     silu_and_mul_mode: str = "legacy",  # noqa: ARG001
-) -> Call | None:
+) -> OpCall | None:
     # With scale_ue8m0 scales are packed by four; without buffers SGLang lays them out.
     unusual = scale_ue8m0 or fuse_silu_and_mul or masked_m is not None or sorted_token_ids is not None
     if unusual or output_q is None or output_s is None or out_dtype not in (None, output_q.dtype):
         return None
     limits = (GROUP_EPS, -FP8_MAX, FP8_MAX)
-    return Call((input, output_q, output_s, group_size, *limits, False, False, False), (output_q, output_s))
+    return OpCall((input, output_q, output_s, group_size, *limits, False, False, False), (output_q, output_s))
 
 
 def _per_token_group_quant_8bit_v2(
@@ -160,11 +160,11 @@ def _per_token_group_quant_8bit_v2(
     scale_ue8m0: bool = False,
     fuse_silu_and_mul: bool = False,
     masked_m: torch.Tensor | None = None,
-) -> Call | None:
+) -> OpCall | None:
     if fuse_silu_and_mul or masked_m is not None:
         return None
     limits = (eps, min_8bit, max_8bit)
-    return Call((input, output_q, output_s, group_size, *limits, scale_ue8m0, False, False), None)
+    return OpCall((input, output_q, output_s, group_size, *limits, scale_ue8m0, False, False), None)
 
 
 def _apply_rope_with_cos_sin_cache_inplace(
@@ -176,12 +176,12 @@ def _apply_rope_with_cos_sin_cache_inplace(
     is_neox: bool,
     rope_dim: int = 0,
     fused_args: object | None = None,
-) -> Call | None:
+) -> OpCall | None:
     head_size = q.size(-1)
     rotated = rope_dim or cos_sin_cache.size(-1)
     if fused_args is not None or not (head_size == k.size(-1) == rotated == cos_sin_cache.size(-1)):
         return None  # K and V are stored too, or only a part of the head is given
-    return Call((positions, q, k, head_size, cos_sin_cache, is_neox, 0, False), None)
+    return OpCall((positions, q, k, head_size, cos_sin_cache, is_neox, 0, False), None)
 
 
 def _fp8_scaled_mm(
@@ -191,11 +191,11 @@ def _fp8_scaled_mm(
     scales_b: torch.Tensor,
     out_dtype: torch.dtype,
     bias: torch.Tensor | None = None,
-) -> Call | None:
+) -> OpCall | None:
     if mat_a.dim() != 2 or mat_b.dim() != 2:
         return None
     out = mat_a.new_empty((mat_a.size(0), mat_b.size(1)), dtype=out_dtype)
-    return Call((out, mat_a, mat_b, scales_a, scales_b, bias), out)
+    return OpCall((out, mat_a, mat_b, scales_a, scales_b, bias), out)
 
 
 def _w8a8_block_fp8_matmul_deepgemm(
@@ -205,12 +205,12 @@ def _w8a8_block_fp8_matmul_deepgemm(
     Bs: torch.Tensor,
     block_size: list[int],
     output_dtype: torch.dtype,
-) -> Call | None:
+) -> OpCall | None:
     # Scales packed by four are int32.
     if list(block_size) != BLOCK or A.dim() != 2 or B.dim() != 2 or Bs.dim() != 2 or torch.int32 in (As.dtype, Bs.dtype):
         return None
     out = A.new_empty((A.size(0), B.size(0)), dtype=output_dtype)
-    return Call((out, A, B.t(), As, Bs.t()), out)
+    return OpCall((out, A, B.t(), As, Bs.t()), out)
 
 
 def _w8a8_block_fp8_matmul_triton(
@@ -220,7 +220,7 @@ def _w8a8_block_fp8_matmul_triton(
     Bs: torch.Tensor,
     block_size: list[int],
     output_dtype: torch.dtype = torch.float16,
-) -> Call | None:
+) -> OpCall | None:
     return _w8a8_block_fp8_matmul_deepgemm(A, B, As, Bs, block_size, output_dtype)
 
 

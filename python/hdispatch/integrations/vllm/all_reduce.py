@@ -84,7 +84,7 @@ class CustomAllReduce:
         return self._communicator() is communicator
 
     def objection(self) -> str | None:
-        """Why a step's sums are not to be taken here now."""
+        """The reason why the custom all-reduce cannot take a step's sums now."""
         communicator = self._communicator()
         return "vLLM has ended the communicator" if communicator is None else objection(communicator)
 
@@ -133,7 +133,7 @@ class CustomAllReduce:
             )
 
     def _peers(self) -> list[list[int]] | None:
-        """The handle of each rank's memory, in bytes; None while a rank has not said it. Waits for nobody."""
+        """The handle of each rank's memory, in bytes; None until every rank has published its handle. Does not wait."""
         if self._handles is None:
             keys = [KEY + str(rank) for rank in range(self._ranks)]
             if self._store.check(keys):

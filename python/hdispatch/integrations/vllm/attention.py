@@ -129,7 +129,7 @@ class Attention:
         return None
 
     def _half_example(self, requests: int, length: int) -> tuple[Any, ...]:
-        """Arguments of attention_half as in a decode step of the first layer, to ask about, not to run."""
+        """Arguments of attention_half as in a decode step of the first layer, to look up a row, not to launch."""
         weights, layer, shape = self._weights, self._weights.layers[0], self._weights.shape
         qkv, long = self._example(requests)
         out = qkv.new_empty(requests, shape.heads, shape.head_size)

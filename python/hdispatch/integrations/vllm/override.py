@@ -95,7 +95,7 @@ class Override:
 
     served      names of the ops that are overridden
     waiting     names of those that their library has not defined yet; each is overridden when it is first looked up
-    refused     names of those whose schema is another than expected -> what differs
+    refused     names of ops with an unexpected schema -> what differs
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class Override:
             self._stop_waiting()
 
     def _stop_waiting(self) -> None:
-        """Leave the namespaces none of whose ops is waited for."""
+        """Stop watching namespaces of which no op is awaited any more."""
         waited = {self._namespaces[name] for name in self.waiting}
         for namespace in set(self._namespaces.values()) - waited:
             others = _WAITING.get(namespace, [])

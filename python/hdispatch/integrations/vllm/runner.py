@@ -171,7 +171,7 @@ class Runner(ORIGINAL):
             settings.logger.info("hdispatch: the model runner prepares and ends decode steps by one launch each")
 
     def _check(self) -> None:
-        """Raise `UnsupportedError` for what decode steps of ours do not know."""
+        """Raise `UnsupportedError` for a feature that our decode steps do not support."""
         require, tables = support.require, self.block_tables
         require(type(self) is Runner, f"the model runner is {type(self).__name__}")
         require(not self.use_pp, "pipeline parallel")

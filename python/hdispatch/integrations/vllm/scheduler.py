@@ -62,7 +62,7 @@ class DecodeScheduler(ORIGINAL):
             settings.logger.info("hdispatch: all steps are planned by vLLM's scheduler: %s", error)
 
     def _check(self) -> None:
-        """Raise `UnsupportedError` for what plans of ours do not know."""
+        """Raise `UnsupportedError` for a feature that our plans do not support."""
         require, manager = support.require, self.kv_cache_manager
         require(type(self) is DecodeScheduler, f"the scheduler is {type(self).__name__}")  # which may override what ours skips
         groups = manager.coordinator.single_type_managers

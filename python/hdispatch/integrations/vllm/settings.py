@@ -72,5 +72,5 @@ def metrics_port() -> int:
 
 
 def load_bundle(device: torch.device) -> None:
-    """`switch.load_bundle`, said in vLLM's log."""
+    """`switch.load_bundle`, reported in vLLM's log."""
     switch.load_bundle(device, logger)

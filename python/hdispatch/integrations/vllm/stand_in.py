@@ -1,4 +1,4 @@
-"""A class of ours in the place of one of vLLM's: put in and taken out, where vLLM's code is what ours was written for."""
+"""Replaces a class of vLLM's by one of ours, and restores it; only if vLLM's code is the version that ours was written for."""
 
 from __future__ import annotations
 
