@@ -178,8 +178,7 @@ def backends_of(package: OpPackage) -> list[str]:
 
 
 def config_files(package: OpPackage, scope: Scope, target: GpuTarget, notes: list[str]) -> list[configs.ConfigFile]:
-    """The file that serves the card now, which must be valid, and those of further folders; an invalid one of those is noted and
-    left out."""
+    """The file that serves the card now, which must be valid, and those of further folders; an invalid one is left out."""
     spec, there = package.spec, package.backends
     files = []
     if (own := configs.find_file([package.configs], target.config_file)) is not None:
