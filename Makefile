@@ -9,7 +9,7 @@
 #   make test-sglang the plug-in on SGLang's Python over the null driver, no GPU: downloads SGLang's wheel, 40 MB
 #   make test-wheels  one wheel for two torches, in an environment of each: downloads both with their dependencies, gigabytes
 #   make lint      ruff, mypy --strict, clang-format
-#   make sanitize  the C++ tests under ASan + UBSan, then under TSan
+#   make sanitize  the C++ tests under ASan + UBSan, then those with threads under TSan
 #
 # VENV is the environment to use: an active one, or .venv, which is made. What it has already is not installed again, so
 # an environment with a CUDA build of torch is used as it is. TORCH is what a new environment gets.

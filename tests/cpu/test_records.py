@@ -221,7 +221,7 @@ def test_every_kind_of_code_is_compiled(bundle):
             seen[bool(files & stubs)] |= {(record["kernel"], kind) for kind in kinds}
     assert seen[True] <= seen[False]
     library = manifest["files"][LIBRARY]["size"]
-    assert library > 2**19, "of host functions too, which stubs of all would not come to"
+    assert library > 2**18, "of host functions too, which stubs of all would not come to"
 
 
 def test_records_evaluated_in_python(cases):
