@@ -126,7 +126,7 @@ def of_rows(file: Path, rows: Any, paths: list[str]) -> dict[Cell, Time]:
 
 
 def newest(folder: Path, new: Path, content: Any, paths: list[str]) -> Path | None:
-    """The newest result in a folder that is of a result's GPU and has a cell in common with it."""
+    """The result in a folder that is of a result's GPU and has the most cells in common with it, of several the newest."""
     gpu, cells = machine_of(content, "gpu"), cells_of(new, content, paths)
     found = []
     for file in [*folder.rglob("*.json"), *folder.rglob("*.json.xz")]:
@@ -134,11 +134,12 @@ def newest(folder: Path, new: Path, content: Any, paths: list[str]) -> Path | No
             other = load(file)
             date = machine_of(other, "date")
             alike = date and file.resolve() != new.resolve() and machine_of(other, "gpu") == gpu
-            if alike and not cells.keys().isdisjoint(cells_of(file, other, paths)):
-                found.append((date, file))
+            common = len(cells.keys() & cells_of(file, other, paths).keys()) if alike else 0
+            if common:
+                found.append((common, date, file))
         except NoResultError:  # of another kind: folders of results hold many
             continue
-    return max(found)[1] if found else None
+    return max(found)[2] if found else None
 
 
 def pairs(text: str) -> dict[str, str]:
@@ -165,7 +166,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, nargs="?")
     parser.add_argument("new", type=Path)
-    parser.add_argument("--newest", type=Path, metavar="DIR", help="compare with the newest in DIR instead of OLD")
+    parser.add_argument(
+        "--newest",
+        type=Path,
+        metavar="DIR",
+        help="compare with the one in DIR that has most cells, the newest",
+    )
     parser.add_argument("--partial", action="store_true", help="a part was measured: cells that the new file lacks are counted")
     parser.add_argument(
         "--gone", type=pairs, metavar="FIELD=VALUE,…", action="append", default=[], help="cells that may be gone; repeatable"

@@ -195,6 +195,8 @@ HD_COLD PyObject* call_and_learn(const Calling& calling, AdoptedCall& call, cons
   WatchedState& process = process_state();
   if (!process.is_same()) refresh(process, adopted_callbacks.process_state, nullptr);
   if (!calling.self.state->is_same()) refresh(*calling.self.state, adopted_callbacks.kernel_state, calling.self.kernel);
+  // The autotuner has made a choice: it is known from now on, so that taking it back is seen.
+  if (calling.self.tuner && calling.self.tuner->choices() != choices) return std::exchange(result.object, nullptr);
   const char* reason = nullptr;
   if (process.number() >= 0 && calling.self.state->number() >= 0 &&
       calling.self.reader->read(calling.form, calling.args, computed, slot, number_of_state(calling.self), call,
@@ -229,7 +231,7 @@ constexpr const char* kTakenBack = "autotuner's choices taken back";
 inline uint32_t choices_of(const AdoptedKernel& self, const char*& reason) {
   if (HD_LIKELY(!self.tuner)) return 0;
   const uint32_t choices = self.tuner->choices();
-  if (HD_UNLIKELY(!self.tuner->has_its_configurations())) reason = "autotuner's configurations replaced";
+  if (HD_UNLIKELY(!self.tuner->has_its_configurations())) reason = "autotuner's configurations or run replaced";
   return choices;
 }
 

@@ -39,12 +39,10 @@ const uint64_t* writes_of(PyObject* dict) {
   static int watcher = -1;
   if (watcher < 0) watcher = PyDict_AddWatcher(before_write);
   if (watcher < 0) throw python_error();  // CPython has eight
-  std::unique_ptr<uint64_t>& writes = all_writes()[dict];
-  if (!writes) {
-    writes = std::make_unique<uint64_t>(0);
-    if (PyDict_Watch(watcher, dict) != 0) throw python_error();
-  }
-  return writes.get();
+  const auto found = all_writes().find(dict);
+  if (found != all_writes().end()) return found->second.get();
+  if (PyDict_Watch(watcher, dict) != 0) throw python_error();
+  return all_writes().emplace(dict, std::make_unique<uint64_t>(0)).first->second.get();
 }
 
 }  // namespace

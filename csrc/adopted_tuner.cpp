@@ -47,8 +47,13 @@ AdoptedTuner::AdoptedTuner(PyObject* tuner) : tuner_(tuner) {
 
 HD_COLD void AdoptedTuner::look() {
   attributes_.note();  // first: what is written meanwhile is looked at again
-  const Owned cache{attribute(tuner_, "cache", true)}, configurations{attribute(tuner_, "configs", false)};
-  has_its_list_ = configurations.object == configurations_;
+  const Owned cache{PyObject_GetAttrString(tuner_, "cache")}, configurations{PyObject_GetAttrString(tuner_, "configs")};
+  if (!cache.object || !configurations.object) throw python_error();
+  static PyObject* const run = PyUnicode_InternFromString("run");
+  const int has_run = PyDict_Contains(attributes_.dict, run);  // over Triton's
+  if (has_run < 0) throw python_error();
+  is_its_own_ = configurations.object == configurations_ && PyDict_Check(cache.object) && !has_run;
+  if (!is_its_own_) return;
   if (cache.object == cache_.dict && cache_.is_same()) return;
   if (cache.object != cache_.dict) {
     PyObject* former = cache_.dict;

@@ -23,9 +23,10 @@ class AdoptedTuner {
     if (HD_UNLIKELY(!attributes_.is_same()) || HD_UNLIKELY(!cache_.is_same())) look();
     return number_;
   }
-  /// Whether the configurations are those of the adoption, for which the key was made. After `choices`.
+  /// Whether the configurations are those of the adoption, for which the key was made, and nobody has put another `run`
+  /// over Triton's. After `choices`.
   bool has_its_configurations() const noexcept {
-    return HD_LIKELY(has_its_list_) && HD_LIKELY(PyList_GET_SIZE(configurations_) == count_);
+    return HD_LIKELY(is_its_own_) && HD_LIKELY(PyList_GET_SIZE(configurations_) == count_);
   }
 
   /// Makes `best_config` that of a launch. `config` is an entry's. May run Python.
@@ -48,7 +49,7 @@ class AdoptedTuner {
   PyObject* known_ = nullptr;           ///< a copy of it, never written to; owned
   PyObject* configurations_ = nullptr;  ///< a list; owned
   Py_ssize_t count_ = 0;
-  bool has_its_list_ = true;
+  bool is_its_own_ = true;
   uint32_t number_ = 1;
   PyObject* shown_ = nullptr;  ///< borrowed from an entry
 };

@@ -183,6 +183,53 @@ def test_an_autotuner_that_is_tuned_anew_launches_what_it_chose_last(stub, way):
     assert len(hdispatch.explain(tuned).splitlines()) == 3
 
 
+@pytest.mark.parametrize("way", ["cleared", "set", "replaced"])
+def test_a_choice_that_is_taken_back_right_after_the_first_call(stub, way):
+    times = iter([1.0, 2.0, 2.0, 1.0])
+    tuned = wrapper(kernels.tuned)
+    tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [next(times)] * 3)[1]
+    hdispatch.adopt(tuned, driver="null")
+    call = lambda: launched(lambda: tuned[(1,)](X, OUT, 17))  # noqa: E731
+    call()
+    if way == "cleared":
+        tuned.cache.clear()
+    elif way == "set":
+        tuned.cache[17, "torch.float32", "torch.float32"] = tuned.configs[1]
+    else:
+        tuned.cache = {}
+    _, got = call()
+    assert got is None
+    _, got = call()
+    assert got["block"] == (128, 1, 1)
+    assert misses(tuned)["autotuner's choices taken back"] == 1
+
+
+def test_a_run_that_is_put_over_an_autotuner_gets_its_launches(stub):
+    tuned = wrapper(kernels.tuned)
+    tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [1.0] * 3)[1]
+    hdispatch.adopt(tuned, driver="null")
+    for _ in range(2):
+        _, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+    assert got is not None
+    seen = []
+    tuned.run = lambda *args, **keywords: seen.append((args, keywords))
+    tuned[(1,)](X, OUT, 17)
+    assert len(seen) == 1
+    del tuned.run
+    _, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+    assert got is not None
+
+
+def test_an_autotuner_whose_configurations_are_a_tuple_stays_tritons(stub):
+    tuned = wrapper(kernels.tuned)
+    tuned.configs = tuple(tuned.configs)
+    tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [1.0] * 3)[1]
+    hdispatch.adopt(tuned, driver="null")
+    for _ in range(2):
+        assert tuned[(1,)](X, OUT, 17) is not None
+    assert "Triton's  every call: an autotuner whose configs are a tuple" in hdispatch.explain(tuned)
+
+
 def test_an_autotuner_that_is_tuned_again_and_again_keeps_no_more_rows_than_configurations(stub):
     tuned = wrapper(kernels.tuned)
     hdispatch.adopt(tuned, driver="null")
@@ -206,7 +253,7 @@ def test_an_autotuner_whose_configurations_are_replaced_is_tritons(stub):
     result, got = launched(lambda: tuned[(1,)](X, OUT, 17))
     assert got is None
     assert result.metadata.num_warps == 1
-    assert misses(tuned)["autotuner's configurations replaced"] == 1
+    assert misses(tuned)["autotuner's configurations or run replaced"] == 1
 
 
 def test_an_autotuner_shows_the_choice_of_the_last_call(stub):

@@ -45,13 +45,7 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
 
     HdispatchError if `kernel` is not a kernel and names none, and on Python 3.13.0.
     """
-    if driver not in ("cuda", "null"):
-        raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
-    if sys.version_info[:3] == (3, 13, 0):
-        raise HdispatchError(
-            "Python is 3.13.0, which does not tell of writes to attributes (CPython issue 125608): a hook or another `run` "
-            "would be missed. adopt takes 3.13.1 or newer"
-        )
+    _check(driver)
     with _lock:
         if kernel is None:
             _start_all(driver)
@@ -59,6 +53,16 @@ def adopt(kernel: Any = None, *, driver: Driver = "cuda") -> Any:
             for each in _kernels_of(kernel):
                 _adopt_this(each, driver)
     return kernel
+
+
+def _check(driver: str) -> None:
+    if driver not in ("cuda", "null"):
+        raise HdispatchError(f"driver is {driver!r}; it takes 'cuda' or 'null'")
+    if sys.version_info[:3] == (3, 13, 0):
+        raise HdispatchError(
+            "Python is 3.13.0, which does not tell of writes to attributes (CPython issue 125608): a hook or another `run` "
+            "would be missed. adopt takes 3.13.1 or newer"
+        )
 
 
 def unadopt(kernel: Any = None) -> None:
@@ -145,11 +149,13 @@ class adopting:
         self._undo: list[Any] = []
 
     def __enter__(self) -> adopting:
+        _check(self._driver)
         with _lock:
             if not self._kernels and _all is None:
                 adopt(driver=self._driver)
                 self._undo.append(None)
-            for each in (kernel for given in self._kernels for kernel in _kernels_of(given)):
+            # All are looked up before the first is adopted: one that is none leaves nothing behind.
+            for each in [kernel for given in self._kernels for kernel in _kernels_of(given)]:
                 if not _is_adopted(each):
                     _adopt_this(each, self._driver)
                     self._undo.append(each)

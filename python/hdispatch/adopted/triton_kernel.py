@@ -25,6 +25,7 @@ ENTRY = "_hdispatch_adopted"
 PARTS = "_hdispatch_parts"
 
 MAX_PARAMETERS = 250
+MAX_HEURISTICS = 32
 
 
 @dataclass
@@ -59,12 +60,18 @@ def parts_of(kernel: Any) -> Parts | str:
     while type(inner) is Heuristics:
         heuristics += inner.values.items()
         inner = inner.fn
+    if len(heuristics) > MAX_HEURISTICS:
+        return f"more than {MAX_HEURISTICS} heuristics"
     if isinstance(inner, JITFunction):
         return Parts(inner, heuristics=heuristics)
     if type(inner) is not Autotuner:
         return f"a wrapper of its own kind, {type(inner).__name__}"
     if not isinstance(inner.fn, JITFunction):
         return f"{type(inner.fn).__name__} inside an autotuner"
+    if type(inner.configs) is not list or not isinstance(inner.cache, dict):
+        return (
+            f"an autotuner whose configs are a {type(inner.configs).__name__} and whose cache is a {type(inner.cache).__name__}"
+        )
     if any(config.pre_hook is not None for config in inner.configs):
         return "a configuration with a pre_hook"
     return Parts(inner.fn, inner, list(inner.keys) if len(inner.configs) > 1 else [], heuristics)
@@ -99,10 +106,13 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
     if compiled.src.fn is not parts.function and compiled.src.fn.cache_key != parts.function.cache_key:
         return "code of another function"  # of one that this one is no copy of
     names = [each.name for each in parts.function.params]
+    given = {name for name, _ in parts.heuristics} | set(getattr(getattr(parts.tuner, "best_config", None), "kwargs", ()))
     params, behind = [], len(names)  # items of tuples have their values behind those of parameters, in order
     for name, kind in compiled.src.signature.items():
         if isinstance(kind, str):
             each = [(names.index(name), kind)]
+        elif name in given:
+            return "tuple that a configuration or a heuristic gives"  # the call has no items of it
         elif all(isinstance(item, str) for item in kind):
             each = list(enumerate(kind, behind))
             behind += len(kind)

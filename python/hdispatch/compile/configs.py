@@ -131,7 +131,10 @@ class ConfigFile:
         if not like:
             return default or self.pick(spec, _complete(entries, symbols), edges, variant)
         nearest = min((e.sizes for e in like), key=lambda sizes: [abs(sizes[s] - shape[s]) for s in given])
-        same = _most_arguments([entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)], edges)
+        same = [entry for entry in like if all(entry.sizes[s] == nearest[s] for s in given)]
+        if spec.second is not None:  # each M has entries of its own there: arguments without any were not measured at it
+            same = _at_edge(same, "M", edges["M"])
+        same = _most_arguments(same, edges)
         for name, edge in edges.items():
             same = _at_edge(same, name, edge)
         return same[0]

@@ -172,10 +172,10 @@ def _select_op(
     previous = _previous(present, spec, variant, default_backend)
     choices, open_choices, notes = _assigned(measured, limit, previous if began is None else _nothing)
     chosen = {slot: measured.choice(slot, config) for slot, config in choices.items()}
-    every = _with_unmeasured(spec, {**choices, **open_choices}, previous)
+    every = _with_unmeasured(spec, {**choices, **open_choices}, _right(previous, measured))
     entries = _entries(spec, every, default_backend)
     for backend in OPTIONAL:
-        before = _previous(present, spec, variant, default_backend, without=backend)
+        before = _right(_previous(present, spec, variant, default_backend, without=backend), measured)
         keep = before if began is None else _nothing
         entries += _stand_ins(spec, timings, every, default_backend, backend, limit, before, keep)
     for entry in entries:
@@ -207,13 +207,25 @@ def _select_op(
         notes=notes + [f"wrong results: {config.backend} {config.config}" for config in sorted(measured.wrong)],
     )
     if write:
-        write_atomic(path, _text([*entries, *others]).encode())
+        # In the place of those that they replace: of equally near sizes the earlier entry serves.
+        place = next((at for at, entry in enumerate(present.entries) if entry in replaced), len(present.entries))
+        write_atomic(path, _text([*others[:place], *entries, *others[place:]]).encode())
         found = _companion(spec, timings, measured, chosen, report, limit)
         # Times of another card are none of this one's.
         same_card = began is not None and began.path.name == path.name and not companion(path).exists()
         found = _beside(spec, found, companion(began.path if began is not None and same_card else path), arguments)
         write_atomic(companion(path), (json.dumps(found, indent=1, ensure_ascii=False) + "\n").encode())
     return report
+
+
+def _right(previous: Previous, measured: Measured) -> Previous:
+    """What served a slot, if no timing says that its results are wrong."""
+
+    def serves(slot: Slot) -> ConfigKey | None:
+        config = previous(slot)
+        return None if config in measured.wrong else config
+
+    return serves
 
 
 def _with_unmeasured(spec: OpSpec, choices: Mapping[Slot, ConfigKey], previous: Previous) -> dict[Slot, ConfigKey]:
