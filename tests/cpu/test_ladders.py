@@ -331,10 +331,10 @@ def test_a_border_within_a_bucket_is_refused(config_folder, cache, tmp_path):
 def test_configs_of_a_folder_come_before_the_ops_own(config_folder, cache, tmp_path):
     """A card's file in either, then another card's; times are those beside the file that was taken."""
     write_configs(config_folder, [{"key": {}, "config": {"chunk": 64}}])
-    tuned, out = tmp_path / "tuned", tmp_path / "bundle"
+    tuned, out, notes = tmp_path / "tuned", tmp_path / "bundle", list[str]()
 
     def chunks(target: str = "h200") -> set[int]:
-        build([NAME], target, out, cache=cache, extra=["two_ladders"], more_configs=tuned)
+        notes[:] = build([NAME], target, out, cache=cache, extra=["two_ladders"], more_configs=tuned).notes
         return {record["config"]["chunk"] for record in read_bundle(out)[0]["records"]}
 
     (tuned / "another").mkdir(parents=True)
@@ -352,6 +352,7 @@ def test_configs_of_a_folder_come_before_the_ops_own(config_folder, cache, tmp_p
     assert chunks("h100") == {128}
     (config_folder / "nvidia_h100.json").write_text(json.dumps([{"key": {}, "config": {"chunk": 256}}]))
     assert chunks("h100") == {256}, "what is of the card goes before what is of another"
+    assert any(f"{tuned / NAME} has nvidia_h200.json and not nvidia_h100.json" in note for note in notes)
 
 
 def test_a_config_that_serves_no_long_ones_is_refused(config_folder, cache, tmp_path):

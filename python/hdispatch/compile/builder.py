@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -221,6 +222,9 @@ def _config_file(
     file, note = found
     if note:
         notes.append(note)
+    for folder in itertools.takewhile(lambda each: each != file.path.parent, folders):
+        if others := sorted(path.name for path in folder.glob("nvidia_*.json") if not path.name.endswith(".tuned.json")):
+            notes.append(f"{package.name}: {folder} has {', '.join(others)} and not {target.config_file}: {file.path} is used")
     return file
 
 
