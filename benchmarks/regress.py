@@ -7,9 +7,10 @@
 Results of `bench ops`, `bench dispatch`, `bench serve`, attention.py, attention_dense.py, serve_server.py and functional_op.py.
 A cell is slower if its median exceeds the old one by more than `--percent` and by more than three times the larger of the two
 quartile ranges, where a result has these. A cell that the new file lacks is lost, unless `--gone` names it or `--partial` says
-that a part was measured; one that the old file lacks is counted. A file may be a .json.xz. `--newest DIR` compares with the
-newest result in DIR that is of the same GPU and has a cell in common; where there is none it says so and exits with 0. Exit 1
-if a cell is slower or lost, 2 if none can be compared: none is in common, a file is no result, or the GPUs are unlike.
+that a part was measured; one that the old file lacks is counted. A file may be a .json.xz. `--newest DIR` compares with
+the result in DIR, of the same GPU, that has the most cells in common, of several the newest; where there is none it says so and
+exits with 0. Exit 1 if a cell is slower or lost, 2 if none can be compared: none is in common, a file is no result, or the GPUs
+are unlike.
 """
 
 from __future__ import annotations
@@ -167,10 +168,7 @@ def main() -> int:
     parser.add_argument("old", type=Path, nargs="?")
     parser.add_argument("new", type=Path)
     parser.add_argument(
-        "--newest",
-        type=Path,
-        metavar="DIR",
-        help="compare with the one in DIR that has most cells, the newest",
+        "--newest", type=Path, metavar="DIR", help="compare with the newest of those in DIR with most of its cells"
     )
     parser.add_argument("--partial", action="store_true", help="a part was measured: cells that the new file lacks are counted")
     parser.add_argument(

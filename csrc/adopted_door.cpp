@@ -251,7 +251,7 @@ void define_patches(py::module_& m) {
 }
 
 /// What a kernel knows of its calls, and what one costs.
-void define_keys(py::module_& m) {
+void define_adopted_keys(py::module_& m) {
   m.def(
       "bench_adopted_ns",
       [](const py::object& object, const py::tuple& args, const std::array<uint32_t, 3>& grid, uint32_t count) {
@@ -297,7 +297,7 @@ void define_adopted(py::module_& m) {
   define_callbacks(m);
   define_kernels(m);
   define_patches(m);
-  define_keys(m);
+  define_adopted_keys(m);
 }
 
 }  // namespace hdispatch

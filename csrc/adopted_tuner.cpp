@@ -63,10 +63,11 @@ HD_COLD void AdoptedTuner::look() {
   } else {
     cache_.note();
   }
-  PyObject* known = PyDict_Copy(cache.object);
-  if (!known) throw python_error();
-  const Owned former{std::exchange(known_, known)};
-  if (!has_all(known, former.object)) ++number_;
+  const Owned known{PyDict_Copy(cache.object)};  // held: comparing may run Python, and come here again
+  if (!known.object) throw python_error();
+  const Owned former{std::exchange(known_, Py_NewRef(known.object))};
+  const uint32_t number = ++number_;  // until they are found equal: a comparison may raise
+  if (has_all(known.object, former.object) && number_ == number) --number_;
 }
 
 HD_COLD void AdoptedTuner::show_other(PyObject* config) {

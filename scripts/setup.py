@@ -102,7 +102,7 @@ def main() -> None:
     if not options.only_tools:
         start = time.time()
         arguments = ("--no-build-isolation", "--no-deps", "--editable", str(ROOT))
-        pip("compiling the extension, 60 s of one core", *arguments, progress=lambda: compiled(start))
+        pip("compiling the extension, some 90 s on two cores", *arguments, progress=lambda: compiled(start))
 
 
 if __name__ == "__main__":

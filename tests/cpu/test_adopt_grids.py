@@ -204,6 +204,31 @@ def test_a_choice_that_is_taken_back_right_after_the_first_call(stub, way):
     assert misses(tuned)["autotuner's choices taken back"] == 1
 
 
+class Odd:
+    """A key that cannot be compared."""
+
+    def __hash__(self):
+        return 1
+
+    def __eq__(self, other):
+        raise ValueError("not to be compared")
+
+
+def test_choices_whose_comparison_fails_are_not_taken_for_the_same(stub):
+    tuned = wrapper(kernels.tuned)
+    tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [1.0] * 3)[1]
+    hdispatch.adopt(tuned, driver="null")
+    call = lambda: launched(lambda: tuned[(1,)](X, OUT, 17))  # noqa: E731
+    call()
+    tuned.cache[Odd()] = tuned.configs[0]
+    assert call()[1] is not None
+    chosen = {key: config for key, config in tuned.cache.items() if not isinstance(key, Odd)}
+    tuned.cache = {Odd(): tuned.configs[0], **chosen}
+    with pytest.raises(ValueError, match="not to be compared"):
+        call()
+    assert [call()[1] is None for _ in range(2)] == [True, False]
+
+
 def test_a_run_that_is_put_over_an_autotuner_gets_its_launches(stub):
     tuned = wrapper(kernels.tuned)
     tuned._do_bench = tuned.do_bench = lambda call, **_keywords: (call(), [1.0] * 3)[1]

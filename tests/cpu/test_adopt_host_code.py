@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
+import adopted_kernels as kernels
 import hdispatch
 import host_code
 import pytest
 import torch
 from adopted_calls import X, launched
 from hdispatch.adopted import adoption
+from hdispatch.adopted.host_code import kernels_named_by
 
 pytest_plugins = ("adopted_fixtures",)
 pytestmark = pytest.mark.usefixtures("left_alone")
@@ -67,3 +70,23 @@ def test_kernels_that_are_not_adopted_say_so(stub):
     )
     with pytest.raises(TypeError, match="hdispatch op"):
         hdispatch.explain(len)
+
+
+def test_kernels_of_modules_in_modules_are_named():
+    inner, outer = types.ModuleType("somebody.inner"), types.ModuleType("somebody")
+    inner.kernel, inner.somebody, outer.inner, outer.somebody = kernels.add, outer, inner, outer
+    scope = {"__name__": "user", "somebody": outer}
+    exec("def run(x): return somebody.inner.kernel[(1,)](x)", scope)
+    assert kernels_named_by(scope["run"], lambda value: value is kernels.add) == [kernels.add]
+
+
+def test_a_call_that_is_wrapped_is_looked_into_with_its_object():
+    class Layer:
+        def __init__(self):
+            self.kernel = kernels.add
+
+        @torch.no_grad()
+        def __call__(self, x):
+            return self.kernel[(1,)](x)
+
+    assert kernels_named_by(Layer(), lambda value: value is kernels.add) == [kernels.add]

@@ -290,6 +290,7 @@ def test_a_model_is_tuned_and_built_in_a_command_each(tmp_path, monkeypatch, cap
         ([], "--out bundle"),
         (["--models", "Qwen3-8B", "--tensor-parallel", "4"], "--models Qwen3-8B --tensor-parallel 4 --out bundle"),
         (["--target", "h100", "--ray", "--ops", "rms_norm"], "--target h100 --out bundle"),
+        (["--ops", "rms_norm", "--variants", "float16"], "--variants float16 --ops rms_norm --out bundle"),
         (["--out", "my configs"], "--configs 'my configs' --out bundle"),
         (["--kernels", "a", "--kernels", "b", "--ops", "c,d"], "--kernels a --kernels b --ops c,d --out bundle"),
     ],

@@ -52,7 +52,7 @@ class _Search:
                 self._look_into(function, owner, within)
         elif isinstance(function := _unwrapped(value), types.FunctionType):
             self._look_into(function, None, within)
-        elif isinstance(call := inspect.getattr_static(type(value), "__call__", None), types.FunctionType):
+        elif isinstance(call := _unwrapped(inspect.getattr_static(type(value), "__call__", None)), types.FunctionType):
             self._look_into(call, value, within)
         else:
             return False
@@ -75,9 +75,11 @@ class _Search:
         names = set(_names(function.__code__))
         scope = {**function.__globals__, **_closure(function)}
         values = [scope[name] for name in names if name in scope]
-        for module in [value for value in values if isinstance(value, types.ModuleType)]:
-            if not _is_of_others(module.__name__):
-                values += [vars(module)[name] for name in names if name in vars(module)]
+        modules = dict[int, types.ModuleType]()
+        for value in values:  # grows: `package.module.kernel` is looked up name by name
+            if isinstance(value, types.ModuleType) and id(value) not in modules and not _is_of_others(value.__name__):
+                modules[id(value)] = value
+                values += [vars(value)[name] for name in names if name in vars(value)]
         values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         for value in values:
             if not isinstance(value, types.ModuleType):

@@ -99,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Measure, print, and judge if asked to."""
     import torch
 
-    from ..bench import machine, plot, serve, serve_plot, serve_targets
+    from ..bench import machine, plot, serve, serve_plot
 
     unknown = [mode for mode in arguments.modes if mode not in serve.MODES]
     if unknown:
@@ -150,7 +150,15 @@ def run(arguments: argparse.Namespace) -> int:
     print(describe(result))
     if arguments.plot:
         serve_plot.draw(result, arguments.plot)
-    targets = [] if arguments.layers else serve_targets.load()
+    complaints = _complaints(result, whole=not arguments.layers)
+    return 1 if arguments.check and complaints else 0
+
+
+def _complaints(result: Any, whole: bool) -> list[str]:
+    """What is not as it should be, printed with the targets; of part of a model's layers no ratio is judged."""
+    from ..bench import serve_targets
+
+    targets = serve_targets.load() if whole else []
     if targets is None:
         print(f"no ratio is judged: {serve_targets.FILE} is in a checkout of hdispatch, not in its wheel")
     judged = serve_targets.judge(result, targets or [])
@@ -159,7 +167,7 @@ def run(arguments: argparse.Namespace) -> int:
     complaints = [*judge(result), *(str(each) for each in judged if not each.met)]
     for complaint in complaints:
         print(f"not as it should be: {complaint}")
-    return 1 if arguments.check and complaints else 0
+    return complaints
 
 
 def describe(result: Any) -> str:

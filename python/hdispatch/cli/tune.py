@@ -340,7 +340,9 @@ def _build_command(arguments: argparse.Namespace) -> str:
         words += ["--tensor-parallel", str(arguments.tensor_parallel)]
     for each in arguments.kernels:
         words += ["--kernels", each]
-    if arguments.kernels and arguments.ops:  # without --kernels all ops are built, of which those of --ops are some
+    if arguments.variants:  # a variant that is not served otherwise gets rows where it is named, of ops that have it
+        words += ["--variants", arguments.variants]
+    if arguments.ops and (arguments.kernels or arguments.variants):  # else all ops are built, of which those of --ops are some
         words += ["--ops", arguments.ops]
     if arguments.target != "native":
         words += ["--target", arguments.target]
