@@ -75,7 +75,7 @@ def test_install_to_first_call(python, environment, tmp_path):
     run(python, "-c", "import torch", env=environment)  # its files are read once
     start = time.monotonic()
     run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--force-reinstall", WHEEL, env=environment)
-    printed = run(python, "-c", FIRST_CALL, str(ROOT / "tests" / "cpu"), env=environment, cwd=tmp_path)
+    printed = run(python, "-c", FIRST_CALL, str(ROOT / "tests" / "support"), env=environment, cwd=tmp_path)
     seconds = time.monotonic() - start
     version, door = printed.split()
     assert door == "torch_" + "_".join(version.split(".")[:2])
