@@ -8,8 +8,10 @@
 # CARRY holds what was prepared elsewhere: bundle/ (hdispatch build --target h200 --out CARRY/bundle), or bundle.tar.xz with
 # that folder, and, optionally, helion.tar.xz (a tree with helion), vllm_C.so.xz (the library behind torch.ops._C),
 # candidates*.tar.xz (hdispatch tune candidates --archive) and timings*.jsonl (of a tune that was cut short), revision (git's,
-# for the results), deep_gemm.tar.xz (scripts/fetch_deep_gemm.py; for deepgemm, and ops where it is there); for serve, server and
-# the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the packages it imports, vllm_server.tar.xz, those that its server needs, and, for vllm-kernel-tests, vllm_tests.tar.xz, vLLM's own tests, made by
+# for the results), deep_gemm.tar.xz (scripts/fetch_deep_gemm.py; for deepgemm, and ops where it is there); vllm_moe_C.so.xz
+# (the one behind torch.ops._moe_C) beside it; for serve, server and the vllm-… steps vllm.tar.xz and vllm_deps.tar.xz, vLLM and the
+# packages it imports, vllm_more.tar.xz, files of vLLM's package that the first left out, as the one that sleep mode takes,
+# vllm_server.tar.xz, packages that its server needs, and, for vllm-kernel-tests, vllm_tests.tar.xz, vLLM's own tests, made by
 # scripts/vllm_kernel_tests.py pack. SERVE holds the arguments of the runs of `bench serve`, separated by
 # semicolons; SERVER those of benchmarks/serve_server.py; VLLM_TESTS those of pytest; VLLM_KERNEL_TESTS more of
 # scripts/vllm_kernel_tests.py run.
@@ -36,6 +38,7 @@ if [ ! -f "$carry/vllm_C.so.xz" ] && [ -f "$carry/vllm.tar.xz" ]; then  # the sa
   vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"
 fi
 [ -f "$carry/vllm_C.so.xz" ] && { xz -dc "$carry/vllm_C.so.xz" > "$site/vllm_C.so" & vllm=(--vllm-ops "$site/vllm_C.so"); export HDISPATCH_VLLM_OPS="$site/vllm_C.so"; }
+[ -f "$carry/vllm_moe_C.so.xz" ] && xz -dc "$carry/vllm_moe_C.so.xz" > "$site/_moe_C.so" &
 deep_gemm=()
 if [ -f "$carry/deep_gemm.tar.xz" ]; then
   tar xJf "$carry/deep_gemm.tar.xz" -C "$site" &
@@ -51,6 +54,7 @@ with_vllm() {
   for archive in vllm vllm_deps vllm_server; do
     [ -d "$site/$archive" ] || [ ! -f "$carry/$archive.tar.xz" ] && continue
     mkdir "$site/$archive" && tar xJf "$carry/$archive.tar.xz" -C "$site/$archive" || return 1
+    [ $archive = vllm ] && [ -f "$carry/vllm_more.tar.xz" ] && { tar xJf "$carry/vllm_more.tar.xz" -C "$site/vllm" || return 1; }
   done
   PYTHONPATH="$site/vllm:$site/vllm_deps:$site/vllm_server:$PYTHONPATH" VLLM_USE_DEEP_GEMM=0 "$@"
 }
