@@ -2,7 +2,7 @@
 #
 #   make demo      environment, extension, a bundle of nine ops of one model, then the dispatch microbenchmark: minutes
 #   make bundle    environment, extension, the bundle of every row: all ops, sizes and dtypes
-#   make wheel     dist/*.whl with the bundle for H100 and H200 inside; if CuteDSL is installed, for CPUs such as this one alone
+#   make wheel     dist/*.whl with the bundles for H200 and H100 inside; if CuteDSL is installed, for CPUs such as this one alone
 #   make test      environment, extension, C++ tests, Python tests (on a GPU too where there is one), a minute of random calls
 #   make test-all  make test, and the code of every row of every op compiled, of which make test compiles each kind once
 #   make test-vllm the plug-in on vLLM's real engine over simulated kernels, no GPU: downloads vLLM's Python, 500 MB
@@ -41,10 +41,9 @@ bundle: setup
 	$(PY) -m hdispatch doctor $(BUNDLE)
 
 wheel: setup
-	mkdir -p build/embedded
-	$(PY) -m hdispatch build --target h200 --out build/embedded/sm_90a --archive build/embedded/sm_90a.tar.xz
+	$(PY) scripts/embedded_bundles.py h200 h100 --out build/embedded
 	$(PY) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist \
-	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a.tar.xz .
+	  -C cmake.define.HDISPATCH_EMBED_BUNDLE=$(CURDIR)/build/embedded/sm_90a-h200-h100.tar.xz .
 
 test: setup-test core-test
 	$(PY) -m pytest tests -n 2 --dist worksteal

@@ -87,14 +87,14 @@ TORCH_VERSIONS = {
 }
 " @ONLY)
 
-# A bundle that the package holds for GPUs of one architecture, an archive named by it: sm_90a.tar.xz. `make wheel` gives one.
-set(HDISPATCH_EMBED_BUNDLE "" CACHE FILEPATH "archive of a bundle to install with the package")
+# Bundles that the package holds for GPUs of one architecture, an archive named by it: sm_90a.tar.xz, sm_90a-h200-h100.tar.xz.
+set(HDISPATCH_EMBED_BUNDLE "" CACHE FILEPATH "archive of bundles to install with the package")
 set(bundle "${HDISPATCH_EMBED_BUNDLE}")
 unset(HDISPATCH_EMBED_BUNDLE CACHE)  # the next build in this folder has a bundle only if it says so, also if this one fails
 if(bundle)
-  if(NOT bundle MATCHES "/sm_[0-9]+a?\\.tar\\.xz$" OR NOT EXISTS "${bundle}")
+  if(NOT bundle MATCHES "/sm_[0-9]+a?(-[a-z0-9_]+)*\\.tar\\.xz$" OR NOT EXISTS "${bundle}")
     message(FATAL_ERROR "HDISPATCH_EMBED_BUNDLE is '${bundle}'; it takes the full path of an archive that is named by its "
-      "architecture, as sm_90a.tar.xz: hdispatch build --target h200 --out bundle --archive sm_90a.tar.xz")
+      "architecture, as scripts/embedded_bundles.py and hdispatch build --target h200 --archive sm_90a.tar.xz make it")
   endif()
   install(FILES ${bundle} DESTINATION hdispatch/bundles)
 endif()

@@ -58,7 +58,7 @@ def pip(*arguments: str) -> None:
 
 
 def build(torches: list[Path], out: Path, bundle: Path | None) -> Path:
-    """The wheel for those torches, with a bundle if there is one."""
+    """The wheel for those torches, with an archive of bundles if there is one."""
     with tempfile.TemporaryDirectory() as scratch:
         settings = {
             "cmake.define.HDISPATCH_TORCH": ";".join(map(str, torches)),
@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--torch", nargs="+", required=True, help="versions, wheels or folders of torch, one per minor version")
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="where the wheel goes (default: dist)")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "torch", help="where headers and libraries are kept")
-    parser.add_argument("--bundle", type=Path, help="archive of a bundle to embed, as `hdispatch build --archive` writes it")
+    parser.add_argument("--bundle", type=Path, help="archive of bundles to embed, as scripts/embedded_bundles.py makes it")
     options = parser.parse_args()
     torches = [torch_folder(wanted, options.cache) for wanted in options.torch]
     print(build(torches, options.out, options.bundle))

@@ -1,4 +1,7 @@
-"""A bundle as one file, a .tar.xz of its folder: written the same for the same bundle, read into memory at once."""
+"""Bundles as one file, a .tar.xz of their folders: written the same for the same bundles, read into memory at once.
+
+`b.tar.xz` is the path of the bundle in an archive of one, `b.tar.xz/h100` of one of several.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import lzma
 import os
 import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Self
 
 from .errors import BundleError, HdispatchError
+from .manifest import MANIFEST_NAME
 
 SUFFIX = ".tar.xz"
 #: Bytes that an archive unpacks to at most: fifty times the bundle of every op.
@@ -23,6 +28,14 @@ def is_archive(path: str | os.PathLike[str]) -> bool:
     return Path(path).name.endswith(SUFFIX)
 
 
+def locate(path: Path) -> tuple[Path, str] | None:
+    """The archive that a bundle's path leads to, and the bundle's name in it, "" if the path has none; None: to a folder."""
+    for file, name in ((path, ""), (path.parent, path.name)):
+        if is_archive(file) and not file.is_dir():
+            return file, name
+    return None
+
+
 def check_file(file: Path) -> None:
     """Raise `HdispatchError` for a file that no archive can be written to, before one is made."""
     if not is_archive(file):
@@ -32,20 +45,30 @@ def check_file(file: Path) -> None:
 
 
 def pack(folder: Path, file: Path, top: str = "") -> None:
-    """Write a bundle's folder to an archive, the manifest first. `HdispatchError` if the file cannot be written.
-
-    The bytes depend on the names and contents alone, so equal bundles make equal archives. Where two processes write the same
-    file, it is whole, and one of the two.
+    """Write a bundle's folder to an archive: `pack_together` of one.
 
     top  folder of the archive that holds all of it; "": none
     """
-    names = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: (len(path.parts), str(path)))
-    raw = io.BytesIO()
+    pack_together({top: folder}, file)
+
+
+def pack_together(folders: Mapping[str, Path], file: Path) -> None:
+    """Write bundles' folders to one archive, by name, manifests first; content that repeats is in it once, and linked.
+
+    The bytes depend on the names and contents alone, so equal bundles make equal archives. Where two processes write the same
+    file, it is whole, and one of the two. `HdispatchError` if the file cannot be written.
+    """
+    found = [(path.relative_to(folder), top, path) for top, folder in folders.items() for path in folder.rglob("*")]
+    raw, links = io.BytesIO(), dict[bytes, str]()
     with tarfile.open(fileobj=raw, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        for path in names:
+        for name, top, path in sorted(found, key=lambda each: (len(each[0].parts), str(each[0]), each[1])):
+            if not path.is_file():
+                continue
             content = path.read_bytes()
-            member = tarfile.TarInfo(PurePosixPath(top, path.relative_to(folder)).as_posix())
+            member = tarfile.TarInfo(PurePosixPath(top, name).as_posix())
             member.size, member.mode = len(content), 0o644
+            if (first := links.setdefault(content, member.name)) != member.name:
+                member.type, member.linkname, member.size = tarfile.LNKTYPE, first, 0
             archive.addfile(member, io.BytesIO(content))
     packed = lzma.compress(raw.getvalue())
     try:
@@ -58,14 +81,15 @@ def pack(folder: Path, file: Path, top: str = "") -> None:
 
 
 class Archive:
-    """An archive that is read as the folder it was made of: `manifest.json` at its top, or in the one folder there.
+    """A bundle of an archive, read as the folder it was made of: the one named, or that at the top or in the one folder there.
 
     `BundleError` for a file that cannot be read, is damaged, or holds anything but files and folders.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self._contents = _unpack(root)
+        file, name = locate(root) or (root, "")
+        self._contents = _bundle_of(file, name, _unpack(file))
 
     def __enter__(self) -> Self:
         return self
@@ -93,8 +117,21 @@ class Archive:
         return content
 
 
+def _bundle_of(file: Path, name: str, found: dict[str, bytes]) -> dict[str, bytes]:
+    """The files of the bundle of that name, or of the only one, by their names in it."""
+    bundles = sorted({top for top in (each.partition("/")[0] for each in found) if f"{top}/{MANIFEST_NAME}" in found})
+    if not name and MANIFEST_NAME not in found:
+        if len(bundles) > 1:
+            raise BundleError(f"{file}: holds the bundles {', '.join(bundles)}; name one of them: {file / bundles[0]}")
+        name = "".join(bundles)
+    elif name and name not in bundles:
+        raise BundleError(f"{file}: holds no bundle {name!r}; there are {', '.join(bundles) or 'none by name'}")
+    start = f"{name}/" if name else ""
+    return {each.removeprefix(start): content for each, content in found.items() if each.startswith(start)}
+
+
 def _unpack(root: Path) -> dict[str, bytes]:
-    """Name -> content of every file, names without the archive's one top folder if it has one."""
+    """Name -> content of every file."""
     try:
         decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
         raw = decompressor.decompress(root.read_bytes(), MAX_UNPACKED)
@@ -106,13 +143,12 @@ def _unpack(root: Path) -> dict[str, bytes]:
                 content = archive.extractfile(member) if member.isreg() else None
                 if content is not None:
                     found[PurePosixPath(member.name).as_posix()] = content.read()
+                elif member.islnk() and (target := PurePosixPath(member.linkname).as_posix()) in found:
+                    found[PurePosixPath(member.name).as_posix()] = found[target]
                 elif not member.isdir():
                     raise BundleError(f"{root}: {member.name} is neither a file nor a folder")
     except OSError as error:
         raise BundleError(f"{root}: cannot be read ({error.strerror}); it takes a bundle's folder or {SUFFIX}") from error
     except (lzma.LZMAError, tarfile.TarError) as error:
         raise BundleError(f"{root}: is no {SUFFIX} of a bundle, or is damaged ({error}): copy it again") from error
-    tops = {name.partition("/")[0] for name in found}
-    if len(tops) == 1 and all("/" in name for name in found):
-        return {name.partition("/")[2]: content for name, content in found.items()}
     return found

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, cast
 
-from .archive import Archive, is_archive
+from .archive import Archive, locate
 from .errors import BundleError
 from .manifest import (
     CHECKSUM_NAME,
@@ -79,7 +79,7 @@ def checksum_line(manifest: bytes) -> bytes:
 
 
 def _open(path: Path) -> _Folder | Archive:
-    return Archive(path) if is_archive(path) and not path.is_dir() else _Folder(path)
+    return Archive(path) if locate(path) else _Folder(path)
 
 
 def _read_all(opened: _Folder | Archive, sha256: str | None, beside: Sequence[str]) -> BundleFiles:

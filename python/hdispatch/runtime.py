@@ -191,8 +191,8 @@ def load(
 
     A bundle is code, which runs in this process: load those alone whose builder you trust.
 
-    folder   of a bundle, or the .tar.xz of one; default $HDISPATCH_BUNDLE, else the one that the package was installed with for
-             the device's architecture (with the null driver: for any)
+    folder   of a bundle, or the .tar.xz of one, or b.tar.xz/NAME of several; default $HDISPATCH_BUNDLE, else the one that the
+             package was installed with for the device, by its architecture and name (with the null driver: the first)
     device   a CUDA device; default the current one. A second load for the same device replaces the first; what is
              registered for the device stays.
     driver   "cuda", or "null": serve CPU tensors, do everything but the launch (see `hdispatch.testing.null`).

@@ -37,7 +37,9 @@ def packed(folder: Path, tmp_path: Path) -> Path:
     return tmp_path / "packed.tar.xz"
 
 
-def write(file: Path, members: dict[str, bytes], links: tuple[str, ...] = ()) -> Path:
+def write(
+    file: Path, members: dict[str, bytes], links: tuple[str, ...] = (), kind: bytes = tarfile.SYMTYPE, target="/x"
+) -> Path:
     with tarfile.open(file, "w:xz") as made:
         for name, content in members.items():
             member = tarfile.TarInfo(name)
@@ -45,7 +47,7 @@ def write(file: Path, members: dict[str, bytes], links: tuple[str, ...] = ()) ->
             made.addfile(member, io.BytesIO(content))
         for name in links:
             member = tarfile.TarInfo(name)
-            member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+            member.type, member.linkname = kind, target
             made.addfile(member)
     return file
 
@@ -83,6 +85,46 @@ def test_one_folder_in_it_is_the_bundle(folder: Path, tmp_path: Path) -> None:
 def test_its_digest_is_checked(packed: Path) -> None:
     with pytest.raises(hdispatch.BundleError, match="another bundle than the one wanted"):
         read_bundle(packed, sha256="0" * 64)
+
+
+@pytest.fixture
+def several(folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """Two bundles of one and the same code, and other rows."""
+    return {"b": folder, "a": toy.write(tmp_path / "another", toy.manifest((64,)))}
+
+
+def test_several_in_one_are_read_as_their_folders_are(several: dict[str, Path], tmp_path: Path) -> None:
+    together = tmp_path / "together.tar.xz"
+    archive.pack_together(several, together)
+    for name, each in several.items():
+        assert read_bundle(together / name) == read_bundle(each)
+    with tarfile.open(together) as made:
+        links = {member.name: member.linkname for member in made if member.islnk()}
+        assert links == {f"b/{name}": f"a/{name}" for name in toy.files()}, "code that repeats is in it once"
+        made.extractall(tmp_path / "unpacked", filter="data")
+    assert files(tmp_path / "unpacked" / "b") == files(several["b"])
+    again = tmp_path / "again.tar.xz"
+    archive.pack_together(dict(reversed(several.items())), again)
+    assert again.read_bytes() == together.read_bytes()
+
+
+def test_one_of_several_is_named(several: dict[str, Path], packed: Path, tmp_path: Path) -> None:
+    together = tmp_path / "together.tar.xz"
+    archive.pack_together(several, together)
+    with pytest.raises(hdispatch.BundleError, match=r"holds the bundles a, b; name one of them: .*together.tar.xz/a$"):
+        read_bundle(together)
+    with pytest.raises(hdispatch.BundleError, match=r"holds no bundle 'c'; there are a, b$"):
+        read_bundle(together / "c")
+    with pytest.raises(hdispatch.BundleError, match=r"holds no bundle 'a'; there are none by name$"):
+        read_bundle(packed / "a")
+    with pytest.raises(hdispatch.BundleError, match=r"none.tar.xz: cannot be read"):
+        read_bundle(tmp_path / "none.tar.xz" / "a")
+
+
+def test_a_member_that_repeats_one_of_elsewhere_is_refused(folder: Path, tmp_path: Path) -> None:
+    for target in ("/etc/passwd", "../one", "artifacts/later"):
+        with pytest.raises(hdispatch.BundleError, match="artifacts/link is neither a file nor a folder"):
+            read_bundle(write(tmp_path / "hard.tar.xz", files(folder), ("artifacts/link",), tarfile.LNKTYPE, target))
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, -1])

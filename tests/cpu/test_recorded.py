@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hdispatch import BundleError, HdispatchError, recorded, recorder, recording
+from hdispatch import BundleError, HdispatchError, archive, embedded, recorded, recorder, recording
 from hdispatch.bundle_reader import read_bundle
 from hdispatch.cli.main import main
 from hdispatch.compile import build
@@ -266,6 +266,13 @@ def test_recorded_kernels_are_added_to_the_rows_of_another_bundle(project, file,
     assert len(manifest["recorded"]) == COUNT
     assert files.keys() == base_files.keys() | {entry["file"] for entry in manifest["recorded"]}
     assert manifest["recorded_tools"]["triton"] == base["tools"]["triton"]
+    # Without a folder, onto the installation's own for the GPU here.
+    monkeypatch.setattr(embedded, "FOLDER", tmp_path)
+    monkeypatch.delenv("HDISPATCH_BUNDLE", raising=False)
+    archive.pack_together({"h200": tmp_path / "rows", "h100": tmp_path / "both"}, tmp_path / "sm_90a-h200-h100.tar.xz")
+    own = ["build", "--record", str(file), "--onto", "--cache", str(project / "cache"), "--out", str(tmp_path / "own")]
+    assert main(own) == 0
+    assert read_bundle(tmp_path / "own")[0] == manifest
 
 
 def test_only_recorded_kernels_must_be_of_the_triton_that_is_here(bundle):

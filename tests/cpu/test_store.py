@@ -12,7 +12,7 @@ from typing import Any, TypedDict
 import pytest
 import toy
 from hdispatch.bundle_reader import read_bundle
-from hdispatch.compile import Selection, build, builder
+from hdispatch.compile import DESCRIBED, Selection, build, builder
 from hdispatch.compile.build_unit import Unit
 from hdispatch.compile.store import Store, canonical, default_root, digest, write_atomic
 from hdispatch.errors import BuildError
@@ -165,6 +165,19 @@ def test_the_default_folder(monkeypatch):
     monkeypatch.delenv("HDISPATCH_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/z")
     assert default_root() == Path("/z/hdispatch")
+
+
+@pytest.mark.slow
+def test_cards_that_differ_in_name_and_memory_share_code(tmp_path):
+    cache = tmp_path / "cache"
+    build_one(tmp_path / "h200", cache)
+    compiled = {path: path.stat().st_mtime_ns for path in (cache / "code").rglob("*.json")}
+    build(["triton_example"], "h100", tmp_path / "h100", cache=cache, extra=["triton_example"], select=ONE, jobs=1)
+    assert compiled == {path: path.stat().st_mtime_ns for path in (cache / "code").rglob("*.json")}
+    manifests = [read_bundle(tmp_path / card)[0] for card in ("h200", "h100")]
+    assert [manifest["target"]["name"] for manifest in manifests] == ["h200", "h100"]
+    assert manifests[0]["files"] == manifests[1]["files"]
+    assert len({canonical(target.code_key()) for target in DESCRIBED.values()}) == len(DESCRIBED) - 1
 
 
 @pytest.mark.slow

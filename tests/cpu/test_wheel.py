@@ -15,7 +15,6 @@ import hdispatch
 import pytest
 import toy
 from hdispatch import archive
-from hdispatch.compile import Selection, build
 
 pytest.importorskip("scikit_build_core", reason="builds a wheel without isolation")
 
@@ -94,12 +93,14 @@ print("works")
     assert done.stdout == "works\n", done.stderr
 
 
-def test_with_a_bundle_inside_a_fresh_environment_is_served(tmp_path):
-    select = Selection(shapes=lambda _: [{"N": 12288}], variants=lambda _: ["bfloat16"])
-    build(["silu_and_mul"], "h200", tmp_path / "bundle", select=select, jobs=1)
-    archive.pack(tmp_path / "bundle", tmp_path / "sm_90a.tar.xz")
-    made = make_wheel(tmp_path / "dist", f"HDISPATCH_EMBED_BUNDLE={tmp_path / 'sm_90a.tar.xz'}")
-    assert "hdispatch/bundles/sm_90a.tar.xz" in zipfile.ZipFile(made).namelist()
+def test_with_bundles_inside_a_fresh_environment_is_served(tmp_path):
+    script = [sys.executable, str(ROOT / "scripts" / "embedded_bundles.py"), "h200", "h100", "--out", str(tmp_path)]
+    select = ["--ops", "silu_and_mul", "--shapes", "N=12288", "--variants", "bfloat16", "--jobs", "1"]
+    printed = subprocess.run([*script, *select], capture_output=True, text=True, check=True).stdout
+    packed = tmp_path / "sm_90a-h200-h100.tar.xz"
+    assert printed.splitlines()[-1] == str(packed)
+    made = make_wheel(tmp_path / "dist", f"HDISPATCH_EMBED_BUNDLE={packed}")
+    assert f"hdispatch/bundles/{packed.name}" in zipfile.ZipFile(made).namelist()
     venv.create(tmp_path / "venv", with_pip=True)
     python = tmp_path / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", made]
@@ -124,7 +125,7 @@ print(hdispatch.__file__, bundle.folder, bundle.rows, hdispatch.stats()["silu_an
     assert done.returncode == 0, done.stderr
     file, bundle, rows, hits = done.stdout.split()
     assert Path(file).is_relative_to(own)
-    assert Path(bundle) == own / "hdispatch" / "bundles" / "sm_90a.tar.xz"
+    assert Path(bundle) == own / "hdispatch" / "bundles" / packed.name / "h200"
     assert int(rows) > 0
     assert hits == "1"
 

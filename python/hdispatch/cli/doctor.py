@@ -58,7 +58,8 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace, problem: str = "") -> int:
     """Examine and print. `problem`: why the extension cannot be imported."""
-    found = examine(default_bundle(arguments.bundle), arguments.sha256, problem)
+    bundle, why = _choose_bundle(arguments.bundle)
+    found = examine(bundle, arguments.sha256, problem, why)
     if arguments.json:
         print_json(found)
     else:
@@ -82,27 +83,34 @@ def run_without_extension(argv: Sequence[str], problem: str) -> int:
 
 def default_bundle(given: Path | None) -> Path | None:
     """The bundle given, else the environment's, else the package's own for the GPU here (without one: any), else None."""
-    chosen = given or os.environ.get(embedded.VARIABLE)
-    if chosen:
-        return Path(chosen)
+    return _choose_bundle(given)[0]
+
+
+def _choose_bundle(given: Path | None) -> tuple[Path | None, str]:
+    """That, and why this one where none is given."""
+    if given:
+        return given, ""
+    if named := os.environ.get(BUNDLE_VARIABLE):
+        return Path(named), f"{BUNDLE_VARIABLE} names it"
     try:
-        return embedded.choose(torch.cuda.current_device() if torch.cuda.is_available() else -1)
+        return embedded.decide(torch.cuda.current_device() if torch.cuda.is_available() else -1)
     except BundleError:
-        return None
+        return None, ""
 
 
 # ---- examining ----
 
 
-def examine(bundle: Path | None, sha256: str | None = None, problem: str = "") -> dict[str, Any]:
+def examine(bundle: Path | None, sha256: str | None = None, problem: str = "", why: str = "") -> dict[str, Any]:
     """Everything that `describe` says, as plain data. Each part that can fail is {"ok": bool, "reason": str, …}.
 
     sha256   that of the bundle's manifest, if it must be a certain one
     problem  why the extension cannot be imported, if it cannot
+    why      this bundle, where none was given
     """
     extension, gpu = _examine_extension(problem), _examine_gpu()
     driver = _examine_driver(extension["ok"])
-    served = _examine_bundle(bundle, sha256, extension["ok"], gpu["ok"])
+    served = _examine_bundle(bundle, sha256, extension["ok"], gpu["ok"]) | {"why": why}
     problems = [part["reason"] for part in (extension, driver, gpu, served) if not part["ok"]]
     return {
         "versions": machine.versions() | {"driver": machine.driver_version(), "cpu": machine.cpu_model()},
@@ -361,7 +369,8 @@ def _why(found: dict[str, Any]) -> str:
 
 
 def _words_of_bundle(bundle: dict[str, Any]) -> str:
-    return f"{bundle['folder']}, {count(bundle['rows'], 'row')} for {bundle['target']}" if bundle["ok"] else ""
+    why = f" ({bundle['why']})" if bundle["why"] else ""
+    return f"{bundle['folder']}{why}, {count(bundle['rows'], 'row')} for {bundle['target']}" if bundle["ok"] else ""
 
 
 def _words_of_host(host: dict[str, Any]) -> str:

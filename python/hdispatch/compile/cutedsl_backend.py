@@ -83,7 +83,7 @@ def build_records(unit: Unit, target: GpuTarget, tools: Mapping[str, str], store
             "format": CODE_FORMAT,
             "unit": {**unit.to_json(), "buckets": [], "rows": []},
             "sources": _sources(unit.package),
-            "target": target.to_json(),
+            "target": target.code_key(),
             "tools": dict(tools),
         }
     )

@@ -66,6 +66,10 @@ class GpuTarget:
             "shared_memory": self.shared_memory,
         }
 
+    def code_key(self) -> dict[str, Any]:
+        """What compiled code depends on: not on names and the size of memory, so an H100 and an H200 share it."""
+        return {name: value for name, value in self.to_json().items() if name not in ("name", "device_name", "memory")}
+
     def to_json(self) -> dict[str, Any]:
         """As plain data; `GpuTarget(**data)` reads it back."""
         return asdict(self)

@@ -195,7 +195,7 @@ def compile_class(
             "kernel": launch.kernel.cache_key,
             "samples": {name: sample.key() for name, sample in wanted.items()},
             "options": {name: repr(value) for name, value in launch.options.items()},
-            "target": target.to_json(),
+            "target": target.code_key(),
             "tools": dict(tools),
             **({"early": True} if early else {}),
         }
