@@ -8,9 +8,9 @@ Results of `bench ops`, `bench dispatch`, `bench serve`, attention.py, attention
 A cell is slower if its median exceeds the old one by more than `--percent` and by more than three times the larger of the two
 quartile ranges, where a result has these. A cell that the new file lacks is lost, unless `--gone` names it or `--partial` says
 that a part was measured; one that the old file lacks is counted. A file may be a .json.xz. `--newest DIR` compares with
-the result in DIR, of the same GPU, that has the most cells in common, of several the newest; where there is none it says so and
-exits with 0. Exit 1 if a cell is slower or lost, 2 if none can be compared: none is in common, a file is no result, or the GPUs
-are unlike.
+the result in DIR, of the same GPU and layers, that has the most cells in common, of several the newest; where there is none it
+says so and exits with 0. Exit 1 if a cell is slower or lost, 2 if none can be compared: none is in common, a file is no result,
+or the GPUs, or the numbers of layers of the model (`bench serve --layers`), are unlike.
 """
 
 from __future__ import annotations
@@ -67,6 +67,12 @@ def machine_of(content: Any, field: str) -> str | None:
     """What a result says of the machine, if it does."""
     machine = content.get("machine") if isinstance(content, dict) else None
     return machine.get(field) if isinstance(machine, dict) else None
+
+
+def layers_of(content: Any) -> str:
+    """How many of its model's layers a result of `bench serve` is of; what older ones do not say is all."""
+    layers = content.get("layers") if isinstance(content, dict) else None
+    return "all" if layers is None else str(layers)
 
 
 def cells_of(file: Path, content: Any, paths: list[str]) -> dict[Cell, Time]:
@@ -135,6 +141,7 @@ def newest(folder: Path, new: Path, content: Any, paths: list[str]) -> Path | No
             other = load(file)
             date = machine_of(other, "date")
             alike = date and file.resolve() != new.resolve() and machine_of(other, "gpu") == gpu
+            alike = alike and layers_of(other) == layers_of(content)
             common = len(cells.keys() & cells_of(file, other, paths).keys()) if alike else 0
             if common:
                 found.append((common, date, file))
@@ -195,6 +202,12 @@ def main() -> int:
     gpus = machine_of(before, "gpu"), machine_of(after, "gpu")
     if gpus[0] != gpus[1] and all(gpus):
         refuse(f"{given.old} is of {gpus[0]}, {given.new} of {gpus[1]}: a difference says nothing of the code")
+    layers = layers_of(before), layers_of(after)
+    if layers[0] != layers[1]:
+        refuse(
+            f"{given.old} is of {layers[0]} of the model's layers, {given.new} of {layers[1]}: measure both with the same "
+            "`bench serve --layers`"
+        )
     return compare(given, old, new)
 
 

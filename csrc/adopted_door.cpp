@@ -29,11 +29,12 @@ int traverse_adopted(PyObject* object, visitproc visit, void* arg) {
   Py_VISIT(Py_TYPE(object));
   Py_VISIT(self->run);
   for (const AdoptedHeuristic& each : *self->heuristics) Py_VISIT(each.function);
-  for (const auto* entries : {&self->table->entries(), &self->table->replaced()})
-    for (const auto& entry : *entries) {
+  for (const auto& last : self->table->entries())
+    for (const AdoptedEntry* entry = last.get(); entry; entry = entry->former.get()) {
       Py_VISIT(entry->compiled);
       Py_VISIT(entry->constants);
       Py_VISIT(entry->config);
+      for (const WatchedDict& each : entry->config_state) Py_VISIT(each.dict);
     }
   if (const int stopped = self->tuner ? self->tuner->traverse(visit, arg) : 0) return stopped;
   if (const int stopped = self->reader->traverse(visit, arg)) return stopped;
@@ -179,17 +180,19 @@ namespace {
 void define_callbacks(py::module_& m) {
   m.def(
       "set_adopted_callbacks",
-      [](const py::object& process_state, const py::object& kernel_state, const py::object& learn,
-         const py::object& trace, const py::object& constexpr_type, const py::object& function_type, int device_count) {
+      [](const py::object& process_state, const py::object& kernel_state, const py::object& choice,
+         const py::object& learn, const py::object& trace, const py::object& constexpr_type,
+         const py::object& function_type, int device_count) {
         adopted_callbacks.process_state = process_state.inc_ref().ptr();
         adopted_callbacks.kernel_state = kernel_state.inc_ref().ptr();
+        adopted_callbacks.choice = choice.inc_ref().ptr();
         adopted_callbacks.learn = learn.inc_ref().ptr();
         adopted_callbacks.trace = trace.inc_ref().ptr();
         KeyReader::set_constant_types(constexpr_type.ptr(), function_type.ptr());
         set_adopted_device_count(device_count);
       },
-      py::arg("process_state"), py::arg("kernel_state"), py::arg("learn"), py::arg("trace"), py::arg("constexpr_type"),
-      py::arg("function_type"), py::arg("device_count"));
+      py::arg("process_state"), py::arg("kernel_state"), py::arg("choice"), py::arg("learn"), py::arg("trace"),
+      py::arg("constexpr_type"), py::arg("function_type"), py::arg("device_count"));
   m.def(
       "set_host_callbacks",
       [](const py::object& state, const py::object& record, const py::object& choice, const py::object& launches) {
@@ -247,6 +250,12 @@ void define_patches(py::module_& m) {
         return py::reinterpret_borrow<py::dict>(reinterpret_cast<PyTypeObject*>(type.ptr())->tp_dict);
       },
       py::arg("type"));
+  m.def(  // on an object of a patched class; no kernel of ours is looked for
+      "call_unpatched_run", [](const py::object& kernel, const py::args& args, const py::kwargs& keywords) {
+        PyObject* run = patched_run(kernel.ptr());
+        if (!run) fail(Fault::kInternal, "class ", Py_TYPE(kernel.ptr())->tp_name, " is not patched");
+        return py::reinterpret_borrow<py::object>(run)(kernel, *args, **keywords);
+      });
   m.attr("AdoptedMethod") = py::reinterpret_borrow<py::object>(patched_method_type);
 }
 

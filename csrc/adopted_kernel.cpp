@@ -185,9 +185,45 @@ HD_COLD uint32_t number_of_state(const AdoptedKernel& self) {
   return static_cast<uint32_t>(process_state().number()) << 16 | static_cast<uint32_t>(self.state->number());
 }
 
+/// The keywords of a call as a wrapper gives them to what it is around: with what heuristics gave.
+HD_COLD PyObject* make_keywords(const Calling& calling, const ComputedArguments* computed) {
+  PyObject* made = PyDict_New();
+  bool failed = !made;
+  for (size_t i = 0; i < calling.keywords(); ++i)
+    failed = failed || PyDict_SetItem(made, PyTuple_GET_ITEM(calling.keyword_names, i),
+                                      calling.args[calling.positional + i]) != 0;
+  if (computed)
+    for (const AdoptedHeuristic& each : *calling.self.heuristics) {
+      PyObject* value = each.parameter < 0 ? nullptr : computed->parameters[static_cast<size_t>(each.parameter)];
+      failed = failed || (value && PyDict_SetItem(made, each.name, value) != 0);
+    }
+  if (!failed) return made;
+  Py_XDECREF(made);
+  raise();
+}
+
+/// What the autotuner has chosen for a call that it has made, owned; null if somebody has taken that back meanwhile.
+HD_COLD PyObject* find_choice(const Calling& calling, const ComputedArguments* computed, uint32_t choices) {
+  AdoptedTuner& tuner = *calling.self.tuner;
+  const Owned keywords{make_keywords(calling, computed)};
+  const Owned positional{PyTuple_New(static_cast<Py_ssize_t>(calling.positional))};
+  if (!positional.object) raise();
+  for (size_t i = 0; i < calling.positional; ++i)
+    PyTuple_SET_ITEM(positional.object, static_cast<Py_ssize_t>(i), Py_NewRef(calling.args[i]));
+  const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.choice, calling.self.kernel, positional.object,
+                                                keywords.object, nullptr)};
+  if (!said.object) raise();
+  if (said.object == Py_None) return nullptr;
+  PyObject *key = nullptr, *config = nullptr;
+  if (!PyArg_ParseTuple(said.object, "OO", &key, &config)) raise();
+  if (tuner.choices() != choices || !tuner.has_its_parts() || !tuner.has_chosen(key, config)) return nullptr;
+  return Py_NewRef(config);
+}
+
 /// A call of a key that no row has with the choices that hold.
 HD_COLD PyObject* call_and_learn(const Calling& calling, AdoptedCall& call, const ComputedArguments* computed,
                                  DeviceSlot slot, const char* why, uint32_t choices) {
+  const int process_number = process_state().number(), kernel_number = calling.self.state->number();
   PyObject* compiled = leave_to_triton(calling, why);
   if (!compiled) return nullptr;
   Owned result{compiled};
@@ -195,14 +231,20 @@ HD_COLD PyObject* call_and_learn(const Calling& calling, AdoptedCall& call, cons
   WatchedState& process = process_state();
   if (!process.is_same()) refresh(process, adopted_callbacks.process_state, nullptr);
   if (!calling.self.state->is_same()) refresh(*calling.self.state, adopted_callbacks.kernel_state, calling.self.kernel);
-  // The autotuner has made a choice: it is known from now on, so that taking it back is seen.
-  if (calling.self.tuner && calling.self.tuner->choices() != choices) return std::exchange(result.object, nullptr);
+  const bool is_known = kernel_number > 0;  // the code's number is 0 until Triton has hashed it
+  if (process.number() != process_number || (is_known && calling.self.state->number() != kernel_number))
+    return std::exchange(result.object, nullptr);  // another thread's write meanwhile: which code this is is not known
+  Owned config;
+  if (calling.self.tuner) {
+    config.object = find_choice(calling, computed, choices);
+    if (!config.object) return std::exchange(result.object, nullptr);
+  }
   const char* reason = nullptr;
   if (process.number() >= 0 && calling.self.state->number() >= 0 &&
       calling.self.reader->read(calling.form, calling.args, computed, slot, number_of_state(calling.self), call,
                                 reason))
     learn(calling.self, call, {slot == kCpuSlot ? &null_driver() : &cuda_driver(), slot, nullptr, device_count == 1},
-          compiled, choices);
+          compiled, choices, config.object);
   return std::exchange(result.object, nullptr);
 }
 
@@ -231,8 +273,16 @@ constexpr const char* kTakenBack = "autotuner's choices taken back";
 inline uint32_t choices_of(const AdoptedKernel& self, const char*& reason) {
   if (HD_LIKELY(!self.tuner)) return 0;
   const uint32_t choices = self.tuner->choices();
-  if (HD_UNLIKELY(!self.tuner->has_its_configurations())) reason = "autotuner's configurations or run replaced";
+  if (HD_UNLIKELY(!self.tuner->has_its_parts())) reason = "autotuner's kernel, keys, configurations or run replaced";
   return choices;
+}
+
+/// Whether the choices that an entry was made of hold. If not, `choices` is the number of those that do.
+inline bool is_chosen(const AdoptedKernel& self, const AdoptedEntry& entry, uint32_t& choices) {
+  if (HD_UNLIKELY(entry.choices != choices)) return false;
+  if (HD_LIKELY(!entry.config) || HD_LIKELY(entry.has_its_config())) return true;
+  choices = self.tuner->take_back();
+  return false;
 }
 
 /// Triton's own argument of a heuristic: what was given, by name, and what heuristics before it gave.
@@ -342,7 +392,7 @@ PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
   const DeviceSlot slot = adopted_slot(self.is_null);
   AdoptedCall call;
   const char* reason = nullptr;
-  const uint32_t choices = choices_of(self, reason);
+  uint32_t choices = choices_of(self, reason);
   if (HD_UNLIKELY(reason != nullptr)) return leave_to_triton(calling, reason);
   if (HD_UNLIKELY(!self.reader->read(calling.form, calling.args, computed, slot, number_of_state(self), call, reason)))
     return leave_to_triton(calling, reason);
@@ -351,7 +401,8 @@ PyObject* serve(const Calling& calling, const ComputedArguments* computed) {
     if (self.table->is_full()) return leave_to_triton(calling, "more keys than are kept");
     return call_and_learn(calling, call, computed, slot, "first call of a key", choices);
   }
-  if (HD_UNLIKELY(entry->choices != choices)) return call_and_learn(calling, call, computed, slot, kTakenBack, choices);
+  if (HD_UNLIKELY(!is_chosen(self, *entry, choices)))
+    return call_and_learn(calling, call, computed, slot, kTakenBack, choices);
   if (HD_UNLIKELY(!entry->row)) return leave_to_triton(calling, entry->reason);
   Owned evaluated;
   std::array<uint32_t, 3> blocks;
@@ -395,14 +446,14 @@ bool AdoptedKernel::launch(const CallForm& form, PyObject* const* args, const Gi
   reason = objection(*this);
   if (HD_UNLIKELY(reason != nullptr)) return false;
   AdoptedCall call;
-  const uint32_t choices = choices_of(*this, reason);
+  uint32_t choices = choices_of(*this, reason);
   if (HD_UNLIKELY(reason != nullptr)) return false;
   if (HD_UNLIKELY(
           !reader->read(form, args, nullptr, adopted_slot(is_null), number_of_state(*this), call, reason, given)))
     return false;
   const AdoptedEntry* entry = table->find(call);
   if (HD_UNLIKELY(!entry)) return reason = "first call of a key", false;
-  if (HD_UNLIKELY(entry->choices != choices)) return reason = kTakenBack, false;
+  if (HD_UNLIKELY(!is_chosen(*this, *entry, choices))) return reason = kTakenBack, false;
   if (HD_UNLIKELY(!entry->row)) return reason = entry->reason.c_str(), false;
   HostValue values[3];
   for (size_t i = 0; i < 3; ++i) values[i] = {HostValue::Kind::kInteger, grid[i], nullptr};

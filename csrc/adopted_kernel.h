@@ -30,7 +30,9 @@ namespace hdispatch {
 struct AdoptedCallbacks {
   PyObject* process_state = nullptr;  ///< () -> what WatchedState::set takes
   PyObject* kernel_state = nullptr;   ///< (kernel) -> the same
-  PyObject* learn = nullptr;          ///< (kernel, compiled) -> str, the reason for no row, or the row as a dict
+  PyObject* choice = nullptr;         ///< (kernel, args, keywords) -> None, or an autotuner's (key, configuration)
+  /// (kernel, compiled, an autotuner's configuration or None) -> str, the reason for no row, or the row as a dict
+  PyObject* learn = nullptr;
   PyObject* trace = nullptr;          ///< (kernel, function, arguments) -> what HostProgram takes, or None
   PyObject* host_state = nullptr;     ///< (host kernel) -> what WatchedState::set takes
   PyObject* host_record = nullptr;    ///< (host kernel, arguments) -> str, or what HostRecord takes

@@ -63,16 +63,30 @@ HD_COLD std::string make_row(const AdoptedKernel& self, const AdoptedCall& call,
   return {};
 }
 
+/// Begins to watch a configuration of an autotuner's; one of another kind is not watched, and has no row.
+void watch_config(PyObject* config, AdoptedEntry& entry) {
+  static PyObject* const name = PyUnicode_InternFromString("kwargs");
+  const Owned own{PyObject_GenericGetDict(config, nullptr)};
+  if (!own.object) return PyErr_Clear();
+  PyObject* keywords = PyDict_GetItemWithError(own.object, name);
+  if (!keywords || !PyDict_Check(keywords)) return PyErr_Clear();
+  entry.config_state = {WatchedDict{Py_NewRef(own.object)}, WatchedDict{Py_NewRef(keywords)}};
+  for (WatchedDict& each : entry.config_state) each.note();
+}
+
 }  // namespace
 
 HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled,
-                   uint32_t choices) {
+                   uint32_t choices, PyObject* config) {
   if (compiled == Py_None) return;
   const AdoptedEntry* former = self.table->find(call);
   if (former ? former->choices == choices : self.table->is_full()) return;
-  const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.learn, self.kernel, compiled, nullptr)};
-  if (!said.object) throw python_error();
   auto entry = std::make_unique<AdoptedEntry>();
+  entry->config = Py_XNewRef(config);
+  if (config) watch_config(config, *entry);  // first: what is written meanwhile is seen by the next call
+  const Owned said{
+      PyObject_CallFunctionObjArgs(adopted_callbacks.learn, self.kernel, compiled, config ? config : Py_None, nullptr)};
+  if (!said.object) throw python_error();
   entry->words.assign(call.words, call.words + call.count);
   entry->hash = call.hash;
   if (PyUnicode_Check(said.object)) {
@@ -86,7 +100,6 @@ HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPla
       entry->reason = error.what();
     }
     entry->constants = Py_XNewRef(PyDict_GetItemString(said.object, "constants"));
-    entry->config = Py_XNewRef(PyDict_GetItemString(said.object, "config"));
   }
   entry->compiled = Py_NewRef(compiled);
   entry->choices = choices;

@@ -6,8 +6,9 @@
 namespace hdispatch {
 
 /// Adds the entry of a call's key, if there is none of these choices (AdoptedTuner): a row, or the reason why its calls
-/// stay Triton's. `compiled` is what Triton's launch returned; its context is current.
-void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled,
-           uint32_t choices);
+/// stay Triton's. `compiled` is what Triton's launch returned; its context is current. `config` is what the autotuner
+/// has chosen for the call, or null.
+void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPlace& place, PyObject* compiled, uint32_t choices,
+           PyObject* config);
 
 }  // namespace hdispatch

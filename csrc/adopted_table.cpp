@@ -33,37 +33,41 @@ void AdoptedTable::put(std::unique_ptr<AdoptedEntry> entry) {
   };
   size_t slot = entry->hash & (slots_.size() - 1);
   while (slots_[slot] && !has_its_key(*slots_[slot])) slot = (slot + 1) & (slots_.size() - 1);
-  AdoptedEntry* former = slots_[slot];
-  if (!former) {
+  AdoptedEntry* last = slots_[slot];
+  if (!last) {
     slots_[slot] = entry.get();
+    entry->place = entries_.size();
     entries_.push_back(std::move(entry));
     return;
   }
-  if (former->choices == entry->choices) return;
+  if (last->choices == entry->choices) return;
   // Tuned again and again, a key has no more entries than there are configurations.
   const auto is_like = [&](const AdoptedEntry& each) {
-    return has_its_key(each) && each.compiled == entry->compiled && each.config == entry->config;
+    return each.compiled == entry->compiled && each.config == entry->config && !each.row == !entry->row;
   };
-  if (is_like(*former)) {
-    former->choices = entry->choices;
-    return;
+  const auto renew = [&](AdoptedEntry& each) {
+    each.choices = entry->choices;
+    std::swap(each.config_state, entry->config_state);
+  };
+  if (is_like(*last)) return renew(*last);
+  std::unique_ptr<AdoptedEntry>* again = &last->former;
+  while (*again && !is_like(**again)) again = &(*again)->former;
+  if (*again) {
+    renew(**again);
+    std::unique_ptr<AdoptedEntry> found = std::move(*again);
+    *again = std::move(found->former);
+    std::swap(found, entry);
   }
-  const auto place = std::ranges::find_if(entries_, [&](const auto& each) { return each.get() == former; });
-  const auto again = std::ranges::find_if(replaced_, [&](const auto& each) { return is_like(*each); });
-  if (again != replaced_.end()) {
-    (*again)->choices = entry->choices;
-    std::swap(*place, *again);
-  } else {
-    std::swap(*place, entry);
-    replaced_.push_back(std::move(entry));
-  }
-  slots_[slot] = place->get();
+  const size_t place = last->place;
+  slots_[slot] = entry.get();
+  entry->place = place;
+  entry->former = std::move(entries_[place]);
+  entries_[place] = std::move(entry);
 }
 
 void AdoptedTable::clear() noexcept {
   slots_.clear();
   entries_.clear();
-  replaced_.clear();
 }
 
 }  // namespace hdispatch

@@ -4,12 +4,14 @@
 
 #include <Python.h>
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "adopted_key.h"
 #include "adopted_row.h"
+#include "adopted_state.h"
 
 namespace hdispatch {
 
@@ -23,11 +25,19 @@ struct AdoptedEntry {
   PyObject* constants = nullptr;  ///< dict by parameter names: what callable grids read beside the arguments; owned
   PyObject* config = nullptr;     ///< of an autotuner's; owned
   uint32_t choices = 0;           ///< of the autotuner's (AdoptedTuner::choices) when Triton made the call
+  std::array<WatchedDict, 2> config_state{};  ///< what the config is made of; empty where there is none
+  size_t place = 0;                           ///< among the table's entries
+  std::unique_ptr<AdoptedEntry> former;       ///< the key's entry of other choices; a call may be in it
 
   ~AdoptedEntry() {
     Py_XDECREF(compiled);
     Py_XDECREF(constants);
     Py_XDECREF(config);
+    for (WatchedDict& each : config_state) Py_XDECREF(each.dict);
+  }
+  /// Nobody has written to the config.
+  bool has_its_config() const noexcept {
+    return !config_state[0].dict || (HD_LIKELY(config_state[0].is_same()) && HD_LIKELY(config_state[1].is_same()));
   }
 };
 
@@ -36,19 +46,17 @@ class AdoptedTable {
   static constexpr size_t kMax = 1 << 16;
 
   const AdoptedEntry* find(const AdoptedCall& call) const noexcept;
-  /// From now on the entry has its key, in the place of one of other choices; one of the same choices stays.
+  /// From now on the entry has its key, in the place of one of other choices; one of the same choices stays. Takes as
+  /// long however many keys there are.
   void put(std::unique_ptr<AdoptedEntry> entry);
   bool is_full() const noexcept { return entries_.size() >= kMax; }
   const std::vector<std::unique_ptr<AdoptedEntry>>& entries() const noexcept { return entries_; }
-  /// Entries whose keys others have by now; a call may be in one.
-  const std::vector<std::unique_ptr<AdoptedEntry>>& replaced() const noexcept { return replaced_; }
   void clear() noexcept;
 
  private:
   void rehash(size_t slots);
 
   std::vector<std::unique_ptr<AdoptedEntry>> entries_;
-  std::vector<std::unique_ptr<AdoptedEntry>> replaced_;
   std::vector<AdoptedEntry*> slots_;
 };
 

@@ -8,6 +8,9 @@
 namespace hdispatch {
 namespace {
 
+/// By AdoptedTuner::Part.
+constexpr const char* kPartNames[] = {"configs", "fn", "keys", "arg_names"};
+
 /// An attribute that is a dict, or a list; owned. Throws a Python error.
 PyObject* attribute(PyObject* object, const char* name, bool is_dict) {
   PyObject* found = PyObject_GetAttrString(object, name);
@@ -37,23 +40,52 @@ AdoptedTuner::AdoptedTuner(PyObject* tuner) : tuner_(tuner) {
   attributes_.dict = PyObject_GenericGetDict(tuner, nullptr);
   if (!attributes_.dict) throw python_error();
   cache_.dict = attribute(tuner, "cache", true);
-  configurations_ = attribute(tuner, "configs", false);
-  count_ = PyList_GET_SIZE(configurations_);
+  parts_[kConfigurations] = attribute(tuner, "configs", false);
+  for (const Part each : {kKernel, kKeys, kNames})
+    if (!(parts_[each] = PyObject_GetAttrString(tuner, kPartNames[each]))) throw python_error();
+  count_ = PyList_GET_SIZE(part(kConfigurations));
+  if (count_ == 1)
+    only_ = Py_NewRef(PyList_GET_ITEM(part(kConfigurations), 0));
+  else if (PyList_Check(part(kKeys)) && !(key_names_ = PyList_AsTuple(part(kKeys))))
+    throw python_error();
   attributes_.note();
   cache_.note();
+  is_its_own_ = finds_its_parts();
   known_ = PyDict_Copy(cache_.dict);
   if (!known_) throw python_error();
 }
 
+bool AdoptedTuner::has_chosen(PyObject* key, PyObject* config) const {
+  if (key == Py_None) return config == only_;
+  const Owned known{Py_NewRef(known_)};
+  PyObject* found = PyDict_GetItemWithError(known.object, key);
+  if (!found && PyErr_Occurred()) throw python_error();
+  return found == config;
+}
+
+/// Whether its attributes are those of the adoption, and its `run` is Triton's.
+HD_COLD bool AdoptedTuner::finds_its_parts() const {
+  for (size_t each = 0; each < kParts; ++each) {
+    const Owned now{PyObject_GetAttrString(tuner_, kPartNames[each])};
+    if (!now.object) throw python_error();
+    if (now.object != parts_[each]) return false;
+  }
+  static PyObject* const run = PyUnicode_InternFromString("run");
+  const int has_run = PyDict_Contains(attributes_.dict, run);
+  if (has_run < 0) throw python_error();
+  return !has_run;
+}
+
 HD_COLD void AdoptedTuner::look() {
   attributes_.note();  // first: what is written meanwhile is looked at again
-  const Owned cache{PyObject_GetAttrString(tuner_, "cache")}, configurations{PyObject_GetAttrString(tuner_, "configs")};
-  if (!cache.object || !configurations.object) throw python_error();
-  static PyObject* const run = PyUnicode_InternFromString("run");
-  const int has_run = PyDict_Contains(attributes_.dict, run);  // over Triton's
-  if (has_run < 0) throw python_error();
-  is_its_own_ = configurations.object == configurations_ && PyDict_Check(cache.object) && !has_run;
+  const Owned cache{PyObject_GetAttrString(tuner_, "cache")};
+  if (!cache.object) throw python_error();
+  is_its_own_ = finds_its_parts() && PyDict_Check(cache.object);
   if (!is_its_own_) return;
+  if (!has_its_only_one() && PyList_GET_SIZE(part(kConfigurations)) == 1) {
+    const Owned former{std::exchange(only_, Py_NewRef(PyList_GET_ITEM(part(kConfigurations), 0)))};
+    ++number_;
+  }
   if (cache.object == cache_.dict && cache_.is_same()) return;
   if (cache.object != cache_.dict) {
     PyObject* former = cache_.dict;
@@ -81,7 +113,9 @@ int AdoptedTuner::traverse(visitproc visit, void* arg) const {
   Py_VISIT(attributes_.dict);
   Py_VISIT(cache_.dict);
   Py_VISIT(known_);
-  Py_VISIT(configurations_);
+  for (PyObject* each : parts_) Py_VISIT(each);
+  Py_VISIT(only_);
+  Py_VISIT(key_names_);
   return 0;
 }
 
@@ -91,7 +125,9 @@ void AdoptedTuner::clear() noexcept {
     *each = {};
   }
   Py_CLEAR(known_);
-  Py_CLEAR(configurations_);
+  for (PyObject*& each : parts_) Py_CLEAR(each);
+  Py_CLEAR(only_);
+  Py_CLEAR(key_names_);
   shown_ = nullptr;
 }
 

@@ -455,7 +455,10 @@ std::string SequenceDoor::explain(PyObject* const* args) {
   read(args, given);
   const TableReader reader;
   const std::unique_ptr<Plan> plan = make_plan(given, lane_of(given));
-  return hdispatch::explain(sequence_, inputs(given, *plan));
+  std::string said = hdispatch::explain(sequence_, inputs(given, *plan));
+  if (no_modes()) return said;
+  return said.insert(said.find('\n'),
+                     "\nmode     a dispatch or function mode of torch's is on: each step is a call of its own");
 }
 
 // ---- the Python object ----

@@ -53,6 +53,18 @@ OPS = (
     "moe_align_block_size",
     "moe_sum",
 )
+#: The other ops that hdispatch comes with, and why no report has them.
+LEFT_OUT = {
+    "paged_attention_decode": "its time goes by contexts, which a cell has not: benchmarks/attention.py",
+    "attention_half": "its time goes by contexts, which a cell has not: benchmarks/attention.py",
+    "attention_dense": "its time goes by lengths of sequences, which a cell has not: benchmarks/attention_dense.py",
+    "attention_varlen": "its time goes by lengths of sequences, which a cell has not: benchmarks/attention_dense.py",
+    "fused_qk_norm_rope_cache": "it writes a few rows of a cache, and `call_bytes` counts all; vLLM has no peer",
+    "reshape_and_cache_flash": "it writes a few rows of a cache, and `call_bytes` counts all: benchmarks/attention.py",
+    "argmax": "a part of the model runner's step, beside vLLM's: benchmarks/vllm_runner.py",
+    "decode_inputs": "a part of the model runner's step, beside vLLM's: benchmarks/vllm_runner.py",
+    "decode_update": "a part of the model runner's step, beside vLLM's: benchmarks/vllm_runner.py",
+}
 #: The ops of mixtures of experts alone.
 OF_MIXTURES = ("topk_softmax", "moe_align_block_size", "moe_sum")
 

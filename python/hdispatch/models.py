@@ -89,7 +89,7 @@ MODELS = (
     Model("Mixtral-8x7B", 4096, (14336,), 32, 8, experts=8, qk_norm=False),
 )
 #: What a config.json has whose heads are compressed (MLA), as DeepSeek-V3's: its sizes of q, k and v are not heads * head_dim.
-COMPRESSED = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim")
+COMPRESSED = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim")
 #: Model types of config.json that normalize q and k.
 QK_NORM = ("qwen3", "qwen3_moe")
 
@@ -126,7 +126,8 @@ def _one(word: str) -> Model:
 def read(path: Path) -> Model:
     """The model of a config.json, as transformers writes them.
 
-    `HdispatchError` if a size is missing or none, if sizes do not fit each other, or for heads that are compressed.
+    `HdispatchError` if a size is missing or none, if sizes do not fit each other, or for heads that are compressed, or of v
+    that are of another size.
     """
     try:
         config = json.loads(path.read_bytes())
@@ -152,6 +153,13 @@ def read(path: Path) -> Model:
         raise HdispatchError(
             f"{path}: hidden_size is {hidden}; without head_dim it takes a multiple of num_attention_heads, which is {heads}"
         )
+    head_dim = head_dim or hidden // heads
+    v_head_dim = _size(path, config, "v_head_dim") if config.get("v_head_dim") else head_dim
+    if v_head_dim != head_dim:
+        raise HdispatchError(
+            f"{path}: v_head_dim is {v_head_dim}: v has heads of another size than q and k, which no op here serves; it takes "
+            f"that of q and k, {head_dim}"
+        )
     experts = _first(path, config, ("num_experts", "num_local_experts", "n_routed_experts"))
     expert = _first(path, config, ("moe_intermediate_size",)) if experts else 0
     shared = _first(path, config, ("shared_expert_intermediate_size",)) if experts else 0
@@ -165,7 +173,7 @@ def read(path: Path) -> Model:
         intermediate=tuple(dict.fromkeys(each)),
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim or hidden // heads,
+        head_dim=head_dim,
         dense=tuple(dict.fromkeys(dense)),
         experts=experts,
         qk_norm=config.get("model_type") in QK_NORM,

@@ -28,7 +28,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 
@@ -125,6 +125,9 @@ class Fallback:
     beyond_ladder: bool = False
 
 
+FormName = Literal["rows", "columns", "packed", "either"]
+
+
 @dataclass(frozen=True)
 class Form:
     """Where vLLM's kernel presumes how a matrix lies in memory, and ours reads its strides.
@@ -134,7 +137,7 @@ class Form:
     """
 
     arg: str
-    form: Literal["rows", "columns", "packed", "either"]
+    form: FormName
     flag: str | None = None
 
 
@@ -144,7 +147,8 @@ class VllmOp:
 
     The last argument may be in one of the two only. Several ops may serve one: the first, by name, that takes a call.
 
-    padded  names of tensors that may have more rows than the tensor `rows`: vLLM's kernel leaves the rest
+    padded  names of tensors that may have more rows than the tensor `rows`: vLLM's kernel leaves the rest. M is the first
+            dimension of all of them
     """
 
     op: str
@@ -252,6 +256,46 @@ class OpSpec:
         binder = self.binder("M")
         if binder is not None and binder[0].optional:
             raise HdispatchError(f"{self.name}: only {binder[0].name}, which may be None, carries M")
+        if self.vllm is not None:
+            self._check_vllm(self.vllm)
+
+    def _check_vllm(self, served: VllmOp) -> None:
+        """The arguments that the op of vLLM's names."""
+        tensors = {arg.name: arg for arg in self.tensors()}
+        flags = [arg.name for arg in self.args if isinstance(arg, BoolArg)]
+        for form in served.forms:
+            matrices = [arg.name for arg in tensors.values() if len(arg.dims) == 2]
+            if form.arg not in matrices:
+                raise HdispatchError(f"{self.name}: vllm has a form of {form.arg!r}; it takes a matrix, one of {matrices}")
+            if form.form not in get_args(FormName):
+                raise HdispatchError(f"{self.name}: vllm has the form {form.form!r}; it takes one of {get_args(FormName)}")
+            if form.flag is not None and form.flag not in flags:
+                raise HdispatchError(f"{self.name}: vllm has the flag {form.flag!r}; it takes one of {flags}")
+        if type(served.padded) is not tuple:
+            raise HdispatchError(f"{self.name}: vllm has padded={served.padded!r}; it takes a tuple of tensors' names")
+        if bool(served.padded) != (served.rows is not None):
+            raise HdispatchError(
+                f"{self.name}: vllm has padded={served.padded!r} and rows={served.rows!r}; it takes both: rows is the tensor "
+                "that has the rows of a call"
+            )
+        with_rows = [arg.name for arg in tensors.values() if arg.dims and arg.dims[0] == "M"]
+        for name in served.padded:
+            if name not in with_rows or name == served.rows:
+                others = [each for each in with_rows if each != served.rows]
+                raise HdispatchError(
+                    f"{self.name}: vllm has padded={name!r}{self._dims_of(name)}; it takes tensors whose first dimension is M, "
+                    f"of {others}"
+                )
+        required = [name for name in with_rows if not tensors[name].optional]
+        if served.rows is not None and served.rows not in required:
+            raise HdispatchError(
+                f"{self.name}: vllm has rows={served.rows!r}{self._dims_of(served.rows)}; it takes a tensor that is always "
+                f"there and whose first dimension is M, one of {required}"
+            )
+
+    def _dims_of(self, name: str) -> str:
+        """` of the dimensions …` of a tensor; nothing for what is none."""
+        return next((f" of the dimensions {arg.dims}" for arg in self.tensors() if arg.name == name), "")
 
     def _check_returned(self) -> None:
         """What the op returns comes behind what it takes, and its sizes from that."""

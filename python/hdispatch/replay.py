@@ -39,6 +39,9 @@ class Captures(Protocol):
     def may_begin(self) -> bool:
         """Whether a capture may be made now; if not, the call is launched."""
 
+    def is_ready(self) -> bool:
+        """What `may_begin` would say, and nothing else."""
+
     def ended(self) -> None:
         """Called after each capture, also one that an error ended, and before its graph runs."""
 
@@ -77,7 +80,7 @@ class Replays:
             with torch.cuda.device(device):  # whose capture is looked for, and on whose stream the graph runs
                 self(*slots)
             return
-        if _is_watched():
+        if _watcher() is not None:
             self.sequence(*slots)
             return
         stream = torch.cuda.current_stream(device)
@@ -107,32 +110,46 @@ class Replays:
             what = f"launched: on {device or 'no device'} nothing is captured"
         else:
             with torch.cuda.device(device):
-                key = _key(torch.cuda.current_stream(device), slots)
-            if key in self._graphs:
-                what = "replayed: it has a graph"
-            elif self._seen.get(key):
-                what = "captured, then replayed: it has come twice"
-            else:
-                before = "its last one was its first, or not served" if key in self._seen else "this is its first one"
-                what = f"launched: the call after two that were served is captured, and {before}"
+                what = self._foresee(device, slots)
         counted = (
             f"{self.replays} calls replayed, {self.captures} captured, {len(self._graphs)} of at most {self.most} graphs kept"
         )
         return f"{what} ({counted})\n{_C.explain(self.sequence, *slots)}"
+
+    def _foresee(self, device: torch.device, slots: tuple[Any, ...]) -> str:
+        """What becomes of a call on the device that is current."""
+        if watcher := _watcher():
+            return f"launched: {watcher}"
+        key = _key(torch.cuda.current_stream(device), slots)
+        if key in self._graphs:
+            return "replayed: it has a graph"
+        if not self._seen.get(key):
+            before = "its last one was its first, or not served" if key in self._seen else "this is its first one"
+            return f"launched: the call after two that were served is captured, and {before}"
+        if self._around is not None and not self._around.is_ready():
+            return "launched: what its foreign steps need for a capture is not there yet"
+        if not self._has_room(self._calls + 1):
+            return f"launched: each graph that is kept was used within {IDLE_CALLS} calls, so that none makes room for its own"
+        return "captured, then replayed: it has come twice"
 
     def _may_capture(self, stream: torch.cuda.Stream) -> bool:
         return (self._around is None or self._around.may_begin()) and self._make_room(stream)
 
     def _make_room(self, stream: torch.cuda.Stream) -> bool:
         """Whether there is room for one more graph: drop one that has long not been used, if all places are taken."""
+        if not self._has_room(self._calls):
+            return False
+        if len(self._graphs) >= self.most:
+            stream.synchronize()  # it may be running
+            self._graphs.popitem(last=False)
+        return True
+
+    def _has_room(self, call: int) -> bool:
+        """Whether a call of this number finds room for its graph."""
         if len(self._graphs) < self.most:
             return True
-        key, oldest = next(iter(self._graphs.items()))
-        if self._calls - oldest.used < IDLE_CALLS:
-            return False
-        stream.synchronize()  # it may be running
-        del self._graphs[key]
-        return True
+        oldest = next(iter(self._graphs.values()), None)
+        return oldest is not None and call - oldest.used >= IDLE_CALLS
 
     def _call(self, key: Hashable, slots: tuple[Any, ...]) -> None:
         """As always; note whether a call that came before is served now."""
@@ -170,9 +187,11 @@ class Replays:
         return found
 
 
-def _is_watched() -> bool:
-    """Whether launches are to be made one by one: for somebody's capture, or a mode that wants to see every op."""
-    return torch._C._len_torch_dispatch_stack() > 0 or torch.cuda.is_current_stream_capturing()
+def _watcher() -> str | None:
+    """Who wants launches to be made one by one: a mode that is to see every op, or somebody's capture. None: nobody."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return "a dispatch mode of torch's sees every op"
+    return "a capture is under way, which gets the launches" if torch.cuda.is_current_stream_capturing() else None
 
 
 def _device_of(slots: tuple[Any, ...]) -> torch.device | None:

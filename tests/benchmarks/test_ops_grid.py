@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import hdispatch
 import pytest
 import torch
 import toy
 from hdispatch import models
+from hdispatch.compile import op_package
 from hdispatch.errors import HdispatchError
 from hdispatch.kernels.lib.model_sizes import products
 from hdispatch.opspec import OpSpec, TensorArg
@@ -16,6 +19,20 @@ from ops_results import MEASURED, QUANT, SMALL, arguments_of, cell
 
 from benchmarks.ops import grid
 from benchmarks.ops.grid import MODELS
+
+# ---- the ops ----
+
+
+def test_every_op_is_reported_or_says_why_not():
+    """A new op goes to one of the two."""
+    reported, left_out = set(grid.OPS), set(grid.LEFT_OUT)
+    assert len(grid.OPS) == len(reported)
+    assert not reported & left_out
+    assert reported | left_out == set(op_package.available_ops())
+    root = Path(grid.__file__).parents[2]
+    for why in grid.LEFT_OUT.values():
+        assert all((root / file).is_file() for file in re.findall(r"benchmarks/\w+\.py", why)), why
+
 
 # ---- the grid ----
 

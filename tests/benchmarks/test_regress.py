@@ -174,6 +174,28 @@ def test_results_of_unlike_gpus_are_not_compared(tmp_path):
     assert "is of NVIDIA H100" in done.stderr
 
 
+@pytest.mark.parametrize(("old", "new"), [(None, 4), (8, 4), (4, "old")])
+def test_results_of_other_numbers_of_layers_are_not_compared(tmp_path, old, new):
+    machine = {"gpu": "H200", "date": "2026-01-01"}
+    content = {"machine": machine, "model": "a", "modes": {"ours": {"batches": {"1": 2.0}}}}
+    for name, layers in (("old", old), ("new", new)):
+        said = {} if layers == "old" else {"layers": layers}  # older results have no number
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.json").write_text(json.dumps({**content, **said}))
+
+    def run(*given: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, str(SCRIPT), *given], capture_output=True, text=True, check=False)
+
+    files = [str(tmp_path / name / "a.json") for name in ("old", "new")]
+    done = run(*files)
+    words = ["all" if layers in (None, "old") else str(layers) for layers in (old, new)]
+    assert done.returncode == 2
+    assert f"{files[0]} is of {words[0]} of the model's layers, {files[1]} of {words[1]}: measure both" in done.stderr
+    done = run("--newest", str(tmp_path / "old"), files[1])
+    assert (done.returncode, "skipped: no result in" in done.stdout) == (0, True)
+    assert run(files[0], files[0]).returncode == 0
+
+
 RESULTS = SCRIPT.with_name("results")
 
 

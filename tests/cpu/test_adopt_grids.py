@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from typing import Any
 
 import adopted_kernels as kernels
@@ -134,6 +135,8 @@ def test_a_grid_that_is_none_is_refused_as_triton_does(stub, grid):
 
 
 # ---- autotuners and heuristics ----
+
+REPLACED = "autotuner's kernel, keys, configurations or run replaced"
 
 
 def test_an_autotuned_kernel_is_served_by_its_key(stub):
@@ -278,7 +281,217 @@ def test_an_autotuner_whose_configurations_are_replaced_is_tritons(stub):
     result, got = launched(lambda: tuned[(1,)](X, OUT, 17))
     assert got is None
     assert result.metadata.num_warps == 1
-    assert misses(tuned)["autotuner's configurations or run replaced"] == 1
+    assert misses(tuned)[REPLACED] == 1
+
+
+def replace_kernel(tuned):
+    tuned.fn = fresh(tuned.fn)
+
+
+def replace_keys(tuned):
+    tuned.keys = [*tuned.keys]
+
+
+def replace_a_key(tuned):
+    tuned.keys[0] = "BLOCK"
+
+
+def replace_configurations(tuned):
+    tuned.configs = [*tuned.configs]
+
+
+@pytest.mark.parametrize("replace", [replace_kernel, replace_keys, replace_a_key, replace_configurations])
+def test_what_is_replaced_in_an_autotuner_is_tritons(stub, replace):
+    tuned = wrapper(kernels.tuned)
+    tuned.keys = [*tuned.keys]
+    hdispatch.adopt(tuned, driver="null")
+    former = dict(vars(tuned), keys=[*tuned.keys])
+    for _ in range(2):
+        _, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+    assert got is not None
+    replace(tuned)
+    for _ in range(2):
+        result, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+        assert got is None
+        assert result.src.fn is tuned.fn
+    assert misses(tuned)[REPLACED] == 2
+    tuned.fn, tuned.configs = former["fn"], former["configs"]
+    if replace is replace_a_key:
+        tuned.keys[0] = former["keys"][0]
+        assert launched(lambda: tuned[(1,)](X, OUT, 17))[1] is not None
+
+
+def only_configuration() -> Any:
+    """An autotuner that has nothing to choose."""
+    return triton.autotune([triton.Config({"BLOCK": 64}, num_warps=2)], key=["n"])(fresh(kernels.tuned.fn))
+
+
+def another_configuration(tuned):
+    tuned.configs[0] = triton.Config({"BLOCK": 64}, num_warps=4)
+
+
+def another_option(tuned):
+    tuned.configs[0].num_warps = 4
+
+
+def other_keywords(tuned):
+    tuned.configs[0].kwargs = {"BLOCK": 64, "num_warps": 4}
+    tuned.configs[0].num_warps = None
+
+
+@pytest.mark.parametrize("write", [another_configuration, another_option, other_keywords])
+def test_an_only_configuration_that_is_replaced_in_place_is_launched(stub, write):
+    tuned = hdispatch.adopt(only_configuration(), driver="null")
+    for _ in range(2):
+        _, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+    assert got["block"] == (64, 1, 1)
+    write(tuned)
+    for turn in range(3):
+        result, got = launched(lambda: tuned[(1,)](X, OUT, 17))
+        assert (got is None) == (turn == 0)
+        assert result.metadata.num_warps == 4
+        assert tuned.best_config is tuned.configs[0]
+    assert got["block"] == (128, 1, 1)
+    assert misses(tuned) == {"first call of a key": 1, "autotuner's choices taken back": 1}
+
+
+def test_a_value_of_a_configuration_that_is_written_to_is_launched(stub):
+    tuned = hdispatch.adopt(wrapper(kernels.tuned), driver="null")
+    tuned.configs = [triton.Config({"BLOCK": 64}), triton.Config({"BLOCK": 128})]
+    hdispatch.unadopt(tuned)
+    tuned = hdispatch.adopt(wrapper(tuned), driver="null")
+    grid = lambda meta: (triton.cdiv(meta["n"], meta["BLOCK"]),)  # noqa: E731
+    for _ in range(2):
+        _, got = launched(lambda: tuned[grid](X, OUT, 1000))
+    assert got["grid"] == (16, 1, 1)
+    tuned.best_config.kwargs["BLOCK"] = 32
+    for _ in range(2):
+        result, got = launched(lambda: tuned[grid](X, OUT, 1000))
+        assert result.src.constants[(3,)] == 32
+    assert got["grid"] == (32, 1, 1)
+
+
+@pytest.mark.parametrize("way", ["written", "chosen"])
+def test_a_pre_hook_that_a_choice_has_later_is_called(stub, way):
+    hooked = []
+    tuned = hdispatch.adopt(wrapper(kernels.tuned), driver="null")
+    for _ in range(2):
+        tuned[(1,)](X, OUT, 17)
+    config = triton.Config({"BLOCK": 64}, num_warps=2)
+    tuned.cache[17, "torch.float32", "torch.float32"] = config
+    assert [launched(lambda: tuned[(1,)](X, OUT, 17))[1] is None for _ in range(2)] == [True, False]
+    hook = lambda given: hooked.append(given["n"])  # noqa: E731
+    if way == "written":
+        config.pre_hook = hook
+    else:
+        config = triton.Config({"BLOCK": 64}, num_warps=2, pre_hook=hook)
+        tuned.cache[17, "torch.float32", "torch.float32"] = config
+    for _ in range(3):
+        assert launched(lambda: tuned[(1,)](X, OUT, 17))[1] is None
+    assert hooked == [17] * 3
+    assert misses(tuned)["a configuration with a pre_hook"] == 2
+    config.pre_hook = None
+    assert [launched(lambda: tuned[(1,)](X, OUT, 17))[1] is None for _ in range(2)] == [True, False]
+
+
+@pytest.mark.parametrize("way", ["cleared", "set", "another dict"])
+def test_a_choice_that_another_thread_takes_back_during_the_compile_of_a_first_call(stub, way):
+    tuned = wrapper(kernels.tuned)
+    function = tuned.fn
+    key = (32, "torch.float32", "torch.float32")
+    tuned._do_bench = tuned.do_bench = lambda _call, **_keywords: [1.0] * 3  # so that the launch compiles, after the choice
+
+    def take_back():
+        """What another thread does while Triton compiles without the GIL."""
+        assert tuned.cache[key] is tuned.configs[0]
+        if way == "set":
+            tuned.cache[key] = tuned.configs[1]
+        elif way == "cleared":
+            tuned.cache.clear()
+        else:
+            tuned.cache = {}
+
+    def compile_once(*args, **keywords):
+        function.__dict__.pop("_do_compile")
+        thread = threading.Thread(target=take_back)
+        thread.start()
+        thread.join()
+        return function._do_compile(*args, **keywords)
+
+    hdispatch.adopt(tuned, driver="null")
+    tuned[(1,)](X, OUT, 1000)  # the code's hash is known from now on, and the compile is that of another key
+    function._do_compile = compile_once
+    result, _ = launched(lambda: tuned[(1,)](X, OUT, 32))
+    assert result.metadata.num_warps == 2
+    for turn in range(2):
+        result, got = launched(lambda: tuned[(1,)](X, OUT, 32))
+        assert (got is None) == (turn == 0)
+        assert result.metadata.num_warps == tuned.cache[key].num_warps == (4 if way == "set" else 2)
+    assert misses(tuned) == {"first call of a key": 3}
+
+
+def test_knobs_that_another_thread_writes_during_the_compile_of_a_first_call(stub):
+    kernel = fresh(kernels.tuned.fn)
+    call = lambda n: launched(lambda: kernel[(1,)](X, OUT, n, BLOCK=64))  # noqa: E731
+    hdispatch.adopt(kernel, driver="null")
+    call(17)
+
+    def compile_once(*args, **keywords):
+        kernel.__dict__.pop("_do_compile")
+        made = kernel._do_compile(*args, **keywords)
+        triton.knobs.runtime.debug = True
+        return made
+
+    kernel._do_compile = compile_once
+    try:
+        result, _ = call(32)
+        assert not result.metadata.debug
+        for turn in range(2):
+            result, got = call(32)
+            assert (got is None) == (turn == 0)
+            assert result.metadata.debug
+    finally:
+        triton.knobs.runtime.debug = False
+
+
+def replace_run(kernel, seen):
+    plain = kernel.run
+    kernel.run = lambda *args, **keywords: (seen.append(args[2]), plain(*args, **keywords))[1]
+
+
+def replace_a_function(kernel, seen):
+    kernel.values["num_warps"] = lambda args: (seen.append(args["n"]), 2)[1]
+
+
+def replace_all_functions(kernel, seen):
+    kernel.values = {**kernel.values, "num_warps": lambda args: (seen.append(args["n"]), 2)[1]}
+
+
+def replace_inner(kernel, seen):
+    kernel.fn = fresh(kernel.fn)
+    replace_run(kernel.fn, seen)
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("replace", [replace_run, replace_a_function, replace_all_functions, replace_inner])
+def test_what_is_replaced_in_heuristics_gets_its_calls(stub, replace, depth):
+    inner = triton.heuristics({**kernels.heuristic.values})(fresh(kernels.heuristic.fn))
+    kernel = triton.heuristics({"num_stages": lambda _args: 2})(inner) if depth else inner
+    hdispatch.adopt(kernel, driver="null")
+    call = lambda: launched(lambda: kernel[(4,)](X, OUT, 1000, BLOCK=64))[1]  # noqa: E731
+    for _ in range(2):
+        got = call()
+    assert got is not None
+    former, seen = dict(vars(inner), values={**inner.values}), []
+    replace(inner, seen)
+    for turn in range(1, 3):
+        assert call() is None
+        assert seen == [1000] * turn
+    vars(inner).pop("run", None)
+    inner.fn, inner.values = former["fn"], kernels.heuristic.values
+    if replace is replace_run:
+        assert call() is None  # the values are another dict
+        assert "heuristics or their kernel replaced" in misses(kernel)
 
 
 def test_an_autotuner_shows_the_choice_of_the_last_call(stub):

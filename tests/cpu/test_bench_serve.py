@@ -46,10 +46,10 @@ for n, line in enumerate(sys.stdin):
 """
 
 
-def measure(tmp_path, fault, at, limit_s=20.0):
+def measure(tmp_path, fault, at, limit_s=20.0, layers=None):
     command = (sys.executable, "-c", WORKER.replace("FAULT", repr((fault, at))))
     options = serve.ServeOptions(
-        "tiny-qwen3", "token", ("eager", "ours"), tmp_path, (1, 4), 2, 2, steps=3, logs=tmp_path, limit_s=limit_s
+        "tiny-qwen3", "token", ("eager", "ours"), tmp_path, (1, 4), 2, 2, steps=3, logs=tmp_path, limit_s=limit_s, layers=layers
     )
     return serve.measure(options, {"gpu": "none"}, lambda *_: None, command)
 
@@ -65,6 +65,14 @@ def test_a_run(tmp_path):
     text = bench_serve.describe(result)
     assert "1.0000 ± 0.0000" in text
     assert bench_serve.judge(result) == []
+
+
+def test_a_run_of_a_part_of_the_layers_says_so(tmp_path):
+    whole = measure(tmp_path, None, None)
+    part = measure(tmp_path, None, None, layers=1)
+    assert (whole["layers"], part["layers"]) == (None, 1)
+    assert bench_serve.describe(whole).startswith("tiny-qwen3, token, 1 GPU(s)")
+    assert bench_serve.describe(part).startswith("tiny-qwen3, 1 of its layers, token, 1 GPU(s)")
 
 
 def test_a_picture(tmp_path):
@@ -178,6 +186,12 @@ def test_no_requests_are_refused(capsys, count):
     assert f"--requests is {count}; it takes 1 or more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layers", ["0", "-1", "37"])
+def test_layers_that_the_model_has_not_are_refused(capsys, layers):
+    assert main(["bench", "serve", "--layers", layers]) == 1
+    assert f"--layers is {layers}; qwen3-8b has 36, and it takes 1 or more of them" in capsys.readouterr().err
+
+
 def test_logits_of_several_ranks_are_refused_before_anything_starts(capsys):
     assert main(["bench", "serve", "--ranks", "2", "--logits", "64"]) == 1
     assert "--logits 64 with --ranks 2: logits are compared on one rank; leave one out" in capsys.readouterr().err
@@ -247,6 +261,7 @@ def test_the_command_judges_ratios(monkeypatch, tmp_path, capsys, options, statu
         for name, ms in (("ours", 0.9), ("graph", 1.0))
     }
     result = {"model": "qwen3-8b", "scheme": "token", "ranks": 1, "modes": modes, "failed": {}, "machine": {"gpu": "none"}}
+    result["layers"] = 2 if "--layers" in options else None
     monkeypatch.setattr("importlib.util.find_spec", lambda _: object())
     monkeypatch.setattr(serve, "measure", lambda *_: result)
     assert main(["bench", "serve", "--bundle", str(tmp_path), *options]) == status

@@ -202,6 +202,12 @@ HELION = {"block_sizes": [1], "num_warps": 4, "num_stages": 1, "indexing": ["poi
         ),
         ("fused_qk_norm_rope", {"q_heads": 16, "kv_heads": 8, "num_tokens": 4}, {"K": 4096, "M": 4}, {}),
         ("fused_qk_norm_rope", {"q_heads": 64, "kv_heads": 8, "num_tokens": 4}, {"K": 10240, "M": 4}, {}),
+        (
+            "fused_qk_norm_rope",
+            {"q_heads": 16, "kv_heads": 8, "is_neox": 0, "num_tokens": 4},
+            {"K": 4096, "M": 4},
+            {"is_neox": 0},
+        ),
         ("scaled_mm", {"K": 2048, "N": 4096, "M": 4}, {"K": 2048, "N": 4096, "M": 4}, {}),
         ("scaled_mm_blockwise", {"K": 2048, "N": 4096, "M": 4}, {"K": 2048, "N": 4096, "M": 4}, {}),
     ],
@@ -232,6 +238,43 @@ def test_vllms_keys(tmp_path, op, key, sizes, arguments, older):
 def test_keys_that_mean_nothing_here(tmp_path, op, key):
     with pytest.raises(BuildError, match=r"h200\.json: entry 0 has "):
         configs.read(write(tmp_path, [{"key": key, "config": HELION}]), hdispatch.registry.spec(op))
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "value", "values"),
+    [
+        ("rms_norm_per_block_quant", "group_size", 48, "[64, 128]"),
+        ("rms_norm_per_block_quant", "residual", 2, "[0, 1]"),
+        ("rms_norm_per_block_quant", "residual", -1, "[0, 1]"),
+        ("rms_norm_per_block_quant", "residual", True, "[0, 1]"),
+        ("rms_norm_per_block_quant", "group_size", 128.0, "[64, 128]"),
+        ("fused_qk_norm_rope", "is_neox", 2, "[0, 1]"),
+        ("attention_half", "is_neox", 0, "[1]"),
+    ],
+)
+def test_values_that_no_variant_has_are_refused(tmp_path, op, name, value, values):
+    spec = hdispatch.registry.spec(op)
+    path = write(tmp_path, [{"key": {}, "config": {}}, {"key": {name: value, "M": 4}, "config": {}}])
+    with pytest.raises(BuildError) as error:
+        configs.read(path, spec)
+    what = f"entry 1 has {name} {value!r}, which no variant of {op} has; it takes one of {values}"
+    assert str(error.value) == f"{path}: {what}"
+    packages = op_package.read(op, f"{op_package.KERNELS}.{op}")
+    (tmp_path / op).mkdir()
+    path.rename(tmp_path / op / path.name)
+    notes = []
+    point_configs.config_files(packages, points.Scope(more=(tmp_path,)), DESCRIBED["h200"], notes)
+    assert len(notes) == 1
+    assert what in notes[0]
+
+
+def test_all_values_that_variants_have_are_read(tmp_path):
+    for op in op_package.available_ops():
+        spec = hdispatch.registry.spec(op)
+        for name in configs.key_arguments(spec):
+            values = sorted({value for each in spec.variants() if (value := configs.argument_of(each, name)) is not None})
+            file = configs.read(write(tmp_path, [{"key": {name: value}, "config": {}} for value in values]), spec)
+            assert [entry.arguments for entry in file.entries] == [{name: value} for value in values]
 
 
 def test_equal_rows_of_other_heads_are_no_repetition(tmp_path):

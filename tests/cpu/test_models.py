@@ -111,6 +111,9 @@ def test_what_a_config_leaves_out_and_adds(tmp_path, config, sizes):
         ),
         (DEEPSEEK_V3, r"q_lora_rank is 1536: its heads are compressed \(MLA\), .* with none of kv_lora_rank, q_lora_rank"),
         ({**DEEPSEEK_V3, "q_lora_rank": None, "kv_lora_rank": 512}, "kv_lora_rank is 512"),
+        ({**QWEN3_8B, "v_head_dim": 64}, "v_head_dim is 64: v has heads of another size .* it takes that of q and k, 128"),
+        ({**SMALL, "v_head_dim": 2 * 4096}, "v_head_dim is 8192: v has heads of another size"),
+        ({**QWEN3_8B, "v_head_dim": "128"}, "v_head_dim is '128'; it takes a size"),
     ],
 )
 def test_what_is_no_model_is_named(tmp_path, config, message):
@@ -118,6 +121,14 @@ def test_what_is_no_model_is_named(tmp_path, config, message):
     with pytest.raises(HdispatchError, match=message) as error:
         models.find([str(path)])
     assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("config", [QWEN3_8B, {**QWEN3_8B, "head_dim": None}])
+@pytest.mark.parametrize("v_head_dim", [128, None, 0])
+def test_heads_of_v_that_are_as_large_are_plain_ones(tmp_path, config, v_head_dim):
+    (found,) = models.find([str(write(tmp_path, {**config, "v_head_dim": v_head_dim}))])
+    assert found.head_dim == 128
+    assert found.kv == 1024
 
 
 def test_a_name_that_is_no_model(tmp_path):

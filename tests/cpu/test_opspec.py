@@ -10,7 +10,7 @@ import torch
 import toy
 from hdispatch import HdispatchError
 from hdispatch.ladders import bucket_index
-from hdispatch.opspec import FloatArg, TensorArg, parse_dim
+from hdispatch.opspec import FloatArg, Form, TensorArg, VllmOp, parse_dim
 
 SPEC = toy.SPEC
 X = TensorArg("x", ("M", "K"), (torch.float32,))
@@ -95,6 +95,38 @@ def test_buckets():
 def test_refused_arguments(args, words):
     with pytest.raises(HdispatchError, match=words):
         declare(*args)
+
+
+SLOTS = TensorArg("slots", ("M",), (torch.int64,))
+PAGES = TensorArg("pages", ("*", "K"), (torch.float32,), mutated=True)
+MAYBE = TensorArg("maybe", ("M",), (torch.int64,), optional=True)
+
+
+@pytest.mark.parametrize(
+    ("served", "words"),
+    [
+        ({"padded": ("pages",), "rows": "slots"}, "padded='pages' of the dimensions ('*', 'K'); it takes tensors whose first "),
+        ({"padded": ("x", "nosuch"), "rows": "slots"}, "padded='nosuch'; it takes tensors whose first dimension is M, of ['x'"),
+        ({"padded": ("e",), "rows": "slots"}, "padded='e'; it takes"),
+        ({"padded": ("slots",), "rows": "slots"}, "padded='slots' of the dimensions ('M',); it takes"),
+        ({"padded": ("x",), "rows": "pages"}, "rows='pages' of the dimensions ('*', 'K'); it takes a tensor that is always"),
+        ({"padded": ("x",), "rows": "maybe"}, "rows='maybe' of the dimensions ('M',); it takes a tensor that is always there"),
+        ({"padded": ("x",), "rows": "nosuch"}, "rows='nosuch'; it takes a tensor"),
+        ({"padded": ("x",)}, "padded=('x',) and rows=None; it takes both"),
+        ({"rows": "slots"}, "padded=() and rows='slots'; it takes both"),
+        ({"padded": "x", "rows": "slots"}, "padded='x'; it takes a tuple"),
+        ({"forms": (Form("slots", "rows"),)}, "a form of 'slots'; it takes a matrix, one of ['x', 'pages']"),
+        ({"forms": (Form("x", "diagonal"),)}, "the form 'diagonal'; it takes one of ('rows', 'columns', "),
+        ({"forms": (Form("x", "rows", flag="e"),)}, "the flag 'e'; it takes one of []"),
+    ],
+)
+def test_what_an_op_of_vllms_names_is_there(served, words):
+    with pytest.raises(HdispatchError, match=re.escape(words)):
+        declare(X, SLOTS, PAGES, MAYBE, FloatArg("e"), vllm=VllmOp("other", **served))
+
+
+def test_an_op_of_vllms_may_have_padded_tensors():
+    declare(X, SLOTS, PAGES, vllm=VllmOp("other", (Form("x", "rows"),), padded=("x",), rows="slots"))
 
 
 @pytest.mark.parametrize("ladder", [(), (0, 1), (-1,), (4, 2), (2, 2)])

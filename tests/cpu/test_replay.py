@@ -10,7 +10,6 @@ import pytest
 import torch
 from hdispatch import Sequence, replay
 from hdispatch.replay import _identity as identity
-from hdispatch.replay import _is_watched as is_watched
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -81,9 +80,9 @@ def test_modes_see_the_launches(monkeypatch):
     class Mode(TorchDispatchMode):
         pass
 
-    assert not is_watched()
+    assert replay._watcher() is None
     with Mode():
-        assert is_watched()
+        assert replay._watcher() is not None
 
 
 @pytest.mark.usefixtures("on_a_gpu")
@@ -172,3 +171,63 @@ def test_explain_says_what_becomes_of_a_call():
     assert "1 captured, 1 of at most 128 graphs kept" in found[3]
     for each in found:
         assert each.partition("\n")[2] == hdispatch.explain(replays.sequence, x, out)
+
+
+class Watching(TorchDispatchMode):
+    """Sees every op, and changes nothing."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_explain_says_what_a_mode_or_a_capture_makes_of_a_call(monkeypatch):
+    replays = doubling("watched")
+    x, out = torch.ones(2, 4), torch.empty(2, 4)
+    for _ in range(3):
+        replays(x, out)
+    assert hdispatch.explain(replays, x, out).startswith("replayed")
+    with Watching():
+        for each in (x, torch.ones(2, 4)):
+            text = hdispatch.explain(replays, each, out)
+            assert text.startswith("launched: a dispatch mode of torch's sees every op ")
+            assert "\nmode     a dispatch or function mode of torch's is on: each step is a call of its own\n" in text
+            replays(each, out)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    text = hdispatch.explain(replays, x, out)
+    assert text.startswith("launched: a capture is under way, which gets the launches ")
+    assert "\nmode " not in text
+    replays(x, out)
+    assert (replays.captures, replays.replays) == (1, 1)
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_explain_says_why_a_call_that_came_twice_is_not_captured(monkeypatch):
+    monkeypatch.setattr(replay, "IDLE_CALLS", 4)
+    ready = []
+    around = SimpleNamespace(may_begin=lambda: bool(ready), is_ready=lambda: bool(ready), ended=lambda: None)
+    replays = hdispatch.Replays(doubling("not captured").sequence, most=1, around=around)
+    x, y, out = torch.ones(2, 4), torch.ones(2, 4), torch.empty(2, 4)
+
+    def next_call(of: torch.Tensor) -> str:
+        """What a call is said to become, which it does."""
+        before = replays.captures, replays.replays
+        said = hdispatch.explain(replays, of, out).partition(" (")[0]
+        replays(of, out)
+        did = replays.captures - before[0], replays.replays - before[1]
+        assert did == {"launched": (0, 0), "captured,": (1, 1), "replayed:": (0, 1)}[said.split(" ")[0].rstrip(":")]
+        return said
+
+    assert [next_call(x).split(" ")[0] for _ in range(2)] == ["launched:"] * 2
+    assert next_call(x) == "launched: what its foreign steps need for a capture is not there yet"
+    ready.append(True)
+    assert next_call(x).startswith("captured, then replayed")
+    assert [next_call(y).split(" ")[0] for _ in range(2)] == ["launched:"] * 2
+    assert next_call(y).startswith("launched: each graph that is kept was used within 4 calls")
+    assert next_call(y).startswith("captured, then replayed")  # x's graph makes room
+    assert next_call(x).startswith("launched")
+    none_kept = hdispatch.Replays(replays.sequence, most=0)
+    for _ in range(4):
+        none_kept(x, out)
+    assert hdispatch.explain(none_kept, x, out).startswith("launched: each graph that is kept")
+    assert none_kept.captures == 0

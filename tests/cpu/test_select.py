@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hdispatch.cli.main import main
 from hdispatch.cli.tune_reports import describe_shares
 from hdispatch.compile import configs, measurements
@@ -149,6 +150,53 @@ def test_the_worst_variant_counts(tmp_path):
     assert report.worst == pytest.approx(0.01)
     companion = json.loads(report.path.with_suffix(".tuned.json").read_text())
     assert companion["variants"] == ["float16", "float32"]
+    # Each variant has its own times.
+    assert [(t["key"]["num_tokens"], t["variant"], t["us"], t["regret"], t["backends"]) for t in companion["times"][:2]] == [
+        (1, "float16", 100.0, 0.0, {"triton": 100.0}),
+        (1, "float32", 101.0, 0.01, {"triton": 100.0}),
+    ]
+    assert len(companion["times"]) == 8
+
+
+def test_times_of_a_variant_are_not_anothers(tmp_path):
+    """Of other sizes, of the same ones, and of a file whose times do not name their variant."""
+    record: Any = {"backend": "triton", "config": {"name": "a"}}
+
+    def us(path: Path) -> dict[tuple[str, int], float | None]:
+        times = measurements.Measurements(SPEC, path)
+        found = {(v, k): times.of(v, {"K": k}, {"M": 1}, record) for v in ("float16", "float32") for k in (64, 512)}
+        return {cell: each and each["us"] for cell, each in found.items()}
+
+    half = {"variant": "float16"}
+    path = run(table(64, a=[1.0] * 4), tmp_path).path
+    companion = measurements.companion(path)
+    older = json.loads(companion.read_text())
+    for time in older["times"]:
+        assert time.pop("variant") == "float32"
+    for former in (json.loads(companion.read_text()), older):
+        companion.write_text(json.dumps(former))
+        assert us(path) == {("float16", 64): None, ("float16", 512): None, ("float32", 64): 1.0, ("float32", 512): None}
+        run([line(512, bucket, "a", 2.0, **half) for bucket in range(4)], tmp_path)
+        assert us(path) == {("float16", 64): None, ("float16", 512): 2.0, ("float32", 64): 1.0, ("float32", 512): None}
+        run([line(64, bucket, "a", 3.0, **half) for bucket in range(4)], tmp_path)
+        assert us(path) == {("float16", 64): 3.0, ("float16", 512): 2.0, ("float32", 64): 1.0, ("float32", 512): None}
+    written = json.loads(companion.read_text())
+    assert all("variant" in time for time in written["times"])
+    written["variants"].append("gone")  # of an op that has changed
+    companion.write_text(json.dumps(written))
+    run(table(64, a=[4.0] * 4), tmp_path)
+    assert us(path) == {("float16", 64): 3.0, ("float16", 512): 2.0, ("float32", 64): 4.0, ("float32", 512): None}
+
+
+def test_times_of_an_op_with_one_variant_name_none(tmp_path):
+    spec = replace(SPEC, args=(TensorArg("input", ("M", "K"), (torch.float32,)),))
+    lines = [line(64, bucket, "a", 1.0, variant="any") for bucket in range(4)]
+    (report,) = select.select(lines, {"toy_select": toy_package(tmp_path, spec)})
+    assert all("variant" not in time for time in json.loads(measurements.companion(report.path).read_text())["times"])
+    found = measurements.Measurements(spec, report.path).of(
+        "any", {"K": 64}, {"M": 1}, {"backend": "triton", "config": {"name": "a"}}
+    )
+    assert found == {"us": 1.0, "others": {}}
 
 
 def test_where_nothing_fits_the_nearest_is_taken(tmp_path):
@@ -510,6 +558,7 @@ def test_the_companion_says_what_was_measured(tmp_path):
     assert len(companion["times"]) == 4
     assert companion["times"][0] == {
         "key": {"hidden_size": 64, "num_tokens": 1},
+        "variant": "float32",
         "backend": "triton",
         "config": {"name": "a"},
         "us": 100,

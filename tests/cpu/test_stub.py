@@ -17,7 +17,7 @@ PACKAGE = Path(hdispatch.__file__).parent
 Parameters = list[str]
 #: What pybind11 calls a type -> what the stub may call it.
 RESULTS = {
-    "object": ("Op", "FunctionalOp", "Sequence", "Callable", "AdoptedKernel", "HostKernel"),
+    "object": ("object", "Op", "FunctionalOp", "Sequence", "Callable", "AdoptedKernel", "HostKernel"),
     "list": ("list",),
     "dict": ("dict",),
     "int": ("int",),

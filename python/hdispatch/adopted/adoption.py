@@ -185,8 +185,9 @@ def _set_up() -> None:
 
     _C.set_adopted_callbacks(
         process_state=triton_state.process_state,
-        kernel_state=lambda kernel: triton_state.kernel_state(kernel, parts(kernel).function),
-        learn=lambda kernel, compiled: triton_kernel.learn(parts(kernel), compiled),
+        kernel_state=lambda kernel: triton_state.kernel_state(parts(kernel)),
+        choice=lambda kernel, args, keywords: triton_kernel.choice(parts(kernel), args, keywords),
+        learn=lambda kernel, compiled, config: triton_kernel.learn(parts(kernel), compiled, config),
         trace=lambda kernel, function, arguments: host_program.trace(parts(kernel).names, function, arguments),
         constexpr_type=constexpr,
         function_type=JITFunction,

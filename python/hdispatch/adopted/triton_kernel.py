@@ -13,8 +13,10 @@ from functools import cached_property
 from typing import Any
 
 from triton.compiler import CompiledKernel  # type: ignore[import-untyped]
-from triton.runtime.autotuner import Autotuner, Heuristics  # type: ignore[import-untyped]
+from triton.runtime.autotuner import Autotuner, Config, Heuristics  # type: ignore[import-untyped]
 from triton.runtime.jit import JITFunction  # type: ignore[import-untyped]
+
+from .. import _C
 
 #: The classes that get attributes of ours.
 CLASSES = (JITFunction, Autotuner, Heuristics)
@@ -29,14 +31,38 @@ MAX_HEURISTICS = 32
 
 
 @dataclass
+class Layer:
+    """Heuristics around a kernel, and what they were when it was adopted."""
+
+    wrapper: Any
+    inner: Any
+    values: dict[str, Any]
+    items: list[tuple[str, Any]]
+
+    def is_same(self) -> bool:
+        """Whether nobody has replaced anything of them since."""
+        if self.wrapper.fn is not self.inner or self.wrapper.values is not self.values or len(self.values) != len(self.items):
+            return False
+        return all(
+            name == then and value is function
+            for (name, value), (then, function) in zip(self.values.items(), self.items, strict=True)
+        )
+
+
+@dataclass
 class Parts:
     """What a kernel is made of. `function` is its JITFunction; an autotuner's `keys` name the arguments that it chooses by."""
 
     function: Any
     tuner: Any = None
     keys: list[str] = field(default_factory=list)
-    heuristics: list[tuple[str, Any]] = field(default_factory=list)
+    layers: list[Layer] = field(default_factory=list)
     is_null: bool = False
+
+    @property
+    def heuristics(self) -> list[tuple[str, Any]]:
+        """All, in the order in which Triton computes them."""
+        return [item for layer in self.layers for item in layer.items]
 
     @cached_property
     def names(self) -> dict[str, int]:
@@ -46,7 +72,7 @@ class Parts:
     @property
     def lacks(self) -> bool:
         """Whether a configuration gives arguments that calls lack."""
-        return self.tuner is not None or bool(self.heuristics)
+        return self.tuner is not None or any(layer.items for layer in self.layers)
 
 
 def parts_of(kernel: Any) -> Parts | str:
@@ -55,15 +81,17 @@ def parts_of(kernel: Any) -> Parts | str:
         if type(kernel).run is not JITFunction.run:
             return f"a class of its own kind, {type(kernel).__name__}, with a run of its own"
         return Parts(kernel) if len(kernel.params) <= MAX_PARAMETERS else f"more than {MAX_PARAMETERS} parameters"
-    heuristics: list[tuple[str, Any]] = []
+    layers: list[Layer] = []
     inner = kernel
     while type(inner) is Heuristics:
-        heuristics += inner.values.items()
+        if not isinstance(inner.values, dict):
+            return f"heuristics whose values are a {type(inner.values).__name__}"
+        layers.append(Layer(inner, inner.fn, inner.values, list(inner.values.items())))
         inner = inner.fn
-    if len(heuristics) > MAX_HEURISTICS:
+    if sum(len(each.items) for each in layers) > MAX_HEURISTICS:
         return f"more than {MAX_HEURISTICS} heuristics"
     if isinstance(inner, JITFunction):
-        return Parts(inner, heuristics=heuristics)
+        return Parts(inner, layers=layers)
     if type(inner) is not Autotuner:
         return f"a wrapper of its own kind, {type(inner).__name__}"
     if not isinstance(inner.fn, JITFunction):
@@ -72,9 +100,11 @@ def parts_of(kernel: Any) -> Parts | str:
         return (
             f"an autotuner whose configs are a {type(inner.configs).__name__} and whose cache is a {type(inner.cache).__name__}"
         )
+    if type(inner.keys) not in (list, tuple):
+        return f"an autotuner whose keys are a {type(inner.keys).__name__}"
     if any(config.pre_hook is not None for config in inner.configs):
         return "a configuration with a pre_hook"
-    return Parts(inner.fn, inner, list(inner.keys) if len(inner.configs) > 1 else [], heuristics)
+    return Parts(inner.fn, inner, list(inner.keys) if len(inner.configs) > 1 else [], layers)
 
 
 def parameters_of(parts: Parts) -> list[tuple[str, bool, object, bool, bool, bool, bool]]:
@@ -91,8 +121,61 @@ def parameters_of(parts: Parts) -> list[tuple[str, bool, object, bool, bool, boo
     return found
 
 
-def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
-    """The row that launches what Triton compiled; or the reason why Triton keeps launching it; "" if that is not known yet."""
+class _Choices(dict[Any, Any]):
+    """Stands for an autotuner's cache: has a choice for every key, and notes the key that it is asked for."""
+
+    asked: tuple[Any, ...] | None = None
+
+    def __contains__(self, key: Any) -> bool:
+        return True
+
+    def __missing__(self, key: Any) -> Any:
+        self.asked = key
+        return Config({}, num_warps=None, num_stages=None, num_ctas=None)
+
+
+class _Nothing:
+    """Stands for the kernel inside an autotuner."""
+
+    def run(self, *_args: Any, **_keywords: Any) -> None:
+        """Launches nothing."""
+
+
+def choice(parts: Parts, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, Any] | None:
+    """The key that Triton has for an autotuner's call, and the configuration that is chosen for it now; None without one.
+
+    Triton's own code makes the key. An autotuner with one configuration has no key: (None, the configuration).
+    """
+    tuner = parts.tuner
+    if len(tuner.configs) == 1:
+        return None, tuner.configs[0]
+    asking = object.__new__(Autotuner)
+    choices = _Choices()
+    vars(asking).update(vars(tuner), cache=choices, fn=_Nothing())
+    _C.call_unpatched_run(asking, *args, **keywords)
+    chosen = None if choices.asked is None else tuner.cache.get(choices.asked)
+    return None if chosen is None else (choices.asked, chosen)
+
+
+def _is_of(parts: Parts, compiled: Any, config: Any) -> bool:
+    """Whether code was compiled with a configuration: another thread may have replaced it since."""
+    for name, value in config.all_kwargs().items():
+        if name in parts.names:
+            found = compiled.src.constants.get((parts.names[name],), value)  # not compiled in: given for each launch
+        else:
+            found = getattr(compiled.metadata, name, value)
+        # Warp specialization adds warps to those that were asked for.
+        is_more = name == "num_warps" and "ttg.total-num-warps" in compiled.asm.get("ttgir", "")
+        if not (found is value or found == value or is_more):
+            return False
+    return True
+
+
+def learn(parts: Parts, compiled: Any, config: Any) -> str | dict[str, Any]:
+    """The row that launches what Triton compiled; or the reason why Triton keeps launching it; "" if that is not known yet.
+
+    `config` is what the autotuner has chosen, None without one.
+    """
     if type(compiled) is not CompiledKernel:
         return "" if "Future" in type(compiled).__name__ else f"result of type {type(compiled).__name__}"
     metadata = compiled.metadata
@@ -103,10 +186,17 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
             return scratch.replace("_", " ").removesuffix(" size")
     if getattr(metadata, "tensordesc_meta", None):
         return "tensor descriptor"
+    if config is not None:
+        if type(config) is not Config or type(config.kwargs) is not dict:
+            return f"configuration of its own kind, {type(config).__name__}"
+        if config.pre_hook is not None:
+            return "a configuration with a pre_hook"
+        if not _is_of(parts, compiled, config):
+            return ""
     if compiled.src.fn is not parts.function and compiled.src.fn.cache_key != parts.function.cache_key:
         return "code of another function"  # of one that this one is no copy of
     names = [each.name for each in parts.function.params]
-    given = {name for name, _ in parts.heuristics} | set(getattr(getattr(parts.tuner, "best_config", None), "kwargs", ()))
+    given = {name for name, _ in parts.heuristics} | set(() if config is None else config.kwargs)
     params, behind = [], len(names)  # items of tuples have their values behind those of parameters, in order
     for name, kind in compiled.src.signature.items():
         if isinstance(kind, str):
@@ -120,7 +210,6 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
             return "tuple in a tuple"
         params += [(index, item) for index, item in each if item != "constexpr"]
     constants = {names[path[0]]: value for path, value in compiled.src.constants.items() if len(path) == 1}
-    config = None if parts.tuner is None else parts.tuner.best_config
     return {
         "function": 0 if parts.is_null else int(compiled.function),
         "num_warps": metadata.num_warps,
@@ -131,7 +220,6 @@ def learn(parts: Parts, compiled: Any) -> str | dict[str, Any]:
         "releases": "griddepcontrol.launch_dependents" in compiled.asm.get("ptx", ""),
         "params": params,
         "constants": {**_defaults(parts), **constants},
-        **({} if config is None else {"config": config}),
     }
 
 

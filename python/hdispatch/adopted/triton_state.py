@@ -14,7 +14,7 @@ from triton import knobs  # type: ignore[import-untyped]
 from triton.language import constexpr, dtype  # type: ignore[import-untyped]
 
 from .. import _C
-from .triton_kernel import CLASSES
+from .triton_kernel import CLASSES, Parts
 
 #: (number, reason, dicts, hooks, globals): as csrc/adopted_kernel.h, WatchedState::set. A negative number: nothing is served.
 State = tuple[int, str, list[dict[str, Any]], list[list[Any]], list[tuple[dict[str, Any], str, object, bool]]]
@@ -52,13 +52,16 @@ def process_state() -> State:
     return _state(token, dicts, [chain.calls for chain in chains], [])
 
 
-def kernel_state(kernel: Any, function: Any) -> State:
-    """What a kernel depends on. `function` is its JITFunction: the kernel itself, or what an autotuner is around."""
+def kernel_state(parts: Parts) -> State:
+    """What a kernel depends on, an autotuner apart, which C++ asks itself (csrc/adopted_tuner.h)."""
+    function = parts.function
     dicts = [vars(function)]
-    if function is not kernel and "run" in vars(kernel):
-        dicts.append(vars(kernel))
-    if any("run" in vars(each) for each in (kernel, function)):
+    for each in parts.layers:
+        dicts += [vars(each.wrapper), each.values]
+    if any("run" in vars(each) for each in (function, *(layer.wrapper for layer in parts.layers))):
         return -1, "run was replaced", dicts, [], []
+    if not all(each.is_same() for each in parts.layers):
+        return -1, "heuristics or their kernel replaced", dicts, [], []
     if function.hash is None:  # the first call is yet to come
         return 0, "", dicts, [function.pre_run_hooks], []
     captured = [(scope, name, value, not _is_frozen(value)) for (name, _), (value, scope) in function.used_global_vals.items()]

@@ -56,12 +56,13 @@ class Mode(TypedDict):
 
 
 class ServeResult(TypedDict):
-    """A run, as `--json` writes it. `failed` says why a mode has no figures."""
+    """A run, as `--json` writes it. `layers`: None for all of the model's. `failed` says why a mode has no figures."""
 
     machine: dict[str, Any]
     model: str
     scheme: str
     ranks: int
+    layers: int | None
     modes: dict[str, Mode]
     failed: dict[str, str]
 
@@ -111,6 +112,7 @@ def measure(options: ServeOptions, machine: dict[str, Any], tick: Tick, command:
         "model": options.model,
         "scheme": options.scheme,
         "ranks": options.ranks,
+        "layers": options.layers,
         "modes": {},
         "failed": {},
     }

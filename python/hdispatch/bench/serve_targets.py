@@ -47,7 +47,12 @@ def load(file: Path = FILE) -> list[dict[str, Any]] | None:
 
 
 def judge(result: Mapping[str, Any], targets: Sequence[Mapping[str, Any]]) -> list[Judged]:
-    """The targets that are of a result's model, scheme and ranks, at the cells that both of their modes have."""
+    """The targets that are of a result's model, scheme and ranks, at the cells that both of their modes have.
+
+    None of a result of a part of the model's layers.
+    """
+    if result.get("layers") is not None:
+        return []
     return [judged for target in targets if _is_of(target, result) for judged in _judged(target, result["modes"])]
 
 

@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from ..bench import machine, plot, serve, serve_plot
+    from ..bench.serve_model import MODELS
 
     unknown = [mode for mode in arguments.modes if mode not in serve.MODES]
     if unknown:
@@ -110,6 +111,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise HdispatchError(
             f"--logits {arguments.logits} with --ranks {arguments.ranks}: logits are compared on one rank; leave one out"
         )
+    has = MODELS[arguments.model].layers
+    if arguments.layers is not None and not 1 <= arguments.layers <= has:
+        raise HdispatchError(f"--layers is {arguments.layers}; {arguments.model} has {has}, and it takes 1 or more of them")
     bundle = default_bundle(arguments.bundle)
     if bundle is None:
         raise HdispatchError(f"no bundle is named: give --bundle DIR or set ${BUNDLE_VARIABLE}")
@@ -150,15 +154,15 @@ def run(arguments: argparse.Namespace) -> int:
     print(describe(result))
     if arguments.plot:
         serve_plot.draw(result, arguments.plot)
-    complaints = _complaints(result, whole=not arguments.layers)
+    complaints = _complaints(result)
     return 1 if arguments.check and complaints else 0
 
 
-def _complaints(result: Any, whole: bool) -> list[str]:
-    """What is not as it should be, printed with the targets; of part of a model's layers no ratio is judged."""
+def _complaints(result: Any) -> list[str]:
+    """What is not as it should be, printed with the targets."""
     from ..bench import serve_targets
 
-    targets = serve_targets.load() if whole else []
+    targets = serve_targets.load()
     if targets is None:
         print(f"no ratio is judged: {serve_targets.FILE} is in a checkout of hdispatch, not in its wheel")
     judged = serve_targets.judge(result, targets or [])
@@ -173,7 +177,8 @@ def _complaints(result: Any, whole: bool) -> list[str]:
 def describe(result: Any) -> str:
     """The tables of a result."""
     modes: dict[str, Any] = result["modes"]
-    lines = [f"{result['model']}, {result['scheme']}, {result['ranks']} GPU(s): {result['machine']['gpu']}"]
+    part = f", {result['layers']} of its layers" if result["layers"] is not None else ""
+    lines = [f"{result['model']}{part}, {result['scheme']}, {result['ranks']} GPU(s): {result['machine']['gpu']}"]
     for group, words_of in (("batches", "ms per decode step, batch"), ("prefills", "ms to the first token")):
         names = list(dict.fromkeys(name for mode in modes.values() for name in mode[group]))
         rows = [[mode, *(_ms(found[group].get(name)) for name in names)] for mode, found in modes.items()]

@@ -9,7 +9,7 @@ their calls run the op's fallback, which is faster there.
 
 A key may also name arguments that tell variants apart: integers and flags that are compiled in (`group_size`), and tensors that
 may be absent (`"q_weight": 0` where it is, 1 where it is not). Such an entry is for the variants with that value, and before
-others for the same sizes.
+others for the same sizes. A value that no variant has is refused: its entry could never serve.
 
 vLLM's own files are read as they are. Their keys may also name the sizes K, N and M themselves and what the op's `foreign_key`
 knows. Before 0.33 a file was an object of configs by keys in one string, `hidden_size_4096_num_tokens_16`. Their configs are
@@ -146,6 +146,12 @@ def key_arguments(spec: OpSpec) -> list[str]:
     return names + [arg.name for arg in spec.tensors() if arg.optional]
 
 
+def _values_of(spec: OpSpec, name: str) -> list[int]:
+    """The values that variants have of such an argument, as `argument_of` gives them."""
+    values = next((arg.values for arg in spec.args if arg.name == name and isinstance(arg, IntArg | BoolArg)), None)
+    return [0, 1] if values is None else sorted(map(int, values))
+
+
 def argument_of(variant: Variant, name: str) -> int | None:
     """A variant's value of such an argument: of a tensor 1, or 0 where it is absent. None for an integer that is absent."""
     if name in variant.static:
@@ -255,23 +261,28 @@ def _sizes(place: str, key: Any, spec: OpSpec) -> tuple[dict[str, int], dict[str
     expected = sorted(spec.config_key)
     if not isinstance(key, (dict, str)):
         raise BuildError(f"{place} has the key {key!r:.80}; it takes an object with {expected}, or {{}} for the default")
-    arguments = set(key_arguments(spec))
+    arguments = key_arguments(spec)
     meant = _meant(key)
-    if spec.foreign_key is not None and all(_is_size(size) for size in meant.values()):
+    if spec.foreign_key is not None and all(_is_size(size) or name in arguments for name, size in meant.items()):
         meant = spec.foreign_key(meant)
+    named = {name: meant.pop(name) for name in arguments if name in meant}
     known = dict(spec.config_key) | {symbol: symbol for symbol in KEY_SYMBOLS if symbol in spec.config_key.values()}
-    if not set(meant) <= set(known) | arguments:
+    if not set(meant) <= set(known):
         raise BuildError(
             f"{place} has the key {key!r:.200}; {spec.name} takes {expected}, fewer for sizes that are left open, "
             "or {} for the default"
         )
     for name, size in meant.items():
-        if not _is_size(size) and not (name in arguments and type(size) is int and size == 0):
+        if not _is_size(size):
             raise BuildError(f"{place} has {name} {size!r:.80}; it takes an integer of at least 1 and at most {LARGEST_SIZE}")
-    sizes = {known[name]: size for name, size in meant.items() if name in known}
-    if len(sizes) < sum(name in known for name in meant):
+    for name, value in named.items():
+        values = _values_of(spec, name)
+        if type(value) is not int or value not in values:
+            raise BuildError(f"{place} has {name} {value!r:.80}, which no variant of {spec.name} has; it takes one of {values}")
+    sizes = {known[name]: size for name, size in meant.items()}
+    if len(sizes) < len(meant):
         raise BuildError(f"{place} has the key {key!r:.200}, which names a size twice")
-    return sizes, {name: size for name, size in meant.items() if name in arguments}
+    return sizes, named
 
 
 def _is_size(size: object) -> bool:

@@ -22,9 +22,13 @@ def companion(path: Path) -> Path:
 
 
 class _Time(TypedDict):
-    """The measurement of an entry of the config file, as far as rows carry it."""
+    """The measurement of an entry of the config file, as far as rows carry it.
+
+    variant: of which it is; where it is missing, the op has one, or the file is an older one: then those of the key's values.
+    """
 
     key: dict[str, int]
+    variant: NotRequired[str]
     backend: str
     config: dict[str, Any]
     us: float
@@ -82,5 +86,9 @@ class Measurements:
             return None
         chosen = self.spec.variant(variant)
         values = {name: argument_of(chosen, name) for name in key_arguments(self.spec)}
-        fitting = [found for found in self.times.get(tuple(sorted(sizes.items())), ()) if found[0].items() <= values.items()]
-        return max(fitting, key=lambda found: len(found[0]))[1] if fitting else None
+        fitting = [
+            (arguments, time)
+            for arguments, time in self.times.get(tuple(sorted(sizes.items())), ())
+            if arguments.items() <= values.items() and time.get("variant", variant) == variant
+        ]
+        return max(fitting, key=lambda found: ("variant" in found[1], len(found[0])))[1] if fitting else None

@@ -70,11 +70,18 @@ class Measured:
         open_sizes = [symbol for symbol in KEY_SYMBOLS[1:] if symbol in spec.symbols() and symbol not in row]
         return all(sizes[symbol] == measured.get(symbol, spec.hint(symbol)) for symbol in open_sizes)
 
-    def choice(self, slot: Slot, config: ConfigKey) -> Choice:
-        """A config in a slot, as measured."""
-        cells = self.times[slot].values()
+    def variants(self, slot: Slot) -> list[str]:
+        """The variants that were measured in a slot."""
+        return sorted({variant for variant, _, _ in self.times[slot]})
+
+    def choice(self, slot: Slot, config: ConfigKey, variant: str | None = None) -> Choice:
+        """A config in a slot, as measured; of one variant alone if it is named."""
+        cells = self._cells(slot, variant)
         us = max(cell[config] for cell in cells)
-        return Choice(config, us, max(min(cell.values()) for cell in cells), self.regrets[slot][config])
+        return Choice(config, us, max(min(cell.values()) for cell in cells), _regrets(cells)[config])
+
+    def _cells(self, slot: Slot, variant: str | None) -> list[dict[ConfigKey, float]]:
+        return [found for cell, found in self.times[slot].items() if variant in (None, cell[0])]
 
     def keep(self, choices: Mapping[Slot, ConfigKey], previous: Previous, limit: float) -> dict[Slot, ConfigKey]:
         """The choices, and the previous config where it is allowed and slower than the choice by no more than the noise."""
@@ -90,9 +97,9 @@ class Measured:
         """The widest range between the quartiles of configs in a slot, over their median."""
         return max(cell[config] for cell in self.quartiles[slot].values() for config in configs)
 
-    def by_backend(self, slot: Slot) -> dict[str, float]:
-        """The best µs of each backend in a slot."""
-        cells = self.times[slot].values()
+    def by_backend(self, slot: Slot, variant: str | None = None) -> dict[str, float]:
+        """The best µs of each backend in a slot; of one variant alone if it is named."""
+        cells = self._cells(slot, variant)
         names = sorted({config.backend for cell in cells for config in cell})
         found: dict[str, float] = {}
         for name in names:

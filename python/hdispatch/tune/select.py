@@ -336,16 +336,57 @@ def _beside(spec: OpSpec, found: dict[str, Any], path: Path, arguments: Mapping[
     present: dict[str, Any] = json.loads(path.read_bytes())
     there = [spec.ladders.edges(bucket) for bucket in range(spec.ladders.count)]
     ladders = {name: symbol for name, symbol in spec.config_key.items() if symbol in there[0]}
-    measured = [time["key"] for time in times]
+    measured = [(time["key"], time.get("variant")) for time in times]
+    keys = [key for key, _ in measured]
     kept = [
         time
-        for time in present["times"]
-        if time["key"] not in measured and {symbol: time["key"].get(name) for name, symbol in ladders.items()} in there
+        for time in (_with_variant(spec, each, present["variants"]) for each in present["times"])
+        if (time["key"], time.get("variant")) not in measured
+        and ("variant" in time or time["key"] not in keys)
+        and {symbol: time["key"].get(name) for name, symbol in ladders.items()} in there
     ]
     if not kept:
         return {**found, "times": times}
     variants = sorted({*present["variants"], *found["variants"]})
     return {**(present if arguments else found), "variants": variants, "times": [*kept, *times]}
+
+
+def _with_variant(spec: OpSpec, time: dict[str, Any], variants: Sequence[str]) -> dict[str, Any]:
+    """A time of a companion with its variant; one of an older file, which names none, is left so if it may be several's."""
+    names = [arg for arg in configs.key_arguments(spec) if arg in time["key"]]
+    said = tuple((name, time["key"][name]) for name in names)
+    there = {variant.name for variant in spec.variants()}
+    of = [variant for variant in variants if variant in there and _arguments(spec, variant) == said]
+    if "variant" in time or len(there) == 1 or len(of) != 1:
+        return time
+    return _time_of(of[0], time)
+
+
+def _time_of(variant: str, time: dict[str, Any]) -> dict[str, Any]:
+    """A time with its variant behind its key."""
+    return {"key": time["key"], "variant": variant, **{name: value for name, value in time.items() if name != "key"}}
+
+
+def _times(spec: OpSpec, measured: Measured, chosen: Mapping[Slot, Choice]) -> list[dict[str, Any]]:
+    """The chosen configs' µs per launch, `backends` being the best of each; of each variant, where the op has several."""
+    names = {symbol: name for name, symbol in spec.config_key.items()}
+    has_one = len(spec.variants()) == 1
+    found = []
+    for (shape, bucket), each in sorted(chosen.items()):
+        slot = shape, bucket
+        for variant in measured.variants(slot):
+            choice = measured.choice(slot, each.config, variant)
+            time = {
+                "key": {names.get(symbol, symbol): size for symbol, size in (*shape, *spec.ladders.edges(bucket).items())},
+                "backend": choice.config.backend,
+                "config": json.loads(choice.config.config),
+                "us": round(choice.us, 3),
+                "best_us": round(choice.best_us, 3),
+                "regret": round(choice.regret, 4),
+                "backends": {name: round(us, 3) for name, us in measured.by_backend(slot, variant).items()},
+            }
+            found.append(time if has_one else _time_of(variant, time))
+    return found
 
 
 def _companion(
@@ -356,9 +397,8 @@ def _companion(
     report: OpReport,
     limit: float,
 ) -> dict[str, Any]:
-    """Where the configs were measured, and their times in µs per launch, `backends` being the best of each."""
+    """Where the configs were measured, and their times."""
     versions = {json.dumps(timing["versions"], sort_keys=True) for timing in timings}
-    names = {symbol: name for name, symbol in spec.config_key.items()}
     return {
         "op": spec.name,
         "gpu": timings[0]["gpu"],
@@ -368,16 +408,5 @@ def _companion(
         "seconds": {"compile": round(report.compile_seconds, 1), "device": round(report.device_seconds, 1)},
         "measured": {"from": min(t["time"] for t in timings), "to": max(t["time"] for t in timings)},
         "versions": [json.loads(text) for text in sorted(versions)],
-        "times": [
-            {
-                "key": {names.get(symbol, symbol): size for symbol, size in (*shape, *spec.ladders.edges(bucket).items())},
-                "backend": choice.config.backend,
-                "config": json.loads(choice.config.config),
-                "us": round(choice.us, 3),
-                "best_us": round(choice.best_us, 3),
-                "regret": round(choice.regret, 4),
-                "backends": {name: round(us, 3) for name, us in measured.by_backend((shape, bucket)).items()},
-            }
-            for (shape, bucket), choice in sorted(chosen.items())
-        ],
+        "times": _times(spec, measured, chosen),
     }

@@ -110,10 +110,17 @@ class CustomAllReduce:
 
     def may_begin(self) -> bool:
         """Whether a capture may be made: every rank has said where its memory is, and the table has room."""
-        if self._left < TABLE_BYTES // ENTRY_BYTES // 8:  # more than any model's step takes
+        if not self._has_room():
             self._new_table()
             return False  # this call has the handle of the former table
         return self._peers() is not None
+
+    def is_ready(self) -> bool:
+        """What `may_begin` would say, without a new table."""
+        return self._has_room() and self._peers() is not None
+
+    def _has_room(self) -> bool:
+        return self._left >= TABLE_BYTES // ENTRY_BYTES // 8  # more than any model's step takes
 
     def ended(self) -> None:
         """Fill in the entries of what was captured, be it broken, before a graph of it runs."""
