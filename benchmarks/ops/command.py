@@ -28,7 +28,8 @@ benchmarks/targets.toml and with roofs.
 scaled_mm_blockwise is measured beside DeepGEMM too, with scales of float32 and with powers of two; what it computes is
 compared with the float32 reference before it is timed, and its kernels are compiled, by nvcc, before anything is.
 scaled_mm is measured beside torch._scaled_mm too, with scales per row, in bfloat16.
-ll_gemm_bf16 and ll_gemm_fp8 are measured up to M = 32, beside torch.mm, vLLM's two low-latency GEMMs and CUTLASS.
+ll_gemm_bf16 and ll_gemm_fp8 are measured up to M = 32, beside torch.mm, vLLM's two low-latency GEMMs and CUTLASS;
+ll_gemm_bf16_argmax beside torch.mm and torch.argmax.
 
   hdispatch bench ops --bundle bundle --vllm-ops PATH/_C.so --json ops.json --plot ops.png
   hdispatch bench ops --quick --no-compile --ops rms_norm,silu_and_mul
@@ -43,7 +44,7 @@ modes:
   warm       the same buffers in every launch: what fits in L2 is found there
   rotated    buffers that together exceed twice L2: every launch reads its inputs from memory
 Roofs are always compared with rotated buffers: every op at the largest M, GEMMs at the smallest too; ll_gemm_fp8, whose
-weights no server finds in L2, is measured on them at every M.
+weights no server finds in L2, is measured on them at every M, and lm_head, whose weights fit no L2, on them alone.
 
 exit code: with --check, 1 if a target is missed.
 """

@@ -23,8 +23,8 @@ from hdispatch.errors import first_line
 from hdispatch.opspec import OpSpec, TensorArg
 
 from . import peers
-from .grid import GEMMS, LOW_LATENCY, Cell
 from .grid import OPS as REPORTED
+from .grid import PRODUCTS, Cell
 from .timing import Binder, make_arguments, require_gpu
 
 Function = Callable[..., Any]
@@ -39,7 +39,7 @@ OPTIONS: dict[str, bool] = {
     "benchmark_combo_kernel": True,
 }
 #: Ops that torch.compile is measured on. GEMMs have libraries as peers.
-OPS = tuple(op for op in REPORTED if op not in (*GEMMS, *LOW_LATENCY))
+OPS = tuple(op for op in REPORTED if op not in PRODUCTS)
 
 
 def functional(spec: OpSpec) -> Function:

@@ -27,8 +27,14 @@ EAGER_M = 16
 GEMMS = ("scaled_mm", "scaled_mm_blockwise")
 #: GEMMs of a few tokens, whose peers and targets are their own. They end at M = 32, the last edge of their ladder.
 LOW_LATENCY = ("ll_gemm_bf16", "ll_gemm_fp8")
+#: The product of lm_head whose logits are compared at once.
+WITH_ARGMAX = "ll_gemm_bf16_argmax"
+#: All ops that multiply matrices.
+PRODUCTS = (*GEMMS, *LOW_LATENCY, WITH_ARGMAX)
 #: Ops whose weights no server finds in L2: all their Ms are measured on rotated buffers, whatever the mode.
 ALWAYS_ROTATED = ("ll_gemm_fp8",)
+#: Labels of shapes whose weights no L2 holds: they are measured at every M on rotated buffers, and on no others.
+STREAMED = ("lm_head",)
 #: The ops in the order of the report.
 OPS = (
     "dynamic_per_token_scaled_fp8_quant",
@@ -42,6 +48,7 @@ OPS = (
     "scaled_mm_blockwise",
     "ll_gemm_bf16",
     "ll_gemm_fp8",
+    "ll_gemm_bf16_argmax",
     "rms_norm",
     "fused_add_rms_norm",
     "silu_and_mul",
@@ -164,25 +171,33 @@ def cells(
         for mode in modes:
             for spec in sorted(specs, key=lambda spec: report_order(spec.name)):
                 if m <= spec.ladder[-1]:
-                    found += [_cell(spec, variant, shape, m, mode) for variant, shape in _served(spec, models, variants)]
+                    found += [
+                        _cell(spec, variant, shape, m, mode)
+                        for variant, shape in _served(spec, models, variants)
+                        if mode == "rotated" or shape.label not in STREAMED
+                    ]
     return found
 
 
 def roof_cells(specs: Sequence[OpSpec], ms: Sequence[int], models: Sequence[str], variants: Sequence[str]) -> list[Cell]:
     """Rotated cells that are compared with the roofs: every op at the largest M, GEMMs at the smallest too.
 
-    And those of `ALWAYS_ROTATED` at every M.
+    And those of `ALWAYS_ROTATED` and `STREAMED` at every M.
     """
     found: list[Cell] = []
     for spec in sorted(specs, key=lambda spec: report_order(spec.name)):
-        for m in _roof_ms(spec, ms):
-            found += [_cell(spec, variant, shape, m, "rotated") for variant, shape in _served(spec, models, variants)]
+        for m in sorted(set(ms)):
+            found += [
+                _cell(spec, variant, shape, m, "rotated")
+                for variant, shape in _served(spec, models, variants)
+                if m in _roof_ms(spec, shape, ms)
+            ]
     return found
 
 
-def _roof_ms(spec: OpSpec, ms: Sequence[int]) -> list[int]:
+def _roof_ms(spec: OpSpec, shape: Shape, ms: Sequence[int]) -> list[int]:
     served = sorted({m for m in ms if m <= spec.ladder[-1]})
-    if spec.name in ALWAYS_ROTATED:
+    if spec.name in ALWAYS_ROTATED or shape.label in STREAMED:
         return served
     return sorted({*served[:1], *served[-1:]} if spec.name in GEMMS else served[-1:])
 
@@ -273,4 +288,4 @@ def _moved(spec: OpSpec, arg: TensorArg, value: Tensor, m: int, named: Mapping[s
 
 def call_flops(cell: Cell) -> int:
     """Operations of the matrix units in a call."""
-    return 2 * cell["m"] * cell["K"] * cell["N"] if cell["op"] in (*GEMMS, *LOW_LATENCY) else 0
+    return 2 * cell["m"] * cell["K"] * cell["N"] if cell["op"] in PRODUCTS else 0

@@ -23,6 +23,8 @@ VLLM = "torch.ops._C"
 COMPILE = "torch.compile"
 #: cuBLAS.
 TORCH_MM = "torch.mm"
+#: cuBLAS, then torch's kernel over the logits that it wrote.
+TORCH_MM_ARGMAX = "torch.mm + argmax"
 #: cuBLAS, or CUTLASS, as torch chooses, of fp8 matrices with a scale per row and column.
 TORCH_SCALED_MM = "torch._scaled_mm"
 #: vLLM's two functions in CuteDSL: see `vllm_ll`.
@@ -30,7 +32,7 @@ LL_BF16, SKINNY = "vLLM ll_bf16_gemm", "vLLM skinny_gemm"
 #: With scales of float32, and of powers of two: see `deep_gemm`.
 DEEP_GEMM, DEEP_GEMM_UE8M0 = "DeepGEMM", "DeepGEMM UE8M0"
 #: All that hdispatch is compared with, in the order of the report.
-PEERS = (COMPILE, VLLM, DEEP_GEMM, DEEP_GEMM_UE8M0, TORCH_MM, TORCH_SCALED_MM, LL_BF16, SKINNY)
+PEERS = (COMPILE, VLLM, DEEP_GEMM, DEEP_GEMM_UE8M0, TORCH_MM, TORCH_MM_ARGMAX, TORCH_SCALED_MM, LL_BF16, SKINNY)
 
 #: vLLM's name of an op where it is another.
 VLLM_NAMES = {
@@ -80,6 +82,20 @@ def bind_torch_mm(op: str, arguments: Sequence[Any]) -> Bound | None:
     out, x, w = arguments
     wider = {} if out.dtype == x.dtype else {"out_dtype": out.dtype}
     return functools.partial(torch.mm, out=out, **wider), (x, w.t())
+
+
+def bind_torch_mm_argmax(op: str, arguments: Sequence[Any]) -> Bound | None:
+    """`torch.mm` to logits that are there, and `torch.argmax` of them: two launches."""
+    if op != "ll_gemm_bf16_argmax":
+        return None
+    out, x, w = arguments
+    logits = torch.empty(x.size(0), w.size(0), dtype=x.dtype, device=x.device)
+    return _mm_argmax, (out, logits, x, w.t())
+
+
+def _mm_argmax(out: Tensor, logits: Tensor, x: Tensor, w: Tensor) -> None:
+    torch.mm(x, w, out=logits)
+    torch.argmax(logits, dim=-1, out=out)
 
 
 def bind_torch_scaled_mm(op: str, arguments: Sequence[Any]) -> Bound | None:

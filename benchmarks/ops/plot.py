@@ -10,12 +10,12 @@ from hdispatch.bench import plot
 from hdispatch.errors import HdispatchError
 
 from .grid import ALL_MODELS
-from .peers import COMPILE, LL_BF16, OURS, SKINNY, TORCH_MM, TORCH_SCALED_MM, VLLM
+from .peers import COMPILE, LL_BF16, OURS, SKINNY, TORCH_MM, TORCH_MM_ARGMAX, TORCH_SCALED_MM, VLLM
 from .result import Result, groups, main_mode, name_of, words_of_peer
 from .timing import Timing
 
 COLORS = {OURS: "#20639b", VLLM: "#c0392b", COMPILE: "#f2a33a", TORCH_MM: "#3caea3", LL_BF16: "#8e44ad", SKINNY: "#d98cb3"}
-COLORS[TORCH_SCALED_MM] = COLORS[TORCH_MM]  # of other ops
+COLORS[TORCH_SCALED_MM] = COLORS[TORCH_MM_ARGMAX] = COLORS[TORCH_MM]  # of other ops
 DASHES = ("-", "--", "-.", ":")
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypedDict
 
 from hdispatch.errors import HdispatchError
 
-from .grid import ALWAYS_ROTATED, GEMMS, LOW_LATENCY, Cell, Mode, report_order
+from .grid import ALWAYS_ROTATED, PRODUCTS, STREAMED, Cell, Mode, report_order
 from .peers import OURS, OURS_TORCH, TORCH_MM, VLLM, VLLM_NAMES
 from .timing import Failure, Timing
 
@@ -123,13 +123,16 @@ def groups(result: Result, mode: Mode) -> dict[tuple[str, str], list[Timing]]:
 
 
 def compared(result: Result) -> dict[Mode, dict[tuple[str, str], list[Timing]]]:
-    """The timings to compare, by mode: those of the grid, and of `ALWAYS_ROTATED` ops the rotated ones too."""
+    """The timings to compare, by mode: those of the grid, and of `ALWAYS_ROTATED` and `STREAMED` the rotated ones too."""
     found: dict[Mode, dict[tuple[str, str], list[Timing]]] = {}
     modes: tuple[Mode, ...] = ("warm", "rotated")
     for mode in modes:
         of_grid = mode in result["machine"]["modes"]
-        kept = {key: each for key, each in groups(result, mode).items() if of_grid or key[0] in ALWAYS_ROTATED}
-        if kept:
+        kept = {
+            key: [each for each in timings if of_grid or key[0] in ALWAYS_ROTATED or each["label"] in STREAMED]
+            for key, timings in groups(result, mode).items()
+        }
+        if kept := {key: timings for key, timings in kept.items() if timings}:
             found[mode] = kept
     return found
 
@@ -191,7 +194,7 @@ def roof_timings(result: Result) -> dict[tuple[str, str, int], list[Timing]]:
     for (op, variant), timings in groups(result, "rotated").items():
         ours = [each for each in timings if each["path"] == OURS]
         ms = {each["m"] for each in ours}
-        for m in sorted({min(ms), max(ms)} if op in (*GEMMS, *LOW_LATENCY) and ms else {max(ms)} if ms else set()):
+        for m in sorted({min(ms), max(ms)} if op in PRODUCTS and ms else {max(ms)} if ms else set()):
             found[op, variant, m] = [each for each in ours if each["m"] == m]
     return found
 

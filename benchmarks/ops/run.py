@@ -25,7 +25,7 @@ from hdispatch.testing.host_timer import WARM_CALLS, Batch, interleave, quiet, s
 from ..verdict import TARGETS
 from . import compiled, deep_gemm, peers
 from .deep_gemm import DeepGemm
-from .grid import EAGER_M, EAGER_MODEL, LOW_LATENCY, MS, Cell, Mode, cells, model_names, report_order, roof_cells
+from .grid import EAGER_M, EAGER_MODEL, LOW_LATENCY, MS, STREAMED, Cell, Mode, cells, model_names, report_order, roof_cells
 from .result import Eager, Result, cell_name
 from .timing import Binder, Failure, Measured, Timing, copy_bandwidth, make_arguments, measure, require_gpu
 from .vllm_ll import Library
@@ -209,13 +209,18 @@ def _measure_all(current: _Run) -> None:
     with_compile = compile_cells_of(grid, options)
     current.steps = len(grid) + len(roofs) + len(with_compile) + (EAGER_BATCHES if options.eager else 0)
     if options.eager:
-        _eager(current, [cell for cell in roofs + grid if cell["model"] == EAGER_MODEL or cell["op"] in LOW_LATENCY])
+        _eager(current, [cell for cell in roofs + grid if is_called_eagerly(cell)])
     _compile_deep_gemm(current, [*grid, *roofs])
     _time(current, roofs)
     with compiled.caches() as folder:
         ready = _compile(current, with_compile, folder)
         _time(current, ready, with_compile=True)
     _time(current, [cell for cell in grid if cell not in ready])
+
+
+def is_called_eagerly(cell: Cell) -> bool:
+    """Whether the calls of a shape are timed from Python: where a kernel takes hundreds of µs, they say nothing of the host."""
+    return cell["label"] not in STREAMED and (cell["model"] == EAGER_MODEL or cell["op"] in LOW_LATENCY)
 
 
 def compile_cells_of(grid: Sequence[Cell], options: Options) -> list[Cell]:
@@ -246,6 +251,7 @@ def _compile_deep_gemm(current: _Run, wanted: Sequence[Cell]) -> None:
 def _time(current: _Run, wanted: Sequence[Cell], with_compile: bool = False) -> None:
     binders: dict[str, Binder] = {peers.OURS: peers.bind_ours, **_peer_binders(current)}
     binders[peers.TORCH_SCALED_MM] = peers.bind_torch_scaled_mm
+    binders[peers.TORCH_MM_ARGMAX] = peers.bind_torch_mm_argmax
     if current.deep_gemm:
         binders |= {peers.DEEP_GEMM: current.deep_gemm.bind, peers.DEEP_GEMM_UE8M0: current.deep_gemm.bind_ue8m0}
     if current.vllm_ll:

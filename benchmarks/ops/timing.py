@@ -21,6 +21,8 @@ from .grid import Cell, call_bytes, call_flops, sizes_of
 #: Intended time of one replay of a graph in µs, and its largest number of launches.
 REPLAY_US = 600.0
 MOST_LAUNCHES = 256
+#: The least, where there are few sets: a graph's beginning and end, some µs, are in the figure.
+LEAST_LAUNCHES = 4
 #: For guessing the time of a launch before it is measured: bytes and operations per µs, and the least a launch takes.
 GUESS_BYTES, GUESS_FLOPS, GUESS_LEAST = 3.5e6, 0.8e9, 1.7
 
@@ -116,9 +118,9 @@ def _keeping(call: peers.Call, arguments: tuple[Any, ...]) -> Callable[[], objec
 
 
 def launch_count(moved: int, flops: int, sets: int) -> int:
-    """Launches in a graph: enough for a replay of REPLAY_US, at most MOST_LAUNCHES, and every set as often as the others."""
+    """Launches in a graph: enough for a replay of REPLAY_US, between the bounds, and every set as often as the others."""
     guess = max(GUESS_LEAST, moved / GUESS_BYTES, flops / GUESS_FLOPS)
-    turns = min(MOST_LAUNCHES, int(REPLAY_US / guess)) // sets
+    turns = min(MOST_LAUNCHES, max(LEAST_LAUNCHES, int(REPLAY_US / guess))) // sets
     return max(1, turns) * sets
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ..verdict import TARGETS, Verdict
-from .grid import ALWAYS_ROTATED, EAGER_M, EAGER_MODEL, LOW_LATENCY, Mode
+from .grid import ALWAYS_ROTATED, EAGER_M, EAGER_MODEL, LOW_LATENCY, STREAMED, Mode
 from .peers import OURS
 from .result import (
     Comparison,
@@ -32,7 +32,10 @@ def judge(result: Result, targets: dict[str, Any] = TARGETS["ops"]) -> list[Verd
         for verdict in _speedups(result, op, peer, **target)
     ]
     bandwidths = [
-        _bandwidth(result, op, label, share) for op, labels in targets["bandwidth"].items() for label, share in labels.items()
+        _bandwidth(result, op, label, share, m)
+        for op, labels in targets["bandwidth"].items()
+        for label, target in labels.items()
+        for share, m in _shares(target)
     ]
     return [*speedups, *bandwidths, *_eager(result, targets["eager"]), _hits(result, targets["hits"])]
 
@@ -49,7 +52,8 @@ def _speedups(
     mode = mode_of(result, op)
     found: dict[str, Comparison | None] = {}
     for (name, variant), timings in groups(result, mode).items():
-        counted = [each for each in timings if most_m is None or each["m"] <= most_m]
+        # Weights that stream have targets of their own: of the copy bandwidth.
+        counted = [each for each in timings if (most_m is None or each["m"] <= most_m) and each["label"] not in STREAMED]
         if name == op and (comparison := compare(counted, peer)):
             found[name_of(result, op, variant)] = comparison
     for name, each in (found or {op: None}).items():
@@ -67,15 +71,20 @@ def _every_cell(text: str, wanted: float, comparison: Comparison | None) -> Verd
     return Verdict(text, wanted, speedup, cell_name(timing) + (f"; {below} cells below" if below else ""))
 
 
-def _bandwidth(result: Result, op: str, label: str, share: float) -> Verdict:
-    """A shape of the 8B model at M = 1, rotated: share of the copy bandwidth, of the slowest of its variants."""
+def _shares(target: float | dict[str, Any]) -> list[tuple[float, int]]:
+    """A target's share and M: a number is the share at M = 1, a table names it and the Ms."""
+    return [(target["share"], m) for m in target["ms"]] if isinstance(target, dict) else [(target, 1)]
+
+
+def _bandwidth(result: Result, op: str, label: str, share: float, m: int) -> Verdict:
+    """A shape of the 8B model at one M, rotated: share of the copy bandwidth, of the slowest of its variants."""
     found = [
         of_copy(result, timing)
         for (name, _), timings in groups(result, "rotated").items()
         for timing in timings
-        if (name, timing["path"], timing["model"], timing["label"], timing["m"]) == (op, OURS, EAGER_MODEL, label, 1)
+        if (name, timing["path"], timing["model"], timing["label"], timing["m"]) == (op, OURS, EAGER_MODEL, label, m)
     ]
-    text = f"{op}, {EAGER_MODEL.removeprefix('Qwen3-')} {label} M=1: of the copy bandwidth"
+    text = f"{op}, {EAGER_MODEL.removeprefix('Qwen3-')} {label} M={m}: of the copy bandwidth"
     return Verdict(text, share, min(found, default=None), share=True)
 
 

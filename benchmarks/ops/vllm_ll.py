@@ -26,6 +26,8 @@ LL_BF16_FORMS = ("dotprod", "splitk")
 SKINNY_FORMS = ("skinny",)
 #: More rows vLLM's `skinny_gemm` refuses.
 SKINNY_MOST_M = 16
+#: More outputs are no router's, which both are for; the library has no functions of them.
+MOST_N = 2**15
 
 #: Marks where a call's arguments have the stream.
 _STREAM = object()
@@ -55,14 +57,14 @@ class Library:
         self._path = path
 
     def bind_ll_bf16(self, op: str, arguments: Sequence[Any]) -> Bound | None:
-        """vLLM's `ll_bf16_gemm`."""
-        return self._bind(LL_BF16_FORMS, *arguments) if op == OP else None
+        """vLLM's `ll_bf16_gemm`; None for more than MOST_N outputs."""
+        return self._bind(LL_BF16_FORMS, *arguments) if op == OP and arguments[2].size(0) <= MOST_N else None
 
     def bind_skinny(self, op: str, arguments: Sequence[Any]) -> Bound | None:
-        """vLLM's `skinny_gemm`; None where it does not serve: more than 16 rows, another type than that of x."""
+        """vLLM's `skinny_gemm`; None where it does not serve: more than 16 rows, another type than that of x; and as above."""
         if op != OP or arguments[0].dtype != arguments[1].dtype or arguments[1].size(0) > SKINNY_MOST_M:
             return None
-        return self._bind(SKINNY_FORMS, *arguments)
+        return self._bind(SKINNY_FORMS, *arguments) if arguments[2].size(0) <= MOST_N else None
 
     def _bind(self, forms: Sequence[str], out: Tensor, x: Tensor, w: Tensor) -> Bound:
         (m, k), n = x.shape, w.size(0)

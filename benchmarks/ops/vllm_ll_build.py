@@ -21,7 +21,7 @@ import torch
 from hdispatch import registry
 from hdispatch.errors import BuildError, HdispatchError
 
-from .grid import op_shapes
+from .grid import STREAMED, op_shapes
 from .vllm_ll import OP, SKINNY_MOST_M, function_name
 
 SOURCES = Path("model_executor", "kernels", "linear", "cute_dsl")
@@ -91,7 +91,7 @@ def sources(vllm: Path) -> Path:
 def sizes() -> list[_Size]:
     """The op's shapes, the Ms of its ladder, the types of its output."""
     spec = registry.spec(OP)
-    shapes = op_shapes(spec, spec.typical_variant())
+    shapes = [shape for shape in op_shapes(spec, spec.typical_variant()) if shape.label not in STREAMED]
     types_of_out = dict.fromkeys(variant.dtypes["out"] for variant in spec.served_variants())
     return [_Size(dtype, m, shape.k, shape.n) for dtype in types_of_out for shape in shapes for m in spec.ladder]
 

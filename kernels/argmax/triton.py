@@ -9,20 +9,13 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS, Variant
 
+from ..lib.triton_argmax import column_of, keyed, ranked
 from ..lib.triton_launch import launch_options
 from .spec import PARTS
 
 GENERIC = ("N",)
 
 _COUNTERS = tl.constexpr(WORKSPACE_COUNTERS // 8)
-
-
-@triton.jit
-def ranked(x):
-    """An int32 for each number, which compares as torch's argmax compares the numbers."""
-    x = x.to(tl.float32) + 0.0  # -0 becomes 0
-    bits = x.to(tl.int32, bitcast=True)
-    return tl.where(x != x, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
 
 
 @triton.jit
@@ -46,10 +39,9 @@ def argmax(out, logits, workspace, row_stride, columns, part, PARTS: tl.constexp
         where = tl.where(better, column, where)
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-    # Of equal ranks the lower column is the larger number.
-    found = tl.max((best.to(tl.int64) << 32) | (0x7FFFFFFF - where).to(tl.int64), axis=0)
+    found = tl.max(keyed(best, where), axis=0)
     if PARTS == 1:
-        tl.store(out + row, 0x7FFFFFFF - (found & 0x7FFFFFFF))
+        tl.store(out + row, column_of(found))
     else:
         counters = workspace.to(tl.pointer_type(tl.int32))
         parts = workspace + _COUNTERS + row * PARTS
@@ -58,7 +50,7 @@ def argmax(out, logits, workspace, row_stride, columns, part, PARTS: tl.constexp
         if tl.atomic_add(counters + row, 1, sem="acq_rel") == PARTS - 1:
             tl.store(counters + row, 0)
             all_parts = tl.load(parts + tl.arange(0, PARTS), cache_modifier=".cg")
-            tl.store(out + row, 0x7FFFFFFF - (tl.max(all_parts, axis=0) & 0x7FFFFFFF))
+            tl.store(out + row, column_of(tl.max(all_parts, axis=0)))
 
 
 def launch(out, logits, workspace, *, config, _launcher):

@@ -56,6 +56,16 @@ def router(model: Model) -> dict[str, Sizes]:
     return {"router": {"K": model.hidden, "N": model.experts}} if model.experts else {}
 
 
+def lm_head(model: Model) -> dict[str, Sizes]:
+    """The product that makes logits."""
+    return {"lm_head": {"K": model.hidden, "N": model.vocabulary}} if model.vocabulary else {}
+
+
+def few_rows(model: Model) -> dict[str, Sizes]:
+    """The products in 16 bits of a decode step: the one that chooses experts, and the one that makes logits."""
+    return router(model) | lm_head(model)
+
+
 def qkv(model: Model) -> dict[str, Sizes]:
     """Rows of all heads of q, k and v, where q and k are normalized."""
     return {"qkv": {"K": model.q + 2 * model.kv}} if model.qk_norm else {}

@@ -9,6 +9,7 @@ import torch
 from cutlass import BFloat16, Float32
 from hdispatch.opspec import Variant
 
+from ..lib.ll_gemm.candidates import STREAMED, streaming_candidates
 from ..lib.ll_gemm.configs import columns_for, dot, split, warpgroup
 from ..lib.ll_gemm.program import Program
 from ..lib.ll_gemm.program import program as gemm
@@ -27,8 +28,10 @@ def program(variant: Variant, sizes: Mapping[str, int], config: Mapping[str, Any
 
 
 def candidates(sizes: Mapping[str, int], _variant: Variant) -> list[dict[str, Any]]:
-    """Configs that are worth measuring. A router's weights are few: all of them are on their way at once."""
+    """Configs that are worth measuring. A router's weights are few: all of them are on their way at once. lm_head's stream."""
     m, k, columns = sizes["M"], sizes["K"], columns_for(sizes["M"])
+    if 2 * k * sizes.get("N", 0) > STREAMED:
+        return streaming_candidates(2 * k, columns)
     found = [split(8, cluster, 2, columns=columns, depth=3) for cluster in (4, 2, 1)]
     for cluster in (4, 8, 2):
         for warps in (2, 4, 5, 7, 8, 10, 14):

@@ -1,4 +1,4 @@
-"""ll_gemm_bf16: few tokens times a matrix of weights in bfloat16, as a model's router and its small projections are."""
+"""ll_gemm_bf16: few tokens times a matrix of weights in bfloat16, as a router, small projections and lm_head are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from hdispatch.opspec import Fallback, OpSpec, TensorArg, Variant
 
-from ..lib.model_sizes import router
+from ..lib.model_sizes import QWEN3_8B, few_rows, lm_head, rows
 
 NAME = "ll_gemm_bf16"
 
@@ -60,8 +60,8 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     accumulation=ACCUMULATION,
-    shapes=(*({"K": k, "N": n} for k, n in SHAPES), {}),
-    calls=router,
+    shapes=(*({"K": k, "N": n} for k, n in SHAPES), *rows(lm_head, models=QWEN3_8B), {}),
+    calls=few_rows,
     config_key={"in_features": "K", "out_features": "N", "num_tokens": "M"},
     ladder=(1, 2, 4, 8, 16, 32),
     fallback=Fallback(fallback, beyond_ladder=True),

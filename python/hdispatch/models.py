@@ -31,6 +31,7 @@ class Model:
     dense         those that are no expert's: their products are plain ones
     experts       0: none
     qk_norm       whether the heads of q and k are normalized
+    vocabulary    rows of lm_head, a logit of each; 0: not known
     """
 
     name: str
@@ -42,6 +43,7 @@ class Model:
     dense: tuple[int, ...] = ()
     experts: int = 0
     qk_norm: bool = True
+    vocabulary: int = 0
 
     @property
     def q(self) -> int:
@@ -66,6 +68,7 @@ class Model:
             kv_heads=max(1, self.kv_heads // count),
             intermediate=tuple(size // count for size in self.intermediate),
             dense=tuple(size // count for size in self.dense),
+            vocabulary=-(-self.vocabulary // count),  # rows that are missing are padded
         )
 
 
@@ -74,19 +77,19 @@ def _dense(name: str, hidden: int, intermediate: int, heads: int, kv_heads: int,
 
 
 MODELS = (
-    _dense("Qwen3-0.6B", 1024, 3072, 16, 8),
-    _dense("Qwen3-1.7B", 2048, 6144, 16, 8),
-    _dense("Qwen3-4B", 2560, 9728, 32, 8),
-    _dense("Qwen3-8B", 4096, 12288, 32, 8),
-    _dense("Qwen3-14B", 5120, 17408, 40, 8),
-    _dense("Qwen3-32B", 5120, 25600, 64, 8),
-    Model("Qwen3-30B-A3B", 2048, (768,), 32, 4, experts=128),
-    Model("Qwen3-235B-A22B", 4096, (1536,), 64, 4, experts=128),
-    _dense("Llama-3.2-1B", 2048, 8192, 32, 8, head_dim=64, qk_norm=False),
-    _dense("Llama-3.2-3B", 3072, 8192, 24, 8, qk_norm=False),
-    _dense("Llama-3.1-8B", 4096, 14336, 32, 8, qk_norm=False),
-    _dense("Llama-3.3-70B", 8192, 28672, 64, 8, qk_norm=False),
-    Model("Mixtral-8x7B", 4096, (14336,), 32, 8, experts=8, qk_norm=False),
+    _dense("Qwen3-0.6B", 1024, 3072, 16, 8, vocabulary=151936),
+    _dense("Qwen3-1.7B", 2048, 6144, 16, 8, vocabulary=151936),
+    _dense("Qwen3-4B", 2560, 9728, 32, 8, vocabulary=151936),
+    _dense("Qwen3-8B", 4096, 12288, 32, 8, vocabulary=151936),
+    _dense("Qwen3-14B", 5120, 17408, 40, 8, vocabulary=151936),
+    _dense("Qwen3-32B", 5120, 25600, 64, 8, vocabulary=151936),
+    Model("Qwen3-30B-A3B", 2048, (768,), 32, 4, experts=128, vocabulary=151936),
+    Model("Qwen3-235B-A22B", 4096, (1536,), 64, 4, experts=128, vocabulary=151936),
+    _dense("Llama-3.2-1B", 2048, 8192, 32, 8, head_dim=64, qk_norm=False, vocabulary=128256),
+    _dense("Llama-3.2-3B", 3072, 8192, 24, 8, qk_norm=False, vocabulary=128256),
+    _dense("Llama-3.1-8B", 4096, 14336, 32, 8, qk_norm=False, vocabulary=128256),
+    _dense("Llama-3.3-70B", 8192, 28672, 64, 8, qk_norm=False, vocabulary=128256),
+    Model("Mixtral-8x7B", 4096, (14336,), 32, 8, experts=8, qk_norm=False, vocabulary=32000),
 )
 #: What a config.json has whose heads are compressed (MLA), as DeepSeek-V3's: its sizes of q, k and v are not heads * head_dim.
 COMPRESSED = ("kv_lora_rank", "q_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim")
@@ -177,6 +180,7 @@ def read(path: Path) -> Model:
         dense=tuple(dict.fromkeys(dense)),
         experts=experts,
         qk_norm=config.get("model_type") in QK_NORM,
+        vocabulary=_first(path, config, ("vocab_size",)),
     )
 
 

@@ -57,6 +57,20 @@ def test_weights_that_no_server_finds_in_l2_are_rotated_at_every_m():
     assert len(found) == 6 * 4
 
 
+@pytest.mark.parametrize("op", [BF16, grid.WITH_ARGMAX])
+def test_lm_head_is_measured_on_rotated_buffers_alone_at_every_m(op):
+    spec = hdispatch.registry.spec(op)
+    found = [each for each in grid.roof_cells([spec], grid.MS, MODELS, ["default"]) if each["label"] == "lm_head"]
+    eight = [each for each in found if each["model"] == "Qwen3-8B"]
+    assert [(each["m"], each["K"], each["N"]) for each in eight] == [(m, 4096, 151936) for m in (1, 2, 4, 8, 16, 32)]
+    assert {each["mode"] for each in found} == {"rotated"}
+    assert not [each for each in grid.cells([spec], grid.MS, ("warm",), MODELS, ["default"]) if each["label"] == "lm_head"]
+    both = grid.cells([spec], grid.MS, ("warm", "rotated"), MODELS, ["default"])
+    assert [each for each in both if each["label"] == "lm_head" and each["model"] == "Qwen3-8B"] != []
+    assert all(each["mode"] == "rotated" for each in both if each["label"] == "lm_head")
+    assert not any(map(ops.is_called_eagerly, found))
+
+
 def test_models_may_be_none_of_them():
     assert grid.model_names(["8B", "other"]) == ["Qwen3-8B", "other"]
 
@@ -108,6 +122,33 @@ def test_torch_mm_writes_what_the_op_writes():
     assert peers.bind_torch_mm(BF16, wide)[0].keywords == {"out": wide[0], "out_dtype": torch.float32}
     assert peers.bind_torch_mm(FP8, []) is None
     assert peers.bind_torch_mm("rms_norm", []) is None
+
+
+def test_torch_mm_and_argmax_are_a_peer_of_both_in_one():
+    arguments = sample(grid.WITH_ARGMAX)
+    call, given = peers.bind_torch_mm_argmax(grid.WITH_ARGMAX, arguments)
+    call(*given)
+    want = torch.full((3,), -7)
+    hdispatch.registry.spec(grid.WITH_ARGMAX).reference(want, *arguments[1:])
+    assert torch.equal(arguments[0], want)
+    assert peers.bind_torch_mm_argmax(BF16, []) is None
+    assert peers.bind_torch_mm(grid.WITH_ARGMAX, []) is None
+    assert peers.TORCH_MM_ARGMAX in peers.PEERS
+
+
+def test_vllms_functions_for_routers_are_no_peers_of_lm_head():
+    class Opened(vllm_ll.Library):
+        def __init__(self):
+            pass
+
+        def _bind(self, *_):
+            return print, ()
+
+    out, x, w = sample(BF16)
+    many = w[:1].expand(vllm_ll.MOST_N + 1, 64)
+    for bind in (Opened().bind_ll_bf16, Opened().bind_skinny):
+        assert bind(BF16, [out, x, w]) == (print, ())
+        assert bind(BF16, [out, x, many]) is None
 
 
 # ---- the report ----
@@ -187,6 +228,41 @@ def test_bandwidth_at_one_row():
         down: (0.8, 0.77, "miss"),
     }
     assert found() == {gate_up: (0.8, None, "not run"), down: (0.8, None, "not run")}
+
+
+@pytest.mark.parametrize("op", [BF16, grid.WITH_ARGMAX])
+def test_bandwidth_of_lm_head_at_every_m(op):
+    def at(us: float, m: int, **given) -> dict:
+        return timing(peers.OURS, us, moved=43 * 10**6, op=op, m=m, mode="rotated", **({"label": "lm_head"} | given))
+
+    def found(*timings: dict) -> dict:
+        judged = [each for each in verdicts.judge(result(timings)) if each.share and each.text.startswith(f"{op},")]
+        return {each.text: (each.wanted, each.measured and round(each.measured, 3), each.word) for each in judged}
+
+    names = {m: f"{op}, 8B lm_head M={m}: of the copy bandwidth" for m in (1, 2, 4, 8, 16, 32)}
+    assert found() == dict.fromkeys(names.values(), (0.95, None, "not run"))
+    judged = found(*(at(10.5, m) for m in (1, 2, 4)), at(10.6, 8), at(1, 16, model="Qwen3-32B"), at(1, 16, label="qkv"))
+    assert [judged[names[m]] for m in (1, 2, 4)] == [(0.95, 0.952, "pass")] * 3
+    assert judged[names[8]] == (0.95, 0.943, "miss")
+    assert judged[names[16]] == judged[names[32]] == (0.95, None, "not run")
+
+
+def test_lm_head_is_not_among_the_routers_that_are_compared():
+    head = pair(1, 0.5, peers.TORCH_MM, op=BF16, label="lm_head", m=1, mode="rotated")
+    found = judged(*routers(1, 4, m=1), *head)
+    assert found["ll_gemm_bf16 against torch.mm, warm, M ≤ 16, every cell"] == (1.0, 4.0, "pass")
+    alone = verdicts.judge(result([*routers(1, 4, m=1, mode="rotated"), *head], modes=("rotated",)))
+    (verdict,) = [each for each in alone if each.text == "ll_gemm_bf16 against torch.mm, rotated, M ≤ 16, every cell"]
+    assert verdict.measured == 4.0
+    text = report.describe(result([*routers(1, 4, m=1), *routers(1, 3, m=1, mode="rotated"), *head]))
+    assert "ll_gemm_bf16 against torch.mm, rotated, 8B lm_head: M=1 0.50" in text
+    assert "speedups by op, rotated buffers" in text
+    (line,) = [
+        line.split()
+        for line in report.describe_comparisons(result([*routers(1, 3, m=1, mode="rotated"), *head])).splitlines()
+        if line.startswith(BF16)
+    ]
+    assert line[1:4] == ["torch.mm", "1", "0.50"], "the routers' rotated cells are roofs"
 
 
 def test_calls_from_python_are_shown_but_not_judged():

@@ -82,10 +82,13 @@ def test_targets_are_the_issues():
     }
     assert {peer for each in speedups.values() for peer in each} <= set(peers.PEERS)
     assert set(speedups) <= set(grid.OPS)
-    labels = {label for op in verdict.TARGETS["ops"]["bandwidth"].values() for label in op}
-    calls = hdispatch.registry.spec("scaled_mm").calls
-    assert calls is not None
-    assert labels <= set(calls(grid.MODELS[1]))
+    for op, labels in verdict.TARGETS["ops"]["bandwidth"].items():
+        calls = hdispatch.registry.spec(op).calls
+        assert calls is not None
+        assert set(labels) <= set(calls(grid.MODELS[1]))
+    streamed = {"lm_head": {"share": 0.95, "ms": [1, 2, 4, 8, 16, 32]}}
+    assert verdict.TARGETS["ops"]["bandwidth"]["ll_gemm_bf16"] == streamed
+    assert verdict.TARGETS["ops"]["bandwidth"]["ll_gemm_bf16_argmax"] == streamed
     assert verdict.TARGETS["pdl"] == {"speedup": 1.15, "modes": ["graph", "queued"]}
 
 

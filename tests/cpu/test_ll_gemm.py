@@ -240,6 +240,41 @@ for index, (sizes, config) in enumerate(configs):
 
 
 @needs_dsl
+@pytest.mark.parametrize(("k", "n"), [(2048, 151936), (4096, 151936), (5120, 151936), (8192, 128256)])
+def test_lm_heads_candidates_stream_and_fit(k: int, n: int) -> None:
+    """All of its candidates can be made; the first one is what serves it until it is tuned. A router's are others."""
+    script = """
+import json, sys
+from hdispatch.kernels.ll_gemm_bf16 import cutedsl
+from hdispatch.kernels.ll_gemm_bf16.spec import SPEC
+
+k, n = map(int, sys.argv[1:])
+variant, found = SPEC.variant("bfloat16"), []
+for m in SPEC.ladder:
+    for config in cutedsl.candidates({"M": m, "K": k, "N": n}, variant):
+        made = cutedsl.program(variant, {"K": k}, config)
+        found.append([m, made.largest_m, made.shared_bytes, config])
+router = [config["kernel"] for config in cutedsl.candidates({"M": 1, "K": k, "N": 256}, variant)]
+print(json.dumps([found, router]))
+"""
+    environment = os.environ | {"CUTE_DSL_ARCH": "sm_90a"}
+    command = [sys.executable, "-c", script, str(k), str(n)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    found, router = json.loads(done.stdout)
+    spec = hdispatch.registry.spec("ll_gemm_bf16")
+    file = configs.read(configs.installed("ll_gemm_bf16") / "nvidia_h200.json", spec)
+    for bucket, m in enumerate(spec.ladder):
+        of_m = [each for each in found if each[0] == m]
+        assert len(of_m) >= 5
+        for _, most, shared, config in of_m:
+            assert most >= m
+            assert config["kernel"] == "warpgroup"
+            assert (shared + 1024) * config["blocks"] // 132 <= 233472, config
+        assert file.pick(spec, {"K": k, "N": n}, spec.ladders.edges(bucket)).config == of_m[0][3]
+    assert {"dot", "split"} <= set(router)
+
+
+@needs_dsl
 def test_scaled_mm_is_served_by_the_same_kernels(tmp_path, monkeypatch) -> None:
     config = {"kernel": "warpgroup", "rows": 32, "columns": 1, "steps": 2, "stages": 20}
     entry = {"key": {}, "config": config, "backend": "cutedsl"}

@@ -26,6 +26,7 @@ QWEN3_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
+    "vocab_size": 151936,
 }
 QWEN3_MOE = {
     **QWEN3_8B,
@@ -45,6 +46,7 @@ MIXTRAL = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "num_local_experts": 8,
+    "vocab_size": 32000,
 }
 
 
@@ -80,10 +82,21 @@ SMALL = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 
 @pytest.mark.parametrize(
     ("config", "sizes"),
     [
-        (SMALL, {"kv_heads": 16, "head_dim": 64, "intermediate": (2048,), "dense": (2048,), "qk_norm": False, "experts": 0}),
+        (
+            SMALL,
+            {
+                "kv_heads": 16,
+                "head_dim": 64,
+                "intermediate": (2048,),
+                "dense": (2048,),
+                "qk_norm": False,
+                "experts": 0,
+                "vocabulary": 0,
+            },
+        ),
         ({**QWEN3_MOE, "mlp_only_layers": [0]}, {"intermediate": (6144, 768), "dense": (6144,)}),
         ({**QWEN3_MOE, "shared_expert_intermediate_size": 1024}, {"intermediate": (1024, 768), "dense": (1024,)}),
-        ({"model_type": "vl", "text_config": QWEN3_8B}, {"hidden": 4096, "qk_norm": True}),
+        ({"model_type": "vl", "text_config": QWEN3_8B}, {"hidden": 4096, "qk_norm": True, "vocabulary": 151936}),
     ],
     ids=["as many heads of k, a part of the hidden size", "dense layers", "a shared expert", "text_config"],
 )
@@ -101,6 +114,7 @@ def test_what_a_config_leaves_out_and_adds(tmp_path, config, sizes):
         ({**QWEN3_8B, "head_dim": "128"}, "head_dim is '128'"),
         ({**QWEN3_8B, "intermediate_size": 1.5}, "intermediate_size is 1.5"),
         ({**QWEN3_8B, "hidden_size": True}, "hidden_size is True"),
+        ({**QWEN3_8B, "vocab_size": 0}, "vocab_size is 0; it takes a size of at least 1"),
         (
             {**SMALL, "hidden_size": 4096, "num_attention_heads": 30},
             "hidden_size is 4096; without head_dim it takes a multiple of num_attention_heads, which is 30",
@@ -143,6 +157,8 @@ def test_a_part_of_a_model():
     (model,) = models.find(["Llama-3.3-70B"], shards=4)
     assert (model.hidden, model.heads, model.kv_heads, model.intermediate) == (8192, 16, 2, (7168,))
     assert models.find(["Qwen3-30B-A3B"], shards=8)[0].kv_heads == 1
+    assert [models.find(["Qwen3-8B"], count)[0].vocabulary for count in (1, 2, 8)] == [151936, 75968, 18992]
+    assert models.Model("x", 2048, (96,), 24, 6, vocabulary=1000).shard(3).vocabulary == 334, "padded"
     for shards, message in ((3, "32 .heads. cannot be cut into 3"), (0, "cannot be cut into 0")):
         with pytest.raises(HdispatchError, match=message):
             models.find(["Qwen3-8B"], shards)
@@ -164,8 +180,10 @@ def test_what_models_call_ops_with():
         {"K": 25600, "N": 5120},
     ]
     assert rows("silu_and_mul", "Llama-3.1-8B", "Qwen3-30B-A3B") == [("bfloat16", {"N": 14336}), ("bfloat16", {"N": 768})]
-    assert rows("ll_gemm_bf16", "Qwen3-8B") == []
-    assert rows("ll_gemm_bf16", "Qwen3-30B-A3B") == [("bfloat16", {"K": 2048, "N": 128})]
+    assert rows("ll_gemm_bf16", "Qwen3-8B") == [("bfloat16", {"K": 4096, "N": 151936})]
+    router, head = {"K": 2048, "N": 128}, {"K": 2048, "N": 151936}
+    assert rows("ll_gemm_bf16", "Qwen3-30B-A3B") == [("bfloat16", router), ("bfloat16", head)]
+    assert rows("ll_gemm_bf16_argmax", "Llama-3.3-70B") == [("any", {"K": 8192, "N": 128256})]
     assert rows("topk_softmax", "Qwen3-30B-A3B", "Qwen3-8B") == [("int32-bfloat16+renormalize", {"N": 128})]
     assert rows("moe_sum", "Qwen3-235B-A22B", "Qwen3-8B") == [("bfloat16", {"N": 4096})]
     assert rows("moe_align_block_size", "Qwen3-30B-A3B", "Mixtral-8x7B") == [("int32", {})]
@@ -189,6 +207,10 @@ def test_sizes_have_labels():
     assert calls(shared)["intermediate 768"] == {"K": 768}
     products = registry.spec("scaled_mm").calls
     assert products is not None
+    few = registry.spec("ll_gemm_bf16").calls
+    assert few is not None
+    assert few(model) == {"lm_head": {"K": 4096, "N": 151936}}
+    assert few(shared) == {}, "of no known vocabulary"
     assert list(products(shared)) == ["qkv", "out", "gate_up", "down", "gate_up 512", "down 512"]
     assert products(shared)["down 512"] == {"K": 512, "N": 2048}
 
@@ -256,7 +278,7 @@ def test_a_model_is_tuned_and_built_in_a_command_each(tmp_path, monkeypatch, cap
     monkeypatch.setattr(measure_process, "COMMAND", ("-P", "-c", PROCESS))
     monkeypatch.setattr("hdispatch.tune.farm.current_device", lambda: 0)
     path = write(tmp_path, {**QWEN3_8B, "hidden_size": 768, "intermediate_size": 1536})
-    command = ["tune", "all", "--ops", "silu_and_mul,ll_gemm_bf16", "--models", str(path), "--target", "h200"]
+    command = ["tune", "all", "--ops", "silu_and_mul,topk_softmax", "--models", str(path), "--target", "h200"]
     command += ["--buckets", "1,32", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "configs")]
     command += ["--cache", str(tmp_path / "cache"), "--jobs", "2"]
     assert main(command) == 0
@@ -273,7 +295,7 @@ def test_a_model_is_tuned_and_built_in_a_command_each(tmp_path, monkeypatch, cap
     assert warps(found) == {1: 4, 32: 4}
     own = configs.read(configs.installed("silu_and_mul") / "nvidia_h200.json", registry.spec("silu_and_mul"))
     assert [entry for entry in found.entries if entry.shape.get("N") != 1536] == list(own.entries)
-    assert not (tmp_path / "configs" / "ll_gemm_bf16").exists(), "no router is called"
+    assert not (tmp_path / "configs" / "topk_softmax").exists(), "no router is called"
     lines = timings.read(tmp_path / "work" / "timings.jsonl")
     assert {line["status"] for line in lines} == {"ok"}
     assert main(command) == 0
@@ -321,7 +343,7 @@ def test_the_whole_command_for_the_bundle_is_told(given, words):
             ["tune", "candidates", "--out", "x", "--models", "Qwen3-8B", "--shapes", "K=4096"],
             "leave out --shapes and --variants",
         ),
-        (["tune", "candidates", "--out", "x", "--models", "Qwen3-8B", "--ops", "ll_gemm_bf16"], "call none of ll_gemm_bf16"),
+        (["tune", "candidates", "--out", "x", "--models", "Qwen3-8B", "--ops", "topk_softmax"], "call none of topk_softmax"),
         (["tune", "all", "--models", "Qwen3-8B", "--tensor-parallel", "3"], "cannot be cut into 3"),
         (["build", "--out", "x", "--models", "Qwen3-8B", "--shapes", "K=4096"], "give one of them"),
         (["build", "--out", "x", "--models", ""], "--models is empty"),

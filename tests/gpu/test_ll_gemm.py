@@ -1,4 +1,4 @@
-"""How exact the low-latency GEMMs are: in the Frobenius norm, against the float32 product and against cuBLAS."""
+"""How exact the low-latency GEMMs are: in the Frobenius norm, against the float32 product and cuBLAS; the largest logit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RAGGED = ({"K": 1040, "N": 80}, {"K": 4112, "N": 1552}, {"K": 64, "N": 16})
 CASES = [
     pytest.param(op, variant.name, sizes, id=f"{op}-{variant.name}-{sizes['K']}x{sizes['N']}")
     for op in OPS
-    if op.startswith("ll_gemm")
+    if op in ("ll_gemm_bf16", "ll_gemm_fp8")
     for variant in spec_of(op).served_variants()
     for sizes in (*(sizes_of(spec_of(op), shape) for shape in spec_of(op).shapes), *RAGGED)
 ]
@@ -82,3 +82,25 @@ def test_the_fallback_of_ll_gemm_fp8_takes_what_the_schema_takes(m, n, k, change
     spec.fallback_function(*args)
     spec.reference(*exact)
     assert error(args[0], exact[0]) <= ERRORS[torch.bfloat16]
+
+
+@pytest.mark.skipif("ll_gemm_bf16_argmax" not in OPS, reason="the bundle has no such op")
+@pytest.mark.parametrize(
+    "sizes", [{"K": 4096, "N": 151936}, {"K": 2048, "N": 128256}, {"K": 1008, "N": 8464}, {"K": 16, "N": 16}]
+)
+def test_the_largest_logit(bundle, sizes):
+    """Of whole numbers, whose sums are exact, and of which many are equal when they are rounded."""
+    spec = spec_of("ll_gemm_bf16_argmax")
+    (variant,) = spec.variants()
+    for m in (1, 2, 8, 9, 16, 17, 32):
+        args = make(spec.name, variant.name, sizes, m, seed=m)
+        wanted = copy(args)
+        spec.reference(*wanted)
+        for _ in range(2):
+            args[0].fill_(-7)
+            with hdispatch.strict():
+                hdispatch.ops.ll_gemm_bf16_argmax(*args)
+            assert torch.equal(args[0], wanted[0]), f"M={m}"
+        args[2][sizes["N"] // 2] = float("nan")
+        hdispatch.ops.ll_gemm_bf16_argmax(*args)
+        assert args[0].tolist() == [sizes["N"] // 2] * m

@@ -23,6 +23,7 @@ THEIRS = {
     "scaled_mm_blockwise": "cutlass_scaled_mm",
     "silu_and_mul_dynamic_per_token_quant": None,
     "ll_gemm_bf16": None,
+    "ll_gemm_bf16_argmax": None,
     "ll_gemm_fp8": None,
 }
 OPS = [op for op in ALL_OPS if THEIRS.get(op, op)]

@@ -1,4 +1,4 @@
-"""Configs of the low-latency GEMMs for fp8 weights that are worth measuring: what several ops share. No DSL."""
+"""Configs of the low-latency GEMMs that are worth measuring: for fp8 weights, and for those that no L2 holds. No DSL."""
 
 from __future__ import annotations
 
@@ -71,18 +71,55 @@ def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
         return _wide_warpgroups(k, n, columns)
     found = []
     for rows, cluster in _tiles(n):
-        others = 512 * -(-rows // 64) * (2 + 2 * columns + 8 * columns * (cluster - 1) // cluster) + 2048
         for steps, most, ways in _RINGS:
-            pool = 4096 * -(-rows // 64) * columns * (ways - 1)
-            row_bytes = 128 * (rows + 8 * columns) * steps
-            turns = -(-k // (128 * steps * cluster))
-            stages = min((most * 1024 - others - pool) // row_bytes, turns) // ways * ways
-            if stages > ways and turns % ways == 0:
+            if stages := _stages(k, rows, columns, cluster, steps, most, ways):
                 found.append(warpgroup(rows, columns, steps, stages, cluster, ways=ways))
-        stages = (_ALONE * 1024 - others - 8 * columns * k // cluster) // (128 * rows * 2)
-        if stages >= 4 and (n is None or n > 132 * rows // cluster):
-            found.append(warpgroup(rows, columns, 2, stages, cluster, resident=1))
+        if n is None or n > 132 * rows // cluster:
+            found += _resident(k, rows, columns, cluster)
     return found
+
+
+def _stages(k: int, rows: int, columns: int, cluster: int, steps: int, most: int, ways: int) -> int:
+    """Stages that fit `most` kilobytes, with rows of k bytes; 0 where there are too few."""
+    pool = 4096 * -(-rows // 64) * columns * (ways - 1)
+    stage = 128 * (rows + 8 * columns) * steps
+    turns = -(-k // (128 * steps * cluster))
+    stages = min((most * 1024 - _others(rows, columns, cluster) - pool) // stage, turns) // ways * ways
+    return stages if stages > ways and turns % ways == 0 else 0
+
+
+def _resident(k: int, rows: int, columns: int, cluster: int) -> list[dict[str, Any]]:
+    """A config whose tokens stay, where that leaves room for a ring."""
+    stages = (_ALONE * 1024 - _others(rows, columns, cluster) - 8 * columns * k // cluster) // (128 * rows * 2)
+    return [warpgroup(rows, columns, 2, stages, cluster, resident=1)] if stages >= 4 else []
+
+
+def _others(rows: int, columns: int, cluster: int) -> int:
+    """Bytes of scales, of the sums that the blocks of a cluster give each other, and of barriers."""
+    return 512 * -(-rows // 64) * (2 + 2 * columns + 8 * columns * (cluster - 1) // cluster) + 2048
+
+
+#: Bytes of weights of which the most part is in no L2.
+STREAMED = 2**27
+
+# fmt: off
+#: Rows of a tile, blocks on an SM, chunks in a stage, sets of warps that multiply.
+_STREAMS = (
+    (64, 1, 2, 1), (64, 1, 4, 1), (64, 1, 2, 2), (48, 1, 2, 2), (64, 2, 2, 1), (128, 1, 2, 1), (128, 1, 1, 1), (96, 1, 2, 1),
+)
+# fmt: on
+
+
+def streaming_candidates(k: int, columns: int) -> list[dict[str, Any]]:
+    """For weights in rows of k bytes that stream from memory: tiles are many, so all SMs are busy to the end with any.
+
+    The first one is never far behind.
+    """
+    found = []
+    for rows, blocks, steps, ways in _STREAMS:
+        if stages := _stages(k, rows, columns, 1, steps, _ALONE if blocks == 1 else _BESIDE, ways):
+            found.append(warpgroup(rows, columns, steps, stages, blocks=132 * blocks, ways=ways))
+    return found + [config for rows in (64, 128) for config in _resident(k, rows, columns, 1)]
 
 
 def _wide_warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:

@@ -78,12 +78,14 @@ class _Hint(NamedTuple):
 def _hints(spec: OpSpec, buckets: Sequence[int]) -> list[_Hint]:
     """Hints to try until every bucket is served: a common M, then one within each bucket.
 
+    The common M is none that the op leaves to its fallback: a host function may refuse it.
     Buckets of more rows have their own ones alone: Helion makes no TMA descriptors of tiles with more rows than the hint.
     """
     own = [_hint_in(spec, bucket) for bucket in buckets]
     if all(hint.m == 1 for hint in own) or all(spec.ladders.bounds(bucket)[0] > HINT for bucket in buckets):
         return own
-    return [*dict.fromkeys(_Hint(HINT, hint.second) for hint in own), *own]
+    common = min(HINT, spec.ladder[-1]) if spec.is_closed else HINT
+    return [*dict.fromkeys(_Hint(common, hint.second) for hint in own), *own]
 
 
 def _hint_in(spec: OpSpec, bucket: int) -> _Hint:
