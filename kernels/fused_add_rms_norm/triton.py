@@ -25,7 +25,7 @@ def fused_add_rms_norm(
     r_row = residual + row[:, None] * residual_stride
     columns, inside, first = lib.first_block(row, m, k, BLOCK)
     # A constant, so it need not wait.
-    w = lib.load_weights(weight, 0, columns, first, ROWS)
+    w = lib.load_weights(weight, 0, columns, first, ROWS) if weight is not None else None
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(x_row + columns, mask=first, other=0.0).to(tl.float32)

@@ -89,9 +89,12 @@ def quantize_rows(
 
 @triton.jit
 def load_weights(weight, start, columns, mask, ROWS: tl.constexpr):
-    """Weights at `start + columns` as a matrix of ROWS rows, which gets the input's layout in registers; None of None."""
-    place = weight + start + columns + tl.zeros([ROWS, 1], tl.int32) if weight is not None else None
-    return tl.load(place, mask=mask, other=0.0) if weight is not None else None
+    """Weights at `start + columns` as a matrix of ROWS rows, which gets the input's layout in registers.
+
+    Not of None: a function of Triton 3.6 returns no None.
+    """
+    place = weight + start + columns + tl.zeros([ROWS, 1], tl.int32)
+    return tl.load(place, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -115,7 +118,8 @@ def store_rest(source, target, weight, rstd, k, columns, inside, ROWS: tl.conste
     for start in range(BLOCK, k, BLOCK):
         rest = inside & (start + columns < k)
         more = tl.load(source + start + columns, mask=rest, other=0.0).to(tl.float32)
-        y = normed(more, rstd, load_weights(weight, start, columns, rest, ROWS))
+        w = load_weights(weight, start, columns, rest, ROWS) if weight is not None else None
+        y = normed(more, rstd, w)
         tl.store(target + start + columns, y.to(target.dtype.element_ty), mask=rest)
 
 

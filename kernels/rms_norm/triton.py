@@ -31,7 +31,7 @@ def rms_norm(
     inside = (token < tl.cast(m, tl.uint32))[:, None]
     first = inside & (columns < k)
     # A constant, so it need not wait.
-    w = lib.load_weights(weight, 0, columns, first, ROWS)
+    w = lib.load_weights(weight, 0, columns, first, ROWS) if weight is not None else None
     if PDL:
         tl.extra.cuda.gdc_wait()
     x = tl.load(source + columns, mask=first, other=0.0).to(tl.float32)

@@ -74,10 +74,26 @@ def check(m: int, k: int, n: int, variant: str, scales: str = "columns", special
     wanted = copy(args)
     spec.reference(*wanted)
     call_thrice(OP, args, whole)
-    assert torch.equal(args[0].isnan(), wanted[0].isnan())
-    assert torch.equal(args[0].isinf(), wanted[0].isinf())
+    found = args[0].clone()
+    if special:
+        # An infinite scale of a sum that may be 0 in the tensor core is NaN where the reference's sum is not 0.
+        found[m - 1] = torch.where(may_vanish(args[1][m - 1], args[2]), wanted[0][m - 1], found[m - 1])
+    assert torch.equal(found.isnan(), wanted[0].isnan())
+    assert torch.equal(found.isinf(), wanted[0].isinf())
     kept = range(1, m - 1) if special else range(m)
     compare_outputs(spec, spec.variant(variant), [args[0][kept], *args[1:]], [wanted[0][kept], *wanted[1:]])
+
+
+def may_vanish(row: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Columns of b whose sum over row's last group is no larger than what the tensor core may drop of it.
+
+    It adds 32 products and the sum so far with 13 bits after the binary point of the largest of the 33 (scaled_mm/spec.py).
+    """
+    start = (row.numel() - 1) // 128 * 128
+    products = row[start:].double()[:, None] * b[start:].double()
+    sums = products.cumsum(0)
+    largest = torch.maximum(products.abs().amax(0), sums.abs().amax(0))
+    return sums[-1].abs() <= -(-products.size(0) // 32) * 33 * 2.0**-13 * largest
 
 
 def laid(scales: torch.Tensor, how: str) -> torch.Tensor:
