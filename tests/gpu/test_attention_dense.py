@@ -33,6 +33,8 @@ TOLERANCE = 1e-2
 #: What a cell may lose against the committed figures, in percent.
 PERCENT = 10
 EDGES = sorted({n for edge in LENGTHS for n in (edge - 1, edge, edge + 1)} - {0})
+#: Query and kv heads that Helion's kernel of decode attention is called with.
+DECODE_HEADS = [(32, 8), (64, 8), (10, 2)]
 
 
 def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -250,14 +252,15 @@ def helion_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     op_package = importlib.import_module("hdispatch.compile.op_package")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(op_package, "config_folder", lambda _: folder)
-        select = Selection(shapes=lambda _: [{"K": 128}])
+        variants = [f"bfloat16-bfloat16+group={q // kv}+max_queries={n}" for q, kv in DECODE_HEADS for n in (1, 4, 8)]
+        select = Selection(shapes=lambda _: [{"K": 128}], variants=lambda _: variants)
         build(["paged_attention_decode"], "native", folder / "bundle", select=select)
     return folder / "bundle"
 
 
 @pytest.mark.parametrize("queries", [1, 3, 8])
 @pytest.mark.parametrize(("batch", "context"), [(1, 1), (1, 1024), (8, 100), (8, 8192), (128, 1024)])
-@pytest.mark.parametrize("heads", [(32, 8), (64, 8), (10, 2)], ids=str)
+@pytest.mark.parametrize("heads", DECODE_HEADS, ids=str)
 def test_helions_decode_against_float32(
     helion_bundle: Path, heads: tuple[int, int], batch: int, context: int, queries: int
 ) -> None:

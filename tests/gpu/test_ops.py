@@ -237,7 +237,8 @@ def test_misaligned_pointers_and_odd_strides_fall_back(bundle, op, index):
             continue
         assert found["hits"] == 0
         assert found["fallbacks"] == 1
-        assert [key for key in found["misses"] if reason in key], found
+        # A descriptor of TMA wants both: its guard names them at once.
+        assert [key for key in found["misses"] if reason in key or "fits a TMA descriptor" in key], found
         with pytest.raises(hdispatch.MissError, match="does not hold"), hdispatch.strict():
             getattr(hdispatch.ops, op)(*args)
         hdispatch.stats(reset=True)
