@@ -24,7 +24,7 @@ import torch
 import triton
 from hdispatch.bundle_reader import read_bundle
 from hdispatch.compile import pool
-from hdispatch.compile.build_unit import HINT
+from hdispatch.compile.build_unit import common_m
 from hdispatch.compile.call_maker import FLOAT_HINT, CallMaker
 from hdispatch.compile.expr import evaluate
 from hdispatch.ladders import bucket_index
@@ -159,7 +159,7 @@ def fill(waiting: queue.SimpleQueue[list[Case]], errors: list[BaseException]) ->
         while not errors:
             for case in waiting.get_nowait():
                 package, _, backend = case.record["kernel"].rpartition(".")
-                hint = 1 if case.record["m_max"] == 1 else HINT
+                hint = 1 if case.record["m_max"] == 1 else common_m(case.spec)
                 calls = [[m, row_padding(m), case.second(m)] for m in case.ms]
                 arguments = (package, backend, case.variant, case.sizes, case.record["config"], hint, calls)
                 case.expected = worker.call("concrete_launches:expect", *arguments)

@@ -21,6 +21,11 @@ HINT = 64
 OPEN_BUCKET_M = 2**15
 
 
+def common_m(spec: OpSpec) -> int:
+    """The M of a trace for several buckets: none that the op leaves to its fallback, as a host function may refuse it."""
+    return min(HINT, spec.ladder[-1]) if spec.is_closed else HINT
+
+
 @dataclass(frozen=True)
 class Unit:
     """The source of records: one config for some buckets of a variant and shape. Plain data.

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from . import pool
-from .build_unit import HINT, load_spec
+from .build_unit import common_m, load_spec
 
 #: Options that are varied among Helion's fragments. The others seldom matter and would multiply the candidates.
 MOVED = ("block_sizes", "reduction_loops", "loop_orders", "l2_groupings", "num_warps", "num_stages", "pid_type")
@@ -102,7 +102,7 @@ def _helion_space(question: Question, module: ModuleType, shape: Mapping[str, in
     spec = load_spec(question.package)
     backend = importlib.import_module(f"{__package__}.helion_backend")
     maker = calls.CallMaker(spec, spec.variant(question.variant), shape, allocates=backend.allocates(module, spec))
-    args = backend.arguments(module, module.KERNEL, maker, HINT)
+    args = backend.arguments(module, module.KERNEL, maker, common_m(spec))
     config_spec = module.KERNEL._bind_isolated(args).config_spec
     space = generation.ConfigGeneration(config_spec)
     seeds = [config_spec.default_config(), *(config for _, config in space.seed_flat_config_pairs())]

@@ -21,7 +21,7 @@ from ..errors import BuildError
 from ..manifest import M_CLASSES, Cubin, CubinRecord, Expr, Guard, MClass, Param, Record
 from ..opspec import OpSpec
 from . import triton_backend
-from .build_unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, load_spec, serves, serves_second
+from .build_unit import HINT, OPEN_BUCKET_M, Built, Unit, classes_of, common_m, load_spec, serves, serves_second
 from .call_maker import FLOAT_HINT, ROW_PADDING, CallMaker
 from .expr import OPERATORS, evaluate, guards_of, postfix, render, turns
 from .host_launch import ALIGNMENT, Descriptor, Flag, Launch, Number, Pointer, Real
@@ -78,14 +78,12 @@ class _Hint(NamedTuple):
 def _hints(spec: OpSpec, buckets: Sequence[int]) -> list[_Hint]:
     """Hints to try until every bucket is served: a common M, then one within each bucket.
 
-    The common M is none that the op leaves to its fallback: a host function may refuse it.
     Buckets of more rows have their own ones alone: Helion makes no TMA descriptors of tiles with more rows than the hint.
     """
     own = [_hint_in(spec, bucket) for bucket in buckets]
     if all(hint.m == 1 for hint in own) or all(spec.ladders.bounds(bucket)[0] > HINT for bucket in buckets):
         return own
-    common = min(HINT, spec.ladder[-1]) if spec.is_closed else HINT
-    return [*dict.fromkeys(_Hint(common, hint.second) for hint in own), *own]
+    return [*dict.fromkeys(_Hint(common_m(spec), hint.second) for hint in own), *own]
 
 
 def _hint_in(spec: OpSpec, bucket: int) -> _Hint:
