@@ -220,9 +220,38 @@ def kernels_equal() -> str:
     return markdown(["op", "time after / before, mean", "worst", "× vLLM's kernel, after", "worst cell"], rows)
 
 
+#: What the authors of vLLM's Helion kernels published for them on an H100: op -> over torch.compile, over vLLM's kernel.
+PUBLISHED = {
+    "dynamic_per_token_scaled_fp8_quant": (1.24, 1.41),
+    "rms_norm_dynamic_per_token_quant": (1.18, 1.80),
+    "silu_and_mul_dynamic_per_token_quant": (1.26, None),
+    "fused_qk_norm_rope": (1.38, 1.20),
+    "per_token_group_fp8_quant": (1.42, 1.41),
+    "rms_norm_per_block_quant": (1.67, 2.06),
+    "silu_and_mul_per_block_quant": (1.73, 2.27),
+    "scaled_mm": (None, 1.08),
+    "scaled_mm_blockwise": (None, 0.96),
+}
+
+
+def published() -> str:
+    """The nine ops beside torch.compile and vLLM's kernels on the card of the published figures, and those."""
+    found = defaultdict(list)
+    for file in ("post.json", "deepgemm.json"):
+        for each, ratio in speedups(RESULTS / "2026-11-28-h100-ops" / file, ("warm",)):
+            found[each["op"], each["path"]].append((each, ratio))
+    rows = []
+    for op, theirs in PUBLISHED.items():
+        cells = [f"`{op}`"]
+        for peer, figure in zip(("torch.compile", "torch.ops._C"), theirs, strict=True):
+            cells += [*mean_and_worst(found[op, peer]), f"{figure:.2f}"] if figure else ["–"] * 3
+        rows.append(cells)
+    return markdown(["op", "× torch.compile", "worst cell", "published", "× vLLM's kernel", "worst cell", "published"], rows)
+
+
 def deep_gemm() -> str:
     """How scaled_mm_blockwise does beside DeepGEMM and vLLM's CUTLASS kernel, by rows."""
-    timings = list(speedups(RESULTS / "2026-11-27-h200-deepgemm" / "deepgemm.json", ("warm",)))
+    timings = list(speedups(RESULTS / "2026-11-28-h100-ops" / "deepgemm.json", ("warm",)))
     rows = []
     for m in (*sorted({each["m"] for each, _ in timings}), None):
         cells = ["**all**" if m is None else str(m)]
@@ -308,6 +337,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "server-ngram": lambda: server(SPECULATING),
     "kernels": kernels,
     "kernels-equal": kernels_equal,
+    "published": published,
     "deepgemm": deep_gemm,
     "helion": helion_shares,
     "tuning": tuning,
