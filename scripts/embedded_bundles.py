@@ -16,6 +16,7 @@ from pathlib import Path
 from hdispatch import archive, embedded
 from hdispatch.cli import main as command_line
 from hdispatch.compile.target import resolve
+from hdispatch.errors import HdispatchError
 
 
 def main() -> int:
@@ -24,11 +25,14 @@ def main() -> int:
     parser.add_argument("cards", nargs="+", metavar="CARD", help="targets of `hdispatch build`")
     parser.add_argument("--out", type=Path, default=Path("build/embedded"), help="their folder (default: build/embedded)")
     options, others = parser.parse_known_args()
-    archs = {resolve(card).arch for card in options.cards}
-    if len(archs) > 1 or len(set(options.cards)) < len(options.cards):
-        parser.error(
-            f"{' '.join(options.cards)}: cards of {', '.join(sorted(archs))}; they are different ones of one architecture"
-        )
+    try:
+        archs = {resolve(card).arch for card in options.cards}
+    except HdispatchError as error:
+        parser.error(str(error))
+    if len(archs) > 1:
+        parser.error(f"{' '.join(options.cards)} are cards of {', '.join(sorted(archs))}; give cards of one architecture")
+    if len(set(options.cards)) < len(options.cards):
+        parser.error(f"{' '.join(options.cards)}: a card is named twice; give each once")
     options.out.mkdir(parents=True, exist_ok=True)
     for card in options.cards:
         if status := command_line.main(["build", *others, "--target", card, "--out", str(options.out / card)]):

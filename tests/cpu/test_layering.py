@@ -397,3 +397,24 @@ def test_only_tensor_view_and_the_doors_read_aten():
     doors = {f"{door}.{kind}" for door in DOORS for kind in ("cpp", "h")}
     tensors = {f"{name}.{kind}" for name in ("tensor_view", "empty_tensor") for kind in ("cpp", "h")}
     assert readers <= {*tensors, "functional_op.cpp", *doors, "noop_cuda_guard.cpp"}
+
+
+def returned_none(path: Path) -> list[str]:
+    """The device functions of a file that return None somewhere."""
+    found = []
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, ast.FunctionDef) and any("triton.jit" in ast.unparse(each) for each in function.decorator_list):
+            returned = [each.value for each in ast.walk(function) if isinstance(each, ast.Return) and each.value is not None]
+            arms = [
+                arm for value in returned for arm in ([value.body, value.orelse] if isinstance(value, ast.IfExp) else [value])
+            ]
+            found += [f"{path}: {function.name}" for arm in arms if isinstance(arm, ast.Constant) and arm.value is None]
+    return found
+
+
+def test_device_functions_return_no_none(tmp_path):
+    """Triton 3.6, which comes with the oldest torch, cannot compile one that does."""
+    assert [each for path in KERNELS.values() for each in returned_none(path)] == []
+    example = tmp_path / "example.py"
+    example.write_text("@triton.jit\ndef load(x):\n    return tl.load(x) if x is not None else None\n")
+    assert returned_none(example) == [f"{example}: load"]

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ import torch
 from hdispatch import ArgumentError
 from hdispatch.compile import Selection, build
 from hdispatch.testing import null
+from interpreted import ask
 
 OP = "ll_gemm_bf16_argmax"
 SPEC = hdispatch.registry.spec(OP)
@@ -23,11 +20,7 @@ BF16 = torch.bfloat16
 
 def test_kernel_in_the_interpreter() -> None:
     """Against the reference: ties, NaN, infinities, zeros of both signs, what rounding makes equal, edges of all sizes."""
-    program = Path(__file__).parents[1] / "support" / "head_argmax_kernels.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    (line,) = [each for each in done.stdout.splitlines() if each.startswith("FAILURES ")] or [done.stderr]
-    count, failures = json.loads(line.removeprefix("FAILURES "))
+    count, failures = ask("head_argmax_kernels.py")
     assert count > 200
     assert failures == []
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +15,7 @@ from hdispatch.compile import Selection, build
 from hdispatch.integrations.vllm import ROUTES
 from hdispatch.opspec import OpSpec
 from hdispatch.testing import null
+from interpreted import ask
 from standin import SCHEMAS, Library
 
 CPU = torch.device("cpu")
@@ -39,12 +36,7 @@ def sampled(op: str, variant: str | None = None, **sizes: int) -> list[Any]:
 @pytest.mark.parametrize("op", OPS)
 def test_kernels_in_the_interpreter(op: str) -> None:
     """Against the references: every variant and candidate, M at edges of buckets, ties, NaN, infinities, absent experts."""
-    program = Path(__file__).parents[1] / "support" / "moe_kernels.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", program, op]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    (line,) = [each for each in done.stdout.splitlines() if each.startswith("FAILURES ")] or [done.stderr]
-    count, failures = json.loads(line.removeprefix("FAILURES "))
+    count, failures = ask("moe_kernels.py", op)
     assert count > 150
     assert failures == []
 

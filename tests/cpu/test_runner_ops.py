@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import hdispatch
 import pytest
 import torch
 from hdispatch import ArgumentError
+from interpreted import ask
 
 CPU = torch.device("cpu")
 
@@ -24,11 +20,7 @@ def sampled(op: str, m: int) -> list[Any]:
 
 def test_kernels_in_the_interpreter() -> None:
     """Against the references: random calls, ties, NaN, infinities, zeros of both signs, edges of blocks and parts."""
-    program = Path(__file__).parents[1] / "support" / "runner_kernels.py"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, timeout=600, check=False)
-    (line,) = [each for each in done.stdout.splitlines() if each.startswith("FAILURES ")] or [done.stderr]
-    count, failures = json.loads(line.removeprefix("FAILURES "))
+    count, failures = ask("runner_kernels.py")
     assert count > 200
     assert failures == []
 

@@ -6,8 +6,7 @@ twice on the same workspace, whose counters must be zero afterwards.
 
 from __future__ import annotations
 
-import json
-import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ import triton.runtime.interpreter as interpreter
 from hdispatch.kernels.ll_gemm_bf16_argmax import triton as kernels
 from hdispatch.kernels.ll_gemm_bf16_argmax.spec import SPEC
 from hdispatch.opspec import WORKSPACE_COUNTERS
+from interpreted import report
 from special_values import like_the_gpu
 
 CPU, BF16 = torch.device("cpu"), torch.bfloat16
@@ -115,13 +115,7 @@ def main() -> None:
     for given in (config(16, programs=1), config(16, 32, 32, 2), config(16, 16, 64, 64), config(16, 64, 16, 4)):
         cases.append((f"random {given}", given, *sampled(9, 40, 300)))
         cases += [(f"{name} {given}", given, x, w) for name, (x, w) in special().items()]
-    failures = []
-    for name, given, x, w in cases:
-        try:
-            run(given, x, w, workspace)
-        except Exception as error:  # told as a failure
-            failures.append(f"{name}: {type(error).__name__}: {error}")
-    sys.stdout.write("FAILURES " + json.dumps([len(cases), failures]) + "\n")
+    report((name, partial(run, given, x, w, workspace)) for name, given, x, w in cases)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ Run as a program, since the interpreter is switched on by the environment: test_
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import hdispatch
 import torch
 from hdispatch.opspec import OpSpec, Variant
 from hdispatch.testing.numeric import compare_outputs, poison
+from interpreted import report
 from special_values import like_the_gpu
 
 CPU = torch.device("cpu")
@@ -200,14 +201,10 @@ CASES: dict[str, Callable[[OpSpec], Iterator[Case]]] = {
 def main(name: str) -> None:
     like_the_gpu()
     spec = hdispatch.registry.spec(name)
-    count, failures = 0, []
-    for what, variant, config, given in CASES[name](spec):
-        count += 1
-        try:
-            run(spec, variant, config, given)
-        except Exception as error:  # told as a failure
-            failures.append(f"{variant.name} {what} {config}: {type(error).__name__}: {error}")
-    sys.stdout.write("FAILURES " + json.dumps([count, failures]) + "\n")
+    report(
+        (f"{variant.name} {what} {config}", partial(run, spec, variant, config, given))
+        for what, variant, config, given in CASES[name](spec)
+    )
 
 
 if __name__ == "__main__":

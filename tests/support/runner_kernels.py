@@ -7,13 +7,13 @@ the same workspace, whose counters must be zero afterwards.
 from __future__ import annotations
 
 import importlib
-import json
-import sys
+from functools import partial
 from typing import Any
 
 import hdispatch
 import torch
 from hdispatch.opspec import WORKSPACE_COUNTERS
+from interpreted import report
 from special_values import like_the_gpu
 
 CPU = torch.device("cpu")
@@ -83,13 +83,7 @@ def main() -> None:
             for columns in (1, 15, 16, 17, 255, 257):
                 given = [torch.full((3,), -7), wide[:, :columns]]
                 cases.append((f"argmax {dtype} {columns} columns {config}", "argmax", config, given))
-    failures = []
-    for name, op, config, given in cases:
-        try:
-            run(op, config, given, workspace)
-        except Exception as error:  # told as a failure
-            failures.append(f"{name}: {type(error).__name__}: {error}")
-    sys.stdout.write("FAILURES " + json.dumps([len(cases), failures]) + "\n")
+    report((name, partial(run, op, config, given, workspace)) for name, op, config, given in cases)
 
 
 if __name__ == "__main__":
