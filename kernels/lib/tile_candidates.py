@@ -5,55 +5,81 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Bytes that a stage and what is not stages may take of shared memory.
-_STAGES = 208 * 1024
+#: Shared memory of a block on Hopper, without what is neither a stage nor a result.
+_SHARED = 232448 - 2048
+
+#: Blocks that run at once, one on each SM.
+_SMS = 132
 
 #: Fewer tokens than this are not worth a tile.
 LEAST_M = 64
 
+#: What a chunk of a tile costs an SM of an H100, roughly: products and bytes from L2 in a clock cycle, and the fewest cycles;
+#: and, in cycles, what a tile takes before and after its chunks, and slices to add up their sums.
+_PRODUCTS, _BYTES, _CHUNK, _TILE, _SLICES = 4096, 60, 200, 2500, 2500
+
+
+def _most_stages(tile_m: int, tile_n: int, slices: int = 1, scales: int = 0) -> int:
+    """Stages that there is room for beside a tile's results and what slices give each other; more than eight gain nothing."""
+    results = tile_m * tile_n * (2 + 4 * (slices - 1)) // slices
+    return min((_SHARED - results) // (128 * (tile_m + tile_n) + scales), 8)
+
 
 def tile(tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0) -> dict[str, Any]:
     """A config of `TileGemm`, with as many stages as there is room for where none are given."""
-    stages = stages or min(_STAGES // (128 * (tile_m + tile_n)), 8)
-    form = {"kernel": "tile", "tile_m": tile_m, "tile_n": tile_n, "stages": stages}
+    form = {"kernel": "tile", "tile_m": tile_m, "tile_n": tile_n, "stages": stages or _most_stages(tile_m, tile_n)}
     return form | {"cluster": cluster, "shared": shared, "band": band}
 
 
 def block_tile(
-    tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, at_once: int = 128, stages: int = 0
-) -> dict[str, Any]:
-    """A config of `BlockTileGemm`."""
-    return tile(tile_m, tile_n, cluster, shared, band, stages) | {"kernel": "block_tile", "at_once": at_once}
+    tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0, slices: int = 1,
+    **others: int,
+) -> dict[str, Any]:  # fmt: skip
+    """A config of `BlockTileGemm`; others: `at_once`."""
+    stages = stages or _most_stages(tile_m, tile_n, slices, 4 * (tile_m + tile_n // 8 + 4))
+    form = tile(tile_m, tile_n, cluster, shared, band, stages) | {"kernel": "block_tile"}
+    return form | ({"slices": slices} if slices > 1 else {}) | others
 
 
-def _tiles(m: int, n: int) -> list[dict[str, Any]]:
-    """Tile, cluster, what it shares and band, for about m tokens: no taller than they are, clusters of tiles that exist."""
-    if m <= 128:
-        found = [(64, 128, 1, "w", 8), (64, 128, 2, "x", 8), (64, 256, 1, "w", 8), (64, 256, 2, "x", 8)]
-        found += [(128, 64, 2, "x", 8), (128, 128, 2, "x", 8)] if m > 64 else []
-    elif m <= 256:
-        found = [(64, 128, 2, "x", 8), (128, 64, 2, "w", 8), (128, 128, 1, "w", 8), (128, 128, 2, "w", 8)]
-        found += [(128, 128, 2, "x", 8), (256, 64, 2, "x", 8)]
-    else:
-        found = [(128, 128, 2, "w", 8), (128, 128, 2, "x", 8), (256, 128, 2, "w", 8), (256, 128, 2, "x", 8)]
-        # With many tokens what the L2 holds of them decides.
-        found += [(256, 128, 2, "w", 32), (128, 256, 2, "w", 8)] if m > 1024 else [(128, 256, 2, "x", 8), (256, 128, 1, "w", 8)]
-    names = ("tile_m", "tile_n", "cluster", "shared", "band")
-    return [dict(zip(names, each, strict=True)) for each in found if each[1] * (2 if each[3] == "x" else 1) <= max(n, 128)]
+def _cycles(config: Mapping[str, Any], m: int, k: int, n: int) -> float:
+    """About how long a config takes, in clock cycles: so good that the best are among the first few."""
+    tile_m, tile_n, slices = config["tile_m"], config["tile_n"], config.get("slices", 1)
+    # Clusters of four and eight leave some SMs without a block: those of a group of SMs that they do not divide.
+    at_once = {1: _SMS, 2: _SMS, 4: 120, 8: 96}[slices]
+    waves = -(-(-(-m // tile_m) * -(-n // tile_n) * slices) // at_once)
+    chunk = max(tile_m * tile_n * 128 / _PRODUCTS, (tile_m + tile_n) * 128 / _BYTES, _CHUNK)
+    return waves * (-(-k // (128 * slices)) * chunk + _TILE + (_SLICES if slices > 1 else 0))
+
+
+def _likely(sizes: Mapping[str, int], kind: Any, slices: tuple[int, ...], count: int) -> list[dict[str, Any]]:
+    """The configs that should be fastest, of blocks that share nothing but a tile's chunks."""
+    m, k, n = sizes["M"], sizes.get("K", 4096), sizes.get("N", 6144)
+    made = []
+    for tile_m in (64, 128, 256):
+        for tile_n in range(32, 257, 32 if tile_m == 64 else 16):
+            for parts in slices:
+                # A thread has registers for 128 sums; a slice stores a piece of 16 columns at least.
+                if tile_m * tile_n <= 128 * 256 and not tile_m * tile_n // (128 * 16) % parts:
+                    made.append(kind(tile_m, tile_n, **({"slices": parts} if parts > 1 else {})))
+    fitting = [each for each in made if each["tile_m"] < 2 * m and each["tile_n"] <= n and each["stages"] >= 3]
+    return sorted(fitting, key=lambda each: _cycles(each, m, k, n))[:count]
 
 
 def tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Configs of `TileGemm` for sizes, of any N where they have none; none for few tokens."""
-    m = sizes["M"]
-    return [tile(**each) for each in _tiles(m, sizes.get("N", 6144))] if m >= LEAST_M else []
+    if sizes["M"] < LEAST_M:
+        return []
+    # With many tokens what the L2 holds of them decides.
+    shared = [tile(256, 128, 2), tile(256, 128, 2, band=32), tile(128, 256, 2, "x")] if sizes["M"] > 256 else []
+    return _likely(sizes, tile, (1,), 6) + shared
 
 
 def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The same of `BlockTileGemm`; of the tallest also those whose sums are made in halves, two of them in turn."""
-    m = sizes["M"]
-    if m < LEAST_M:
+    """The same of `BlockTileGemm`, where blocks that share what they read are seldom faster: each waits for the other."""
+    if sizes["M"] < LEAST_M:
         return []
-    found = [block_tile(**each) for each in _tiles(m, sizes.get("N", 6144))]
-    if m > 256:
-        found += [block_tile(128, 128, 2, at_once=64), block_tile(256, 128, 2, at_once=64)]
-    return found
+    found = _likely(sizes, block_tile, (1, 2, 4), 6)
+    # Few tokens wait for weights, which many small tiles ask for early.
+    more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
+    more += [block_tile(128, 192, 2), block_tile(256, 128, 2)] if sizes["M"] > 128 else []
+    return found + [each for each in more if each not in found]

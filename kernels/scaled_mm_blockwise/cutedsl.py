@@ -10,10 +10,10 @@ from typing import Any
 
 from hdispatch.opspec import Variant
 
+from ..lib.block_tile_gemm import BlockTileGemm
 from ..lib.ll_gemm.candidates import FEW_ROWS, block_scaled_candidates
 from ..lib.ll_gemm.program import Program, scaled_program
 from ..lib.tile_candidates import block_tile_candidates
-from ..lib.tile_gemm import BlockTileGemm
 
 #: One record serves all N; K is compiled in where a row has one.
 GENERIC = ("N",)

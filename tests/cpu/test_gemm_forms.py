@@ -140,8 +140,22 @@ REFUSED = [
     (OP, {}, block_scaled(20, 1, 2, 8), "a tile has 20 rows; it can have 8 to 128, in steps of 8"),
     (OP, {"K": 4104}, block_scaled(64, 1, 2, 8), "K is 4104, no multiple of 16 elements, which are loaded at once"),
     (OP, {}, block_tile(256, 256, stages=3), "a thread has 256 sums of a 256 x 256 tile; it can have 128"),
-    (OP, {}, block_tile(128, 192), "192 outputs, 128 at once; it can be 64, 128 or 256, and 64 or 128 at once"),
-    (OP, {}, block_tile(64, 64), "a tile is 64 x 64; it can be 64, 128 or 256 x 64 to 256, of 64 tokens x 128 or 256"),
+    (OP, {}, block_tile(128, 192, at_once=80), "80 outputs at once, of 192; it can be one of [192, 96, 48]"),
+    (OP, {}, block_tile(128, 256, at_once=256), "a 128 x 256 tile takes 296 registers of a thread, which has 232"),
+    (OP, {}, block_tile(128, 120), "a tile is 128 x 120; it can be 64, 128 or 256 x a multiple of 16 to 256"),
+    (OP, {}, block_tile(64, 48), "a tile is 64 x 48; it can be 64, 128 or 256 x a multiple of 32 to 256"),
+    (
+        OP,
+        {},
+        block_tile(128, 96, slices=8),
+        "8 slices of 128 x 96 tiles, 1 blocks sharing; a cluster has 8 blocks, each a piece of 16",
+    ),
+    (
+        OP,
+        {},
+        block_tile(128, 128, 2, slices=8),
+        "8 slices of 128 x 128 tiles, 2 blocks sharing; a cluster has 8 blocks, each a piece of 16",
+    ),
     (OP, {}, block_tile(128, 128, 4), "4 blocks share 'w'; 1 or 2 can share 'x' or 'w'"),
     (OP, {}, block_tile(128, 128, stages=1), "1 stages, bands of 8; there must be 2 and 1 or more"),
     (
@@ -151,7 +165,7 @@ REFUSED = [
         "the block_scaled form takes scales per 128 of K, the op's are others; choose another form",
     ),
     ("scaled_mm", {}, block_tile(128, 128), "'block_tile'"),
-    ("scaled_mm", {}, tile(96, 128), "a tile is 96 x 128; it can be 64, 128 or 256 x 64 to 256, of 64 tokens x 128 or 256"),
+    ("scaled_mm", {}, tile(96, 128), "a tile is 96 x 128; it can be 64, 128 or 256 x a multiple of 16 to 256"),
 ]
 
 
@@ -195,7 +209,8 @@ print(json.dumps(listed))
 
 
 #: Of an op, a K and a config: wgmma's products in the loop over chunks or turns, and how often it waits for some. A loop of
-#: sums over all of K comes after its first turn, and waits once more after the last.
+#: sums over all of K comes after its first turn, and waits once more after the last. Block tiles take four chunks a turn, and
+#: have a loop over the chunks left where K is not compiled in.
 COMPILED = [
     (OP, {"K": 4096}, block_scaled(64, 1, 2, 8), 8, 2),
     (OP, {"K": 4096}, block_scaled(48, 2, 2, 12, ways=2), 8, 2),
@@ -204,13 +219,16 @@ COMPILED = [
     (OP, {"K": 4096}, block_scaled(96, 16, 1, 6), 8, 2),
     (OP, {}, block_scaled(64, 24, 1, 6, cluster=2), 8, 2),
     (OP, {"K": 4096}, block_scaled(64, 2, 2, 9, cluster=2, resident=1), 8, 2),
-    (OP, {"K": 4096}, block_tile(64, 128, 2, "x"), 4, 1),
-    (OP, {}, block_tile(128, 128, 2), 4, 1),
-    (OP, {"K": 4096}, block_tile(128, 64), 4, 1),
-    (OP, {"K": 4096}, block_tile(128, 128, 2, at_once=64), 8, 2),
-    (OP, {"K": 4096}, block_tile(256, 128, 2), 8, 2),
-    (OP, {"K": 4096}, block_tile(256, 128, 2, at_once=64), 16, 4),
-    (OP, {"K": 4096}, block_tile(128, 256, 2, "x"), 8, 2),
+    (OP, {"K": 4096}, block_tile(64, 128, 2, "x"), 16, 4),
+    (OP, {}, block_tile(128, 128, 2), 20, 5),
+    (OP, {"K": 4096}, block_tile(128, 64), 16, 4),
+    (OP, {"K": 4096}, block_tile(128, 128, 2, at_once=64), 32, 8),
+    (OP, {"K": 4096}, block_tile(256, 128, 2), 32, 8),
+    (OP, {"K": 4096}, block_tile(256, 64, 2, at_once=32), 64, 16),
+    (OP, {"K": 4096}, block_tile(128, 256, 2, "x"), 32, 8),
+    (OP, {"K": 4096}, block_tile(128, 192), 16, 4),
+    (OP, {}, block_tile(128, 112), 20, 5),
+    (OP, {}, block_tile(64, 256, 2, slices=4), 20, 5),
     ("scaled_mm", {"K": 4096}, tile(64, 256), 8, 2),
     ("scaled_mm", {}, tile(128, 128, 2, "x"), 8, 2),
     ("scaled_mm", {"K": 4096}, tile(128, 192, 2), 8, 2),

@@ -52,7 +52,7 @@ DSL_CANDIDATES = [
     for cell, index, dsl in CELLS
     if dsl
     for k in ((128, 192, 1152, 4096) if takes_any_k(index) else (cell["K"],))
-    for n in (64, 192, 6144)
+    for n in (64, 200, 6144)
 ]
 
 

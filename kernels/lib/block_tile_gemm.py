@@ -1,0 +1,185 @@
+"""The tile form of the CuteDSL GEMMs where scales are per 128 of K: see tile_gemm.py.
+
+Imports cutlass, which reads CUTE_DSL_ARCH as it is imported: import this module after it is set.
+"""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import cutlass
+from cutlass import Constexpr, Float32, Int32, Numeric, cute
+from cutlass.cute.nvgpu import cpasync, warpgroup
+
+from .tile_gemm import CHUNK, MOST_REGISTERS, OTHER_REGISTERS, PRODUCTS, TALL, TileGemm
+
+#: Chunks that a turn of the loop over them takes: 1 to 3 % faster than one.
+UNROLLED = 4
+
+
+class BlockTileGemm(TileGemm):
+    """The tile form where scales are per token and 128 of K, and per 128 outputs and 128 of K.
+
+    Each chunk's products are summed from zero; that sum, times both scales, is added to the total in float32.
+
+    at_once  outputs whose products are summed at once, 0 for as many as there are registers for; two such sums are made in
+             turn, one being added while the other is multiplied, where a thread has registers for both
+
+    Scales come with the stage that they are for: see `BlockScaled`, which has the same. A tile need not begin where 128
+    outputs do: it keeps a scale for each `step` outputs, which all have the same one.
+    """
+
+    grouped = True
+
+    def __init__(
+        self, element: type[Numeric], k: int | None, tile_m: int, tile_n: int, *others: Any, at_once: int = 0, **named: Any
+    ) -> None:
+        super().__init__(element, k, tile_m, tile_n, *others, **named)
+        total = self.slabs * self.sums
+        halves = [self.columns // parts for parts in (1, 2, 4) if self.columns % (8 * parts) == 0]
+        fitting = [each for each in halves if total + each // 2 + OTHER_REGISTERS <= MOST_REGISTERS]
+        self.at_once = at_once or max(fitting, default=self.columns)
+        if self.columns % self.at_once or self.at_once % 8:
+            raise ValueError(f"{at_once} outputs at once, of {self.columns}; it can be one of {halves}")
+        #: Sums of a thread that are made at once, and how often in a chunk.
+        self.part = self.at_once // 2
+        self.parts = self.slabs * (self.columns // self.at_once)
+        needed = total + self.part + OTHER_REGISTERS
+        if needed > MOST_REGISTERS:
+            raise ValueError(f"a {tile_m} x {tile_n} tile takes {needed} registers of a thread, which has {MOST_REGISTERS}")
+        self.buffers = 2 if self.parts % 2 == 0 and needed + self.part <= MOST_REGISTERS else 1
+        self.step = gcd(self.at_once, CHUNK)
+        self.w_kept = tile_n // self.step
+        #: Scales of a chunk, in whole vectors.
+        self.slot = -(-(tile_m + self.w_kept) // 4) * 4
+        self.kept = self.slot * self.stages
+        #: The lanes of the warp that copies scales arrive too, each when its copies have.
+        self.arrivals = 33
+
+    def scale_shapes(self, m: Any, n: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:  # noqa: ARG002
+        """See `Gemm`: [M, K / 128] and [K / 128, N / 128], as the op has them."""
+        return (m, cute.sym_int()), (cute.sym_int(), cute.sym_int())
+
+    @cute.jit
+    def copy_scale(self, scales: cute.Tensor, row: Any, column: Any, into: Any) -> None:
+        """Begins to copy one scale."""
+        atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
+        one = cute.make_layout((1, 1))
+        source = cute.make_tensor(scales.iterator + (row * scales.stride[0] + column * scales.stride[1]), one)
+        cute.copy(atom, source, cute.make_tensor(into, one))
+
+    @cute.jit
+    def copy_scales(
+        self, x_scale: cute.Tensor, w_scale: cute.Tensor, scales: Any, full: Any, free: Any, first: Int32, every: Int32,
+        rank: Int32, start: Int32, turns: Any, rounds: Int32, m: Int32, n: Int32,
+    ) -> None:  # fmt: skip
+        """See `TileGemm`. Those of tokens and outputs that there are not are the last one's."""
+        lane = cute.arch.lane_idx()
+        self.await_predecessor()
+        stage, phase = Int32(0), Int32(1)
+        for round in cutlass.range(rounds, unroll=1):
+            tile_m, tile_n = self.tile_at(first + round * every, m, n, rank)
+            group = cutlass.min((tile_n * self.tile_n + lane * self.step) // CHUNK, w_scale.shape[1] - 1)
+            for turn in cutlass.range(turns, unroll=1):
+                cute.arch.mbarrier_wait(free + stage, phase)
+                into = scales + (stage * self.slot + lane)
+                for i in cutlass.range_constexpr(self.tile_m // 32):
+                    token = cutlass.min(tile_m * self.tile_m + (lane + 32 * i), m - 1)
+                    self.copy_scale(x_scale, token, start + turn, into + 32 * i)
+                if lane < self.w_kept:
+                    self.copy_scale(w_scale, start + turn, group, into + self.tile_m)
+                cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
+                stage, phase = self.following(stage, phase)
+
+    def fetch_scales(self, x_scale: Any, w_scale: Any, scales: Any, first_m: Any, first_n: Any, round: Any, tid: Any) -> None:
+        """See `TileGemm`: they come with the chunks."""
+
+    def await_scales(self) -> None:
+        """See `TileGemm`."""
+
+    @cute.jit
+    def sum_tile(
+        self, totals: cute.Tensor, x_ring: Any, w_ring: Any, scales: Any, full: Any, free: Any, row: Int32,
+        column: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32,
+    ) -> Any:  # fmt: skip
+        """See `TileGemm`. Nothing is being multiplied where a chunk begins: ptxas would make each product wait for another.
+
+        Scales are read before the products, which hide the wait for them; a stage is handed back before its sums are added.
+        """
+        mma = self.mma(self.at_once)
+        tokens, weights = self.operands(mma, x_ring, w_ring, row, column, self.at_once)
+        shape = mma.get_slice(0).partition_shape_C((TALL, self.at_once))
+        buffers = [cute.make_rmem_tensor(shape, Float32) for _ in range(self.buffers)]
+        x_scales = cute.make_rmem_tensor((2 * self.slabs,), Float32)
+        w_scales = cute.make_rmem_tensor((self.columns // self.step,), Float32)
+        totals.fill(0.0)
+        for _ in cutlass.range(turns, unroll=UNROLLED):
+            cute.arch.mbarrier_wait(full + stage, phase)
+            self.load_scales(x_scales, w_scales, scales + stage * self.slot, row, column, tid)
+            for part in cutlass.range_constexpr(self.parts):
+                self.multiply_part(mma, buffers[part % self.buffers], tokens, weights, stage, part)
+                if cutlass.const_expr(part + 1 >= self.buffers):
+                    warpgroup.wait_group(self.buffers - 1)
+                    done = part + 1 - self.buffers
+                    if cutlass.const_expr(done == self.parts - 1):
+                        self.hand_back(free + stage, slice, tid)
+                    self.add_part(totals, buffers[done % self.buffers], x_scales, w_scales, done)
+            if cutlass.const_expr(self.buffers == 2):
+                warpgroup.wait_group(0)
+                self.hand_back(free + stage, slice, tid)
+                self.add_part(totals, buffers[1], x_scales, w_scales, self.parts - 1)
+            stage, phase = self.following(stage, phase)
+        return stage, phase
+
+    @cute.jit
+    def load_scales(
+        self, x_scales: cute.Tensor, w_scales: cute.Tensor, scales: Any, row: Int32, column: Int32, tid: Int32
+    ) -> None:
+        """Reads a chunk's scales: of a thread's two rows in each slab, and of its group's outputs."""
+        first = row + (tid % 128 // 32 * 16 + tid % 32 // 4)
+        ours = cute.make_tensor(scales + first, cute.make_layout((2, self.slabs), stride=(8, TALL)))
+        theirs = cute.make_tensor(scales + (self.tile_m + column // self.step), cute.make_layout(self.columns // self.step))
+        for i in cutlass.range_constexpr(2 * self.slabs):
+            x_scales[i] = ours[i]
+        for i in cutlass.range_constexpr(self.columns // self.step):
+            w_scales[i] = theirs[i]
+
+    @cute.jit
+    def multiply_part(self, mma: Any, sums: Any, tokens: list, weights: list, stage: Int32, part: Constexpr) -> None:
+        """Begins to make the sums of a part of a chunk, from zero."""
+        across = self.columns // self.at_once
+        warpgroup.fence()
+        for product in cutlass.range_constexpr(PRODUCTS):
+            a = tokens[part // across][(None, None, product, stage)]
+            b = weights[part % across][(None, None, product, stage)]
+            mma.set(warpgroup.Field.ACCUMULATE, product > 0)
+            cute.gemm(mma, sums, a, b, sums)
+        warpgroup.commit_group()
+
+    @cute.jit
+    def add_part(
+        self, totals: cute.Tensor, sums: cute.Tensor, x_scales: cute.Tensor, w_scales: cute.Tensor, part: Constexpr
+    ) -> None:
+        """Adds the sums of a part of a chunk to the total, times their scales."""
+        across = self.columns // self.at_once
+        slab, beside = part // across, part % across
+        start = slab * self.sums + beside * self.part
+        # A thread has two columns of every eight, in two rows.
+        each = self.step // 2
+        for first in cutlass.range_constexpr(0, self.part, each):
+            w_scale = w_scales[(2 * first + beside * self.at_once) // self.step]
+            both = [x_scales[2 * slab + row] * w_scale for row in range(2)]
+            for i in cutlass.range_constexpr(first, first + each):
+                totals[start + i] = totals[start + i] + sums[i] * both[i // 2 % 2]
+
+    @cute.jit
+    def results(
+        self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, tile_n: Int32, row: Any, column: Any,  # noqa: ARG002
+        round: Int32, tid: Int32, n: Int32,  # noqa: ARG002
+    ) -> cute.Tensor:  # fmt: skip
+        """See `TileGemm`."""
+        values = cute.make_rmem_tensor((self.width // 2,), Float32)
+        for i in cutlass.range_constexpr(self.width // 2):
+            values[i] = sums[piece * (self.width // 2) + i]
+        return values
