@@ -237,8 +237,8 @@ PUBLISHED = {
 def published() -> str:
     """The nine ops beside torch.compile and vLLM's kernels on the card of the published figures, and those."""
     found = defaultdict(list)
-    for file in ("post.json", "deepgemm.json"):
-        for each, ratio in speedups(RESULTS / "2026-11-28-h100-ops" / file, ("warm",)):
+    for file in ("2026-11-28-h100-ops/post.json", "2026-11-28-h100-blocks/deepgemm.json"):
+        for each, ratio in speedups(RESULTS / file, ("warm",)):
             found[each["op"], each["path"]].append((each, ratio))
     rows = []
     for op, theirs in PUBLISHED.items():
@@ -251,7 +251,7 @@ def published() -> str:
 
 def deep_gemm() -> str:
     """How scaled_mm_blockwise does beside DeepGEMM and vLLM's CUTLASS kernel, by rows."""
-    timings = list(speedups(RESULTS / "2026-11-28-h100-ops" / "deepgemm.json", ("warm",)))
+    timings = list(speedups(RESULTS / "2026-11-28-h100-blocks" / "deepgemm.json", ("warm",)))
     rows = []
     for m in (*sorted({each["m"] for each, _ in timings}), None):
         cells = ["**all**" if m is None else str(m)]
