@@ -39,7 +39,7 @@ class BlockTileGemm(TileGemm):
         total = self.slabs * self.sums
         halves = [self.columns // parts for parts in (1, 2, 4) if self.columns % (8 * parts) == 0]
         fitting = [each for each in halves if total + each // 2 + OTHER_REGISTERS <= MOST_REGISTERS]
-        self.at_once = at_once or max(fitting, default=self.columns)
+        self.at_once = min(at_once, self.columns) or max(fitting, default=self.columns)
         if self.columns % self.at_once or self.at_once % 8:
             raise ValueError(f"{at_once} outputs at once, of {self.columns}; it can be one of {halves}")
         #: Sums of a thread that are made at once, and how often in a chunk.

@@ -78,7 +78,7 @@ def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The same of `BlockTileGemm`, where blocks that share what they read are seldom faster: each waits for the other."""
     if sizes["M"] < LEAST_M:
         return []
-    found = _likely(sizes, block_tile, (1, 2, 4), 6)
+    found = _likely(sizes, block_tile, (1, 2, 4), 5 if sizes["M"] <= 128 else 6)
     # Few tokens wait for weights, which many small tiles ask for early.
     more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
     more += [block_tile(128, 192, 2), block_tile(256, 128, 2)] if sizes["M"] > 128 else []
