@@ -40,7 +40,7 @@ class BlockTileGemm(TileGemm):
         halves = [self.columns // parts for parts in (1, 2, 4) if self.columns % (8 * parts) == 0]
         fitting = [each for each in halves if total + each // 2 + OTHER_REGISTERS <= MOST_REGISTERS]
         self.at_once = min(at_once, self.columns) or max(fitting, default=self.columns)
-        if self.columns % self.at_once or self.at_once % 8:
+        if self.at_once < 0 or self.columns % self.at_once or self.at_once % 8:
             raise ValueError(f"{at_once} outputs at once, of {self.columns}; it can be one of {halves}")
         #: Sums of a thread that are made at once, and how often in a chunk.
         self.part = self.at_once // 2

@@ -30,7 +30,7 @@ _PIECES = {
 #: wgmma's K is a quarter of a chunk.
 PRODUCTS = 4
 
-#: Threads that multiply: two groups of four warps. Four warps more copy, though one does.
+#: Threads that multiply: two groups of four warps. Of the four warps more one copies chunks and one scales.
 TAKERS = 256
 
 #: Registers of a thread that copies, and of one that multiplies: together those of an SM.
@@ -89,9 +89,11 @@ class TileGemm(Gemm):
         self.columns = tile_n // 2 if tile_m == 64 else tile_n
         #: Sums of a thread in each.
         self.sums = self.columns // 2
+        if slices not in (1, 2, 4, 8):
+            raise ValueError(f"{slices} slices of a tile; there can be 1, 2, 4 or 8")
         #: Columns that a copy stores: as many as divide a group's, its pieces being shared by the slices.
         fitting = [each for each in _PIECES if self.columns % each == 0 and self.slabs * self.columns // each % slices == 0]
-        if slices not in (1, 2, 4, 8) or slices * cluster > 8 or not fitting:
+        if slices * cluster > 8 or not fitting:
             said = f"{slices} slices of {tile_m} x {tile_n} tiles, {cluster} blocks sharing"
             raise ValueError(f"{said}; a cluster has 8 blocks, each a piece of 16")
         if slices > 1 and not self.grouped:

@@ -142,6 +142,8 @@ REFUSED = [
     (OP, {}, block_tile(256, 256, stages=3), "a thread has 256 sums of a 256 x 256 tile; it can have 128"),
     (OP, {}, block_tile(128, 192, at_once=80), "80 outputs at once, of 192; it can be one of [192, 96, 48]"),
     (OP, {}, block_tile(128, 256, at_once=256), "a 128 x 256 tile takes 296 registers of a thread, which has 232"),
+    (OP, {}, block_tile(128, 192, at_once=-96), "-96 outputs at once, of 192; it can be one of [192, 96, 48]"),
+    (OP, {}, block_tile(128, 128) | {"slices": 0}, "0 slices of a tile; there can be 1, 2, 4 or 8"),
     (OP, {}, block_tile(128, 120), "a tile is 128 x 120; it can be 64, 128 or 256 x a multiple of 16 to 256"),
     (OP, {}, block_tile(64, 48), "a tile is 64 x 48; it can be 64, 128 or 256 x a multiple of 32 to 256"),
     (
@@ -165,6 +167,12 @@ REFUSED = [
         "the block_scaled form takes scales per 128 of K, the op's are others; choose another form",
     ),
     ("scaled_mm", {}, block_tile(128, 128), "'block_tile'"),
+    (
+        "scaled_mm",
+        {},
+        tile(128, 128) | {"slices": 2},
+        "2 slices of a tile whose scales are per row; it is one block's, slices are block_tile's",
+    ),
     ("scaled_mm", {}, tile(96, 128), "a tile is 96 x 128; it can be 64, 128 or 256 x a multiple of 16 to 256"),
 ]
 
@@ -219,7 +227,7 @@ COMPILED = [
     (OP, {"K": 4096}, block_scaled(96, 16, 1, 6), 8, 2),
     (OP, {}, block_scaled(64, 24, 1, 6, cluster=2), 8, 2),
     (OP, {"K": 4096}, block_scaled(64, 2, 2, 9, cluster=2, resident=1), 8, 2),
-    (OP, {"K": 4096}, block_tile(64, 128, 2, "x"), 16, 4),
+    (OP, {"K": 4096}, block_tile(64, 128, 2, "x", at_once=128), 16, 4),
     (OP, {}, block_tile(128, 128, 2), 20, 5),
     (OP, {"K": 4096}, block_tile(128, 64), 16, 4),
     (OP, {"K": 4096}, block_tile(128, 128, 2, at_once=64), 32, 8),
