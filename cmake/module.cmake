@@ -34,28 +34,35 @@ function(add_door torch_dir)
   endif()
   message(STATUS "a door for torch ${version} in ${torch_dir}")
 
-  # Most of a file's compilation is reading torch's headers: 14 s of 16. So the files of a group are compiled as one; which
-  # are together does not change their code, which is optimized across all of them when the module is linked.
-  set(group_1 csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/op_arguments.cpp csrc/op_call.cpp
-    csrc/override.cpp csrc/attempt.cpp csrc/arena.cpp csrc/bench.cpp csrc/from_python.cpp)
-  set(group_2 csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp csrc/adopted_tuner.cpp
-    csrc/host_program.cpp csrc/adopted_learn.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/adopted_patch.cpp csrc/adopted_door.cpp
-    csrc/functional_op.cpp csrc/empty_tensor.cpp)
-  set(group_3 csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/torch_op.cpp csrc/module.cpp)
-  pybind11_add_module(${folder} ${group_1} ${group_2} ${group_3})
-  set_target_properties(${folder} PROPERTIES UNITY_BUILD ON UNITY_BUILD_MODE GROUP)
-  foreach(group group_1 group_2 group_3)
-    set_source_files_properties(${${group}} PROPERTIES UNITY_GROUP ${group})
+  # Most of a file's compilation is reading headers: pybind11's, and those of torch's dispatcher. So files are compiled in two
+  # groups, each as one: what a call runs, and what runs when ops are defined, at -O1, which needs neither the dispatcher's
+  # headers nor to be linked with -flto. 54 s of two cores with the core; in groups that all had every header, 97.
+  set(calls csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/torch_layout.cpp csrc/op_arguments.cpp
+    csrc/op_call.cpp csrc/override.cpp csrc/attempt.cpp csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp
+    csrc/adopted_tuner.cpp csrc/host_program.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/empty_tensor.cpp
+    csrc/functional_op.cpp csrc/bench.cpp csrc/arena.cpp csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/torch_op.cpp)
+  set(definitions csrc/strict_mode.cpp csrc/from_python.cpp csrc/adopted_learn.cpp csrc/adopted_patch.cpp
+    csrc/adopted_door.cpp csrc/module.cpp)
+  add_library(${folder}_definitions OBJECT ${definitions})
+  target_compile_options(${folder}_definitions PRIVATE -O1)
+  pybind11_add_module(${folder} ${calls} $<TARGET_OBJECTS:${folder}_definitions>)
+  foreach(target ${folder} ${folder}_definitions)
+    set_target_properties(${target} PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 0)
+    # torch brings a pybind11 of its own, which its headers and libtorch_python take: it stands in front of ours.
+    target_include_directories(${target} SYSTEM BEFORE PRIVATE
+      ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
+    # torch's headers then leave out the declarations of all its operators.
+    target_compile_definitions(${target} PRIVATE AT_PER_OPERATOR_HEADERS)
+    target_compile_options(${target} PRIVATE ${HDISPATCH_ALIGN} -Wall -Wextra -Wno-missing-field-initializers)
+    target_link_libraries(${target} PRIVATE hdispatch_core pybind11::headers)
   endforeach()
-  # torch brings a pybind11 of its own, which its headers and libtorch_python take: it stands in front of ours.
-  target_include_directories(${folder} SYSTEM BEFORE PRIVATE ${torch_dir}/include ${torch_dir}/include/torch/csrc/api/include)
-  # torch's headers then leave out the declarations of all its operators: 14 s instead of 20 for python_variable.h.
-  target_compile_definitions(${folder} PRIVATE AT_PER_OPERATOR_HEADERS)
-  target_compile_options(${folder} PRIVATE ${HDISPATCH_ALIGN} -Wall -Wextra -Wno-missing-field-initializers)
-  target_link_libraries(${folder} PRIVATE hdispatch_core)
+  target_link_libraries(${folder}_definitions PRIVATE Python::Module)
   foreach(name c10 torch_cpu torch_python)
     target_link_libraries(${folder} PRIVATE ${torch_dir}/lib/lib${name}.so)
   endforeach()
+  if(NOT CMAKE_BUILD_TYPE MATCHES "Debug|RelWithDebInfo")
+    pybind11_strip(${folder})
+  endif()
 
   # A CPU-only torch lacks the CUDA device guard that fake CUDA tensors need while kernels are generated (build wing).
   set(guard ${folder}_noop_cuda_guard)

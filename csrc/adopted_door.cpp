@@ -4,7 +4,6 @@
 #include <cxxabi.h>
 #include <pybind11/stl.h>
 #include <structmember.h>
-#include <torch/csrc/Exceptions.h>
 
 #include <cstddef>
 

@@ -5,8 +5,6 @@
 #include <c10/core/DefaultDtype.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Dtype.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <algorithm>
 #include <mutex>
@@ -14,6 +12,7 @@
 #include "empty_tensor.h"
 #include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace py = pybind11;
 
@@ -153,7 +152,7 @@ PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const ch
     if (!call.compute(output.sizes, dims) || !call.compute(output.strides, dims + rank))
       return reason = "sizes of more than 64 bits", nullptr;
     outputs.push_back(empty_tensor({dims, rank}, {dims + rank, rank}, static_cast<c10::ScalarType>(output.scalar_type),
-                                   THPVariable_Unpack(args[output.like]).device()));
+                                   tensor_of(args[output.like]).device()));
     if (output.fill) without_gil([&] { outputs.back().fill_(*output.fill); });  // a launch: the queue may be full
   }
   GivenValue given[kMaxAdoptedArguments];
@@ -166,8 +165,7 @@ PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const ch
     given[i] = {GivenValue::Kind::kInteger, param.scalar_type, static_cast<uint64_t>(value)};
     if (param.kind == Param::Kind::kInteger) continue;
     given[i].kind = GivenValue::Kind::kPointer;
-    const at::Tensor& base =
-        param.kind == Param::Kind::kOutput ? outputs[param.index] : THPVariable_Unpack(args[param.index]);
+    const at::Tensor& base = param.kind == Param::Kind::kOutput ? outputs[param.index] : tensor_of(args[param.index]);
     c10::TensorImpl* impl = base.unsafeGetTensorImpl();
     given[i].value = HD_LIKELY(impl->numel() != 0) ? address_of(impl, true) + static_cast<uint64_t>(value) : 0;
   }
@@ -191,14 +189,14 @@ PyObject* HostRecord::run(PyObject* const* args, const uint64_t* words, const ch
     const auto made = static_cast<size_t>(index);
     if (wrapped[made]) return Py_NewRef(wrapped[made]);
     // Moved, which torch knows to wrap faster.
-    wrapped[made] = THPVariable_Wrap(std::move(made < outputs_.size() ? outputs[made] : views[made - outputs_.size()]));
-    if (!wrapped[made]) throw python_error();
+    wrapped[made] = wrap_tensor(std::move(made < outputs_.size() ? outputs[made] : views[made - outputs_.size()]));
+    if (!wrapped[made]) throw_python_error();
     return wrapped[made];
   };
   if (result_ == 0) return result(results_[0]);
   Owned listed{is_tuple_ ? PyTuple_New(static_cast<Py_ssize_t>(results_.size()))
                          : PyList_New(static_cast<Py_ssize_t>(results_.size()))};
-  if (!listed.object) throw python_error();
+  if (!listed.object) throw_python_error();
   for (size_t i = 0; i < results_.size(); ++i) {
     PyObject* item = result(results_[i]);
     is_tuple_ ? PyTuple_SET_ITEM(listed.object, i, item) : PyList_SET_ITEM(listed.object, i, item);
@@ -249,11 +247,11 @@ const char* read_key(HostKernel& self, PyObject* const* args, size_t count, Host
       continue;
     }
     uint64_t& word = key.words[key.kind++];
-    if (!THPVariable_CheckTypeExact(Py_TYPE(object))) {
+    if (!is_exact_tensor_type(Py_TYPE(object))) {
       if (!read_word(self, object, word)) return "argument's type";
       continue;
     }
-    c10::TensorImpl* impl = THPVariable_Unpack(object).unsafeGetTensorImpl();
+    c10::TensorImpl* impl = tensor_of(object).unsafeGetTensorImpl();
     if (HD_UNLIKELY(!is_plain(impl->key_set()))) return "tensor that torch has to handle";
     // Its code was compiled for the current device, where it is launched.
     if (HD_UNLIKELY(slot_of(impl->device()) != slot)) return "tensor on another device";
@@ -286,8 +284,8 @@ HostLayout layout_of(PyObject* const* args, size_t count, const HostKey& key) {
   size_t first = key.kind;
   for (size_t i = 0; i < count; ++i) {
     HostLayout::Place& place = layout.places.emplace_back();
-    if (!THPVariable_CheckTypeExact(Py_TYPE(args[i]))) continue;
-    place = {first, static_cast<size_t>(THPVariable_Unpack(args[i]).dim()), true};
+    if (!is_exact_tensor_type(Py_TYPE(args[i]))) continue;
+    place = {first, static_cast<size_t>(tensor_of(args[i]).dim()), true};
     first += 2 * place.rank + 2;
   }
   return layout;
@@ -338,7 +336,7 @@ HD_COLD PyObject* leave_whole(HostKernel& self, const char* reason, PyObject* ar
   WatchedDict seen = self.variants;
   if (seen.dict) seen.note();  // before: Python runs
   const Owned dict{PyObject_CallOneArg(adopted_callbacks.host_launches, self.kernel)};
-  if (!dict.object) throw python_error();
+  if (!dict.object) throw_python_error();
   const Owned former{self.variants.dict};
   self.variants = dict.object == seen.dict ? seen : WatchedDict{};  // not noted: it is looked at once more
   self.variants.dict = Py_NewRef(dict.object);
@@ -355,10 +353,10 @@ HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey&
   }
   if (found.empty() || self.table->size() >= kMaxRecords) return nullptr;
   const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_choice, self.kernel, args, nullptr)};
-  if (!said.object) throw python_error();
+  if (!said.object) throw_python_error();
   for (const auto& record : found) {
     const int is_same = PyObject_RichCompareBool(said.object, record->choice(), Py_EQ);  // as Helion's dict compares
-    if (is_same < 0) throw python_error();
+    if (is_same < 0) throw_python_error();
     if (!is_same || !self.state->is_same() || !record->holds(key.words)) continue;
     auto entry = std::make_unique<HostEntry>();
     entry->words.assign(key.words, key.words + key.count);
@@ -371,13 +369,13 @@ HD_COLD const HostEntry* choose(HostKernel& self, PyObject* args, const HostKey&
 
 HD_COLD void refresh_host(HostKernel& self) {
   const Owned given{PyObject_CallOneArg(adopted_callbacks.host_state, self.kernel)};
-  if (!given.object || !self.state->set(given.object)) throw python_error();
+  if (!given.object || !self.state->set(given.object)) throw_python_error();
 }
 
 /// After Helion's own call: a record of it, or the reason why there is none.
 HD_COLD void learn_host(HostKernel& self, PyObject* args, const HostKey& key) {
   const Owned said{PyObject_CallFunctionObjArgs(adopted_callbacks.host_record, self.kernel, args, nullptr)};
-  if (!said.object) throw python_error();
+  if (!said.object) throw_python_error();
   auto entry = std::make_unique<HostEntry>();
   if (PyUnicode_Check(said.object)) {
     entry->reason = PyUnicode_AsUTF8(said.object);

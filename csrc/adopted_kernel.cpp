@@ -2,12 +2,12 @@
 #include "adopted_kernel.h"
 
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/csrc/Exceptions.h>
 
 #include <algorithm>
 #include <mutex>
 
 #include "adopted_learn.h"
+#include "python_errors.h"
 #include "tensor_view.h"
 
 namespace hdispatch {
@@ -21,7 +21,7 @@ namespace {
 int device_count = 1;
 
 /// A Python error as an exception, for the door.
-[[noreturn]] HD_COLD void raise() { throw python_error(); }
+[[noreturn]] HD_COLD void raise() { throw_python_error(); }
 
 }  // namespace
 

@@ -1,13 +1,12 @@
 // adopted_key.cpp -- reading the arguments of a call as Triton's specialization does.
 #include "adopted_key.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <algorithm>
 #include <bit>
 
 #include "key.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace hdispatch {
 namespace {
@@ -179,7 +178,7 @@ namespace {
 bool has_tensors(PyObject* object) {
   if (!PyTuple_Check(object)) return false;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(object); ++i)
-    if (THPVariable_Check(PyTuple_GET_ITEM(object, i)) || has_tensors(PyTuple_GET_ITEM(object, i))) return true;
+    if (is_tensor_object(PyTuple_GET_ITEM(object, i)) || has_tensors(PyTuple_GET_ITEM(object, i))) return true;
   return false;
 }
 
@@ -207,7 +206,7 @@ bool KeyReader::exact_word(PyObject* object, uint64_t& word) {
     word = (object == Py_None ? 0u : object == Py_True ? 1u : 2u) << 3 | kTagSingleton;
     return true;
   }
-  if (HD_UNLIKELY(THPVariable_Check(object)) || HD_UNLIKELY(has_tensors(object))) return false;  // held for ever
+  if (HD_UNLIKELY(is_tensor_object(object)) || HD_UNLIKELY(has_tensors(object))) return false;  // held for ever
   const uint32_t number = constants_.number(object);
   word = uint64_t{number} << 3 | kTagNumbered;
   return number != 0;
@@ -238,8 +237,8 @@ uint64_t word_of_integer(int64_t value) noexcept { return static_cast<uint64_t>(
 bool KeyReader::classify(const AdoptedParameter& parameter, PyObject* object, DeviceSlot slot, uint16_t& code,
                          uint64_t& value, const char*& reason) {
   PyTypeObject* type = Py_TYPE(object);
-  if (THPVariable_CheckTypeExact(type)) {
-    const at::Tensor& tensor = THPVariable_Unpack(object);
+  if (is_exact_tensor_type(type)) {
+    const at::Tensor& tensor = tensor_of(object);
     c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
     if (HD_UNLIKELY(!is_plain(impl->key_set()))) return reason = "tensor that torch has to handle", false;
     if (HD_UNLIKELY(slot_of(impl->device()) != slot)) return reason = "tensor on another device", false;
@@ -277,7 +276,7 @@ bool KeyReader::classify(const AdoptedParameter& parameter, PyObject* object, De
     code = code_of(ArgumentClass::kConstant, uint64_t{number} << 4);
     if (number) return true;
   }
-  reason = PyTuple_Check(object) ? "tuple" : THPVariable_Check(object) ? "subclass of a tensor" : "argument's type";
+  reason = PyTuple_Check(object) ? "tuple" : is_tensor_object(object) ? "subclass of a tensor" : "argument's type";
   return false;
 }
 

@@ -2,7 +2,8 @@
 #include "adopted_learn.h"
 
 #include <pybind11/stl.h>
-#include <torch/csrc/Exceptions.h>
+
+#include "python_errors.h"
 
 namespace hdispatch {
 namespace {
@@ -86,7 +87,7 @@ HD_COLD void learn(AdoptedKernel& self, const AdoptedCall& call, const LaunchPla
   if (config) watch_config(config, *entry);  // first: what is written meanwhile is seen by the next call
   const Owned said{
       PyObject_CallFunctionObjArgs(adopted_callbacks.learn, self.kernel, compiled, config ? config : Py_None, nullptr)};
-  if (!said.object) throw python_error();
+  if (!said.object) throw_python_error();
   entry->words.assign(call.words, call.words + call.count);
   entry->hash = call.hash;
   if (PyUnicode_Check(said.object)) {

@@ -4,7 +4,6 @@
 
 #include <cxxabi.h>
 #include <structmember.h>
-#include <torch/csrc/Exceptions.h>
 
 #include <cstddef>
 #include <vector>
@@ -140,7 +139,7 @@ AdoptedKernel* find_or_adopt(const Patch& patch, PyObject* kernel) {
   AdoptedKernel* found = find_adopted(kernel);
   if (HD_LIKELY(found != nullptr) || !patch.adopt) return found;
   PyObject* done = PyObject_CallOneArg(patch.adopt, kernel);
-  if (!done) throw python_error();
+  if (!done) throw_python_error();
   Py_DECREF(done);
   return find_adopted(kernel);
 }
@@ -187,7 +186,7 @@ PyObject* subscript(PyObject* kernel, PyObject* grid) {
 
 PyObject* make_method(Patch* patch, vectorcallfunc call) {
   auto* made = PyObject_New(AdoptedMethod, reinterpret_cast<PyTypeObject*>(patched_method_type));
-  if (!made) throw python_error();
+  if (!made) throw_python_error();
   made->vectorcall = call;
   made->patch = patch;
   return reinterpret_cast<PyObject*>(made);

@@ -1,10 +1,10 @@
 // adopted_state.cpp -- reading states from Python, and comparing captured globals.
 #include "adopted_state.h"
 
-#include <torch/csrc/Exceptions.h>
-
 #include <algorithm>
 #include <unordered_map>
+
+#include "python_errors.h"
 
 namespace hdispatch {
 
@@ -38,10 +38,10 @@ int before_write(PyDict_WatchEvent event, PyObject* dict, PyObject*, PyObject*) 
 const uint64_t* writes_of(PyObject* dict) {
   static int watcher = -1;
   if (watcher < 0) watcher = PyDict_AddWatcher(before_write);
-  if (watcher < 0) throw python_error();  // CPython has eight
+  if (watcher < 0) throw_python_error();  // CPython has eight
   const auto found = all_writes().find(dict);
   if (found != all_writes().end()) return found->second.get();
-  if (PyDict_Watch(watcher, dict) != 0) throw python_error();
+  if (PyDict_Watch(watcher, dict) != 0) throw_python_error();
   return all_writes().emplace(dict, std::make_unique<uint64_t>(0)).first->second.get();
 }
 

@@ -3,7 +3,8 @@
 
 #include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/autograd/python_variable.h>
+
+#include "torch_python.h"
 
 namespace py = pybind11;
 
@@ -27,10 +28,10 @@ Arena::Arena(at::Tensor memory) : given_(std::move(memory)) {
 
 std::shared_ptr<Arena> make_arena(const py::object& memory) {
   if (memory.is_none()) return std::make_shared<Arena>();
-  if (!THPVariable_Check(memory.ptr()))
+  if (!is_tensor_object(memory.ptr()))
     fail(Fault::kCaller, "an arena's memory is a ", Py_TYPE(memory.ptr())->tp_name,
          "; it takes a torch.Tensor or None");
-  return std::make_shared<Arena>(THPVariable_Unpack(memory.ptr()));
+  return std::make_shared<Arena>(tensor_of(memory.ptr()));
 }
 
 const at::Tensor& Arena::get(const Lane& lane, size_t bytes) {

@@ -2,7 +2,6 @@
 #include "attempt.h"
 
 #include <c10/core/GradMode.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cxxabi.h>
 #include <structmember.h>
@@ -15,6 +14,7 @@
 #include "profiler.h"
 #include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace hdispatch {
 namespace {
@@ -61,7 +61,7 @@ bool launch(const Op& op, PyObject* const* args, Call& call) {
   const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found, &kGil);
   if (HD_UNLIKELY(!is_done(outcome))) return miss_or_raise(op, call, outcome, found);
   for (const uint8_t i : op.mutated())
-    if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
+    if (args[i] != Py_None) bump_version(tensor_of(args[i]));
   return true;
 }
 
@@ -114,7 +114,7 @@ PyTypeObject* attempt_type() {
 PyObject* make_attempt(const Op& op) {
   PyTypeObject* type = attempt_type();
   Attempt* made = type ? PyObject_New(Attempt, type) : nullptr;
-  if (!made) throw python_error();
+  if (!made) throw_python_error();
   made->vectorcall = call_attempt;
   made->op = &op;
   return reinterpret_cast<PyObject*>(made);

@@ -2,19 +2,20 @@
 #include "empty_tensor.h"
 
 #include <ATen/Context.h>
+#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <array>
 #include <atomic>
 #include <chrono>
 #include <optional>
 
+#include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace hdispatch {
 namespace {
@@ -108,12 +109,12 @@ at::Tensor empty_tensor(c10::IntArrayRef sizes, c10::IntArrayRef strides, c10::S
 
 double bench_empty_ns(PyObject* object, std::string_view stage, uint32_t count, PyObject* before,
                       const std::vector<PyObject*>& args) {
-  if (!THPVariable_Check(object)) fail(Fault::kCaller, "like is a ", Py_TYPE(object)->tp_name, "; give a tensor");
-  const at::Tensor& like = THPVariable_Unpack(object);
+  if (!is_tensor_object(object)) fail(Fault::kCaller, "like is a ", Py_TYPE(object)->tp_name, "; give a tensor");
+  const at::Tensor& like = tensor_of(object);
   const auto make = [&] { return empty_tensor(like.sizes(), like.scalar_type(), like.device()); };
   c10::Allocator* allocator = make().storage().allocator();
   const auto drop = [](PyObject* made) {
-    if (!made) throw python_error();
+    if (!made) throw_python_error();
     Py_DECREF(made);
   };
   const auto time = [&](const auto& once) {
@@ -128,7 +129,7 @@ double bench_empty_ns(PyObject* object, std::string_view stage, uint32_t count, 
   if (stage == "nothing") return time([] {});
   if (stage == "allocator") return time([&] { allocate_bytes(allocator, like.nbytes(), like.device()); });
   if (stage == "tensor") return time(make);
-  if (stage == "wrapped") return time([&] { drop(THPVariable_Wrap(make())); });
+  if (stage == "wrapped") return time([&] { drop(wrap_tensor(make())); });
   fail(Fault::kCaller, "stage: ", stage, "; give nothing, allocator, tensor or wrapped");
 }
 

@@ -8,10 +8,16 @@
 
 #include <Python.h>
 
-#include <ATen/core/Tensor.h>
+#include <c10/core/Device.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/ArrayRef.h>
 
 #include <string_view>
 #include <vector>
+
+namespace at {
+class Tensor;
+}
 
 namespace hdispatch {
 

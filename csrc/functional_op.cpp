@@ -5,7 +5,6 @@
 #include <ATen/ops/empty.h>
 #include <cxxabi.h>
 #include <structmember.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
 #include <array>
@@ -16,6 +15,7 @@
 #include "profiler.h"
 #include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace hdispatch {
 namespace {
@@ -150,7 +150,7 @@ struct PythonArguments {
 
   const at::Tensor* tensor(size_t index) const {
     PyObject* object = given[index];
-    return object && THPVariable_Check(object) ? &THPVariable_Unpack(object) : nullptr;
+    return object && is_tensor_object(object) ? &tensor_of(object) : nullptr;
   }
   int64_t integer(size_t index) const {
     PyObject* object = given[index];
@@ -165,11 +165,11 @@ bool is_for_torch(const Op& op, PyObject* const* args, size_t given) {
   if (!no_modes()) return true;
   for (size_t i = 0; i < given; ++i) {
     if (!op.args()[i].is_tensor() || args[i] == Py_None) continue;
-    if (HD_UNLIKELY(!THPVariable_CheckTypeExact(Py_TYPE(args[i])))) {
-      if (THPVariable_Check(args[i]) || PyObject_HasAttrString(args[i], "__torch_function__")) return true;
+    if (HD_UNLIKELY(!is_exact_tensor_type(Py_TYPE(args[i])))) {
+      if (is_tensor_object(args[i]) || PyObject_HasAttrString(args[i], "__torch_function__")) return true;
       continue;  // no tensor at all: the op refuses it
     }
-    if (!is_plain(THPVariable_Unpack(args[i]).unsafeGetTensorImpl()->key_set())) return true;
+    if (!is_plain(tensor_of(args[i]).unsafeGetTensorImpl()->key_set())) return true;
   }
   return false;
 }
@@ -183,7 +183,7 @@ struct Wrapped {
     for (size_t i = 0; i < count; ++i) Py_DECREF(objects[i]);
   }
   PyObject* add(PyObject* object) {
-    if (HD_UNLIKELY(!object)) throw python_error();
+    if (HD_UNLIKELY(!object)) throw_python_error();
     return objects[count++] = object;
   }
   /// What the call returns: the one, or a tuple. Gives them away.
@@ -215,8 +215,7 @@ HD_COLD PyObject* call_otherwise(const FunctionalObject* self, PyObject** args) 
     return PyObject_Vectorcall(self->torch_op, args, self->given, nullptr);
   Wrapped wrapped;
   for (size_t i = 0; i < self->outputs->size(); ++i)
-    args[self->given + i] =
-        wrapped.add(THPVariable_Wrap(make_output(self, (*self->outputs)[i], PythonArguments{args})));
+    args[self->given + i] = wrapped.add(wrap_tensor(make_output(self, (*self->outputs)[i], PythonArguments{args})));
   return call_with_outputs(self, args);
 }
 
@@ -224,7 +223,7 @@ HD_COLD PyObject* call_otherwise(const FunctionalObject* self, PyObject** args) 
 HD_COLD PyObject* call_missed(const FunctionalObject* self, PyObject** args, const Call& call, Outcome outcome,
                               const Dispatch& found, c10::ArrayRef<at::Tensor> made) {
   Wrapped wrapped;
-  for (size_t i = 0; i < made.size(); ++i) args[self->given + i] = wrapped.add(THPVariable_Wrap(made[i]));
+  for (size_t i = 0; i < made.size(); ++i) args[self->given + i] = wrapped.add(wrap_tensor(made[i]));
   miss(*self->out->op, call, outcome, found);
   PyObject* done = call_fallback(self->out, args);
   if (!done) return nullptr;
@@ -249,7 +248,7 @@ PyObject* call_allocating(const FunctionalObject* self, PyObject** args) {
   const Outcome outcome = Runtime::get().dispatch(op, call, current_stream, found, &kGil);
   if (HD_UNLIKELY(!is_done(outcome))) return call_missed(self, args, call, outcome, found, made);
   Wrapped wrapped;
-  for (at::Tensor& each : made) wrapped.add(THPVariable_Wrap(std::move(each)));
+  for (at::Tensor& each : made) wrapped.add(wrap_tensor(std::move(each)));
   return wrapped.release();
 }
 
@@ -263,7 +262,7 @@ PyObject* call_functional(const FunctionalObject* self, PyObject** args) {
   return gives_outputs ? call_with_outputs(self, args) : call_allocating(self, args);
 }
 
-PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
+PyObject* functional_vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
   const auto* self = reinterpret_cast<const FunctionalObject*>(callable);
   const size_t positional = static_cast<size_t>(PyVectorcall_NARGS(flags));
   PyObject* all[kMaxArgs];
@@ -336,19 +335,23 @@ void register_in_torch(const FunctionalObject* self) {
   }
 }
 
-PyObject* get_name(PyObject* self, void*) {
+PyObject* functional_name(PyObject* self, void*) {
   return PyUnicode_FromString(reinterpret_cast<FunctionalObject*>(self)->out->op->name().c_str());
 }
-PyObject* get_schema(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<FunctionalObject*>(self)->schema); }
-PyObject* get_doc(PyObject* self, void*) { return Py_NewRef(reinterpret_cast<FunctionalObject*>(self)->out->doc); }
-PyObject* get_signature(PyObject* self, void*) {
+PyObject* functional_schema(PyObject* self, void*) {
+  return Py_NewRef(reinterpret_cast<FunctionalObject*>(self)->schema);
+}
+PyObject* functional_doc(PyObject* self, void*) {
+  return Py_NewRef(reinterpret_cast<FunctionalObject*>(self)->out->doc);
+}
+PyObject* functional_signature(PyObject* self, void*) {
   return Py_NewRef(reinterpret_cast<FunctionalObject*>(self)->out->signature);
 }
 PyObject* get_out(PyObject* self, void*) {
   return Py_NewRef(
       const_cast<PyObject*>(reinterpret_cast<const PyObject*>(reinterpret_cast<FunctionalObject*>(self)->out)));
 }
-PyObject* repr(PyObject* self) {
+PyObject* functional_repr(PyObject* self) {
   return PyUnicode_FromFormat("<hdispatch op %U>", reinterpret_cast<FunctionalObject*>(self)->schema);
 }
 
@@ -358,15 +361,16 @@ PyObject* make_functional_type() {
   static PyMemberDef members[] = {
       {"__vectorcalloffset__", T_PYSSIZET, offsetof(FunctionalObject, vectorcall), READONLY, nullptr},
       {nullptr, 0, 0, 0, nullptr}};
-  static PyGetSetDef getset[] = {{"name", get_name, nullptr, "The op's name.", nullptr},
-                                 {"__name__", get_name, nullptr, nullptr, nullptr},
-                                 {"__doc__", get_doc, nullptr, nullptr, nullptr},
-                                 {"__signature__", get_signature, nullptr, "What inspect.signature says.", nullptr},
-                                 {"schema", get_schema, nullptr, "The torch schema, without the namespace.", nullptr},
-                                 {"out", get_out, nullptr, "The op that takes what this one returns.", nullptr},
-                                 {nullptr, nullptr, nullptr, nullptr, nullptr}};
+  static PyGetSetDef getset[] = {
+      {"name", functional_name, nullptr, "The op's name.", nullptr},
+      {"__name__", functional_name, nullptr, nullptr, nullptr},
+      {"__doc__", functional_doc, nullptr, nullptr, nullptr},
+      {"__signature__", functional_signature, nullptr, "What inspect.signature says.", nullptr},
+      {"schema", functional_schema, nullptr, "The torch schema, without the namespace.", nullptr},
+      {"out", get_out, nullptr, "The op that takes what this one returns.", nullptr},
+      {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-                                {Py_tp_repr, reinterpret_cast<void*>(&repr)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&functional_repr)},
                                 {Py_tp_members, members},
                                 {Py_tp_getset, getset},
                                 {0, nullptr}};
@@ -382,15 +386,15 @@ FunctionalObject* make_functional(PyObject* type, const OpObject* out, const std
   while (given > 0 && args[given - 1].is_returned) --given;
   HD_CHECK_BUNDLE(given > 0 && given < args.size(), out->op->name(), ": returns ", args.size() - given, " tensors");
   FunctionalObject* self = PyObject_New(FunctionalObject, reinterpret_cast<PyTypeObject*>(type));
-  if (!self) throw python_error();
-  self->vectorcall = vectorcall;
+  if (!self) throw_python_error();
+  self->vectorcall = functional_vectorcall;
   self->out = out;
   self->given = given;
   self->outputs = new std::vector<ReturnedTensor>;
   for (size_t i = given; i < args.size(); ++i) self->outputs->push_back(describe_output(*out->op, given, args[i]));
   self->torch_op = Py_NewRef(out->torch_op);
   self->schema = PyUnicode_FromString(schema.c_str());
-  if (!self->schema) throw python_error();
+  if (!self->schema) throw_python_error();
   Py_INCREF(self);  // the dispatcher's kernels keep it for ever
   register_in_torch(self);
   return self;

@@ -1,11 +1,11 @@
 // host_program.cpp -- reading and running the programs of grids and heuristics.
 #include "host_program.h"
 
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
-
 #include <algorithm>
 #include <bit>
+
+#include "python_errors.h"
+#include "torch_python.h"
 
 namespace hdispatch {
 
@@ -14,7 +14,7 @@ HostSteps::HostSteps(PyObject* listed) {
   for (Py_ssize_t k = 0; k < PyList_GET_SIZE(listed); ++k) {
     int op = 0, b = 0;
     long long a = 0;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw python_error();
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(listed, k), "iLi", &op, &a, &b)) throw_python_error();
     const auto code = static_cast<Op>(op);
     depth += code <= Op::kContiguous ? 1 : code == Op::kNextPowerOf2 ? 0 : -1;
     // `compute_steps` has a stack of that depth and does not look.
@@ -151,7 +151,7 @@ bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects,
   int64_t stack[kMaxDepth];
   size_t top = 0;
   const auto dimension = [objects](const Step& step, bool is_size, int64_t& value) {
-    const at::Tensor& tensor = THPVariable_Unpack(objects[step.a]);
+    const at::Tensor& tensor = tensor_of(objects[step.a]);
     const c10::IntArrayRef listed = is_size ? tensor.sizes() : tensor.strides();
     const auto rank = static_cast<int64_t>(listed.size());
     const int64_t index = step.b < 0 ? step.b + rank : step.b;
@@ -163,8 +163,8 @@ bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects,
     if (step.op <= Op::kContiguous) {
       int64_t& value = stack[top++] = step.a;
       if (step.op == Op::kInteger) value = integers[step.a];
-      if (step.op == Op::kNumel) value = THPVariable_Unpack(objects[step.a]).numel();
-      if (step.op == Op::kContiguous) value = THPVariable_Unpack(objects[step.a]).is_contiguous();
+      if (step.op == Op::kNumel) value = tensor_of(objects[step.a]).numel();
+      if (step.op == Op::kContiguous) value = tensor_of(objects[step.a]).is_contiguous();
       if ((step.op == Op::kSize || step.op == Op::kStride) && !dimension(step, step.op == Op::kSize, value))
         return false;
       continue;
@@ -186,7 +186,7 @@ bool HostSteps::compute_steps(const int64_t* integers, PyObject* const* objects,
 HostProgram::HostProgram(PyObject* made) {
   PyObject *sources = nullptr, *steps = nullptr, *results = nullptr;
   if (!PyArg_ParseTuple(made, "O!O!O!", &PyList_Type, &sources, &PyList_Type, &steps, &PyList_Type, &results))
-    throw python_error();
+    throw_python_error();
   HD_CHECK(static_cast<size_t>(PyList_GET_SIZE(sources)) <= kMaxSources, PyList_GET_SIZE(sources));
   HD_CHECK(PyList_GET_SIZE(steps) == PyList_GET_SIZE(results), PyList_GET_SIZE(results));
   HD_CHECK(static_cast<size_t>(PyList_GET_SIZE(results)) <= kMaxOutputs, PyList_GET_SIZE(results));
@@ -194,14 +194,14 @@ HostProgram::HostProgram(PyObject* made) {
     int kind = 0, guard = 0, index = 0;
     PyObject *name = nullptr, *object = nullptr;
     if (!PyArg_ParseTuple(PyList_GET_ITEM(sources, i), "iiiOO", &kind, &guard, &index, &name, &object))
-      throw python_error();
+      throw_python_error();
     sources_.push_back({static_cast<SourceKind>(kind), static_cast<Guard>(guard), static_cast<uint16_t>(index),
                         Py_NewRef(name), Py_NewRef(object)});
   }
   for (Py_ssize_t i = 0; i < PyList_GET_SIZE(results); ++i) {
     int kind = 0;
     PyObject* object = nullptr;
-    if (!PyArg_ParseTuple(PyList_GET_ITEM(results, i), "iO", &kind, &object)) throw python_error();
+    if (!PyArg_ParseTuple(PyList_GET_ITEM(results, i), "iO", &kind, &object)) throw_python_error();
     outputs_.push_back({static_cast<HostValue::Kind>(kind), Py_NewRef(object), {}});
     outputs_.back().steps = HostSteps(PyList_GET_ITEM(steps, i));
   }
@@ -262,7 +262,7 @@ bool HostProgram::run(const HostInputs& inputs, HostValue* out) const {
       integer = PyLong_AsLongLongAndOverflow(object, &overflow);
       if (overflow) return false;
     } else if (source.guard == Guard::kTensor) {
-      if (!THPVariable_CheckTypeExact(Py_TYPE(object))) return false;
+      if (!is_exact_tensor_type(Py_TYPE(object))) return false;
     } else if (object != source.object) {
       // Strings may be equal without being one.
       if (!PyUnicode_CheckExact(object) || !PyUnicode_CheckExact(source.object) ||
@@ -290,12 +290,12 @@ HostPrograms::Known* HostPrograms::find(PyObject* function) {
 
 HD_COLD const HostProgram* HostPrograms::add(Known& known, PyObject* function, PyObject* trace, PyObject* kernel,
                                              PyObject* arguments) {
-  if (!arguments) throw python_error();
+  if (!arguments) throw_python_error();
   ++known.attempts;
   // Counted before: a trace that throws is not tried for ever.
   PyObject* made = PyObject_CallFunctionObjArgs(trace, kernel, function, arguments, nullptr);
   Py_DECREF(arguments);
-  if (!made) throw python_error();
+  if (!made) throw_python_error();
   std::unique_ptr<HostProgram> program;
   try {
     if (made != Py_None) program = std::make_unique<HostProgram>(made);

@@ -15,7 +15,8 @@
 #include "override.h"
 #include "python_errors.h"
 #include "sequence_call.h"
-#include "tensor_view.h"
+#include "strict_mode.h"
+#include "torch_layout.h"
 
 namespace py = pybind11;
 
@@ -386,6 +387,7 @@ PYBIND11_MODULE(_C, m) {
   using namespace hdispatch;
   m.doc() = "The C++ core and its doors. Private: use the hdispatch package.";
   load_error_classes();
+  check_torch_layout();
   py::register_exception_translator([](std::exception_ptr pointer) {
     try {
       if (pointer) std::rethrow_exception(pointer);

@@ -1,13 +1,12 @@
 // op_arguments.cpp -- positional, keyword and default arguments put in order.
 #include "op_arguments.h"
 
-#include <torch/csrc/Exceptions.h>
-
 #include <algorithm>
 #include <map>
 #include <string>
 
 #include "check.h"
+#include "python_errors.h"
 
 namespace hdispatch {
 namespace {
@@ -16,7 +15,7 @@ PyObject* small_int(int64_t value) {
   static auto* made = new std::map<int64_t, PyObject*>;
   PyObject*& object = (*made)[value];
   if (!object) object = PyLong_FromLongLong(value);
-  if (!object) throw python_error();
+  if (!object) throw_python_error();
   return object;
 }
 
@@ -25,7 +24,7 @@ PyObject* lasting_text(const std::string& value) {
   static auto* made = new std::map<std::string, PyObject*>;
   PyObject*& object = (*made)[value];
   if (!object) object = PyUnicode_FromStringAndSize(value.data(), static_cast<Py_ssize_t>(value.size()));
-  if (!object) throw python_error();
+  if (!object) throw_python_error();
   return object;
 }
 }  // namespace

@@ -3,8 +3,6 @@
 
 #include <c10/core/GradMode.h>
 #include <c10/core/InferenceMode.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cxxabi.h>
 #include <structmember.h>
@@ -14,19 +12,12 @@
 #include "op_arguments.h"
 #include "profiler.h"
 #include "python_errors.h"
+#include "strict_mode.h"
 #include "tensor_view.h"
 #include "torch_op.h"
+#include "torch_python.h"
 
 namespace hdispatch {
-
-StrictMode strict_mode;
-
-bool StrictMode::holds() const {
-  // No GIL where no block is open: the torch door's callers hold none.
-  if (!blocks.load(std::memory_order_relaxed)) return on.load(std::memory_order_relaxed);
-  const pybind11::gil_scoped_acquire gil;
-  return pybind11::handle(query)().cast<bool>();
-}
 
 namespace {
 
@@ -34,7 +25,7 @@ namespace {
 
 /// 0: a plain tensor, put into `call`; 1: needs the torch door.
 inline int take_tensor(PyObject* object, const ArgSpec& arg, TensorView& view, bool& grad) {
-  if (HD_UNLIKELY(!THPVariable_CheckTypeExact(Py_TYPE(object)))) {
+  if (HD_UNLIKELY(!is_exact_tensor_type(Py_TYPE(object)))) {
     // After the check of the type, which is what nearly every argument passes.
     if (object == Py_None) {
       view.dtype = DType::kNone;
@@ -42,7 +33,7 @@ inline int take_tensor(PyObject* object, const ArgSpec& arg, TensorView& view, b
     }
     return 1;
   }
-  const at::Tensor& tensor = THPVariable_Unpack(object);
+  const at::Tensor& tensor = tensor_of(object);
   c10::TensorImpl* impl = tensor.unsafeGetTensorImpl();
   // A tensor on any device but CPU and CUDA (meta, …) has a key that is not plain.
   if (HD_UNLIKELY(!is_plain(impl->key_set()))) return 1;
@@ -108,7 +99,7 @@ void take_text(const Op& op, const ArgSpec& arg, PyObject* object, Call& call, s
 
 HD_COLD void refuse_grad(const Op& op, PyObject* const* args, size_t count) {
   for (size_t i = 0; i < count; ++i)
-    if (op.args()[i].is_tensor() && args[i] != Py_None && THPVariable_Unpack(args[i]).requires_grad())
+    if (op.args()[i].is_tensor() && args[i] != Py_None && tensor_of(args[i]).requires_grad())
       requires_grad(op, op.args()[i]);
 }
 
@@ -116,7 +107,7 @@ HD_COLD void refuse_grad(const Op& op, PyObject* const* args, size_t count) {
 HD_COLD PyObject* call_torch(const OpObject* self, PyObject* const* args) {
   const Op& op = *self->op;
   for (size_t i = 0; i < op.args().size(); ++i)
-    if (op.args()[i].is_tensor() && args[i] != Py_None && !THPVariable_Check(args[i]) &&
+    if (op.args()[i].is_tensor() && args[i] != Py_None && !is_tensor_object(args[i]) &&
         !PyObject_HasAttrString(args[i], "__torch_function__"))
       fail(Fault::kCaller, op.name(), ": ", op.args()[i].name, " is a ", Py_TYPE(args[i])->tp_name,
            "; it takes a tensor");
@@ -137,7 +128,7 @@ __attribute__((always_inline)) inline PyObject* serve(const OpObject* self, PyOb
   }
   for (const uint8_t i : op.mutated())
     // Autograd cannot see what a kernel writes; torch's in-place ops count it too.
-    if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
+    if (args[i] != Py_None) bump_version(tensor_of(args[i]));
   Py_RETURN_NONE;
 }
 
@@ -146,7 +137,7 @@ std::vector<c10::IValue> to_values(const Op& op, PyObject* const* args) {
   std::vector<c10::IValue> values;
   for (size_t i = 0; i < op.args().size(); ++i) {
     if (op.args()[i].is_tensor() && args[i] != Py_None)
-      values.emplace_back(THPVariable_Unpack(args[i]));
+      values.emplace_back(tensor_of(args[i]));
     else if (PyFloat_Check(args[i]))
       values.emplace_back(PyFloat_AS_DOUBLE(args[i]));
     else if (PyBool_Check(args[i]))
@@ -264,6 +255,17 @@ __attribute__((always_inline)) inline bool read_first(const Op& op, PyObject* co
   return true;
 }
 
+/// torch.ops.hdispatch.<name>, a new reference.
+PyObject* find_torch_op(const std::string& name) {
+  PyObject* found = PyImport_ImportModule("torch");
+  for (const char* attribute : {"ops", "hdispatch", name.c_str()}) {
+    if (!found) throw_python_error();
+    Py_SETREF(found, PyObject_GetAttrString(found, attribute));
+  }
+  if (!found) throw_python_error();
+  return found;
+}
+
 }  // namespace
 
 bool read_arguments(const Op& op, PyObject* const* args, Call& call, bool& grad) {
@@ -353,13 +355,13 @@ PyObject* make_op_type() {
 
 void set_traced_call(PyObject* type, PyObject* function) {
   auto* made = reinterpret_cast<PyTypeObject*>(type);
-  if (PyDict_SetItemString(made->tp_dict, "__call__", function)) throw python_error();
+  if (PyDict_SetItemString(made->tp_dict, "__call__", function)) throw_python_error();
   PyType_Modified(made);
 }
 
 OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* doc, PyObject* signature) {
   OpObject* self = PyObject_New(OpObject, reinterpret_cast<PyTypeObject*>(type));
-  if (!self) throw python_error();
+  if (!self) throw_python_error();
   self->vectorcall = vectorcall;
   self->op = &op;
   self->fallback = Py_NewRef(fallback);
@@ -367,8 +369,7 @@ OpObject* make_op(PyObject* type, const Op& op, PyObject* fallback, PyObject* do
   self->signature = Py_NewRef(signature);
   Py_INCREF(self);  // the dispatcher's kernels keep it for ever
   register_in_torch(self);
-  const auto torch = pybind11::module_::import("torch");
-  self->torch_op = pybind11::object(torch.attr("ops").attr("hdispatch").attr(op.name().c_str())).release().ptr();
+  self->torch_op = find_torch_op(op.name());
   return self;
 }
 

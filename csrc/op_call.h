@@ -29,18 +29,6 @@ struct OpObject {
   PyObject* signature;  ///< inspect.Signature
 };
 
-/// In strict mode a miss raises instead of falling back. `on` is the process's mode; while any thread is in a block of
-/// its own, `query` is asked, a Python callable that says what holds for the caller's context.
-struct StrictMode {
-  std::atomic<bool> on{false};
-  std::atomic<int64_t> blocks{0};
-  PyObject* query = nullptr;  ///< set once, at import
-
-  /// Whether a miss raises here. Takes the GIL where blocks are open.
-  bool holds() const;
-};
-extern StrictMode strict_mode;
-
 /// The GIL, as what the caller of `Runtime::dispatch` holds. A daemon thread that asks for it back while the
 /// interpreter ends is unwound from there (abi::__forced_unwind).
 inline constexpr CallerLock kGil = {[]() -> void* { return PyEval_SaveThread(); },

@@ -4,8 +4,6 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
-#include <torch/csrc/Exceptions.h>
-#include <torch/csrc/autograd/python_variable.h>
 #include <torch/library.h>
 
 #include <cxxabi.h>
@@ -18,6 +16,7 @@
 #include "profiler.h"
 #include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace hdispatch {
 namespace {
@@ -266,7 +265,7 @@ bool Override::serve(PyObject* const* args, size_t count) const {
       continue;
     }
     for (const uint8_t i : op.mutated())
-      if (full[i] != Py_None) bump_version(THPVariable_Unpack(full[i]));
+      if (full[i] != Py_None) bump_version(tensor_of(full[i]));
     return true;
   }
   return false;
@@ -309,7 +308,7 @@ PyObject* Override::make_door(PyObject* otherwise) const {
                              slots};
   static PyObject* type = PyType_FromSpec(&spec);
   Door* door = type ? PyObject_New(Door, reinterpret_cast<PyTypeObject*>(type)) : nullptr;
-  if (!door) throw python_error();
+  if (!door) throw_python_error();
   door->vectorcall = call_door;
   door->self = this;
   door->otherwise = Py_NewRef(otherwise);

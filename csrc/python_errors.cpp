@@ -32,6 +32,8 @@ void load_error_classes() {
     error_classes[i] = pybind11::object(errors.attr(names[i])).release().ptr();
 }
 
+void throw_python_error() { throw python_error(); }
+
 void set_python_error() noexcept {
   try {
     throw;

@@ -11,6 +11,10 @@ namespace hdispatch {
 /// Looks the exception classes of hdispatch.errors up; once, at import.
 void load_error_classes();
 
+/// Throws torch's python_error, which leaves the Python error that is set as it is; here alone, for its header takes 13
+/// s to compile.
+[[noreturn]] void throw_python_error();
+
 /// Sets the Python error for the exception in flight; call it in a catch block.
 void set_python_error() noexcept;
 

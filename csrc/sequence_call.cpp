@@ -7,7 +7,6 @@
 #include <c10/core/InferenceMode.h>
 #include <c10/util/SmallVector.h>
 #include <pthread.h>
-#include <torch/csrc/autograd/python_variable.h>
 
 #include <cxxabi.h>
 #include <structmember.h>
@@ -21,7 +20,9 @@
 #include "python_errors.h"
 #include "sequence_plan.h"
 #include "sequence_reader.h"
+#include "strict_mode.h"
 #include "tensor_view.h"
+#include "torch_python.h"
 
 namespace py = pybind11;
 
@@ -187,9 +188,9 @@ void SequenceDoor::read(PyObject* const* args, Given& given) const {
     TensorView& view = given.views[i];
     view.dtype = DType::kNone;
     if (object == Py_None) continue;  // Sequence::check says whether it may be
-    if (HD_UNLIKELY(!THPVariable_CheckTypeExact(Py_TYPE(object))))
+    if (HD_UNLIKELY(!is_exact_tensor_type(Py_TYPE(object))))
       fail(Fault::kCaller, where(i), "is a ", Py_TYPE(object)->tp_name, "; it takes a torch.Tensor");
-    const at::Tensor& tensor = THPVariable_Unpack(object);
+    const at::Tensor& tensor = tensor_of(object);
     if (HD_UNLIKELY(!is_plain(tensor.unsafeGetTensorImpl()->key_set())))
       fail(Fault::kCaller, where(i), "is no plain CPU or CUDA tensor (it is on ", tensor.device().str(),
            "): a sequence cannot be traced or transformed; call its ops");
@@ -319,7 +320,7 @@ void SequenceDoor::launch(Plan& plan, const Given& given, PyObject* const* args)
 
 void SequenceDoor::bump_versions(PyObject* const* args) const {
   for (const size_t i : written_slots_)
-    if (args[i] != Py_None) bump_version(THPVariable_Unpack(args[i]));
+    if (args[i] != Py_None) bump_version(tensor_of(args[i]));
   for (const at::Tensor& each : written_) bump_version(each);
 }
 
@@ -350,7 +351,7 @@ HD_COLD void SequenceDoor::miss(const SequencePlan::Miss& miss) const {
 std::vector<at::Tensor> SequenceDoor::tensors(PyObject* const* args) const {
   std::vector<at::Tensor> found(sequence_.slots().size());
   for (size_t i = 0; i < found.size(); ++i)
-    if (sequence_.slots()[i].is_tensor && args[i] != Py_None) found[i] = THPVariable_Unpack(args[i]);
+    if (sequence_.slots()[i].is_tensor && args[i] != Py_None) found[i] = tensor_of(args[i]);
   return found;
 }
 
@@ -439,13 +440,13 @@ HD_COLD void SequenceDoor::make_one_by_one(Plan& plan, const Given& given, PyObj
         made.push_back(py::int_(given.integers[arg.index]));
       } else {
         const at::Tensor found = tensor(sequence_.steps()[run.step].tensors[arg.index], run, plan, inputs, slots);
-        made.push_back(found.defined() ? py::reinterpret_steal<py::object>(THPVariable_Wrap(found)) : py::none());
+        made.push_back(found.defined() ? py::reinterpret_steal<py::object>(wrap_tensor(found)) : py::none());
       }
       pointers.push_back(made.back().ptr());
     }
     PyObject* result = PyObject_Vectorcall(reinterpret_cast<PyObject*>(const_cast<OpObject*>(step.op)), pointers.data(),
                                            pointers.size(), nullptr);
-    if (!result) throw python_error();
+    if (!result) throw_python_error();
     Py_DECREF(result);
   }
 }
@@ -493,7 +494,7 @@ c10::SmallVector<PyObject*, 16> gather(const Sequence& sequence, PyObject* const
   return all;
 }
 
-PyObject* vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
+PyObject* sequence_vectorcall(PyObject* callable, PyObject* const* args, size_t flags, PyObject* keyword_names) {
   SequenceDoor& door = *reinterpret_cast<SequenceObject*>(callable)->door;
   const size_t positional = static_cast<size_t>(PyVectorcall_NARGS(flags));
   try {
@@ -550,13 +551,13 @@ void deallocate(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyObject* get_name(PyObject* self, void*) {
+PyObject* sequence_name(PyObject* self, void*) {
   return PyUnicode_FromString(reinterpret_cast<SequenceObject*>(self)->door->sequence().name().c_str());
 }
 PyObject* get_arena_bytes(PyObject* self, void*) {
   return PyLong_FromSize_t(reinterpret_cast<SequenceObject*>(self)->door->sequence().arena_bytes());
 }
-PyObject* repr(PyObject* self) {
+PyObject* sequence_repr(PyObject* self) {
   const Sequence& sequence = reinterpret_cast<SequenceObject*>(self)->door->sequence();
   return PyUnicode_FromFormat("<hdispatch sequence %s of %zu steps>", sequence.name().c_str(), sequence.steps().size());
 }
@@ -579,8 +580,8 @@ PyObject* make_sequence(PyObject* type, const std::string& name, const py::list&
       Sequence(name, read_slots(slots), read_temps(temps), std::move(parts.steps), max_rows),
       std::move(parts.door_steps), std::move(parts.constants), std::move(parts.written), std::move(arena));
   SequenceObject* self = PyObject_New(SequenceObject, reinterpret_cast<PyTypeObject*>(type));
-  if (!self) throw python_error();
-  self->vectorcall = vectorcall;
+  if (!self) throw_python_error();
+  self->vectorcall = sequence_vectorcall;
   self->door = door.release();
   return reinterpret_cast<PyObject*>(self);
 }
@@ -615,11 +616,11 @@ PyObject* make_sequence_type() {
        METH_FASTCALL | METH_KEYWORDS, "All slots of a call in order, given by position or name."},
       {nullptr, nullptr, 0, nullptr}};
   static PyGetSetDef getset[] = {
-      {"name", get_name, nullptr, "The sequence's name.", nullptr},
+      {"name", sequence_name, nullptr, "The sequence's name.", nullptr},
       {"arena_bytes", get_arena_bytes, nullptr, "Bytes of temporaries, for max_rows rows.", nullptr},
       {nullptr, nullptr, nullptr, nullptr, nullptr}};
   static PyType_Slot slots[] = {{Py_tp_call, reinterpret_cast<void*>(&PyVectorcall_Call)},
-                                {Py_tp_repr, reinterpret_cast<void*>(&repr)},
+                                {Py_tp_repr, reinterpret_cast<void*>(&sequence_repr)},
                                 {Py_tp_dealloc, reinterpret_cast<void*>(&deallocate)},
                                 {Py_tp_members, members},
                                 {Py_tp_methods, methods},

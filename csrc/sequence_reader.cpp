@@ -1,11 +1,11 @@
 // sequence_reader.cpp -- from Python's lists to slots, temporaries and steps.
 #include "sequence_reader.h"
 
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/python/pybind_utils.h>
-
 #include <tuple>
 #include <utility>
+
+#include "torch_python.h"
+#include "torch_values.h"
 
 namespace py = pybind11;
 
@@ -91,7 +91,8 @@ class StepReader {
     if (kind == "value") {
       arg.object = given[1];
       // Converted once, here: the dispatcher's stack takes no Python objects.
-      if (!step.op) arg.value = torch::jit::toIValue(given[1], door.foreign->schema().arguments()[at].real_type());
+      if (!step.op)
+        arg.value = torch::jit::toIValue(given[1], door.foreign->schema().arguments()[at].real_type(), std::nullopt);
       keep(arg, given[2].cast<bool>());
       return arg;
     }
@@ -118,8 +119,8 @@ class StepReader {
 
   /// Memory that a constant had when it was bound stays, whatever its owner does to the tensor.
   void keep(const SequenceArgument& arg, bool is_written) {
-    if (!THPVariable_Check(arg.object.ptr())) return;
-    const at::Tensor& tensor = THPVariable_Unpack(arg.object.ptr());
+    if (!is_tensor_object(arg.object.ptr())) return;
+    const at::Tensor& tensor = tensor_of(arg.object.ptr());
     parts.constants.push_back(tensor.detach());
     if (is_written) parts.written.push_back(tensor);
   }

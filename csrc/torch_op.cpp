@@ -3,11 +3,11 @@
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <c10/core/GradMode.h>
-#include <torch/csrc/autograd/python_variable.h>
-#include <torch/csrc/jit/python/pybind_utils.h>
 #include <torch/library.h>
 
+#include "python_errors.h"
 #include "tensor_view.h"
+#include "torch_values.h"
 
 namespace hdispatch {
 namespace {
@@ -62,7 +62,7 @@ class BoxedOp : public c10::OperatorKernel {
       pointers.push_back(args.back().ptr());
     }
     PyObject* result = call_fallback(self_, pointers.data());
-    if (!result) throw python_error();
+    if (!result) throw_python_error();
     Py_DECREF(result);
   }
 };

@@ -374,6 +374,7 @@ ADOPTED = tuple(f"adopted_{part}" for part in ("key", "state", "table", "tuner",
 #: The doors, what they share, and what those of sequences and adopted kernels are made of.
 DOORS = (
     *("op_call", "torch_op", "override", "attempt", "op_arguments", "python_errors", "profiler"),
+    *("torch_python", "torch_layout", "torch_values", "strict_mode"),
     *("sequence_call", "sequence_reader", "arena"),
     *("host_program", *ADOPTED),
 )
