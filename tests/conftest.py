@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import forked
 import pytest
 
 #: CPUs of this process: pytest-xdist's workers share them.
@@ -21,7 +22,7 @@ def pytest_configure() -> None:
 
 
 #: Tests that take minutes: side by side with all others, or one CPU waits for them at the end.
-FIRST = ("tests/cpu/test_records.py",)
+FIRST = ("tests/cpu/test_records.py", "tests/cpu/test_special_values.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,15 +31,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def compilers() -> Iterator[None]:
-    """One compiling process a CPU where a test does not say how many: each takes 4 s of CPU to start."""
+def compilers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One compiling process a CPU where a test does not say how many. They are forked of one that has imported all."""
     try:
         from hdispatch.compile import pool
     except ImportError:  # an environment that serves and does not compile
         yield
         return
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, forked.serving(tmp_path_factory.mktemp("forked")):
         patch.setattr(pool, "available_cpus", lambda: CPUS)
+        patch.setattr(pool, "_COMMAND", forked.command(" ".join(pool._COMMAND[3:])))
         yield
 
 
