@@ -1,4 +1,7 @@
-"""Started in place of a process that compiles: has one forked (see forked.py) and ends as it ends. Imports little."""
+"""Started in place of Python: has a process forked (see forked.py) and ends as it ends. Imports little.
+
+Its arguments are the kind of process and Python's own.
+"""
 
 import ctypes
 import json
@@ -9,24 +12,37 @@ import sys
 
 
 def main() -> None:
-    """Hand over pipes, environment and folder, or become a process of its own where none to fork from is the same."""
-    (code,) = sys.argv[1:]
-    path = os.path.join(os.environ.get("HDISPATCH_TEST_FORKED", ""), os.environ.get("CUTE_DSL_ARCH", "none"))  # noqa: PTH118
-    same = "PYTHONPATH" not in os.environ and os.environ.get("PYTHONHASHSEED") == "0"
-    if not same or not os.path.exists(path):  # noqa: PTH110
-        os.execv(sys.executable, [sys.executable, "-P", "-c", code])
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, as child.begin sets it in the worker
+    """Hand over arguments, pipes, environment and folder, or become a process of its own where no server is of the kind."""
+    kind, *arguments = sys.argv[1:]
+    name = os.environ.get("CUTE_DSL_ARCH", "none") if kind == "worker" else kind
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL) if kind == "worker" else None  # as child.begin has it for itself
+    answer = asked(os.path.join(os.environ.get("HDISPATCH_TEST_FORKED", ""), name), arguments)  # noqa: PTH118
+    if answer == "other":
+        ctypes.CDLL(None).prctl(1, 0)
+        os.execv(sys.executable, [sys.executable, *arguments])
+    if answer < 0:
+        signal.signal(-answer, signal.SIG_DFL) if -answer not in (signal.SIGKILL, signal.SIGSTOP) else None
+        os.kill(os.getpid(), -answer)
+    os._exit(answer)
+
+
+def asked(path: str, arguments: list[str]) -> int | str:
+    """How the process ended that a server forked; "other" if none did."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
-        server.connect(path)
-        asked = {"code": code, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109
-        socket.send_fds(server, [json.dumps(asked).encode()], [0, 1, 2])
+        try:
+            server.connect(path)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return "other"
+        message = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109
+        socket.send_fds(server, [json.dumps(message).encode()], [0, 1, 2])
+        taken = server.recv(64)
+        if taken != b'"forked"':
+            return "other"
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         for number in range(3):
-            os.close(number)  # the worker's alone: whoever reads them sees it end
+            os.close(number)  # the forked process's alone: whoever reads them sees it end
         answer = server.recv(64)
-    status = json.loads(answer) if answer else 1
-    if status < 0:
-        os.kill(os.getpid(), -status)
-    os._exit(status)
+    return json.loads(answer) if answer else 1
 
 
 main()

@@ -25,7 +25,7 @@ class InWorker:
     def __init__(self) -> None:
         self.scratch = tempfile.TemporaryDirectory(prefix="hdispatch-test-")
         environment = pool.environment(Path(self.scratch.name), DESCRIBED["h200"])
-        command = forked.command(BOOT)
+        command = forked.worker(BOOT)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def call(self, function: str, *args: Any) -> Any:

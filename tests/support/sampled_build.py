@@ -35,7 +35,7 @@ LISTED, CACHE = "HDISPATCH_TEST_COMPILED", "HDISPATCH_TEST_CACHE"
 STUB = b"not compiled: "
 HERE = Path(__file__).parent
 BOOT = f"import sys; sys.path.append({str(HERE)!r}); import sampled_build; sampled_build.serve()"
-COMMAND = forked.command(BOOT)
+COMMAND = forked.worker(BOOT)
 
 
 def build_sampled(out: Path, cache: Path, extra: Sequence[str]) -> BuildReport:
