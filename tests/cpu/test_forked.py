@@ -115,9 +115,19 @@ def test_servers_are_gone_when_whoever_serves_is_killed(tmp_path):
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         numbers = list(map(int, process.stdout.readline().split()))
         process.kill()
-    assert len(numbers) == len(forked.KINDS)
+    assert len(numbers) == len(forked.served())
     for number in numbers:
         gone(number)
+
+
+def test_where_a_gpu_is_programs_are_begun_by_python(tmp_path, monkeypatch):
+    monkeypatch.setattr(forked, "GPU", tmp_path)
+    monkeypatch.setenv(forked.FOLDER, "")
+    folder = tmp_path / "sockets"
+    with forked.serving(folder):
+        assert sorted(path.name for path in folder.iterdir()) == ["sm_100a", "sm_80", "sm_90a"]
+        done = subprocess.run(forked.python("-c", SAYS), capture_output=True, text=True, check=True, timeout=60)
+    assert not json.loads(done.stdout)[3]
 
 
 SAYS = "import json, os, sys; print(json.dumps([__name__, sys.argv, sys.path[0], 'torch' in sys.modules, os.getcwd()]))"
@@ -141,7 +151,7 @@ def test_programs_are_begun_as_python_begins_them(tmp_path):
         expected, found = json.loads(plain.stdout), json.loads(own.stdout)
         if "-P" in arguments:  # the first folder is Python's own library, where nothing comes before it
             expected[2] = found[2]
-        assert found == [*expected[:3], True, expected[4]], arguments
+        assert found == [*expected[:3], "libraries" in forked.served(), expected[4]], arguments
         assert plain.stderr == own.stderr == ""
 
 
