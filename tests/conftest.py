@@ -5,23 +5,38 @@ Helion writes TRITON_CACHE_DIR when it compiles, and a later test would read it.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import forked
 import pytest
 
 #: CPUs of this process: pytest-xdist's workers share them.
 CPUS = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
 
 
-def pytest_configure() -> None:
-    """One thread a CPU in torch, here and in processes that tests start: those of another test's CPU wait in a busy loop."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(CPUS))
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread a CPU in torch, here and in processes that tests start: those of another test's CPU wait in a busy loop.
+
+    Processes to fork from are xdist's workers' together: whoever starts these has them.
+    """
+    if not config.getoption("numprocesses", None):  # else the workers, which would inherit it, have their own share
+        os.environ.setdefault("OMP_NUM_THREADS", str(CPUS))
+    if "PYTEST_XDIST_WORKER" not in os.environ and importlib.util.find_spec("triton") is not None:
+        folder = tempfile.TemporaryDirectory(prefix="hdispatch-test-")
+        stack = contextlib.ExitStack()
+        stack.enter_context(folder)
+        stack.enter_context(forked.serving(Path(folder.name)))
+        config.add_cleanup(stack.close)
 
 
 #: Tests that take minutes: side by side with all others, or one CPU waits for them at the end.
-FIRST = ("tests/cpu/test_records.py",)
+FIRST = ("tests/cpu/test_records.py", "tests/cpu/test_special_values.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def compilers() -> Iterator[None]:
-    """One compiling process a CPU where a test does not say how many: each takes 4 s of CPU to start."""
+    """One compiling process a CPU where a test does not say how many. They are forked of one that has imported all."""
     try:
         from hdispatch.compile import pool
     except ImportError:  # an environment that serves and does not compile
@@ -39,6 +54,7 @@ def compilers() -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pool, "available_cpus", lambda: CPUS)
+        patch.setattr(pool, "_COMMAND", forked.worker(*pool._COMMAND[3:]))
         yield
 
 

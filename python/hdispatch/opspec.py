@@ -471,6 +471,11 @@ class OpSpec:
         `bfloat16+is_neox` where a flag is set, `bfloat16+kv_cache_dtype=fp8` (a string with other than letters, digits and
         `_.-` as Python writes it).
         """
+        return list(self._variants)
+
+    @cached_property
+    def _variants(self) -> tuple[Variant, ...]:
+        """Made once: there are hundreds, and a build asks for those of each of its rows."""
         free = [(arg.name, arg.dtypes) for arg in self.tensors() if not isinstance(arg.dtypes, str)]
         optional = [arg.name for arg in self.tensors() if arg.optional]
         static: list[tuple[str, tuple[Static, ...]]] = [(arg.name, arg.values or ()) for arg in self.static_args()]
@@ -482,7 +487,7 @@ class OpSpec:
                 for choice in itertools.product(*(alternatives for _, alternatives in free)):
                     chosen = {name: dtype for (name, _), dtype in zip(free, choice, strict=True)}
                     found.append(self._variant(chosen, none, fixed))
-        return found
+        return tuple(found)
 
     def _variant(self, chosen: dict[str, torch.dtype], none: frozenset[str], static: dict[str, Static]) -> Variant:
         dtypes = {arg.name: chosen[arg.dtypes if isinstance(arg.dtypes, str) else arg.name] for arg in self.tensors()}
@@ -529,10 +534,10 @@ class OpSpec:
 
     def variant(self, name: str) -> Variant:
         """The variant of that name."""
-        for variant in self.variants():
+        for variant in self._variants:
             if variant.name == name:
                 return variant
-        raise HdispatchError(f"{self.name} has no variant {name!r}; it has {[v.name for v in self.variants()]}")
+        raise HdispatchError(f"{self.name} has no variant {name!r}; it has {[v.name for v in self._variants]}")
 
     def row_shape(self, variant: str, shape: Mapping[str, int]) -> dict[str, int]:
         """The sizes in a row's key: those of the shape that calls of the variant have. Only an absent tensor may carry one."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import hdispatch
 import pytest
+import shared
 import torch
 from hdispatch.errors import ArgumentError
 from hdispatch.kernels.lib import attention, paged_kv
@@ -31,8 +32,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, str | None]:
-    return interpreted(PROGRAM, "TRITON_INTERPRET")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return shared.value(tmp_path_factory, "attention", lambda: interpreted(PROGRAM, "TRITON_INTERPRET"))
 
 
 def interpreted(program: Path, switch: str) -> dict[str, str | None]:

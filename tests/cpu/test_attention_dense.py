@@ -15,6 +15,7 @@ from typing import Any
 
 import hdispatch
 import pytest
+import shared
 import torch
 from hdispatch.compile import build, configs, op_package
 from hdispatch.compile.builder import Selection
@@ -36,7 +37,11 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> to
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> dict[str, str | None]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str | None]:
+    return shared.value(tmp_path_factory, "attention_dense", interpreted)
+
+
+def interpreted() -> dict[str, str | None]:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", str(PROGRAM)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)

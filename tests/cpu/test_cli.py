@@ -10,6 +10,7 @@ import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
+import forked
 import hdispatch
 import pytest
 import torch
@@ -59,7 +60,7 @@ def built(tmp_path_factory) -> tuple[Path, str]:
 
 
 def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hdispatch", *arguments]
+    command = forked.python("-m", "hdispatch", *arguments)
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables}, check=False)
 
 

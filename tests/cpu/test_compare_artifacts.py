@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import forked
 import pytest
 import toy
 
@@ -105,7 +106,7 @@ def test_host_functions_are_compared_by_their_kernels(first, second, how):
 
 
 def run(*arguments: object) -> tuple[int, list[str]]:
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run(forked.python(SCRIPT, *arguments), capture_output=True, text=True, check=False)
     return done.returncode, done.stdout.splitlines()
 
 

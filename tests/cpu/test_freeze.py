@@ -7,10 +7,10 @@ import json
 import os
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hdispatch import host
@@ -349,7 +349,9 @@ def test_a_failure_names_the_record_and_leaves_nothing(tmp_path, kernel, message
         "except BuildError as error:\n"
         "    print(error)\n"
     )
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(
+        forked.python("-P", "-c", forked.COMPILING + program), capture_output=True, text=True, check=True, timeout=120
+    )
     assert re.search(message, done.stdout, re.DOTALL), done.stdout + done.stderr
     assert not (tmp_path / "out").exists()
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 import toy
@@ -29,7 +30,7 @@ except ImportError as error:
 
 def import_under(version: str) -> str:
     """What importing under that torch says, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", CODE, version], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(forked.python("-c", CODE, version), capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -77,7 +78,7 @@ WHY = {
 
 def command(problem: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """`hdispatch …`, whose extension cannot be used."""
-    line = [sys.executable, "-c", COMMAND, problem, *arguments]
+    line = forked.python("-c", COMMAND, problem, *arguments)
     return subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
 
 

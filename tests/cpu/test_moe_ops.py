@@ -9,6 +9,7 @@ from typing import Any
 
 import hdispatch
 import pytest
+import shared
 import torch
 from hdispatch import ArgumentError
 from hdispatch.compile import Selection, build
@@ -176,7 +177,6 @@ MAPPED = "int32+maybe_expert_map"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The typical variants of all, for any size; of the ops of rows the buckets that are called here."""
-    work = tmp_path_factory.mktemp("moe")
 
     def variants(spec: OpSpec) -> list[str]:
         return [spec.typical_variant().name, *([MAPPED] if spec.name == "moe_align_block_size" else [])]
@@ -186,8 +186,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         return range(ladders.count) if spec.name in OPS else sorted({ladders.index(8 * m) for m in TOKENS})
 
     select = Selection(shapes=lambda _: [{}], variants=variants, buckets=buckets)
-    build([*OPS, *OF_ROWS], "h200", work / "bundle", select=select, cache=work / "cache")
-    return work / "bundle"
+
+    def make(work: Path) -> None:
+        build([*OPS, *OF_ROWS], "h200", work / "bundle", select=select, cache=work / "cache")
+
+    return shared.folder(tmp_path_factory, "moe", make) / "bundle"
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,10 @@ def test_the_variants():
     }
     with pytest.raises(HdispatchError, match="toy has no variant 'float64'; it has"):
         SPEC.variant("float64")
+    assert SPEC.variant("float16+residual") is some, "made once"
+    variants.clear()
+    assert len(SPEC.variants()) == 8, "each caller has a list of its own"
+    assert len(dataclasses.replace(SPEC, args=(X,)).variants()) == 1, "another spec has others"
 
 
 def test_sizes():

@@ -20,6 +20,7 @@ from typing import Any
 
 import hdispatch
 import pytest
+import shared
 import torch
 import triton
 from hdispatch.bundle_reader import read_bundle
@@ -100,14 +101,24 @@ FUNCTIONS = {"ll_gemm_bf16", "ll_gemm_fp8"}
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     """All ops and the plain Triton example: every record, and the code of some. See `sampled_build`."""
-    folder = tmp_path_factory.mktemp("bundle")
-    build_sampled(folder / "h200", folder / "cache", ["triton_example"])
-    return folder / "h200"
+
+    def make(folder: Path) -> None:
+        build_sampled(folder / "h200", folder / "cache", ["triton_example"])
+
+    return shared.folder(tmp_path_factory, "records", make) / "h200"
 
 
 @pytest.fixture(scope="module")
-def cases(bundle) -> list[Case]:
+def cases(bundle, tmp_path_factory) -> list[Case]:
     found = collect(read_bundle(bundle)[0])
+    expected = shared.value(tmp_path_factory, "launches", lambda: launches(found))
+    for case, its in zip(found, expected, strict=True):
+        case.expected = its
+    return found
+
+
+def launches(found: list[Case]) -> list[list[dict[str, Any]]]:
+    """What each case's host function does, as worker processes say."""
     waiting: queue.SimpleQueue[list[Case]] = queue.SimpleQueue()
     for _, sharing in itertools.groupby(found, key=lambda case: id(case.record)):
         waiting.put(list(sharing))
@@ -119,7 +130,7 @@ def cases(bundle) -> list[Case]:
         thread.join()
     if errors:
         raise errors[0]
-    return found
+    return [case.expected for case in found]
 
 
 def served_ms(bucket: int, spec: OpSpec) -> list[int]:

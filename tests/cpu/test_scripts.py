@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -15,7 +15,7 @@ PROGRAMS = sorted(each.name for each in SCRIPTS.glob("*.py") if each.name != "vl
 
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_help_does_nothing_else(tmp_path, name):
-    command = [sys.executable, str(SCRIPTS / name), "--help"]
+    command = forked.python(SCRIPTS / name, "--help")
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("usage: ")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any, TypedDict
 
+import forked
 import pytest
 import toy
 from hdispatch.bundle_reader import read_bundle
@@ -206,7 +206,7 @@ def test_two_processes_at_once_do_no_harm(tmp_path):
         "from test_store import build_one; "
         "build_one(Path(sys.argv[1]), Path(sys.argv[2]))"
     )
-    command = [sys.executable, "-P", "-c", program]
+    command = forked.python("-P", "-c", forked.COMPILING + program)
     outs = [tmp_path / "a", tmp_path / "b"]
     processes = [subprocess.Popen([*command, str(out), str(tmp_path / "cache")]) for out in outs]
     assert [process.wait(timeout=300) for process in processes] == [0, 0]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forked
 import hdispatch
 import pytest
 from hdispatch.cli.main import main
@@ -83,7 +83,9 @@ print(op.options, op.units, op.from_cache, op.records, op.cells, op.pairs, op.sa
 def make(folder: Path, out: str) -> list[int]:
     """In a process of its own, because modules stay imported; the report's counts."""
     program = PROGRAM.replace("FOLDER", repr(str(folder))).replace("OUT", repr(out))
-    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        forked.python("-P", "-c", forked.COMPILING + program), capture_output=True, text=True, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stderr
     return [int(number) for number in done.stdout.split()]
 

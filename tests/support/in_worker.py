@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import forked
 from hdispatch.compile import DESCRIBED, pool
 from hdispatch.compile.target import install
 
@@ -24,7 +25,7 @@ class InWorker:
     def __init__(self) -> None:
         self.scratch = tempfile.TemporaryDirectory(prefix="hdispatch-test-")
         environment = pool.environment(Path(self.scratch.name), DESCRIBED["h200"])
-        command = [sys.executable, "-P", "-c", BOOT]
+        command = forked.worker(BOOT)
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
 
     def call(self, function: str, *args: Any) -> Any:

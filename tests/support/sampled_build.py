@@ -14,13 +14,13 @@ import importlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forked
 import pytest
 from hdispatch.compile import BuildReport, build, build_unit, builder, ffi_link, pool, store, worker
 from hdispatch.compile.build_unit import Unit
@@ -35,7 +35,7 @@ LISTED, CACHE = "HDISPATCH_TEST_COMPILED", "HDISPATCH_TEST_CACHE"
 STUB = b"not compiled: "
 HERE = Path(__file__).parent
 BOOT = f"import sys; sys.path.append({str(HERE)!r}); import sampled_build; sampled_build.serve()"
-COMMAND = (sys.executable, "-P", "-c", BOOT)
+COMMAND = forked.worker(BOOT)
 
 
 def build_sampled(out: Path, cache: Path, extra: Sequence[str]) -> BuildReport:
