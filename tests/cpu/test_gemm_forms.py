@@ -170,13 +170,13 @@ REFUSED = [
         OP,
         {"K": 4096},
         block_tile(64, 64, early=3),
-        f"32 chunks of a block, 96 registers of a thread, which has 232; {EARLY} 3",
+        f"32 chunks of a block, 88 registers of a thread, which has 232; {EARLY} 3",
     ),
     (
         OP,
         {},
         block_tile(64, 64, early=4),
-        f"None chunks of a block, 96 registers of a thread, which has 232; {EARLY} 4",
+        f"None chunks of a block, 88 registers of a thread, which has 232; {EARLY} 4",
     ),
     (
         "scaled_mm",
