@@ -24,8 +24,8 @@ class BlockTileGemm(TileGemm):
     Each chunk's products are summed from zero; that sum, times both scales, is added to the total in float32.
 
     fixed    1 where a chunk's stage is known as the kernel is compiled: a tile's chunks are then a multiple of the stages
-    early    chunks of a turn of the loop in which each chunk's products begin before the sums of the one before are added, 0 for
-             none; ptxas lets no product overlap where one is under way as a turn ends. Takes registers for both sums
+    early    chunks of a turn of the loop in which each chunk's products begin before the last one's sums are added, 0 for none;
+             ptxas lets no product overlap where one is under way as a turn ends. Takes registers for both sums
     at_once  outputs whose products are summed at once, 0 for as many as there are registers for; two such sums are made in
              turn, one being added while the other is multiplied, where a thread has registers for both
 
