@@ -9,10 +9,10 @@ from math import gcd
 from typing import Any
 
 import cutlass
-from cutlass import Constexpr, Float32, Int32, Numeric, cute
+from cutlass import Constexpr, Float32, Int32, Int64, Numeric, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 
-from .tile_gemm import CHUNK, MOST_REGISTERS, OTHER_REGISTERS, PRODUCTS, TALL, TileGemm
+from .tile_gemm import CHUNK, OTHER_REGISTERS, PRODUCTS, TALL, TileGemm
 
 #: Chunks that a turn of the loop over them takes: 1 to 3 % faster than one.
 UNROLLED = 4
@@ -23,6 +23,9 @@ class BlockTileGemm(TileGemm):
 
     Each chunk's products are summed from zero; that sum, times both scales, is added to the total in float32.
 
+    fixed    1 where a chunk's stage is known as the kernel is compiled: a tile's chunks are then a multiple of the stages
+    early    chunks of a turn of the loop in which each chunk's products begin before the last one's sums are added, 0 for none;
+             ptxas lets no product overlap where one is under way as a turn ends. Takes registers for both sums
     at_once  outputs whose products are summed at once, 0 for as many as there are registers for; two such sums are made in
              turn, one being added while the other is multiplied, where a thread has registers for both
 
@@ -33,12 +36,13 @@ class BlockTileGemm(TileGemm):
     grouped = True
 
     def __init__(
-        self, element: type[Numeric], k: int | None, tile_m: int, tile_n: int, *others: Any, at_once: int = 0, **named: Any
-    ) -> None:
+        self, element: type[Numeric], k: int | None, tile_m: int, tile_n: int, *others: Any, at_once: int = 0,
+        fixed: int = 0, early: int = 0, **named: Any,
+    ) -> None:  # fmt: skip
         super().__init__(element, k, tile_m, tile_n, *others, **named)
         total = self.slabs * self.sums
         halves = [self.columns // parts for parts in (1, 2, 4) if self.columns % (8 * parts) == 0]
-        fitting = [each for each in halves if total + each // 2 + OTHER_REGISTERS <= MOST_REGISTERS]
+        fitting = [each for each in halves if total + (each if early else each // 2) + OTHER_REGISTERS <= self.registers]
         self.at_once = min(at_once, self.columns) or max(fitting, default=self.columns)
         if self.at_once < 0 or self.columns % self.at_once or self.at_once % 8:
             raise ValueError(f"{at_once} outputs at once, of {self.columns}; it can be one of {halves}")
@@ -46,9 +50,19 @@ class BlockTileGemm(TileGemm):
         self.part = self.at_once // 2
         self.parts = self.slabs * (self.columns // self.at_once)
         needed = total + self.part + OTHER_REGISTERS
-        if needed > MOST_REGISTERS:
-            raise ValueError(f"a {tile_m} x {tile_n} tile takes {needed} registers of a thread, which has {MOST_REGISTERS}")
-        self.buffers = 2 if self.parts % 2 == 0 and needed + self.part <= MOST_REGISTERS else 1
+        if needed > self.registers:
+            raise ValueError(f"a {tile_m} x {tile_n} tile takes {needed} registers of a thread, which has {self.registers}")
+        #: Chunks in a turn of a loop whose products overlap the sums of the ones before.
+        self.early = early
+        if early and (self.mine is None or self.mine % early or needed + self.part > self.registers):
+            said = f"{self.mine} chunks of a block, {needed + self.part} registers of a thread, which has {self.registers}"
+            raise ValueError(f"{said}; products begin early where chunks are a multiple of {early}")
+        self.buffers = 2 if self.early or (self.parts % 2 == 0 and needed + self.part <= self.registers) else 1
+        if fixed and (self.mine is None or self.mine % self.stages):
+            said = f"{self.mine} chunks of a block, {self.stages} stages"
+            raise ValueError(f"{said}; stages are fixed where one block's chunks are known, and a multiple of them")
+        #: How often a tile's chunks fill all stages, where stages are fixed.
+        self.laps = self.mine // self.stages if fixed else 0
         self.step = gcd(self.at_once, CHUNK)
         self.w_kept = tile_n // self.step
         #: Scales of a chunk, in whole vectors.
@@ -62,37 +76,53 @@ class BlockTileGemm(TileGemm):
         return (m, cute.sym_int()), (cute.sym_int(), cute.sym_int())
 
     @cute.jit
-    def copy_scale(self, scales: cute.Tensor, row: Any, column: Any, into: Any) -> None:
+    def copy_scale(self, scales: cute.Tensor, at: Any, into: Any) -> None:
         """Begins to copy one scale."""
         atom = cute.make_copy_atom(cpasync.CopyG2SOp(), Float32, num_bits_per_copy=32)
         one = cute.make_layout((1, 1))
-        source = cute.make_tensor(scales.iterator + (row * scales.stride[0] + column * scales.stride[1]), one)
+        source = cute.make_tensor(scales.iterator + at, one)
         cute.copy(atom, source, cute.make_tensor(into, one))
 
     @cute.jit
     def copy_scales(
         self, x_scale: cute.Tensor, w_scale: cute.Tensor, scales: Any, full: Any, free: Any, first: Int32, every: Int32,
-        rank: Int32, start: Int32, turns: Any, rounds: Int32, m: Int32, n: Int32,
+        rank: Int32, start: Int32, turns: Any, m: Int32, n: Int32, order: Any,
     ) -> None:  # fmt: skip
         """See `TileGemm`. Those of tokens and outputs that there are not are the last one's."""
         lane = cute.arch.lane_idx()
+        places = cute.make_rmem_tensor((self.tile_m // 32 + 1,), Int64)
+        # Found before the wait, and each next tile's before its chunks: a hundred instructions, for which the products wait.
+        self.find_scales(places, x_scale, w_scale, first, m, n, rank, lane, order)
         self.await_predecessor()
         stage, phase = Int32(0), Int32(1)
-        for round in cutlass.range(rounds, unroll=1):
-            tile_m, tile_n = self.tile_at(first + round * every, m, n, rank)
-            group = cutlass.min((tile_n * self.tile_n + lane * self.step) // CHUNK, w_scale.shape[1] - 1)
+        tiles_m, tiles_n = self.tiles(m, n)
+        for index in cutlass.range(first, tiles_m * tiles_n, every, unroll=1):
             for turn in cutlass.range(turns, unroll=1):
                 cute.arch.mbarrier_wait(free + stage, phase)
                 into = scales + (stage * self.slot + lane)
                 for i in cutlass.range_constexpr(self.tile_m // 32):
-                    token = cutlass.min(tile_m * self.tile_m + (lane + 32 * i), m - 1)
-                    self.copy_scale(x_scale, token, start + turn, into + 32 * i)
+                    self.copy_scale(x_scale, places[i] + (start + turn) * x_scale.stride[1], into + 32 * i)
                 if lane < self.w_kept:
-                    self.copy_scale(w_scale, start + turn, group, into + self.tile_m)
+                    at = places[self.tile_m // 32] + (start + turn) * w_scale.stride[0]
+                    self.copy_scale(w_scale, at, into + self.tile_m)
                 cute.arch.cp_async_mbarrier_arrive_noinc(full + stage)
                 stage, phase = self.following(stage, phase)
+            self.find_scales(places, x_scale, w_scale, index + every, m, n, rank, lane, order)
 
-    def fetch_scales(self, x_scale: Any, w_scale: Any, scales: Any, first_m: Any, first_n: Any, round: Any, tid: Any) -> None:
+    @cute.jit
+    def find_scales(
+        self, places: cute.Tensor, x_scale: cute.Tensor, w_scale: cute.Tensor, index: Int32, m: Int32, n: Int32, rank: Int32,
+        lane: Int32, order: Any,
+    ) -> None:  # fmt: skip
+        """Where a lane's scales of a tile begin: of its tokens, and of its outputs."""
+        tile_m, tile_n = self.tile_at(index, m, n, rank, order)
+        for i in cutlass.range_constexpr(self.tile_m // 32):
+            token = cutlass.min(tile_m * self.tile_m + (lane + 32 * i), m - 1)
+            places[i] = Int64(token) * x_scale.stride[0]
+        group = cutlass.min((tile_n * self.tile_n + lane * self.step) // CHUNK, w_scale.shape[1] - 1)
+        places[self.tile_m // 32] = Int64(group) * w_scale.stride[1]
+
+    def fetch_scales(self, x_scale: Any, w_scale: Any, scales: Any, first_m: Any, first_n: Any, odd: Any, tid: Any) -> None:
         """See `TileGemm`: they come with the chunks."""
 
     def await_scales(self) -> None:
@@ -114,23 +144,78 @@ class BlockTileGemm(TileGemm):
         x_scales = cute.make_rmem_tensor((2 * self.slabs,), Float32)
         w_scales = cute.make_rmem_tensor((self.columns // self.step,), Float32)
         totals.fill(0.0)
-        for _ in cutlass.range(turns, unroll=UNROLLED):
-            cute.arch.mbarrier_wait(full + stage, phase)
-            self.load_scales(x_scales, w_scales, scales + stage * self.slot, row, column, tid)
-            for part in cutlass.range_constexpr(self.parts):
-                self.multiply_part(mma, buffers[part % self.buffers], tokens, weights, stage, part)
-                if cutlass.const_expr(part + 1 >= self.buffers):
-                    warpgroup.wait_group(self.buffers - 1)
-                    done = part + 1 - self.buffers
-                    if cutlass.const_expr(done == self.parts - 1):
-                        self.hand_back(free + stage, slice, tid)
-                    self.add_part(totals, buffers[done % self.buffers], x_scales, w_scales, done)
-            if cutlass.const_expr(self.buffers == 2):
-                warpgroup.wait_group(0)
-                self.hand_back(free + stage, slice, tid)
-                self.add_part(totals, buffers[1], x_scales, w_scales, self.parts - 1)
+        if cutlass.const_expr(self.early):
+            return self.sum_early(
+                mma, tokens, weights, buffers, totals, scales, full, free, row, column, stage, phase, slice, tid
+            )
+        given = (mma, tokens, weights, buffers, x_scales, w_scales, totals, scales, full, free, row, column, slice, tid)
+        if cutlass.const_expr(self.laps > 0):
+            for _ in cutlass.range(self.laps, unroll=1):
+                for fixed in cutlass.range_constexpr(self.stages):
+                    self.add_chunk(*given, Int32(fixed), phase)
+                phase = phase ^ 1
+        else:
+            for _ in cutlass.range(turns, unroll=UNROLLED):
+                self.add_chunk(*given, stage, phase)
+                stage, phase = self.following(stage, phase)
+        return stage, phase
+
+    @cute.jit
+    def sum_early(
+        self, mma: Any, tokens: list, weights: list, buffers: list, totals: cute.Tensor, scales: Any, full: Any, free: Any,
+        row: Int32, column: Int32, stage: Int32, phase: Int32, slice: Int32, tid: Int32,
+    ) -> Any:  # fmt: skip
+        """A tile's sums, each chunk's products beginning before the sums of the one before it are added."""
+        kept = [
+            (cute.make_rmem_tensor((2 * self.slabs,), Float32), cute.make_rmem_tensor((self.columns // self.step,), Float32))
+            for _ in range(2)
+        ]
+        items = [(chunk, part) for chunk in range(self.early) for part in range(self.parts)]
+        for _ in cutlass.range(self.mine // self.early, unroll=1):
+            before = stage
+            for at in cutlass.range_constexpr(len(items)):
+                chunk, part = items[at]
+                if cutlass.const_expr(part == 0):
+                    if cutlass.const_expr(chunk > 0):
+                        before = stage
+                        stage, phase = self.following(stage, phase)
+                    cute.arch.mbarrier_wait(full + stage, phase)
+                    self.load_scales(*kept[chunk % 2], scales + stage * self.slot, row, column, tid)
+                self.multiply_part(mma, buffers[at % 2], tokens, weights, stage, part)
+                if cutlass.const_expr(at > 0):
+                    warpgroup.wait_group(1)
+                    if cutlass.const_expr(part == 0):
+                        self.hand_back(free + before, slice, tid)
+                    last, done = items[at - 1]
+                    self.add_part(totals, buffers[(at - 1) % 2], *kept[last % 2], done)
+            warpgroup.wait_group(0)
+            self.hand_back(free + stage, slice, tid)
+            last, done = items[-1]
+            self.add_part(totals, buffers[(len(items) - 1) % 2], *kept[last % 2], done)
             stage, phase = self.following(stage, phase)
         return stage, phase
+
+    @cute.jit
+    def add_chunk(
+        self, mma: Any, tokens: list, weights: list, buffers: list, x_scales: cute.Tensor, w_scales: cute.Tensor,
+        totals: cute.Tensor, scales: Any, full: Any, free: Any, row: Int32, column: Int32, slice: Int32, tid: Int32,
+        stage: Int32, phase: Int32,
+    ) -> None:  # fmt: skip
+        """Waits for a chunk, makes its sums and adds them to the total; hands its stage back once all are made."""
+        cute.arch.mbarrier_wait(full + stage, phase)
+        self.load_scales(x_scales, w_scales, scales + stage * self.slot, row, column, tid)
+        for part in cutlass.range_constexpr(self.parts):
+            self.multiply_part(mma, buffers[part % self.buffers], tokens, weights, stage, part)
+            if cutlass.const_expr(part + 1 >= self.buffers):
+                warpgroup.wait_group(self.buffers - 1)
+                done = part + 1 - self.buffers
+                if cutlass.const_expr(done == self.parts - 1):
+                    self.hand_back(free + stage, slice, tid)
+                self.add_part(totals, buffers[done % self.buffers], x_scales, w_scales, done)
+        if cutlass.const_expr(self.buffers == 2):
+            warpgroup.wait_group(0)
+            self.hand_back(free + stage, slice, tid)
+            self.add_part(totals, buffers[1], x_scales, w_scales, self.parts - 1)
 
     @cute.jit
     def load_scales(
@@ -176,7 +261,7 @@ class BlockTileGemm(TileGemm):
     @cute.jit
     def results(
         self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, tile_n: Int32, row: Any, column: Any,  # noqa: ARG002
-        round: Int32, tid: Int32, n: Int32,  # noqa: ARG002
+        odd: Int32, tid: Int32, n: Int32,  # noqa: ARG002
     ) -> cute.Tensor:  # fmt: skip
         """See `TileGemm`."""
         values = cute.make_rmem_tensor((self.width // 2,), Float32)

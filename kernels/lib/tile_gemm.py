@@ -30,8 +30,8 @@ _PIECES = {
 #: wgmma's K is a quarter of a chunk.
 PRODUCTS = 4
 
-#: Threads that multiply: two groups of four warps. Of the four warps more one copies chunks and one scales.
-TAKERS = 256
+#: Threads of a group that multiplies: four warps. Of the warps more one copies chunks and one scales.
+GROUP = 128
 
 #: Registers of a thread that copies, and of one that multiplies: together those of an SM.
 _FEW, MOST_REGISTERS = 40, 232
@@ -39,8 +39,11 @@ _FEW, MOST_REGISTERS = 40, 232
 #: Registers of a thread that multiplies, beside its sums.
 OTHER_REGISTERS = 40
 
-#: Shared memory of a block on Hopper.
-_SHARED = 232448
+#: Shared memory of a block on Hopper, where an SM holds one, and where it holds two.
+_SHARED = {1: 232448, 2: 115712}
+
+#: SMs of an H100 and an H200.
+SMS = 132
 
 
 class TileGemm(Gemm):
@@ -53,52 +56,47 @@ class TileGemm(Gemm):
     shared   of a cluster, what both read, each copying half of it to both: "x", and their tiles lie side by side along N, or
              "w", and they do along M
     band     tiles, of a cluster, along M that are taken before the next ones along N; 1: all along N first
-    blocks   blocks that there are at once
+    blocks   blocks that there are at once, 0 for as many as the GPU holds
     slices   blocks that share a tile's chunks, in one cluster; each adds up its share of the sums
+    groups   groups of four warps that multiply: 2, or 1 where tokens are 64; that one has all of them and all outputs
+    per_sm   blocks that an SM holds at once, 1 or 2; of two, of one kernel or of two, one loads while the other ends
+    ahead    stages whose weights are asked for while the kernel before this one may still run, 0 for all of them
 
     What lies past M, N and K are zeros that TMA writes, and is not stored. Out's rows begin at multiples of 16 bytes.
     """
 
     out_vector = 8
-    threads = TAKERS + 128
     #: The elements of out, which a call of `launch` tells.
     kind: type[Numeric]
 
     def __init__(
         self, element: type[Numeric], k: int | None, tile_m: int, tile_n: int, stages: int, cluster: int = 1,
-        shared: str = "w", band: int = 8, blocks: int = 132, trigger: int = 0, slices: int = 1,
+        shared: str = "w", band: int = 8, blocks: int = 0, trigger: int = 0, slices: int = 1, groups: int = 2,
+        per_sm: int = 1, ahead: int = 0,
     ) -> None:  # fmt: skip
         super().__init__(element, k, CHUNK, 1, trigger)
-        if element.width != 8:
-            raise ValueError(f"elements have {element.width} bits; tiles take those of 8")
-        step = 32 if tile_m == TALL else 16
-        if tile_m not in (64, 128, 256) or tile_n % step or not 0 < tile_n <= 256:
-            raise ValueError(f"a tile is {tile_m} x {tile_n}; it can be 64, 128 or 256 x a multiple of {step} to 256")
-        if cluster not in (1, 2) or shared not in ("x", "w"):
-            raise ValueError(f"{cluster} blocks share {shared!r}; 1 or 2 can share 'x' or 'w'")
-        if stages < 2 or band < 1:
-            raise ValueError(f"{stages} stages, bands of {band}; there must be 2 and 1 or more")
         self.tile_m, self.tile_n, self.stages, self.cluster = tile_m, tile_n, stages, cluster
-        self.band, self.blocks, self.slices = band, blocks, slices
+        self.band, self.slices, self.groups, self.per_sm = band, slices, groups, per_sm
+        self.blocks, self.ahead = blocks or SMS * per_sm, ahead or stages
         self.shares_x, self.shares_w = cluster == 2 and shared == "x", cluster == 2 and shared == "w"
+        self.check(shared)
+        #: Chunks of a tile that a block takes, where K is known and all slices take as many.
+        self.mine = None if self.turns is None or self.turns % slices else self.turns // slices
+        #: Threads that multiply, and all: those that copy are four warps where they give registers to the others.
+        self.takers = GROUP * groups
+        self.gives = groups == 2 and per_sm == 1
+        self.threads = self.takers + (GROUP if self.gives else 64)
+        #: Registers of a thread that multiplies.
+        self.registers = MOST_REGISTERS if per_sm == 1 else 65536 // (per_sm * self.threads) // 8 * 8
         #: Rows that a block copies.
         self.x_box = tile_m // 2 if self.shares_x else tile_m
         self.w_box = tile_n // 2 if self.shares_w else tile_n
         #: Tiles of wgmma that a group has, one above the other, and their columns.
         self.slabs = max(1, tile_m // 128)
-        self.columns = tile_n // 2 if tile_m == 64 else tile_n
+        self.columns = tile_n // 2 if self.halves else tile_n
         #: Sums of a thread in each.
         self.sums = self.columns // 2
-        if slices not in (1, 2, 4, 8):
-            raise ValueError(f"{slices} slices of a tile; there can be 1, 2, 4 or 8")
-        #: Columns that a copy stores: as many as divide a group's, its pieces being shared by the slices.
-        fitting = [each for each in _PIECES if self.columns % each == 0 and self.slabs * self.columns // each % slices == 0]
-        if slices * cluster > 8 or not fitting:
-            said = f"{slices} slices of {tile_m} x {tile_n} tiles, {cluster} blocks sharing"
-            raise ValueError(f"{said}; a cluster has 8 blocks, each a piece of 16")
-        if slices > 1 and not self.grouped:
-            raise ValueError(f"{slices} slices of a tile whose scales are per row; it is one block's, slices are block_tile's")
-        self.width = fitting[0]
+        self.width = self.piece_width()
         #: Pieces of out that a group stores.
         self.pieces = self.slabs * (self.columns // self.width) // slices
         #: Sums of a thread that its block stores.
@@ -107,8 +105,49 @@ class TileGemm(Gemm):
         self.arrivals = 1
         #: Scales that are kept: of this tile and the next.
         self.kept = 2 * (tile_m + tile_n)
-        if self.slabs * self.sums + OTHER_REGISTERS > MOST_REGISTERS:
-            raise ValueError(f"a thread has {self.slabs * self.sums} sums of a {tile_m} x {tile_n} tile; it can have 128")
+        if self.slabs * self.sums + OTHER_REGISTERS > self.registers:
+            said = f"a thread has {self.slabs * self.sums} sums of a {tile_m} x {tile_n} tile"
+            raise ValueError(f"{said}; it can have {self.registers - OTHER_REGISTERS}")
+
+    @property
+    def halves(self) -> bool:
+        """Whether both groups have the same tokens, and each has half of the outputs."""
+        return self.tile_m == TALL and self.groups == 2
+
+    def check(self, shared: str) -> None:
+        """ValueError for what no tile is."""
+        step = 32 if self.halves else 16
+        if self.element.width != 8:
+            raise ValueError(f"elements have {self.element.width} bits; tiles take those of 8")
+        if self.tile_m not in (64, 128, 256) or self.tile_n % step or not 0 < self.tile_n <= 256:
+            said = f"a tile is {self.tile_m} x {self.tile_n}"
+            raise ValueError(f"{said}; it can be 64, 128 or 256 x a multiple of {step} to 256")
+        if self.cluster not in (1, 2) or shared not in ("x", "w"):
+            raise ValueError(f"{self.cluster} blocks share {shared!r}; 1 or 2 can share 'x' or 'w'")
+        if self.stages < 2 or self.band < 1:
+            raise ValueError(f"{self.stages} stages, bands of {self.band}; there must be 2 and 1 or more")
+        if self.groups not in (1, 2) or (self.groups == 1 and self.tile_m != TALL):
+            raise ValueError(f"{self.groups} groups for {self.tile_m} tokens; there can be 2, and 1 for {TALL} tokens")
+        if self.per_sm not in (1, 2):
+            raise ValueError(f"{self.per_sm} blocks on an SM; there can be 1 or 2")
+        if not 0 < self.ahead <= self.stages:
+            raise ValueError(f"weights of {self.ahead} stages ahead; there are {self.stages} stages, 0 for all")
+        if self.slices not in (1, 2, 4, 8):
+            raise ValueError(f"{self.slices} slices of a tile; there can be 1, 2, 4 or 8")
+
+    def piece_width(self) -> int:
+        """Columns that a copy stores: as many as divide a group's, its pieces being shared by the slices."""
+        fitting = [
+            each for each in _PIECES
+            if self.columns % each == 0 and self.slabs * self.columns // each % self.slices == 0
+        ]  # fmt: skip
+        if self.slices * self.cluster > 8 or not fitting:
+            said = f"{self.slices} slices of {self.tile_m} x {self.tile_n} tiles, {self.cluster} blocks sharing"
+            raise ValueError(f"{said}; a cluster has 8 blocks, each a piece of 16")
+        if self.slices > 1 and not self.grouped:
+            said = f"{self.slices} slices of a tile whose scales are per row"
+            raise ValueError(f"{said}; it is one block's, slices are block_tile's")
+        return fitting[0]
 
     @property
     def largest_m(self) -> int:
@@ -118,8 +157,8 @@ class TileGemm(Gemm):
     @property
     def outs(self) -> int:
         """Pieces of out that a group writes at once: all of a tile if shared memory has room for them."""
-        fitting = [each for each in range(2, self.pieces + 1) if self.pieces % each == 0 and self.bytes_with(each) <= _SHARED]
-        return max(fitting, default=1)
+        room = [each for each in range(2, self.pieces + 1) if self.bytes_with(each) <= _SHARED[self.per_sm]]
+        return max((each for each in room if self.pieces % each == 0), default=1)
 
     @property
     def shared_bytes(self) -> int:
@@ -129,8 +168,8 @@ class TileGemm(Gemm):
     def bytes_with(self, outs: int) -> int:
         """Shared memory of a block with so many pieces of out."""
         ring = CHUNK * (self.tile_m + self.tile_n) * self.stages
-        given = 4 * TAKERS * self.own * (self.slices - 1)
-        return 1024 + ring + 2 * outs * TALL * self.width * 2 + given + 4 * self.kept + 16 * self.stages + 8 + 16
+        given = 4 * self.takers * self.own * (self.slices - 1)
+        return 1024 + ring + self.groups * outs * TALL * self.width * 2 + given + 4 * self.kept + 16 * self.stages + 8 + 16
 
     @cute.jit
     def launch(
@@ -148,12 +187,16 @@ class TileGemm(Gemm):
         # Slices take one tile and end: what they give each other would else have to wait until it has been read.
         if cutlass.const_expr(self.slices == 1):
             clusters = cutlass.min(clusters, self.blocks // self.cluster)
-        self.kernel(out_atom, out_tensor, x_atom, x_tensor, w_atom, w_tensor, x_scale, w_scale, bias).launch(
+        whole = cute.fast_divmod_create_divisor_v2(self.band * tiles_n)
+        last = cute.fast_divmod_create_divisor_v2(cutlass.max(tiles_m % self.band, 1))
+        self.kernel(out_atom, out_tensor, x_atom, x_tensor, w_atom, w_tensor, x_scale, w_scale, bias, whole, last).launch(
             grid=[clusters, self.cluster * self.slices, 1],
             block=[self.threads, 1, 1],
             cluster=[1, self.cluster * self.slices, 1],
             # Without it ptxas does not know the registers at entry, and gives no warp more of them.
-            min_blocks_per_mp=1,
+            min_blocks_per_mp=self.per_sm,
+            # Two blocks want all of an SM's shared memory; told so, the DSL need not ask a GPU.
+            preferred_smem_carveout=100 if self.per_sm > 1 else None,
             stream=stream,
             use_pdl=pdl,
         )
@@ -187,13 +230,20 @@ class TileGemm(Gemm):
         )
 
     @cute.jit
-    def tile_at(self, index: Int32, m: Int32, n: Int32, rank: Int32) -> Any:
-        """Which tile this block takes of the cluster's index-th: along M, along N."""
-        tiles_m, tiles_n = self.tiles(m, n)
-        first = index // (self.band * tiles_n) * self.band
-        height = cutlass.min(self.band, tiles_m - first)
-        within = index - first * tiles_n
-        tile_m, tile_n = first + within % height, within // height
+    def tile_at(self, index: Int32, m: Int32, n: Int32, rank: Int32, order: Any) -> Any:
+        """Which tile this block takes of the cluster's index-th: along M, along N.
+
+        The host has prepared `order`, to divide by a band's tiles and by the height of the last one: a division takes some
+        hundred cycles, and ptxas moves it to where its result is needed, between the sums and their store.
+        """
+        tiles_m, _ = self.tiles(m, n)
+        whole, last = order
+        band, within = divmod(index, whole)
+        first = band * self.band
+        tile_n, tile_m = within // self.band, within % self.band
+        if first + self.band > tiles_m:
+            tile_n, tile_m = divmod(within, last)
+        tile_m = first + tile_m
         if cutlass.const_expr(self.shares_w):
             tile_m = 2 * tile_m + rank
         if cutlass.const_expr(self.shares_x):
@@ -204,6 +254,7 @@ class TileGemm(Gemm):
     def kernel(
         self, out_atom: cute.CopyAtom, out: cute.Tensor, x_atom: cute.CopyAtom, x: cute.Tensor, w_atom: cute.CopyAtom,
         w: cute.Tensor, x_scale: cute.Tensor | None, w_scale: cute.Tensor | None, bias: cute.Tensor | None,
+        whole: cute.FastDivmodDivisorV2, last: cute.FastDivmodDivisorV2,
     ) -> None:  # fmt: skip
         """The kernel: see the class."""
         first, place, _ = cute.arch.block_idx()
@@ -212,58 +263,24 @@ class TileGemm(Gemm):
             rank, slice = place % self.cluster, place // self.cluster
         every, _, _ = cute.arch.grid_dim()
         warp_index = cute.arch.make_warp_uniform(cute.arch.warp_idx())
-        turns = self.turns
-        if cutlass.const_expr(self.turns is None):
-            turns = cute.ceil_div(w.shape[1], CHUNK)
-        start = Int32(0)
-        if cutlass.const_expr(self.slices > 1):
-            share = cute.ceil_div(turns, self.slices)
-            start = slice * share
-            turns = cutlass.max(cutlass.min(turns - start, share), 0)
-        tiles_m, tiles_n = self.tiles(x.shape[0], w.shape[0])
-        rounds = cute.ceil_div(tiles_m * tiles_n - first, every)
-
-        shared = SmemAllocator()
-        ring = cute.make_layout((CHUNK * (self.tile_m + self.tile_n) * self.stages,))
-        x_ring = shared.allocate_tensor(self.element, ring, byte_alignment=1024, swizzle=self.chunk_swizzle()).iterator
-        w_ring = x_ring + CHUNK * self.tile_m * self.stages
-        pieces = shared.allocate_array(self.kind, 2 * self.outs * TALL * self.width, byte_alignment=1024)
-        scales = shared.allocate_array(Float32, self.kept, byte_alignment=16)
-        full = shared.allocate_array(Int64, self.stages, byte_alignment=8)
-        free = shared.allocate_array(Int64, self.stages, byte_alignment=8)
-        given, arrived = None, None
-        if cutlass.const_expr(self.slices > 1):
-            given = shared.allocate_array(Int32, TAKERS * self.own * (self.slices - 1), byte_alignment=16)
-            arrived = shared.allocate_array(Int64, 1, byte_alignment=8)
-        if warp_index == TAKERS // 32:
-            cpasync.prefetch_descriptor(x_atom)
-            cpasync.prefetch_descriptor(w_atom)
-            cpasync.prefetch_descriptor(out_atom)
-            with cute.arch.elect_one():
-                for stage in cutlass.range_constexpr(self.stages):
-                    cute.arch.mbarrier_init(full + stage, self.arrivals)
-                    cute.arch.mbarrier_init(free + stage, TAKERS // 32 * self.cluster)
-                if cutlass.const_expr(self.slices > 1):
-                    cute.arch.mbarrier_init(arrived, 1)
-                    cute.arch.mbarrier_arrive_and_expect_tx(arrived, 4 * TAKERS * self.own * (self.slices - 1))
-            cute.arch.mbarrier_init_fence()
-        cute.arch.sync_threads()
-        if cutlass.const_expr(self.cluster * self.slices > 1):
-            cute.arch.cluster_arrive()
-            cute.arch.cluster_wait()
-        if warp_index >= TAKERS // 32:
-            cute.arch.setmaxregister_decrease(_FEW)
-            if warp_index == TAKERS // 32:
-                self.copy_all(x_atom, x, w_atom, w, x_ring, w_ring, full, free, first, every, rank, slice, start, turns, rounds)
-            if warp_index == TAKERS // 32 + 1:
-                self.copy_scales(
-                    x_scale, w_scale, scales, full, free, first, every, rank, start, turns, rounds, x.shape[0], w.shape[0]
-                )
+        m, n, order = x.shape[0], w.shape[0], (whole, last)
+        start, turns = self.turns_of(w, slice)
+        memory = self.allocate()
+        x_ring, w_ring, pieces, scales, full, free, given, arrived = memory
+        self.set_up(warp_index, (x_atom, w_atom, out_atom), full, free, arrived)
+        if warp_index >= self.takers // 32:
+            if cutlass.const_expr(self.gives):
+                cute.arch.setmaxregister_decrease(_FEW)
+            if warp_index == self.takers // 32:
+                self.copy_all(x_atom, x, w_atom, w, x_ring, w_ring, full, free, first, every, rank, slice, start, turns, order)
+            if warp_index == self.takers // 32 + 1:
+                self.copy_scales(x_scale, w_scale, scales, full, free, first, every, rank, start, turns, m, n, order)
         else:
-            cute.arch.setmaxregister_increase(MOST_REGISTERS)
+            if cutlass.const_expr(self.gives):
+                cute.arch.setmaxregister_increase(MOST_REGISTERS)
             self.multiply_all(
                 out_atom, out, x_scale, w_scale, bias, x_ring, w_ring, pieces, scales, full, free, given, arrived, first,
-                every, rank, slice, turns, rounds, x.shape[0], w.shape[0],
+                every, rank, slice, turns, m, n, order,
             )  # fmt: skip
         self.release_successor()
         if cutlass.const_expr(self.cluster * self.slices > 1):
@@ -272,9 +289,54 @@ class TileGemm(Gemm):
             cute.arch.cluster_wait()
 
     @cute.jit
+    def turns_of(self, w: cute.Tensor, slice: Int32) -> Any:
+        """A slice's first chunk of a tile, and its number of them."""
+        if cutlass.const_expr(self.mine is not None):
+            return slice * self.mine, self.mine
+        turns = cute.ceil_div(w.shape[1], CHUNK)
+        share = cute.ceil_div(turns, self.slices)
+        start = slice * share
+        return start, cutlass.max(cutlass.min(turns - start, share), 0)
+
+    def allocate(self) -> tuple[Any, ...]:
+        """Shared memory: rings of x and w, pieces of out, scales, barriers of full and free stages, and what slices give."""
+        shared = SmemAllocator()
+        ring = cute.make_layout((CHUNK * (self.tile_m + self.tile_n) * self.stages,))
+        x_ring = shared.allocate_tensor(self.element, ring, byte_alignment=1024, swizzle=self.chunk_swizzle()).iterator
+        w_ring = x_ring + CHUNK * self.tile_m * self.stages
+        pieces = shared.allocate_array(self.kind, self.groups * self.outs * TALL * self.width, byte_alignment=1024)
+        scales = shared.allocate_array(Float32, self.kept, byte_alignment=16)
+        full = shared.allocate_array(Int64, self.stages, byte_alignment=8)
+        free = shared.allocate_array(Int64, self.stages, byte_alignment=8)
+        given, arrived = None, None
+        if self.slices > 1:
+            given = shared.allocate_array(Int32, self.takers * self.own * (self.slices - 1), byte_alignment=16)
+            arrived = shared.allocate_array(Int64, 1, byte_alignment=8)
+        return x_ring, w_ring, pieces, scales, full, free, given, arrived
+
+    @cute.jit
+    def set_up(self, warp_index: Int32, atoms: Any, full: Any, free: Any, arrived: Any) -> None:
+        """Fetches the tensor maps and makes the barriers, for all threads of the block and of its cluster."""
+        if warp_index == self.takers // 32:
+            for atom in atoms:
+                cpasync.prefetch_descriptor(atom)
+            with cute.arch.elect_one():
+                for stage in cutlass.range_constexpr(self.stages):
+                    cute.arch.mbarrier_init(full + stage, self.arrivals)
+                    cute.arch.mbarrier_init(free + stage, self.takers // 32 * self.cluster)
+                if cutlass.const_expr(self.slices > 1):
+                    cute.arch.mbarrier_init(arrived, 1)
+                    cute.arch.mbarrier_arrive_and_expect_tx(arrived, 4 * self.takers * self.own * (self.slices - 1))
+            cute.arch.mbarrier_init_fence()
+        cute.arch.sync_threads()
+        if cutlass.const_expr(self.cluster * self.slices > 1):
+            cute.arch.cluster_arrive()
+            cute.arch.cluster_wait()
+
+    @cute.jit
     def copy_all(
         self, x_atom: cute.CopyAtom, x: cute.Tensor, w_atom: cute.CopyAtom, w: cute.Tensor, x_ring: Any, w_ring: Any,
-        full: Any, free: Any, first: Int32, every: Int32, rank: Int32, slice: Int32, start: Int32, turns: Any, rounds: Int32,
+        full: Any, free: Any, first: Int32, every: Int32, rank: Int32, slice: Int32, start: Int32, turns: Any, order: Any,
     ) -> None:  # fmt: skip
         """One warp asks for everything, in the order in which it is multiplied: of each tile the chunks from `start` on.
 
@@ -284,20 +346,24 @@ class TileGemm(Gemm):
         x_to, x_from = self.partition(x_atom, x, x_ring, self.x_box, self.tile_m, rank)
         w_to, w_from = self.partition(w_atom, w, w_ring, self.w_box, self.tile_n, rank)
         # The first weights of all, while the kernel before this one may still run. Tokens are what that one writes.
-        tile_m, tile_n = self.tile_at(first, m, n, rank)
-        for turn in cutlass.range_constexpr(self.stages):
+        tile_m, tile_n = self.tile_at(first, m, n, rank, order)
+        for turn in cutlass.range_constexpr(self.ahead):
             if turn < turns:
                 self.expect(full + turn)
                 self.copy(w_atom, w_from, w_to, full + turn, self.shares_w, tile_n, start + turn, Int32(turn), rank, slice)
         self.await_predecessor()
         for turn in cutlass.range_constexpr(self.stages):
             if turn < turns:
+                if cutlass.const_expr(turn >= self.ahead):
+                    self.expect(full + turn)
+                    self.copy(w_atom, w_from, w_to, full + turn, self.shares_w, tile_n, start + turn, Int32(turn), rank, slice)
                 self.copy(x_atom, x_from, x_to, full + turn, self.shares_x, tile_m, start + turn, Int32(turn), rank, slice)
         begin = cutlass.min(Int32(self.stages), turns)
         # The stage after those, and the phase that its last readers end: none of a stage that has not been filled yet.
         stage, phase = begin % self.stages, 1 - begin // self.stages
-        for round in cutlass.range(rounds, unroll=1):
-            tile_m, tile_n = self.tile_at(first + round * every, m, n, rank)
+        tiles_m, tiles_n = self.tiles(m, n)
+        for index in cutlass.range(first, tiles_m * tiles_n, every, unroll=1):
+            tile_m, tile_n = self.tile_at(index, m, n, rank, order)
             for turn in cutlass.range(begin, turns, unroll=1):
                 cute.arch.mbarrier_wait(free + stage, phase)
                 self.expect(full + stage)
@@ -329,7 +395,7 @@ class TileGemm(Gemm):
 
     def copy_scales(
         self, x_scale: Any, w_scale: Any, scales: Any, full: Any, free: Any, first: Any, every: Any, rank: Any, start: Any,
-        turns: Any, rounds: Any, m: Any, n: Any,
+        turns: Any, m: Any, n: Any, order: Any,
     ) -> None:  # fmt: skip
         """Another warp copies each chunk's scales into its stage, in the form that has some."""
 
@@ -347,22 +413,23 @@ class TileGemm(Gemm):
     def multiply_all(
         self, out_atom: cute.CopyAtom, out: cute.Tensor, x_scale: Any, w_scale: Any, bias: Any, x_ring: Any, w_ring: Any,
         pieces: Any, scales: Any, full: Any, free: Any, given: Any, arrived: Any, first: Int32, every: Int32, rank: Int32,
-        slice: Int32, turns: Any, rounds: Int32, m: Int32, n: Int32,
+        slice: Int32, turns: Any, m: Int32, n: Int32, order: Any,
     ) -> None:  # fmt: skip
         """A group's four warps multiply their part of what has come, and store what has been summed up."""
         tid, _, _ = cute.arch.thread_idx()
         # Through a shuffle: ptxas would read the special register anew for every chunk, and wait for it.
         tid = cute.arch.shuffle_sync(tid, cute.arch.lane_idx())
-        group = cute.arch.make_warp_uniform(tid // 128)
+        group = cute.arch.make_warp_uniform(tid // GROUP)
         row, column = group * (TALL * self.slabs), Int32(0)
-        if cutlass.const_expr(self.tile_m == TALL):
+        if cutlass.const_expr(self.halves):
             row, column = Int32(0), group * self.columns
         totals = cute.make_rmem_tensor((self.slabs * self.sums,), Float32)
         self.await_predecessor()
-        stage, phase = Int32(0), Int32(0)
-        for round in cutlass.range(rounds, unroll=1):
-            tile_m, tile_n = self.tile_at(first + round * every, m, n, rank)
-            self.fetch_scales(x_scale, w_scale, scales, tile_m * self.tile_m, tile_n * self.tile_n, round, tid)
+        stage, phase, odd = Int32(0), Int32(0), Int32(0)
+        tiles_m, tiles_n = self.tiles(m, n)
+        for index in cutlass.range(first, tiles_m * tiles_n, every, unroll=1):
+            tile_m, tile_n = self.tile_at(index, m, n, rank, order)
+            self.fetch_scales(x_scale, w_scale, scales, tile_m * self.tile_m, tile_n * self.tile_n, odd, tid)
             stage, phase = self.sum_tile(
                 totals, x_ring, w_ring, scales, full, free, row, column, stage, phase, turns, slice, tid
             )
@@ -370,7 +437,8 @@ class TileGemm(Gemm):
             if cutlass.const_expr(self.slices > 1):
                 own = self.share(totals, given, arrived, rank, slice, tid)
             self.await_scales()
-            self.store(out_atom, out, own, bias, pieces, scales, tile_m, tile_n, row, column, slice, round, tid, n)
+            self.store(out_atom, out, own, bias, pieces, scales, tile_m, tile_n, row, column, slice, odd, tid, n)
+            odd = 1 - odd
         # A block's memory lasts until its pieces have been read.
         if tid % 128 < 32:
             cute.arch.cp_async_bulk_wait_group(0, read=True)
@@ -386,16 +454,16 @@ class TileGemm(Gemm):
                     sums[i] = totals[other * self.own + i]
             else:
                 source = slice - Int32(slice > other)
-                start = given + (source * (TAKERS * self.own) + tid * 4)
+                start = given + (source * (self.takers * self.own) + tid * 4)
                 for i in cutlass.range_constexpr(0, self.own, 4):
                     four = tuple(words[other * self.own + i + word] for word in range(4))
-                    into = (start + i * TAKERS).align(VECTOR)
+                    into = (start + i * self.takers).align(VECTOR)
                     cute.arch.store_async_dsmem(into, four, arrived, other * self.cluster + rank)
         cute.arch.mbarrier_wait(arrived, 0)
         theirs = cute.recast_ptr(given, dtype=Float32)
         for source in cutlass.range_constexpr(self.slices - 1):
             for i in cutlass.range_constexpr(0, self.own, 4):
-                start = theirs + (source * (TAKERS * self.own) + i * TAKERS + tid * 4)
+                start = theirs + (source * (self.takers * self.own) + i * self.takers + tid * 4)
                 four = cute.make_tensor(start.align(VECTOR), cute.make_layout(4)).load()
                 for word in cutlass.range_constexpr(4):
                     sums[i + word] = sums[i + word] + four[word]
@@ -403,21 +471,24 @@ class TileGemm(Gemm):
 
     @cute.jit
     def fetch_scales(
-        self, x_scale: cute.Tensor, w_scale: cute.Tensor, scales: Any, first_m: Int32, first_n: Int32, round: Int32, tid: Int32
+        self, x_scale: cute.Tensor, w_scale: cute.Tensor, scales: Any, first_m: Int32, first_n: Int32, odd: Int32, tid: Int32
     ) -> None:
         """Begins to copy the scales of a tile. Two buffers in turn: one tile's may be read yet while the next one begins."""
-        into = scales + round % 2 * (self.tile_m + self.tile_n)
-        if tid < self.tile_m:
-            self.fetch_scale(x_scale, cutlass.min(first_m + tid, x_scale.shape[0] - 1), into + tid)
-        if tid < self.tile_n:
-            self.fetch_scale(w_scale, cutlass.min(first_n + tid, w_scale.shape[0] - 1), into + (self.tile_m + tid))
+        into = scales + odd * (self.tile_m + self.tile_n)
+        for at in cutlass.range_constexpr(0, self.tile_m, self.takers):
+            if tid + at < self.tile_m:
+                self.fetch_scale(x_scale, cutlass.min(first_m + at + tid, x_scale.shape[0] - 1), into + (at + tid))
+        for at in cutlass.range_constexpr(0, self.tile_n, self.takers):
+            if tid + at < self.tile_n:
+                token = self.tile_m + at + tid
+                self.fetch_scale(w_scale, cutlass.min(first_n + at + tid, w_scale.shape[0] - 1), into + token)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
     def await_scales(self) -> None:
         """Waits for the scales that all threads have asked for."""
         cute.arch.cp_async_wait_group(0)
-        cute.arch.barrier(barrier_id=3, number_of_threads=TAKERS)
+        cute.arch.barrier(barrier_id=3, number_of_threads=self.takers)
 
     def operands(self, mma: Any, x_ring: Any, w_ring: Any, row: Any, column: Any, columns: int) -> tuple[list, list]:
         """Of each slab the tokens, and of each `columns` the weights: [row, element, quarter of a chunk, stage]."""
@@ -494,7 +565,7 @@ class TileGemm(Gemm):
     @cute.jit
     def store(
         self, out_atom: cute.CopyAtom, out: cute.Tensor, sums: cute.Tensor, bias: Any, pieces: Any, scales: Any,
-        tile_m: Int32, tile_n: Int32, row: Int32, column: Int32, slice: Int32, round: Int32, tid: Int32, n: Int32,
+        tile_m: Int32, tile_n: Int32, row: Int32, column: Int32, slice: Int32, odd: Int32, tid: Int32, n: Int32,
     ) -> None:  # fmt: skip
         """Stores this block's pieces of a tile, of 64 rows each, by way of shared memory, `outs` at once."""
         group, copies = tid // 128, tid % 128 < 32
@@ -512,7 +583,7 @@ class TileGemm(Gemm):
             for buffer in cutlass.range_constexpr(self.outs):
                 piece = slice * self.pieces + (batch + buffer) if cutlass.const_expr(self.slices > 1) else batch + buffer
                 at_m, at_n = row + piece // across * TALL, column + piece % across * self.width
-                values = self.results(sums, batch + buffer, bias, scales, tile_n, at_m, at_n, round, tid, n)
+                values = self.results(sums, batch + buffer, bias, scales, tile_n, at_m, at_n, odd, tid, n)
                 self.write(values, mine + buffer * size, tid)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
@@ -527,10 +598,10 @@ class TileGemm(Gemm):
     @cute.jit
     def results(
         self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, tile_n: Int32, row: Any, column: Any,
-        round: Int32, tid: Int32, n: Int32,
+        odd: Int32, tid: Int32, n: Int32,
     ) -> cute.Tensor:  # fmt: skip
         """A thread's results in a piece that begins at a row and a column: of two rows, two columns of every eight."""
-        start = scales + round % 2 * (self.tile_m + self.tile_n)
+        start = scales + odd * (self.tile_m + self.tile_n)
         x_scales = cute.make_tensor(start + (row + tid % 128 // 32 * 16 + tid % 32 // 4), cute.make_layout(2, stride=8))
         first = column + tid % 4 * 2
         w_scales = cute.make_tensor(start + (self.tile_m + first), cute.make_layout((2, self.width // 8), stride=(1, 8)))

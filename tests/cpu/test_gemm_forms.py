@@ -134,12 +134,13 @@ def test_tiles_of_scaled_mm_are_served(tmp_path, monkeypatch) -> None:
     live.unload()
 
 
+EARLY = "products begin early where chunks are a multiple of"
 REFUSED = [
     (OP, {}, warpgroup(64, 1, 2, 8), "the warpgroup form takes scales per row, the op's are others; choose another form"),
     (OP, {}, block_scaled(128, 24, 1, 4), "24 columns take 184 registers of a thread, which has 168; choose fewer"),
     (OP, {}, block_scaled(20, 1, 2, 8), "a tile has 20 rows; it can have 8 to 128, in steps of 8"),
     (OP, {"K": 4104}, block_scaled(64, 1, 2, 8), "K is 4104, no multiple of 16 elements, which are loaded at once"),
-    (OP, {}, block_tile(256, 256, stages=3), "a thread has 256 sums of a 256 x 256 tile; it can have 128"),
+    (OP, {}, block_tile(256, 256, stages=3), "a thread has 256 sums of a 256 x 256 tile; it can have 192"),
     (OP, {}, block_tile(128, 192, at_once=80), "80 outputs at once, of 192; it can be one of [192, 96, 48]"),
     (OP, {}, block_tile(128, 256, at_once=256), "a 128 x 256 tile takes 296 registers of a thread, which has 232"),
     (OP, {}, block_tile(128, 192, at_once=-96), "-96 outputs at once, of 192; it can be one of [192, 96, 48]"),
@@ -160,6 +161,23 @@ REFUSED = [
     ),
     (OP, {}, block_tile(128, 128, 4), "4 blocks share 'w'; 1 or 2 can share 'x' or 'w'"),
     (OP, {}, block_tile(128, 128, stages=1), "1 stages, bands of 8; there must be 2 and 1 or more"),
+    (OP, {}, block_tile(128, 64, groups=1), "1 groups for 128 tokens; there can be 2, and 1 for 64 tokens"),
+    (OP, {}, block_tile(64, 64, groups=3), "3 groups for 64 tokens; there can be 2, and 1 for 64 tokens"),
+    (OP, {}, block_tile(64, 64, per_sm=3), "3 blocks on an SM; there can be 1 or 2"),
+    (OP, {}, block_tile(64, 64, ahead=9), "weights of 9 stages ahead; there are 8 stages, 0 for all"),
+    (OP, {}, block_tile(128, 128, per_sm=2), "a thread has 64 sums of a 128 x 128 tile; it can have 56"),
+    (
+        OP,
+        {"K": 4096},
+        block_tile(64, 64, early=3),
+        f"32 chunks of a block, 88 registers of a thread, which has 232; {EARLY} 3",
+    ),
+    (
+        OP,
+        {},
+        block_tile(64, 64, early=4),
+        f"None chunks of a block, 88 registers of a thread, which has 232; {EARLY} 4",
+    ),
     (
         "scaled_mm",
         {},
@@ -237,6 +255,12 @@ COMPILED = [
     (OP, {"K": 4096}, block_tile(128, 192), 16, 4),
     (OP, {}, block_tile(128, 112), 20, 5),
     (OP, {}, block_tile(64, 256, 2, slices=4), 20, 5),
+    (OP, {"K": 4096}, block_tile(64, 64, groups=1), 16, 4),
+    (OP, {"K": 4096}, block_tile(64, 192, groups=1), 16, 4),
+    (OP, {"K": 4096}, block_tile(64, 64, stages=6, groups=1, per_sm=2, early=4), 16, 4),
+    (OP, {"K": 4096}, block_tile(128, 128, early=8), 32, 8),
+    (OP, {"K": 4096}, block_tile(128, 192, early=4), 32, 8),
+    (OP, {"K": 4096}, block_tile(128, 64, slices=2, early=4), 16, 4),
     ("scaled_mm", {"K": 4096}, tile(64, 256), 8, 2),
     ("scaled_mm", {}, tile(128, 128, 2, "x"), 8, 2),
     ("scaled_mm", {"K": 4096}, tile(128, 192, 2), 8, 2),
@@ -266,7 +290,10 @@ print("null")
         assert len(re.findall(r"WARPGROUP\.DEPBAR", code)) == waits, config
         assert not re.search(r"\b(STL|LDL)\b", code), f"{config}: registers in memory"
         # One takes registers, the other gives its own; ptxas drops both where it does not know how many there are.
-        assert len(re.findall(r"USETMAXREG", code)) == (0 if config["kernel"] == "block_scaled" else 2), config
+        gives = config["kernel"] != "block_scaled" and config.get("groups", 2) == 2 and config.get("per_sm", 1) == 1
+        assert len(re.findall(r"USETMAXREG", code)) == (2 if gives else 0), config
+        if config["kernel"] != "block_scaled":
+            assert not re.search(r"MUFU\.RCP", code), f"{config}: a division by what the host knows"
 
 
 def test_candidates_need_no_dsl() -> None:
