@@ -23,7 +23,6 @@ class BlockTileGemm(TileGemm):
 
     Each chunk's products are summed from zero; that sum, times both scales, is added to the total in float32.
 
-    fixed    1 where a chunk's stage is known as the kernel is compiled: a tile's chunks are then a multiple of the stages
     early    chunks of a turn of the loop in which each chunk's products begin before the last one's sums are added, 0 for none;
              ptxas lets no product overlap where one is under way as a turn ends. Takes registers for both sums
     at_once  outputs whose products are summed at once, 0 for as many as there are registers for; two such sums are made in
@@ -37,7 +36,7 @@ class BlockTileGemm(TileGemm):
 
     def __init__(
         self, element: type[Numeric], k: int | None, tile_m: int, tile_n: int, *others: Any, at_once: int = 0,
-        fixed: int = 0, early: int = 0, **named: Any,
+        early: int = 0, **named: Any,
     ) -> None:  # fmt: skip
         super().__init__(element, k, tile_m, tile_n, *others, **named)
         total = self.slabs * self.sums
@@ -58,11 +57,6 @@ class BlockTileGemm(TileGemm):
             said = f"{self.mine} chunks of a block, {needed + self.part} registers of a thread, which has {self.registers}"
             raise ValueError(f"{said}; products begin early where chunks are a multiple of {early}")
         self.buffers = 2 if self.early or (self.parts % 2 == 0 and needed + self.part <= self.registers) else 1
-        if fixed and (self.mine is None or self.mine % self.stages):
-            said = f"{self.mine} chunks of a block, {self.stages} stages"
-            raise ValueError(f"{said}; stages are fixed where one block's chunks are known, and a multiple of them")
-        #: How often a tile's chunks fill all stages, where stages are fixed.
-        self.laps = self.mine // self.stages if fixed else 0
         self.step = gcd(self.at_once, CHUNK)
         self.w_kept = tile_n // self.step
         #: Scales of a chunk, in whole vectors.
@@ -148,16 +142,12 @@ class BlockTileGemm(TileGemm):
             return self.sum_early(
                 mma, tokens, weights, buffers, totals, scales, full, free, row, column, stage, phase, slice, tid
             )
-        given = (mma, tokens, weights, buffers, x_scales, w_scales, totals, scales, full, free, row, column, slice, tid)
-        if cutlass.const_expr(self.laps > 0):
-            for _ in cutlass.range(self.laps, unroll=1):
-                for fixed in cutlass.range_constexpr(self.stages):
-                    self.add_chunk(*given, Int32(fixed), phase)
-                phase = phase ^ 1
-        else:
-            for _ in cutlass.range(turns, unroll=UNROLLED):
-                self.add_chunk(*given, stage, phase)
-                stage, phase = self.following(stage, phase)
+        for _ in cutlass.range(turns, unroll=UNROLLED):
+            self.add_chunk(
+                mma, tokens, weights, buffers, x_scales, w_scales, totals, scales, full, free, row, column, slice, tid, stage,
+                phase,
+            )
+            stage, phase = self.following(stage, phase)
         return stage, phase
 
     @cute.jit

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Shared memory of a block on Hopper, without what is neither a stage nor a result.
-_SHARED = 232448 - 2048
+#: Shared memory of a block on Hopper, of one on an SM or of two, without what is neither a stage nor a result.
+_SHARED = {1: 232448 - 2048, 2: 113664 - 2048}
 
 #: Blocks that run at once, one on each SM.
 _SMS = 132
@@ -19,10 +19,10 @@ LEAST_M = 64
 _PRODUCTS, _BYTES, _CHUNK, _TILE, _SLICES = 4096, 60, 200, 2500, 2500
 
 
-def _most_stages(tile_m: int, tile_n: int, slices: int = 1, scales: int = 0) -> int:
+def _most_stages(tile_m: int, tile_n: int, slices: int = 1, scales: int = 0, per_sm: int = 1) -> int:
     """Stages that there is room for beside a tile's results and what slices give each other; more than eight gain nothing."""
     results = tile_m * tile_n * (2 + 4 * (slices - 1)) // slices
-    return min((_SHARED - results) // (128 * (tile_m + tile_n) + scales), 8)
+    return min((_SHARED[per_sm] - results) // (128 * (tile_m + tile_n) + scales), 8)
 
 
 def tile(tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0) -> dict[str, Any]:
@@ -35,8 +35,9 @@ def block_tile(
     tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0, slices: int = 1,
     **others: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """A config of `BlockTileGemm`; others: `at_once`."""
-    stages = stages or _most_stages(tile_m, tile_n, slices, 4 * (tile_m + tile_n // 8 + 4))
+    """A config of `BlockTileGemm`; others: `at_once`, `early`, `ahead`, `groups`, `per_sm`, `trigger`."""
+    scales = 4 * (tile_m + tile_n // 8 + 4)
+    stages = stages or _most_stages(tile_m, tile_n, slices, scales, others.get("per_sm", 1))
     form = tile(tile_m, tile_n, cluster, shared, band, stages) | {"kernel": "block_tile"}
     return form | ({"slices": slices} if slices > 1 else {}) | others
 
@@ -74,12 +75,32 @@ def tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     return _likely(sizes, tile, (1,), 6) + shared
 
 
+def _early(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Products that begin early, where a block's chunks are known, are whole turns of the loop, and a thread has the registers."""
+    chunks = sizes.get("K", 0) // (128 * config.get("slices", 1))
+    return {"early": 4} if chunks and chunks % 4 == 0 and config["tile_m"] * config["tile_n"] <= 128 * 128 else {}
+
+
+def _two_on_an_sm(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Blocks of which an SM holds two, so that the next kernel asks for its weights under this one's products."""
+    for tile_n in (16, 32, 48, 64):
+        made = block_tile(64, tile_n, groups=1, per_sm=2, trigger=2)
+        if early := _early(made, sizes):
+            if -(-sizes["M"] // 64) * -(-sizes["N"] // tile_n) <= _SMS:
+                return [made | early]
+    return []
+
+
 def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The same of `BlockTileGemm`, where blocks that share what they read are seldom faster: each waits for the other."""
     if sizes["M"] < LEAST_M:
         return []
-    found = _likely(sizes, block_tile, (1, 2, 4), 5 if sizes["M"] <= 128 else 6)
+    found = _likely(sizes, block_tile, (1, 2, 4), 4)
+    # Weights of two stages alone before the wait: tokens of the first chunks then do not queue behind those of all stages.
+    found += [each | {"ahead": 2} | _early(each, sizes) for each in found[:3]]
     # Few tokens wait for weights, which many small tiles ask for early.
     more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
     more += [block_tile(128, 192, 2), block_tile(256, 128, 2)] if sizes["M"] > 128 else []
+    if sizes["M"] <= 256 and "K" in sizes:
+        more += _two_on_an_sm(sizes)
     return found + [each for each in more if each not in found]
