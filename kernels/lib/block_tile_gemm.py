@@ -146,7 +146,7 @@ class BlockTileGemm(TileGemm):
             self.add_chunk(
                 mma, tokens, weights, buffers, x_scales, w_scales, totals, scales, full, free, row, column, slice, tid, stage,
                 phase,
-            )
+            )  # fmt: skip
             stage, phase = self.following(stage, phase)
         return stage, phase
 

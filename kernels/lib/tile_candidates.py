@@ -76,7 +76,7 @@ def tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def _early(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
-    """Products that begin early, where a block's chunks are known, are whole turns of the loop, and a thread has the registers."""
+    """Products that begin early, where a block's chunks are known and whole turns, and a thread has registers for them."""
     chunks = sizes.get("K", 0) // (128 * config.get("slices", 1))
     return {"early": 4} if chunks and chunks % 4 == 0 and config["tile_m"] * config["tile_n"] <= 128 * 128 else {}
 
@@ -85,9 +85,9 @@ def _two_on_an_sm(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Blocks of which an SM holds two, so that the next kernel asks for its weights under this one's products."""
     for tile_n in (16, 32, 48, 64):
         made = block_tile(64, tile_n, groups=1, per_sm=2, trigger=2)
-        if early := _early(made, sizes):
-            if -(-sizes["M"] // 64) * -(-sizes["N"] // tile_n) <= _SMS:
-                return [made | early]
+        early = _early(made, sizes)
+        if early and -(-sizes["M"] // 64) * -(-sizes["N"] // tile_n) <= _SMS:
+            return [made | early]
     return []
 
 
