@@ -5,7 +5,8 @@
 #
 # CARRY holds before.tar.xz (git archive of the other revision), bundle/ or bundle.tar.xz that both load, and, optionally,
 # bundle-before.tar.xz for the other revision and vllm_C.so.xz. OUT receives BENCH-{before,after}-{1,2,3}.json; a table of
-# medians is printed. ROUNDS is how many of each (3); BENCH_ARGUMENTS is more arguments of `hdispatch bench`.
+# medians, and for dispatch of the fastest rounds, is printed. ROUNDS is how many of each (3); BENCH_ARGUMENTS is more arguments
+# of `hdispatch bench`.
 set -euo pipefail
 carry=$(realpath "$1") out=$(realpath "$2") bench=$3
 cd "$(dirname "$0")/.."
@@ -48,12 +49,14 @@ for which in ("before", "after"):
         for row in content.get("timings", []):
             cell = (row["op"], row["K"], row["N"], row["m"], row["mode"], row["path"])
             found.setdefault(cell, {}).setdefault(which, []).append(1000 * row["median_us"])
-cells = {cell: [statistics.median(times[which]) for which in ("before", "after")]
-         for cell, times in found.items() if len(times) == 2}
-if bench == "dispatch":
-    print(f"{'path':34} {'M':10} {'before, ns':>11} {'after, ns':>11} {'difference':>11}")
+found = {cell: times for cell, times in found.items() if len(times) == 2}
+cells = {cell: [statistics.median(times[which]) for which in ("before", "after")] for cell, times in found.items()}
+if bench == "dispatch":  # a busy machine's rounds differ by more than revisions do: the fastest of each says most then
+    print(f"{'':45} medians, ns                        fastest rounds, ns")
+    print(f"{'path':34} {'M':10} {'before':>11} {'after':>11} {'ratio':>7} {'before':>11} {'after':>11} {'ratio':>7}")
     for (path, m), (before, after) in cells.items():
-        print(f"{path:34} {m:10} {before:11.0f} {after:11.0f} {after - before:+11.0f}")
+        first, second = (min(found[path, m][which]) for which in ("before", "after"))
+        print(f"{path:34} {m:10} {before:11.0f} {after:11.0f} {after / before:7.3f} {first:11.0f} {second:11.0f} {second / first:7.3f}")
 else:
     print(f"{'op':44} {'path':12} cells  after / before: mean   worst (K, N, M)")
     for op, path in sorted({(cell[0], cell[5]) for cell in cells}):
