@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Shared memory of a block on Hopper, of one on an SM or of two, without what is neither a stage nor a result.
-_SHARED = {1: 232448 - 2048, 2: 113664 - 2048}
+#: Shared memory of an SM of Hopper's, and what of a block's is neither a stage nor a result.
+_SHARED, _OTHER = 232448, 2048
 
 #: Blocks that run at once, one on each SM.
 _SMS = 132
@@ -22,7 +22,7 @@ _PRODUCTS, _BYTES, _CHUNK, _TILE, _SLICES = 4096, 60, 200, 2500, 2500
 def _most_stages(tile_m: int, tile_n: int, slices: int = 1, scales: int = 0, per_sm: int = 1) -> int:
     """Stages that there is room for beside a tile's results and what slices give each other; more than eight gain nothing."""
     results = tile_m * tile_n * (2 + 4 * (slices - 1)) // slices
-    return min((_SHARED[per_sm] - results) // (128 * (tile_m + tile_n) + scales), 8)
+    return min((_SHARED // per_sm - _OTHER * per_sm - results) // (128 * (tile_m + tile_n) + scales), 8)
 
 
 def tile(tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0) -> dict[str, Any]:
@@ -95,12 +95,13 @@ def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The same of `BlockTileGemm`, where blocks that share what they read are seldom faster: each waits for the other."""
     if sizes["M"] < LEAST_M:
         return []
-    found = _likely(sizes, block_tile, (1, 2, 4), 4)
+    count = 3 if sizes["M"] <= 128 else 4
+    found = _likely(sizes, block_tile, (1, 2, 4), count)
     # Weights of two stages alone before the wait: tokens of the first chunks then do not queue behind those of all stages.
-    found += [each | {"ahead": 2} | _early(each, sizes) for each in found[:3]]
+    found += [each | {"ahead": 2} | _early(each, sizes) for each in found[: count - 1]]
     # Few tokens wait for weights, which many small tiles ask for early.
     more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
     more += [block_tile(128, 192, 2), block_tile(256, 128, 2)] if sizes["M"] > 128 else []
-    if sizes["M"] <= 256 and "K" in sizes:
+    if sizes["M"] <= 256 and {"K", "N"} <= sizes.keys():
         more += _two_on_an_sm(sizes)
     return found + [each for each in more if each not in found]
