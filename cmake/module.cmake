@@ -39,10 +39,10 @@ function(add_door torch_dir)
   # headers nor to be linked with -flto. 54 s of two cores with the core; in groups that all had every header, 97.
   set(calls csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/torch_layout.cpp csrc/op_arguments.cpp
     csrc/op_call.cpp csrc/override.cpp csrc/attempt.cpp csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp
-    csrc/adopted_tuner.cpp csrc/host_program.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/empty_tensor.cpp
-    csrc/functional_op.cpp csrc/bench.cpp csrc/arena.cpp csrc/sequence_reader.cpp csrc/sequence_call.cpp csrc/torch_op.cpp)
-  set(definitions csrc/strict_mode.cpp csrc/from_python.cpp csrc/adopted_learn.cpp csrc/adopted_patch.cpp
-    csrc/adopted_door.cpp csrc/module.cpp)
+    csrc/adopted_tuner.cpp csrc/host_program.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/adopted_patch.cpp
+    csrc/empty_tensor.cpp csrc/functional_op.cpp csrc/bench.cpp csrc/arena.cpp csrc/sequence_reader.cpp
+    csrc/sequence_call.cpp csrc/torch_op.cpp)
+  set(definitions csrc/strict_mode.cpp csrc/from_python.cpp csrc/adopted_learn.cpp csrc/adopted_door.cpp csrc/module.cpp)
   add_library(${folder}_definitions OBJECT ${definitions})
   target_compile_options(${folder}_definitions PRIVATE -O1)
   pybind11_add_module(${folder} ${calls} $<TARGET_OBJECTS:${folder}_definitions>)
@@ -60,9 +60,6 @@ function(add_door torch_dir)
   foreach(name c10 torch_cpu torch_python)
     target_link_libraries(${folder} PRIVATE ${torch_dir}/lib/lib${name}.so)
   endforeach()
-  if(NOT CMAKE_BUILD_TYPE MATCHES "Debug|RelWithDebInfo")
-    pybind11_strip(${folder})
-  endif()
 
   # A CPU-only torch lacks the CUDA device guard that fake CUDA tensors need while kernels are generated (build wing).
   set(guard ${folder}_noop_cuda_guard)

@@ -23,8 +23,9 @@ class BlockTileGemm(TileGemm):
 
     Each chunk's products are summed from zero; that sum, times both scales, is added to the total in float32.
 
-    early    chunks of a turn of the loop in which each chunk's products begin before the last one's sums are added, 0 for none;
-             ptxas lets no product overlap where one is under way as a turn ends. Takes registers for both sums
+    early    chunks of a turn of the loop in which each chunk's products begin before the last one's sums are added, 0 for none,
+             as where a block's chunks are not known or no multiple; ptxas lets no product overlap where one is under way as a
+             turn ends. Takes registers for both sums
     at_once  outputs whose products are summed at once, 0 for as many as there are registers for; two such sums are made in
              turn, one being added while the other is multiplied, where a thread has registers for both
 
@@ -39,6 +40,8 @@ class BlockTileGemm(TileGemm):
         early: int = 0, **named: Any,
     ) -> None:  # fmt: skip
         super().__init__(element, k, tile_m, tile_n, *others, **named)
+        if early and (self.mine is None or self.mine % early):  # a config is also that of a K nearby
+            early = 0
         total = self.slabs * self.sums
         halves = [self.columns // parts for parts in (1, 2, 4) if self.columns % (8 * parts) == 0]
         fitting = [each for each in halves if total + (each if early else each // 2) + OTHER_REGISTERS <= self.registers]
@@ -53,9 +56,9 @@ class BlockTileGemm(TileGemm):
             raise ValueError(f"a {tile_m} x {tile_n} tile takes {needed} registers of a thread, which has {self.registers}")
         #: Chunks in a turn of a loop whose products overlap the sums of the ones before.
         self.early = early
-        if early and (self.mine is None or self.mine % early or needed + self.part > self.registers):
-            said = f"{self.mine} chunks of a block, {needed + self.part} registers of a thread, which has {self.registers}"
-            raise ValueError(f"{said}; products begin early where chunks are a multiple of {early}")
+        if early and needed + self.part > self.registers:
+            said = f"{needed + self.part} registers of a thread, which has {self.registers}"
+            raise ValueError(f"products that begin early in a {tile_m} x {tile_n} tile take {said}")
         self.buffers = 2 if self.early or (self.parts % 2 == 0 and needed + self.part <= self.registers) else 1
         self.step = gcd(self.at_once, CHUNK)
         self.w_kept = tile_n // self.step

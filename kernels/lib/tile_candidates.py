@@ -77,8 +77,8 @@ def tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
 
 def _early(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
     """Products that begin early, where a block's chunks are known and whole turns, and a thread has registers for them."""
-    chunks = sizes.get("K", 0) // (128 * config.get("slices", 1))
-    return {"early": 4} if chunks and chunks % 4 == 0 and config["tile_m"] * config["tile_n"] <= 128 * 128 else {}
+    chunks, rest = divmod(-(-sizes.get("K", 0) // 128), config.get("slices", 1))
+    return {"early": 4} if chunks and not rest and chunks % 4 == 0 and config["tile_m"] * config["tile_n"] <= 128 * 128 else {}
 
 
 def _two_on_an_sm(sizes: Mapping[str, int]) -> list[dict[str, Any]]:

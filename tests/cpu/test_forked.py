@@ -53,17 +53,21 @@ def test_pipes_environment_and_status_are_its_own(tmp_path, end, status, last):
     assert process.returncode == status
 
 
-def test_another_seed_or_path_has_a_process_of_its_own(tmp_path):
-    for more in (
-        {"PYTHONHASHSEED": "7"},
-        {"PYTHONPATH": str(tmp_path)},
-        {"TRITON_INTERPRET": "1"},
-        {"CUTE_DSL_ARCH": "sm_75"},
-        {forked.FOLDER: str(tmp_path)},
-    ):
-        process = begun(tmp_path, "", **more)
-        said, _ = process.communicate("given\n", timeout=60)
-        assert json.loads(said) == [process.pid, ["-c"], str(tmp_path), "yes", False, "given"]
+def test_another_seed_or_path_has_a_process_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv(forked.FOLDER, os.environ.get(forked.FOLDER, ""))  # which `serving` takes away at its end
+    with forked.serving(tmp_path / "s"):
+        begun(tmp_path, "").communicate("given\n", timeout=60)  # a server is of the first environment that it forks for
+        for more in (
+            {"PYTHONHASHSEED": "7"},
+            {"PYTHONPATH": str(tmp_path)},
+            {"TRITON_INTERPRET": "1"},
+            {"CUTE_DSL_ARCH": "sm_75"},
+            {forked.FOLDER: str(tmp_path)},
+            {f"LARGE_{number}": 100_000 * "x" for number in range(4)},  # more than a socket's message holds
+        ):
+            process = begun(tmp_path, "", **more)
+            said, _ = process.communicate("given\n", timeout=60)
+            assert json.loads(said) == [process.pid, ["-c"], str(tmp_path), "yes", False, "given"]
 
 
 def test_a_worker_is_gone_when_its_client_is_killed(tmp_path):

@@ -134,7 +134,6 @@ def test_tiles_of_scaled_mm_are_served(tmp_path, monkeypatch) -> None:
     live.unload()
 
 
-EARLY = "products begin early where chunks are a multiple of"
 REFUSED = [
     (OP, {}, warpgroup(64, 1, 2, 8), "the warpgroup form takes scales per row, the op's are others; choose another form"),
     (OP, {}, block_scaled(128, 24, 1, 4), "24 columns take 184 registers of a thread, which has 168; choose fewer"),
@@ -169,14 +168,8 @@ REFUSED = [
     (
         OP,
         {"K": 4096},
-        block_tile(64, 64, early=3),
-        f"32 chunks of a block, 88 registers of a thread, which has 232; {EARLY} 3",
-    ),
-    (
-        OP,
-        {},
-        block_tile(64, 64, early=4),
-        f"None chunks of a block, 88 registers of a thread, which has 232; {EARLY} 4",
+        block_tile(256, 128, early=4, at_once=128),
+        "products that begin early in a 256 x 128 tile take 296 registers of a thread, which has 232",
     ),
     (
         "scaled_mm",
@@ -209,6 +202,17 @@ print(json.dumps(said))
 """
     cases = [(sizes, config, ending) for name, sizes, config, ending in REFUSED if name == op]
     assert in_dsl(script, op, [case[:2] for case in cases]) == [ending for _, _, ending in cases]
+
+
+def test_products_begin_early_where_chunks_are_whole_turns() -> None:
+    """A config is also that of a K nearby, which may have other chunks, and of rows of any K."""
+    script = """
+print(json.dumps([cutedsl.program(SPEC.variant("bfloat16"), sizes, config).early for sizes, config in given[0]]))
+"""
+    plain, shared = block_tile(64, 64, early=4), block_tile(64, 128, slices=4, early=4)
+    cases = [({"K": 4096}, plain), ({"K": 4224}, plain), ({"K": 4160}, plain), ({}, plain)]
+    cases += [({"K": 6144}, shared), ({"K": 7168}, shared), ({"K": 2304}, shared)]
+    assert in_dsl(script, OP, cases) == [4, 0, 0, 0, 4, 0, 0]
 
 
 @pytest.mark.parametrize("op", [OP, "scaled_mm"])

@@ -4,6 +4,7 @@ Its arguments are the kind of process and Python's own.
 """
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -34,7 +35,12 @@ def asked(path: str, arguments: list[str]) -> int | str:
         except (FileNotFoundError, ConnectionRefusedError):
             return "other"
         message = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}  # noqa: PTH109
-        socket.send_fds(server, [json.dumps(message).encode()], [0, 1, 2])
+        try:
+            socket.send_fds(server, [json.dumps(message).encode()], [0, 1, 2])
+        except OSError as error:
+            if error.errno != errno.EMSGSIZE:
+                raise
+            return "other"  # its environment and arguments are more than a message holds
         taken = server.recv(64)
         if taken != b'"forked"':
             return "other"
