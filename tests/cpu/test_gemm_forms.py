@@ -207,11 +207,15 @@ print(json.dumps(said))
 def test_products_begin_early_where_chunks_are_whole_turns() -> None:
     """A config is also that of a K nearby, which may have other chunks, and of rows of any K."""
     script = """
-print(json.dumps([cutedsl.program(SPEC.variant("bfloat16"), sizes, config).early for sizes, config in given[0]]))
+import cutlass
+made = [
+    cutedsl.BlockTileGemm(cutlass.Float8E4M3FN, k, **{name: value for name, value in config.items() if name != "kernel"})
+    for k, config in given[0]
+]
+print(json.dumps([each.early for each in made]))
 """
     plain, shared = block_tile(64, 64, early=4), block_tile(64, 128, slices=4, early=4)
-    cases = [({"K": 4096}, plain), ({"K": 4224}, plain), ({"K": 4160}, plain), ({}, plain)]
-    cases += [({"K": 6144}, shared), ({"K": 7168}, shared), ({"K": 2304}, shared)]
+    cases = [(4096, plain), (4224, plain), (4160, plain), (None, plain), (6144, shared), (7168, shared), (2304, shared)]
     assert in_dsl(script, OP, cases) == [4, 0, 0, 0, 4, 0, 0]
 
 
