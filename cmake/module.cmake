@@ -35,8 +35,8 @@ function(add_door torch_dir)
   message(STATUS "a door for torch ${version} in ${torch_dir}")
 
   # Most of a file's compilation is reading headers: pybind11's, and those of torch's dispatcher. So files are compiled in two
-  # groups, each as one: what a call runs, and what runs when ops are defined, at -O1, which needs neither the dispatcher's
-  # headers nor to be linked with -flto. 54 s of two cores with the core; in groups that all had every header, 97.
+  # groups, each as one: what a call runs or needs the dispatcher's headers, and what runs when ops are defined, at -O1, which
+  # need not be linked with -flto. 60 s of two cores with the core; in groups that all had every header, 97.
   set(calls csrc/tensor_view.cpp csrc/profiler.cpp csrc/python_errors.cpp csrc/torch_layout.cpp csrc/op_arguments.cpp
     csrc/op_call.cpp csrc/override.cpp csrc/attempt.cpp csrc/adopted_key.cpp csrc/adopted_state.cpp csrc/adopted_table.cpp
     csrc/adopted_tuner.cpp csrc/host_program.cpp csrc/adopted_kernel.cpp csrc/adopted_host.cpp csrc/adopted_patch.cpp

@@ -2,6 +2,7 @@
 #include "torch_layout.h"
 
 #include <ATen/ops/empty.h>
+#include <torch/version.h>
 
 #include "check.h"
 #include "torch_python.h"
@@ -12,11 +13,13 @@ void check_torch_layout() {
   const at::Tensor tensor = at::empty({0});
   PyObject* object = wrap_tensor(tensor);
   if (!object) throw_python_error();
-  // Read as an address: were it none of a tensor, even a tensor's destructor would crash.
+  // Read as an address: were it none of a tensor, to use it would crash.
   const void* found = *reinterpret_cast<void* const*>(&tensor_of(object));
   const bool is_same = is_tensor_object(object) && found == tensor.unsafeGetTensorImpl();
   Py_DECREF(object);
-  if (!is_same) fail(Fault::kInternal, "objects of this torch's tensors do not begin as those of 2.11 to 2.15 do");
+  if (!is_same)
+    fail(Fault::kInternal, "an object of a tensor does not begin as torch ", TORCH_VERSION,
+         "'s do, for which hdispatch was compiled; install hdispatch for the torch that is here");
 }
 
 }  // namespace hdispatch

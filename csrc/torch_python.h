@@ -17,7 +17,7 @@ TORCH_PYTHON_API PyObject* THPVariable_Wrap(const at::TensorBase& tensor);
 
 namespace hdispatch {
 
-/// How torch's Python object of a tensor begins: its THPVariable, the same from 2.11 to 2.15.
+/// How torch's Python object of a tensor begins: its THPVariable, the same in 2.11, 2.13 and 2.14.
 struct TensorObject {
   PyObject_HEAD at::Tensor tensor;
 };
