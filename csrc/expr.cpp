@@ -3,6 +3,7 @@
 
 #include <bit>
 #include <charconv>
+#include <utility>
 
 #include "check.h"
 
@@ -70,45 +71,55 @@ Expr::Expr(const std::vector<Token>& tokens, const FindArg& find_tensor, const F
 /// Recognises the common forms, so that `evaluate` need not interpret them.
 void Expr::shorten() {
   form_ = Form::kCode;
-  if (steps_.size() == 1 && steps_[0].code == Code::kPush) {
+  const Step& first = steps_[0];
+  if (steps_.size() == 1 && first.is(Code::kPush)) {
     form_ = Form::kConst;
-    constant_ = steps_[0].value;
-  } else if (steps_.size() == 1 && steps_[0].code == Code::kSymbol) {
-    form_ = Form::kSymbol;
-    symbol_ = steps_[0].dimension;
-  } else if (steps_.size() == 1 && steps_[0].code == Code::kStride) {
-    form_ = Form::kStride;
-    tensor_ = steps_[0].tensor;
-    symbol_ = steps_[0].dimension;
-  } else if (steps_.size() == 5 && steps_[0].code == Code::kStride && steps_[1].code == Code::kPush &&
-             std::has_single_bit(static_cast<uint64_t>(steps_[1].value)) && steps_[1].value > 0 &&
-             steps_[2].code == Code::kMod && steps_[3].code == Code::kPush && steps_[3].value == 0 &&
-             steps_[4].code == Code::kEq) {
-    form_ = Form::kStrideDivisible;
-    tensor_ = steps_[0].tensor;
-    symbol_ = steps_[0].dimension;
-    constant_ = steps_[1].value - 1;
-  } else if (steps_.size() == 5 && steps_[2].code == Code::kAdd && steps_[4].code == Code::kDiv &&
-             steps_[3].code == Code::kPush && steps_[3].value > 0) {
-    // (symbol + (c - 1)) // c, with the sum in either order
-    const Step& left = steps_[0].code == Code::kPush ? steps_[1] : steps_[0];
-    const Step& right = steps_[0].code == Code::kPush ? steps_[0] : steps_[1];
-    const bool is_integer = left.code == Code::kInteger;
-    if ((left.code == Code::kSymbol || is_integer) && right.code == Code::kPush && right.value == steps_[3].value - 1) {
-      form_ = is_integer ? Form::kIntegerCeilDiv : Form::kCeilDiv;
-      symbol_ = left.dimension;
-      tensor_ = left.tensor;
-      constant_ = steps_[3].value;
-    }
-  } else if (steps_.size() == 1 && steps_[0].code == Code::kInteger) {
-    form_ = Form::kInteger;
-    tensor_ = steps_[0].tensor;
-  } else if (steps_.size() == 7 && steps_[0].code == Code::kInteger && steps_[1].code == Code::kPush &&
-             steps_[2].code == Code::kGe && steps_[3].code == Code::kInteger && steps_[3].tensor == steps_[0].tensor &&
-             steps_[4].code == Code::kPush && steps_[5].code == Code::kLe && steps_[6].code == Code::kAnd) {
-    form_ = Form::kIntegerWithin;
-    tensor_ = steps_[0].tensor;
-    constant_ = steps_[1].value;
+    constant_ = first.value;
+    return;
+  }
+  // c + leaf is leaf + c: the leaf is the first step of every form that has one.
+  if (steps_.size() > 2 && first.is(Code::kPush) && steps_[1].is_leaf() && steps_[2].is(Code::kAdd))
+    std::swap(steps_[0], steps_[1]);
+  if (!first.is_leaf()) return;
+  shorten_leaf();
+  tensor_ = first.tensor;
+  symbol_ = first.dimension;
+  // Those that `evaluate` has a case for.
+  if (form_ == Form::kLeaf && first.is(Code::kSymbol)) form_ = Form::kSymbol;
+  if (form_ == Form::kLeaf && first.is(Code::kStride)) form_ = Form::kStride;
+  if (form_ == Form::kCeilDiv && first.is(Code::kSymbol)) form_ = Form::kSizeCeilDiv;
+  if (form_ == Form::kDivisible && first.is(Code::kStride)) form_ = Form::kStrideDivisible;
+}
+
+/// The forms of one leaf, which is the first step.
+void Expr::shorten_leaf() {
+  const size_t count = steps_.size();
+  if (count == 1) form_ = Form::kLeaf;
+  if (count < 3 || !steps_[1].is(Code::kPush)) return;
+  const int64_t number = steps_[1].value;
+  const Code code = steps_[2].code;
+  constant_ = INT64_MIN;
+  most_ = INT64_MAX;
+  if (count == 3 && (code == Code::kGe || code == Code::kLe || code == Code::kEq)) {
+    form_ = Form::kWithin;
+    if (code != Code::kLe) constant_ = number;
+    if (code != Code::kGe) most_ = number;
+  } else if (count == 3 && code == Code::kDiv && number > 0) {
+    form_ = Form::kFloorDiv;
+    constant_ = number;
+  } else if (count == 5 && code == Code::kMod && number > 0 && std::has_single_bit(static_cast<uint64_t>(number)) &&
+             steps_[3].is(Code::kPush, 0) && steps_[4].is(Code::kEq)) {
+    form_ = Form::kDivisible;
+    constant_ = number - 1;
+  } else if (count == 5 && code == Code::kAdd && number >= 0 && number < INT64_MAX &&
+             steps_[3].is(Code::kPush, number + 1) && steps_[4].is(Code::kDiv)) {
+    form_ = Form::kCeilDiv;
+    constant_ = number + 1;
+  } else if (count == 7 && code == Code::kGe && steps_[3].is(steps_[0].code) && steps_[3].tensor == steps_[0].tensor &&
+             steps_[3].dimension == steps_[0].dimension && steps_[4].is(Code::kPush) && steps_[5].is(Code::kLe) &&
+             steps_[6].is(Code::kAnd)) {
+    form_ = Form::kWithin;
+    constant_ = number;
     most_ = steps_[4].value;
   }
 }
@@ -164,44 +175,52 @@ bool Expr::apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept {
   }
 }
 
-/// The forms of one integer argument.
-bool Expr::evaluate_integer(int64_t integer, int64_t& value) const noexcept {
-  if (form_ == Form::kInteger) {
-    value = integer;
-  } else if (form_ == Form::kIntegerWithin) {
-    value = integer >= constant_ && integer <= most_;
-  } else {
-    int64_t sum = 0;  // it may be negative
-    if (__builtin_add_overflow(integer, constant_ - 1, &sum)) return false;
-    value = sum / constant_ - (sum % constant_ < 0);
+int64_t Expr::load(const Step& leaf, const Call& call) noexcept {
+  switch (leaf.code) {
+    case Code::kSymbol:
+      return call.sizes[leaf.dimension];
+    case Code::kSize:
+      return call.tensors[leaf.tensor].sizes[leaf.dimension];
+    case Code::kStride:
+      return call.tensors[leaf.tensor].strides[leaf.dimension];
+    default:
+      return call.integers[leaf.tensor];
   }
-  return true;
+}
+
+bool Expr::evaluate_leaf(const Call& call, int64_t& value) const noexcept {
+  const int64_t leaf = load(steps_[0], call);  // it may be negative
+  int64_t sum = leaf;
+  switch (form_) {
+    case Form::kWithin:
+      value = leaf >= constant_ && leaf <= most_;
+      return true;
+    case Form::kDivisible:
+      value = (leaf & constant_) == 0;
+      return true;
+    case Form::kCeilDiv:
+      if (__builtin_add_overflow(leaf, constant_ - 1, &sum)) return false;
+      [[fallthrough]];
+    case Form::kFloorDiv:
+      value = sum / constant_ - (sum % constant_ < 0);
+      return true;
+    default:  // kLeaf
+      value = leaf;
+      return true;
+  }
 }
 
 bool Expr::evaluate_code(const Call& call, int64_t& value) const noexcept {
-  if (HD_UNLIKELY(form_ != Form::kCode)) return evaluate_integer(call.integers[tensor_], value);
   int64_t stack[kMaxDepth];
   int64_t* top = stack;
   for (const Step& step : steps_) {
-    switch (step.code) {
-      case Code::kPush:
-        *top++ = step.value;
-        break;
-      case Code::kSymbol:
-        *top++ = call.sizes[step.dimension];
-        break;
-      case Code::kSize:
-        *top++ = call.tensors[step.tensor].sizes[step.dimension];
-        break;
-      case Code::kStride:
-        *top++ = call.tensors[step.tensor].strides[step.dimension];
-        break;
-      case Code::kInteger:
-        *top++ = call.integers[step.tensor];
-        break;
-      default:
-        if (!apply(step.code, top[-2], top[-1], top[-2])) return false;
-        --top;
+    if (step.is(Code::kPush)) {
+      *top++ = step.value;
+    } else if (step.is_leaf()) {
+      *top++ = load(step, call);
+    } else {
+      if (!apply(step.code, top[-2], top[-1], top[-2])) return false;
+      --top;
     }
   }
   value = stack[0];

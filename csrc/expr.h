@@ -45,15 +45,17 @@ class Expr {
       case Form::kStride:
         value = call.tensors[tensor_].strides[symbol_];
         return true;
-      case Form::kCeilDiv:  // sizes are never negative, so the quotient needs no rounding down
+      case Form::kSizeCeilDiv:  // sizes are never negative, so the quotient needs no rounding down
         if (__builtin_add_overflow(call.sizes[symbol_], constant_ - 1, &value)) return false;
         value /= constant_;
         return true;
       case Form::kStrideDivisible:
         value = (call.tensors[tensor_].strides[symbol_] & constant_) == 0;
         return true;
-      default:
+      case Form::kCode:
         return evaluate_code(call, value);
+      default:
+        return evaluate_leaf(call, value);
     }
   }
 
@@ -78,13 +80,15 @@ class Expr {
     kConst,            ///< constant_
     kSymbol,           ///< a size
     kStride,           ///< a stride
-    kCeilDiv,          ///< (size + constant_ - 1) // constant_
+    kSizeCeilDiv,      ///< (size + constant_ - 1) // constant_
     kStrideDivisible,  ///< stride % (constant_ + 1) == 0, a power of two
     kCode,             ///< any other: steps_
-    // Not in `evaluate`, whose switch is the faster the fewer cases it has.
-    kInteger,         ///< an integer argument
-    kIntegerCeilDiv,  ///< (integer + constant_ - 1) // constant_
-    kIntegerWithin,   ///< constant_ <= integer <= most_
+    // Of the leaf that is the first step. Not in `evaluate`, whose switch is the faster the fewer cases it has.
+    kLeaf,       ///< the leaf
+    kCeilDiv,    ///< (leaf + constant_ - 1) // constant_
+    kFloorDiv,   ///< leaf // constant_
+    kDivisible,  ///< leaf % (constant_ + 1) == 0, a power of two
+    kWithin,     ///< constant_ <= leaf <= most_
   };
   enum class Code : uint8_t {
     kPush,
@@ -113,16 +117,22 @@ class Expr {
     uint8_t tensor;     ///< kSize, kStride; the argument of kInteger
     uint8_t dimension;  ///< kSize, kStride; the symbol of kSymbol
     int64_t value;      ///< kPush
+
+    bool is(Code other) const noexcept { return code == other; }
+    bool is(Code other, int64_t number) const noexcept { return code == other && value == number; }
+    bool is_leaf() const noexcept { return code < Code::kAdd && code != Code::kPush; }
   };
 
-  bool evaluate_integer(int64_t integer, int64_t& value) const noexcept;
+  bool evaluate_leaf(const Call& call, int64_t& value) const noexcept;
   bool evaluate_code(const Call& call, int64_t& value) const noexcept;
   static bool apply(Code code, int64_t a, int64_t b, int64_t& out) noexcept;
+  static int64_t load(const Step& leaf, const Call& call) noexcept;
   void shorten();
+  void shorten_leaf();
 
   Form form_ = Form::kConst;
   uint8_t symbol_ = 0;  ///< or the dimension of a stride
-  uint8_t tensor_ = 0;  ///< or an integer argument
+  uint8_t tensor_ = 0;
   int64_t constant_ = 0;
   int64_t most_ = 0;
   std::vector<Step> steps_;

@@ -177,6 +177,44 @@ TEST(divisible_strides) {
   CHECK(!value(expr("input.stride(0)", 0, "%", 0, "=="), sizes(1)));
 }
 
+/// The token's value is `number`, whatever kind of leaf it is.
+Call call_of(int64_t number) {
+  Call call = sizes(0, number);
+  call.tensors[kInput].sizes[1] = call.tensors[kInput].strides[0] = number;
+  call.integers[1] = number;
+  return call;
+}
+
+TEST(short_forms_of_every_leaf) {
+  // The same over two constants, which no form shortens, is what they are compared with.
+  const FindArg integer = [](std::string_view name) { return name == "count" ? 1 : -1; };
+  constexpr int64_t kNumbers[] = {kMin, kMin + 1, -17, -16, -1, 0, 1, 2, 15, 16, 17, 48, kMax - 15, kMax - 1, kMax};
+  const auto number = [](int64_t n) { return Token(n); };
+  for (const std::string leaf : {"K", "input.size(1)", "input.stride(0)", "count"})
+    for (const int64_t a : kNumbers)
+      for (const int64_t b : kNumbers) {
+        const auto same = [&](auto... rest) {
+          const auto shortened = value(Expr({Token(leaf), rest...}, toy_tensor, integer), call_of(a));
+          // x + 0 is no form: the whole code runs.
+          return shortened ==
+                 value(Expr({Token(leaf), number(0), Token("+"), rest...}, toy_tensor, integer), call_of(a));
+        };
+        for (const char* op : {">=", "<=", "==", "!=", "<", ">", "//", "%", "+", "*"})
+          CHECK(same(number(b), Token(op)));
+        CHECK(same(number(b), Token("%"), number(0), Token("==")));
+        CHECK(same(number(b), Token("%"), number(1), Token("==")));
+        for (const int64_t c : {b, b == kMax ? b : b + 1, int64_t{16}})
+          if (leaf != "K" || a >= 0) CHECK(same(number(b), Token("+"), number(c), Token("//")));  // no size is negative
+        for (const int64_t most : kNumbers)
+          CHECK(same(number(b), Token(">="), Token(leaf), number(most), Token("<="), Token("and")));
+      }
+  // Two leaves of one kind are not one leaf.
+  Call call = call_of(5);
+  call.tensors[kInput].sizes[0] = 100;
+  CHECK(value(expr("input.size(1)", 1, ">=", "input.size(0)", 9, "<=", "and"), call) == 0);
+  CHECK(value(expr("K", 1, ">=", "N", 9, "<=", "and"), sizes(0, 5, 100)) == 0);
+}
+
 TEST(nested) {
   // ((M + 15) // 16) * ((K + 63) // 64) - (N min 2)
   const Expr made = expr("M", 15, "+", 16, "//", "K", 63, "+", 64, "//", "*", "N", 2, "min", "-");
