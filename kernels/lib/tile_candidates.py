@@ -25,10 +25,12 @@ def _most_stages(tile_m: int, tile_n: int, slices: int = 1, scales: int = 0, per
     return min((_SHARED // per_sm - _OTHER * per_sm - results) // (128 * (tile_m + tile_n) + scales), 8)
 
 
-def tile(tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0) -> dict[str, Any]:
-    """A config of `TileGemm`, with as many stages as there is room for where none are given."""
+def tile(
+    tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0, **others: int
+) -> dict[str, Any]:
+    """A config of `TileGemm`, with as many stages as there is room for where none are given; others: `ahead`, `trigger`."""
     form = {"kernel": "tile", "tile_m": tile_m, "tile_n": tile_n, "stages": stages or _most_stages(tile_m, tile_n)}
-    return form | {"cluster": cluster, "shared": shared, "band": band}
+    return form | {"cluster": cluster, "shared": shared, "band": band} | others
 
 
 def block_tile(
@@ -66,13 +68,29 @@ def _likely(sizes: Mapping[str, int], kind: Any, slices: tuple[int, ...], count:
     return sorted(fitting, key=lambda each: _cycles(each, m, k, n))[:count]
 
 
+def _pairs(found: list[dict[str, Any]], kind: Any, m: int) -> list[dict[str, Any]]:
+    """Pairs of blocks that share what they read: of the likeliest tiles, or with many tokens of the largest.
+
+    An H100 that multiplies is as fast as its power allows, and what is read twice from L2 takes some.
+    """
+    if m <= 128:
+        return []
+    if m > 1024:
+        return [
+            kind(*tile, ahead=2) for tile in ((128, 192, 2, "w"), (128, 256, 2, "w"), (128, 256, 2, "x"), (256, 128, 2, "x"))
+        ]
+    return [kind(each["tile_m"], each["tile_n"], 2, shared, ahead=2) for each in found[:2] for shared in ("w", "x")]
+
+
 def tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """Configs of `TileGemm` for sizes, of any N where they have none; none for few tokens."""
+    """Configs of `TileGemm` for sizes, of any N where they have none; none for few tokens.
+
+    Weights of two stages alone before the wait: tokens of the first chunks then do not queue behind those of all stages.
+    """
     if sizes["M"] < LEAST_M:
         return []
-    # With many tokens what the L2 holds of them decides.
-    shared = [tile(256, 128, 2), tile(256, 128, 2, band=32), tile(128, 256, 2, "x")] if sizes["M"] > 256 else []
-    return _likely(sizes, tile, (1,), 6) + shared
+    found = _likely(sizes, tile, (1,), 6)
+    return [each | {"ahead": 2} for each in found] + _pairs(found, tile, sizes["M"])
 
 
 def _early(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
@@ -92,16 +110,16 @@ def _two_on_an_sm(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
 
 
 def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
-    """The same of `BlockTileGemm`, where blocks that share what they read are seldom faster: each waits for the other."""
+    """The same of `BlockTileGemm`."""
     if sizes["M"] < LEAST_M:
         return []
-    count = 3 if sizes["M"] <= 128 else 4
-    found = _likely(sizes, block_tile, (1, 2, 4), count)
-    # Weights of two stages alone before the wait: tokens of the first chunks then do not queue behind those of all stages.
-    found += [each | {"ahead": 2} | _early(each, sizes) for each in found[: count - 1]]
+    whole = _likely(sizes, block_tile, (1,), 2)
+    found = [each | {"ahead": 2} for each in whole + _likely(sizes, block_tile, (1, 2, 4), 3)]
     # Few tokens wait for weights, which many small tiles ask for early.
     more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
-    more += [block_tile(128, 192, 2), block_tile(256, 128, 2)] if sizes["M"] > 128 else []
+    more += [each | _early(each, sizes) for each in found[:2] + more]
+    more += [each | _early(each, sizes) for each in _pairs(whole, block_tile, sizes["M"])]
     if sizes["M"] <= 256 and {"K", "N"} <= sizes.keys():
         more += _two_on_an_sm(sizes)
-    return found + [each for each in more if each not in found]
+    made = found + more
+    return [each for index, each in enumerate(made) if each not in made[:index]]
