@@ -79,7 +79,9 @@ def _pairs(found: list[dict[str, Any]], kind: Any, m: int) -> list[dict[str, Any
         return [
             kind(*tile, ahead=2) for tile in ((128, 192, 2, "w"), (128, 256, 2, "w"), (128, 256, 2, "x"), (256, 128, 2, "x"))
         ]
-    return [kind(each["tile_m"], each["tile_n"], 2, shared, ahead=2) for each in found[:2] for shared in ("w", "x")]
+    return [
+        kind(each["tile_m"], each["tile_n"], 2, shared, ahead=2) for each in found[: 1 + (m > 256)] for shared in ("w", "x")
+    ]
 
 
 def tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
