@@ -80,7 +80,9 @@ def _pairs(found: list[dict[str, Any]], kind: Any, m: int) -> list[dict[str, Any
             kind(*tile, ahead=2) for tile in ((128, 192, 2, "w"), (128, 256, 2, "w"), (128, 256, 2, "x"), (256, 128, 2, "x"))
         ]
     return [
-        kind(each["tile_m"], each["tile_n"], 2, shared, ahead=2) for each in found[: 1 + (m > 256)] for shared in ("w", "x")
+        kind(each["tile_m"], each["tile_n"], 2, shared, ahead=2)
+        for each in found[: 2 if m > 256 else 1]
+        for shared in ("w", "x")
     ]
 
 
@@ -115,11 +117,12 @@ def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The same of `BlockTileGemm`."""
     if sizes["M"] < LEAST_M:
         return []
-    whole = _likely(sizes, block_tile, (1,), 2)
+    few = sizes["M"] <= 128
+    whole = _likely(sizes, block_tile, (1,), 1 if few else 2)
     found = [each | {"ahead": 2} for each in whole + _likely(sizes, block_tile, (1, 2, 4), 3)]
     # Few tokens wait for weights, which many small tiles ask for early.
     more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
-    more += [each | _early(each, sizes) for each in found[:2] + more]
+    more += [each | _early(each, sizes) for each in found[: len(whole)] + more]
     more += [each | _early(each, sizes) for each in _pairs(whole, block_tile, sizes["M"])]
     if sizes["M"] <= 256 and {"K", "N"} <= sizes.keys():
         more += _two_on_an_sm(sizes)
