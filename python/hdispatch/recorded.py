@@ -17,12 +17,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 from .errors import BundleError, MissError
 from .manifest import MANIFEST_NAME, Manifest, Recorded
@@ -66,6 +69,7 @@ class RecordedKernel:
 Table = Mapping[tuple[str, str, str], RecordedKernel]
 
 _tables: dict[int, Table] = {}
+_warmed: set[int] = set()
 _lock = threading.Lock()
 _served: Counter[str] = Counter()
 _missed: Counter[str] = Counter()
@@ -100,10 +104,11 @@ def _check_triton(where: Path, manifest: Manifest) -> None:
 
 def serve(device: int, table: Table) -> None:
     """Serve a device's specializations from a table, from now on; an empty one: from none."""
-    if table:
-        _warm(device)
     for kernel in table.values():
         kernel.prepared  # noqa: B018
+    if table and device not in _warmed:
+        _warm(device, next(iter(table.values())).prepared)
+        _warmed.add(device)
     _make_launchers(device, table)
     with _lock:
         if table:
@@ -131,8 +136,11 @@ def stats(*, reset: bool = False) -> dict[str, dict[str, int]]:
     return found
 
 
-def _warm(device: int) -> None:
-    """What Triton imports and compiles for itself in a process's first call: 40 ms, and a second where its cache is cold."""
+def _warm(device: int, kernel: Any) -> None:
+    """What Triton imports, asks and compiles for itself in a process's first call: 40 ms, and a second where its cache is cold.
+
+    And what the driver does for the first code that the process loads, here that of some kernel.
+    """
     for module in ("triton.experimental.gluon.nvidia.hopper", "triton.tools.tensor_descriptor"):
         importlib.import_module(module)
     some = importlib.import_module("triton.language.standard").zeros_like
@@ -140,9 +148,12 @@ def _warm(device: int) -> None:
     if device >= 0:
         driver = importlib.import_module("triton.runtime.driver").driver.active
         target = driver.get_current_target()
-        getattr(driver, "utils", None)
         importlib.import_module("triton.compiler").make_backend(target).parse_options({})
         some.create_binder()
+        if utils := getattr(driver, "utils", None):  # a described GPU's driver has none
+            importlib.import_module("triton.compiler.compiler").max_shared_mem(device)
+            with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
+                utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, device)
 
 
 def _make_launchers(device: int, table: Table) -> None:
