@@ -16,7 +16,9 @@ class Scope:
 
     variants          of an op; its typical one if None: a config is chosen for all variants alike
     shapes, buckets   of an op; all if None
-    backends          whose candidate lists are measured; None: all. Existing configs of all backends are measured too
+    backends          whose candidate lists are measured; None: those that the op's config files chose, see `Chosen`.
+                      Existing configs of all backends are measured too
+    whole             all backends' lists are measured, and whole
     calls             variants with sizes of an op, instead of `variants` and `shapes`; its rows need not name the sizes
     more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
     radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion
@@ -28,9 +30,10 @@ class Scope:
     buckets: Callable[[OpSpec], Iterable[int]] | None = None
     more: tuple[Path, ...] = ()
     radius: int = 1
-    spread: int = 1
+    spread: int = 0
     calls: Callable[[OpSpec], Iterable[tuple[str, dict[str, int]]]] | None = None
     backends: tuple[str, ...] | None = None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
