@@ -77,7 +77,7 @@ from hdispatch import archive
 from hdispatch.tune import collect, points
 here = Path(FOLDER)
 report = collect.collect(["tuned_op"], "h200", here / OUT, cache=here / "cache", extra=["tuned_op"], jobs=1,
-                         scope=points.Scope(more=(here / "more",), spread=1))
+                         scope=points.Scope(more=(here / "more",)))
 archive.pack(here / OUT, here / (OUT + ".tar.xz"), top=OUT)
 op = report.ops["tuned_op"]
 print(op.options, op.units, op.from_cache, op.records, op.cells, op.pairs, op.same_code, len(op.dropped))
@@ -287,8 +287,10 @@ def test_whole_lists_are_those_of_all_backends_and_of_the_buckets_beside():
         tune.add_parser(parser.add_subparsers())
         return tune_options.scope_of(parser.parse_args(["tune", "candidates", "--out", "x", *options]))
 
-    assert [(each.whole, each.spread) for each in (scope(), scope("--whole"))] == [(False, 0), (True, 1)]
-    assert [scope("--spread", "2").spread, scope("--whole", "--spread", "0").spread] == [2, 0]
+    one, two = (op_package.find([op])[op].spec for op in ("silu_and_mul", "attention_half"))
+    assert [(each.spread_of(one), each.spread_of(two)) for each in (scope(), scope("--whole"))] == [(1, 0), (1, 1)]
+    assert [scope("--spread", "2").spread_of(two), scope("--whole", "--spread", "0").spread_of(one)] == [2, 0]
+    assert [scope().whole, scope("--whole").whole] == [False, True]
 
 
 def codes_of(found: PointConfigs) -> set[str]:

@@ -143,7 +143,7 @@ def _add_compiling(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument(
         "--whole",
         action="store_true",
-        help="measure the lists of all backends whole, and those of the buckets to either side: hours, seldom for a gain",
+        help="measure the lists of all backends whole, of attention also those of buckets beside: hours, seldom for a gain",
     )
     parser.add_argument("--configs", metavar="DIR", type=Path, action="append", default=[], help="more: <op>/*.json in DIR")
     parser.add_argument(
@@ -153,7 +153,7 @@ def _add_compiling(parser: argparse.ArgumentParser, target: str) -> None:
         "--spread",
         metavar="N",
         type=numbers.whole,
-        help="try configs N buckets to either side (default: 0; with --whole 1)",
+        help="try configs N buckets to either side (default: 1; of attention, which has two ladders, 0)",
     )
     parser.add_argument("--jobs", metavar="N", type=numbers.whole, help="worker processes (default: one per CPU)")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="build cache (default: as for build)")

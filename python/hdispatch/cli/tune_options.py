@@ -69,17 +69,11 @@ def scope_of(arguments: argparse.Namespace) -> Scope:
         buckets=chosen_buckets(edges) if edges else None,
         more=tuple(getattr(arguments, "configs", ())),
         radius=getattr(arguments, "radius", -1),
-        spread=_spread(arguments),
+        spread=getattr(arguments, "spread", None),
         calls=None if calls is None else lambda spec: calls(spec).rows,
         backends=_chosen_backends(getattr(arguments, "backends", None)),
         whole=getattr(arguments, "whole", False),
     )
-
-
-def _spread(arguments: argparse.Namespace) -> int:
-    """With --whole a bucket's configs are tried in those beside it, unless --spread says otherwise."""
-    given: int | None = getattr(arguments, "spread", None)
-    return int(getattr(arguments, "whole", False)) if given is None else given
 
 
 def ops_of(arguments: argparse.Namespace) -> tuple[list[str] | None, list[str]]:

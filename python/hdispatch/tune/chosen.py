@@ -31,7 +31,7 @@ class Chosen:
 
     def backends(self, there: Sequence[str]) -> list[str]:
         """Those that were chosen, of those that are there; all of these where none of them was."""
-        chosen = {self._backend(entry) for entry in self.entries}
+        chosen = {self.backend_of(entry) for entry in self.entries}
         return [name for name in there if name in chosen] or list(there)
 
     def of(self, backend: str, row: Mapping[str, int], variant: Variant, listed: Sequence[ConfigKey]) -> list[ConfigKey]:
@@ -42,13 +42,14 @@ class Chosen:
         codes = {
             _code(entry.config, launched)
             for entry in self.entries
-            if self._backend(entry) == backend
+            if self.backend_of(entry) == backend
             and entry.shape == row
             and all(configs.argument_of(variant, name) == value for name, value in entry.arguments.items())
         }
         return [each for each in listed if _code(json.loads(each.config), launched) in codes] or list(listed)
 
-    def _backend(self, entry: configs.ConfigEntry) -> str:
+    def backend_of(self, entry: configs.ConfigEntry) -> str:
+        """The backend that an entry is for."""
         return entry.backend or self.package.backends[0]
 
 

@@ -179,7 +179,7 @@ class PointConfigs:
 
     def _nearby(self, point: Point, own: Mapping[Point, Sequence[ConfigKey]]) -> list[ConfigKey]:
         """The options of the neighbouring buckets."""
-        near = point.op.spec.ladders.near(point.bucket, self.scope.spread)
+        near = point.op.spec.ladders.near(point.bucket, self.scope.spread_of(point.op.spec))
         neighbours = [dataclasses.replace(point, bucket=bucket) for bucket in near]
         return [option for neighbour in neighbours for option in own.get(neighbour, ())]
 
