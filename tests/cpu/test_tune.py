@@ -277,7 +277,7 @@ def test_what_is_compiled_is_told_before_it_is():
         "b        10      100",
         "all     100      100",
         "left out: c",
-        "200 to compile, unless the cache has them: about 6 min of a CPU, 1 min by 4",
+        "200 to compile, unless the cache has them: about 6 min of a CPU, 2 min by 4",
     ]
 
 

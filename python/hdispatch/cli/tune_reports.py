@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ def describe_plan(plan: Plan) -> str:
     lines = [[op, *(str(counts.get(backend, "")) for backend in backends)] for op, counts in plan.units.items()]
     sums = {backend: sum(counts.get(backend, 0) for counts in plan.units.values()) for backend in backends}
     every = table(("op", *backends), [*lines, ["all", *map(str, sums.values())]])
-    minutes = [f"{seconds / 60:.0f} min" for seconds in (plan.seconds, plan.seconds / max(1, plan.jobs))]
+    minutes = [f"{math.ceil(seconds / 60)} min" for seconds in (plan.seconds, plan.seconds / max(1, plan.jobs))]
     total = (
         f"{sum(sums.values())} to compile, unless the cache has them: about {minutes[0]} of a CPU, {minutes[1]} by {plan.jobs}"
     )

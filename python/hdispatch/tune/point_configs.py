@@ -66,7 +66,7 @@ class PointConfigs:
                     ops.setdefault(name, []).append(package.name)
         return [
             f"left out: the candidates of {backend}, which no config file chose, of {', '.join(names)}; "
-            f"--backends {backend} measures them alone, --whole all there is"
+            f"--backends {backend} asks for them, --whole for all there is"
             for backend, names in ops.items()
         ]
 
