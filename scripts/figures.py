@@ -276,6 +276,20 @@ def tuning() -> str:
     return markdown(header, rows)
 
 
+def left_out() -> str:
+    """What a model would miss, by op, if the chosen configs alone, or what tuning takes by default, were measured."""
+    ops = json.loads((RESULTS / "2026-11-28-cpu-tune" / "left-out.json").read_text())["ops"]
+    rows = []
+    for op, found in ops.items():
+        cells = [f"`{op}`", str(found["cells"]), str(found["candidates"])]
+        for pool in ("chosen", "default"):
+            cells.append(f"{100 * found[pool]['share']:.0f} %")
+            cells += [f"{100 * found[pool][name]:.1f} %" for name in ("mean", "p95", "worst")]
+        rows.append(cells)
+    numbers = ["mean regret", "95th percentile", "worst"]
+    return markdown(["op", "cells", "candidates", "chosen ones", *numbers, "default", *numbers], rows)
+
+
 def adopted_rows() -> Iterator[tuple[str, str, dict[str, float]]]:
     """Kernel, how M goes, and ns per call: `floor`, `before`, `adopted`; and the ratio of `adopted` to the floor."""
     result: dict[str, Any] = json.loads(ADOPTED.read_text())
@@ -341,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "deepgemm": deep_gemm,
     "helion": helion_shares,
     "tuning": tuning,
+    "left-out": left_out,
     "adopted": adopted,
     "adopted-helion-examples": helion_examples,
 }

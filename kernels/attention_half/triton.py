@@ -15,6 +15,7 @@ from ..lib.triton_rope import check_rotary
 from ..lib.triton_softmax import INTERPRETED, LOG2E
 
 GENERIC = ("N",)
+LAUNCHED = ("chunk",)
 # All but qkv, which the kernel before this one writes: no kernel of a step writes the others, and of its launches only this one
 # writes this layer's cache.
 EARLY_READS = (

@@ -14,6 +14,7 @@ from ..lib.attention import blocks_of, finish, split_tokens, tokens_of_split
 from ..lib.triton_softmax import INTERPRETED, LOG2E
 
 GENERIC = ("N",)
+LAUNCHED = ("chunk",)
 # What no kernel of a step writes.
 EARLY_READS = ("block_table", "seq_lens", "sinks")
 

@@ -20,6 +20,7 @@ CSRC = ROOT / "csrc"
 #: The build wing with the steps of tuning that use it, and what may use those: lazily, so that no serving process has them.
 TUNING = (
     "autotune",
+    "chosen",
     "collect",
     "compare",
     "compile_many",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
 import json
+import re
 import subprocess
 import tarfile
 from collections import Counter
@@ -12,12 +15,13 @@ from typing import Any
 import forked
 import hdispatch
 import pytest
+from hdispatch.cli import tune, tune_options, tune_reports
 from hdispatch.cli.main import main
 from hdispatch.compile import DESCRIBED, configs, op_package
 from hdispatch.errors import BuildError
 from hdispatch.manifest import CANDIDATES_NAME
 from hdispatch.opspec import OpSpec
-from hdispatch.tune import autotune, points
+from hdispatch.tune import autotune, collect, points
 from hdispatch.tune.candidates import read_candidates
 from hdispatch.tune.point_configs import PointConfigs
 
@@ -180,7 +184,7 @@ def test_helions_autotuner_writes_as_it_goes(tmp_path, monkeypatch):
 def test_every_op_has_candidates_of_its_typical_variant_from_each_backend():
     """The smallest bucket's, with Helion's neighbours: a list or a space that cannot be asked for is an error here."""
     packages = op_package.find(None)
-    found = PointConfigs(packages.values(), points.Scope(buckets=lambda _spec: [0], spread=0), DESCRIBED["h200"])
+    found = PointConfigs(packages.values(), points.Scope(buckets=lambda _spec: [0], whole=True), DESCRIBED["h200"])
     offered = {(p.op.name, option.backend) for p, options in found.by_point.items() for option in options}
     for package, backends in found.backends.items():
         assert offered & {(package.name, backend) for backend in backends}, package.name
@@ -193,7 +197,9 @@ def test_helions_own_space_and_the_command_line(tmp_path, capsys):
     command = ["tune", "candidates", "--ops", "silu_and_mul_dynamic_per_token_quant", "--out", str(tmp_path / "cand")]
     command += ["--shapes", "N=6144", "--buckets", "16", "--radius", "0", "--cache", str(tmp_path / "cache"), "--json"]
     assert main(command) == 0
-    report = json.loads(capsys.readouterr().out)
+    said = capsys.readouterr()
+    assert re.search(r"^silu_and_mul_dynamic_per_token_quant +\d+ +\d+$", said.err, re.MULTILINE)
+    report = json.loads(said.out)
     found = read_candidates(tmp_path / "cand")
     assert report["ops"]["silu_and_mul_dynamic_per_token_quant"]["cells"] == 1
     assert {record["backend"] for record in found["manifest"]["records"]} == {"helion", "triton"}
@@ -208,6 +214,111 @@ def test_the_lists_of_chosen_backends_compete_with_the_config_files():
         counts = Counter(option.backend for option in found.by_point[point])
         assert counts["triton"] == 1
         assert counts["helion"] > 3
+
+
+def found_of(op: str, folder: Path, scope: points.Scope, **files: list[dict[str, Any]]) -> PointConfigs:
+    """An op's options at one point, with config files of these cards alone."""
+    (folder / op).mkdir()
+    for card, entries in files.items():
+        (folder / op / f"nvidia_{card}.json").write_text(json.dumps(entries))
+    package = dataclasses.replace(op_package.find([op])[op], configs=folder / op)
+    return PointConfigs([package], dataclasses.replace(scope, buckets=lambda _spec: [0]), DESCRIBED["h100"])
+
+
+def offered(found: PointConfigs) -> set[str]:
+    return {option.backend for options in found.by_point.values() for option in options}
+
+
+TRITON = {"key": {}, "config": {"block": 1024, "num_warps": 4}}
+HELION = {"key": {}, "config": {"block_sizes": [1]}}
+LISTS = points.Scope(shapes=lambda _spec: [{"N": 6144}], radius=-1)
+
+
+def test_a_backend_that_no_config_file_chose_is_left_out_and_named(tmp_path):
+    found = found_of("silu_and_mul", tmp_path, LISTS, h200=[TRITON], b200=[TRITON])
+    assert offered(found) == {"triton"}
+    (note,) = found.notes
+    assert note.startswith(
+        "left out: the candidates of helion, which no config file chose, of silu_and_mul; --backends helion "
+    )
+    assert "--whole" in note
+
+
+@pytest.mark.parametrize(
+    ("scope", "files"),
+    [
+        pytest.param({}, {}, id="no config file"),
+        pytest.param({}, {"h200": [TRITON], "b200": [TRITON, {**HELION, "key": {"N": 64}}]}, id="chosen on another card"),
+        pytest.param({}, {"h200": [{"key": {}, "backend": "fallback", "config": {}}]}, id="nothing chosen"),
+        pytest.param({"backends": ("helion", "triton")}, {"h200": [TRITON]}, id="asked for"),
+        pytest.param({"whole": True}, {"h200": [TRITON]}, id="whole"),
+    ],
+)
+def test_other_backends_are_measured(tmp_path, scope, files):
+    found = found_of("silu_and_mul", tmp_path, dataclasses.replace(LISTS, **scope), **files)
+    assert offered(found) >= {"helion", "triton"}
+    assert found.notes == []
+
+
+def test_a_left_out_backends_own_config_competes(tmp_path):
+    """--backends leaves the other lists out, not the configs that serve now."""
+    scope = dataclasses.replace(LISTS, backends=("triton",))
+    found = found_of("silu_and_mul", tmp_path, scope, h100=[HELION])
+    options = [option for each in found.by_point.values() for option in each]
+    assert [json.loads(o.config) for o in options if o.backend == "helion"] == [HELION["config"]]
+    assert sum(option.backend == "triton" for option in options) > 3
+
+
+def test_what_is_compiled_is_told_before_it_is():
+    plan = collect.Plan({"a": {"triton": 90}, "b": {"cutedsl": 100, "triton": 10}}, 4, ["left out: c"])
+    assert tune_reports.describe_plan(plan).splitlines() == [
+        "op   triton  cutedsl",
+        "a        90",
+        "b        10      100",
+        "all     100      100",
+        "left out: c",
+        "200 to compile, unless the cache has them: about 6 min of a CPU, 2 min by 4",
+    ]
+
+
+def test_whole_lists_are_those_of_all_backends_and_of_the_buckets_beside():
+    def scope(*options: str) -> points.Scope:
+        parser = argparse.ArgumentParser()
+        tune.add_parser(parser.add_subparsers())
+        return tune_options.scope_of(parser.parse_args(["tune", "candidates", "--out", "x", *options]))
+
+    one, two = (op_package.find([op])[op].spec for op in ("silu_and_mul", "attention_half"))
+    assert [(each.spread_of(one), each.spread_of(two)) for each in (scope(), scope("--whole"))] == [(1, 0), (1, 1)]
+    assert [scope("--spread", "2").spread_of(two), scope("--whole", "--spread", "0").spread_of(one)] == [2, 0]
+    assert [scope().whole, scope("--whole").whole] == [False, True]
+
+
+def codes_of(found: PointConfigs) -> set[str]:
+    options = [json.loads(option.config) for options in found.by_point.values() for option in options]
+    return {json.dumps({name: value for name, value in each.items() if name != "chunk"}, sort_keys=True) for each in options}
+
+
+def test_of_attentions_list_the_codes_stay_that_were_chosen(tmp_path):
+    """At sizes that a config file has: another card's choice counts, at any bucket; the chunk is the launch's."""
+    code = {"num_warps": 4, "stages": 3, "tile": 64}
+    chosen = {"key": {"head_dim": 128, "num_tokens": 256}, "config": {**code, "chunk": 96}}
+    other = {"key": {"head_dim": 64, "num_tokens": 1}, "config": {**code, "stages": 2, "chunk": 64}}
+    scope = points.Scope(shapes=lambda _spec: [{"K": 128}])
+    narrow = found_of("attention_half", tmp_path, scope, b200=[chosen, other])
+    assert codes_of(narrow) == {json.dumps(code, sort_keys=True)}
+    chunks = {json.loads(option.config)["chunk"] for options in narrow.by_point.values() for option in options}
+    assert len(chunks) > 1
+
+
+@pytest.mark.parametrize("head_dim", [128, 256])
+def test_attentions_list_is_whole_where_asked_for_and_at_sizes_without_configs(tmp_path, head_dim):
+    chosen = {"key": {"head_dim": 128, "num_tokens": 256}, "config": {"num_warps": 4, "stages": 3, "tile": 64, "chunk": 96}}
+    scope = points.Scope(shapes=lambda _spec: [{"K": head_dim}], whole=head_dim == 128)
+    found = found_of("attention_half", tmp_path, scope, b200=[chosen])
+    (tmp_path / "none").mkdir()
+    every = found_of("attention_half", tmp_path / "none", scope)
+    assert list(found.by_point.values()) == list(every.by_point.values())
+    assert len(codes_of(found)) > 3
 
 
 @pytest.mark.parametrize(

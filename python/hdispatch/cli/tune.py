@@ -19,6 +19,7 @@ from .tune_reports import (
     candidates_json,
     describe_candidates,
     describe_measuring,
+    describe_plan,
     describe_selection,
     describe_shares,
     draw_curves,
@@ -46,9 +47,11 @@ and another source of candidates, which takes GPU hours:
 
 CANDIDATES = """\
 Collect configs for every op, size and bucket: the kernels' own lists, Helion's default and its neighbours along Helion's
-fragments, the present config files, further folders of config files, and what neighbouring buckets have. Each is compiled
-once for all sizes that can share it; what does not compile is left out and reported; of configs with the same code one is
-kept. No GPU is needed; what was compiled before comes from the build cache.
+fragments, the present config files, further folders of config files. Backends that no config file of an op ever chose are left
+out, which is told, and of attention, at sizes that have configs, the codes that were never chosen: --backends asks for some,
+--whole for all, and for what neighbouring buckets have. Each is compiled once for all sizes that can share it; what does not
+compile is left out and reported; of configs with the same code one is kept. No GPU is needed; what was compiled before comes
+from the build cache.
 """
 
 MEASURE = """\
@@ -134,14 +137,23 @@ def _add_compiling(parser: argparse.ArgumentParser, target: str) -> None:
     parser.add_argument(
         "--backends",
         metavar="A,B",
-        help="backends whose candidate lists are measured (default: all); existing configs of all backends are measured too",
+        help="backends whose candidate lists are measured (default: of an op those that a config file of it ever chose, of any "
+        "card, or all if it has none); existing configs of all backends are measured too",
+    )
+    parser.add_argument(
+        "--whole",
+        action="store_true",
+        help="measure the lists of all backends whole, of attention also those of buckets beside: hours, seldom for a gain",
     )
     parser.add_argument("--configs", metavar="DIR", type=Path, action="append", default=[], help="more: <op>/*.json in DIR")
     parser.add_argument(
         "--radius", metavar="N", type=numbers.whole, default=1, help="steps along Helion's fragments; -1: none of it"
     )
     parser.add_argument(
-        "--spread", metavar="N", type=numbers.whole, default=1, help="try configs N buckets to either side (default: 1)"
+        "--spread",
+        metavar="N",
+        type=numbers.whole,
+        help="try configs N buckets to either side (default: 1; of attention, which has two ladders, 0)",
     )
     parser.add_argument("--jobs", metavar="N", type=numbers.whole, help="worker processes (default: one per CPU)")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="build cache (default: as for build)")
@@ -239,6 +251,7 @@ def _collect(arguments: argparse.Namespace, out: Path) -> CandidateReport:
             extra=kernels.given(arguments),
             compilers=compilers,
             progress=stack.enter_context(timed_progress()),
+            planned=lambda plan: print(describe_plan(plan), file=sys.stderr),
         )
     report.notes += notes
     return report

@@ -69,9 +69,10 @@ def scope_of(arguments: argparse.Namespace) -> Scope:
         buckets=chosen_buckets(edges) if edges else None,
         more=tuple(getattr(arguments, "configs", ())),
         radius=getattr(arguments, "radius", -1),
-        spread=getattr(arguments, "spread", 0),
+        spread=getattr(arguments, "spread", None),
         calls=None if calls is None else lambda spec: calls(spec).rows,
         backends=_chosen_backends(getattr(arguments, "backends", None)),
+        whole=getattr(arguments, "whole", False),
     )
 
 

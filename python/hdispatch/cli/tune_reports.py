@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,23 @@ from .text import count, duration, size, table
 
 if TYPE_CHECKING:
     from ..tune.candidates import Dropped
-    from ..tune.collect import CandidateReport
+    from ..tune.collect import CandidateReport, Plan
     from ..tune.compare import Share
     from ..tune.measure import Report
     from ..tune.select import OpReport
+
+
+def describe_plan(plan: Plan) -> str:
+    """What is about to be compiled: a table by op and backend, what is left out, and about how long it takes."""
+    backends = list(dict.fromkeys(backend for counts in plan.units.values() for backend in counts))
+    lines = [[op, *(str(counts.get(backend, "")) for backend in backends)] for op, counts in plan.units.items()]
+    sums = {backend: sum(counts.get(backend, 0) for counts in plan.units.values()) for backend in backends}
+    every = table(("op", *backends), [*lines, ["all", *map(str, sums.values())]])
+    minutes = [f"{math.ceil(seconds / 60)} min" for seconds in (plan.seconds, plan.seconds / max(1, plan.jobs))]
+    total = (
+        f"{sum(sums.values())} to compile, unless the cache has them: about {minutes[0]} of a CPU, {minutes[1]} by {plan.jobs}"
+    )
+    return "\n".join([every, *plan.notes, total])
 
 
 def describe_candidates(report: CandidateReport, packed: Path | None) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import pkgutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .. import kernel_packages
@@ -37,6 +37,7 @@ class OpPackage:
     backends   those that the op has kernels for, its default first
     generic    by backend, the sizes that are not compiled into its kernels
     configs    the folder of its config files
+    launched   by backend, the options of configs that are not compiled in: the launch alone takes them
     """
 
     name: str
@@ -46,6 +47,11 @@ class OpPackage:
     backends: tuple[str, ...]
     generic: Mapping[str, frozenset[str]]
     configs: Path
+    launched: Mapping[str, frozenset[str]] = field(default_factory=dict)
+
+    def config_files(self) -> list[Path]:
+        """The op's config files, of every card."""
+        return sorted(path for path in self.configs.glob("*.json") if not path.name.endswith(".tuned.json"))
 
 
 def find(ops: Sequence[str] | None, extra: Sequence[str] = ()) -> dict[str, OpPackage]:
@@ -83,8 +89,10 @@ def read(name: str, package: str) -> OpPackage:
     backends = tuple(backend for backend in PACKAGES if (folder / f"{backend}.py").is_file())
     if not backends:
         raise BuildError(f"{package}: {folder} has none of {[f'{backend}.py' for backend in PACKAGES]}")
-    generic = {backend: _generic_sizes(folder / f"{backend}.py") for backend in backends}
-    return OpPackage(name, package, spec, folder, backends, generic, config_folder(package))
+    modules = {backend: folder / f"{backend}.py" for backend in backends}
+    generic = {backend: _named(module, "GENERIC") | frozenset(CALL_SYMBOLS) for backend, module in modules.items()}
+    launched = {backend: _named(module, "LAUNCHED") for backend, module in modules.items()}
+    return OpPackage(name, package, spec, folder, backends, generic, config_folder(package), launched)
 
 
 def folder_of(package: str) -> Path:
@@ -99,12 +107,15 @@ def config_folder(package: str) -> Path:
     return folder_of(package) / "configs"
 
 
-def _generic_sizes(module: Path) -> frozenset[str]:
-    """The sizes that a kernel's module says are not compiled in: `GENERIC = ("K",)`. Read without importing a DSL."""
+def _named(module: Path, constant: str) -> frozenset[str]:
+    """What a kernel's module says is not compiled in. Read without importing a DSL.
+
+    GENERIC are sizes, `("K",)`, LAUNCHED options of configs, `("chunk",)`.
+    """
     for node in ast.parse(module.read_text()).body:
-        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == ["GENERIC"]:
-            return frozenset(ast.literal_eval(node.value)) | frozenset(CALL_SYMBOLS)
-    return frozenset(CALL_SYMBOLS)
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [constant]:
+            return frozenset(ast.literal_eval(node.value))
+    return frozenset()
 
 
 def sources(packages: Iterable[str], *, build_wing: bool = True) -> dict[str, dict[str, str]]:

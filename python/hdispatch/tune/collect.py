@@ -1,14 +1,16 @@
 """Candidates: the config space of each kernel, compiled on any machine in parallel, deduplicated, and put into one bundle.
 
 A *point* is what is measured: sizes and a bucket of M. Its *options*, configs of the op's kernels, come from the kernels' own
-lists, Helion's fragments, the present config file, further config files, and the points of the neighbouring buckets. Equal
-options of many points are compiled once for all of them; what cannot be compiled is left out and reported.
+lists and Helion's fragments, less what was never chosen (see chosen.py), the present config file, further config files, and the
+points of the neighbouring buckets. Equal options of many points are compiled once for all of them; what cannot be compiled is
+left out and reported.
 """
 
 from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +65,26 @@ class CandidateReport:
     notes: list[str] = field(default_factory=list)
 
 
+#: Seconds of a CPU that a candidate takes, roughly, and a worker process before its first.
+CPU_SECONDS = {"triton": 1.0, "helion": 2.0, "cutedsl": 1.7}
+WORKER_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is about to be compiled: units by op and backend, by so many processes at once; and what is left out of it."""
+
+    units: Mapping[str, Mapping[str, int]]
+    jobs: int
+    notes: Sequence[str]
+
+    @property
+    def seconds(self) -> float:
+        """Of CPUs, roughly, if the cache has none of it."""
+        counts = [(backend, count) for of in self.units.values() for backend, count in of.items()]
+        return self.jobs * WORKER_SECONDS + sum(CPU_SECONDS[backend] * count for backend, count in counts)
+
+
 def collect(
     ops: Sequence[str] | None,
     target: str | GpuTarget,
@@ -74,8 +96,11 @@ def collect(
     extra: Sequence[str] = (),
     compilers: Compilers | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    planned: Callable[[Plan], None] | None = None,
 ) -> CandidateReport:
     """Makes the candidate bundle `out`; arguments as those of `build`, and `compilers` as of `compile_many`.
+
+    planned   told what is compiled, before it is
 
     BuildError if an op has no candidate that compiles.
     """
@@ -85,10 +110,13 @@ def collect(
     where = store.Store(cache if cache is not None else store.default_root())
     packages = op_package.find(ops, extra)
     report = CandidateReport(out, gpu, {name: OpCandidates() for name in packages})
-    checked_jobs(jobs)
+    count = checked_jobs(jobs if compilers is None else jobs or compilers.jobs())
     found = PointConfigs(packages.values(), scope or Scope(), gpu)
     report.notes = [*strangers(scope or Scope(), op_package.find(None, extra)), *found.notes]
     units = found.units()
+    if planned:
+        counts = {name: Counter(key[2].backend for key in units if key[0] is package) for name, package in packages.items()}
+        planned(Plan(counts, min(count, len(units)), report.notes))
     made = compile_many(list(units.values()), [found.own_buckets[key] for key in units], gpu, where, jobs, compilers, progress)
     bundle = _Bundle(found, dict(zip(units, made, strict=True)))
     for name, package in packages.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -88,11 +89,15 @@ def compile_many(
             return Made(problem=str(error), tools=tools[unit.backend])
         return part if part.built else whole
 
+    # Neighbours in the list often share code, which processes that compile them at once would each make; and mixed they say
+    # what those to come take.
+    order = list(range(len(units)))
+    random.Random(0).shuffle(order)
     made: list[Made] = [Made() for _ in units]
     with Pool(target, store.root) if compilers is None else compilers.pool(target, store, sources) as workers:
-        results = workers.map(lambda index: make_or_part(workers, index), len(units), count)
-        for done, (index, result) in enumerate(results, 1):
-            made[index] = result
+        results = workers.map(lambda place: make_or_part(workers, order[place]), len(units), count)
+        for done, (place, result) in enumerate(results, 1):
+            made[order[place]] = result
             if progress:
-                progress(done, len(units), units[index].label)
+                progress(done, len(units), units[order[place]].label)
     return made

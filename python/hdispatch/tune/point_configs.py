@@ -16,6 +16,7 @@ from ..compile.target import GpuTarget
 from ..compile.versions import OPTIONAL, missing
 from ..errors import BuildError
 from ..opspec import CALL_SYMBOLS, OpSpec
+from .chosen import Chosen
 from .points import Point, Scope, points_of, sizes_of
 from .timings import ConfigKey, canonical
 
@@ -30,13 +31,11 @@ class PointConfigs:
         self.scope = scope
         #: The backends that are tuned, by op.
         self.backends = {package: backends_of(package) for package in packages}
+        self.chosen = {package: Chosen(package) for package in self.backends}
         #: Those of them whose candidate lists are measured.
-        self.asked = {
-            package: [name for name in names if scope.backends is None or name in scope.backends]
-            for package, names in self.backends.items()
-        }
-        #: A line of text for each file and entry that is left out.
-        self.notes: list[str] = []
+        self.asked = {package: self._asked(package) for package in self.backends}
+        #: A line of text for each backend, file and entry that is left out.
+        self.notes: list[str] = self._left_out()
         self.files = {package: config_files(package, scope, target, self.notes) for package in self.backends}
         #: The rows that are measured, and those that are not because others have the same sizes and more.
         self.points = [point for package in self.backends for point in points_of(package, scope)]
@@ -51,6 +50,25 @@ class PointConfigs:
         for point, options in own.items():
             for option in options:
                 self.own_buckets.setdefault(self.unit_key(point, option), set()).add(point.bucket)
+
+    def _asked(self, package: OpPackage) -> list[str]:
+        there, named = self.backends[package], self.scope.backends
+        if named is not None:
+            return [name for name in there if name in named]
+        return there if self.scope.whole else self.chosen[package].backends(there)
+
+    def _left_out(self) -> list[str]:
+        """A note for each backend whose lists are left out because no config file chose it."""
+        ops: dict[str, list[str]] = {}
+        for package, there in self.backends.items() if self.scope.backends is None else ():
+            for name in there:
+                if name not in self.asked[package]:
+                    ops.setdefault(name, []).append(package.name)
+        return [
+            f"left out: the candidates of {backend}, which no config file chose, of {', '.join(names)}; "
+            f"--backends {backend} asks for them, --whole for all there is"
+            for backend, names in ops.items()
+        ]
 
     def unit_key(self, point: Point, option: ConfigKey) -> UnitKey:
         """The key of the unit that compiles an option at a point."""
@@ -115,8 +133,15 @@ class PointConfigs:
             answers = candidate_lists.ask(questions, workers)
         for ((_, backend, _), points), answer in zip(groups.items(), answers, strict=True):
             for point, said in zip(points, answer, strict=True):
-                found[point, backend] = None if said is None else [ConfigKey(backend, canonical(config)) for config in said]
+                listed = None if said is None else [ConfigKey(backend, canonical(config)) for config in said]
+                found[point, backend] = listed and self._narrowed(point, backend, listed)
         return found
+
+    def _narrowed(self, point: Point, backend: str, listed: Sequence[ConfigKey]) -> list[ConfigKey]:
+        if self.scope.whole:
+            return list(listed)
+        variant = point.op.spec.variant(point.variant)
+        return self.chosen[point.op].of(backend, dict(point.row), variant, listed)
 
     def _question(self, package: OpPackage, backend: str, points: Sequence[Point]) -> Question:
         spec, generic, measured = package.spec, package.generic[backend], set(self.points)
@@ -154,7 +179,7 @@ class PointConfigs:
 
     def _nearby(self, point: Point, own: Mapping[Point, Sequence[ConfigKey]]) -> list[ConfigKey]:
         """The options of the neighbouring buckets."""
-        near = point.op.spec.ladders.near(point.bucket, self.scope.spread)
+        near = point.op.spec.ladders.near(point.bucket, self.scope.spread_of(point.op.spec))
         neighbours = [dataclasses.replace(point, bucket=bucket) for bucket in near]
         return [option for neighbour in neighbours for option in own.get(neighbour, ())]
 

@@ -16,11 +16,13 @@ class Scope:
 
     variants          of an op; its typical one if None: a config is chosen for all variants alike
     shapes, buckets   of an op; all if None
-    backends          whose candidate lists are measured; None: all. Existing configs of all backends are measured too
+    backends          whose candidate lists are measured; None: those that the op's config files chose, see `Chosen`.
+                      Existing configs of all backends are measured too
+    whole             all backends' lists are measured, and whole
     calls             variants with sizes of an op, instead of `variants` and `shapes`; its rows need not name the sizes
     more              folders with <op>/*.json in vLLM's format, e.g. vLLM's own or what `tune helion` wrote
     radius            how far Helion's seeds are varied: steps along each of its fragments; -1: nothing from Helion
-    spread            the options of a bucket are tried in so many buckets to either side
+    spread            the options of a bucket are tried in so many buckets to either side; None: 1, see `spread_of`
     """
 
     variants: Callable[[OpSpec], Iterable[str]] | None = None
@@ -28,9 +30,16 @@ class Scope:
     buckets: Callable[[OpSpec], Iterable[int]] | None = None
     more: tuple[Path, ...] = ()
     radius: int = 1
-    spread: int = 1
+    spread: int | None = None
     calls: Callable[[OpSpec], Iterable[tuple[str, dict[str, int]]]] | None = None
     backends: tuple[str, ...] | None = None
+    whole: bool = False
+
+    def spread_of(self, spec: OpSpec) -> int:
+        """Buckets to either side. Of two ladders a bucket has eight beside it, whose options are seldom better than its own."""
+        if self.spread is not None:
+            return self.spread
+        return 1 if self.whole or spec.second is None else 0
 
 
 @dataclass(frozen=True)
