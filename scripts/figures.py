@@ -234,12 +234,17 @@ PUBLISHED = {
 }
 
 
+#: The two products on an H100, with configs chosen on one.
+SCALED_MM, BLOCKS = "2026-11-28-h100-scaled_mm/ops.json", "2026-11-28-h100-blocks/deepgemm.json"
+
+
 def published() -> str:
     """The nine ops beside torch.compile and vLLM's kernels on the card of the published figures, and those."""
     found = defaultdict(list)
-    for file in ("2026-11-28-h100-ops/post.json", "2026-11-28-h100-blocks/deepgemm.json"):
+    for file in ("2026-11-28-h100-ops/post.json", SCALED_MM, BLOCKS):
         for each, ratio in speedups(RESULTS / file, ("warm",)):
-            found[each["op"], each["path"]].append((each, ratio))
+            if each["op"] != "scaled_mm" or file == SCALED_MM:
+                found[each["op"], each["path"]].append((each, ratio))
     rows = []
     for op, theirs in PUBLISHED.items():
         cells = [f"`{op}`"]
@@ -249,16 +254,16 @@ def published() -> str:
     return markdown(["op", "× torch.compile", "worst cell", "published", "× vLLM's kernel", "worst cell", "published"], rows)
 
 
-def deep_gemm() -> str:
-    """How scaled_mm_blockwise does beside DeepGEMM and vLLM's CUTLASS kernel, by rows."""
-    timings = list(speedups(RESULTS / "2026-11-28-h100-blocks" / "deepgemm.json", ("warm",)))
+def beside(file: str, peer: str, name: str) -> str:
+    """How a product does beside a peer and vLLM's CUTLASS kernel, by rows."""
+    timings = list(speedups(RESULTS / file, ("warm",)))
     rows = []
     for m in (*sorted({each["m"] for each, _ in timings}), None):
         cells = ["**all**" if m is None else str(m)]
-        for peer in ("DeepGEMM", "torch.ops._C"):
-            cells += mean_and_worst([found for found in timings if found[0]["path"] == peer and m in (None, found[0]["m"])])
+        for path in (peer, "torch.ops._C"):
+            cells += mean_and_worst([found for found in timings if found[0]["path"] == path and m in (None, found[0]["m"])])
         rows.append(cells)
-    return markdown(["M", "× DeepGEMM, mean", "worst cell", "× vLLM's CUTLASS, mean", "worst cell"], rows)
+    return markdown(["M", f"× {name}, mean", "worst cell", "× vLLM's CUTLASS, mean", "worst cell"], rows)
 
 
 def tuning() -> str:
@@ -352,7 +357,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "kernels-equal": kernels_equal,
     "published": published,
-    "deepgemm": deep_gemm,
+    "scaled_mm": lambda: beside(SCALED_MM, "torch._scaled_mm", "cuBLAS"),
+    "deepgemm": lambda: beside(BLOCKS, "DeepGEMM", "DeepGEMM"),
     "helion": helion_shares,
     "tuning": tuning,
     "left-out": left_out,
