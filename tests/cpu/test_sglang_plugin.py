@@ -19,6 +19,26 @@ def test_every_function_names_an_op_and_is_named_once():
     assert [each.target.rpartition(".")[2] for each in FUNCTIONS if each.is_method] == ["forward_aot"]
 
 
+def test_what_a_modules_imports_raise_is_raised(tmp_path, monkeypatch):
+    (tmp_path / "holding").mkdir()
+    (tmp_path / "holding" / "__init__.py").write_text("")
+    (tmp_path / "holding" / "broken.py").write_text("from sys import nothing_like_it\n")
+    (tmp_path / "holding" / "needing.py").write_text("import a_module_that_is_not_there\n")
+    (tmp_path / "holding" / "whole.py").write_text("class Kernel:\n    class Inner: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert plugin.find("holding.whole").__name__ == "holding.whole"
+    assert plugin.find("holding.whole.Kernel.Inner").__qualname__ == "Kernel.Inner"
+    for name, error, said in [
+        ("holding.broken", ImportError, "nothing_like_it"),
+        ("holding.broken.Kernel", ImportError, "nothing_like_it"),
+        ("holding.needing", ModuleNotFoundError, "a_module_that_is_not_there"),
+        ("holding.absent", AttributeError, "absent"),
+        ("no_such_package.module", ModuleNotFoundError, "no_such_package"),
+    ]:
+        with pytest.raises(error, match=said):
+            plugin.find(name)
+
+
 def test_off_it_does_not_even_look_for_sglang(monkeypatch):
     monkeypatch.delenv("HDISPATCH", raising=False)
     monkeypatch.setitem(sys.modules, "sglang", None)  # any import of it raises

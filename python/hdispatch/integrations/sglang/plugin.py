@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import inspect
 import logging
 import os
-import pkgutil
 from typing import Any
 
 import torch
@@ -99,11 +99,30 @@ def chosen() -> list[Function]:
     return [each for each in FUNCTIONS if each.op in names]
 
 
+def find(name: str) -> Any:
+    """The module, or the class of one, of a dotted name. What a module's own imports raise is raised: `pkgutil.resolve_name`
+    would say that the package lacks the module."""
+    module = name
+    inner: list[str] = []
+    while True:
+        try:
+            found = importlib.import_module(module)
+            break
+        except ModuleNotFoundError as error:
+            if "." not in module or not f"{module}.".startswith(f"{error.name}."):
+                raise
+            module, _, last = module.rpartition(".")
+            inner.insert(0, last)
+    for each in inner:
+        found = getattr(found, each)
+    return found
+
+
 def objection(function: Function) -> str:
     """Why a function of SGLang's cannot be served: it is not there, or has other parameters; empty if it can. Imports it."""
     holder, _, name = function.target.rpartition(".")
     try:
-        parameters = _parameters(getattr(pkgutil.resolve_name(holder), name))[int(function.is_method) :]
+        parameters = _parameters(getattr(find(holder), name))[int(function.is_method) :]
     except (ImportError, AttributeError) as error:
         return f"it cannot be imported: {error}"
     except (TypeError, ValueError) as error:
