@@ -224,6 +224,16 @@ def test_a_key_that_is_not_in_the_bundle_compiles_and_is_counted_or_refused(proj
     assert refused.startswith("user_kernels.plain: no recorded kernel of the bundle has the key [")
 
 
+def test_a_process_that_interprets_its_kernels_loads_the_bundle_too(project, bundle):
+    done = python(
+        project,
+        f"import hdispatch\nmade = hdispatch.load({str(bundle)!r}, driver='null')\n"
+        + "from hdispatch import recorded\nrecorded.serve(0, made._recorded)\nprint(len(made._recorded) > 0)",
+        TRITON_INTERPRET="1",
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 def test_launchers_that_triton_compiles_are_made_by_load(bundle, monkeypatch):
     """Triton 3.6: one for each list of types, whatever pointers point to, in the order of the function's parameters."""
     from triton.backends.nvidia import driver as nvidia
@@ -384,6 +394,14 @@ def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd,
     manifest, _ = read_bundle(tmp_path / "b")
     assert manifest["recorded"][0]["kernel"] == "__main__.plain"
     assert manifest["target"]["arch"] == "sm_80"
+
+
+def test_a_command_of_which_no_python_was_recorded_is_told_of(tmp_path, capfd):
+    for arguments, said in (["-I", "-c", "pass"], True), (["-E", "-c", "pass"], True), (["-c", "pass"], False):
+        assert main(["record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, *arguments]) == 0
+        out, err = capfd.readouterr()
+        assert "0 specializations of 0 kernels" in out
+        assert ("no Python process of the command was recorded" in err) == said
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ _SITECUSTOMIZE = """\
 import sys
 _folder = {folder!r}
 sys.path[:] = [each for each in sys.path if each != _folder]
+open(_folder + "/reached", "a").close()
 _own = sys.modules.pop("sitecustomize")
 try:
     import sitecustomize
@@ -85,6 +86,12 @@ def run(arguments: argparse.Namespace) -> int:
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), recorder.VARIABLE: str(file)}
         code = _run(command, environment)
+        if not Path(folder, "reached").exists():
+            print(
+                "no Python process of the command was recorded: none began, or all with -I, -E or -S, which leave out "
+                "PYTHONPATH or sitecustomize, by which recording begins",
+                file=sys.stderr,
+            )
     found = recording.read([file])[1]
     kernels = {(line["module"], line["qualname"]) for line in found}
     print(
