@@ -100,8 +100,10 @@ def chosen() -> list[Function]:
 
 
 def find(name: str) -> Any:
-    """The module, or the class of one, of a dotted name. What a module's own imports raise is raised: `pkgutil.resolve_name`
-    would say that the package lacks the module."""
+    """The module, or the class of one, of a dotted name.
+
+    What a module's own imports raise is raised; `pkgutil.resolve_name` would say that the package lacks the module.
+    """
     module = name
     inner: list[str] = []
     while True:
