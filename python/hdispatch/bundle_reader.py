@@ -29,6 +29,7 @@ from .manifest import (
     check_views,
     ladders_of,
 )
+from .recorder import REFUSALS
 from .typed_json import Mismatch, check, parse
 
 #: How often a bundle that is replaced while it is read is read anew.
@@ -250,6 +251,14 @@ def _check_recorded(where: Path, manifest: Manifest) -> None:
             raise BundleError(f"{where}: recorded kernel {entry['kernel']}: its metadata is no JSON: {error}") from error
         if not isinstance(metadata, dict) or not {"name", "hash", "shared", "num_warps"} <= metadata.keys():
             raise BundleError(f"{where}: recorded kernel {entry['kernel']}: its metadata is not Triton's")
+    for refused in manifest.get("recorded_refused", []):
+        if (key := (refused["kernel"], refused["source_hash"], refused["key"])) in seen:
+            raise BundleError(f"{where}: recorded kernel {refused['kernel']} has the key {refused['key']} twice")
+        seen.add(key)
+        if refused["error"] not in REFUSALS:
+            raise BundleError(
+                f"{where}: recorded kernel {refused['kernel']} raises {refused['error']}; it is one of {', '.join(REFUSALS)}"
+            )
 
 
 def _check_shared(where: Path, record: CubinRecord, target: Target) -> None:

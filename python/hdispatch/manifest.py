@@ -366,6 +366,21 @@ class Recorded(TypedDict):
     metadata: str
 
 
+class Refused(TypedDict):
+    """A specialization that Triton's compiler refuses, as it did in the run that was recorded (recorded.py).
+
+    kernel, source_hash, key   see `Recorded`
+    error                      the name of what it raises, one of `recorder.REFUSALS`
+    message                    its text
+    """
+
+    kernel: str
+    source_hash: str
+    key: str
+    error: str
+    message: str
+
+
 class Manifest(TypedDict):
     """The whole of manifest.json."""
 
@@ -381,6 +396,8 @@ class Manifest(TypedDict):
     host: NotRequired[Host]
     #: given if the bundle was built of a recording
     recorded: NotRequired[list[Recorded]]
+    #: given if the recording has specializations that no compiler made
+    recorded_refused: NotRequired[list[Refused]]
     #: what those were compiled with, as in `tools`: they may have been added to a bundle that another Triton made
     recorded_tools: NotRequired[dict[str, str]]
 

@@ -15,7 +15,7 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +28,8 @@ from typing import Any
 import torch
 
 from .errors import BundleError, MissError
-from .manifest import MANIFEST_NAME, Manifest, Recorded
+from .manifest import MANIFEST_NAME, Manifest, Recorded, Refused
+from .recorder import REFUSALS
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,29 @@ class RecordedKernel:
         return kernel
 
 
-#: (kernel, hash of its source, Triton's key) -> the compiled specialization, of one device.
-Table = Mapping[tuple[str, str, str], RecordedKernel]
+@dataclass(frozen=True)
+class RefusedKernel:
+    """A specialization that Triton's compiler refused in the run that was recorded, as autotuners try some.
+
+    entry   what the manifest has of it: kernel, key, the error's name and message
+    """
+
+    entry: Refused
+
+    def error(self) -> Exception:
+        """What the compiler would raise; autotuners leave the config out then."""
+        name = self.entry["error"]
+        kind = getattr(importlib.import_module(REFUSALS[name]), name)
+        if name == "PTXASError":  # its text has this before the message
+            found: Exception = kind(self.entry["message"].removeprefix("PTXAS error: "))
+        else:
+            found = kind(None, None, None)
+            vars(found)["message"] = self.entry["message"]
+        return found
+
+
+#: (kernel, hash of its source, Triton's key) -> the compiled or refused specialization, of one device.
+Table = Mapping[tuple[str, str, str], RecordedKernel | RefusedKernel]
 
 _tables: dict[int, Table] = {}
 _warmed: set[int] = set()
@@ -78,15 +100,16 @@ _is_strict: Callable[[], bool] = lambda: False  # noqa: E731
 
 def table_of(where: Path, manifest: Manifest, contents: Mapping[str, bytes]) -> Table:
     """The recorded kernels of a bundle. `BundleError` if they are another Triton's than the one that is installed."""
-    entries = manifest.get("recorded", [])
-    if entries:
+    entries, refused = manifest.get("recorded", []), manifest.get("recorded_refused", [])
+    if entries or refused:
         _check_triton(where, manifest)
-    return {
+    table: dict[tuple[str, str, str], RecordedKernel | RefusedKernel] = {
         (entry["kernel"], entry["source_hash"], entry["key"]): RecordedKernel(
             entry, contents[entry["file"]], json.loads(entry["metadata"])
         )
         for entry in entries
     }
+    return table | {(entry["kernel"], entry["source_hash"], entry["key"]): RefusedKernel(entry) for entry in refused}
 
 
 def _check_triton(where: Path, manifest: Manifest) -> None:
@@ -104,12 +127,13 @@ def _check_triton(where: Path, manifest: Manifest) -> None:
 
 def serve(device: int, table: Table) -> None:
     """Serve a device's specializations from a table, from now on; an empty one: from none."""
-    for kernel in table.values():
+    kernels = [each for each in table.values() if not isinstance(each, RefusedKernel)]
+    for kernel in kernels:
         kernel.prepared  # noqa: B018
-    if table and device not in _warmed:
-        _warm(device, next(iter(table.values())).prepared)
+    if kernels and device not in _warmed:
+        _warm(device, min(kernels, key=lambda kernel: kernel.metadata["shared"]).prepared)
         _warmed.add(device)
-    _make_launchers(device, table)
+    _make_launchers(device, kernels)
     with _lock:
         if table:
             _install()
@@ -119,7 +143,15 @@ def serve(device: int, table: Table) -> None:
 
 
 def lookup(kernel: Any, key: str, device: int) -> RecordedKernel | None:
-    """What a device's bundle has for a `triton.JITFunction` and Triton's key of a specialization (`compute_cache_key`)."""
+    """What a device's bundle has for a `triton.JITFunction` and Triton's key of a specialization (`compute_cache_key`).
+
+    None, too, for one that the compiler refuses.
+    """
+    found = _lookup(kernel, key, device)
+    return None if isinstance(found, RefusedKernel) else found
+
+
+def _lookup(kernel: Any, key: str, device: int) -> RecordedKernel | RefusedKernel | None:
     table = _tables.get(device)
     if table is None:
         return None
@@ -153,12 +185,13 @@ def _warm(device: int, kernel: Any) -> None:
         importlib.import_module("triton.compiler").make_backend(target).parse_options({})
         some.create_binder()
         if utils := getattr(driver, "utils", None):  # a described GPU's driver has none
-            importlib.import_module("triton.compiler.compiler").max_shared_mem(device)
+            if kernel.metadata.shared > importlib.import_module("triton.compiler.compiler").max_shared_mem(device):
+                return  # none of the bundle's launches here
             with torch.cuda.device(device) if torch.cuda.is_available() else nullcontext():
                 utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, device)
 
 
-def _make_launchers(device: int, table: Table) -> None:
+def _make_launchers(device: int, kernels: Sequence[RecordedKernel]) -> None:
     """Triton 3.6 compiles a launcher in C for each list of types: 130 to 300 ms, which `load` takes and not a first call.
 
     They go into Triton's own cache, on all cores. Later versions have one launcher. A bundle that was built before parameters
@@ -169,7 +202,7 @@ def _make_launchers(device: int, table: Table) -> None:
     launcher = getattr(importlib.import_module("triton.runtime.driver").driver.active, "launcher_cls", None)
     if launcher is None:
         return
-    made = {_launcher_key(kernel.entry): kernel for kernel in table.values() if "parameters" in kernel.entry}
+    made = {_launcher_key(kernel.entry): kernel for kernel in kernels if "parameters" in kernel.entry}
 
     def make(kernel: RecordedKernel) -> None:
         types = {name: _triton_type(kernel.entry["signature"][name]) for name in kernel.entry["parameters"]}
@@ -203,7 +236,7 @@ def _install() -> None:
     ) -> Any:
         if device not in _tables:
             return plain(self, key, signature, device, constexprs, options, attrs, warmup)
-        found = None if _is_overridden() else lookup(self, key, device)
+        found = None if _is_overridden() else _lookup(self, key, device)
         name = f"{self.fn.__module__}.{self.fn.__qualname__}"
         with _lock:
             (_missed if found is None else _served)[name] += 1
@@ -213,6 +246,8 @@ def _install() -> None:
                     f"{name}: no recorded kernel of the bundle has the key {key}; record a run that has it, and build again"
                 )
             return plain(self, key, signature, device, constexprs, options, attrs, warmup)
+        if isinstance(found, RefusedKernel):
+            raise found.error()
         cache = self.device_caches[device][0]
         cache[key] = kernel = found.compiled(self.ASTSource(self, signature, constexprs, attrs))
         return kernel

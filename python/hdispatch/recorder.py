@@ -29,6 +29,9 @@ VARIABLE = "HDISPATCH_RECORD"
 #: The module of Triton's after whose import a hook can be set.
 _TRITON = "triton.runtime.jit"
 
+#: What Triton's compiler raises for a config that an autotuner then leaves out, by name, and where it is defined.
+REFUSALS = {"CompileTimeAssertionFailure": "triton.compiler.errors", "PTXASError": "triton.runtime.errors"}
+
 
 def encode(value: Any) -> Any:
     """A value as JSON: what JSON lacks becomes `{"tuple": […]}`, `{"float": "nan"}`, `{"dtype": "fp32"}`, `{"constexpr": …}`,
@@ -56,7 +59,10 @@ def encode(value: Any) -> Any:
 
 
 class Recorder:
-    """Appends every specialization that Triton compiles in this process, from `begin` to `end`, to a file."""
+    """Appends every specialization that Triton compiles in this process, from `begin` to `end`, to a file.
+
+    And those that it refuses with one of `REFUSALS`: an autotuner asks for them in every process anew.
+    """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file).absolute()
@@ -65,6 +71,8 @@ class Recorder:
         self._written: set[str] = set()
         self._hook: Callable[..., Any] | None = None
         self._before: Any = None
+        self._compile: Callable[..., Any] | None = None
+        self._plain: Any = None
         self._is_open = False
 
     def begin(self) -> None:
@@ -82,6 +90,9 @@ class Recorder:
             runtime = sys.modules["triton"].knobs.runtime
             if runtime.jit_post_compile_hook is self._hook:  # else it is in the middle of a chain, where it does nothing
                 runtime.jit_post_compile_hook = self._before
+            JITFunction = sys.modules[_TRITON].JITFunction
+            if JITFunction._do_compile is self._compile:
+                JITFunction._do_compile = self._plain
 
     def _install(self, jit: ModuleType) -> None:
         if not self._is_open:
@@ -96,11 +107,37 @@ class Recorder:
             return self._before(**given) if self._before is not None else None
 
         self._hook = runtime.jit_post_compile_hook = hook
+        self._take_refused(jit.JITFunction)
 
-    def _take(self, given: Mapping[str, Any]) -> None:
+    def _take_refused(self, JITFunction: Any) -> None:
+        """Triton calls no hook where its compiler raises; what no autotuner passes over is not recorded."""
+        plain = self._plain = JITFunction._do_compile
+
+        def do_compile(
+            kernel: Any, key: Any, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
+        ) -> Any:
+            try:
+                return plain(kernel, key, signature, device, constexprs, options, attrs, warmup)
+            except Exception as error:
+                name = type(error).__name__
+                if self._is_open and name in REFUSALS:
+                    takes_target = "target" in inspect.signature(kernel._call_hook).parameters  # Triton 3.7
+                    target = kernel.device_caches[device][2:3] if takes_target else ()
+
+                    def hook(**given: Any) -> None:
+                        self._take(given, name)
+
+                    kernel._call_hook(hook, key, signature, *target, device, constexprs, options, [attrs], warmup)
+                raise
+
+        self._compile = JITFunction._do_compile = do_compile
+
+    def _take(self, given: Mapping[str, Any], refused: str = "") -> None:
         kernel = given["fn"].jit_function
         source = _source_of(kernel)
         line = _specialization(kernel, given, source)
+        if refused:
+            line["refused"] = refused
         lines = [line]
         with self._lock:
             self.count += 1

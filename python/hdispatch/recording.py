@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from .errors import HdispatchError
 from .recorder import Recorder
@@ -41,6 +41,7 @@ class Specialization(TypedDict):
     constants   pairs of a path to a parameter and its value
     attrs       pairs of a path to a parameter and what is proved of it
     options     of the compiler, all of them
+    refused     given if the compiler refused it: the name of what it raised (recorder.py)
     """
 
     line: Literal["specialization"]
@@ -55,6 +56,7 @@ class Specialization(TypedDict):
     options: dict[str, Any]
     capability: int
     triton: str
+    refused: NotRequired[str]
 
 
 Line = Source | Specialization

@@ -58,6 +58,15 @@ def tuned(out, x, elements, EVEN: tl.constexpr, BLOCK: tl.constexpr):
 def moded(out, x, MODE: tl.constexpr):
     tl.store(out, tl.load(x) * 2 if MODE == 1 else tl.load(x))
 
+@triton.autotune([triton.Config({"BLOCK": b}) for b in (16, 64, 1024)], key=["stride"])
+@triton.jit
+def picky(out, x, stride, BLOCK: tl.constexpr):
+    tl.static_assert(BLOCK >= 64, "rows are not whole")
+    at = tl.arange(0, 64)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
+    a = tl.load(x + at)
+    rows = tl.arange(0, 64)
+    tl.store(out + rows[:, None] * 64 + rows[None, :], tl.dot(a, tl.trans(a)))
+
 def nested():
     @triton.jit
     def inside(out, BLOCK: tl.constexpr):
@@ -67,6 +76,7 @@ def nested():
 
 #: Compiles them, as a run with a GPU would on its first calls.
 RUN = """
+import triton
 import triton.language as tl
 from triton.runtime.jit import MockTensor
 import torch
@@ -86,7 +96,15 @@ def run(kernels):
     for config in kernels.tuned.configs:
         made["tuned", config.num_warps] = kernels.tuned.fn.fn.warmup(
             pointer, pointer, 64, True, BLOCK=config.kwargs["BLOCK"], num_warps=config.num_warps, grid=(1,))
-    return made
+    for config in kernels.picky.configs:
+        try:
+            made["picky", config.kwargs["BLOCK"]] = kernels.picky.fn.warmup(
+                pointer, pointer, 1024, **config.kwargs, num_warps=4, grid=(1,))
+        except triton.compiler.errors.CompileTimeAssertionFailure as error:
+            assert config.kwargs["BLOCK"] == 16 and "rows are not whole" in str(error) and "BLOCK >= 64" in str(error), error
+            made["refused"] = error
+    assert "refused" in made
+    return {name: each for name, each in made.items() if name != "refused"}
 """
 
 DESCRIBED = """
@@ -94,8 +112,15 @@ from hdispatch.compile import target
 target.install(target.DESCRIBED[{gpu!r}])
 """
 
-#: The specializations of RUN.
-COUNT = 11
+#: The specializations of RUN that are compiled; a compiler refuses one more.
+COUNT = 13
+
+#: What the builder says of an autotuner's configs that no GPU of the target takes.
+NOTES = [
+    "user_kernels.picky: 1 recorded specialization: 262144 bytes of shared memory, of 232448 that there are: a launch raises "
+    "OutOfResources",
+    "user_kernels.picky: 1 recorded specialization refused by the compiler, as in the run: CompileTimeAssertionFailure",
+]
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +155,7 @@ def file(project) -> Path:
         + f"import hdispatch\nwith hdispatch.record({str(file)!r}) as recorded:\n"
         + "    import user_kernels, user_run\n    user_run.run(user_kernels)\nprint(recorded.count)",
     )
-    assert (done.returncode, done.stdout) == (0, f"{COUNT}\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, f"{COUNT + 1}\n"), done.stderr
     return file
 
 
@@ -149,7 +174,7 @@ def bundle(project, file) -> Path:
     )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert (report["recorded"], report["rows"], report["notes"]) == (COUNT, 0, [])
+    assert (report["recorded"], report["rows"], report["notes"]) == (COUNT, 0, NOTES)
     return project / "bundle"
 
 
@@ -166,7 +191,7 @@ triton.knobs.runtime.jit_post_compile_hook = lambda **given: seen.append(given["
 def refuse(*args, **kwargs):
     raise SystemExit("Triton compiles")
 compiler.compile = refuse
-for kernel in (user_kernels.plain, user_kernels.tuned.fn.fn):
+for kernel in (user_kernels.plain, user_kernels.tuned.fn.fn, user_kernels.picky.fn):
     kernel.device_caches[0]
     kernel.compile = refuse
 """
@@ -188,7 +213,13 @@ def test_a_run_with_the_bundle_compiles_nothing(project, bundle):
     assert done.returncode == 0, done.stderr
     assert (
         done.stdout
-        == str({"served": {"user_kernels.plain": 7, "user_kernels.moded": 2, "user_kernels.tuned": 2}, "compiled": {}}) + "\n"
+        == str(
+            {
+                "served": {"user_kernels.plain": 7, "user_kernels.moded": 2, "user_kernels.tuned": 2, "user_kernels.picky": 3},
+                "compiled": {},
+            }
+        )
+        + "\n"
     )
 
 
@@ -224,6 +255,46 @@ def test_a_key_that_is_not_in_the_bundle_compiles_and_is_counted_or_refused(proj
     assert refused.startswith("user_kernels.plain: no recorded kernel of the bundle has the key [")
 
 
+def test_what_an_autotuner_tries_in_vain_raises_as_triton_does_and_compiles_nothing(project, bundle):
+    """In strict mode, too: one config needs more shared memory than a GPU has, one is refused by the compiler."""
+    text = (
+        DESCRIBED.format(gpu="h200")
+        + SERVE.format(bundle=str(bundle))
+        + "import types, torch\n"
+        + "from triton.runtime import driver\nfrom triton.runtime.errors import OutOfResources\n"
+        + "utils = types.SimpleNamespace(get_device_properties=lambda device: {'max_shared_mem': 232448})\n"
+        + "driver.active.utils, driver.active.launcher_cls = utils, lambda *given: None\n"
+        + "p = user_run.MockTensor(torch.float32)\n"
+        + "call = lambda block: user_kernels.picky.fn.warmup(p, p, 1024, BLOCK=block, num_warps=4, grid=(1,))\n"
+        + "with hdispatch.strict():\n    kernel = call(1024)\n    assert call(64) is not kernel\n"
+        + "    try:\n        kernel.run\n    except OutOfResources as error:\n"
+        + "        print(error.required, error.limit, error.name)\n"
+        + "    for _ in range(2):\n        try:\n            call(16)\n"
+        + "        except triton.compiler.errors.CompileTimeAssertionFailure as error:\n"
+        + "            print(str(error).splitlines()[-1])\n"
+    )
+    done = python(project, text)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["262144 232448 shared memory", *["rows are not whole"] * 2]
+
+
+@pytest.mark.parametrize("name", list(recorder.REFUSALS))
+def test_a_refusal_is_the_compilers_error_again(name):
+    entry: Any = {"error": name, "message": "PTXAS error: why" if name == "PTXASError" else "why"}
+    error = recorded.RefusedKernel(entry).error()
+    assert (type(error).__name__, str(error)) == (name, entry["message"])
+    assert f"{type(error).__module__}" == recorder.REFUSALS[name]
+
+
+def test_a_recording_that_ended_leaves_triton_as_it_was(tmp_path):
+    from triton.runtime.jit import JITFunction
+
+    before = JITFunction._do_compile
+    with recording.record(tmp_path / "a"):
+        assert JITFunction._do_compile is not before
+    assert JITFunction._do_compile is before
+
+
 def test_a_process_that_interprets_its_kernels_loads_the_bundle_too(project, bundle):
     done = python(
         project,
@@ -245,18 +316,19 @@ def test_launchers_that_triton_compiles_are_made_by_load(bundle, monkeypatch):
     monkeypatch.setattr(driver, "_active", active)
     manifest, contents = read_bundle(bundle)
     table = recorded.table_of(bundle, manifest, contents)
-    recorded._make_launchers(0, table)
-    recorded._make_launchers(-1, table)
+    kernels = [each for each in table.values() if isinstance(each, recorded.RecordedKernel)]
+    recorded._make_launchers(0, kernels)
+    recorded._make_launchers(-1, kernels)
     found = [[*source.signature.items()] for source, _ in made]
     of_plain = ["out", "x", "elements", "FUNCTION", "DTYPE", "PAIR", "BLOCK"]
     kinds = sorted([kind for _, kind in each] for each in found if [name for name, _ in each] == of_plain)
     assert kinds == [["*fp32", "*fp32", kind, *["constexpr"] * 4] for kind in ("constexpr", "i32")]
     for entry in manifest["recorded"]:  # as an older bundle has it
         del entry["parameters"]
-    recorded._make_launchers(0, recorded.table_of(bundle, manifest, contents))
+    recorded._make_launchers(0, [*recorded.table_of(bundle, manifest, contents).values()][:COUNT])
     assert len(made) == len(found)
     assert len(found) == len({str(each) for each in found}) < COUNT
-    assert all(metadata.num_warps in (4, 8) for _, metadata in made)
+    assert {metadata.num_warps for _, metadata in made} == {4, 8}
 
 
 def test_recorded_kernels_are_added_to_the_rows_of_another_bundle(project, file, tmp_path, capfd, monkeypatch):
@@ -288,7 +360,7 @@ def test_recorded_kernels_are_added_to_the_rows_of_another_bundle(project, file,
 def test_only_recorded_kernels_must_be_of_the_triton_that_is_here(bundle):
     manifest, contents = read_bundle(bundle)
     manifest["tools"] = {"triton": "1.0"}
-    assert len(recorded.table_of(bundle, manifest, contents)) == COUNT
+    assert len(recorded.table_of(bundle, manifest, contents)) == COUNT + 1
     manifest["recorded_tools"]["triton"] = "1.0"
     with pytest.raises(BundleError, match=r"its recorded kernels are triton 1\.0's; triton .* is installed"):
         recorded.table_of(bundle, manifest, contents)
@@ -320,7 +392,7 @@ def test_an_edited_kernel_is_not_served_the_old_code(project, file, bundle, tmp_
         report = build([], "h200", tmp_path / "b", cache=tmp_path / "cache", record=[file], jobs=1)
     finally:
         sys.path.remove(str(tmp_path))
-    assert (report.recorded, report.notes) == (COUNT, [])
+    assert (report.recorded, report.notes) == (COUNT, NOTES)
     (tmp_path / "user_run.py").write_text(RUN)
     text = (
         DESCRIBED.format(gpu="h200")
@@ -337,7 +409,7 @@ def test_an_edited_kernel_is_not_served_the_old_code(project, file, bundle, tmp_
         done.stdout
         == str(
             {
-                "served": {"user_kernels.plain": 4, "user_kernels.moded": 2, "user_kernels.tuned": 2},
+                "served": {"user_kernels.plain": 4, "user_kernels.moded": 2, "user_kernels.tuned": 2, "user_kernels.picky": 3},
                 "compiled": {"user_kernels.plain": 3},
             }
         )
@@ -556,6 +628,9 @@ def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
     return out
 
 
+IDENTITY = ("kernel", "source_hash", "key")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -564,6 +639,13 @@ def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
         (lambda m: m["recorded"][0].update(metadata="{"), "its metadata is no JSON"),
         (lambda m: m["recorded"][0].update(metadata="{}"), "its metadata is not Triton's"),
         (lambda m: m["recorded"][0].pop("key"), "key is missing"),
+        (lambda m: m["recorded_refused"].append(m["recorded_refused"][0]), "twice"),
+        (lambda m: m["recorded"][0].update({name: m["recorded_refused"][0][name] for name in IDENTITY}), "twice"),
+        (
+            lambda m: m["recorded_refused"][0].update(error="KeyError"),
+            "raises KeyError; it is one of CompileTimeAssertionFailure",
+        ),
+        (lambda m: m["recorded_refused"][0].pop("message"), "message is missing"),
         (lambda m: m["recorded_tools"].update(triton="1.0"), "its recorded kernels are triton 1.0's"),
     ],
 )
@@ -583,7 +665,7 @@ def test_lookup_is_by_kernel_source_key_and_device():
             """Stands for a kernel."""
 
     name = f"{Kernel.fn.__module__}.{Kernel.fn.__qualname__}"
-    made: Any = types.SimpleNamespace(prepared=None)
+    made: Any = types.SimpleNamespace(prepared=None, metadata={"shared": 0})
     recorded.serve(-5, {(name, "hash", "key"): made})
     try:
         assert recorded.lookup(Kernel, "key", -5) is made

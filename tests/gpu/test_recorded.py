@@ -32,7 +32,9 @@ def bundle(tmp_path_factory) -> Path:
     run = "import recorded_kernels as kernels; kernels.run(); kernels.run_tuned()"
     python(folder, f"import hdispatch\nwith hdispatch.record({str(folder / 'r.jsonl')!r}):\n    {run}")
     report = build([], "native", folder / "bundle", cache=folder / "cache", record=[folder / "r.jsonl"])
-    assert not report.notes
+    assert [note.partition(": 1 recorded specialization")[0] for note in report.notes] == ["recorded_kernels.product"] * 2
+    assert "a launch raises OutOfResources" in report.notes[0]
+    assert "refused by the compiler, as in the run: CompileTimeAssertionFailure" in report.notes[1]
     return folder / "bundle"
 
 
@@ -53,7 +55,8 @@ with hdispatch.strict():
 def test_nothing_is_compiled_and_first_calls_take_milliseconds(bundle):
     times, stats = json.loads(python(bundle.parent, SERVE.format(bundle=str(bundle))))
     assert stats["compiled"] == {}
-    assert sum(stats["served"].values()) == len(json.loads((bundle / "manifest.json").read_text())["recorded"])
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert sum(stats["served"].values()) == len(manifest["recorded"]) + len(manifest["recorded_refused"])
     plain = json.loads(python(bundle.parent, "import json, recorded_kernels\nprint(json.dumps(recorded_kernels.run()))"))
     said = f"first calls: {times} ms with the bundle, {plain} ms without, on {torch.cuda.get_device_name()}"
     print(said)  # noqa: T201

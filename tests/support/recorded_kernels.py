@@ -34,6 +34,16 @@ def double(out, x, elements, BLOCK: tl.constexpr):
     tl.store(out + at, tl.load(x + at, at < elements) * 2, at < elements)
 
 
+@triton.autotune([triton.Config({"BLOCK": b}) for b in (16, 64, 1024)], key=["stride"])
+@triton.jit
+def product(out, x, stride, BLOCK: tl.constexpr):
+    """Of its configs one is refused by the compiler, one needs more shared memory than a GPU has."""
+    tl.static_assert(BLOCK >= 64)
+    rows = tl.arange(0, 64)
+    a = tl.load(x + rows[:, None] * stride + tl.arange(0, BLOCK)[None, :])
+    tl.store(out + rows[:, None] * 64 + rows[None, :], tl.dot(a, tl.trans(a)))
+
+
 def calls(device: str) -> list[tuple[str, Callable[[], Any], Callable[[], bool]]]:
     """(key, its call, whether the result is right), each another key of `add` or `scale`."""
     made: list[tuple[str, Callable[[], Any], Callable[[], bool]]] = []
@@ -76,8 +86,13 @@ def run(device: str = "cuda", *, check: bool = True) -> dict[str, float]:
 
 
 def run_tuned() -> None:
-    """An autotuned kernel, on a GPU: every config that it tries is recorded."""
+    """Autotuned kernels, on a GPU: every config that they try is recorded."""
     x = torch.randn(1000, device="cuda")
     out = torch.empty_like(x)
     double[lambda meta: (triton.cdiv(1000, meta["BLOCK"]),)](out, x, 1000)
     assert torch.equal(out, x * 2)
+    ones = torch.ones(64, 1024, device="cuda")
+    out = torch.full((64, 64), float("nan"), device="cuda")
+    product[(1,)](out, ones, 1024)
+    assert product.best_config.kwargs["BLOCK"] == 64
+    assert torch.equal(out, torch.full_like(out, 64))

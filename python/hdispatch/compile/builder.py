@@ -138,8 +138,7 @@ def build(
         out,
         partial=chosen.partial,
         without=without,
-        recorded=recorded.entries,
-        recorded_tools=recorded.tools,
+        recorded=recorded,
     )
     return _reported(report, frozen, recorded, where, start)
 
@@ -166,7 +165,7 @@ def build_onto(
     where = store.Store(cache if cache is not None else store.default_root())
     with Pool(gpu, where.root) as workers:
         recorded = build_recorded(record, gpu, where, workers, count, progress)
-    frozen = freeze_onto(there, recorded.entries, recorded.tools, where, out)
+    frozen = freeze_onto(there, recorded, where, out)
     return _reported(BuildReport(out, gpu), frozen, recorded, where, start)
 
 

@@ -24,6 +24,7 @@ from ..manifest import (
     Manifest,
     Record,
     Recorded,
+    Refused,
     Row,
     Tuned,
     artifacts_of,
@@ -33,6 +34,7 @@ from ..opspec import OpSpec
 from . import ffi_link
 from .build_unit import classes_of, serves, serves_second
 from .out import check_out, write
+from .recorded_kernels import RecordedKernels
 from .store import Store, digest, sync_folder
 from .target import GpuTarget
 
@@ -73,16 +75,14 @@ def freeze(
     *,
     partial: bool = False,
     without: Collection[tuple[str, str, int, int, int]] = (),
-    recorded: Sequence[Recorded] = (),
-    recorded_tools: Mapping[str, str] | None = None,
+    recorded: RecordedKernels | None = None,
     beside: Callable[[Manifest, str], Mapping[str, bytes]] | None = None,
 ) -> Frozen:
     """Writes the bundle `out`, replacing a bundle that is there.
 
     `partial` allows variants, shapes and buckets of an op to be absent, for tests and tuning; `without` are rows, by
-    (op, variant, K, N, bucket), whose calls are the fallback's. `recorded` are Triton kernels of recordings, built with
-    `recorded_tools`, whose `file` is the SHA-256 of bytes in the store. `beside` gives further files for a manifest and its
-    SHA-256.
+    (op, variant, K, N, bucket), whose calls are the fallback's. `recorded` are Triton kernels of recordings; their `file` is
+    the SHA-256 of bytes in the store. `beside` gives further files for a manifest and its SHA-256.
     BuildError, and nothing written, for a gap, a duplicate row, mixed tool versions, a missing artifact, or an `out` that
     holds something else than a bundle.
     """
@@ -90,7 +90,8 @@ def freeze(
     entries = sorted(entries, key=_order)
     _check_rows(specs, entries, partial, without)
     blobs = _blobs(entries, store)
-    contents = _contents(entries, blobs) | _recorded_contents(recorded, store)
+    recorded = recorded or RecordedKernels()
+    contents = _contents(entries, blobs) | _recorded_contents(recorded.entries, store)
     files: dict[str, FileEntry] = {name: {"sha256": digest(data), "size": len(data)} for name, data in sorted(contents.items())}
     records = {digest(entry.record): entry.record for entry in entries}
     places = {key: index for index, key in enumerate(records)}
@@ -99,7 +100,7 @@ def freeze(
         "schema_version": SCHEMA_VERSION,
         "hdispatch": version("hdispatch"),
         "target": target.manifest(),
-        "tools": _tools([*(entry.tools for entry in entries), recorded_tools or {}]),
+        "tools": _tools([*(entry.tools for entry in entries), recorded.tools]),
         "ops": {name: specs[name].entry() for name in sorted({entry.op for entry in entries})},
         "files": files,
         "records": [with_files(record) for record in records.values()],
@@ -107,23 +108,23 @@ def freeze(
     }
     if LIBRARY in files:
         manifest["host"] = host.describe()
-    if recorded:
-        manifest["recorded"] = _recorded(recorded)
-        manifest["recorded_tools"] = dict(recorded_tools or {})
+    if recorded.entries or recorded.refused:
+        _put_recorded(manifest, recorded)
     return _write(out, manifest, contents, beside)
 
 
-def freeze_onto(
-    base: BundleFiles, recorded: Sequence[Recorded], recorded_tools: Mapping[str, str], store: Store, out: Path
-) -> Frozen:
+def freeze_onto(base: BundleFiles, recorded: RecordedKernels, store: Store, out: Path) -> Frozen:
     """Writes the bundle `out`: all of `base`, and recorded Triton kernels in the place of those that it has, if any.
 
-    Its rows stay what another build made, with whatever tools. `recorded`, `recorded_tools` and the errors: see `freeze`.
+    Its rows stay what another build made, with whatever tools. `recorded` and the errors: see `freeze`.
     """
     check_out(out)
-    manifest: Manifest = {**base.manifest, "recorded": _recorded(recorded), "recorded_tools": dict(recorded_tools)}
+    manifest: Manifest = {**base.manifest}
+    _put_recorded(manifest, recorded)
     kept = {file for record in manifest["records"] for file in artifacts_of(record)}
-    contents = {name: data for name, data in base.contents.items() if name in kept} | _recorded_contents(recorded, store)
+    contents = {name: data for name, data in base.contents.items() if name in kept} | _recorded_contents(
+        recorded.entries, store
+    )
     manifest["files"] = {name: {"sha256": digest(data), "size": len(data)} for name, data in sorted(contents.items())}
     return _write(out, manifest, contents)
 
@@ -142,10 +143,17 @@ def _write(
     return Frozen(manifest, sha256, sum(map(len, contents.values())))
 
 
-def _recorded(entries: Sequence[Recorded]) -> list[Recorded]:
-    """The recorded kernels as a manifest has them."""
-    ordered = sorted(entries, key=lambda each: (each["kernel"], each["source_hash"], each["key"]))
-    return [{**each, "file": _artifact(each["file"])} for each in ordered]
+def _put_recorded(manifest: Manifest, recorded: RecordedKernels) -> None:
+    """The recorded kernels into a manifest, in the place of those that it has."""
+
+    def order(each: Recorded | Refused) -> tuple[str, str, str]:
+        return each["kernel"], each["source_hash"], each["key"]
+
+    manifest.pop("recorded_refused", None)
+    manifest["recorded"] = [{**each, "file": _artifact(each["file"])} for each in sorted(recorded.entries, key=order)]
+    manifest["recorded_tools"] = dict(recorded.tools)
+    if recorded.refused:
+        manifest["recorded_refused"] = sorted(recorded.refused, key=order)
 
 
 def _fill(folder: Path, contents: Mapping[str, bytes]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import json
+import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -25,7 +25,6 @@ from ..errors import BuildError
 from ..recording import Source, Specialization
 from .recorded_kernels import Made
 from .store import Store
-from .target import GpuTarget
 
 #: Options that say what a machine has, and no user: those of the target are taken.
 _OF_MACHINE = {"arch", "backend_name", "extern_libs"}
@@ -38,12 +37,12 @@ _made: dict[str, ModuleType] = {}
 _folder = tempfile.TemporaryDirectory(prefix="hdispatch-recorded-")
 
 
-def compile_recorded(lines: list[Specialization], sources: Mapping[str, Source], target: GpuTarget, store: Store) -> list[Made]:
+def compile_recorded(lines: list[Specialization], sources: Mapping[str, Source], store: Store) -> list[Made]:
     """The result of each; a problem with one does not stop the others."""
-    return [_made_of(line, sources.get(line["module_sha256"]), target, store) for line in lines]
+    return [_made_of(line, sources.get(line["module_sha256"]), store) for line in lines]
 
 
-def _made_of(line: Specialization, source: Source | None, target: GpuTarget, store: Store) -> Made:
+def _made_of(line: Specialization, source: Source | None, store: Store) -> Made:
     try:
         if line["triton"] != triton.__version__:
             raise BuildError(f"recorded with triton {line['triton']}; {triton.__version__} is installed")
@@ -52,12 +51,16 @@ def _made_of(line: Specialization, source: Source | None, target: GpuTarget, sto
     except BuildError as error:
         return {"file": "", "metadata": "", "problem": str(error)}
     except Exception as error:  # Triton may raise anything; it is this kernel's problem alone
+        if line.get("refused") == type(error).__name__:
+            return {"file": "", "metadata": "", "problem": "", "refused": _message(error)}
         return {"file": "", "metadata": "", "problem": f"{type(error).__name__}: {str(error).strip()[:500]}"}
-    shared = json.loads(metadata)["shared"]
-    if shared > target.shared_memory:
-        why = f"it needs {shared} bytes of shared memory, {target.name} has {target.shared_memory}"
-        return {"file": "", "metadata": "", "problem": why}
+    # More shared memory than the target has is no problem here: Triton asks the GPU, and raises OutOfResources, as it launches.
     return {"file": store.put_blob(cubin), "metadata": metadata, "problem": ""}
+
+
+def _message(error: Exception) -> str:
+    """What an error says, but ptxas' temporary files: equal recordings make equal bundles."""
+    return re.sub(r"\S*\.ptx\b", "kernel.ptx", str(error).partition("\nRepro command:")[0]).strip()
 
 
 def _compile(kernel: Any, line: Specialization, source: Source | None) -> tuple[bytes, str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from .. import recording
 from ..errors import BuildError
-from ..manifest import Recorded
+from ..manifest import Recorded, Refused
 from ..recording import Specialization
 from .pool import Pool, WorkerLost
 from .store import Store, digest
@@ -22,28 +24,50 @@ _AT_ONCE = 8
 
 
 class Made(TypedDict):
-    """One specialization: the SHA-256 of its cubin and Triton's metadata as JSON; or the reason for none, else ""."""
+    """One specialization: the SHA-256 of its cubin and Triton's metadata as JSON; or the reason for none, else "".
+
+    `refused` is the compiler's message where it refused the specialization, as it did in the run that was recorded.
+    """
 
     file: str
     metadata: str
     problem: str
+    refused: NotRequired[str]
 
 
 @dataclass
 class RecordedKernels:
-    """What a recording became. `problems`: by kernel, why it could not be built again, and how many of its specializations."""
+    """What a recording became.
+
+    entries, refused  what the manifest has of it
+    tools             the versions of what compiled it
+    too_large         specializations that launch on no such GPU, by kernel, bytes of shared memory and those that there are
+    problems          by kernel, why it could not be built again, and how many of its specializations
+    """
 
     entries: list[Recorded] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
     tools: dict[str, str] = field(default_factory=dict)
     cached: int = 0
-    problems: dict[tuple[str, str], int] = field(default_factory=dict)
+    too_large: Counter[tuple[str, int, int]] = field(default_factory=Counter)
+    problems: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def notes(self) -> list[str]:
-        """A line of text for each problem."""
-        return [
-            f"{kernel}: {count} recorded specialization{'s' if count > 1 else ''} not built: {why}"
-            for (kernel, why), count in self.problems.items()
+        """A line of text for each thing that somebody should know."""
+        notes = [f"{kernel}: {_count(n)} not built: {why}" for (kernel, why), n in self.problems.items()]
+        notes += [
+            f"{kernel}: {_count(n)}: {asked} bytes of shared memory, of {there} that there are: a launch raises OutOfResources"
+            for (kernel, asked, there), n in self.too_large.items()
         ]
+        refused = Counter((each["kernel"], each["error"]) for each in self.refused)
+        notes += [
+            f"{kernel}: {_count(n)} refused by the compiler, as in the run: {error}" for (kernel, error), n in refused.items()
+        ]
+        return notes
+
+
+def _count(number: int) -> str:
+    return f"{number} recorded specialization{'s' if number > 1 else ''}"
 
 
 def build_recorded(
@@ -63,7 +87,7 @@ def build_recorded(
     made: dict[int, Made] = {}
     for index, key in enumerate(keys):
         kept = store.get("recorded", key, Made)
-        if kept is not None and store.has_blob(kept["file"]):
+        if kept is not None and ("refused" in kept or store.has_blob(kept["file"])):
             made[index] = kept
     found.cached = len(made)
     chunks = _chunks(lines, [index for index in range(len(lines)) if index not in made])
@@ -90,8 +114,8 @@ def build_recorded(
         if progress:
             progress(len(made), len(lines), name_of(lines[chunks[position][0]]))
     for index, line in enumerate(lines):
-        _add(found, line, made[index])
-    if not found.entries:
+        _add(found, line, made[index], target)
+    if not found.entries and not found.refused:
         raise BuildError(f"nothing recorded can be built: {'; '.join(found.notes())}")
     return found
 
@@ -113,12 +137,25 @@ def _key(line: Specialization, target: GpuTarget, tools: Mapping[str, str]) -> s
     return digest(data | {"python": platform.python_version()})
 
 
-def _add(found: RecordedKernels, line: Specialization, made: Made) -> None:
+def _add(found: RecordedKernels, line: Specialization, made: Made, target: GpuTarget) -> None:
     name = name_of(line)
     if made["problem"]:
-        why = (name, made["problem"])
-        found.problems[why] = found.problems.get(why, 0) + 1
+        found.problems[name, made["problem"]] += 1
         return
+    if "refused" in made:
+        found.refused.append(
+            {
+                "kernel": name,
+                "source_hash": line["source_hash"],
+                "key": line["key"],
+                "error": line["refused"],
+                "message": made["refused"],
+            }
+        )
+        return
+    shared = json.loads(made["metadata"])["shared"]
+    if shared > target.shared_memory:
+        found.too_large[name, shared, target.shared_memory] += 1
     found.entries.append(
         {
             "kernel": name,

@@ -55,7 +55,7 @@ def _answer(request: dict[str, Any], target: targets.GpuTarget, store: Store) ->
             return {"configs": lists.answer(lists.Question(**request["question"]))}
         if "recorded" in request:
             compiler = importlib.import_module(f"{__package__}.recorded_compiler")
-            return {"made": compiler.compile_recorded(request["recorded"], request["sources"], target, store)}
+            return {"made": compiler.compile_recorded(request["recorded"], request["sources"], store)}
         builder = importlib.import_module(f"{__package__}.record_builder")
         return {"built": builder.build_records(Unit.from_json(request["unit"]), target, request["tools"], store)}
     except BuildError as error:
