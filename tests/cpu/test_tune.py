@@ -17,11 +17,12 @@ import hdispatch
 import pytest
 from hdispatch.cli import tune, tune_options, tune_reports
 from hdispatch.cli.main import main
-from hdispatch.compile import DESCRIBED, configs, op_package
+from hdispatch.compile import DESCRIBED, configs, op_package, store
+from hdispatch.compile.build_unit import Unit
 from hdispatch.errors import BuildError
 from hdispatch.manifest import CANDIDATES_NAME
 from hdispatch.opspec import OpSpec
-from hdispatch.tune import autotune, collect, points
+from hdispatch.tune import autotune, collect, compile_many, points
 from hdispatch.tune.candidates import read_candidates
 from hdispatch.tune.point_configs import PointConfigs
 
@@ -139,6 +140,57 @@ def test_the_first_candidates_are_rows(made):
     bundle = hdispatch.read_bundle(folder / "a")[0]
     rows = {(row["K"], row["bucket"]): bundle["records"][row["record"]]["config"]["size"] for row in bundle["rows"]}
     assert rows == {**{(k, b): 256 for k in (64, 4096) for b in range(3)}, **{(0, b): 128 for b in range(3)}}
+
+
+class Refusing:
+    """Compilers that refuse more than one bucket, and a config that is bad whatever its buckets."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, ...]] = []
+
+    def pool(self, _target: Any, _store: Any, _sources: Any) -> Any:
+        """Itself."""
+        return self
+
+    def jobs(self) -> int:
+        """One unit at a time."""
+        return 1
+
+    def __enter__(self) -> Refusing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+    def map(self, make: Any, count: int, _jobs: int) -> Any:
+        """In order."""
+        return ((index, make(index)) for index in range(count))
+
+    def build(self, unit: Unit, _tools: Any, _seconds: float) -> Any:
+        """A unit's records."""
+        self.asked.append(unit.buckets)
+        if len(unit.buckets) > 1:
+            raise BuildError("a bucket beside its own is too large")
+        if unit.config["bad"]:
+            raise BuildError("the compiler fails")
+        return [{"record": {}, "buckets": list(unit.buckets), "seconds": 0.0}]
+
+
+def test_a_config_is_tried_for_its_own_buckets_and_its_own_problem_is_told(tmp_path):
+    compilers: Any = Refusing()
+    units = [
+        Unit("hdispatch.kernels.rms_norm", "triton", "bfloat16", {"K": 64}, {"bad": bad}, buckets)
+        for bad, buckets in ((False, (0, 1)), (True, (0, 1)), (True, (0,)), (True, (2, 3)))
+    ]
+    own: list[set[int]] = [{0}, {0}, {0}, set()]
+    fine, *refused = compile_many.compile_many(units, own, DESCRIBED["h200"], store.Store(tmp_path), compilers=compilers)
+    assert [built["buckets"] for built in fine.built] == [[0]]
+    assert [(each.built, each.problem) for each in refused] == [
+        ([], "the compiler fails"),
+        ([], "the compiler fails"),
+        ([], "a bucket beside its own is too large"),
+    ]
+    assert sorted(compilers.asked) == [(0,), (0,), (0, 1), (0, 1), (2, 3)]
 
 
 def test_a_second_time_comes_from_the_cache(made):

@@ -84,10 +84,9 @@ def compile_many(
             whole = make(workers, unit)
             if whole.built or mine in ((), unit.buckets):
                 return whole
-            part = make(workers, replace(unit, buckets=mine))
+            return make(workers, replace(unit, buckets=mine))  # its problem is the config's, not the other buckets'
         except WorkerLost as error:  # of memory or time: another run may have more
             return Made(problem=str(error), tools=tools[unit.backend])
-        return part if part.built else whole
 
     # Neighbours in the list often share code, which processes that compile them at once would each make; and mixed they say
     # what those to come take.
