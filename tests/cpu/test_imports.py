@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,15 @@ def test_what_a_package_takes_from_its_modules_is_followed(tree):
     write(tree, {"pack/op/triton": "from ..lib import s"})
     write(tree, {"pack/lib/__init__": "from .inner.scale import s", "pack/lib/inner/scale": "s = 1"})
     assert names("pack.op.triton") == {"pack", "pack.op", "pack.op.triton", "pack.lib", "pack.lib.inner.scale"}
+
+
+def test_a_folder_beside_a_module_that_is_imported_under_its_name_is_followed(tree, monkeypatch):
+    """As CuteDSL's `_cutlass_ir`, an extension of another file's name beside a folder of that name."""
+    write(tree, {"pack/__init__": "", "pack/op/triton": "from pack.lib.inner.deep import a", "pack/lib/inner/deep/a": ""})
+    importlib.import_module("pack")
+    monkeypatch.setitem(sys.modules, "pack.lib", types.ModuleType("pack.lib"))
+    monkeypatch.setitem(sys.modules, "pack.lib.inner", types.ModuleType("pack.lib.inner"))
+    assert names("pack.op.triton") == {"pack", "pack.op.triton", "pack.lib.inner.deep.a"}
 
 
 def test_installed_distributions_count_by_version():

@@ -116,7 +116,7 @@ class ImportGraph:
         for finder in sys.meta_path:
             try:
                 spec = finder.find_spec(name, folders)
-            except KeyError:  # a folder without __init__.py, in a package that is not imported
+            except (KeyError, AttributeError):  # a folder without __init__.py, in what is not imported, or not as a package
                 return _Found(None, tuple(str(Path(each) / last) for each in folders or () if (Path(each) / last).is_dir()))
             if spec is not None:
                 is_source = spec.has_location and str(spec.origin).endswith(".py")
