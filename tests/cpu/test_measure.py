@@ -165,8 +165,9 @@ class FakeDevice(devices.Device):
         self.replays.append(FakeReplay(TIMES[self.current] / (2 if len(calls) == 1 else 1)))
         return self.replays[-1]
 
-    def queued(self, serve: devices.Serve, calls: Sequence[devices.Call]) -> FakeReplay:  # noqa: ARG002
+    def queued(self, serve: devices.Serve, calls: Sequence[devices.Call], launches: int) -> FakeReplay:
         """A microsecond more than as told; the one that is near is faster there than all others."""
+        assert launches == len(calls) == 64
         serve()
         self.replays.append(FakeReplay(9.0 if self.current == "near" else TIMES[self.current] + 1.0))
         return self.replays[-1]
@@ -196,6 +197,8 @@ def test_attention_is_measured_with_random_and_with_equal_lengths_in_turn():
     assert lengths == [lengths[0], [128] * 5] * (len(lengths) // 2)
     assert len(set(lengths[0])) > 2
     assert subject.checked[4].tolist() == lengths[0]
+    sets = len(lengths)
+    assert [subject.even(launches) for launches in (1, sets + 1, sets + 2)] == [sets, sets + 2, sets + 2]
 
 
 def by_cell(path: Path) -> dict[int, dict[str, timings.Timing]]:
@@ -259,6 +262,7 @@ def test_weights_have_the_same_size_for_every_m():
 
 def test_short_launches_are_many():
     assert [cell_bench.launch_count(us) for us in (0.0, 1.5, 8.0, 10.0, 100.0, 1e6)] == [256, 256, 256, 50, 5, 4]
+    assert [cell_bench.queued_count(us) for us in (0.0, 10.0, 31.0, 100.0, 1e6)] == [64, 64, 64, 20, 4]
 
 
 def test_a_second_run_does_the_rest(bundle, tmp_path):

@@ -62,7 +62,7 @@ class FakeDevice(device.Device):
         """As told."""
         return Timer(self.us)
 
-    def queued(self, _serve: Any, _calls: Any) -> Timer:
+    def queued(self, _serve: Any, _calls: Any, _launches: int) -> Timer:
         """As told."""
         return Timer(self.us)
 

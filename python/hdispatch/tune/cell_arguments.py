@@ -63,6 +63,11 @@ class CellArguments:
             compare_outputs(self.spec, self.variant, got, self.want)
             self.right = got
 
+    def even(self, launches: int) -> int:
+        """So many launches or some more, in which every set is used, and of each kind as many, for every candidate."""
+        enough = max(launches, len(self.sets))
+        return enough + -enough % self.kinds
+
     def calls(self) -> list[Call]:
         """Calls of the op that cycle through the sets."""
         return [_bind(self.op, arguments) for arguments in self.sets]

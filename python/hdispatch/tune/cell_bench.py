@@ -36,6 +36,8 @@ EARLY_STOP = {2: 1.25, 4: 1.12}
 HOPELESS = 3.0
 #: Intended time of one replay in µs, and its smallest and largest number of launches.
 REPLAY_US, LEAST_LAUNCHES, MOST_LAUNCHES = 500.0, 4, 256
+#: The same of launches that are made one by one. Were long ones as many as short ones, they would be most of what tuning takes.
+QUEUED_US, MOST_QUEUED = 2000.0, 64
 #: An estimate of no more µs may be the host's: the launch takes less.
 HOST_US = 8.0
 #: Calls that L2 holds are also timed on the same buffers: what the last op wrote is there. Not those with more bytes of
@@ -109,10 +111,9 @@ class Bench:
             calls = subject.calls()
             outcome.estimate = self.device.estimate(calls)
             if outcome.estimate <= HOPELESS * best:
-                launches = max(launch_count(outcome.estimate), len(calls))
-                launches += -launches % subject.kinds  # of each kind as many, for every candidate
+                launches = subject.even(launch_count(outcome.estimate))
                 outcome.runs["graph"] = self.device.replay(calls, launches)
-                outcome.runs["stream"] = self.device.queued(serve, calls)
+                outcome.runs["stream"] = self.device.queued(serve, calls, subject.even(queued_count(outcome.estimate)))
                 if subject.bytes <= WARM_BYTES and subject.weight_bytes <= WARM_WEIGHTS:
                     outcome.runs["warm"] = self.device.replay(calls[: subject.kinds], launches)
         except MismatchError as error:
@@ -259,3 +260,8 @@ def launch_count(estimate: float) -> int:
     if estimate <= HOST_US:
         return MOST_LAUNCHES
     return max(LEAST_LAUNCHES, min(round(REPLAY_US / estimate), MOST_LAUNCHES))
+
+
+def queued_count(estimate: float) -> int:
+    """Launches that are made one by one, by the estimate of one."""
+    return max(LEAST_LAUNCHES, min(round(QUEUED_US / max(estimate, 1.0)), MOST_QUEUED))

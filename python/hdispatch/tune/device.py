@@ -16,8 +16,6 @@ from ..runtime import check_target
 from ..testing.device_timer import Queued, Replay, Timed, timing_event
 from .card import Card, read_card
 
-#: Launches that are made one by one.
-QUEUED_LAUNCHES = 64
 #: Calls that the estimate is taken over.
 ESTIMATE_CALLS = 4
 
@@ -79,9 +77,9 @@ class Device:
         """A graph of launches."""
         return Replay(calls, launches)
 
-    def queued(self, serve: Serve, calls: Sequence[Call]) -> Timeable:
+    def queued(self, serve: Serve, calls: Sequence[Call], launches: int) -> Timeable:
         """Launches made one by one, while the row of `serve` is served."""
-        return Queued(calls, max(QUEUED_LAUNCHES, len(calls)), serve)
+        return Queued(calls, launches, serve)
 
     def card(self) -> Card:
         """The GPU, as it goes into every timing."""
