@@ -23,7 +23,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -80,11 +80,9 @@ class RefusedKernel:
         name = self.entry["error"]
         kind = getattr(importlib.import_module(REFUSALS[name]), name)
         if name == "PTXASError":  # its text has this before the message
-            found: Exception = kind(self.entry["message"].removeprefix("PTXAS error: "))
-        else:
-            found = kind(None, None, None)
-            vars(found)["message"] = self.entry["message"]
-        return found
+            return cast(Exception, kind(self.entry["message"].removeprefix("PTXAS error: ")))
+        # A source without a place in it is all of the text, and what a copy is made of.
+        return cast(Exception, kind(self.entry["message"], None))
 
 
 #: (kernel, hash of its source, Triton's key) -> the compiled or refused specialization, of one device.
@@ -247,13 +245,26 @@ def _install() -> None:
                 )
             return plain(self, key, signature, device, constexprs, options, attrs, warmup)
         if isinstance(found, RefusedKernel):
-            raise found.error()
+            return _refuse(found)
         cache = self.device_caches[device][0]
         cache[key] = kernel = found.compiled(self.ASTSource(self, signature, constexprs, attrs))
         return kernel
 
     compile_or_take.is_recorded = True  # type: ignore[attr-defined]
     JITFunction._do_compile = compile_or_take
+
+
+def _refuse(found: RefusedKernel) -> Any:
+    """Raises the error, or, where Triton compiles in other threads, gives what raises it when it is waited for."""
+    mode = importlib.import_module("triton.runtime._async_compile").active_mode.get()
+    if mode is None:
+        raise found.error()
+
+    def fail() -> None:
+        raise found.error()
+
+    entry = found.entry
+    return mode.submit((entry["kernel"], entry["source_hash"], entry["key"]), fail, lambda _: None)
 
 
 def _is_overridden() -> bool:
