@@ -23,7 +23,7 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -80,9 +80,11 @@ class RefusedKernel:
         name = self.entry["error"]
         kind = getattr(importlib.import_module(REFUSALS[name]), name)
         if name == "PTXASError":  # its text has this before the message
-            return cast(Exception, kind(self.entry["message"].removeprefix("PTXAS error: ")))
-        # A source without a place in it is all of the text, and what a copy is made of.
-        return cast(Exception, kind(self.entry["message"], None))
+            found: Exception = kind(self.entry["message"].removeprefix("PTXAS error: "))
+        else:  # a source without a place in it is all of the text, and what a copy is made of
+            found = kind(self.entry["message"], None)
+        vars(found)["is_recorded"] = True  # for a recorder: Triton refused nothing now
+        return found
 
 
 #: (kernel, hash of its source, Triton's key) -> the compiled or refused specialization, of one device.

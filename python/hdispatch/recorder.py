@@ -121,6 +121,8 @@ class Recorder:
         ) -> Any:
             def take(error: BaseException) -> None:
                 name = type(error).__name__
+                if getattr(error, "is_recorded", False):  # a bundle's, as served code, which no hook sees either
+                    return
                 if self._is_open and self._compile is do_compile and name in REFUSALS:
                     takes_target = "target" in inspect.signature(kernel._call_hook).parameters  # Triton 3.7
                     target = kernel.device_caches[device][2:3] if takes_target else ()

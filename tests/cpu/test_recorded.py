@@ -421,7 +421,7 @@ def test_of_a_specialization_that_one_run_compiled_the_other_refused_the_builder
 class _Refusing:
     """Stands for a kernel that the compiler refuses: what is taken of it is counted."""
 
-    device_caches = types.MappingProxyType({0: (None, None, "target")})
+    device_caches = types.MappingProxyType(dict.fromkeys((0, -5), (None, None, "target")))
 
     def _call_hook(self, hook: Any, key: str, _signature: Any, target: str, *_others: Any) -> None:
         hook(key=(key, target))
@@ -482,6 +482,31 @@ def test_a_bundle_that_is_loaded_again_in_a_recording_is_asked_once(tmp_path, mo
         recorded.serve(-5, {})
     assert len(compiled) == 1
     assert list(found.values()) == [1]
+
+
+def test_a_recording_has_no_refusals_that_a_bundle_serves(tmp_path, monkeypatch):
+    """As it has no code that a bundle serves: what it has is what the bundle lacks."""
+    from triton.compiler.errors import CompileTimeAssertionFailure
+    from triton.runtime.jit import JITFunction
+
+    class Kernel(_Refusing):
+        cache_key = "hash"
+
+        def fn(self) -> None:
+            """Stands for a kernel's function."""
+
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *_given: None)
+    taken: list[str] = []
+    monkeypatch.setattr(recorder.Recorder, "_take", lambda _self, _given, refused="": taken.append(refused))
+    name = f"{Kernel.fn.__module__}.{Kernel.fn.__qualname__}"
+    entry: Any = {"kernel": name, "source_hash": "hash", "key": "key", "error": "CompileTimeAssertionFailure", "message": "why"}
+    try:
+        recorded.serve(-5, {(name, "hash", "key"): recorded.RefusedKernel(entry)})
+        with recording.record(tmp_path / "r"), pytest.raises(CompileTimeAssertionFailure, match="why"):
+            JITFunction._do_compile(Kernel(), "key", {}, -5, {}, None, {}, False)
+    finally:
+        recorded.serve(-5, {})
+    assert taken == []
 
 
 def test_a_recording_that_ended_leaves_triton_as_it_was(tmp_path):
