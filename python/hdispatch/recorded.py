@@ -95,6 +95,8 @@ _warmed: set[int] = set()
 _lock = threading.Lock()
 _served: Counter[str] = Counter()
 _missed: Counter[str] = Counter()
+#: The refused that were counted: Triton asks for code once, for what is refused whenever an autotuner tries it.
+_refused: set[tuple[int, str, str, str]] = set()
 _is_strict: Callable[[], bool] = lambda: False  # noqa: E731
 
 
@@ -239,7 +241,11 @@ def _install() -> None:
         found = None if _is_overridden() else _lookup(self, key, device)
         name = f"{self.fn.__module__}.{self.fn.__qualname__}"
         with _lock:
-            (_missed if found is None else _served)[name] += 1
+            if not isinstance(found, RefusedKernel):
+                (_missed if found is None else _served)[name] += 1
+            elif (asked := (device, name, self.cache_key, key)) not in _refused:
+                _refused.add(asked)
+                _served[name] += 1
         if found is None:
             if _is_strict():
                 raise MissError(
