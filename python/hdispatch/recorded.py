@@ -81,9 +81,9 @@ class RefusedKernel:
         kind = getattr(importlib.import_module(REFUSALS[name]), name)
         if name == "PTXASError":  # its text has this before the message
             found: Exception = kind(self.entry["message"].removeprefix("PTXAS error: "))
-        else:
-            found = kind(None, None, None)
-            vars(found)["message"] = self.entry["message"]
+        else:  # a source without a place in it is all of the text, and what a copy is made of
+            found = kind(self.entry["message"], None)
+        vars(found)["is_recorded"] = True  # for a recorder: Triton refused nothing now
         return found
 
 
@@ -95,6 +95,8 @@ _warmed: set[int] = set()
 _lock = threading.Lock()
 _served: Counter[str] = Counter()
 _missed: Counter[str] = Counter()
+#: The refused that were counted: Triton asks for code once, for what is refused whenever an autotuner tries it.
+_refused: set[tuple[int, str, str, str]] = set()
 _is_strict: Callable[[], bool] = lambda: False  # noqa: E731
 
 
@@ -239,7 +241,11 @@ def _install() -> None:
         found = None if _is_overridden() else _lookup(self, key, device)
         name = f"{self.fn.__module__}.{self.fn.__qualname__}"
         with _lock:
-            (_missed if found is None else _served)[name] += 1
+            if not isinstance(found, RefusedKernel):
+                (_missed if found is None else _served)[name] += 1
+            elif (asked := (device, name, self.cache_key, key)) not in _refused:
+                _refused.add(asked)
+                _served[name] += 1
         if found is None:
             if _is_strict():
                 raise MissError(
@@ -247,13 +253,26 @@ def _install() -> None:
                 )
             return plain(self, key, signature, device, constexprs, options, attrs, warmup)
         if isinstance(found, RefusedKernel):
-            raise found.error()
+            return _refuse(found)
         cache = self.device_caches[device][0]
         cache[key] = kernel = found.compiled(self.ASTSource(self, signature, constexprs, attrs))
         return kernel
 
     compile_or_take.is_recorded = True  # type: ignore[attr-defined]
     JITFunction._do_compile = compile_or_take
+
+
+def _refuse(found: RefusedKernel) -> Any:
+    """Raises the error, or, where Triton compiles in other threads, gives what raises it when it is waited for."""
+    mode = importlib.import_module("triton.runtime._async_compile").active_mode.get()
+    if mode is None:
+        raise found.error()
+
+    def fail() -> None:
+        raise found.error()
+
+    entry = found.entry
+    return mode.submit((entry["kernel"], entry["source_hash"], entry["key"]), fail, lambda _: None)
 
 
 def _is_overridden() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import fcntl
+import functools
 import hashlib
 import importlib.abc
 import importlib.machinery
@@ -69,6 +70,7 @@ class Recorder:
         self.count = 0
         self._lock = threading.Lock()
         self._written: set[str] = set()
+        self._refused: set[tuple[str, ...]] = set()
         self._hook: Callable[..., Any] | None = None
         self._before: Any = None
         self._compile: Callable[..., Any] | None = None
@@ -99,12 +101,12 @@ class Recorder:
             return
         _tolerate(jit)
         runtime: Any = jit.knobs.runtime
-        self._before = runtime.jit_post_compile_hook
+        before = self._before = runtime.jit_post_compile_hook
 
         def hook(**given: Any) -> Any:
-            if self._is_open:
+            if self._is_open and self._hook is hook:  # else an earlier block's, in the middle of a chain
                 self._take(given)
-            return self._before(**given) if self._before is not None else None
+            return before(**given) if before is not None else None
 
         self._hook = runtime.jit_post_compile_hook = hook
         self._take_refused(jit.JITFunction)
@@ -113,14 +115,15 @@ class Recorder:
         """Triton calls no hook where its compiler raises; what no autotuner passes over is not recorded."""
         plain = self._plain = JITFunction._do_compile
 
+        @functools.wraps(plain)  # with what plain is marked with: recorded.py asks whether it is installed
         def do_compile(
             kernel: Any, key: Any, signature: Any, device: int, constexprs: Any, options: Any, attrs: Any, warmup: bool
         ) -> Any:
-            try:
-                return plain(kernel, key, signature, device, constexprs, options, attrs, warmup)
-            except Exception as error:
+            def take(error: BaseException) -> None:
                 name = type(error).__name__
-                if self._is_open and name in REFUSALS:
+                if getattr(error, "is_recorded", False):  # a bundle's, as served code, which no hook sees either
+                    return
+                if self._is_open and self._compile is do_compile and name in REFUSALS:
                     takes_target = "target" in inspect.signature(kernel._call_hook).parameters  # Triton 3.7
                     target = kernel.device_caches[device][2:3] if takes_target else ()
 
@@ -128,7 +131,15 @@ class Recorder:
                         self._take(given, name)
 
                     kernel._call_hook(hook, key, signature, *target, device, constexprs, options, [attrs], warmup)
+
+            try:
+                made = plain(kernel, key, signature, device, constexprs, options, attrs, warmup)
+            except Exception as error:
+                take(error)
                 raise
+            if hasattr(made, "future"):
+                _watch(made, take)
+            return made
 
         self._compile = JITFunction._do_compile = do_compile
 
@@ -139,7 +150,12 @@ class Recorder:
         if refused:
             line["refused"] = refused
         lines = [line]
+        identity = (line["module"], line["qualname"], line["source_hash"], line["key"])
         with self._lock:
+            if refused:  # Triton keeps none: an autotuner asks again for each of its keys
+                if identity in self._refused:
+                    return
+                self._refused.add(identity)
             self.count += 1
             if source is not None and source["sha256"] not in self._written:
                 lines.insert(0, source)
@@ -152,6 +168,21 @@ class Recorder:
         with self.file.open("ab") as out:
             fcntl.flock(out, fcntl.LOCK_EX)
             out.write(text.encode())
+
+
+def _watch(made: Any, take: Callable[[BaseException], None]) -> None:
+    """Of a kernel that Triton compiles in another thread: its error comes where its result is asked for."""
+    plain = made.result
+
+    def result(*given: Any, **named: Any) -> Any:
+        try:
+            return plain(*given, **named)
+        finally:
+            future = made.future
+            if future.done() and not future.cancelled() and (error := future.exception()) is not None:
+                take(error)
+
+    made.result = result
 
 
 def _specialization(kernel: Any, given: Mapping[str, Any], source: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -65,6 +65,7 @@ Line = Source | Specialization
 def read(files: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Source], list[Specialization]]:
     """The sources by their SHA-256, and the specializations, each once, of recordings.
 
+    One that some run refused and another compiled counts as refused, in whatever order: the builder's compiler decides.
     `HdispatchError` naming file and line for one that cannot be read.
     """
     sources: dict[str, Source] = {}
@@ -83,7 +84,9 @@ def read(files: Sequence[str | os.PathLike[str]]) -> tuple[dict[str, Source], li
             if line["line"] == "source":
                 sources[line["sha256"]] = line
             else:
-                found.setdefault((line["module"], line["qualname"], line["source_hash"], line["key"]), line)
+                key = (line["module"], line["qualname"], line["source_hash"], line["key"])
+                if key not in found or ("refused" in line and "refused" not in found[key]):
+                    found[key] = line
     return sources, list(found.values())
 
 

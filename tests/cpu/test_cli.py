@@ -267,7 +267,7 @@ def test_inspect_prints_every_row(capsys, toy_bundle):
 def test_inspect_as_json(capsys, toy_bundle):
     assert main(["inspect", str(toy_bundle), "--op", "toy", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"bundle", "sha256", "target", "tools", "ops", "recorded", "rows", "totals"}
+    assert set(found) == {"bundle", "sha256", "target", "tools", "ops", "recorded", "recorded_refused", "rows", "totals"}
     assert found["totals"] == {"rows": 20, "records": 1, "cubins": 3, "functions": 0, "bytes": 700, "build_seconds": 0.5}
     row = found["rows"][9]
     assert (row["row"], row["K"], row["m_first"], row["m_last"]) == (9, 512, 9, None)

@@ -6,7 +6,7 @@ import argparse
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..bundle_reader import read_files
 from ..errors import BundleError, HdispatchError
@@ -111,6 +111,7 @@ def to_json(manifest: Manifest, numbers: Sequence[int]) -> dict[str, Any]:
         "tools": {"hdispatch": manifest["hdispatch"], **manifest["tools"]},
         "ops": manifest["ops"],
         "recorded": dict(_recorded(manifest)),
+        "recorded_refused": dict(_recorded(manifest, "recorded_refused")),
         "rows": [_row_facts(manifest, number) for number in numbers],
         "totals": totals(manifest, numbers),
     }
@@ -177,6 +178,7 @@ def describe(folder: Path, sha256: str, manifest: Manifest, numbers: Sequence[in
         *(f"op      {manifest['ops'][op]['schema']}: {count(rows, 'row')}" for op, rows in counts.items() if rows),
         *([f"        recorded kernels: {_tools(manifest['recorded_tools'])}"] if "recorded_tools" in manifest else []),
         *(f"triton  {kernel}: {count(each, 'recorded specialization')}" for kernel, each in _recorded(manifest).items()),
+        *(f"triton  {kernel}: {_refused(number)}" for kernel, number in _recorded(manifest, "recorded_refused").items()),
         "",
         table(HEADER, [_cells(_row_facts(manifest, number)) for number in numbers], left=4),
         "",
@@ -189,9 +191,13 @@ def _tools(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _recorded(manifest: Manifest) -> Counter[str]:
-    """How many specializations of each recorded kernel there are."""
-    return Counter(entry["kernel"] for entry in manifest.get("recorded", []))
+def _recorded(manifest: Manifest, field: Literal["recorded", "recorded_refused"] = "recorded") -> Counter[str]:
+    """How many specializations of each recorded kernel there are, with code or refused."""
+    return Counter(entry["kernel"] for entry in manifest.get(field, []))
+
+
+def _refused(number: int) -> str:
+    return f"{count(number, 'recorded specialization')} that the compiler refuses"
 
 
 HEADER = (

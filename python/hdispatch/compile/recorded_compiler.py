@@ -22,6 +22,7 @@ from triton.backends.compiler import GPUTarget  # type: ignore[import-untyped]
 from triton.compiler import make_backend  # type: ignore[import-untyped]
 
 from ..errors import BuildError
+from ..recorder import REFUSALS
 from ..recording import Source, Specialization
 from .recorded_kernels import Made
 from .store import Store
@@ -51,7 +52,7 @@ def _made_of(line: Specialization, source: Source | None, store: Store) -> Made:
     except BuildError as error:
         return {"file": "", "metadata": "", "problem": str(error)}
     except Exception as error:  # Triton may raise anything; it is this kernel's problem alone
-        if line.get("refused") == type(error).__name__:
+        if (name := type(error).__name__) in REFUSALS and line.get("refused") == name:
             return {"file": "", "metadata": "", "problem": "", "refused": _message(error)}
         return {"file": "", "metadata": "", "problem": f"{type(error).__name__}: {str(error).strip()[:500]}"}
     # More shared memory than the target has is no problem here: Triton asks the GPU, and raises OutOfResources, as it launches.
@@ -59,8 +60,11 @@ def _made_of(line: Specialization, source: Source | None, store: Store) -> Made:
 
 
 def _message(error: Exception) -> str:
-    """What an error says, but ptxas' temporary files: equal recordings make equal bundles."""
-    return re.sub(r"\S*\.ptx\b", "kernel.ptx", str(error).partition("\nRepro command:")[0]).strip()
+    """What an error says, but ptxas' temporary files, as equal recordings make equal bundles, and what no manifest holds."""
+    text = str(error)
+    if type(error).__name__ == "PTXASError":
+        text = re.sub(r"\S*\.ptx\b", "kernel.ptx", text.partition("\nRepro command:")[0]).strip()
+    return text.replace("\0", "\\0").encode(errors="backslashreplace").decode()
 
 
 def _compile(kernel: Any, line: Specialization, source: Source | None) -> tuple[bytes, str]:
