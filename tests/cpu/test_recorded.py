@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import enum
-import importlib.util
 import json
 import os
-import pickle
 import shutil
-import signal
 import subprocess
 import sys
 import types
@@ -23,99 +19,11 @@ from hdispatch.cli.main import main
 from hdispatch.compile import build
 from hdispatch.errors import BuildError
 from hdispatch.manifest import MANIFEST_NAME
-
-KERNELS = """
-import enum
-import triton
-import triton.language as tl
-
-SCALE = tl.constexpr(3)
-
-class Mode(enum.IntEnum):
-    PLAIN = 0
-    TWICE = 1
-
-@triton.jit
-def square(x):
-    return x * x * SCALE
-
-@triton.jit
-def cube(x):
-    return x * x * x
-
-@triton.jit
-def plain(out, x, elements, FUNCTION: tl.constexpr, DTYPE: tl.constexpr, PAIR: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    y = tl.load(x + at, at < elements).to(DTYPE)
-    tl.store(out + at, FUNCTION(y) * PAIR[0] + PAIR[1], at < elements)
-
-@triton.autotune([triton.Config({"BLOCK": b}, num_warps=w) for b, w in ((128, 4), (256, 8))], key=["elements"])
-@triton.heuristics({"EVEN": lambda args: args["elements"] % 16 == 0})
-@triton.jit
-def tuned(out, x, elements, EVEN: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(out + at, tl.load(x + at, at < elements) + (1 if EVEN else 2), at < elements)
-
-@triton.jit
-def moded(out, x, MODE: tl.constexpr):
-    tl.store(out, tl.load(x) * 2 if MODE == 1 else tl.load(x))
-
-@triton.autotune([triton.Config({"BLOCK": b}) for b in (16, 64, 1024)], key=["stride"])
-@triton.jit
-def picky(out, x, stride, BLOCK: tl.constexpr):
-    tl.static_assert(BLOCK >= 64, "rows are not whole")
-    at = tl.arange(0, 64)[:, None] * stride + tl.arange(0, BLOCK)[None, :]
-    a = tl.load(x + at)
-    rows = tl.arange(0, 64)
-    tl.store(out + rows[:, None] * 64 + rows[None, :], tl.dot(a, tl.trans(a)))
-
-def nested():
-    @triton.jit
-    def inside(out, BLOCK: tl.constexpr):
-        tl.store(out + tl.arange(0, BLOCK), 1.0)
-    return inside
-"""
-
-#: Compiles them, as a run with a GPU would on its first calls.
-RUN = """
-import triton
-import triton.language as tl
-from triton.runtime.jit import MockTensor
-import torch
-
-def run(kernels):
-    import triton.runtime.jit
-    pointer = MockTensor(torch.float32)
-    made = {}
-    for elements in (1, 16, 1000):
-        for function in (kernels.square, kernels.cube):
-            made[elements, function.fn.__name__] = kernels.plain.warmup(
-                pointer, pointer, elements, function, tl.float32, (2, 3), BLOCK=128, grid=(1,))
-    made["warps"] = kernels.plain.warmup(
-        pointer, pointer, 16, kernels.cube, tl.float32, (2, 3), BLOCK=128, grid=(1,), num_warps=8, num_stages=2)
-    for mode in kernels.Mode:
-        made[mode] = kernels.moded.warmup(pointer, pointer, mode, grid=(1,))
-    for config in kernels.tuned.configs:
-        made["tuned", config.num_warps] = kernels.tuned.fn.fn.warmup(
-            pointer, pointer, 64, True, BLOCK=config.kwargs["BLOCK"], num_warps=config.num_warps, grid=(1,))
-    for config in kernels.picky.configs:
-        try:
-            made["picky", config.kwargs["BLOCK"]] = kernels.picky.fn.warmup(
-                pointer, pointer, 1024, **config.kwargs, num_warps=4, grid=(1,))
-        except triton.compiler.errors.CompileTimeAssertionFailure as error:
-            assert config.kwargs["BLOCK"] == 16 and "rows are not whole" in str(error) and "BLOCK >= 64" in str(error), error
-            made["refused"] = error
-    assert "refused" in made
-    return {name: each for name, each in made.items() if name != "refused"}
-"""
-
-DESCRIBED = """
-from hdispatch.compile import target
-target.install(target.DESCRIBED[{gpu!r}])
-"""
+from recording_runs import DESCRIBED, KERNELS, RUN, python, write_project
 
 #: The specializations of RUN that are compiled; a compiler refuses one more.
 COUNT = 13
+
 
 #: What the builder says of an autotuner's configs that no GPU of the target takes.
 NOTES = [
@@ -128,23 +36,7 @@ NOTES = [
 @pytest.fixture(scope="module")
 def project(tmp_path_factory) -> Path:
     """A folder with the kernels of a user, and a run of them."""
-    folder = tmp_path_factory.mktemp("recorded")
-    (folder / "user_kernels.py").write_text(KERNELS)
-    (folder / "user_run.py").write_text(RUN)
-    return folder
-
-
-def python(project: Path, text: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh process of the project with cold caches."""
-    cold = {"TRITON_CACHE_DIR": str(project / f"triton-{os.urandom(4).hex()}")}
-    return subprocess.run(
-        [sys.executable, "-c", text],
-        env={**os.environ, "PYTHONPATH": str(project), **cold, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return write_project(tmp_path_factory.mktemp("recorded"))
 
 
 @pytest.fixture(scope="module")
@@ -280,101 +172,6 @@ def test_what_an_autotuner_tries_in_vain_raises_as_triton_does_and_compiles_noth
     assert done.stdout.splitlines() == ["262144 232448 shared memory", *["rows are not whole"] * 2]
 
 
-@pytest.mark.parametrize("name", list(recorder.REFUSALS))
-def test_a_refusal_is_the_compilers_error_again(name):
-    entry: Any = {"error": name, "message": "PTXAS error: why" if name == "PTXASError" else "why"}
-    error = recorded.RefusedKernel(entry).error()
-    assert (type(error).__name__, str(error)) == (name, entry["message"])
-    assert f"{type(error).__module__}" == recorder.REFUSALS[name]
-
-
-@pytest.mark.parametrize("name", list(recorder.REFUSALS))
-def test_a_copy_of_a_refusal_says_the_same(name):
-    entry: Any = {"error": name, "message": "PTXAS error: why" if name == "PTXASError" else "at 1:2:\nwhy"}
-    error = recorded.RefusedKernel(entry).error()
-    assert [str(each) for each in (copy.deepcopy(error), pickle.loads(pickle.dumps(error)))] == [entry["message"]] * 2
-
-
-#: Kernels that a compiler refuses, with messages that no file of JSON can hold, and ptxas' own, which names temporary files.
-REFUSED = """
-import triton, triton.language as tl
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
-
-@triton.jit
-def odd(out, BLOCK: tl.constexpr):
-    tl.static_assert(BLOCK > 16, "a\\0b\\ud800 in x.ptx ")
-
-@gluon.jit
-def gluons(out, BLOCK: gl.constexpr):
-    gl.static_assert(BLOCK > 16, "gluon's")
-
-@triton.jit
-def ptx(out, BLOCK: tl.constexpr):
-    x = tl.inline_asm_elementwise("mov.none $0, 1;", "=r", [], dtype=tl.int32, is_pure=True, pack=1)
-    tl.store(out + tl.arange(0, BLOCK), x)
-"""
-
-#: Asks for each twice, and of what Triton raises it writes the last line.
-RUN_REFUSED = """
-import json, sys, torch, refused_kernels
-from triton.runtime.jit import MockTensor
-def run():
-    said = []
-    for name in ("odd", "gluons", "ptx"):
-        for _ in range(2):
-            try:
-                getattr(refused_kernels, name).warmup(MockTensor(torch.int32), BLOCK=16, grid=(1,))
-            except Exception as error:
-                said.append([type(error).__name__, str(error)])
-    return said
-"""
-
-
-@pytest.fixture(scope="module")
-def refused(tmp_path_factory) -> Path:
-    """A folder with a recording of kernels that a compiler refuses, all of them, and a bundle of it."""
-    folder = tmp_path_factory.mktemp("refused")
-    (folder / "refused_kernels.py").write_text(REFUSED)
-    (folder / "refused_run.py").write_text(RUN_REFUSED)
-    text = f"import hdispatch\nwith hdispatch.record({str(folder / 'r.jsonl')!r}) as recorded:\n    import refused_run\n"
-    done = python(folder, DESCRIBED.format(gpu="h100") + text + "    refused_run.run()\nprint('count', recorded.count)")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1] == "count 3"
-    build([], "h200", folder / "bundle", cache=folder / "cache", record=[folder / "r.jsonl"], jobs=1)
-    return folder
-
-
-def test_what_a_compiler_refuses_is_recorded_once(refused):
-    _, lines = recording.read([refused / "r.jsonl"])
-    assert [each["refused"] for each in lines] == ["CompileTimeAssertionFailure"] * 2 + ["PTXASError"]
-    assert len((refused / "r.jsonl").read_text().splitlines()) == 4  # and the source
-
-
-def test_messages_of_refusals_are_whatever_a_file_can_hold_and_the_same_in_each_build(refused, capfd):
-    build([], "h200", refused / "again", cache=refused / "cache2", record=[refused / "r.jsonl"], jobs=1)
-    again, manifest = (json.loads((refused / name / MANIFEST_NAME).read_text()) for name in ("again", "bundle"))
-    assert again == manifest
-    assert read_bundle(refused / "bundle")[0] == manifest
-    done = python(
-        refused,
-        DESCRIBED.format(gpu="h200")
-        + "import hdispatch, json, refused_run\nfrom hdispatch import recorded\n"
-        + f"recorded.serve(0, hdispatch.load({str(refused / 'bundle')!r}, driver='null')._recorded)\n"
-        + "with hdispatch.strict():\n    print(json.dumps(refused_run.run()))",
-    )
-    assert done.returncode == 0, done.stderr
-    odd, _, gluons, _, ptx, _ = json.loads(done.stdout)
-    assert (odd[0], odd[1].splitlines()[-1]) == ("CompileTimeAssertionFailure", "a\\0b\\ud800 in x.ptx ")
-    assert (gluons[0], gluons[1].splitlines()[-1]) == ("CompileTimeAssertionFailure", "gluon's")
-    assert ptx[0] == "PTXASError"
-    assert "ptxas kernel.ptx, line" in ptx[1]
-    assert "Repro" not in ptx[1]
-    capfd.readouterr()
-    assert main(["inspect", str(refused / "bundle")]) == 0
-    assert "triton  refused_kernels.odd: 1 recorded specialization that the compiler refuses" in capfd.readouterr().out
-
-
 #: Compiles in other threads, as Triton offers it: errors come with the results, and not where a kernel is asked for.
 ASYNCHRONOUS = """
 from concurrent.futures import ThreadPoolExecutor
@@ -416,110 +213,6 @@ def test_of_a_specialization_that_one_run_compiled_the_other_refused_the_builder
     for path, line in zip(paths, (refused, {name: each for name, each in refused.items() if name != "refused"}), strict=True):
         path.write_text(json.dumps(line) + "\n")
     assert recording.read(paths) == recording.read(paths[::-1]) == ({}, [refused])
-
-
-class _Refusing:
-    """Stands for a kernel that the compiler refuses: what is taken of it is counted."""
-
-    device_caches = types.MappingProxyType(dict.fromkeys((0, -5), (None, None, "target")))
-
-    def _call_hook(self, hook: Any, key: str, _signature: Any, target: str, *_others: Any) -> None:
-        hook(key=(key, target))
-
-
-def test_blocks_that_overlap_each_record_once_also_the_second_time(tmp_path, monkeypatch):
-    import triton
-    from triton.compiler.errors import CompileTimeAssertionFailure
-    from triton.runtime.jit import JITFunction
-
-    def plain(*_given: Any) -> None:
-        raise CompileTimeAssertionFailure("why", None)
-
-    monkeypatch.setattr(JITFunction, "_do_compile", plain)
-    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", None)
-    taken = []
-    monkeypatch.setattr(recorder.Recorder, "_take", lambda self, _given, refused="": taken.append((self.file.name, refused)))
-
-    def compile() -> list[tuple[str, str]]:
-        taken.clear()
-        if hook := triton.knobs.runtime.jit_post_compile_hook:
-            hook()
-        with pytest.raises(CompileTimeAssertionFailure):
-            JITFunction._do_compile(_Refusing(), "key", {}, 0, {}, None, {}, False)
-        return sorted(taken)
-
-    once = [("a", ""), ("a", "CompileTimeAssertionFailure")]
-    a, b = recording.record(tmp_path / "a"), recording.record(tmp_path / "b")
-    with a:
-        assert compile() == once
-        b.begin()
-    assert compile() == [("b", refused) for _, refused in once]
-    b.end()
-    assert compile() == []
-    with a:
-        assert compile() == once
-    assert compile() == []
-
-
-def test_a_bundle_that_is_loaded_again_in_a_recording_is_asked_once(tmp_path, monkeypatch):
-    from triton.runtime.jit import JITFunction
-
-    def name() -> None:
-        """Stands for a kernel's function."""
-
-    compiled = []
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda *given: compiled.append(given))
-    made: Any = types.SimpleNamespace(prepared=None, metadata={"shared": 0})
-    kernel = types.SimpleNamespace(fn=name, cache_key="hash")
-    recorded.stats(reset=True)
-    try:
-        recorded.serve(-5, {("other", "hash", "key"): made})
-        with recording.record(tmp_path / "r"):
-            recorded.serve(-5, {("another", "hash", "key"): made})
-            JITFunction._do_compile(kernel, "key", {}, -5, {}, None, {}, False)
-        found = recorded.stats(reset=True)["compiled"]
-    finally:
-        recorded.serve(-5, {})
-    assert len(compiled) == 1
-    assert list(found.values()) == [1]
-
-
-def test_a_recording_has_no_refusals_that_a_bundle_serves(tmp_path, monkeypatch):
-    """As it has no code that a bundle serves: what it has is what the bundle lacks."""
-    from triton.compiler.errors import CompileTimeAssertionFailure
-    from triton.runtime.jit import JITFunction
-
-    class Kernel(_Refusing):
-        cache_key = "hash"
-
-        def fn(self) -> None:
-            """Stands for a kernel's function."""
-
-    monkeypatch.setattr(JITFunction, "_do_compile", lambda *_given: None)
-    taken: list[str] = []
-    monkeypatch.setattr(recorder.Recorder, "_take", lambda _self, _given, refused="": taken.append(refused))
-    name = f"{Kernel.fn.__module__}.{Kernel.fn.__qualname__}"
-    entry: Any = {"kernel": name, "source_hash": "hash", "key": "key", "error": "CompileTimeAssertionFailure", "message": "why"}
-    try:
-        recorded.serve(-5, {(name, "hash", "key"): recorded.RefusedKernel(entry)})
-        recorded.stats(reset=True)
-        for _ in range(2):
-            with recording.record(tmp_path / "r"), pytest.raises(CompileTimeAssertionFailure, match="why"):
-                JITFunction._do_compile(Kernel(), "key", {}, -5, {}, None, {}, False)
-        found = recorded.stats(reset=True)
-    finally:
-        recorded.serve(-5, {})
-    assert taken == []
-    assert found == {"served": {name: 1}, "compiled": {}}  # specializations, however often an autotuner asks for one
-
-
-def test_a_recording_that_ended_leaves_triton_as_it_was(tmp_path):
-    from triton.runtime.jit import JITFunction
-
-    before = JITFunction._do_compile
-    with recording.record(tmp_path / "a"):
-        assert JITFunction._do_compile is not before
-    assert JITFunction._do_compile is before
 
 
 def test_a_process_that_interprets_its_kernels_loads_the_bundle_too(project, bundle):
@@ -670,93 +363,6 @@ def test_what_cannot_be_built_again_is_named(project, file, tmp_path):
         assert words in said
 
 
-def test_a_command_is_recorded_in_all_of_its_processes(project, tmp_path, capfd, monkeypatch):
-    script = tmp_path / "script.py"
-    script.write_text(
-        "import sys, subprocess\n"
-        + "if len(sys.argv) == 1:\n    raise SystemExit(subprocess.run([sys.executable, __file__, 'child']).returncode + 3)\n"
-        + DESCRIBED.format(gpu="h100").replace(
-            "from hdispatch.compile import target\n", "from hdispatch.compile import target\n"
-        )
-        + KERNELS.replace("import triton\n", "import torch\nimport triton\n", 1)
-        + "from triton.runtime.jit import MockTensor\n"
-        + "p = MockTensor(torch.float32)\nplain.warmup(p, p, 7, cube, tl.float32, (1, 2), BLOCK=64, grid=(1,))\n"
-    )
-    monkeypatch.setenv("PYTHONPATH", str(project))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
-    assert main(["record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, str(script)]) == 3
-    assert "1 specialization of 1 kernel, 1 of them new" in capfd.readouterr().out
-    _, (line,) = recording.read([tmp_path / "r.jsonl"])
-    assert (line["module"], line["qualname"]) == ("__main__", "plain")
-    report = build([], "a100", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"], jobs=1)
-    assert (report.recorded, report.notes) == (1, []), "a script's definitions are run, and nothing that it does"
-    manifest, _ = read_bundle(tmp_path / "b")
-    assert manifest["recorded"][0]["kernel"] == "__main__.plain"
-    assert manifest["target"]["arch"] == "sm_80"
-
-
-def test_a_command_of_which_no_python_was_recorded_is_told_of(tmp_path, capfd):
-    for arguments, said in (["-I", "-c", "pass"], True), (["-E", "-c", "pass"], True), (["-c", "pass"], False):
-        assert main(["record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, *arguments]) == 0
-        out, err = capfd.readouterr()
-        assert "0 specializations of 0 kernels" in out
-        assert ("no Python process of the command was recorded" in err) == said
-
-
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 3), (signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGHUP, 128 + signal.SIGHUP)]
-)
-def test_an_ended_command_is_told_of_when_it_has_ended(project, tmp_path, number, code):
-    """A terminal interrupts the command and the recorder, a supervisor signals the recorder alone."""
-    script = tmp_path / "server.py"
-    script.write_text(
-        "import signal, sys, time\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        + DESCRIBED.format(gpu="h100")
-        + "import torch, user_kernels\nfrom triton.runtime.jit import MockTensor\n"
-        + "p = MockTensor(torch.float32)\nuser_kernels.moded.warmup(p, p, 1, grid=(1,))\n"
-        + "try:\n    print('ready', flush=True)\n    time.sleep(100)\n"
-        + "except KeyboardInterrupt:\n    time.sleep(0.5)\n    sys.exit(3)\n"
-    )
-    recorder = "import signal, sys\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
-    recorder += "from hdispatch.cli.main import main\nsys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", recorder, "record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, str(script)]
-    variables = {**os.environ, "PYTHONPATH": str(project), "TRITON_CACHE_DIR": str(tmp_path / "triton")}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=variables, start_new_session=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    if number == signal.SIGINT:
-        os.killpg(process.pid, number)
-    else:
-        process.send_signal(number)
-    said, _ = process.communicate(timeout=60)
-    assert (process.returncode, said.split(": ")[1]) == (code, "1 specialization of 1 kernel, 1 of them new\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--vllm-warmup", "{script}"], "--vllm-warmup takes --target, one of a100, h100, h200, "),
-        (["--vllm-warmup", "{script}", "--target", "h300"], "; got h300"),
-        (["--vllm-warmup", "{script}s", "--target", "h100"], "no such file; --vllm-warmup takes a Python script"),
-        (["--target", "h100", "--", "true"], "--target is --vllm-warmup's: a command is recorded on the GPU"),
-    ],
-)
-def test_warm_ups_of_vllm_that_are_refused(tmp_path, capfd, arguments, words):
-    script = tmp_path / "register.py"
-    script.write_text("")
-    given = [each.format(script=script) for each in arguments]
-    assert main(["record", "--out", str(tmp_path / "r.jsonl"), *given]) == 1
-    assert words in capfd.readouterr().err
-
-
-@pytest.mark.skipif(getattr(importlib.util.find_spec("vllm"), "origin", None) is not None, reason="vLLM is installed")
-def test_a_warm_up_without_vllm_says_so(tmp_path, capfd):
-    (tmp_path / "register.py").write_text("")
-    given = ["--vllm-warmup", str(tmp_path / "register.py"), "--target", "h100"]
-    assert main(["record", "--out", str(tmp_path / "r.jsonl"), *given]) == 1
-    assert "--vllm-warmup needs vLLM 0.33 or later, which has a registry of warm-ups: No module" in capfd.readouterr().err
-
-
 HELION = """
 import hdispatch, torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -775,20 +381,6 @@ with hdispatch.record({file!r}):
 """
 
 
-@pytest.mark.parametrize("theirs", [None, "print('theirs')\n"])
-def test_processes_start_as_they_did(tmp_path, capfd, monkeypatch, theirs):
-    """With a sitecustomize of the machine's, which runs once, and without; nothing else is said."""
-    site = tmp_path / "site"
-    site.mkdir()
-    if theirs is not None:
-        (site / "sitecustomize.py").write_text(theirs)
-    monkeypatch.setenv("PYTHONPATH", str(site))
-    assert main(["record", "--out", str(tmp_path / "r.jsonl"), "--", sys.executable, "-c", "print('ours')"]) == 0
-    found = capfd.readouterr()
-    assert found.out.splitlines()[:-1] == [*(["theirs"] if theirs else []), "ours"]
-    assert found.err == ""
-
-
 def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, tmp_path):
     support = str(Path(__file__).parents[1] / "support")
     text = DESCRIBED.format(gpu="h200") + HELION.format(file=str(tmp_path / "r.jsonl"))
@@ -798,9 +390,6 @@ def test_a_kernel_that_helion_generated_is_built_of_its_recorded_text(project, t
     shutil.rmtree(tmp_path / "inductor")
     report = build([], "h100", tmp_path / "b", cache=tmp_path / "cache", record=[tmp_path / "r.jsonl"], jobs=1)
     assert (report.recorded, report.notes) == (1, [])
-
-
-# ---- files ----
 
 
 class Kind(enum.Flag):
