@@ -20,6 +20,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 #: what builds the extension; with --no-build-isolation they are not installed by pip itself
 BUILD_TOOLS = ["scikit-build-core>=0.10", "pybind11>=2.13"]
+#: the Triton of torch's builds for CUDA, where it is not the newest that we take; its builds for the CPU ask for none
+TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
 #: seconds between two lines about a step that is under way
 INTERVAL = 10
 
@@ -73,6 +75,12 @@ def compiled(since: float) -> str:
     return f"{done} of {total} files compiled"
 
 
+def with_its_triton(requirements: list[str]) -> list[str]:
+    """The requirements, that of Triton narrowed to the one that belongs to the installed torch."""
+    series = TRITON.get(".".join(importlib.metadata.version("torch").split(".")[:2]))
+    return [f"{each},=={series}.*" if series and each.startswith("triton>") else each for each in requirements]
+
+
 def tools() -> list[str]:
     """CMake and Ninja, where the machine has none."""
     return [name for name in ("cmake", "ninja") if not shutil.which(name)]
@@ -95,7 +103,7 @@ def main() -> None:
         pip(f"installing {options.torch} (the largest download)", options.torch)
     wanted = BUILD_TOOLS + tools()
     for extra in filter(None, options.extras.split(",")):
-        wanted += project["optional-dependencies"][extra]
+        wanted += with_its_triton(project["optional-dependencies"][extra])
     missing = [requirement for requirement in wanted if unmet(requirement)]
     if missing:
         pip(f"installing {', '.join(missing)}", *missing)

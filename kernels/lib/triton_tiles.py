@@ -158,7 +158,8 @@ def _dot_16(count):
 def unpack(codes):
     """The four fp8 numbers in each int32 of `codes` as four float32 tensors, the lowest byte first."""
     if APPROXIMATE:
-        dtypes: tl.constexpr = (tl.float32, tl.float32, tl.float32, tl.float32)
+        # Named tl.constexpr, the dtypes would each be one to Triton 3.8.
+        dtypes = (tl.float32,) * 4
         return tl.inline_asm_elementwise(_unpack(), "=f,=f,=f,=f,r", [codes], dtype=dtypes, is_pure=True, pack=1)
     numbers = ()
     for i in tl.static_range(4):
@@ -183,7 +184,7 @@ def dot_vectors(weights, tokens, COUNT: tl.constexpr):
     if APPROXIMATE:
         # One piece of PTX for 16 products of all tokens: Triton's own code has all weights of a tile unpacked at a time.
         code: tl.constexpr = _dot_16(COUNT)
-        dtypes: tl.constexpr = (tl.float32,) * COUNT
+        dtypes = (tl.float32,) * COUNT
         found = tl.inline_asm_elementwise(code[0], code[1], operands, dtypes, is_pure=True, pack=4)
         for i in tl.static_range(COUNT):
             sums += (found[i].reshape(weights.shape[0], VECTORS, 2, 2).split()[0].split()[0],)

@@ -404,11 +404,11 @@ def test_doctor_says_why_a_backend_does_not_work(monkeypatch, version, reason):
 @pytest.mark.parametrize(
     ("versions", "told"),
     [
-        ({"triton": "3.6.0", "helion": "1.5.0"}, "ok: triton 3.6.0, helion 1.5.0; checked with triton 3.6, 3.7 and helion 1.5"),
-        ({"triton": "3.7.1"}, "ok: triton 3.7.1; checked with triton 3.6, 3.7 and helion 1.5"),
-        ({"triton": "3.8.0"}, "no: triton 3.8.0 is installed; hdispatch.adopt was checked with triton 3.6, 3.7 and helion 1.5"),
+        ({"triton": "3.6.0", "helion": "1.5.0"}, "ok: triton 3.6.0, helion 1.5.0; checked with triton 3.6, 3.7, 3.8 and helion 1.5"),
+        ({"triton": "3.7.1"}, "ok: triton 3.7.1; checked with triton 3.6, 3.7, 3.8 and helion 1.5"),
+        ({"triton": "3.9.0"}, "no: triton 3.9.0 is installed; hdispatch.adopt was checked with triton 3.6, 3.7, 3.8 and helion 1.5"),
         ({"triton": "3.6.0", "helion": "1.6.0"}, "no: helion 1.6.0 is installed; hdispatch.adopt was checked with"),
-        ({}, "no: Triton is not installed; hdispatch.adopt was checked with triton 3.6, 3.7"),
+        ({}, "no: Triton is not installed; hdispatch.adopt was checked with triton 3.6, 3.7, 3.8"),
     ],
 )
 def test_doctor_says_what_adopt_was_checked_with(monkeypatch, versions, told):
@@ -420,11 +420,11 @@ def test_doctor_says_what_adopt_was_checked_with(monkeypatch, versions, told):
 def test_what_adopt_was_checked_with_is_what_its_modules_say():
     folder = Path(hdispatch.__file__).parent / "adopted"
     said = {
-        name: re.findall(rf"checked with {name.title()} ([0-9.]+(?: and [0-9.]+)*)", text)
+        name: re.findall(rf"checked with {name.title()} ([0-9.]+(?:(?:,| and) [0-9.]+)*)", text)
         for name in doctor.ADOPTED
         for text in [" ".join(" ".join(path.read_text().split()) for path in folder.glob("*.py"))]
     }
-    assert {name: {tuple(each.rstrip(".").split(" and ")) for each in found} for name, found in said.items()} == {
+    assert {name: {tuple(re.split(",? (?:and )?", each.rstrip("."))) for each in found} for name, found in said.items()} == {
         name: {versions} for name, versions in doctor.ADOPTED.items()
     }
 

@@ -63,6 +63,22 @@ def test_set_up_shows_what_pip_said_when_it_fails(monkeypatch: pytest.MonkeyPatc
         setup.pip("installing torch", "torch")
 
 
+@pytest.mark.parametrize(
+    ("torch", "triton"),
+    [
+        ("2.11.0+cpu", "triton>=3.6,<3.9,==3.6.*"),
+        ("2.13.0", "triton>=3.6,<3.9,==3.7.*"),
+        ("2.14.1+cu130", "triton>=3.6,<3.9"),
+    ],
+)
+def test_set_up_takes_the_triton_of_the_torch_that_is_there(
+    monkeypatch: pytest.MonkeyPatch, torch: str, triton: str
+) -> None:
+    setup = script("setup")
+    monkeypatch.setattr(setup.importlib.metadata, "version", {"torch": torch}.__getitem__)
+    assert setup.with_its_triton(["helion==1.5.0", "triton>=3.6,<3.9"]) == ["helion==1.5.0", triton]
+
+
 def test_set_up_counts_the_files_that_this_build_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setup = script("setup")
     monkeypatch.setattr(setup, "ROOT", tmp_path)
