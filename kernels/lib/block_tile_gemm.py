@@ -122,7 +122,7 @@ class BlockTileGemm(TileGemm):
     def fetch_scales(self, x_scale: Any, w_scale: Any, scales: Any, first_m: Any, first_n: Any, odd: Any, tid: Any) -> None:
         """See `TileGemm`: they come with the chunks."""
 
-    def await_scales(self) -> None:
+    def await_scales(self, tid: Any) -> None:
         """See `TileGemm`."""
 
     @cute.jit
@@ -253,7 +253,7 @@ class BlockTileGemm(TileGemm):
 
     @cute.jit
     def results(
-        self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, tile_n: Int32, row: Any, column: Any,  # noqa: ARG002
+        self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, first_n: Int32, row: Any, column: Any,  # noqa: ARG002
         odd: Int32, tid: Int32, n: Int32,  # noqa: ARG002
     ) -> cute.Tensor:  # fmt: skip
         """See `TileGemm`."""

@@ -19,9 +19,8 @@ LEAST_M = 64
 _PRODUCTS, _BYTES, _CHUNK, _TILE, _SLICES = 4096, 60, 200, 2500, 2500
 
 
-def _most_stages(tile_m: int, tile_n: int, slices: int = 1, scales: int = 0, per_sm: int = 1) -> int:
-    """Stages that there is room for beside a tile's results and what slices give each other; more than eight gain nothing."""
-    results = tile_m * tile_n * (2 + 4 * (slices - 1)) // slices
+def _most_stages(tile_m: int, tile_n: int, results: int, scales: int = 0, per_sm: int = 1) -> int:
+    """Stages that there is room for beside so many bytes of results; more than eight gain nothing."""
     return min((_SHARED // per_sm - _OTHER * per_sm - results) // (128 * (tile_m + tile_n) + scales), 8)
 
 
@@ -29,7 +28,9 @@ def tile(
     tile_m: int, tile_n: int, cluster: int = 1, shared: str = "w", band: int = 8, stages: int = 0, **others: int
 ) -> dict[str, Any]:
     """A config of `TileGemm`, with as many stages as there is room for where none are given; others: `ahead`, `trigger`."""
-    form = {"kernel": "tile", "tile_m": tile_m, "tile_n": tile_n, "stages": stages or _most_stages(tile_m, tile_n)}
+    # The largest tiles' results leave by way of half the room, for one stage more.
+    results = tile_m * tile_n * (1 if tile_m * tile_n > 128 * 208 else 2)
+    form = {"kernel": "tile", "tile_m": tile_m, "tile_n": tile_n, "stages": stages or _most_stages(tile_m, tile_n, results)}
     return form | {"cluster": cluster, "shared": shared, "band": band} | others
 
 
@@ -39,7 +40,8 @@ def block_tile(
 ) -> dict[str, Any]:  # fmt: skip
     """A config of `BlockTileGemm`; others: `at_once`, `early`, `ahead`, `groups`, `per_sm`, `trigger`."""
     scales = 4 * (tile_m + tile_n // 8 + 4)
-    stages = stages or _most_stages(tile_m, tile_n, slices, scales, others.get("per_sm", 1))
+    results = tile_m * tile_n * (2 + 4 * (slices - 1)) // slices  # and what slices give each other
+    stages = stages or _most_stages(tile_m, tile_n, results, scales, others.get("per_sm", 1))
     form = tile(tile_m, tile_n, cluster, shared, band, stages) | {"kernel": "block_tile"}
     return form | ({"slices": slices} if slices > 1 else {}) | others
 

@@ -103,8 +103,10 @@ class TileGemm(Gemm):
         self.own = self.pieces * self.width // 2
         #: Arrivals that fill a stage.
         self.arrivals = 1
-        #: Scales that are kept: of this tile and the next.
-        self.kept = 2 * (tile_m + tile_n)
+        #: Rows of a group's part of a tile, and its scales; those of this tile and the next are kept.
+        self.rows = TALL * self.slabs
+        self.group_scales = self.rows + self.columns
+        self.kept = 2 * groups * self.group_scales
         if self.slabs * self.sums + OTHER_REGISTERS > self.registers:
             said = f"a thread has {self.slabs * self.sums} sums of a {tile_m} x {tile_n} tile"
             raise ValueError(f"{said}; it can have {self.registers - OTHER_REGISTERS}")
@@ -429,14 +431,15 @@ class TileGemm(Gemm):
         tiles_m, tiles_n = self.tiles(m, n)
         for index in cutlass.range(first, tiles_m * tiles_n, every, unroll=1):
             tile_m, tile_n = self.tile_at(index, m, n, rank, order)
-            self.fetch_scales(x_scale, w_scale, scales, tile_m * self.tile_m, tile_n * self.tile_n, odd, tid)
+            first_m, first_n = tile_m * self.tile_m + row, tile_n * self.tile_n + column
+            self.fetch_scales(x_scale, w_scale, scales, first_m, first_n, odd, tid)
             stage, phase = self.sum_tile(
                 totals, x_ring, w_ring, scales, full, free, row, column, stage, phase, turns, slice, tid
             )
             own = totals
             if cutlass.const_expr(self.slices > 1):
                 own = self.share(totals, given, arrived, rank, slice, tid)
-            self.await_scales()
+            self.await_scales(tid)
             self.store(out_atom, out, own, bias, pieces, scales, tile_m, tile_n, row, column, slice, odd, tid, n)
             odd = 1 - odd
         # A block's memory lasts until its pieces have been read.
@@ -473,22 +476,27 @@ class TileGemm(Gemm):
     def fetch_scales(
         self, x_scale: cute.Tensor, w_scale: cute.Tensor, scales: Any, first_m: Int32, first_n: Int32, odd: Int32, tid: Int32
     ) -> None:
-        """Begins to copy the scales of a tile. Two buffers in turn: one tile's may be read yet while the next one begins."""
-        into = scales + odd * (self.tile_m + self.tile_n)
-        for at in cutlass.range_constexpr(0, self.tile_m, self.takers):
-            if tid + at < self.tile_m:
-                self.fetch_scale(x_scale, cutlass.min(first_m + at + tid, x_scale.shape[0] - 1), into + (at + tid))
-        for at in cutlass.range_constexpr(0, self.tile_n, self.takers):
-            if tid + at < self.tile_n:
-                token = self.tile_m + at + tid
-                self.fetch_scale(w_scale, cutlass.min(first_n + at + tid, w_scale.shape[0] - 1), into + token)
+        """Begins to copy the scales of a group's part of a tile.
+
+        Two buffers in turn: one tile's may be read yet while the next one begins. Each group has its own: neither waits for
+        the other, so that one multiplies while the other stores.
+        """
+        group, thread = tid // GROUP, tid % GROUP
+        into = scales + (odd * self.groups + group) * self.group_scales
+        for at in cutlass.range_constexpr(0, self.rows, GROUP):
+            if thread + at < self.rows:
+                self.fetch_scale(x_scale, cutlass.min(first_m + at + thread, x_scale.shape[0] - 1), into + (at + thread))
+        for at in cutlass.range_constexpr(0, self.columns, GROUP):
+            if thread + at < self.columns:
+                output = self.rows + at + thread
+                self.fetch_scale(w_scale, cutlass.min(first_n + at + thread, w_scale.shape[0] - 1), into + output)
         cute.arch.cp_async_commit_group()
 
     @cute.jit
-    def await_scales(self) -> None:
-        """Waits for the scales that all threads have asked for."""
+    def await_scales(self, tid: Int32) -> None:
+        """Waits for the scales that a group's threads have asked for."""
         cute.arch.cp_async_wait_group(0)
-        cute.arch.barrier(barrier_id=3, number_of_threads=self.takers)
+        cute.arch.barrier(barrier_id=1 + cute.arch.make_warp_uniform(tid // GROUP), number_of_threads=GROUP)
 
     def operands(self, mma: Any, x_ring: Any, w_ring: Any, row: Any, column: Any, columns: int) -> tuple[list, list]:
         """Of each slab the tokens, and of each `columns` the weights: [row, element, quarter of a chunk, stage]."""
@@ -576,14 +584,15 @@ class TileGemm(Gemm):
         target = cute.group_modes(cute.local_tile(out, (TALL, self.width), (None, None)), 0, 2)
         source, target = cpasync.tma_partition(out_atom, 0, cute.make_layout(1), source, target)
         across = self.columns // self.width
+        first_n = tile_n * self.tile_n + column
         for batch in cutlass.range_constexpr(0, self.pieces, self.outs):
             if copies:
                 cute.arch.cp_async_bulk_wait_group(0, read=True)
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
             for buffer in cutlass.range_constexpr(self.outs):
                 piece = slice * self.pieces + (batch + buffer) if cutlass.const_expr(self.slices > 1) else batch + buffer
-                at_m, at_n = row + piece // across * TALL, column + piece % across * self.width
-                values = self.results(sums, batch + buffer, bias, scales, tile_n, at_m, at_n, odd, tid, n)
+                at_m, at_n = piece // across * TALL, piece % across * self.width
+                values = self.results(sums, batch + buffer, bias, scales, first_n, at_m, at_n, odd, tid, n)
                 self.write(values, mine + buffer * size, tid)
             cute.arch.fence_view_async_shared()
             cute.arch.barrier(barrier_id=1 + group, number_of_threads=128)
@@ -597,19 +606,19 @@ class TileGemm(Gemm):
 
     @cute.jit
     def results(
-        self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, tile_n: Int32, row: Any, column: Any,
+        self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, first_n: Int32, row: Any, column: Any,
         odd: Int32, tid: Int32, n: Int32,
     ) -> cute.Tensor:  # fmt: skip
-        """A thread's results in a piece that begins at a row and a column: of two rows, two columns of every eight."""
-        start = scales + odd * (self.tile_m + self.tile_n)
+        """A thread's results in a piece that begins at a row and a column of its group's part: two rows, two columns of eight."""
+        start = scales + (odd * self.groups + tid // GROUP) * self.group_scales
         x_scales = cute.make_tensor(start + (row + tid % 128 // 32 * 16 + tid % 32 // 4), cute.make_layout(2, stride=8))
         first = column + tid % 4 * 2
-        w_scales = cute.make_tensor(start + (self.tile_m + first), cute.make_layout((2, self.width // 8), stride=(1, 8)))
+        w_scales = cute.make_tensor(start + (self.rows + first), cute.make_layout((2, self.width // 8), stride=(1, 8)))
         values = cute.make_rmem_tensor((self.width // 2,), Float32)
         for i in cutlass.range_constexpr(self.width // 2):
             value = sums[piece * (self.width // 2) + i] * x_scales[i // 2 % 2] * w_scales[i % 2, i // 4]
             if cutlass.const_expr(bias is not None):
-                at = tile_n * self.tile_n + first + (i // 4 * 8 + i % 2)
+                at = first_n + first + (i // 4 * 8 + i % 2)
                 value = value + bias[cutlass.min(at, n - 1)].to(Float32)
             values[i] = value
         return values
