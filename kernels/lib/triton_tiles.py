@@ -158,9 +158,8 @@ def _dot_16(count):
 def unpack(codes):
     """The four fp8 numbers in each int32 of `codes` as four float32 tensors, the lowest byte first."""
     if APPROXIMATE:
-        # Named tl.constexpr, the dtypes would each be one to Triton 3.8.
-        dtypes = (tl.float32,) * 4
-        return tl.inline_asm_elementwise(_unpack(), "=f,=f,=f,=f,r", [codes], dtype=dtypes, is_pure=True, pack=1)
+        # The dtypes have no name: as a tl.constexpr, each of them would be one to Triton 3.8.
+        return tl.inline_asm_elementwise(_unpack(), "=f,=f,=f,=f,r", [codes], dtype=(tl.float32,) * 4, is_pure=True, pack=1)
     numbers = ()
     for i in tl.static_range(4):
         code = ((codes >> (8 * i)) & 255).to(tl.uint8)
@@ -184,8 +183,7 @@ def dot_vectors(weights, tokens, COUNT: tl.constexpr):
     if APPROXIMATE:
         # One piece of PTX for 16 products of all tokens: Triton's own code has all weights of a tile unpacked at a time.
         code: tl.constexpr = _dot_16(COUNT)
-        dtypes = (tl.float32,) * COUNT
-        found = tl.inline_asm_elementwise(code[0], code[1], operands, dtypes, is_pure=True, pack=4)
+        found = tl.inline_asm_elementwise(code[0], code[1], operands, (tl.float32,) * COUNT, is_pure=True, pack=4)
         for i in tl.static_range(COUNT):
             sums += (found[i].reshape(weights.shape[0], VECTORS, 2, 2).split()[0].split()[0],)
     else:
