@@ -71,9 +71,7 @@ def test_set_up_shows_what_pip_said_when_it_fails(monkeypatch: pytest.MonkeyPatc
         ("2.14.1+cu130", "triton>=3.6,<3.9"),
     ],
 )
-def test_set_up_takes_the_triton_of_the_torch_that_is_there(
-    monkeypatch: pytest.MonkeyPatch, torch: str, triton: str
-) -> None:
+def test_set_up_takes_the_triton_of_the_torch_that_is_there(monkeypatch: pytest.MonkeyPatch, torch: str, triton: str) -> None:
     setup = script("setup")
     monkeypatch.setattr(setup.importlib.metadata, "version", {"torch": torch}.__getitem__)
     assert setup.with_its_triton(["helion==1.5.0", "triton>=3.6,<3.9"]) == ["helion==1.5.0", triton]
