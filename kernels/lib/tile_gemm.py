@@ -609,7 +609,7 @@ class TileGemm(Gemm):
         self, sums: cute.Tensor, piece: Constexpr, bias: Any, scales: Any, first_n: Int32, row: Any, column: Any,
         odd: Int32, tid: Int32, n: Int32,
     ) -> cute.Tensor:  # fmt: skip
-        """A thread's results in a piece of its group's part, from a row and a column on: of two rows, two columns of every eight."""
+        """A thread's results in a piece, from a row and a column of its group's part on: two rows, two of eight columns."""
         start = scales + (odd * self.groups + tid // GROUP) * self.group_scales
         x_scales = cute.make_tensor(start + (row + tid % 128 // 32 * 16 + tid % 32 // 4), cute.make_layout(2, stride=8))
         first = column + tid % 4 * 2
