@@ -217,10 +217,12 @@ def test_gpu_tests_are_skipped_where_a_bundle_has_no_row_of_a_variant_and_only_t
     module = importlib.util.module_from_spec(found)
     found.loader.exec_module(module)
     miss = "paged_attention_decode(bfloat16-bfloat16+group=2+max_queries=4, M=1, K=128, N=16, max_seq_len=128): the table"
-    row = {"op": "paged_attention_decode", "variant": "bfloat16-bfloat16+group=2+max_queries=4", "K": 128}
-    wanted = "the bundle has no row of paged_attention_decode(bfloat16-bfloat16+group=2+max_queries=4) with K=128"
+    row = {"op": "paged_attention_decode", "variant": "bfloat16-bfloat16+group=2+max_queries=4", "K": 128, "N": 16}
+    wanted = "the bundle has no row of paged_attention_decode(bfloat16-bfloat16+group=2+max_queries=4) with K=128, N=16"
     assert module.absent_rows(miss, []) == wanted
     assert module.absent_rows(miss, [{**row, "K": 64}, {**row, "variant": "other"}, {**row, "op": "other"}]) == wanted
+    assert module.absent_rows(miss, [{**row, "N": 8}]) == wanted
     assert module.absent_rows(miss, [row]) is None
+    assert module.absent_rows(miss, [{**row, "N": 0}]) is None
     assert module.absent_rows(miss, [{**row, "K": 0}]) is None
     assert module.absent_rows("another error", []) is None

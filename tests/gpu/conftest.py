@@ -33,13 +33,13 @@ def pytest_runtest_call(item):
 
 
 def absent_rows(miss, rows):
-    """Why `rows` of a manifest hold nothing of what a MissError is about: `op(variant, M=1, K=128, N=64, …`. None if they do."""
+    """Why `rows` of a manifest hold nothing of a MissError's `op(variant, M=1, K=128, N=64, …`. None if they do."""
     found = re.match(r"(\w+)\(([^,]+), M=\d+, K=(\d+)(?:, N=(\d+))?", miss)
     if found is None:
         return None
     op, variant, k, n = found[1], found[2], int(found[3]), int(found[4] or 0)
     same = (row for row in rows if row["op"] == op and row["variant"] == variant)
-    if any(row["K"] in (0, k) and (row["N"] in (0, n) or not n) for row in same):
+    if any(row["K"] in (0, k) and (not n or row["N"] in (0, n)) for row in same):
         return None
     return f"the bundle has no row of {op}({variant}) with K={k}" + (f", N={n}" if n else "")
 
