@@ -103,8 +103,8 @@ def main() -> None:
         pip(f"installing {options.torch} (the largest download)", options.torch)
     wanted = BUILD_TOOLS + tools()
     for extra in filter(None, options.extras.split(",")):
-        wanted += with_its_triton(project["optional-dependencies"][extra])
-    missing = [requirement for requirement in wanted if unmet(requirement)]
+        wanted += project["optional-dependencies"][extra]
+    missing = with_its_triton([requirement for requirement in wanted if unmet(requirement)])
     if missing:
         pip(f"installing {', '.join(missing)}", *missing)
     if not options.only_tools:

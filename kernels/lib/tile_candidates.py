@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Shared memory of an SM of Hopper's, and what of a block's is neither a stage nor a result.
+#: Shared memory of an SM of Hopper's, and about what of a block's is neither a stage nor a result: a kernel that needs more for
+#: scales stores its results in more turns.
 _SHARED, _OTHER = 232448, 2048
 
 #: Blocks that run at once, one on each SM.

@@ -242,6 +242,22 @@ print(json.dumps(listed))
             assert len({json.dumps(config) for config, _, _ in found}) == len(found)
 
 
+@pytest.mark.parametrize("op", [OP, "scaled_mm"])
+@pytest.mark.parametrize("card", ["h100", "h200"])
+def test_configs_that_are_there_fit_shared_memory(op, card) -> None:
+    """Of a block, of which an SM of Hopper's holds one, or two."""
+    script = """
+print(json.dumps([cutedsl.program(SPEC.variant("bfloat16"), sizes, config).shared_bytes for sizes, config in given[0]]))
+"""
+    entries = json.loads((Path(__file__).parents[2] / "configs" / op / f"nvidia_{card}.json").read_text())
+    ours = [entry for entry in entries if entry.get("backend") == "cutedsl"]
+    assert ours
+    keys = [{"K": entry["key"]["in_features"]} if "in_features" in entry["key"] else {} for entry in ours]
+    found = in_dsl(script, op, [[sizes, entry["config"]] for sizes, entry in zip(keys, ours, strict=True)])
+    for size, entry in zip(found, ours, strict=True):
+        assert size <= (115712 if entry["config"].get("per_sm") == 2 else 232448), entry
+
+
 #: Of an op, a K and a config: wgmma's products in the loop over chunks or turns, and how often it waits for some. A loop of
 #: sums over all of K comes after its first turn, and waits once more after the last. Block tiles take four chunks a turn, and
 #: have a loop over the chunks left where K is not compiled in.

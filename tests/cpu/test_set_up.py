@@ -77,6 +77,25 @@ def test_set_up_takes_the_triton_of_the_torch_that_is_there(monkeypatch: pytest.
     assert setup.with_its_triton(["helion==1.5.0", "triton>=3.6,<3.9"]) == ["helion==1.5.0", triton]
 
 
+def test_set_up_leaves_a_triton_that_we_take_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an environment has stays: torch 2.13 with Triton 3.8, too."""
+    setup = script("setup")
+    there = {"torch": "2.13.0", "triton": "3.8.0", "helion": "1.5.0", "packaging": "26.0", "rich": "14.0"}
+    there |= {"scikit-build-core": "0.11.0", "pybind11": "3.0.0"}
+    monkeypatch.setattr(setup.importlib.metadata, "version", there.__getitem__)
+    monkeypatch.setattr(setup, "tools", list)
+    installed: list[str] = []
+    monkeypatch.setattr(setup, "pip", lambda _step, *requirements: installed.extend(requirements))
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--torch", "torch==2.13.0", "--extras", "build", "--only-tools"])
+    setup.main()
+    assert installed == []
+    there["triton"] = "3.5.1"
+    setup.main()
+    assert len(installed) == 1
+    assert installed[0].startswith("triton>=")
+    assert installed[0].endswith(",==3.7.*")
+
+
 def test_set_up_counts_the_files_that_this_build_compiled(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     setup = script("setup")
     monkeypatch.setattr(setup, "ROOT", tmp_path)
