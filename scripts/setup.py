@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 #: what builds the extension; with --no-build-isolation they are not installed by pip itself
 BUILD_TOOLS = ["scikit-build-core>=0.10", "pybind11>=2.13"]
 #: the Triton of torch's builds for CUDA, where it is not the newest that we take; its builds for the CPU ask for none
-TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7"}
+TRITON = {"2.11": "3.6", "2.12": "3.7", "2.13": "3.7", "2.14": "3.8"}
 #: seconds between two lines about a step that is under way
 INTERVAL = 10
 

@@ -59,10 +59,11 @@ def fused_qk_norm_rope_cache(
     if NORM:
         a, b = lib.normed(a, b, a_weight, b_weight, squares, eps, D, NEOX)
     a, b = lib.turned(a, b, cos, sin, qkv.dtype.element_ty, D, NEOX)
-    place = places(kv_cache, slot, head, page, block_stride, head_stride, slot_stride)[:, None]
-    to = tl.where(of_q, at, place)
-    written = inside & (of_q | (slot >= 0)[:, None])
-    lib.store_heads(to, a_at, b_at, column, a, b, written, D, NEOX)
+    if of_q:
+        lib.store_heads(at, a_at, b_at, column, a, b, inside, D, NEOX)
+    else:
+        place = places(kv_cache, slot, head, page, block_stride, head_stride, slot_stride)[:, None]
+        lib.store_heads(place, a_at, b_at, column, a, b, inside & (slot >= 0)[:, None], D, NEOX)
 
 
 @triton.jit

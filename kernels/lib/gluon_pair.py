@@ -14,6 +14,10 @@ from .triton_tiles import find_tile
 
 tile_of = gluon.jit(find_tile)
 
+# Triton 3.8 and later have the first names, 3.6 and 3.7 the others.
+load_by_tma = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+store_by_tma = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
+
 
 @gluon.jit
 def row_of(tile_m, piece, M, BLOCK_M: gl.constexpr):
@@ -43,7 +47,7 @@ def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M: gl.constex
         for i in gl.static_range(STAGES):
             wanted = i * BLOCK_K < K
             mbarrier.expect(ready.index(i), BYTES, pred=wanted)
-            tma.async_copy_global_to_shared(b, [tile_n * BLOCK_N, i * BLOCK_K], ready.index(i), b_tiles.index(i), pred=wanted)
+            load_by_tma(b, [tile_n * BLOCK_N, i * BLOCK_K], ready.index(i), b_tiles.index(i), pred=wanted)
         gdc_wait()
         gdc_launch_dependents()
         early = STAGES * BLOCK_K
@@ -57,8 +61,8 @@ def load_tiles(a, b, a_tiles, b_tiles, ready, free, M, N, K, BLOCK_M: gl.constex
             mbarrier.expect(ready.index(stage), BYTES, pred=late)
             for i in gl.static_range(PIECES):
                 piece = a_tiles.index(stage * PIECES + i)
-                tma.async_copy_global_to_shared(a, [row_of(tile_m, i, M, BLOCK_M), at], ready.index(stage), piece)
-            tma.async_copy_global_to_shared(b, [tile_n * BLOCK_N, at], ready.index(stage), b_tiles.index(stage), pred=late)
+                load_by_tma(a, [row_of(tile_m, i, M, BLOCK_M), at], ready.index(stage), piece)
+            load_by_tma(b, [tile_n * BLOCK_N, at], ready.index(stage), b_tiles.index(stage), pred=late)
             stage += 1
             if stage == STAGES:
                 stage = 0
@@ -93,4 +97,4 @@ def store_tile(out, m, n, out_tile, result):
     tma.store_wait(0)
     out_tile.store(result.to(out.dtype))
     fence_async_shared()
-    tma.async_copy_shared_to_global(out, [m, n], out_tile)
+    store_by_tma(out, [m, n], out_tile)

@@ -137,7 +137,7 @@ class Recorder:
             except Exception as error:
                 take(error)
                 raise
-            if hasattr(made, "future"):
+            if getattr(made, "future", None) is not None:
                 _watch(made, take)
             return made
 
@@ -172,13 +172,12 @@ class Recorder:
 
 def _watch(made: Any, take: Callable[[BaseException], None]) -> None:
     """Of a kernel that Triton compiles in another thread: its error comes where its result is asked for."""
-    plain = made.result
+    plain, future = made.result, made.future  # since Triton 3.9 a kernel drops its future once that has an error
 
     def result(*given: Any, **named: Any) -> Any:
         try:
             return plain(*given, **named)
         finally:
-            future = made.future
             if future.done() and not future.cancelled() and (error := future.exception()) is not None:
                 take(error)
 

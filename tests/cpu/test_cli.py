@@ -406,15 +406,15 @@ def test_doctor_says_why_a_backend_does_not_work(monkeypatch, version, reason):
     [
         (
             {"triton": "3.6.0", "helion": "1.5.0"},
-            "ok: triton 3.6.0, helion 1.5.0; checked with triton 3.6, 3.7, 3.8 and helion 1.5",
+            "ok: triton 3.6.0, helion 1.5.0; checked with triton 3.6, 3.7, 3.8, 3.9 and helion 1.5",
         ),
-        ({"triton": "3.7.1"}, "ok: triton 3.7.1; checked with triton 3.6, 3.7, 3.8 and helion 1.5"),
+        ({"triton": "3.7.1"}, "ok: triton 3.7.1; checked with triton 3.6, 3.7, 3.8, 3.9 and helion 1.5"),
         (
-            {"triton": "3.9.0"},
-            "no: triton 3.9.0 is installed; hdispatch.adopt was checked with triton 3.6, 3.7, 3.8 and helion 1.5",
+            {"triton": "3.10.0"},
+            "no: triton 3.10.0 is installed; hdispatch.adopt was checked with triton 3.6, 3.7, 3.8, 3.9 and helion 1.5",
         ),
         ({"triton": "3.6.0", "helion": "1.6.0"}, "no: helion 1.6.0 is installed; hdispatch.adopt was checked with"),
-        ({}, "no: Triton is not installed; hdispatch.adopt was checked with triton 3.6, 3.7, 3.8"),
+        ({}, "no: Triton is not installed; hdispatch.adopt was checked with triton 3.6, 3.7, 3.8, 3.9"),
     ],
 )
 def test_doctor_says_what_adopt_was_checked_with(monkeypatch, versions, told):

@@ -21,6 +21,7 @@ import torch
 import toy
 from hdispatch.cli.main import main
 from hdispatch.errors import BundleError, HdispatchError
+from hdispatch.ladders import Ladders
 from hdispatch.manifest import CANDIDATES_NAME, MANIFEST_NAME
 from hdispatch.tune import cell_arguments, cell_bench, farm, measure, measure_process, timings
 from hdispatch.tune import device as devices
@@ -593,6 +594,13 @@ def test_malformed_candidates(bundle, change, message):
     edit(bundle, change)
     with pytest.raises(BundleError, match=message):
         read_candidates(bundle)
+
+
+def test_candidates_with_other_buckets_than_the_installed_op_has_are_refused(bundle, tmp_path, monkeypatch):
+    spec = hdispatch.registry.spec("toy")
+    monkeypatch.setitem(vars(spec), "ladders", Ladders((*spec.ladders.m[:-1], spec.ladders.m[-1] + 1)))
+    with pytest.raises(BundleError, match=r"the buckets of toy are .*; the installed op's .*; make the candidates again"):
+        measure.measure(bundle, tmp_path / "t.jsonl", device=FakeDevice())
 
 
 def test_an_ordinary_bundle_is_no_candidate_bundle(tmp_path):

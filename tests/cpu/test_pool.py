@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -33,6 +35,17 @@ def workers(monkeypatch):
     monkeypatch.setattr(pool, "_COMMAND", (sys.executable, "-c", WORKER))
     with pool.Pool(DESCRIBED["h200"], Path("cache")) as found:
         yield found
+
+
+def test_workers_take_no_setting_of_the_caller_that_triton_reads(monkeypatch, tmp_path):
+    knobs = Path(importlib.util.find_spec("triton").origin).with_name("knobs.py").read_text()
+    read = set(re.findall(r'env_?\w*\("([A-Z]\w*)"', knobs)) - {"CC"}  # which compiles host code alone
+    read = {name for name in read if not name.startswith("AMDGCN_")}
+    assert {"TRITON_DEFAULT_FP_FUSION", "PTXAS_OPTIONS", "DISABLE_PTXAS_OPT"} <= read
+    for name in read:
+        monkeypatch.setenv(name, "caller's")
+    kept = pool.environment(tmp_path, DESCRIBED["h200"])
+    assert not {name for name in read if kept.get(name) == "caller's"}
 
 
 def unit(how: str = "well", filler: str = "") -> Unit:

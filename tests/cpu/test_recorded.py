@@ -182,16 +182,18 @@ def run():
     p = MockTensor(torch.float32)
     with ThreadPoolExecutor(1) as pool, AsyncCompileMode(pool, ignore_errors=True):
         made = [user_kernels.picky.fn.warmup(p, p, 1024, BLOCK=16, num_warps=4, grid=(1,)) for _ in range(2)]
-    for each in made:
-        try:
-            each.kernel_that_is_launched
-        except Exception as error:
-            print(type(error).__name__, str(error).splitlines()[-1])
+        for each in made:
+            try:
+                each.kernel_that_is_launched
+            except Exception as error:
+                print(type(error).__name__, str(error).splitlines()[-1])
 """
 
 
 def test_refusals_of_kernels_that_are_compiled_in_threads_are_recorded_and_served_as_such(project, bundle, tmp_path):
-    said = ["CompileTimeAssertionFailure rows are not whole"] * 2
+    plain = python(project, DESCRIBED.format(gpu="h100") + ASYNCHRONOUS + "run()\n")
+    said = plain.stdout.splitlines()  # asked again, Triton 3.9 says that there is nothing to wait for
+    assert (len(said), said[0]) == (2, "CompileTimeAssertionFailure rows are not whole"), plain.stderr
     done = python(
         project,
         DESCRIBED.format(gpu="h100")

@@ -66,15 +66,16 @@ def test_set_up_shows_what_pip_said_when_it_fails(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("torch", "triton"),
     [
-        ("2.11.0+cpu", "triton>=3.6,<3.9,==3.6.*"),
-        ("2.13.0", "triton>=3.6,<3.9,==3.7.*"),
-        ("2.14.1+cu130", "triton>=3.6,<3.9"),
+        ("2.11.0+cpu", "triton>=3.6,<3.10,==3.6.*"),
+        ("2.13.0", "triton>=3.6,<3.10,==3.7.*"),
+        ("2.14.1+cu130", "triton>=3.6,<3.10,==3.8.*"),
+        ("2.15.0", "triton>=3.6,<3.10"),
     ],
 )
 def test_set_up_takes_the_triton_of_the_torch_that_is_there(monkeypatch: pytest.MonkeyPatch, torch: str, triton: str) -> None:
     setup = script("setup")
     monkeypatch.setattr(setup.importlib.metadata, "version", {"torch": torch}.__getitem__)
-    assert setup.with_its_triton(["helion==1.5.0", "triton>=3.6,<3.9"]) == ["helion==1.5.0", triton]
+    assert setup.with_its_triton(["helion==1.5.0", "triton>=3.6,<3.10"]) == ["helion==1.5.0", triton]
 
 
 def test_set_up_leaves_a_triton_that_we_take_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

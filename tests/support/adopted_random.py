@@ -259,6 +259,8 @@ def kernels_of(names: Iterable[str]) -> dict[str, Any]:
 def triton_key(kernel: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> str:
     """Triton's own key of a call."""
     keywords = {**keywords, "debug": kernel.debug or knobs.runtime.debug, "instrumentation_mode": ""}
+    if hasattr(knobs.compilation, "fpsan_homomorphic_casts"):  # Triton 3.9
+        keywords["fpsan_homomorphic_casts"] = False
     _, keys, _, _, binder = kernel.device_caches[0]
     _, specialization, options = binder(*args, **keywords)
     key: str = jit.compute_cache_key(keys, specialization, options)

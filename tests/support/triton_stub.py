@@ -50,6 +50,7 @@ int cuFuncSetCacheConfig(void* f, int c) { return 0; }
 int cuPointerGetAttribute(void* o, int a, uint64_t p) { *(uint64_t*)o = p; return 0; }
 int cuPointerGetAttributes(unsigned n, int* a, void** o, uint64_t p) { return 1; }
 int cuOccupancyMaxActiveClusters(int* n, void* f, void* c) { *n = 1; return 0; }
+int cuStreamIsCapturing(void* s, int* v) { *v = 0; return 0; }
 int cuTensorMapEncodeTiled() { return 0; }
 int cuTensorMapEncodeIm2col() { return 0; }
 int cuLaunchKernelEx(const Config* config, void* function, void** params, void** extra) {

@@ -21,7 +21,7 @@ from ..errors import BundleError, HdispatchError
 from .text import count, print_json
 
 #: The releases that `hdispatch.adopt` was checked with, which uses private parts of them; the first one it needs.
-ADOPTED = {"triton": ("3.6", "3.7", "3.8"), "helion": ("1.5",)}
+ADOPTED = {"triton": ("3.6", "3.7", "3.8", "3.9"), "helion": ("1.5",)}
 #: Names the bundle that doctor and bench take when none is given.
 BUNDLE_VARIABLE = embedded.VARIABLE
 NO_BUNDLE = (

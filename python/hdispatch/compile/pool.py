@@ -32,6 +32,8 @@ _FOREIGN = (
     "NVPTX_",
     "DISABLE_LLVM_",
     "DISABLE_PTXAS_",
+    "PTXAS_",
+    "USE_IR_LOC",
     "CUTE_DSL_",
 )
 

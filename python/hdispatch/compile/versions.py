@@ -45,7 +45,6 @@ def missing(backend: str) -> str | None:
 
 def ptxas(target: GpuTarget) -> Path:
     """The assembler for a target: what Triton's environment variable names, else the one that comes with Triton."""
-    blackwell = target.major >= 10
     if chosen := os.environ.get(ptxas_variable(target)):
         path = Path(chosen)
     else:
@@ -53,7 +52,7 @@ def ptxas(target: GpuTarget) -> Path:
         roots = list(package.submodule_search_locations or ()) if package else []
         if not roots:
             raise BuildError("triton is not installed; the build wing needs it: pip install 'hdispatch[build]'")
-        path = Path(roots[0]) / "backends" / "nvidia" / "bin" / ("ptxas-blackwell" if blackwell else "ptxas")
+        path = Path(roots[0]) / "backends" / "nvidia" / "bin" / ("ptxas-blackwell" if _takes_newer_ptxas(target) else "ptxas")
     if not path.is_file():
         raise BuildError(f"no ptxas at {path}; reinstall triton or set {ptxas_variable(target)}")
     return path
@@ -61,7 +60,13 @@ def ptxas(target: GpuTarget) -> Path:
 
 def ptxas_variable(target: GpuTarget) -> str:
     """The environment variable that tells Triton which ptxas to take for a target."""
-    return "TRITON_PTXAS_BLACKWELL_PATH" if target.major >= 10 else "TRITON_PTXAS_PATH"
+    return "TRITON_PTXAS_BLACKWELL_PATH" if _takes_newer_ptxas(target) else "TRITON_PTXAS_PATH"
+
+
+def _takes_newer_ptxas(target: GpuTarget) -> bool:
+    """Whether Triton takes the newer of its two assemblers, which it calls Blackwell's; since 3.9 it does for Hopper too."""
+    major, minor = (int(part) for part in _package("triton").split(".")[:2])
+    return target.major >= (9 if (major, minor) >= (3, 9) else 10)
 
 
 def _package(name: str) -> str:

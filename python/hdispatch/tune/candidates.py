@@ -98,7 +98,12 @@ def _check_cells(path: Path, manifest: Manifest, candidates: Candidates) -> None
 def check_ops(folder: Path, bundle: CandidateBundle) -> None:
     """Refuse a bundle whose ops are not the installed ones."""
     for name, entry in bundle["manifest"]["ops"].items():
-        registry.spec(name).check_same(entry, folder / MANIFEST_NAME, "make the candidates again")
+        spec, where = registry.spec(name), folder / MANIFEST_NAME
+        spec.check_same(entry, where, "make the candidates again")
+        if (there := ladders_of(entry)) != spec.ladders:
+            raise BundleError(
+                f"{where}: the buckets of {name} are {there}; the installed op's {spec.ladders}; make the candidates again"
+            )
 
 
 def of_present(bundle: CandidateBundle, timings: Iterable[Timing]) -> list[Timing]:
