@@ -11,7 +11,7 @@ from hdispatch.opspec import Variant
 
 from ..lib import attention as lib
 from ..lib.attention import blocks_of, finish, places_of, prefetch, split_tokens, tokens_of_split
-from ..lib.triton_rope import check_rotary, in_eights
+from ..lib.triton_rope import check_rotary
 from ..lib.triton_softmax import INTERPRETED, LOG2E
 
 GENERIC = ("N",)
@@ -104,14 +104,16 @@ def attention_half(
     d = tl.arange(0, D)
     own = tl.broadcast_to(d[None, :], (ROWS, D))
     step, first = partners(half, D)
-    other, first = in_eights(own + step[None, :]), first[None, :]
+    # 8 in a row follow each other from a multiple of 8 on, which Triton 3.9 no longer sees of what `tl.where` chose.
+    other, first = tl.max_contiguous(tl.multiple_of(own + step[None, :], (1, 8)), (1, 8)), first[None, :]
     # As matrices, here too, the constants get the heads' layout in registers.
     x_weight, y_weight = 1.0, 1.0
     if NORM:
         weight = tl.where(row < G, q_weight, k_weight)[:, None]
         x_weight, y_weight = tl.load(weight + own).to(tl.float32), tl.load(weight + other).to(tl.float32)
     rotated = own < 2 * half
-    angle = cos_sin_cache + position * (2 * half) + in_eights(tl.where(d < half, 0, -half)[None, :] + own)
+    pair = tl.max_contiguous(tl.multiple_of(tl.where(d < half, 0, -half)[None, :] + own, (1, 8)), (1, 8))
+    angle = cos_sin_cache + position * (2 * half) + pair
     cos = tl.load(angle, rotated, other=1.0).to(tl.float32)
     sin = tl.load(angle + half, rotated, other=0.0).to(tl.float32)
     if PDL and EARLY:

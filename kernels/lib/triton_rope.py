@@ -37,21 +37,17 @@ def heads_of_tile(tokens, first_tiles, first_heads, second_heads, TOKENS: tl.con
 
 
 @triton.jit
-def in_eights(at):
-    """Offsets [rows, columns], of which 8 in a row follow each other from a multiple of 8 on: Triton 3.9 no longer sees it of
-    those that `tl.where` chose.
-    """
-    return tl.max_contiguous(tl.multiple_of(at, (1, 8)), (1, 8))
-
-
-@triton.jit
 def halves(pair, half, D: tl.constexpr):
     """Where the two elements of each `pair`, 0 to D / 2, are in a head, and whether it is rotated, [1, D / 2]; NEOX.
 
     The pairs of the rotary dimensions, 2 * half, come first, then those of the rest: each half of a head loads as vectors.
     """
     rotated = pair < half
-    return in_eights(pair + tl.where(rotated, 0, half)), in_eights(pair + tl.where(rotated, half, D // 2)), rotated
+    a_at, b_at = pair + tl.where(rotated, 0, half), pair + tl.where(rotated, half, D // 2)
+    # 8 in a row follow each other from a multiple of 8 on, which Triton 3.9 no longer sees of what `tl.where` chose.
+    a_at = tl.max_contiguous(tl.multiple_of(a_at, (1, 8)), (1, 8))
+    b_at = tl.max_contiguous(tl.multiple_of(b_at, (1, 8)), (1, 8))
+    return a_at, b_at, rotated
 
 
 @triton.jit

@@ -40,6 +40,7 @@ def moe_align_block_size(
     mine = (program * MINE + tl.arange(0, MINE))[:, None]
     total = 0
     begin = tl.zeros([MINE], tl.int32)
+    counted = tl.zeros([MINE], tl.int32)
     padded_mine = tl.zeros([MINE], tl.int32)
     for first in range(0, num_experts, EXPERTS):  # once for most models
         counts = tl.zeros([EXPERTS], tl.int32)
@@ -52,18 +53,22 @@ def moe_align_block_size(
         experts = first + tl.arange(0, EXPERTS)[None, :]
         total += tl.sum(padded)
         begin += tl.sum(tl.where(experts < mine, padded[None, :], 0), 1)
+        counted += tl.sum(tl.where(experts == mine, counts[None, :], 0), 1)
         padded_mine += tl.sum(tl.where(experts == mine, padded[None, :], 0), 1)
     end = begin + padded_mine
-    # My experts' rows, in ascending order.
+    # My experts' rows, in ascending order: of four in a row, which a thread has, and of those before them.
     placed = begin
     for start in range(0, rows, ROWS):
-        row = tl.cast(start, tl.int64) + tl.arange(0, ROWS)
-        expert, here = _experts_of(topk_ids, expert_map, row, rows, num_experts, mapped)
-        hit = (expert[None, :] == mine) & here[None, :]
-        ones = hit.to(tl.int32)
-        to = placed[:, None] + tl.cumsum(ones, 1) - 1
-        tl.store(sorted_token_ids + to, tl.broadcast_to(row[None, :], [MINE, ROWS]).to(tl.int32), hit & (to < room))
-        placed += tl.sum(ones, 1)
+        row = start + tl.arange(0, ROWS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+        expert, here = _experts_of(topk_ids, expert_map, row.to(tl.int64), rows, num_experts, mapped)
+        ones = ((expert[None, :, :] == mine[:, :, None]) & here[None, :, :]).to(tl.int32)
+        fours = tl.sum(ones, 2)
+        before = placed[:, None] + tl.cumsum(fours, 1) - fours
+        to = before[:, :, None] + tl.cumsum(ones, 2) - 1
+        tl.store(sorted_token_ids + to, tl.broadcast_to(row[None, :, :], ones.shape), (ones != 0) & (to < room))
+        if start + ROWS < rows:
+            placed += tl.sum(fours, 1)
+    placed = begin + counted
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     # What fills up their blocks, and the blocks' experts.
@@ -114,7 +119,7 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
     elif ids <= 512:
         tiles = [(ids, 1, 4), (ids, 1, 8), (ids, 2, 4), (ids, 4, 8), (ids // 2, 1, 4)]
     else:
-        tiles = [(1024, 1, 8), (2048, 1, 8), (2048, 2, 8), (4096, 1, 16), (4096, 4, 16)]
+        tiles = [(ids, 1, 4), (ids, 1, 8), (ids, 2, 8), (ids, 4, 8), (ids, 4, 16), (ids // 2, 1, 8)]
     return [
         {"experts": experts, "mine": mine, "rows": rows, "fill": max(64, 32 * warps), "num_warps": warps}
         for rows, mine, warps in tiles
