@@ -53,17 +53,16 @@ def fused_qk_norm_rope_cache(
     slot = tl.load(slot_mapping + token, token < tokens, other=-1)
     a, b, squares = lib.load_heads(at, a_at, b_at, column, inside, NEOX)
     cos, sin = lib.load_angles(cos_sin_cache, position, pair, half, inside, rotated)
+    place = places(kv_cache, slot, head, page, block_stride, head_stride, slot_stride)[:, None]
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
 
     if NORM:
         a, b = lib.normed(a, b, a_weight, b_weight, squares, eps, D, NEOX)
     a, b = lib.turned(a, b, cos, sin, qkv.dtype.element_ty, D, NEOX)
-    if of_q:
-        lib.store_heads(at, a_at, b_at, column, a, b, inside, D, NEOX)
-    else:
-        place = places(kv_cache, slot, head, page, block_stride, head_stride, slot_stride)[:, None]
-        lib.store_heads(place, a_at, b_at, column, a, b, inside & (slot >= 0)[:, None], D, NEOX)
+    # A program does one of the two. Of an address that `tl.where` chose Triton 3.9 no longer sees how it is aligned.
+    lib.store_heads(at, a_at, b_at, column, a, b, inside & of_q, D, NEOX)
+    lib.store_heads(place, a_at, b_at, column, a, b, inside & ~of_q & (slot >= 0)[:, None], D, NEOX)
 
 
 @triton.jit
