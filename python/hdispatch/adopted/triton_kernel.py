@@ -1,6 +1,6 @@
 """A Triton kernel, autotuned or with heuristics: its parameters for C++, and what Triton compiled as a row.
 
-All use of Triton's private parts for this is here (checked with Triton 3.6 to 3.9).
+All use of Triton's private parts for this is here (checked with Triton 3.6, 3.7, 3.8 and 3.9).
 
 Imports triton: import this module when a kernel of Triton's is there.
 """

@@ -1,7 +1,7 @@
 """What compiled Triton code depends on beside a call's arguments: knobs, hooks, the function's source, captured globals.
 
 C++ asks once, and again when somebody has written to one of the dicts that come with the answer. All use of Triton's private
-parts for this is here (checked with Triton 3.6 to 3.9).
+parts for this is here (checked with Triton 3.6, 3.7, 3.8 and 3.9).
 
 Imports triton: import this module when a kernel of Triton's is there.
 """
