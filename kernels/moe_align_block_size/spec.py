@@ -16,7 +16,7 @@ INT = (torch.int32,)
 #: Experts per token, experts, and rows of a block, in samples that do not say how many.
 TOPK, EXPERTS, BLOCK = 8, 128, 16
 
-#: Every program counts all rows: 1.6 to 5.9 us up to 512 tokens of 128 experts on an H200, and in proportion for more. Of more tokens
+#: Every program counts all rows: 1.6 to 5.9 us up to 512 tokens of 128 experts on an H200, and in proportion for more: there
 #: vLLM's kernel, or torch, is to take the call.
 LADDER = (8, 64, 128, 256, 512)
 
