@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import re
+import tempfile
 import types
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,13 @@ def test_messages_of_refusals_are_whatever_a_file_can_hold_and_the_same_in_each_
     capfd.readouterr()
     assert main(["inspect", str(refused / "bundle")]) == 0
     assert "triton  refused_kernels.odd: 1 recorded specialization that the compiler refuses" in capfd.readouterr().out
+
+
+def test_a_build_leaves_no_temporary_files(refused, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    build([], "h200", refused / "clean", cache=refused / "cache3", record=[refused / "r.jsonl"], jobs=1)
+    assert list(tmp_path.iterdir()) == []
 
 
 class _Refusing:

@@ -22,6 +22,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import traceback
 import types
@@ -251,6 +252,7 @@ def work(message: dict[str, Any], descriptors: Sequence[int]) -> NoReturn:
         sys.stderr = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
         os.environ.clear()
         os.environ.update(message["environment"])
+        tempfile.tempdir = None  # $TMPDIR may be another
         os.chdir(message["folder"])
         del sys.modules[__name__]
         run(message["arguments"])

@@ -68,6 +68,7 @@ def environment(scratch: Path, target: GpuTarget) -> dict[str, str]:
         "HELION_CACHE_DIR": str(scratch / "helion"),
         "OMP_NUM_THREADS": "1",
         "PYTHONHASHSEED": "0",
+        "TMPDIR": str(scratch),  # a process that is killed removes nothing
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"),
         "TRITON_CACHE_DIR": str(scratch / "triton"),
         "TRITON_DEFAULT_FP_FUSION": "1",
