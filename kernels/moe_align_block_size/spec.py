@@ -47,6 +47,9 @@ def reference(
     An expert's rows are in ascending order. vLLM's kernel has them in any order; here every call gives the same.
     """
     rows, room = topk_ids.numel(), sorted_token_ids.numel()
+    for name, value in (("num_experts", num_experts), ("block_size", block_size)):
+        if value >= 2**31:
+            raise ArgumentError(f"{NAME}: {name} is {value}; it takes at most {2**31 - 1}, what int32 results can hold")
     blocks = (room + block_size - 1) // block_size
     if experts_ids.numel() < blocks:
         raise ArgumentError(

