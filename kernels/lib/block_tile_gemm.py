@@ -128,7 +128,7 @@ class BlockTileGemm(TileGemm):
     @cute.jit
     def sum_tile(
         self, totals: cute.Tensor, x_ring: Any, w_ring: Any, scales: Any, full: Any, free: Any, row: Int32,
-        column: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32,
+        column: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32, follows: Any,  # noqa: ARG002
     ) -> Any:  # fmt: skip
         """See `TileGemm`. Nothing is being multiplied where a chunk begins: ptxas would make each product wait for another.
 

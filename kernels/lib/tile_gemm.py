@@ -61,6 +61,8 @@ class TileGemm(Gemm):
     groups   groups of four warps that multiply: 2, or 1 where tokens are 64; that one has all of them and all outputs
     per_sm   blocks that an SM holds at once, 1 or 2; of two, of one kernel or of two, one loads while the other ends
     ahead    stages whose weights are asked for while the kernel before this one may still run, 0 for all of them
+    pingpong whether each group takes whole tiles, in turn with the other: one multiplies while the other stores. A tile's sums
+             are then in half as many threads, so that it is half as large
 
     What lies past M, N and K are zeros that TMA writes, and is not stored. Out's rows begin at multiples of 16 bytes.
     """
@@ -72,13 +74,15 @@ class TileGemm(Gemm):
     def __init__(
         self, element: type[Numeric], k: int | None, tile_m: int, tile_n: int, stages: int, cluster: int = 1,
         shared: str = "w", band: int = 8, blocks: int = 0, trigger: int = 0, slices: int = 1, groups: int = 2,
-        per_sm: int = 1, ahead: int = 0,
+        per_sm: int = 1, ahead: int = 0, pingpong: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(element, k, CHUNK, 1, trigger)
         self.tile_m, self.tile_n, self.stages, self.cluster = tile_m, tile_n, stages, cluster
         self.band, self.slices, self.groups, self.per_sm = band, slices, groups, per_sm
-        self.blocks, self.ahead = blocks or SMS * per_sm, ahead or stages
+        self.blocks, self.ahead, self.pingpong = blocks or SMS * per_sm, ahead or stages, pingpong
         self.shares_x, self.shares_w = cluster == 2 and shared == "x", cluster == 2 and shared == "w"
+        #: Groups that multiply a tile.
+        self.sharers = 1 if pingpong else groups
         self.check(shared)
         #: Chunks of a tile that a block takes, where K is known and all slices take as many.
         self.mine = None if self.turns is None or self.turns % slices else self.turns // slices
@@ -92,7 +96,7 @@ class TileGemm(Gemm):
         self.x_box = tile_m // 2 if self.shares_x else tile_m
         self.w_box = tile_n // 2 if self.shares_w else tile_n
         #: Tiles of wgmma that a group has, one above the other, and their columns.
-        self.slabs = max(1, tile_m // 128)
+        self.slabs = max(1, tile_m // (TALL * self.sharers))
         self.columns = tile_n // 2 if self.halves else tile_n
         #: Sums of a thread in each.
         self.sums = self.columns // 2
@@ -114,7 +118,7 @@ class TileGemm(Gemm):
     @property
     def halves(self) -> bool:
         """Whether both groups have the same tokens, and each has half of the outputs."""
-        return self.tile_m == TALL and self.groups == 2
+        return self.tile_m == TALL and self.sharers == 2
 
     def check(self, shared: str) -> None:
         """ValueError for what no tile is."""
@@ -134,6 +138,10 @@ class TileGemm(Gemm):
             raise ValueError(f"{self.per_sm} blocks on an SM; there can be 1 or 2")
         if not 0 < self.ahead <= self.stages:
             raise ValueError(f"weights of {self.ahead} stages ahead; there are {self.stages} stages, 0 for all")
+        if self.pingpong and (self.groups, self.slices, self.grouped) != (2, 1, False):
+            scales = "128 of K" if self.grouped else "row"
+            said = f"groups that take tiles in turn: {self.groups}, {self.slices} slices, scales per {scales}"
+            raise ValueError(f"{said}; there must be 2, 1 slice and scales per row")
         if self.slices not in (1, 2, 4, 8):
             raise ValueError(f"{self.slices} slices of a tile; there can be 1, 2, 4 or 8")
 
@@ -325,7 +333,7 @@ class TileGemm(Gemm):
             with cute.arch.elect_one():
                 for stage in cutlass.range_constexpr(self.stages):
                     cute.arch.mbarrier_init(full + stage, self.arrivals)
-                    cute.arch.mbarrier_init(free + stage, self.takers // 32 * self.cluster)
+                    cute.arch.mbarrier_init(free + stage, self.sharers * GROUP // 32 * self.cluster)
                 if cutlass.const_expr(self.slices > 1):
                     cute.arch.mbarrier_init(arrived, 1)
                     cute.arch.mbarrier_arrive_and_expect_tx(arrived, 4 * self.takers * self.own * (self.slices - 1))
@@ -425,17 +433,30 @@ class TileGemm(Gemm):
         row, column = group * (TALL * self.slabs), Int32(0)
         if cutlass.const_expr(self.halves):
             row, column = Int32(0), group * self.columns
+        if cutlass.const_expr(self.pingpong):
+            row = Int32(0)
         totals = cute.make_rmem_tensor((self.slabs * self.sums,), Float32)
         self.await_predecessor()
         stage, phase, odd = Int32(0), Int32(0), Int32(0)
         tiles_m, tiles_n = self.tiles(m, n)
-        for index in cutlass.range(first, tiles_m * tiles_n, every, unroll=1):
+        step = every
+        if cutlass.const_expr(self.pingpong):
+            first, step = first + group * every, 2 * every
+            if group == 1:
+                stage, phase = self.after(stage, phase, turns)
+                self.give_turn(Int32(0), True)
+        for index in cutlass.range(first, tiles_m * tiles_n, step, unroll=1):
             tile_m, tile_n = self.tile_at(index, m, n, rank, order)
             first_m, first_n = tile_m * self.tile_m + row, tile_n * self.tile_n + column
             self.fetch_scales(x_scale, w_scale, scales, first_m, first_n, odd, tid)
+            if cutlass.const_expr(self.pingpong):
+                self.await_turn(group)
             stage, phase = self.sum_tile(
-                totals, x_ring, w_ring, scales, full, free, row, column, stage, phase, turns, slice, tid
-            )
+                totals, x_ring, w_ring, scales, full, free, row, column, stage, phase, turns, slice, tid,
+                index + every < tiles_m * tiles_n,
+            )  # fmt: skip
+            if cutlass.const_expr(self.pingpong):
+                stage, phase = self.after(stage, phase, turns)
             own = totals
             if cutlass.const_expr(self.slices > 1):
                 own = self.share(totals, given, arrived, rank, slice, tid)
@@ -521,9 +542,12 @@ class TileGemm(Gemm):
     @cute.jit
     def sum_tile(
         self, totals: cute.Tensor, x_ring: Any, w_ring: Any, scales: Any, full: Any, free: Any, row: Int32,  # noqa: ARG002
-        column: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32,
+        column: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32, follows: Any,
     ) -> Any:  # fmt: skip
-        """Sums up a tile, all of K in the tensor core, from a stage and its phase on: those after the tile's."""
+        """Sums up a tile, all of K in the tensor core, from a stage and its phase on: those after the tile's.
+
+        follows  whether the block has a tile after this one, which with `pingpong` is the other group's
+        """
         mma = self.mma(self.columns)
         tokens, (weights,) = self.operands(mma, x_ring, w_ring, row, column, self.columns)
         shape = mma.get_slice(0).partition_shape_C((TALL, self.columns))
@@ -537,14 +561,35 @@ class TileGemm(Gemm):
             warpgroup.wait_group(1)
             self.hand_back(free + before, slice, tid)
             before = stage
+        if cutlass.const_expr(self.pingpong):
+            self.give_turn(1 - tid // GROUP, follows)
         warpgroup.wait_group(0)
         self.hand_back(free + before, slice, tid)
         return self.following(stage, phase)
+
+    @cute.jit
+    def give_turn(self, group: Int32, follows: Any) -> None:
+        """Lets a group multiply, once the last products of the other's tile have begun: none waits for the other."""
+        if follows:
+            cute.arch.barrier_arrive(barrier_id=1 + self.groups + group, number_of_threads=2 * GROUP)
+
+    def await_turn(self, group: Int32) -> None:
+        """Waits until the other group has seen all chunks of the tile before.
+
+        Only then does a stage's phase tell this tile's chunk: a barrier knows whether a phase is even or odd, and stages are
+        filled many times while the other group multiplies.
+        """
+        cute.arch.barrier(barrier_id=1 + self.groups + group, number_of_threads=2 * GROUP)
 
     def following(self, stage: Int32, phase: Int32) -> tuple[Int32, Int32]:
         """The stage after one, and its phase."""
         wraps = Int32(stage == self.stages - 1)
         return (stage + 1) * (1 - wraps), phase ^ wraps
+
+    def after(self, stage: Int32, phase: Int32, turns: Any) -> tuple[Int32, Int32]:
+        """The stage so many chunks after one, and its phase."""
+        further = stage + turns
+        return further % self.stages, phase ^ (further // self.stages % 2)
 
     @cute.jit
     def multiply(

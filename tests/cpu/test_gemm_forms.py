@@ -185,6 +185,19 @@ REFUSED = [
         "2 slices of a tile whose scales are per row; it is one block's, slices are block_tile's",
     ),
     ("scaled_mm", {}, tile(96, 128), "a tile is 96 x 128; it can be 64, 128 or 256 x a multiple of 16 to 256"),
+    ("scaled_mm", {}, tile(128, 256, pingpong=True), "a thread has 256 sums of a 128 x 256 tile; it can have 192"),
+    (
+        "scaled_mm",
+        {},
+        tile(64, 128, groups=1, pingpong=True),
+        "groups that take tiles in turn: 1, 1 slices, scales per row; there must be 2, 1 slice and scales per row",
+    ),
+    (
+        OP,
+        {},
+        block_tile(128, 64, pingpong=True),
+        "groups that take tiles in turn: 2, 1 slices, scales per 128 of K; there must be 2, 1 slice and scales per row",
+    ),
 ]
 
 
@@ -289,6 +302,9 @@ COMPILED = [
     ("scaled_mm", {}, tile(128, 128, 2, "x"), 8, 2),
     ("scaled_mm", {"K": 4096}, tile(128, 192, 2), 8, 2),
     ("scaled_mm", {"K": 4096}, tile(256, 128, 2), 16, 2),
+    ("scaled_mm", {"K": 4096}, tile(128, 128, 2, pingpong=True), 16, 2),
+    ("scaled_mm", {}, tile(128, 112, 2, pingpong=True), 16, 2),
+    ("scaled_mm", {"K": 4096}, tile(64, 48, groups=1, stages=11), 8, 2),
 ]
 
 
@@ -325,3 +341,12 @@ def test_candidates_need_no_dsl() -> None:
     assert block_tile_candidates({"M": 32}) == tile_candidates({"M": 32}) == []
     assert block_tile_candidates({"M": 64})
     assert tile_candidates({"M": 64})
+
+
+@pytest.mark.parametrize(("m", "n", "some"), [(8192, 4096, True), (256, 51200, True), (512, 4096, False), (64, 51200, True)])
+def test_groups_take_tiles_in_turn_where_blocks_have_several(m, n, some) -> None:
+    """Of 132 tiles and fewer a block has one, and its second group would have none."""
+    found = [config for config in tile_candidates({"M": m, "K": 4096, "N": n}) if config.get("pingpong")]
+    assert bool(found) == some
+    for config in found:
+        assert -(-m // config["tile_m"]) * -(-n // config["tile_n"]) > 132

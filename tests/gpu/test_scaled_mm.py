@@ -1,6 +1,6 @@
 """scaled_mm of 129 to 192 rows, whose kernels take two or three pieces of rows, the last of which ends with M.
 
-The candidates of a bundle that `hdispatch tune candidates --ops scaled_mm --buckets 144,160,192` made, $HDISPATCH_CANDIDATES,
+The candidates of a bundle that `hdispatch tune candidates --ops scaled_mm --buckets 144,160,192,…` made, $HDISPATCH_CANDIDATES,
 are called one by one; so compute-sanitizer can be run on kernels that no row has:
 
     HDISPATCH_CANDIDATES=DIR compute-sanitizer --tool racecheck python -m pytest tests/gpu/test_scaled_mm.py -k candidates
@@ -83,15 +83,18 @@ def test_rows_of_pieces(bundle, variant, sizes):
 @pytest.mark.skipif(BUNDLE is None, reason="HDISPATCH_CANDIDATES is not set")
 @pytest.mark.parametrize(("cell", "index"), CANDIDATES)
 def test_candidates(cell, index):
+    """At a bucket's edges; code that is not of one N also for others, whose last tile is cut and whose blocks have few."""
     manifest = BUNDLE["manifest"]
     record, ladders = manifest["records"][index], ladders_of(manifest["ops"][OP])
     files = {name: BUNDLE["contents"][name] for name in artifacts_of(record)}
     device = open_device(GIVEN, manifest, 0)
-    device.publish(
-        OneRow(hdispatch.registry.get(OP), ladders, cell["variant"], cell["K"], cell["N"], cell["bucket"], record, files)
-    )
     first, last = ladders.bounds(cell["bucket"])
     last = last or ladders.m[-1]
-    for m in sorted({first, first + 1, (first + last) // 2 // 16 * 16, last - 1, last}):
-        if first <= m <= last:
-            check(cell["variant"], {"K": cell["K"], "N": cell["N"]}, m)
+    others = (336, 1992) if "N" in BUNDLE["candidates"]["origins"][index]["generic"] else ()
+    for n in (cell["N"], *others):
+        device.publish(
+            OneRow(hdispatch.registry.get(OP), ladders, cell["variant"], cell["K"], n, cell["bucket"], record, files)
+        )
+        for m in sorted({first, first + 1, (first + last) // 2 // 16 * 16, last - 1, last}):
+            if first <= m <= last:
+                check(cell["variant"], {"K": cell["K"], "N": n}, m)
