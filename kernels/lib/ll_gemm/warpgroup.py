@@ -91,6 +91,9 @@ class Warpgroup(Gemm):
         self.chains = PRODUCTS if columns <= 4 else 2 if columns <= 8 else 1
         #: Whether a row is whole chunks: then a copy brings a stage's at once.
         self.whole = k is not None and k % self.chunk == 0
+        #: Whether K fits a stage. There is but one copy along K then, and the DSL, which knows it, would make that one again in
+        #: the place of what lies past K, for a block that shares the tile, instead of zeros: it is told K as code runs.
+        self.short = k is not None and k <= self.chunk * steps
         self.w_slots = stages * steps
         self.x_slots = self.turns * steps if resident else self.w_slots
         # The last stage is read past its end, into the tokens.
@@ -131,8 +134,11 @@ class Warpgroup(Gemm):
         """What copies chunks of so many rows: those of a stage at once where rows are whole chunks, else one."""
         at_once = at_once and self.whole
         if at_once:
-            count = self.k // self.chunk
-            layout = cute.make_layout((tensor.shape[0], self.chunk, count), stride=(tensor.stride[0], 1, self.chunk))
+            shape = tensor.shape[0], self.chunk, Int32(self.k // self.chunk) if self.short else self.k // self.chunk
+            layout = cute.make_layout(shape, stride=(tensor.stride[0], 1, self.chunk))
+            tensor = cute.make_tensor(tensor.iterator, layout)
+        elif self.short:
+            layout = cute.make_layout((tensor.shape[0], Int32(self.k)), stride=(tensor.stride[0], 1))
             tensor = cute.make_tensor(tensor.iterator, layout)
         box = cute.make_composed_layout(self.swizzled().inner, 0, self.chunks(rows, self.steps if at_once else 0, rows))
         tile = (rows, self.chunk, self.steps) if at_once else (rows, self.chunk)
