@@ -13,6 +13,8 @@ from ..lib.model_sizes import summed
 NAME = "moe_sum"
 
 INT = (torch.int32,)
+#: Sums in float32, in another order than the reference's: some units of 2**-24 of the partial sums.
+ACCUMULATION = 1e-7
 #: Experts per token, and experts, in samples that do not say how many.
 TOPK, EXPERTS = 8, 128
 
@@ -80,6 +82,8 @@ SPEC = OpSpec(
     reference=reference,
     sample=sample,
     shapes=({"N": 2048}, {}),
+    accumulation=ACCUMULATION,
+    summed="A",
     calls=summed,
     config_key={"hidden_size": "N", "num_tokens": "M"},
     ladder=(8, 64, 512, 8192),

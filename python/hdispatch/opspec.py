@@ -195,8 +195,10 @@ class OpSpec:
     served                      which variants a bundle holds; all if None.
     typical                     the variant that servers call most: what is tuned and benchmarked unless told otherwise; the
                                 first served one if None.
-    accumulation                root mean square of what the kernels' sums over K lose besides roundings of the output, per
-                                square root of K and relative to the output's own; 0 where they add in float32.
+    accumulation                root mean square of what the kernels' sums over `summed` lose besides roundings of the output,
+                                per square root of that size and relative to the output's own; 0 where nothing is added up, or
+                                in float32 for an output of 16 bits.
+    summed                      the size that sums are over, where there is an `accumulation`.
     own_scales                  whether the rows of the outputs have scales of their own, as averages over many or few tokens
                                 have: where sums cancel, a row's scale says what rounding may lose.
     hints                       example sizes used to trace generic symbols; `HINTS` for the others.
@@ -220,6 +222,7 @@ class OpSpec:
     served: Callable[[Variant], bool] | None = None
     typical: str | None = None
     accumulation: float = 0.0
+    summed: str = "K"
     own_scales: bool = False
     hints: Mapping[str, int] = field(default_factory=dict)
     measured: Callable[[Variant], Mapping[str, int]] | None = None

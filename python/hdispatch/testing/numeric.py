@@ -163,7 +163,7 @@ def compare_outputs(spec: OpSpec, variant: Variant, got: Sequence[Any], want: Se
     else is equal.
     """
     narrow = any(dtype.itemsize == 2 and dtype.is_floating_point for dtype in variant.dtypes.values())
-    lost = spec.accumulation * _bound_size(spec, want, "K") ** 0.5 if spec.accumulation else 0.0
+    lost = spec.accumulation * _bound_size(spec, want, spec.summed) ** 0.5 if spec.accumulation else 0.0
     for arg, actual, expected in zip(spec.args, got, want, strict=True):
         if getattr(arg, "mutated", False) and expected is not None:
             try:
@@ -176,7 +176,7 @@ def _bound_size(spec: OpSpec, args: Sequence[Any], symbol: str) -> int:
     """A size of a call, from the tensor that gives it."""
     binder = spec.binder(symbol)
     if binder is None:
-        raise HdispatchError(f"{spec.name} has no size {symbol}; accumulation is about sums over K")
+        raise HdispatchError(f"{spec.name} has no size {symbol}, which its accumulation is about; name the size that is summed")
     arg, dim = binder
     return int(args[spec.args.index(arg)].size(dim))
 
