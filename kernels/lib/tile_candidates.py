@@ -110,7 +110,7 @@ def _one_group(sizes: Mapping[str, int], kind: Any, slices: tuple[int, ...]) -> 
     made = [kind(64, tile_n, groups=1, ahead=2) for tile_n in (48, 64, 80, 96)]
     if 2 in slices:
         made += [kind(64, tile_n, slices=2, groups=1, ahead=2) for tile_n in (64, 96)]
-    found = sorted(made, key=lambda each: _cycles(each, sizes["M"], k, n))[:4]
+    found = sorted(made, key=lambda each: _cycles(each, sizes["M"], k, n))[:3]
     return [*found, kind(64, 48, groups=1, ahead=2, stages=11)]
 
 
@@ -136,6 +136,8 @@ def _early(config: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int
 
 def _two_on_an_sm(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """Blocks of which an SM holds two, so that the next kernel asks for its weights under this one's products."""
+    if not {"K", "N"} <= sizes.keys():
+        return []
     for tile_n in (16, 32, 48, 64):
         made = block_tile(64, tile_n, groups=1, per_sm=2, trigger=2)
         early = _early(made, sizes)
@@ -148,6 +150,9 @@ def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     """The same of `BlockTileGemm`."""
     if sizes["M"] < LEAST_M:
         return []
+    if sizes["M"] <= 64:
+        made = [each | {"ahead": 2} for each in _likely(sizes, block_tile, (1,), 1)] + _one_group(sizes, block_tile, (1, 2))
+        return [each | _early(each, sizes) for each in made] + _two_on_an_sm(sizes)
     few = sizes["M"] <= 128
     whole = _likely(sizes, block_tile, (1,), 1 if few else 2)
     found = [each | {"ahead": 2} for each in whole + _likely(sizes, block_tile, (1, 2, 4), 3)]
@@ -155,9 +160,7 @@ def block_tile_candidates(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     more = [block_tile(128, 64)] if sizes["M"] <= 256 else []
     more += [each | _early(each, sizes) for each in found[: len(whole)] + more]
     more += [each | _early(each, sizes) for each in _pairs(whole, block_tile, sizes["M"])]
-    if sizes["M"] <= 64:
-        more += [each | _early(each, sizes) for each in _one_group(sizes, block_tile, (1, 2))]
-    if sizes["M"] <= 256 and {"K", "N"} <= sizes.keys():
+    if sizes["M"] <= 256:
         more += _two_on_an_sm(sizes)
     made = found + more
     return [each for index, each in enumerate(made) if each not in made[:index]]

@@ -6,6 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hdispatch.errors import HdispatchError
+from hdispatch.errors import HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
 from hdispatch.testing import numeric
 
@@ -110,3 +112,21 @@ def test_large_sums_may_lose_more_in_a_tensor_core():
     for bad, why in ((coarser, "norm is 0.00"), (wrong, "out: 1 of 1024 elements")):
         with pytest.raises(numeric.MismatchError, match=why):
             numeric.compare_outputs(spec, variant, [bad, a], [exact, a])
+
+
+def test_float32_sums_of_another_order_agree():
+    """Over the size that the spec names; without it float32 is a scale, of which no bits may be lost where sums cancel."""
+    spec, _ = outputs(torch.float32)
+    args = (TensorArg("out", ("M", "N"), (torch.float32,), mutated=True), TensorArg("x", ("M", "A", "N"), (torch.float32,)))
+    spec = replace(spec, args=args, accumulation=1e-7, summed="A")
+    x = torch.randn(8, 640, 256, generator=torch.Generator().manual_seed(2))
+    forward, exact = x.cumsum(1)[:, -1], x.double().sum(1).float()
+    assert float(((forward - exact) / exact).abs().max()) > 1e-5
+    variant = spec.variants()[0]
+    numeric.compare_outputs(spec, variant, [forward, x], [exact, x])
+    with pytest.raises(numeric.MismatchError, match="scales differ"):
+        numeric.compare_outputs(replace(spec, accumulation=0.0), variant, [forward, x], [exact, x])
+    with pytest.raises(numeric.MismatchError, match="out: "):
+        numeric.compare_outputs(spec, variant, [exact + 0.01 * exact.abs().max(), x], [exact, x])
+    with pytest.raises(HdispatchError, match="has no size K, which its accumulation is about"):
+        numeric.compare_outputs(replace(spec, summed="K"), variant, [exact, x], [exact, x])
