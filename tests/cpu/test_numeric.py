@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from hdispatch.errors import HdispatchError
-from hdispatch.errors import HdispatchError
 from hdispatch.opspec import OpSpec, TensorArg
 from hdispatch.testing import numeric
 
@@ -120,7 +119,9 @@ def test_float32_sums_of_another_order_agree():
     args = (TensorArg("out", ("M", "N"), (torch.float32,), mutated=True), TensorArg("x", ("M", "A", "N"), (torch.float32,)))
     spec = replace(spec, args=args, accumulation=1e-7, summed="A")
     x = torch.randn(8, 640, 256, generator=torch.Generator().manual_seed(2))
-    forward, exact = x.cumsum(1)[:, -1], x.double().sum(1).float()
+    forward, exact = torch.zeros(8, 256), x.double().sum(1).float()
+    for index in range(x.size(1)):
+        forward += x[:, index]
     assert float(((forward - exact) / exact).abs().max()) > 1e-5
     variant = spec.variants()[0]
     numeric.compare_outputs(spec, variant, [forward, x], [exact, x])
