@@ -336,6 +336,33 @@ print("null")
             assert not re.search(r"MUFU\.RCP", code), f"{config}: a division by what the host knows"
 
 
+#: Of an op, a K that fits a stage, and a form whose two blocks share a tile: the second block's part of K is past its end.
+SHORT = [
+    ("scaled_mm", 256, {"kernel": "warpgroup", "rows": 32, "columns": 8, "steps": 2, "stages": 8, "cluster": 2, "resident": 1}),
+    ("scaled_mm", 112, {"kernel": "warpgroup", "rows": 32, "columns": 8, "steps": 2, "stages": 8, "cluster": 2}),
+    (OP, 256, {"kernel": "block_scaled", "rows": 32, "columns": 8, "steps": 2, "stages": 4, "cluster": 2}),
+]
+
+
+@pytest.mark.parametrize(("op", "k", "config"), SHORT)
+def test_what_lies_past_a_short_k_is_not_copied_again(tmp_path, op, k, config) -> None:
+    """Each block asks for its own part of K; where the DSL took it for the first one's, products were counted twice."""
+    script = """
+made = cutedsl.program(SPEC.variant("bfloat16"), {"K": given[1]}, given[2])
+options = f"--enable-tvm-ffi --keep-ptx --dump-dir={given[0]}"
+cute.compile(made.host, *made.arguments.values(), options=options)
+print("null")
+"""
+    in_dsl(script, op, str(tmp_path), k, config)
+    (file,) = tmp_path.glob("*.ptx")
+    code = file.read_text()
+    copies = re.findall(r"cp\.async\.bulk\.tensor\.(\d)d\.shared\S* \[%r\d+\S*\], \[%rd\d+, \{([^}]*)\}\]", code)
+    assert copies
+    for dimensions, coordinates in copies:
+        along_k = coordinates.split(", ")[2 if dimensions == "3" else 0]
+        assert not re.search(rf"mov\.b32\s+{along_k}, \d+;", code), coordinates
+
+
 def test_candidates_need_no_dsl() -> None:
     assert block_scaled_candidates({"M": 1, "K": 4096})
     assert block_tile_candidates({"M": 32}) == tile_candidates({"M": 32}) == []
