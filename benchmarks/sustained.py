@@ -1,0 +1,162 @@
+"""Products that run without a pause, where a card's power is what limits them: time, power and clock of candidates and peers.
+
+    python -m benchmarks.sustained CANDIDATES MxKxN[,MxKxN…] [--vllm-ops LIBRARY] [--seconds 0.25] [--rounds 2] [--json FILE]
+
+CANDIDATES is a folder that `hdispatch tune candidates --ops scaled_mm` made, whose cells have these sizes; peers are cuBLAS
+and, with vLLM's library, CUTLASS. Each candidate is checked first. In every round all run in random order, graphs in a row for
+as many seconds; printed are medians: µs of a launch, its ratio to the best one's, TFLOPS, W and MHz. The power is a difference
+of NVML's counter of energy, which goes in steps of some 0.1 s: of one line it may be off by a third, the clock is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hdispatch import registry
+from hdispatch.manifest import artifacts_of, ladders_of
+from hdispatch.runtime import strict
+from hdispatch.testing.device_timer import Replay
+from hdispatch.tune.candidates import CandidateBundle, Cell, read_candidates
+from hdispatch.tune.cell_arguments import CellArguments
+from hdispatch.tune.device import Device, OneRow, open_device
+
+from benchmarks.ops import peers
+
+#: µs of launches that a graph has, and graphs that run before a sample, so that the clock is that of this kernel.
+REPLAY_US, SETTLING = 10_000.0, 5
+#: NVML's number of the clock of SMs.
+NVML_CLOCK_SM = 1
+
+
+class Sample(NamedTuple):
+    """What one kernel did in a round: µs of a launch, W, MHz."""
+
+    us: float
+    watts: float
+    mhz: float
+
+
+class Card:
+    """The first GPU's counter of energy and clock, from NVML."""
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL("libnvidia-ml.so.1")
+        self.handle = ctypes.c_void_p()
+        self._call("nvmlInit_v2")
+        self._call("nvmlDeviceGetHandleByIndex_v2", 0, ctypes.byref(self.handle))
+
+    def _call(self, name: str, *args: Any) -> None:
+        if status := getattr(self.library, name)(*args):
+            raise RuntimeError(f"{name} failed with {status}; NVML's nvmlReturn_t says why")
+
+    def joules(self) -> float:
+        """Since the driver was loaded."""
+        value = ctypes.c_ulonglong()
+        self._call("nvmlDeviceGetTotalEnergyConsumption", self.handle, ctypes.byref(value))
+        return value.value / 1e3
+
+    def mhz(self) -> int:
+        """Of the SMs, now."""
+        value = ctypes.c_uint()
+        self._call("nvmlDeviceGetClockInfo", self.handle, NVML_CLOCK_SM, ctypes.byref(value))
+        return value.value
+
+
+def replays(bundle: CandidateBundle, cell: Cell, device: Device, vllm: bool) -> dict[str, Replay]:
+    """A graph of each candidate of a cell, by its config, and of the peers. The candidates are right."""
+    manifest = bundle["manifest"]
+    ladders = ladders_of(manifest["ops"][cell["op"]])
+    subject, found = CellArguments(cell, device, 0), {}
+    launches = 1
+    for index in cell["records"]:
+        record = manifest["records"][index]
+        files = {name: bundle["contents"][name] for name in artifacts_of(record)}
+        op = registry.get(cell["op"])
+        device.publish(OneRow(op, ladders, cell["variant"], cell["K"], cell["N"], cell["bucket"], record, files))
+        subject.check()
+        launches = max(1, int(REPLAY_US / device.estimate(subject.calls())))
+        found[json.dumps(record["config"])] = Replay(subject.calls(), launches)
+    for name, bind in (("cuBLAS", peers.bind_torch_scaled_mm), *((("CUTLASS", peers.bind_vllm),) if vllm else ())):
+        bound = [bind(cell["op"], arguments) for arguments in subject.sets]
+        if None not in bound:
+            found[name] = Replay([_call(*each) for each in bound if each], launches)
+    return found
+
+
+def _call(function: Callable[..., object], arguments: tuple[Any, ...]) -> Callable[[], object]:
+    return lambda: function(*arguments)
+
+
+def sample(run: Replay, card: Card, seconds: float) -> Sample:
+    """Runs graphs in a row for as many seconds."""
+    run.time(SETTLING)
+    times, clocks = [], []
+    joules, start = card.joules(), time.monotonic()
+    while (passed := time.monotonic() - start) < seconds:
+        times.append(run.time(2))
+        clocks.append(card.mhz())
+    return Sample(statistics.median(times), (card.joules() - joules) / passed, statistics.median(clocks))
+
+
+def measure(runs: dict[str, Replay], card: Card, seconds: float, rounds: int) -> dict[str, list[Sample]]:
+    """All of them in random order, round by round."""
+    found: dict[str, list[Sample]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name in random.sample(list(runs), len(runs)):
+            found[name].append(sample(runs[name], card, seconds))
+    return found
+
+
+def show(cell: Cell, found: dict[str, list[Sample]]) -> None:
+    """The table of a cell, the fastest first."""
+    m, k, n = cell["M"], cell["K"], cell["N"]
+    print(f"M = {m}, K = {k}, N = {n}")
+    medians = {name: Sample(*map(statistics.median, zip(*samples, strict=True))) for name, samples in found.items()}
+    best = min(each.us for each in medians.values())
+    for name, (us, watts, mhz) in sorted(medians.items(), key=lambda each: each[1].us):
+        print(f"{us:10.2f} µs {us / best:6.3f} {2 * m * n * k / us / 1e6:6.0f} TFLOPS {watts:5.0f} W {mhz:5.0f} MHz  {name}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("candidates", type=Path)
+    parser.add_argument("cells", help="MxKxN, with commas")
+    parser.add_argument("--vllm-ops", type=Path, help="the library behind torch.ops._C")
+    parser.add_argument("--seconds", type=float, default=0.25, help="of each kernel in a round (default: 0.25)")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="all samples")
+    given = parser.parse_args()
+    wanted = [(int(m), int(k), int(n)) for m, k, n in (cell.split("x") for cell in given.cells.split(","))]
+    if given.vllm_ops:
+        peers.load_vllm_ops(given.vllm_ops)
+    bundle = read_candidates(given.candidates)
+    cells = {(cell["M"], cell["K"], cell["N"]): cell for cell in bundle["candidates"]["cells"]}
+    if missing := [size for size in wanted if size not in cells]:
+        parser.error(f"{given.candidates} has no cell of {missing}; it has {sorted(cells)}")
+    device, card, results = open_device(given.candidates, bundle["manifest"], 0), Card(), []
+    for size in wanted:
+        cell = cells[size]
+        with strict():
+            runs = replays(bundle, cell, device, bool(given.vllm_ops))
+            found = measure(runs, card, given.seconds, given.rounds)
+            show(cell, found)
+            results += [
+                {"M": size[0], "K": size[1], "N": size[2], "name": name, "samples": each} for name, each in found.items()
+            ]
+            for run in runs.values():
+                run.close()
+    if given.json:
+        given.json.write_text(json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
