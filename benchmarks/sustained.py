@@ -20,7 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hdispatch import registry
+import torch
+from hdispatch import _C, registry
 from hdispatch.manifest import artifacts_of, ladders_of
 from hdispatch.runtime import strict
 from hdispatch.testing.device_timer import Replay
@@ -125,25 +126,36 @@ def show(cell: Cell, found: dict[str, list[Sample]]) -> None:
         print(f"{us:10.2f} µs {us / best:6.3f} {2 * m * n * k / us / 1e6:6.0f} TFLOPS {watts:5.0f} W {mhz:5.0f} MHz  {name}")
 
 
+def sizes(text: str) -> list[tuple[int, int, int]]:
+    """`MxKxN,…` as numbers."""
+    found = [tuple(map(int, cell.split("x"))) for cell in text.split(",")]
+    if any(len(each) != 3 for each in found):
+        raise argparse.ArgumentTypeError(f"{text!r}; a cell is MxKxN")
+    return [(m, k, n) for m, k, n in found]
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("candidates", type=Path)
-    parser.add_argument("cells", help="MxKxN, with commas")
+    parser.add_argument("cells", type=sizes, help="MxKxN, with commas")
     parser.add_argument("--vllm-ops", type=Path, help="the library behind torch.ops._C")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each kernel in a round (default: 0.25)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--json", type=Path, help="all samples")
     given = parser.parse_args()
-    wanted = [(int(m), int(k), int(n)) for m, k, n in (cell.split("x") for cell in given.cells.split(","))]
+    if given.seconds <= 0 or given.rounds < 1:
+        parser.error(f"{given.seconds} seconds in {given.rounds} rounds; there must be more than 0, in 1 or more")
+    if not torch.cuda.is_available():
+        parser.error(f"there is no GPU here ({_C.driver_missing() or 'torch sees none'}); take the candidates to one")
     if given.vllm_ops:
         peers.load_vllm_ops(given.vllm_ops)
     bundle = read_candidates(given.candidates)
     cells = {(cell["M"], cell["K"], cell["N"]): cell for cell in bundle["candidates"]["cells"]}
-    if missing := [size for size in wanted if size not in cells]:
+    if missing := [size for size in given.cells if size not in cells]:
         parser.error(f"{given.candidates} has no cell of {missing}; it has {sorted(cells)}")
     device, card, results = open_device(given.candidates, bundle["manifest"], 0), Card(), []
-    for size in wanted:
+    for size in given.cells:
         cell = cells[size]
         with strict():
             runs = replays(bundle, cell, device, bool(given.vllm_ops))

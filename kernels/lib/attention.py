@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS
 
+from .hopper import SMS
 from .triton_launch import launch_options
 from .triton_softmax import INTERPRETED, capped, weighted
 from .workspace import cells, rows_held
@@ -116,8 +117,6 @@ def candidates(sizes: dict[str, int], rows: int, group: int) -> list[dict[str, A
 
 #: Blocks that an SM gets, on average, where all requests are the longest.
 BLOCKS_OF_AN_SM = (1, 2, 3, 4, 6, 8, 12, 16)
-#: SMs of the GPU that candidates are for: what is measured decides.
-SMS = 132
 
 
 def _chunks(sizes: dict[str, int], rows: int, tile: int, kv_heads: int) -> list[int]:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-#: Shared memory of an SM of Hopper's, and about what of a block's is neither a stage nor a result: a kernel that needs more for
-#: scales stores its results in more turns.
-_SHARED, _OTHER = 232448, 2048
+from .hopper import SHARED_BYTES, SMS
 
-#: Blocks that run at once, one on each SM.
-_SMS = 132
+#: About what of a block's shared memory is neither a stage nor a result: a kernel that needs more for scales stores its results
+#: in more turns.
+_OTHER = 2048
 
 #: Fewer tokens than this are not worth a tile.
 LEAST_M = 64
@@ -22,7 +21,7 @@ _PRODUCTS, _BYTES, _CHUNK, _TILE, _SLICES = 4096, 60, 200, 2500, 2500
 
 def _most_stages(tile_m: int, tile_n: int, results: int, scales: int = 0, per_sm: int = 1) -> int:
     """Stages that there is room for beside so many bytes of results; more than eight gain nothing."""
-    return min((_SHARED // per_sm - _OTHER * per_sm - results) // (128 * (tile_m + tile_n) + scales), 8)
+    return min((SHARED_BYTES[1] // per_sm - _OTHER * per_sm - results) // (128 * (tile_m + tile_n) + scales), 8)
 
 
 def tile(
@@ -51,7 +50,7 @@ def _cycles(config: Mapping[str, Any], m: int, k: int, n: int) -> float:
     """About how long a config takes, in clock cycles: so good that the best are among the first few."""
     tile_m, tile_n, slices = config["tile_m"], config["tile_n"], config.get("slices", 1)
     # Clusters of four and eight leave some SMs without a block: those of a group of SMs that they do not divide.
-    at_once = {1: _SMS, 2: _SMS, 4: 120, 8: 96}[slices]
+    at_once = {1: SMS, 2: SMS, 4: 120, 8: 96}[slices]
     waves = -(-(-(-m // tile_m) * -(-n // tile_n) * slices) // at_once)
     chunk = max(tile_m * tile_n * 128 / _PRODUCTS, (tile_m + tile_n) * 128 / _BYTES, _CHUNK)
     return waves * (-(-k // (128 * slices)) * chunk + _TILE + (_SLICES if slices > 1 else 0))
@@ -94,11 +93,12 @@ def _in_turn(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     m, n = sizes["M"], sizes.get("N", 6144)
     made = [tile(128, 128, ahead=2, pingpong=True)]
     if m > 128:
-        pairs = (128, 128, "w", 8), (128, 128, "x", 8), (128, 112, "w", 8), (128, 128, "w", 16)
-        made += [tile(rows, columns, 2, shared, band, ahead=2, pingpong=True) for rows, columns, shared, band in pairs]
-    return [
-        each for each in made if -(-m // each["tile_m"]) * -(-n // each["tile_n"]) > _SMS and (each["band"] == 8 or m > 1024)
-    ]
+        made += [
+            tile(128, tile_n, 2, shared, ahead=2, pingpong=True) for tile_n, shared in ((128, "w"), (128, "x"), (112, "w"))
+        ]
+    if m > 1024:
+        made.append(tile(128, 128, 2, band=16, ahead=2, pingpong=True))
+    return [each for each in made if -(-m // each["tile_m"]) * -(-n // each["tile_n"]) > SMS]
 
 
 def _one_group(sizes: Mapping[str, int], kind: Any, slices: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -141,7 +141,7 @@ def _two_on_an_sm(sizes: Mapping[str, int]) -> list[dict[str, Any]]:
     for tile_n in (16, 32, 48, 64):
         made = block_tile(64, tile_n, groups=1, per_sm=2, trigger=2)
         early = _early(made, sizes)
-        if early and -(-sizes["M"] // 64) * -(-sizes["N"] // tile_n) <= _SMS:
+        if early and -(-sizes["M"] // 64) * -(-sizes["N"] // tile_n) <= SMS:
             return [made | early]
     return []
 

@@ -12,6 +12,7 @@ from cutlass import Constexpr, Float32, Int16, Int32, Int64, Numeric, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
+from .hopper import SHARED_BYTES, SMS
 from .ll_gemm.base import VECTOR, Gemm
 
 #: Elements of K in a chunk, and bytes: what one TMA copy brings of a row, and what its swizzle spans.
@@ -38,12 +39,6 @@ _FEW, MOST_REGISTERS = 40, 232
 
 #: Registers of a thread that multiplies, beside its sums.
 OTHER_REGISTERS = 40
-
-#: Shared memory of a block on Hopper, where an SM holds one, and where it holds two.
-_SHARED = {1: 232448, 2: 115712}
-
-#: SMs of an H100 and an H200.
-SMS = 132
 
 
 class TileGemm(Gemm):
@@ -138,6 +133,8 @@ class TileGemm(Gemm):
             raise ValueError(f"{self.per_sm} blocks on an SM; there can be 1 or 2")
         if not 0 < self.ahead <= self.stages:
             raise ValueError(f"weights of {self.ahead} stages ahead; there are {self.stages} stages, 0 for all")
+        if self.pingpong not in (False, True):
+            raise ValueError(f"pingpong is {self.pingpong!r}; it can be true or false")
         if self.pingpong and (self.groups, self.slices, self.grouped) != (2, 1, False):
             scales = "128 of K" if self.grouped else "row"
             said = f"groups that take tiles in turn: {self.groups}, {self.slices} slices, scales per {scales}"
@@ -167,7 +164,7 @@ class TileGemm(Gemm):
     @property
     def outs(self) -> int:
         """Pieces of out that a group writes at once: all of a tile if shared memory has room for them."""
-        room = [each for each in range(2, self.pieces + 1) if self.bytes_with(each) <= _SHARED[self.per_sm]]
+        room = [each for each in range(2, self.pieces + 1) if self.bytes_with(each) <= SHARED_BYTES[self.per_sm]]
         return max((each for each in room if self.pieces % each == 0), default=1)
 
     @property

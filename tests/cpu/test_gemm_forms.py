@@ -185,6 +185,7 @@ REFUSED = [
         "2 slices of a tile whose scales are per row; it is one block's, slices are block_tile's",
     ),
     ("scaled_mm", {}, tile(96, 128), "a tile is 96 x 128; it can be 64, 128 or 256 x a multiple of 16 to 256"),
+    ("scaled_mm", {}, tile(128, 128) | {"pingpong": "no"}, "pingpong is 'no'; it can be true or false"),
     ("scaled_mm", {}, tile(128, 256, pingpong=True), "a thread has 256 sums of a 128 x 256 tile; it can have 192"),
     (
         "scaled_mm",

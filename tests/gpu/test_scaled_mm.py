@@ -83,14 +83,14 @@ def test_rows_of_pieces(bundle, variant, sizes):
 @pytest.mark.skipif(BUNDLE is None, reason="HDISPATCH_CANDIDATES is not set")
 @pytest.mark.parametrize(("cell", "index"), CANDIDATES)
 def test_candidates(cell, index):
-    """At a bucket's edges; code that is not of one N also for others, whose last tile is cut and whose blocks have few."""
+    """At a bucket's edges; CuteDSL's code, which is of any N, also for two whose last tile is cut and whose blocks have few."""
     manifest = BUNDLE["manifest"]
     record, ladders = manifest["records"][index], ladders_of(manifest["ops"][OP])
     files = {name: BUNDLE["contents"][name] for name in artifacts_of(record)}
     device = open_device(GIVEN, manifest, 0)
     first, last = ladders.bounds(cell["bucket"])
     last = last or ladders.m[-1]
-    others = (336, 1992) if "N" in BUNDLE["candidates"]["origins"][index]["generic"] else ()
+    others = (336, 1992) if record["backend"] == "cutedsl" else ()
     for n in (cell["N"], *others):
         device.publish(
             OneRow(hdispatch.registry.get(OP), ladders, cell["variant"], cell["K"], n, cell["bucket"], record, files)
