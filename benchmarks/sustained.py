@@ -1,11 +1,17 @@
 """Products that run without a pause, where a card's power is what limits them: time, power and clock of candidates and peers.
 
-    python -m benchmarks.sustained CANDIDATES MxKxN[,MxKxN…] [--vllm-ops LIBRARY] [--seconds 0.25] [--rounds 2] [--json FILE]
+    python -m benchmarks.sustained CANDIDATES MxKxN[,MxKxN…] [--vllm-ops LIBRARY] [--deep-gemm FOLDER] [--seconds 0.25]
+        [--rounds 2] [--json FILE] [--once]
 
-CANDIDATES is a folder that `hdispatch tune candidates --ops scaled_mm` made, whose cells have these sizes; peers are cuBLAS
-and, with vLLM's library, CUTLASS. Each candidate is checked first. In every round all run in random order, graphs in a row for
-as many seconds; printed are medians: µs of a launch, its ratio to the best one's, TFLOPS, W and MHz. The power is a difference
-of NVML's counter of energy, which goes in steps of some 0.1 s: of one line it may be off by a third, the clock is not.
+CANDIDATES is a folder that `hdispatch tune candidates` made for scaled_mm or scaled_mm_blockwise, whose cells have these sizes;
+peers are cuBLAS, with vLLM's library CUTLASS, and with its package DeepGEMM. Each candidate is checked first. In every round
+all run in random order, graphs in a row for as many seconds; printed are medians: µs of a launch, its ratio to the best one's,
+TFLOPS, W and MHz. The power is a difference of NVML's counter of energy, which goes in steps of some 0.1 s: of one line it may
+be off by a third, the clock is not.
+
+With --once nothing is timed: each is named and called once, in a range of NVTX, for a profiler:
+
+    ncu --nvtx --nvtx-include once/ --clock-control none --metrics sm__cycles_elapsed.max --csv python3 -m …
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +36,18 @@ from hdispatch.tune.cell_arguments import CellArguments
 from hdispatch.tune.device import Device, OneRow, open_device
 
 from benchmarks.ops import peers
+from benchmarks.ops.deep_gemm import DeepGemm
+from benchmarks.ops.timing import Binder
 
 #: µs of launches that a graph has, and graphs that run before a sample, so that the clock is that of this kernel.
 REPLAY_US, SETTLING = 10_000.0, 5
 #: NVML's number of the clock of SMs.
 NVML_CLOCK_SM = 1
+#: What --once launches within.
+RANGE = "once"
+
+#: A name and what is called in turn.
+Kernel = tuple[str, Sequence[Callable[[], object]]]
 
 
 class Sample(NamedTuple):
@@ -71,29 +84,43 @@ class Card:
         return value.value
 
 
-def replays(bundle: CandidateBundle, cell: Cell, device: Device, vllm: bool) -> dict[str, Replay]:
-    """A graph of each candidate of a cell, by its config, and of the peers. The candidates are right."""
-    manifest = bundle["manifest"]
+def kernels(bundle: CandidateBundle, cell: Cell, device: Device, binders: Mapping[str, Binder]) -> Iterator[Kernel]:
+    """Each candidate of a cell, published and found right, by its config, and each peer."""
+    manifest, op = bundle["manifest"], registry.get(cell["op"])
     ladders = ladders_of(manifest["ops"][cell["op"]])
-    subject, found = CellArguments(cell, device, 0), {}
-    launches = 1
+    subject = CellArguments(cell, device, 0)
     for index in cell["records"]:
         record = manifest["records"][index]
         files = {name: bundle["contents"][name] for name in artifacts_of(record)}
-        op = registry.get(cell["op"])
         device.publish(OneRow(op, ladders, cell["variant"], cell["K"], cell["N"], cell["bucket"], record, files))
         subject.check()
-        launches = max(1, int(REPLAY_US / device.estimate(subject.calls())))
-        found[json.dumps(record["config"])] = Replay(subject.calls(), launches)
-    for name, bind in (("cuBLAS", peers.bind_torch_scaled_mm), *((("CUTLASS", peers.bind_vllm),) if vllm else ())):
+        yield json.dumps(record["config"]), subject.calls()
+    for name, bind in binders.items():
         bound = [bind(cell["op"], arguments) for arguments in subject.sets]
         if None not in bound:
-            found[name] = Replay([_call(*each) for each in bound if each], launches)
-    return found
+            yield name, [_call(*each) for each in bound if each]
 
 
 def _call(function: Callable[..., object], arguments: tuple[Any, ...]) -> Callable[[], object]:
     return lambda: function(*arguments)
+
+
+def replays(found: Iterator[Kernel], device: Device) -> dict[str, Replay]:
+    """A graph of each, all of as many launches."""
+    launches, made = 0, {}
+    for name, calls in found:
+        launches = launches or max(1, int(REPLAY_US / device.estimate(calls)))
+        made[name] = Replay(calls, launches)
+    return made
+
+
+def call_once(found: Iterator[Kernel]) -> None:
+    """Prints each name and makes its first call, in a range for profilers."""
+    for name, calls in found:
+        print(name, flush=True)
+        with torch.cuda.nvtx.range(RANGE):
+            calls[0]()
+        torch.cuda.synchronize()
 
 
 def sample(run: Replay, card: Card, seconds: float) -> Sample:
@@ -142,14 +169,20 @@ def main() -> None:
     parser.add_argument("--vllm-ops", type=Path, help="the library behind torch.ops._C")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each kernel in a round (default: 0.25)")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--deep-gemm", type=Path, help="the package that vLLM ships, vllm/third_party/deep_gemm")
     parser.add_argument("--json", type=Path, help="all samples")
+    parser.add_argument("--once", action="store_true", help="call each once, for a profiler")
     given = parser.parse_args()
     if given.seconds <= 0 or given.rounds < 1:
         parser.error(f"{given.seconds} seconds in {given.rounds} rounds; there must be more than 0, in 1 or more")
     if not torch.cuda.is_available():
         parser.error(f"there is no GPU here ({_C.driver_missing() or 'torch sees none'}); take the candidates to one")
+    binders: dict[str, Binder] = {"cuBLAS": peers.bind_torch_scaled_mm}
     if given.vllm_ops:
         peers.load_vllm_ops(given.vllm_ops)
+        binders["CUTLASS"] = peers.bind_vllm
+    if given.deep_gemm:
+        binders["DeepGEMM"] = DeepGemm(given.deep_gemm).bind
     bundle = read_candidates(given.candidates)
     cells = {(cell["M"], cell["K"], cell["N"]): cell for cell in bundle["candidates"]["cells"]}
     if missing := [size for size in given.cells if size not in cells]:
@@ -158,7 +191,11 @@ def main() -> None:
     for size in given.cells:
         cell = cells[size]
         with strict():
-            runs = replays(bundle, cell, device, bool(given.vllm_ops))
+            ready = kernels(bundle, cell, device, binders)
+            if given.once:
+                call_once(ready)
+                continue
+            runs = replays(ready, device)
             found = measure(runs, card, given.seconds, given.rounds)
             show(cell, found)
             results += [
