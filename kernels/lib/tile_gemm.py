@@ -161,6 +161,10 @@ class TileGemm(Gemm):
         """See `Gemm`: no M is too large."""
         return 2**31 - 1
 
+    def cluster_shape(self) -> list[int] | None:
+        """See `Gemm`."""
+        return [1, self.cluster * self.slices, 1] if self.cluster * self.slices > 1 else None
+
     @property
     def outs(self) -> int:
         """Pieces of out that a group writes at once: all of a tile if shared memory has room for them."""
@@ -199,7 +203,7 @@ class TileGemm(Gemm):
         self.kernel(out_atom, out_tensor, x_atom, x_tensor, w_atom, w_tensor, x_scale, w_scale, bias, whole, last).launch(
             grid=[clusters, self.cluster * self.slices, 1],
             block=[self.threads, 1, 1],
-            cluster=[1, self.cluster * self.slices, 1],
+            cluster=self.cluster_shape(),
             # Without it ptxas does not know the registers at entry, and gives no warp more of them.
             min_blocks_per_mp=self.per_sm,
             # Two blocks want all of an SM's shared memory; told so, the DSL need not ask a GPU.
