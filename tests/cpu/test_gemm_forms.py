@@ -218,6 +218,17 @@ print(json.dumps(said))
     assert in_dsl(script, op, [case[:2] for case in cases]) == [ending for _, _, ending in cases]
 
 
+def test_blocks_alone_are_launched_without_a_cluster() -> None:
+    """A cluster of one is another launch: its blocks lie elsewhere, where they share less of what they read."""
+    script = """
+forms = [cutedsl.program(SPEC.variant("bfloat16"), {"K": 4096}, config).host.__self__ for config in given[0]]
+print(json.dumps([form.cluster_shape() for form in forms]))
+"""
+    few = [block_scaled(64, 1, 2, 8), block_scaled(64, 1, 2, 8, 2)]
+    many = [block_tile(128, 128), block_tile(128, 128, 2), block_tile(128, 128, slices=2), block_tile(128, 128, 2, slices=2)]
+    assert in_dsl(script, OP, few + many) == [None, [1, 2, 1], None, [1, 2, 1], [1, 2, 1], [1, 4, 1]]
+
+
 def test_products_begin_early_where_chunks_are_whole_turns() -> None:
     """A config is also that of a K nearby, which may have other chunks, and of rows of any K."""
     script = """
