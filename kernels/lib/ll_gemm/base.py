@@ -63,14 +63,6 @@ class Gemm:
         """Blocks for n outputs."""
         raise NotImplementedError
 
-    def cluster_shape(self) -> list[int] | None:
-        """Of a launch; None where a block is alone.
-
-        Launched as clusters of one, blocks lie elsewhere on an H200 than without: fewer requests meet on the way to L2,
-        and the tile forms read up to twice as much from it (512 tokens, K = 8192, N = 5120: 294 MB, 142 without).
-        """
-        return [1, self.cluster, 1] if self.cluster > 1 else None
-
     def scale_shapes(self, m: Any, n: Any) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """The shapes of x_scale and w_scale."""
         return (m,), (n,)
@@ -109,7 +101,7 @@ class Gemm:
         self.kernel(out, x, w, x_scale, w_scale, bias).launch(
             grid=self.grid(w.shape[0]),
             block=[self.threads, 1, 1],
-            cluster=self.cluster_shape(),
+            cluster=[1, self.cluster, 1],
             stream=stream,
             use_pdl=pdl,
         )

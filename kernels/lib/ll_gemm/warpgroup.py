@@ -125,7 +125,7 @@ class Warpgroup(Gemm):
         self.kernel(out, w_atom, w_tensor, x_atom, x_tensor, x_scale, w_scale, bias).launch(
             grid=self.grid(w.shape[0]),
             block=[self.threads, 1, 1],
-            cluster=self.cluster_shape(),
+            cluster=[1, self.cluster, 1],
             stream=stream,
             use_pdl=pdl,
         )
