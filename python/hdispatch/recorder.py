@@ -6,6 +6,7 @@ torch, Triton or hdispatch are there.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import fcntl
 import functools
@@ -62,7 +63,8 @@ def encode(value: Any) -> Any:
 class Recorder:
     """Appends every specialization that Triton compiles in this process, from `begin` to `end`, to a file.
 
-    And those that it refuses with one of `REFUSALS`: an autotuner asks for them in every process anew.
+    And those that it refuses with one of `REFUSALS`: an autotuner asks for them in every process anew. A launch whose kernel
+    the file has no room for raises OSError, which names the file: what was written before can be built.
     """
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
@@ -152,22 +154,30 @@ class Recorder:
         lines = [line]
         identity = (line["module"], line["qualname"], line["source_hash"], line["key"])
         with self._lock:
-            if refused:  # Triton keeps none: an autotuner asks again for each of its keys
-                if identity in self._refused:
-                    return
-                self._refused.add(identity)
-            self.count += 1
+            if refused and identity in self._refused:  # Triton keeps none: an autotuner asks again for each of its keys
+                return
             if source is not None and source["sha256"] not in self._written:
                 lines.insert(0, source)
-                self._written.add(source["sha256"])
             self._append(lines)
+            self.count += 1
+            if refused:
+                self._refused.add(identity)
+            if source is not None:
+                self._written.add(source["sha256"])
 
     def _append(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Whole lines, also beside other processes."""
-        text = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-        with self.file.open("ab") as out:
+        """Whole lines, also beside other processes: all of them, or none where the disk is full."""
+        rest = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
+        with self.file.open("ab", buffering=0) as out:  # what a buffer keeps would be written as the file is closed
             fcntl.flock(out, fcntl.LOCK_EX)
-            out.write(text.encode())
+            end = out.seek(0, os.SEEK_END)
+            try:
+                while rest:
+                    rest = rest[out.write(rest) :]
+            except OSError as error:
+                with contextlib.suppress(OSError):  # of a device
+                    out.truncate(end)
+                raise OSError(error.errno, f"{error.strerror}, so a kernel is not in the recording", str(self.file)) from error
 
 
 def _watch(made: Any, take: Callable[[BaseException], None]) -> None:

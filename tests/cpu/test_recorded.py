@@ -432,6 +432,26 @@ def test_an_empty_recording_and_one_that_cannot_be_written(tmp_path):
         recording.read([tmp_path / "nothing.jsonl"])
 
 
+def test_of_a_kernel_that_the_disk_has_no_room_for_nothing_is_written(project, file, tmp_path):
+    """The launch raises what names the file, which ends with a whole line."""
+    whole = file.read_bytes()
+    full = tmp_path / "full.jsonl"
+    full.write_bytes(whole * (2**22 // len(whole) + 1))  # larger than what Triton writes
+    size = full.stat().st_size
+    done = python(
+        project,
+        DESCRIBED.format(gpu="h100")
+        + f"import hdispatch, resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({size} + 10, resource.RLIM_INFINITY))\n"
+        + f"with hdispatch.record({str(full)!r}) as recorded:\n"
+        + "    import user_kernels, user_run\n    try:\n        user_run.run(user_kernels)\n"
+        + "    except OSError as error:\n        print(error, recorded.count)",
+    )
+    said = f"[Errno 27] File too large, so a kernel is not in the recording: {str(full)!r} 0\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
+    assert full.stat().st_size == size
+    assert len(recording.read([full])[1]) == COUNT + 1
+
+
 def changed_bundle(bundle: Path, out: Path, change: Any) -> Path:
     """A copy with another manifest, whose checksum fits."""
     from hdispatch.bundle_reader import checksum_line
