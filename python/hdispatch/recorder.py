@@ -170,7 +170,7 @@ class Recorder:
         rest = memoryview("".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode())
         with self.file.open("ab", buffering=0) as out:  # what a buffer keeps would be written as the file is closed
             fcntl.flock(out, fcntl.LOCK_EX)
-            end = out.seek(0, os.SEEK_END)
+            end = os.fstat(out.fileno()).st_size
             try:
                 while rest:
                     rest = rest[out.write(rest) :]
