@@ -3,11 +3,11 @@
     python -m benchmarks.sustained CANDIDATES MxKxN[,MxKxN…] [--vllm-ops LIBRARY] [--deep-gemm FOLDER] [--seconds 0.25]
         [--rounds 2] [--json FILE] [--once]
 
-CANDIDATES is a folder that `hdispatch tune candidates` made for scaled_mm or scaled_mm_blockwise, whose cells have these sizes;
-peers are cuBLAS, with vLLM's library CUTLASS, and with its package DeepGEMM. Each candidate is checked first. In every round
-all run in random order, graphs in a row for as many seconds; printed are medians: µs of a launch, its ratio to the best one's,
-TFLOPS, W and MHz. The power is a difference of NVML's counter of energy, which goes in steps of some 0.1 s: of one line it may
-be off by a third, the clock is not.
+CANDIDATES is a folder that `hdispatch tune candidates` made for scaled_mm or scaled_mm_blockwise, or both; all its cells of
+these sizes are measured. Peers are cuBLAS, with vLLM's library CUTLASS, and with its package DeepGEMM. Each candidate is
+checked first. In every round all run in random order, graphs in a row for as many seconds; printed are medians: µs of a
+launch, its ratio to the best one's, TFLOPS, W and MHz. The power is a difference of NVML's counter of energy, which goes in
+steps of some 0.1 s: of one line it may be off by a third, the clock is not.
 
 With --once nothing is timed: each is named and called once, in a range of NVTX, for a profiler:
 
@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hdispatch import _C, registry
+from hdispatch.errors import HdispatchError
 from hdispatch.manifest import artifacts_of, ladders_of
 from hdispatch.runtime import strict
 from hdispatch.testing.device_timer import Replay
@@ -38,6 +39,7 @@ from hdispatch.tune.device import Device, OneRow, open_device
 from benchmarks.ops import peers
 from benchmarks.ops.deep_gemm import DeepGemm
 from benchmarks.ops.timing import Binder
+from benchmarks.verdict import require_folder
 
 #: µs of launches that a graph has, and graphs that run before a sample, so that the clock is that of this kernel.
 REPLAY_US, SETTLING = 10_000.0, 5
@@ -143,10 +145,15 @@ def measure(runs: dict[str, Replay], card: Card, seconds: float, rounds: int) ->
     return found
 
 
+def title(cell: Cell) -> str:
+    """What is measured."""
+    return f"{cell['op']} {cell['variant']} M = {cell['M']}, K = {cell['K']}, N = {cell['N']}"
+
+
 def show(cell: Cell, found: dict[str, list[Sample]]) -> None:
     """The table of a cell, the fastest first."""
     m, k, n = cell["M"], cell["K"], cell["N"]
-    print(f"M = {m}, K = {k}, N = {n}")
+    print(title(cell))
     medians = {name: Sample(*map(statistics.median, zip(*samples, strict=True))) for name, samples in found.items()}
     best = min(each.us for each in medians.values())
     for name, (us, watts, mhz) in sorted(medians.items(), key=lambda each: each[1].us):
@@ -161,50 +168,73 @@ def sizes(text: str) -> list[tuple[int, int, int]]:
     return [(m, k, n) for m, k, n in found]
 
 
-def main() -> None:
+def cells_of(folder: Path, bundle: CandidateBundle, wanted: Sequence[tuple[int, int, int]]) -> list[Cell]:
+    """The cells of each size, of all ops and variants. HdispatchError for a size that has none."""
+    by_size: dict[tuple[int, int, int], list[Cell]] = {}
+    for cell in bundle["candidates"]["cells"]:
+        by_size.setdefault((cell["M"], cell["K"], cell["N"]), []).append(cell)
+    if missing := [size for size in wanted if size not in by_size]:
+        raise HdispatchError(f"{folder} has no cell of M, K, N = {missing}; it has {sorted(by_size)}")
+    return [cell for size in wanted for cell in by_size[size]]
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("candidates", type=Path)
     parser.add_argument("cells", type=sizes, help="MxKxN, with commas")
     parser.add_argument("--vllm-ops", type=Path, help="the library behind torch.ops._C")
+    parser.add_argument("--deep-gemm", type=Path, help="the package that vLLM ships, vllm/third_party/deep_gemm")
     parser.add_argument("--seconds", type=float, default=0.25, help="of each kernel in a round (default: 0.25)")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--deep-gemm", type=Path, help="the package that vLLM ships, vllm/third_party/deep_gemm")
-    parser.add_argument("--json", type=Path, help="all samples")
-    parser.add_argument("--once", action="store_true", help="call each once, for a profiler")
+    results = parser.add_mutually_exclusive_group()
+    results.add_argument("--json", type=Path, help="all samples")
+    results.add_argument("--once", action="store_true", help="call each once, for a profiler")
     given = parser.parse_args()
     if given.seconds <= 0 or given.rounds < 1:
         parser.error(f"{given.seconds} seconds in {given.rounds} rounds; there must be more than 0, in 1 or more")
+    return given
+
+
+def run(given: argparse.Namespace) -> None:
+    """Measures, or calls, all cells."""
+    require_folder(given.json)
+    bundle = read_candidates(given.candidates)
+    cells = cells_of(given.candidates, bundle, given.cells)
     if not torch.cuda.is_available():
-        parser.error(f"there is no GPU here ({_C.driver_missing() or 'torch sees none'}); take the candidates to one")
+        raise HdispatchError(f"there is no GPU here ({_C.driver_missing() or 'torch sees none'}); take the candidates to one")
     binders: dict[str, Binder] = {"cuBLAS": peers.bind_torch_scaled_mm}
     if given.vllm_ops:
         peers.load_vllm_ops(given.vllm_ops)
         binders["CUTLASS"] = peers.bind_vllm
     if given.deep_gemm:
         binders["DeepGEMM"] = DeepGemm(given.deep_gemm).bind
-    bundle = read_candidates(given.candidates)
-    cells = {(cell["M"], cell["K"], cell["N"]): cell for cell in bundle["candidates"]["cells"]}
-    if missing := [size for size in given.cells if size not in cells]:
-        parser.error(f"{given.candidates} has no cell of {missing}; it has {sorted(cells)}")
     device, card, results = open_device(given.candidates, bundle["manifest"], 0), Card(), []
-    for size in given.cells:
-        cell = cells[size]
+    for cell in cells:
         with strict():
             ready = kernels(bundle, cell, device, binders)
             if given.once:
+                print(title(cell))
                 call_once(ready)
                 continue
             runs = replays(ready, device)
             found = measure(runs, card, given.seconds, given.rounds)
-            show(cell, found)
-            results += [
-                {"M": size[0], "K": size[1], "N": size[2], "name": name, "samples": each} for name, each in found.items()
-            ]
-            for run in runs.values():
-                run.close()
+        show(cell, found)
+        head = {name: cell[name] for name in ("op", "variant", "M", "K", "N")}
+        results += [{**head, "name": name, "samples": each} for name, each in found.items()]
+        for each in runs.values():
+            each.close()
     if given.json:
         given.json.write_text(json.dumps(results) + "\n")
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    given = parsed(parser)
+    try:
+        run(given)
+    except HdispatchError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -200,11 +200,11 @@ class BlockTileGemm(TileGemm):
     ) -> None:  # fmt: skip
         """Waits for a chunk, makes its sums and adds them to the total; hands its stage back once all are made."""
         cute.arch.mbarrier_wait(full + stage, phase)
-        kept, across = scales + stage * self.slot, self.columns // self.at_once
-        self.load_w_scales(w_scales, kept, column)
+        of_chunk, across = scales + stage * self.slot, self.columns // self.at_once
+        self.load_w_scales(w_scales, of_chunk, column)
         for part in cutlass.range_constexpr(self.parts):
             if cutlass.const_expr(part % across == 0):
-                self.load_x_scales(x_scales, kept, row, part // across, tid)
+                self.load_x_scales(x_scales, of_chunk, row, part // across, tid)
             self.multiply_part(mma, buffers[part % self.buffers], tokens, weights, stage, part)
             if cutlass.const_expr(part + 1 >= self.buffers):
                 warpgroup.wait_group(self.buffers - 1)

@@ -7,9 +7,12 @@ import contextlib
 import random
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hdispatch import HdispatchError
 
 from benchmarks import sustained
 from benchmarks.sustained import Sample
@@ -26,6 +29,9 @@ def test_sizes() -> None:
     [
         (["512x8192", "--once"], "a cell is MxKxN"),
         (["1x2x3", "--rounds", "0"], "0.25 seconds in 0 rounds; there must be more than 0, in 1 or more"),
+        (["1x2x3"], "nowhere"),
+        (["1x2x3", "--json", "none/of/these.json"], "cannot write none/of/these.json: none/of is not a folder"),
+        (["1x2x3", "--json", "a.json", "--once"], "not allowed with argument"),
         (["1x2x3", "--seconds", "0"], "0.0 seconds in 2 rounds; there must be more than 0, in 1 or more"),
     ],
 )
@@ -35,6 +41,24 @@ def test_bad_arguments_are_named(given: list[str], said: str) -> None:
     )
     assert done.returncode == 2
     assert said in done.stderr
+
+
+def test_all_cells_of_a_size_are_measured() -> None:
+    """Of both products and of all variants; a size that has none is named."""
+    cells = [
+        {"op": op, "variant": variant, "M": m, "K": 2, "N": 3}
+        for m in (1, 4) for op in ("scaled_mm", "scaled_mm_blockwise") for variant in ("bfloat16", "float16")
+    ]  # fmt: skip
+    bundle: Any = {"candidates": {"cells": cells}}
+    found = sustained.cells_of(Path("made"), bundle, [(4, 2, 3), (1, 2, 3)])
+    assert [sustained.title(cell) for cell in found] == [
+        f"{op} {variant} M = {m}, K = 2, N = 3"
+        for m in (4, 1) for op in ("scaled_mm", "scaled_mm_blockwise") for variant in ("bfloat16", "float16")
+    ]  # fmt: skip
+    with pytest.raises(
+        HdispatchError, match=r"made has no cell of M, K, N = \[\(9, 2, 3\)\]; it has \[\(1, 2, 3\), \(4, 2, 3\)\]"
+    ):
+        sustained.cells_of(Path("made"), bundle, [(1, 2, 3), (9, 2, 3)])
 
 
 def test_each_is_called_once_in_a_range_of_its_own(monkeypatch, capsys) -> None:
