@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .hopper import SMS
 from .triton_launch import launch_options
 
 Config = dict[str, Any]
@@ -42,15 +43,15 @@ def stream(
 
 
 def tma(
-    block_m: int, block_n: int, num_stages: int, programs: int = 132, group: int = 8, prefetch: int = 0, num_warps: int = 4,
+    block_m: int, block_n: int, num_stages: int, programs: int = SMS, group: int = 8, prefetch: int = 0, num_warps: int = 4,
     **more: int,
 ) -> Config:  # fmt: skip
-    """A config of the TMA kernel. A GPU's 132 SMs hold two blocks of 113 KB each or three of 75 KB."""
+    """A config of the TMA kernel. An SM holds two blocks of 113 KB each or three of 75 KB."""
     tile = {"kernel": "tma", "block_m": block_m, "block_n": block_n, **more, "group": group}
     return {**tile, "programs": programs, "prefetch": prefetch, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def pair(block_m: int, block_n: int, num_stages: int, programs: int = 132, group: int = 8, **more: int) -> Config:
+def pair(block_m: int, block_n: int, num_stages: int, programs: int = SMS, group: int = 8, **more: int) -> Config:
     """A config of the Gluon kernel, one block per SM: at most 227 KB of shared memory, (block_m + block_n) * block_k bytes per
     stage and what out takes. num_warps is that of one of the two groups.
     """

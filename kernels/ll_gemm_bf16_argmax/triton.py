@@ -10,6 +10,7 @@ import triton.language as tl
 from hdispatch.opspec import WORKSPACE_COUNTERS, Variant
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..lib.hopper import SMS
 from ..lib.triton_argmax import column_of, keyed, ranked
 from ..lib.triton_launch import launch_options
 from ..lib.triton_tiles import prefetch
@@ -124,7 +125,7 @@ def candidates(sizes: dict[str, int], _variant: Variant) -> list[dict[str, Any]]
             "block_m": block_m,
             "block_n": block_n,
             "block_k": block_k,
-            "programs": 132 * blocks,
+            "programs": SMS * blocks,
             "prefetch": 1024,
             "num_warps": warps,
             "num_stages": _SHARED // blocks // (2 * block_k * (block_n + block_m)),

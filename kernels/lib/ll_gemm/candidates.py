@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..hopper import SMS
 from .configs import WIDE, block_scaled, columns_for, dot, pieces_of, split, warpgroup
 
 #: The most rows of a scaled_mm op for which these compete; with more the tile form's are alone.
@@ -46,7 +47,7 @@ _BUSY = 0.93
 
 
 def _tiles(n: int | None, every: bool = False) -> list[tuple[int, int]]:
-    """Rows of a tile and blocks that share it, which keep a GPU's 132 SMs about equally busy. Any N: a tile per SM.
+    """Rows of a tile and blocks that share it, which keep a GPU's SMs about equally busy. Any N: a tile per SM.
 
     `every`: all such above 64 rows too, not the least alone.
     """
@@ -54,7 +55,7 @@ def _tiles(n: int | None, every: bool = False) -> list[tuple[int, int]]:
         return [(64, 1), (64, 2), (32, 1)]
     found = []
     for cluster in (1, 2, 4):
-        slots = 132 // cluster
+        slots = SMS // cluster
         counts = {rows: -(-n // rows) for rows in range(16, 129, 8)}
         busy = [rows for rows, tiles in counts.items() if tiles >= _BUSY * slots * -(-tiles // slots)]
         if every and cluster == 4:
@@ -74,7 +75,7 @@ def _warpgroups(k: int, n: int | None, columns: int) -> list[dict[str, Any]]:
         for steps, most, ways in _RINGS:
             if stages := _stages(k, rows, columns, cluster, steps, most, ways):
                 found.append(warpgroup(rows, columns, steps, stages, cluster, ways=ways))
-        if n is None or n > 132 * rows // cluster:
+        if n is None or n > SMS * rows // cluster:
             found += _resident(k, rows, columns, cluster)
     return found
 
@@ -118,7 +119,7 @@ def streaming_candidates(k: int, columns: int) -> list[dict[str, Any]]:
     found = []
     for rows, blocks, steps, ways in _STREAMS:
         if stages := _stages(k, rows, columns, 1, steps, _ALONE if blocks == 1 else _BESIDE, ways):
-            found.append(warpgroup(rows, columns, steps, stages, blocks=132 * blocks, ways=ways))
+            found.append(warpgroup(rows, columns, steps, stages, blocks=SMS * blocks, ways=ways))
     return found + [config for rows in (64, 128) for config in _resident(k, rows, columns, 1)]
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hopper import SMS
+
 #: Columns of tokens in a tile of the tensor core.
 COLUMNS = 8
 
@@ -28,7 +30,7 @@ def dot(warps: int, outputs: int = 1, tokens: int = 1, trigger: int = 0) -> dict
 
 
 def warpgroup(
-    rows: int, columns: int, steps: int, stages: int, cluster: int = 1, blocks: int = 132, resident: int = 0, ways: int = 1,
+    rows: int, columns: int, steps: int, stages: int, cluster: int = 1, blocks: int = SMS, resident: int = 0, ways: int = 1,
     trigger: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """A config of `Warpgroup`. Its shared memory: 128 bytes * (rows + 8 * columns) * steps * stages, at most 226 KB."""
@@ -37,7 +39,7 @@ def warpgroup(
 
 
 def block_scaled(
-    rows: int, columns: int, steps: int, stages: int, cluster: int = 1, blocks: int = 132, resident: int = 0, ways: int = 1,
+    rows: int, columns: int, steps: int, stages: int, cluster: int = 1, blocks: int = SMS, resident: int = 0, ways: int = 1,
     trigger: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """A config of `BlockScaled`. Its shared memory: of `Warpgroup`, and 4 bytes * (8 * columns + 1 to 16) * steps * stages."""

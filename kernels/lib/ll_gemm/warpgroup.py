@@ -12,6 +12,7 @@ from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Numeric, cute
 from cutlass.cute.nvgpu import cpasync, warpgroup
 from cutlass.utils import SmemAllocator
 
+from ..hopper import SMS
 from .base import Gemm
 from .configs import COLUMNS, WIDE, pieces_of
 
@@ -48,7 +49,7 @@ class Warpgroup(Gemm):
 
     def __init__(
         self, element: type[Numeric], k: int | None, rows: int, columns: int, steps: int, stages: int, cluster: int = 1,
-        blocks: int = 132, resident: int = 0, ways: int = 1, trigger: int = 0,
+        blocks: int = SMS, resident: int = 0, ways: int = 1, trigger: int = 0,
     ) -> None:  # fmt: skip
         self.chunk = 8 * CHUNK // element.width
         super().__init__(element, k, self.chunk * steps * cluster, 1, trigger)
