@@ -166,7 +166,8 @@ class TileGemm(Gemm):
 
         Launched as clusters of one, blocks lie elsewhere on an H200 than without: fewer requests meet on the way to L2, and up
         to twice as much is read from it (512 tokens, K = 8192, N = 5120: 294 MB, 142 without; 34.7 and 33.6 µs). The forms of
-        few rows are launched as clusters of one: they were not measured without.
+        few rows are launched as clusters of one: without, `dot` took 4.71 µs for one row of 4096 x 4096, not 3.91, and the
+        others the same within 2 %.
         """
         return [1, self.cluster * self.slices, 1] if self.cluster * self.slices > 1 else None
 

@@ -15,6 +15,9 @@ from hdispatch.opspec import Variant
 from ..lib.triton_launch import launch_options
 from .spec import LADDER
 
+#: Each program reads all rows for every few hundred experts: some 10 ms with as many as this, hours with 2**31 - 1.
+MOST_EXPERTS = 2**15
+
 
 @triton.jit
 def _experts_of(topk_ids, expert_map, row, rows, num_experts, mapped):
@@ -116,7 +119,12 @@ def launch(
     """One program per `mine` experts."""
     if topk_ids.size(0) > LADDER[-1]:
         raise ValueError(f"moe_align_block_size: {topk_ids.size(0)} tokens; the kernel is for up to {LADDER[-1]}")
+    if num_experts > MOST_EXPERTS:
+        raise ValueError(f"moe_align_block_size: {num_experts} experts; the kernel is for up to {MOST_EXPERTS}")
     rows = topk_ids.size(0) * topk_ids.size(1)
+    if rows + num_experts * (block_size - 1) >= 2**31:
+        said = f"{rows} rows, {num_experts} experts, blocks of {block_size}"
+        raise ValueError(f"moe_align_block_size: {said}; the kernel counts filled blocks in 32 bits")
     tensors = (topk_ids, sorted_token_ids, experts_ids, num_tokens_post_pad, maybe_expert_map)
     mapped = 0 if maybe_expert_map is None else maybe_expert_map.size(0)
     sizes = (rows, num_experts, block_size, sorted_token_ids.size(0), experts_ids.size(0), mapped)

@@ -245,6 +245,35 @@ def test_more_tokens_than_the_kernel_is_for_run_the_fallback(bundle: hdispatch.B
         hdispatch.registry.get(ALIGN)(*given)
 
 
+@pytest.mark.parametrize(
+    ("experts", "block", "is_served"),
+    [
+        (2**15, 16, True),
+        (2**15 + 1, 16, False),
+        (2**31 - 1, 1, False),
+        (100, 2**24, True),
+        (128, 2**24 + 1, False),
+        (2, 2**30 - 8, True),
+        (2, 2**30 - 7, False),
+        (1, 2**31 - 1, False),
+    ],
+)
+def test_no_kernel_runs_for_hours_or_counts_beyond_32_bits(
+    bundle: hdispatch.Bundle, experts: int, block: int, is_served: bool
+) -> None:
+    """Rows and what fills up the blocks of all experts: 16 + experts * (block - 1) < 2**31."""
+    given = sampled(ALIGN, M=2, A=8)
+    given[1:3] = [experts, block]
+    with hdispatch.strict(), null.recording():
+        if is_served:
+            hdispatch.registry.get(ALIGN)(*given)
+            assert len(null.launches()) == 1
+        else:
+            with pytest.raises(hdispatch.MissError):
+                hdispatch.registry.get(ALIGN)(*given)
+            assert not null.launches()
+
+
 @pytest.mark.parametrize("op", OF_ROWS)
 @pytest.mark.parametrize("m", TOKENS)
 def test_rows_of_experts_are_served_by_the_ops_that_there_are(door: Any, op: str, m: int) -> None:
