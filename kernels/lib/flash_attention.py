@@ -211,7 +211,9 @@ def launch_packed(
     tiles = [_tiles(each, shape, [each.stride(axis) for axis in range(2)], block, config) for each in (k, v)]
     strides = [stride for each in tensors for stride in (0, each.stride(1), each.stride(0))]
     group = heads // kv_heads
-    grid = (_blocks(max_seqlen_q * group, config), kv_heads, sequences)
+    # No sequence is longer than all of them: a bound that is far too large would cost a block for each row of it.
+    longest = torch.sym_min(max_seqlen_q, q.size(0))
+    grid = (_blocks(longest * group, config), kv_heads, sequences)
     _launch(grid, (*tensors, *tiles, *cu_seqlens), rule, (0, 0, group, *strides), config, launcher)
 
 
