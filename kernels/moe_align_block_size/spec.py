@@ -58,28 +58,24 @@ def reference(
     ids = topk_ids.flatten().long()
     known = (ids >= 0) & (ids < num_experts)
     if maybe_expert_map is not None:
-        number = torch.full((num_experts,), -1, dtype=torch.long, device=ids.device)
-        number[: maybe_expert_map.numel()] = maybe_expert_map[:num_experts]
-        ids = number[torch.where(known, ids, 0)]
+        # Its last one, -1, is that of what is no expert or beyond the map.
+        numbers = torch.cat([maybe_expert_map.long(), ids.new_full((1,), -1)])
+        ids = numbers[torch.where(known, ids, -1).clamp(max=numbers.numel() - 1)]
         known &= (ids >= 0) & (ids < num_experts)
-    ids = torch.where(known, ids, num_experts)
-    counts = torch.zeros(num_experts + 1, dtype=torch.long, device=ids.device)
-    counts.scatter_add_(0, ids, torch.ones_like(ids))
-    padded = (counts[:-1] + (block_size - 1)) // block_size * block_size
-    ends = padded.cumsum(0)
-    if ids.device.type == "cpu" and int(ends[-1]) > room:  # on a GPU the host would wait
-        raise ArgumentError(
-            f"{NAME}: sorted_token_ids has {room} elements; the rows and what fills up blocks are {int(ends[-1])}"
-        )
-    num_tokens_post_pad.copy_(ends[-1:])
+    # Rows by expert, those of none behind. Nothing here is as long as there are experts: the number is the caller's.
+    ids, order = torch.sort(torch.where(known, ids, num_experts), stable=True)
+    row, begin = torch.arange(rows, device=ids.device), torch.searchsorted(ids, ids)
+    count = torch.searchsorted(ids, ids, right=True) - begin
+    padded = torch.where(ids < num_experts, (count + (block_size - 1)) // block_size * block_size, 0)
+    ends = torch.where(row == begin, padded, 0).cumsum(0)
+    total = ends[-1:] if rows else ends.new_zeros(1)
+    if ids.device.type == "cpu" and int(total) > room:  # on a GPU the host would wait
+        raise ArgumentError(f"{NAME}: sorted_token_ids has {room} elements; the rows and what fills up blocks are {int(total)}")
+    num_tokens_post_pad.copy_(total)
     first = torch.arange(blocks, device=ids.device) * block_size
-    expert = torch.searchsorted(ends, first, right=True)
-    experts_ids[:blocks] = torch.where(expert < num_experts, expert, -1).to(torch.int32)
-    order = torch.sort(ids, stable=True).indices
-    sorted_ids = ids[order]
-    rank = torch.arange(rows, device=ids.device) - (counts.cumsum(0) - counts)[sorted_ids]
-    begins = torch.cat([ends - padded, ends.new_full((1,), room)])
-    to = torch.where(sorted_ids < num_experts, begins[sorted_ids] + rank, room).clamp(max=room)
+    experts = torch.cat([ids, ids.new_full((1,), -1)])
+    experts_ids[:blocks] = experts[torch.searchsorted(ends, first, right=True)].to(torch.int32)
+    to = torch.where(ids < num_experts, ends - padded + (row - begin), room).clamp(max=room)
     filled = torch.full((room + 1,), rows, dtype=torch.int32, device=ids.device)
     filled[to] = order.to(torch.int32)
     sorted_token_ids.copy_(filled[:room])

@@ -15,7 +15,7 @@ from hdispatch.opspec import Variant
 from ..lib.triton_launch import launch_options
 from .spec import LADDER
 
-#: Each program reads all rows for every few hundred experts: some 10 ms with as many as this, hours with 2**31 - 1.
+#: Each program, of a few experts, reads all rows for every few hundred experts: work grows with the square of their number.
 MOST_EXPERTS = 2**15
 
 

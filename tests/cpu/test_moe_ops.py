@@ -125,6 +125,20 @@ def test_sums_by_hand(variant: str) -> None:
         torch.testing.assert_close(out[m].double(), wanted, rtol=torch.finfo(x.dtype).eps, atol=1e-5)
 
 
+def test_experts_of_any_number_take_memory_of_the_rows_alone() -> None:
+    """2**31 - 1 counters of int64 would be 16 GiB."""
+    given = [torch.tensor([[9, 2**31 - 2], [9, -1]], dtype=torch.int32), 2**31 - 1, 2, *room_for(8, 4), None]
+    hdispatch.registry.get("moe_align_block_size")(*given)
+    assert given[3].tolist() == [0, 2, 1, 4, 4, 4, 4, 4]
+    assert given[4].tolist() == [9, 2**31 - 2, -1, -1]
+    assert given[5].tolist() == [4]
+
+
+def room_for(rows: int, blocks: int) -> list[torch.Tensor]:
+    """The op's outputs, poisoned."""
+    return [torch.full((size,), -7, dtype=torch.int32) for size in (rows, blocks, 1)]
+
+
 def test_no_tokens() -> None:
     """No block, and all that is behind the last one; the others have nothing to write."""
     given = sampled("moe_align_block_size", M=0, A=8)
