@@ -459,7 +459,7 @@ class TileGemm(Gemm):
             if cutlass.const_expr(self.pingpong):
                 self.await_turn(group)
             stage, phase = self.sum_tile(
-                totals, x_ring, w_ring, scales, full, free, row, column, stage, phase, turns, slice, tid,
+                totals, x_ring, w_ring, scales, full, free, row, column, first_n, stage, phase, turns, slice, tid,
                 index + every < tiles_m * tiles_n,
             )  # fmt: skip
             if cutlass.const_expr(self.pingpong):
@@ -549,10 +549,12 @@ class TileGemm(Gemm):
     @cute.jit
     def sum_tile(
         self, totals: cute.Tensor, x_ring: Any, w_ring: Any, scales: Any, full: Any, free: Any, row: Int32,  # noqa: ARG002
-        column: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32, follows: Any,
+        column: Int32, first_n: Int32, stage: Int32, phase: Int32, turns: Any, slice: Int32, tid: Int32,  # noqa: ARG002
+        follows: Any,
     ) -> Any:  # fmt: skip
         """Sums up a tile, all of K in the tensor core, from a stage and its phase on: those after the tile's.
 
+        first_n  the first output of the group's part of the tile
         follows  whether the block has a tile after this one, which with `pingpong` is the other group's
         """
         mma = self.mma(self.columns)

@@ -243,6 +243,37 @@ print(json.dumps([each.early for each in made]))
     assert in_dsl(script, OP, cases) == [4, 0, 0, 0, 4, 0, 0]
 
 
+def test_sums_get_the_scale_of_their_outputs() -> None:
+    """Wherever a tile begins among 128 outputs: a column's scale of those kept, by the loop that runs, is that of its 128."""
+    script = """
+import cutlass
+for tile_m, tile_n, groups, at_once in given[0]:
+    made = cutedsl.BlockTileGemm(cutlass.Float8E4M3FN, 4096, tile_m, tile_n, 2, groups=groups, at_once=at_once)
+    for index in range(16):
+        begin = index * tile_n
+        # As find_scales has them, of the tile; as sum_tile, of the group.
+        kept = [(begin // made.unit * made.unit + lane * made.unit) // 128 for lane in range(made.w_kept)]
+        for column in range(0, tile_n, made.columns):
+            first_n = begin + column
+            place = first_n // made.unit - begin // made.unit
+            loops = [each for each in made.formers if len(made.formers) == 1 or each == min(128 - first_n % 128, made.columns)]
+            assert len(loops) == 1, (tile_m, tile_n, index)
+            assert place + made.scales_of(loops[0]) <= made.w_kept, (tile_m, tile_n, index)
+            for beside in range(0, made.columns, made.at_once):
+                runs = made.runs(beside, loops[0])
+                assert [run[1] for run in runs[1:]] == [run[2] for run in runs[:-1]], runs
+                assert (runs[0][1], runs[-1][2]) == (0, made.part), runs
+                for scale, start, end in runs:
+                    for each in range(start, end):
+                        output = first_n + beside + each // 4 * 8 + each % 2
+                        assert kept[place + scale] == output // 128, (tile_m, tile_n, index, column, output)
+print(json.dumps([len(made.formers), made.unit]))
+"""
+    tiles = [(128, tile_n, 2, 0) for tile_n in range(16, 257, 16)] + [(64, tile_n, 2, 0) for tile_n in range(32, 257, 32)]
+    tiles += [(256, 96, 2, 48), (64, 176, 1, 0), (128, 224, 2, 56), (128, 192, 2, 96), (128, 160, 2, 0)]
+    assert in_dsl(script, OP, tiles) == [4, 128]
+
+
 @pytest.mark.parametrize("op", [OP, "scaled_mm"])
 def test_candidates_fit(op) -> None:
     """The GPU's shared memory, the tokens, a thread's registers; there are some for every M, few of this op, none twice."""
@@ -283,8 +314,9 @@ print(json.dumps([cutedsl.program(SPEC.variant("bfloat16"), sizes, config).share
 
 
 #: Of an op, a K and a config: wgmma's products in the loop over chunks or turns, and how often it waits for some. A loop of
-#: sums over all of K comes after its first turn, and waits once more after the last. Block tiles take four chunks a turn, and
-#: have a loop over the chunks left where K is not compiled in.
+#: sums over all of K comes after its first turn, and waits once more after the last. Block tiles take four chunks a turn, wide
+#: ones all stages where a tile's chunks are whole turns of them, and have a loop over what is left where K is not compiled in.
+#: Of 160 outputs they have a loop for each of the four places where a tile begins among 128, of 192 for each of two.
 COMPILED = [
     (OP, {"K": 4096}, block_scaled(64, 1, 2, 8), 8, 2),
     (OP, {"K": 4096}, block_scaled(48, 2, 2, 12, ways=2), 8, 2),
@@ -295,19 +327,23 @@ COMPILED = [
     (OP, {"K": 4096}, block_scaled(64, 2, 2, 9, cluster=2, resident=1), 8, 2),
     (OP, {"K": 4096}, block_tile(64, 128, 2, "x", at_once=128), 16, 4),
     (OP, {}, block_tile(128, 128, 2), 20, 5),
-    (OP, {"K": 4096}, block_tile(128, 64), 16, 4),
+    (OP, {"K": 4096}, block_tile(128, 64), 32, 8),
     (OP, {"K": 4096}, block_tile(128, 128, 2, at_once=64), 32, 8),
     (OP, {"K": 4096}, block_tile(256, 128, 2), 32, 8),
     (OP, {"K": 4096}, block_tile(256, 64, 2, at_once=32), 64, 16),
     (OP, {"K": 4096}, block_tile(128, 256, 2, "x"), 32, 8),
-    (OP, {"K": 4096}, block_tile(128, 192), 16, 4),
+    (OP, {"K": 4096}, block_tile(128, 192), 32, 8),
     (OP, {}, block_tile(128, 112), 20, 5),
+    (OP, {"K": 4096}, block_tile(128, 32), 16, 4),
+    (OP, {"K": 5120}, block_tile(128, 160, 2, stages=5), 80, 20),
+    (OP, {"K": 8192}, block_tile(128, 160, stages=5), 64, 16),
+    (OP, {}, block_tile(128, 192), 40, 10),
     (OP, {}, block_tile(64, 256, 2, slices=4), 20, 5),
     (OP, {"K": 4096}, block_tile(64, 64, groups=1), 16, 4),
-    (OP, {"K": 4096}, block_tile(64, 192, groups=1), 16, 4),
+    (OP, {"K": 4096}, block_tile(64, 192, groups=1), 32, 8),
     (OP, {"K": 4096}, block_tile(64, 64, stages=6, groups=1, per_sm=2, early=4), 16, 4),
     (OP, {"K": 4096}, block_tile(128, 128, early=8), 32, 8),
-    (OP, {"K": 4096}, block_tile(128, 192, early=4), 32, 8),
+    (OP, {"K": 4096}, block_tile(128, 192, early=4), 64, 16),
     (OP, {"K": 4096}, block_tile(128, 64, slices=2, early=4), 16, 4),
     ("scaled_mm", {"K": 4096}, tile(64, 256), 8, 2),
     ("scaled_mm", {}, tile(128, 128, 2, "x"), 8, 2),
@@ -379,6 +415,15 @@ def test_candidates_need_no_dsl() -> None:
     assert block_tile_candidates({"M": 32}) == tile_candidates({"M": 32}) == []
     assert block_tile_candidates({"M": 64})
     assert tile_candidates({"M": 64})
+
+
+@pytest.mark.parametrize(("k", "stages"), [(8192, 4), (25600, 5), (128 * 43, 5)])
+def test_wide_tiles_take_a_stage_less_where_it_makes_turns_whole(k, stages) -> None:
+    """Of 5 stages, which a 128 x 160 tile has room for, 64 chunks are no whole turns; 43 are of neither."""
+    found = block_tile_candidates({"M": 512, "K": k, "N": 5120})
+    likely = [each for each in found if (each["tile_m"], each["tile_n"], each.get("slices", 1)) == (128, 160, 1)]
+    assert likely
+    assert {each["stages"] for each in likely} == {stages}
 
 
 @pytest.mark.parametrize(("m", "n", "some"), [(8192, 4096, True), (256, 51200, True), (512, 2048, False), (64, 51200, True)])
