@@ -360,7 +360,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scaled_mm": lambda: beside(SCALED_MM, "torch._scaled_mm", "cuBLAS"),
     "scaled_mm-h200": lambda: beside("2026-11-29-h200-contention/scaled_mm.json", "torch._scaled_mm", "cuBLAS"),
     "deepgemm": lambda: beside(BLOCKS, "DeepGEMM", "DeepGEMM"),
-    "deepgemm-h200": lambda: beside("2026-11-29-h200-contention/blocks.json", "DeepGEMM", "DeepGEMM"),
+    "deepgemm-h200": lambda: beside("2026-11-29-h200-chunks/blocks.json", "DeepGEMM", "DeepGEMM"),
     "helion": helion_shares,
     "tuning": tuning,
     "left-out": left_out,
