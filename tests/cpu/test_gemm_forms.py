@@ -426,6 +426,14 @@ def test_wide_tiles_take_a_stage_less_where_it_makes_turns_whole(k, stages) -> N
     assert {each["stages"] for each in likely} == {stages}
 
 
+def test_a_stage_less_is_for_slices_that_take_as_many_chunks() -> None:
+    """29 chunks of four slices are seven or eight: no number of stages makes turns of them whole."""
+    found = block_tile_candidates({"M": 128, "K": 128 * 29, "N": 1024})
+    shared = [each for each in found if (each["tile_m"], each["tile_n"], each.get("slices", 1)) == (128, 64, 4)]
+    assert shared
+    assert {each["stages"] for each in shared} == {8}
+
+
 @pytest.mark.parametrize(("m", "n", "some"), [(8192, 4096, True), (256, 51200, True), (512, 2048, False), (64, 51200, True)])
 def test_groups_take_tiles_in_turn_where_blocks_have_several(m, n, some) -> None:
     """Of 132 tiles and fewer a block has one, and its second group would have none."""
