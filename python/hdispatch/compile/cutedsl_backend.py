@@ -121,7 +121,7 @@ def _program(module: Any, spec: OpSpec, unit: Unit, target: GpuTarget) -> Progra
     if program.shared_bytes > target.shared_memory:
         raise BuildError(
             f"a block needs {program.shared_bytes} bytes of shared memory, {target.name} has {target.shared_memory}; "
-            "choose fewer warps, steps or copies"
+            "choose fewer stages, or a smaller tile"
         )
     for bucket in unit.buckets:
         first, last = spec.ladders.bounds(bucket)
